@@ -1,0 +1,39 @@
+# personaxis: `make demo` shows it, `make test` proves it, `make check` reads it.
+PYTHON ?= python3
+BIN := .venv/bin
+PACKAGES := persona analysis steering training
+
+.PHONY: install demo test test-slow check format clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml requirements.lock
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[dev]'
+	touch $@
+
+demo: install
+	$(BIN)/personaxis axis smollm2-135m --plan demo --out runs/demo
+
+test: install
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+# mypy reads the packages under their installed names through links, since editable installs are opaque to it
+check: install
+	mkdir -p .check/personaxis
+	for package in $(PACKAGES); do ln -sfn ../../$$package .check/personaxis/$$package; done
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	cd .check && MYPYPATH=. ../$(BIN)/mypy --config-file ../pyproject.toml $(foreach package,$(PACKAGES),-p personaxis.$(package))
+	$(BIN)/python -m pytest tests/test_architecture.py
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv .check build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,1 @@
+"""What the observations say: fitting, uncertainty, plots, the report."""

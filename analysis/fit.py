@@ -1,0 +1,234 @@
+"""Fitting: from recorded activations to the axis, the persona space, and how sure they are.
+
+    fit = fit_axis(activations, kept)             # everything that a report says
+    fit.axis.save(folder / "axis")
+
+The layer to use is the one where the axis is both stable and the main direction of persona space: the highest product of
+split-half cosine and cos(PC1, axis) among the middle layers. Both alone mislead: in the first layers the axis is stable
+because the prompts differ in words, in the last it is large because the next token is.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from personaxis.analysis.geometry import (
+    Array,
+    Groups,
+    components,
+    components_for,
+    cosine,
+    direction,
+    first_component,
+)
+from personaxis.analysis.uncertainty import agreement, role_intervals, shuffled, split_half, split_roles
+from personaxis.persona.activations import Activations
+from personaxis.persona.axis import POLES, Axis, PersonaSpace
+from personaxis.persona.errors import KnownError
+
+LEVELS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
+MIDDLE = (0.3, 0.9)  # the part of the depth in which the layer to use is looked for
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What fitting found: the artefacts and `report`, plain numbers for tables and plots (written as fit.json)."""
+
+    axis: Axis
+    space: PersonaSpace
+    report: dict[str, Any]
+
+
+def fit_axis(
+    activations: Activations,
+    kept: Sequence[str],
+    *,
+    scores: frozenset[int | None] | None,
+    default: str,
+    positive: str | None = None,
+    layer: int | None = None,
+    replicates: int = 100,
+    seed: int = 0,
+) -> Fit:
+    """Fit the axis at every layer and the space at the layer to use.
+
+    `kept` are the keys of the rollouts that count and `scores` the scores that they have (for the sums). `positive`
+    names the first pole, the default role unless given; every other role is on the other side. `layer` overrides the
+    choice. Raises `KnownError` when a pole has no rollouts or a layer does not exist.
+    """
+    positive = positive or default
+    rows, groups = _groups(activations, kept, positive)
+    means = _all_layer_means(activations, groups, scores, default)  # (R+1, L, D)
+    layers = [
+        _layer(activations, rows, groups, means[:, l], l, replicates, seed) for l in range(activations.n_layers)
+    ]
+    chosen, why = _choose(layers, layer, activations.n_layers)
+    axis = _axis(activations, rows, groups, means, chosen, positive, default)
+    space = _space(activations, groups, means, chosen)
+    x = _rollout_means(activations, rows, chosen)
+    report = {
+        "layers": layers,
+        "layer": chosen,
+        "why": why,
+        "poles": list(axis.poles),
+        "positive": positive,
+        "roles": _roles(x, groups, means[:, chosen], axis, space, chosen, seed),
+        "variance_ratio": space.variance_ratio.tolist()[:50],
+        "components_for": {str(share): components_for(space.variance_ratio.double().numpy(), share) for share in (0.5, 0.7, 0.9)},
+        "projections": _projections(x, groups, axis, chosen),
+        "n_rollouts": len(rows),
+    }
+    return Fit(axis, space, report)
+
+
+def _groups(activations: Activations, kept: Sequence[str], positive: str) -> tuple[list[int], Groups]:
+    wanted = set(kept)
+    rows = [i for i, key in enumerate(activations.keys) if key in wanted]
+    roles = [activations.keys[i].split("/", 1)[0] for i in rows]
+    if positive not in roles:
+        raise KnownError(f"role {positive!r} has no kept rollout, so it cannot be a pole")
+    names = (positive, *(role for role in dict.fromkeys(roles) if role != positive))
+    if len(names) < 4:
+        raise KnownError(f"only {len(names) - 1} other roles are left: a persona space needs at least 3")
+    place = {name: i for i, name in enumerate(names)}
+    return rows, Groups(np.array([place[role] for role in roles]), names)
+
+
+def _all_layer_means(
+    activations: Activations, groups: Groups, scores: frozenset[int | None] | None, default: str
+) -> Array:
+    """Group means (R+1, L, D) from the sums, at every layer. The default is never filtered by score."""
+    found = [activations.role_mean(name, None if name == default else scores) for name in groups.names]
+    counted = np.bincount(groups.index)
+    for name, (_, n), expected in zip(groups.names, found, counted, strict=True):
+        if n != expected:
+            raise KnownError(f"role {name!r}: the sums hold {n} rollouts, the kept ones are {expected}; record again")
+    return torch.stack([mean for mean, _ in found]).numpy()
+
+
+def _rollout_means(activations: Activations, rows: list[int], layer: int) -> Array | None:
+    if layer not in activations.layers:
+        return None
+    return activations.rollout_means[rows, activations.layers.index(layer)].double().numpy()
+
+
+def _layer(
+    activations: Activations, rows: list[int], groups: Groups, means: Array, layer: int, replicates: int, seed: int
+) -> dict[str, Any]:
+    """One line of the table. What needs rollout means is missing at layers that kept none."""
+    axis = direction(means)
+    pc1, variance = first_component(means)
+    line: dict[str, Any] = {
+        "layer": layer,
+        "norm": float(np.linalg.norm(axis)),
+        "cos_pc1": cosine(pc1, axis),
+        "angle_pc1": float(np.degrees(np.arccos(np.clip(cosine(pc1, axis), -1, 1)))),
+        "variance_pc1": variance,
+    }
+    x = _rollout_means(activations, rows, layer)
+    if x is not None and replicates:
+        generators = [np.random.default_rng([seed, purpose]) for purpose in range(4)]
+        found = agreement(x, groups, generators[0], replicates)
+        line["cos_pc1_by_rollouts"] = found.by_rollouts.to_json()
+        line["cos_pc1_by_roles"] = found.by_roles.to_json()
+        line["wobble"] = found.angle_to_estimate
+        line["split_half"] = split_half(x, groups, generators[1], replicates).to_json()
+        line["split_roles"] = split_roles(x, groups, generators[2], replicates).to_json()
+        line["null"] = asdict(shuffled(x, groups, generators[3], replicates))
+    return line
+
+
+def _choose(layers: list[dict[str, Any]], asked: int | None, n_layers: int) -> tuple[int, str]:
+    if asked is not None:
+        if not 0 <= asked < n_layers:
+            raise KnownError(f"layer {asked} is not in this model (0..{n_layers - 1})")
+        return asked, "asked for"
+    low, high = (round(share * (n_layers - 1)) for share in MIDDLE)
+    middle = [line for line in layers if low <= line["layer"] <= high and "split_half" in line]
+    if not middle:  # no rollout means in the middle: agreement alone decides
+        best = max(layers[low : high + 1], key=lambda line: line["cos_pc1"])
+        return best["layer"], f"highest cos(PC1, axis), {best['cos_pc1']:.2f}, among layers {low}..{high}"
+    best = max(middle, key=lambda line: line["cos_pc1"] * line["split_half"]["value"])
+    why = (
+        f"highest product of cos(PC1, axis) {best['cos_pc1']:.2f} and split-half cosine "
+        f"{best['split_half']['value']:.2f} among layers {low}..{high}"
+    )
+    return best["layer"], why
+
+
+def _axis(
+    activations: Activations, rows: list[int], groups: Groups, means: Array, layer: int, positive: str, default: str
+) -> Axis:
+    contrast = means[0] - means[1:].mean(0)  # (L, D)
+    norms = np.linalg.norm(contrast, axis=1)
+    if not (norms > 0).all():
+        raise KnownError("the poles coincide at some layer: nothing separates them")
+    vectors = contrast / norms[:, None]
+    quantiles = np.full((2, activations.n_layers, len(LEVELS)), np.nan)
+    for l in activations.layers:
+        x = _rollout_means(activations, rows, l)
+        assert x is not None
+        projections = x @ vectors[l]
+        for side, member in enumerate((groups.index == 0, groups.index > 0)):
+            quantiles[side, l] = np.quantile(projections[member], LEVELS)
+    poles = POLES if positive == default else (positive, "others")
+    return Axis(
+        vectors=torch.from_numpy(vectors).float(),
+        norms=torch.from_numpy(norms).float(),
+        layers=tuple(range(activations.n_layers)),
+        layer=layer,
+        model=activations.model,
+        levels=LEVELS,
+        default_quantiles=torch.from_numpy(quantiles[0]).float(),
+        role_quantiles=torch.from_numpy(quantiles[1]).float(),
+        poles=poles,
+        fit={"content": activations.content, "positive": positive, "n_rollouts": len(rows), "n_roles": groups.n_roles},
+    )
+
+
+def _space(activations: Activations, groups: Groups, means: Array, layer: int) -> PersonaSpace:
+    """The space at the chosen layer. The positive pole is placed in it (first row) but was not fitted."""
+    centre, vectors, ratio = components(means[:, layer])
+    coordinates = (means[:, layer] - centre) @ vectors.T
+    return PersonaSpace(
+        layer=layer,
+        mean=torch.from_numpy(centre).float(),
+        components=torch.from_numpy(vectors.copy()).float(),
+        variance_ratio=torch.from_numpy(ratio).float(),
+        coordinates=torch.from_numpy(coordinates).float(),
+        roles=groups.names,
+        model=activations.model,
+    )
+
+
+def _roles(
+    x: Array | None, groups: Groups, means: Array, axis: Axis, space: PersonaSpace, layer: int, seed: int
+) -> list[dict[str, Any]]:
+    """Every role's place along the axis, lowest first, with an interval over its rollouts where they were kept."""
+    vector = axis.vectors[layer].double().numpy()
+    intervals = None if x is None else role_intervals(x @ vector, groups, np.random.default_rng([seed, 9]))
+    counts = np.bincount(groups.index)
+    rows = []
+    for i, name in enumerate(groups.names):
+        row = {
+            "role": name,
+            "projection": float(means[i] @ vector),
+            "n": int(counts[i]),
+            "coordinates": space.coordinates[i, :3].tolist(),
+            "positive": i == 0,
+        }
+        if intervals:
+            row |= {"low": intervals[i].low, "high": intervals[i].high}
+        rows.append(row)
+    return sorted(rows, key=lambda row: float(row["projection"]))  # type: ignore[arg-type]
+
+
+def _projections(x: Array | None, groups: Groups, axis: Axis, layer: int) -> dict[str, list[float]]:
+    """Projections of single rollouts at the chosen layer, for histograms; empty where none were kept."""
+    if x is None:
+        return {"positive": [], "others": []}
+    projections = x @ axis.vectors[layer].double().numpy()
+    return {"positive": projections[groups.index == 0].tolist(), "others": projections[groups.index > 0].tolist()}

@@ -1,0 +1,78 @@
+"""The arithmetic of persona space, in fp64 numpy: role vectors, the axis, principal components.
+
+    axis = mean(positive) - mean over the other roles of their means,   every role weighing the same
+
+toward the positive pole, the default unless another role is named. PCA is taken of the other roles' means, centred,
+unscaled (arXiv 2601.10387, section 3). N rollouts, R other roles, D d_model.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.decomposition import PCA
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Which rollout belongs to which role: `index` (N,) is 0 for the positive pole and 1..R for the other roles."""
+
+    index: NDArray[np.int64]
+    names: tuple[str, ...]
+
+    @property
+    def n_roles(self) -> int:
+        """Roles other than the positive pole."""
+        return len(self.names) - 1
+
+    def means(self, x: Array, weight: Array | None = None) -> tuple[Array, Array]:
+        """Weighted mean of each group (R+1, D) of x (N, D), and the groups' total weights (R+1,); 0/0 gives NaN rows."""
+        weight = np.ones(len(x)) if weight is None else weight
+        total = np.bincount(self.index, weight, minlength=len(self.names))
+        one_hot = np.zeros((len(self.names), len(x)))
+        one_hot[self.index, np.arange(len(x))] = weight
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return (one_hot @ x) / total[:, None], total
+
+
+def direction(means: Array, role_weight: Array | None = None) -> Array:
+    """The contrast (D,): row 0 of `means` minus the (weighted) mean of rows 1.., not scaled to length 1."""
+    weight = np.ones(len(means) - 1) if role_weight is None else role_weight
+    return means[0] - (weight @ means[1:]) / weight.sum()
+
+
+def first_component(means: Array, role_weight: Array | None = None) -> tuple[Array, float]:
+    """PC1 (D,) of rows 1.. of `means`, unit, pointing to row 0, and its share of variance.
+
+    Worked out in the R x R Gram matrix: R is far below D, and the bootstrap asks for it thousands of times.
+    """
+    weight = np.ones(len(means) - 1) if role_weight is None else role_weight
+    centre = (weight @ means[1:]) / weight.sum()
+    rows = (means[1:] - centre) * np.sqrt(weight)[:, None]
+    values, vectors = np.linalg.eigh(rows @ rows.T)
+    component = rows.T @ vectors[:, -1]
+    component /= np.linalg.norm(component)
+    if component @ (means[0] - centre) < 0:
+        component = -component
+    return component, float(values[-1] / values.clip(min=0).sum())
+
+
+def components(means: Array) -> tuple[Array, Array, Array]:
+    """PCA by scikit-learn of rows 1.. (R, D): centre (D,), unit components (K, D), variance ratio (K,), PC1 toward row 0."""
+    pca = PCA(svd_solver="full").fit(means[1:])
+    found = int((pca.explained_variance_ratio_ > 1e-12).sum())
+    vectors = pca.components_[:found]
+    sign = np.sign(vectors @ (means[0] - pca.mean_))
+    return pca.mean_, vectors * np.where(sign == 0, 1, sign)[:, None], pca.explained_variance_ratio_[:found]
+
+
+def cosine(a: Array, b: Array) -> float:
+    """Cosine of the angle between two vectors."""
+    return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+
+
+def components_for(ratio: Array, share: float) -> int:
+    """How many components hold that share of the variance."""
+    return int(np.searchsorted(np.cumsum(ratio), share - 1e-12) + 1)

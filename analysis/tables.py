@@ -1,0 +1,76 @@
+"""The fit as tables in the terminal: by layer, and the two ends of the axis."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+ENDS = 10
+
+
+def print_fit(fit: dict[str, Any], page: Path) -> None:
+    """Print the layer table, the ten lowest and highest roles, what was dropped, and where the report is."""
+    console = Console()
+    console.print(_layers(fit))
+    console.print(Text(f"* layer {fit['layer']}: {fit['why']}", style="dim"))
+    console.print(_ends(fit))
+    line = next(line for line in fit["layers"] if line["layer"] == fit["layer"])
+    console.print(Text(f"How stable: {stability(line)}"))
+    dropped = fit["dropped"]
+    whole = ", ".join(sorted(dropped.get("roles", {}))) or "none"
+    console.print(Text(f"{fit['n_rollouts']} rollouts fitted; roles dropped whole: {whole}"))
+    print(f"report: {page}")  # noqa: T201 (never wrapped: it is a path to click or copy)
+
+
+def stability(line: dict[str, Any]) -> str:
+    """One sentence on how far the axis at a layer can be trusted."""
+    if "split_half" not in line:
+        return "no rollout means were kept at this layer, so it is not known"
+    half, null = line["split_half"], line["null"]
+    whole = 2 * half["value"] / (1 + half["value"])  # Spearman-Brown: the halves are half as long as the whole
+    return (
+        f"two halves of the answers give axes of cosine {_interval(half)}, so two whole runs of this size would agree to "
+        f"about {whole:.2f}; with shuffled labels |axis| is {null['norm']:.3g} (95% below {null['norm_95']:.3g}), here {line['norm']:.3g}"
+        f" (p = {null['p_norm']:.3g})"
+    )
+
+
+def _layers(fit: dict[str, Any]) -> Table:
+    table = Table(title="By layer (intervals 95%; shuffled: cos(PC1, axis) when labels are shuffled)", title_justify="left")
+    for name in ("layer", "cos(PC1, axis)", "var PC1", "split-half", "|axis|", "shuffled"):
+        table.add_column(name, justify="right")
+    for line in fit["layers"]:
+        mark = "*" if line["layer"] == fit["layer"] else ""
+        cos = _interval(line["cos_pc1_by_roles"]) if "cos_pc1_by_roles" in line else f"{line['cos_pc1']:.2f}"
+        half = _interval(line["split_half"]) if "split_half" in line else "-"
+        null = f"{line['null']['cos_pc1']:.2f}" if "null" in line else "-"
+        cells = [f"{mark}{line['layer']}", cos, f"{line['variance_pc1']:.0%}", half, f"{line['norm']:.3g}", null]
+        table.add_row(*cells, style="bold" if mark else None)
+    return table
+
+
+def _ends(fit: dict[str, Any]) -> Table:
+    roles = [role for role in fit["roles"] if not role["positive"]]
+    first, second = fit["poles"]
+    table = Table(title=f"Projection at layer {fit['layer']}, + toward {first}", title_justify="left")
+    for name, justify in ((f"lowest ({second})", "left"), ("projection", "right"), (f"highest ({first})", "left"), ("projection", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    count = min(ENDS, len(roles))
+    for low, high in zip(roles[:count], roles[::-1][:count], strict=True):
+        table.add_row(Text(low["role"]), _place(low), Text(high["role"]), _place(high))
+    pole = next(role for role in fit["roles"] if role["positive"])
+    table.add_section()
+    table.add_row("", "", Text(pole["role"], style="bold"), _place(pole))
+    return table
+
+
+def _place(role: dict[str, Any]) -> str:
+    if "low" not in role:
+        return f"{role['projection']:.1f}"
+    return f"{role['projection']:.1f} [{role['low']:.1f}, {role['high']:.1f}]"
+
+
+def _interval(value: dict[str, float]) -> str:
+    return f"{value['value']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"

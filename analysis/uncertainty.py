@@ -1,0 +1,160 @@
+"""How sure the axis is: bootstrap intervals, split-half agreement, and what shuffled labels would give.
+
+All functions work on one layer's rollout means x (N, D) and draw from a generator that the caller seeds alike for every
+layer, so layers are compared on the same resamples. Intervals are percentile intervals at 95%.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+
+from personaxis.analysis.geometry import Array, Groups, cosine, direction, first_component
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its 95% interval and the number of replicates behind it."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def to_json(self) -> dict[str, float]:
+        """Plain numbers."""
+        return {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
+
+
+def interval(value: float, replicates: Array) -> Interval:
+    """The percentile interval of replicates around an estimate."""
+    low, high = np.percentile(replicates, [2.5, 97.5])
+    return Interval(value, float(low), float(high), len(replicates))
+
+
+def split_half(x: Array, groups: Groups, generator: Generator, splits: int = 100) -> Interval:
+    """Cosine between the axes of two random halves of every role's rollouts: mean over splits, with their spread.
+
+    A role with one rollout is in one half only; the other half does without it.
+    """
+    found = []
+    for _ in range(splits):
+        half = _halves(groups.index, generator)
+        axes = []
+        for side in (half, 1.0 - half):
+            means, total = groups.means(x, side)
+            axes.append(direction(np.nan_to_num(means), (total[1:] > 0).astype(float)))
+        found.append(cosine(axes[0], axes[1]))
+    return interval(float(np.mean(found)), np.array(found))
+
+
+def split_roles(x: Array, groups: Groups, generator: Generator, splits: int = 100) -> Interval:
+    """The same with the other roles split instead, each half of them against its own half of the positive pole's rollouts."""
+    found = []
+    for _ in range(splits):
+        half = _halves(groups.index, generator)
+        members = np.zeros(groups.n_roles)
+        members[generator.permutation(groups.n_roles)[: groups.n_roles // 2]] = 1
+        axes = []
+        for side, roles in ((half, members), (1.0 - half, 1.0 - members)):
+            weight = np.where(groups.index == 0, side, 1.0)
+            axes.append(direction(groups.means(x, weight)[0], roles))
+        found.append(cosine(axes[0], axes[1]))
+    return interval(float(np.mean(found)), np.array(found))
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How PC1 and the axis agree at one layer, over rollouts and over roles, and the axis's own wobble."""
+
+    by_rollouts: Interval
+    by_roles: Interval
+    angle_to_estimate: float  # median degrees between a bootstrap axis (over rollouts) and the axis
+
+
+def agreement(x: Array, groups: Groups, generator: Generator, replicates: int = 100) -> Agreement:
+    """Bootstrap cos(PC1, axis), resampling rollouts within each role, and resampling roles."""
+    means, _ = groups.means(x)
+    axis = direction(means)
+    value = cosine(first_component(means)[0], axis)
+    rollouts, roles, angles = [], [], []
+    for _ in range(replicates):
+        again, _ = groups.means(x, _resample(groups.index, generator))
+        replicate = direction(again)
+        rollouts.append(cosine(first_component(again)[0], replicate))
+        angles.append(np.degrees(np.arccos(np.clip(cosine(replicate, axis), -1, 1))))
+        drawn = generator.integers(groups.n_roles, size=groups.n_roles)
+        weight = np.bincount(drawn, minlength=groups.n_roles).astype(float)
+        roles.append(cosine(first_component(means, weight)[0], direction(means, weight)))
+    by_rollouts, by_roles = interval(value, np.array(rollouts)), interval(value, np.array(roles))
+    return Agreement(by_rollouts, by_roles, float(np.median(angles)))
+
+
+@dataclass(frozen=True)
+class Null:
+    """What shuffled labels give: the axis's norm and cos(PC1, axis), as mean and 95th percentile, with p-values."""
+
+    norm: float
+    norm_95: float
+    p_norm: float
+    cos_pc1: float
+    cos_pc1_95: float
+    p_cos_pc1: float
+    n: int
+
+
+def shuffled(x: Array, groups: Groups, generator: Generator, replicates: int = 100) -> Null:
+    """Shuffle which rollout is whose and fit again. p = (1 + shuffles at least as large) / (1 + shuffles)."""
+    means, _ = groups.means(x)
+    axis = direction(means)
+    norm, cos = float(np.linalg.norm(axis)), cosine(first_component(means)[0], axis)
+    norms, cosines = [], []
+    for _ in range(replicates):
+        again, _ = Groups(generator.permutation(groups.index), groups.names).means(x)
+        replicate = direction(again)
+        norms.append(np.linalg.norm(replicate))
+        cosines.append(cosine(first_component(again)[0], replicate))
+    return Null(
+        norm=float(np.mean(norms)),
+        norm_95=float(np.percentile(norms, 95)),
+        p_norm=_p(norms, norm),
+        cos_pc1=float(np.mean(cosines)),
+        cos_pc1_95=float(np.percentile(cosines, 95)),
+        p_cos_pc1=_p(cosines, cos),
+        n=replicates,
+    )
+
+
+def role_intervals(projections: Array, groups: Groups, generator: Generator, replicates: int = 500) -> list[Interval]:
+    """Each group's mean projection with a bootstrap interval over its rollouts; `projections` is (N,)."""
+    found = []
+    for group in range(len(groups.names)):
+        own = projections[groups.index == group]
+        drawn = own[generator.integers(len(own), size=(replicates, len(own)))].mean(1)
+        found.append(interval(float(own.mean()), drawn))
+    return found
+
+
+def _p(replicates: list[float], value: float) -> float:
+    return (1 + sum(replicate >= value for replicate in replicates)) / (1 + len(replicates))
+
+
+def _halves(index: NDArray[np.int64], generator: Generator) -> Array:
+    """1.0 for a random half of each group's members, 0.0 for the other; an odd one falls on either side."""
+    order = np.lexsort((generator.random(len(index)), index))  # shuffled within groups
+    group = index[order]
+    place = np.arange(len(index)) - np.searchsorted(group, group)
+    flip = generator.integers(2, size=int(index.max()) + 1)  # which side gets the odd one
+    half = np.empty(len(index))
+    half[order] = (place + flip[group]) % 2
+    return half
+
+
+def _resample(index: NDArray[np.int64], generator: Generator) -> Array:
+    """How often each rollout is drawn when every group is resampled with replacement."""
+    weight = np.zeros(len(index))
+    for group in range(int(index.max()) + 1):
+        members = np.flatnonzero(index == group)
+        weight[members] = np.bincount(generator.integers(len(members), size=len(members)), minlength=len(members))
+    return weight

@@ -1,0 +1,197 @@
+"""The verbs of `analysis/`: axis (everything, end to end), fit and report.
+
+`axis` reads like the paper's methods: sample answers under role prompts, judge them, record them, fit, report.
+"""
+
+import hashlib
+import json as json_module
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from personaxis.persona.errors import KnownError
+from personaxis.persona.options import FitOptions, JudgeOptions, ModelOptions, PlanOptions
+from personaxis.persona.progress import say
+from personaxis.persona.verbs import Model, run_folder
+
+FIT_VERSION = 1  # raise it when fitting changes, so that stored fits are made again
+
+
+def axis(
+    model: Model,
+    /,
+    *,
+    out: Path | None = None,
+    how: ModelOptions = ModelOptions(),
+    what: PlanOptions = PlanOptions(),
+    who: JudgeOptions = JudgeOptions(),
+    fitting: FitOptions = FitOptions(),
+    json: bool = False,
+) -> None:
+    """The Assistant Axis of a checkpoint, end to end: rollouts, scores, activations, fit, report. Resumes where it stopped.
+
+    Parameters
+    ----------
+    out
+        the run folder; runs/NAME unless given
+    json
+        print the fit as JSON in place of the tables
+    """
+    from personaxis.persona.prepare import judge_run, prepared, record_run, sample
+
+    folder = run_folder(model, out)
+    _require_keep(fitting.keep)
+    with prepared(model, folder, how, what) as work:
+        _require_known(work.bank.default.name, work.plan.keys, fitting, work.subject.n_layers)
+        rollouts = sample(work)
+        rollouts = judge_run(work.run, work.bank, rollouts, who, lead=work.ranks.rank == 0)
+        work.ranks.barrier()
+        activations = record_run(work, rollouts)
+        if work.ranks.rank == 0:
+            found = _fit(folder, activations, rollouts, work.bank.default.name, fitting)
+            page = _report(folder, found)
+            _result(found, page, json)
+
+
+def fit(run: Path, /, *, fitting: FitOptions = FitOptions(), json: bool = False) -> None:
+    """Fit axis and persona space to a run's activations, and write its report.
+
+    Parameters
+    ----------
+    run
+        a run folder with recorded activations
+    """
+    from personaxis.persona.activations import load_activations
+    from personaxis.persona.run import open_run
+
+    _require_keep(fitting.keep)
+    with open_run(run):
+        activations = load_activations(run / "activations")
+        rollouts = _recorded_rollouts(run, activations)
+        found = _fit(run, activations, rollouts, _default_name(run), fitting)
+        _result(found, _report(run, found), json)
+
+
+def report(run: Path, /) -> None:
+    """Write a fitted run's report.html again.
+
+    Parameters
+    ----------
+    run
+        a run folder with a fit
+    """
+    from personaxis.persona.run import open_run
+    from personaxis.persona.store import read_json
+
+    with open_run(run):
+        say(f"report: {_report(run, read_json(run / 'fit.json'))}")
+
+
+def _fit(folder: Path, activations: Any, rollouts: Any, default: str, options: FitOptions) -> dict[str, Any]:
+    """Fit and write axis, space and fit.json, or read them when nothing has changed."""
+    from personaxis.analysis.fit import fit_axis
+    from personaxis.persona.judge import KEEP, kept, role_play_share
+    from personaxis.persona.store import digest, read_json, write_json
+
+    asked = {"content": activations.content, "version": FIT_VERSION, **asdict(options)}
+    path = folder / "fit.json"
+    if path.exists():
+        before = read_json(path)
+        artefacts = {name: folder / f"{name}.safetensors" for name in ("axis", "space")}
+        if before.get("asked") == asked and all(
+            file.exists() and digest(file) == before["artefacts"].get(name) for name, file in artefacts.items()
+        ):
+            return before
+    keep = KEEP[options.keep]
+    left, dropped = kept(rollouts, keep, default)
+    scores = None if keep.name == "all" else keep.scores
+    found = fit_axis(
+        activations,
+        [rollout.key for rollout in left],
+        scores=scores,
+        default=default,
+        positive=options.positive,
+        layer=options.layer,
+        replicates=options.replicates,
+    )
+    found.axis.save(folder / "axis")
+    found.space.save(folder / "space")
+    scored = any(rollout.score is not None for rollout in rollouts)
+    content = {
+        "asked": asked,
+        "artefacts": {name: digest(folder / f"{name}.safetensors") for name in ("axis", "space")},
+        **found.report,
+        "default": default,
+        "model": activations.model,
+        "dropped": dropped.to_json(),
+        "role_play": role_play_share(rollouts)._asdict() if scored else None,
+    }
+    write_json(path, content)
+    return content
+
+
+def _report(folder: Path, fit: dict[str, Any]) -> Path:
+    from personaxis.analysis.report import write_report
+    from personaxis.persona.rollouts import read_rollouts, with_scores
+    from personaxis.persona.store import read_json
+
+    path = folder / "report.html"
+    stamp = hashlib.sha256(json_module.dumps(fit, sort_keys=True).encode()).hexdigest()[:16]
+    if path.exists() and stamp in path.read_text(encoding="utf-8")[:4000]:
+        return path
+    write_report(path, fit, with_scores(read_rollouts(folder), _scores(folder)), read_json(folder / "run.json"), stamp)
+    return path
+
+
+def _scores(folder: Path) -> dict[str, int | None]:
+    from personaxis.persona.judge import read_scores
+
+    return read_scores(folder / "scores.jsonl")
+
+
+def _recorded_rollouts(folder: Path, activations: Any) -> Any:
+    """The rollouts that were recorded, with the scores that they were recorded with."""
+    from personaxis.persona.rollouts import read_rollouts, with_scores
+    from personaxis.persona.stages import content_of
+
+    recorded = dict(zip(activations.keys, activations.scores, strict=True))
+    rollouts = with_scores([r for r in read_rollouts(folder) if r.key in recorded or not r.answer_ids], recorded)
+    if content_of([rollout for rollout in rollouts if rollout.answer_ids]) != activations.content:
+        raise KnownError(f"{folder}: rollouts changed after they were recorded; run `personaxis record {folder}` again")
+    return rollouts
+
+
+def _default_name(folder: Path) -> str:
+    from personaxis.persona.store import read_json
+
+    asked = read_json(folder / "run.json").get("asked", {})
+    if not asked.get("roles"):
+        raise KnownError(f"{folder / 'run.json'} does not say which roles were asked for")
+    return str(asked["roles"][0])
+
+
+def _require_keep(name: str) -> None:
+    from personaxis.persona.judge import KEEP
+
+    if name not in KEEP:
+        raise KnownError(f"--keep {name!r} is not one of {', '.join(KEEP)}")
+
+
+def _require_known(default: str, keys: list[str], options: FitOptions, n_layers: int) -> None:
+    """Fail before the long steps for what could only fail after them."""
+    roles = {key.split("/", 1)[0] for key in keys}
+    if options.positive is not None and options.positive not in roles | {default}:
+        raise KnownError(f"--positive {options.positive!r} is not among the roles of this run")
+    if options.layer is not None and not 0 <= options.layer < n_layers:
+        raise KnownError(f"--layer {options.layer} is not in this model (0..{n_layers - 1})")
+    if options.replicates < 0:
+        raise KnownError(f"--replicates {options.replicates} is below 0")
+
+
+def _result(fit: dict[str, Any], page: Path, json: bool) -> None:
+    if json:
+        print(json_module.dumps({**fit, "report": str(page)}, indent=1))  # noqa: T201 (the verb's result)
+        return
+    from personaxis.analysis.tables import print_fit
+
+    print_fit(fit, page)

@@ -1,0 +1,191 @@
+"""The nouns of persona space: `Axis`, `PersonaSpace` and the `Cap` that will act along an axis, with their files.
+
+    axis[l] = mean(default)[l] - mean over roles of their mean[l],   scaled to length 1   (arXiv 2601.10387, section 3)
+
+so a positive projection <h, v> lies toward the first pole ("assistant") and a negative one toward the second
+("role-play"). A direction never travels without its layers, its sign, its poles and the model that it came from.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from personaxis.persona.errors import KnownError
+from personaxis.persona.store import load_tensors, save_tensors
+
+POLES = ("assistant", "role-play")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A direction at every layer of a model.
+
+    `vectors` are unit rows, + toward `poles[0]`; `norms` are the lengths before scaling (projection units);
+    `quantiles` are projections of the rollout means of the default and of the roles at `levels`, NaN where a layer
+    kept no rollout means; `layer` is the layer to use; `model` is `Subject.describe()`.
+    """
+
+    vectors: Float[Tensor, "L D"]
+    norms: Float[Tensor, " L"]
+    layers: tuple[int, ...]
+    layer: int
+    model: dict[str, Any]
+    levels: tuple[float, ...] = ()
+    default_quantiles: Float[Tensor, "L Q"] = field(default_factory=lambda: torch.empty(0, 0))
+    role_quantiles: Float[Tensor, "L Q"] = field(default_factory=lambda: torch.empty(0, 0))
+    poles: tuple[str, str] = POLES
+    fit: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        n_layers, _ = self.vectors.shape
+        if len(self.layers) != n_layers or self.norms.shape != (n_layers,):
+            raise ValueError(f"{n_layers} vectors, {len(self.layers)} layers and {len(self.norms)} norms do not match")
+        if self.layer not in self.layers:
+            raise ValueError(f"the layer to use, {self.layer}, is not one of the axis ({self.layers})")
+        _require_unit_rows(self.vectors)
+
+    def at(self, layer: int) -> Float[Tensor, " D"]:
+        """The unit vector at a layer; `KnownError` when the axis does not have it."""
+        if layer not in self.layers:
+            raise KnownError(f"layer {layer} is not in this axis ({self.layers[0]}..{self.layers[-1]})")
+        return self.vectors[self.layers.index(layer)]
+
+    def require_model(self, model: dict[str, Any]) -> None:
+        """Refuse a model that this axis was not fitted on: other weights, another depth or another width."""
+        for name in ("fingerprint", "d_model", "n_layers"):
+            if self.model.get(name) is not None and self.model[name] != model[name]:
+                raise KnownError(
+                    f"this axis came from {self.model.get('id')} ({self.model.get('weights')}), not from {model['id']} "
+                    f"({model['weights']}): {name} {self.model[name]} against {model[name]}; fit an axis on this model"
+                )
+
+    def save(self, stem: Path) -> None:
+        """Write `stem.safetensors` and `stem.json`."""
+        tensors = {"vectors": self.vectors, "norms": self.norms}
+        if self.levels:
+            tensors |= {"default_quantiles": self.default_quantiles, "role_quantiles": self.role_quantiles}
+        meta = {"layers": list(self.layers), "layer": self.layer, "model": self.model, "levels": list(self.levels)}
+        save_tensors(stem, tensors, {"kind": "axis", **meta, "poles": list(self.poles), "fit": self.fit})
+
+
+def _require_unit_rows(vectors: Tensor) -> None:
+    lengths = vectors.double().norm(dim=1)  # NaN or infinite where a row holds either
+    if not torch.allclose(lengths, torch.ones_like(lengths), atol=1e-4):
+        raise ValueError(f"vectors must be finite and of length 1, got {lengths.min():.4g} to {lengths.max():.4g}")
+
+
+def load_axis(stem: Path) -> Axis:
+    """Read an axis written by `Axis.save`; `KnownError` when it is missing, damaged or something else."""
+    tensors, meta = load_tensors(stem, "axis")
+    quantiles = {name: tensors[name] for name in ("default_quantiles", "role_quantiles") if name in tensors}
+    return Axis(
+        vectors=tensors["vectors"],
+        norms=tensors["norms"],
+        layers=tuple(meta["layers"]),
+        layer=meta["layer"],
+        model=meta["model"],
+        levels=tuple(meta["levels"]),
+        poles=(meta["poles"][0], meta["poles"][1]),
+        fit=meta["fit"],
+        **quantiles,
+    )
+
+
+@dataclass(frozen=True)
+class PersonaSpace:
+    """Principal components of the role vectors at one layer.
+
+    A role with vector x lies at `(x - mean) @ components.T`. Components are unit rows; PC1 points to the default.
+    """
+
+    layer: int
+    mean: Float[Tensor, " D"]
+    components: Float[Tensor, "K D"]
+    variance_ratio: Float[Tensor, " K"]
+    coordinates: Float[Tensor, "R K"]
+    roles: tuple[str, ...]
+    model: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.coordinates.shape != (len(self.roles), len(self.components)):
+            raise ValueError(f"coordinates {tuple(self.coordinates.shape)} do not match {len(self.roles)} roles")
+
+    def save(self, stem: Path) -> None:
+        """Write `stem.safetensors` and `stem.json`."""
+        tensors = {
+            "mean": self.mean,
+            "components": self.components,
+            "variance_ratio": self.variance_ratio,
+            "coordinates": self.coordinates,
+        }
+        save_tensors(stem, tensors, {"kind": "space", "layer": self.layer, "roles": list(self.roles), "model": self.model})
+
+
+def load_space(stem: Path) -> PersonaSpace:
+    """Read a space written by `PersonaSpace.save`."""
+    tensors, meta = load_tensors(stem, "space")
+    return PersonaSpace(layer=meta["layer"], roles=tuple(meta["roles"]), model=meta["model"], **tensors)
+
+
+@dataclass(frozen=True)
+class Cap:
+    """A floor (and maybe a ceiling) on the projection at some layers: h + v * clamp(floor - <h,v>, min=0).
+
+    `vectors` are unit rows toward the first pole. `level` and `population` say where the floor came from: the quantile,
+    and whose projections it was taken from. `phase` is the part of a conversation that is capped.
+    """
+
+    layers: tuple[int, ...]
+    vectors: Float[Tensor, "C D"]
+    floor: Float[Tensor, " C"]
+    ceiling: Float[Tensor, " C"] | None = None
+    level: float | None = None
+    population: str = "unknown"
+    phase: str = "both"
+    model: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.vectors.shape[0] != len(self.layers) or self.floor.shape != (len(self.layers),):
+            raise ValueError(f"{len(self.layers)} layers, {self.vectors.shape[0]} vectors and {len(self.floor)} floors differ")
+        if not (self.floor < float("inf")).all():
+            raise ValueError("a floor is NaN or +infinity")
+        _require_unit_rows(self.vectors)  # the kernel lifts by |v|^2, so another length is another floor
+        ceiling = self.floor if self.ceiling is None else self.ceiling
+        if ceiling.shape != self.floor.shape or not (self.floor <= ceiling).all():
+            raise ValueError("a ceiling is needed at every layer, and none may be NaN or below its floor")
+        if self.phase not in ("prompt", "answer", "both"):
+            raise ValueError(f"phase {self.phase!r} is not one of prompt, answer, both")
+
+    def save(self, stem: Path) -> None:
+        """Write `stem.safetensors` and `stem.json`."""
+        tensors = {"vectors": self.vectors, "floor": self.floor}
+        if self.ceiling is not None:
+            tensors["ceiling"] = self.ceiling
+        meta = {"layers": list(self.layers), "level": self.level, "population": self.population, "phase": self.phase}
+        save_tensors(stem, tensors, {"kind": "cap", **meta, "model": self.model})
+
+
+def load_cap(stem: Path) -> Cap:
+    """Read a cap written by `Cap.save`."""
+    tensors, meta = load_tensors(stem, "cap")
+    fields = {name: meta[name] for name in ("level", "population", "phase", "model")}
+    vectors, floor = tensors["vectors"], tensors["floor"]
+    return Cap(tuple(meta["layers"]), vectors, floor, ceiling=tensors.get("ceiling"), **fields)
+
+
+def apply_cap(h: Float[Tensor, "*B D"], cap: Cap, row: int) -> Float[Tensor, "*B D"]:
+    """The kernel, plainly: h + v * clamp(floor - <h,v>, min=0) for the cap's `row`, in fp32, back in h's dtype.
+
+    A token above the floor is returned bitwise as it was. It is the reference that engines are compared with.
+    """
+    vector = cap.vectors[row].to(h.device, torch.float32)
+    projection = h.float() @ vector
+    correction = (cap.floor[row].to(h.device) - projection).clamp(min=0)
+    if cap.ceiling is not None:
+        correction = correction + (cap.ceiling[row].to(h.device) - projection).clamp(max=0)
+    moved = (h.float() + correction[..., None] * vector).to(h.dtype)
+    return torch.where((correction != 0)[..., None], moved, h)

@@ -1,0 +1,66 @@
+"""The command line. The one place that names all verbs, by import path, so that `personaxis --help` imports none of them.
+
+A `KnownError` is one line on stderr and exit status 2; so are a full disk and a wrong option. Any other exception is a bug and
+keeps its traceback.
+"""
+
+import errno
+import sys
+from collections.abc import Sequence
+
+from cyclopts import App, CycloptsError
+
+from personaxis.persona.errors import KnownError
+
+VERBS = {
+    "axis": ("personaxis.analysis.verbs:axis", "The Assistant Axis of a checkpoint, end to end, with a report."),
+    "rollout": ("personaxis.persona.verbs:rollout", "Sample answers under role prompts into a run folder."),
+    "judge": ("personaxis.persona.verbs:judge", "Score whether a run's answers play their roles."),
+    "record": ("personaxis.persona.verbs:record", "Record a run's activations."),
+    "fit": ("personaxis.analysis.verbs:fit", "Fit axis and persona space to a run's activations."),
+    "report": ("personaxis.analysis.verbs:report", "Write a fitted run's report.html."),
+    "roles": ("personaxis.persona.verbs:roles", "List, show and validate a role bank."),
+    "spans": ("personaxis.persona.verbs:spans", "Show which tokens a chat template gives to whom."),
+    "show": ("personaxis.persona.verbs:show", "Print any artefact or run folder as JSON."),
+    "import": ("personaxis.persona.verbs:import_", "Turn the paper repository's files into artefacts of this project."),
+    "self-test": ("personaxis.persona.verbs:self_test", "Prove that recording binds on a model."),
+}
+
+app = App(
+    name="personaxis",
+    help="Map, watch and hold the persona of a language model.",
+    help_epilogue="`personaxis VERB --help` explains a verb. A first run: `personaxis axis smollm2-135m --plan demo`.",
+    version_flags=["--version"],
+    result_action="return_value",
+)
+for name, (path, text) in VERBS.items():
+    app.command(path, name=name, help=text)
+
+FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "a file grew too large"}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one verb and exit with its status."""
+    try:
+        app(arguments, exit_on_error=False, print_error=False)
+    except KnownError as error:
+        _fail(str(error))
+    except CycloptsError as error:
+        _fail(f"{' '.join(str(error).split())} (see `personaxis --help`)")
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        _fail(f"{FULL[error.errno]}{where}; what was finished is kept: make room and run the same command again")
+    except KeyboardInterrupt:
+        print("personaxis: stopped; the same command goes on from here", file=sys.stderr)  # noqa: T201
+        sys.exit(130)
+
+
+def _fail(text: str) -> None:
+    print(f"personaxis: {text}", file=sys.stderr)  # noqa: T201
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

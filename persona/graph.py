@@ -1,0 +1,209 @@
+"""Sampling on a GPU: one decoding step of all slots, sampler included, captured as a CUDA graph and replayed.
+
+A step is about 1,500 small kernels; launched one by one they cost more than they compute. The graph holds the model's
+own forward (whatever `transformers` runs, hooks included, so they must be there before the capture), attention that
+reads each slot to its own length (`personaxis.persona.kernels`), and the draw. Finished slots are refilled from the same
+chunk every few steps, at moments that depend on the chunk alone, so that a chunk is reproducible.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from personaxis.persona.draw import draw
+from personaxis.persona.sampler import Answer, Decoder, Prompt, Sampler
+from personaxis.persona.slots import decoding_mask
+from personaxis.persona.subject import Subject
+
+ATTENTION = "personaxis_slots"
+POLL = 8  # steps between looks at who has finished: each look waits for the GPU
+MOST_SLOTS = 1024
+MEMORY_SHARE = 0.6  # of the free memory, for keys and values
+
+
+def slot_attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """`transformers` attention function: the slot kernel for one new token per row, scaled dot product otherwise."""
+    state = kwargs.pop("slot_state", None)
+    plain = all(kwargs.get(name) is None for name in ("softcap", "s_aux", "position_bias"))
+    power = key.shape[-1] & (key.shape[-1] - 1) == 0 and key.shape[-1] == value.shape[-1]
+    if state is None or state.prefill or query.shape[2] != 1 or not plain or not power or not query.is_cuda:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    from personaxis.persona.kernels import attend_on_gpu
+
+    scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    window = kwargs.get("sliding_window") or 0
+    out = attend_on_gpu(query[:, :, 0], key, value, state.positions.to(query.device), scale, window)
+    return out[:, None], None  # (B, 1, H, D)
+
+
+AttentionInterface.register(ATTENTION, slot_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+@contextmanager
+def slot_attention_on(subject: Subject) -> Iterator[None]:
+    """Let a model that uses scaled dot product attention use the slot kernel inside; others stay as they are."""
+    model = subject.model
+    before = model.config._attn_implementation
+    if before != "sdpa" or subject.device.type != "cuda":
+        yield
+        return
+    model.set_attn_implementation(ATTENTION)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+class GraphSampler(Sampler):
+    """A `Sampler` that keeps `slots` rows decoding and refills them; on a CPU it does the same without a graph."""
+
+    def __init__(self, subject: Subject, end_ids: frozenset[int], sampling: Any, slots: int | None = None) -> None:
+        super().__init__(subject, end_ids, sampling)
+        self.slots = slots
+        self._steps: Steps | None = None
+
+    @torch.no_grad()
+    def answers(self, prompts: Sequence[Prompt]) -> Iterator[Answer]:
+        """Answer one chunk; answers come as they end."""
+        if self.decoder is not Decoder:
+            yield from super().answers(prompts)
+            return
+        length = -(-(max(len(prompt.ids) for prompt in prompts) + self.sampling.max_new_tokens) // 64) * 64
+        with slot_attention_on(self.subject):
+            slots = min(self.slots or fitting_slots(self.subject, length), len(prompts))
+            if self._steps is None or self._steps.slots != slots or self._steps.length < length:
+                self._steps = None  # frees the old cache first
+                self._steps = Steps(self, slots, length)
+            yield from self._steps.run(prompts)
+
+
+class Steps:
+    """The state of all slots as fixed tensors, and the step that changes them in place."""
+
+    def __init__(self, sampler: GraphSampler, slots: int, length: int) -> None:
+        subject, device = sampler.subject, sampler.subject.device
+        self.sampler, self.subject, self.slots, self.length = sampler, subject, slots, length
+        self.limit = sampler.sampling.max_new_tokens
+        self.decoder = Decoder(subject, slots, length)
+        self.tokens = torch.zeros(slots, dtype=torch.long, device=device)
+        self.positions = torch.zeros(slots, dtype=torch.long, device=device)
+        self.seeds = torch.zeros(slots, dtype=torch.long, device=device)
+        self.steps = torch.zeros(slots, dtype=torch.long, device=device)
+        self.written = torch.zeros(slots, self.limit, dtype=torch.long, device=device)
+        self.running = torch.zeros(slots, dtype=torch.bool, device=device)
+        self.ended = torch.zeros(slots, dtype=torch.bool, device=device)  # by an end token, not by the limit
+        self.state = self.decoder.cache.state
+        self._replay: Callable[[], None] | None = None
+
+    def run(self, prompts: Sequence[Prompt]) -> Iterator[Answer]:
+        """Answer the prompts, refilling slots in order of the prompts."""
+        waiting = list(range(len(prompts)))[::-1]
+        rows: list[int | None] = [None] * self.slots
+        self.running.zero_()
+        while waiting or any(row is not None for row in rows):
+            free = [slot for slot, row in enumerate(rows) if row is None]
+            if waiting and free:
+                self._fill(prompts, waiting, rows, free)
+            for _ in range(POLL):
+                self._step()
+            yield from self._finished(rows)
+
+    def _fill(self, prompts: Sequence[Prompt], waiting: list[int], rows: list[int | None], free: list[int]) -> None:
+        taken = free[: len(waiting)]
+        for slot in taken:
+            rows[slot] = waiting.pop()
+        chosen = [prompts[row] for slot in taken if (row := rows[slot]) is not None]
+        self.decoder.prefill([prompt.ids for prompt in chosen], taken)
+        at = torch.tensor(taken, device=self.tokens.device)
+
+        def put(target: Tensor, values: list[int]) -> None:
+            target[at] = torch.tensor(values, device=target.device, dtype=target.dtype)
+
+        put(self.tokens, [prompt.ids[-1] for prompt in chosen])
+        put(self.positions, [len(prompt.ids) - 1 for prompt in chosen])
+        put(self.seeds, [prompt.seed for prompt in chosen])
+        put(self.steps, [0] * len(chosen))
+        put(self.running, [1] * len(chosen))
+        put(self.ended, [0] * len(chosen))
+
+    def _finished(self, rows: list[int | None]) -> Iterator[Answer]:
+        running, ended, steps = self.running.tolist(), self.ended.tolist(), self.steps.tolist()
+        done = [slot for slot, row in enumerate(rows) if row is not None and not running[slot]]
+        if not done:
+            return
+        written = self.written[torch.tensor(done, device=self.written.device)].tolist()
+        for slot, ids in zip(done, written, strict=True):
+            row = rows[slot]
+            assert row is not None
+            yield Answer(row, tuple(ids[: steps[slot]]), "end" if ended[slot] else "length")
+            rows[slot] = None
+
+    def _step(self) -> None:
+        if self._replay is None:
+            self._replay = self._captured() if self.subject.device.type == "cuda" else self._advance
+        self._replay()
+
+    def _advance(self) -> None:
+        """Feed one token per slot, draw the next, note who ended. Slots at rest feed their last token to their last column."""
+        config, state = self.decoder.config, self.state
+        state.positions, state.visible = self.positions, self.length
+        mask = decoding_mask(config, self.positions, self.length, self.subject.dtype)
+        logits = self.subject.model(
+            input_ids=self.tokens[:, None],
+            position_ids=self.positions[:, None],
+            attention_mask=mask,
+            past_key_values=self.decoder.cache,
+            use_cache=True,
+            slot_state=state,
+        ).logits[:, -1]
+        sampling = self.sampler.sampling
+        tokens = draw(logits, self.seeds, self.steps, sampling.temperature, sampling.top_p)
+        place = self.steps.clamp(max=self.limit - 1)[:, None]
+        kept = self.written.gather(1, place)[:, 0]
+        self.written.scatter_(1, place, torch.where(self.running, tokens, kept)[:, None])
+        ends = torch.isin(tokens, self.sampler.end_ids) & self.running
+        self.ended.logical_or_(ends)
+        self.steps.add_((self.running & ~ends).long())  # an end token is not part of the answer
+        self.running.logical_and_(~ends & (self.steps < self.limit))
+        self.tokens.copy_(torch.where(self.running, tokens, self.tokens))
+        self.positions.add_(self.running.long())
+
+    def _captured(self) -> Callable[[], None]:
+        """Warm up on a side stream, as capture demands, put the state back, and capture one step."""
+        saved = [t.clone() for t in self._state()]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self._advance()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._advance()
+        for tensor, value in zip(self._state(), saved, strict=True):
+            tensor.copy_(value)
+        return graph.replay
+
+    def _state(self) -> list[Tensor]:
+        return [self.tokens, self.positions, self.seeds, self.steps, self.written, self.running, self.ended]
+
+
+def fitting_slots(subject: Subject, length: int) -> int:
+    """How many slots of that length fit into the free memory, at most `MOST_SLOTS`."""
+    if subject.device.type != "cuda":
+        return 64
+    config = subject.model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    slot = 2 * subject.n_layers * heads * width * length * subject.dtype.itemsize
+    free, _ = torch.cuda.mem_get_info(subject.device)
+    return max(1, min(MOST_SLOTS, int(MEMORY_SHARE * free / slot)))

@@ -1,0 +1,198 @@
+"""From a model name and options to a run that is open, checked and ready for its steps.
+
+    with prepared("smollm2-135m", folder, ModelOptions(), PlanOptions()) as work:
+        sample(work); judge(work, JudgeOptions()); activations = record_run(work)
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from personaxis.persona.activations import Activations
+from personaxis.persona.bank import Bank, load_bank
+from personaxis.persona.chat import ChatFormat, chat_format
+from personaxis.persona.errors import KnownError
+from personaxis.persona.judge import Judge, RuleJudge, items_of, judge_rollouts, read_scores, role_play_share
+from personaxis.persona.options import JudgeOptions, ModelOptions, PlanOptions, selection_of
+from personaxis.persona.progress import progress, say
+from personaxis.persona.ranks import Ranks, ranks
+from personaxis.persona.rollouts import Rollout, Selection, with_scores
+from personaxis.persona.run import Run, open_run
+from personaxis.persona.sampler import Sampler, Sampling
+from personaxis.persona.stages import (
+    CPU_CHUNK,
+    GPU_CHUNK,
+    Plan,
+    make_activations,
+    make_rollouts,
+    merge_rollouts,
+    plan_rollouts,
+    planned,
+)
+from personaxis.persona.subject import Subject, load_subject
+
+GATE_WARNING = 0.25  # a share of role-play below this is said aloud
+
+
+@dataclass(frozen=True)
+class Work:
+    """An open run with its model, bank and sampling."""
+
+    run: Run
+    ranks: Ranks
+    subject: Subject
+    chat: ChatFormat
+    bank: Bank
+    selection: Selection
+    sampling: Sampling
+    seed: int
+    chunk: int
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The rollouts of this run."""
+        return plan_rollouts(self.bank, self.subject, self.chat, self.selection, self.seed, self.chunk)
+
+
+@contextmanager
+def prepared(model: str, folder: Path, how: ModelOptions, what: PlanOptions) -> Iterator[Work]:
+    """Open the run folder, load the model, and check that both belong together.
+
+    What a run was begun with (dtype, chunk) is kept when it is resumed, unless other values are asked for, which is
+    refused. Under torchrun every process does this; the first one leads.
+    """
+    place = ranks()
+    selection, max_new_tokens = selection_of(what)
+    sampling = Sampling(max_new_tokens, what.temperature, what.top_p)
+    bank = load_bank(what.bank)
+    selection.roles(bank)  # unknown names fail before a model is loaded
+    with open_run(folder, create=True, rank=place.rank) as run:
+        try:
+            if place.rank:
+                place.barrier()
+            before = run.manifest.get("asked", {})
+            device = how.device or _device(place)
+            how = replace(how, device=device, dtype=how.dtype or before.get("dtype"))
+            subject = load_subject(model, device=how.device, dtype=how.dtype, chat_template=how.chat_template)
+            chat = chat_format(subject.tokenizer, _end_ids(subject))
+            on_gpu = subject.device.type == "cuda"
+            chunk = what.chunk or before.get("chunk") or (GPU_CHUNK if on_gpu else CPU_CHUNK)
+            run.ask(_asked(model, subject, chat, bank, selection, sampling, what.seed, chunk))
+            if not place.rank:
+                place.barrier()
+            yield Work(run, place, subject, chat, bank, selection, sampling, what.seed, chunk)
+        finally:
+            place.close()
+
+
+def sample(work: Work) -> list[Rollout]:
+    """Make all rollouts of the plan that are not there yet. A long run first tries a few roles and says what came."""
+    sampler = _sampler(work)
+    if sampler.decoder.name != "slots" and work.ranks.rank == 0:
+        say("this model does not take a key-value cache as it should: every step reads the whole text again, slowly")
+    plan, gate = work.plan, work.plan.gate
+    if gate:
+        make_rollouts(work.run, plan, work.subject, sampler, work.ranks, range(gate))
+        work.ranks.barrier()
+        if work.ranks.rank == 0:
+            _report_gate(work, [request.key for request in plan.chunks[0]])
+    make_rollouts(work.run, plan, work.subject, sampler, work.ranks, range(gate, len(plan.chunks)))
+    merge_rollouts(work.run, work.ranks)
+    return planned(work.run, plan.keys)
+
+
+def judge_run(run: Run, bank: Bank, rollouts: list[Rollout], options: JudgeOptions, *, lead: bool = True) -> list[Rollout]:
+    """Score the rollouts (rank 0) and return them with their scores. `--judge none` leaves every score None."""
+    if options.judge == "none":
+        return rollouts
+    judge = judge_named(options)
+    path = run.folder / "scores.jsonl"
+    if lead:
+        with progress("judging", len(items_of(rollouts, bank)), quiet=options.judge == "rules") as advance:
+            tally = judge_rollouts(rollouts, bank, judge, path, advance)
+        if tally.problems:
+            said = ", ".join(f"{n} {problem}" for problem, n in sorted(tally.problems.items()))
+            say(f"the judge gave no score for {tally.unparsable} answers ({said}); they count as unjudged")
+        run.note(judge={"id": judge.id, "counts": {str(k): n for k, n in tally.counts.items()}, "unscored": tally.unparsable})
+    return with_scores(rollouts, read_scores(path, judge.id))
+
+
+def judge_named(options: JudgeOptions) -> Judge:
+    """The judge that the options ask for."""
+    if options.judge == "rules":
+        return RuleJudge()
+    if options.judge.startswith("local:"):
+        from personaxis.persona.judge_local import LocalJudge
+
+        return LocalJudge(load_subject(options.judge.removeprefix("local:")))
+    if options.judge.startswith(("http://", "https://")):
+        from personaxis.persona.judge_endpoint import EndpointJudge
+
+        if not options.judge_model:
+            raise KnownError(f"--judge {options.judge} needs --judge-model NAME")
+        return EndpointJudge(options.judge, options.judge_model)
+    raise KnownError(f"--judge {options.judge!r} is not rules, none, local:MODEL or a http(s) URL")
+
+
+def record_run(work: Work, rollouts: list[Rollout]) -> Activations:
+    """Record the scored rollouts."""
+    return make_activations(work.run, work.subject, rollouts, work.ranks)
+
+
+def _sampler(work: Work) -> Sampler:
+    if work.subject.device.type != "cuda":
+        return Sampler(work.subject, work.chat.end_ids, work.sampling)
+    from personaxis.persona.graph import GraphSampler
+
+    return GraphSampler(work.subject, work.chat.end_ids, work.sampling)
+
+
+def _report_gate(work: Work, keys: list[str]) -> None:
+    wanted = set(keys)
+    tried = [rollout for rollout in planned(work.run, keys) if rollout.key in wanted]
+    judge = RuleJudge()
+    verdicts = {verdict.key: verdict.score for verdict in judge.verdicts(items_of(tried, work.bank))}
+    share, n, low, high = role_play_share(with_scores(tried, verdicts))
+    work.run.note(gate={"share": share, "n": n, "low": low, "high": high, "judge": judge.id})
+    say(f"role-play gate: {share:.0%} of {n} answers show their role (95% {low:.0%}..{high:.0%}, judge {judge.id})")
+    if share < GATE_WARNING:
+        say("this model hardly plays roles: expect a weak persona space, and read its null before its axis")
+
+
+def _asked(
+    model: str, subject: Subject, chat: ChatFormat, bank: Bank, selection: Selection, sampling: Sampling, seed: int, chunk: int
+) -> dict[str, Any]:
+    import hashlib
+
+    return {
+        "model_name": model,
+        "model": subject.describe(),
+        "dtype": str(subject.dtype).removeprefix("torch."),
+        "chat_template": hashlib.sha256(chat.template.encode()).hexdigest()[:16],
+        "system": chat.system,
+        "injected_system": chat.injected,
+        "bank": bank.digest,
+        "seed": seed,
+        "chunk": chunk,
+        "max_new_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "roles": [role.name for role in selection.roles(bank)],
+        "prompts": selection.prompts,
+        "questions": selection.questions,
+        "samples": selection.samples,
+    }
+
+
+def _end_ids(subject: Subject) -> Any:
+    config = subject.model.generation_config
+    return config.eos_token_id if config is not None else None
+
+
+def _device(place: Ranks) -> str | None:
+    import torch
+
+    return f"cuda:{place.local}" if place.world > 1 and torch.cuda.is_available() else None

@@ -1,0 +1,47 @@
+"""Several processes on one run: `torchrun --nproc-per-node N -m personaxis.persona.cli axis MODEL ...`.
+
+Work is cut into chunks whose content depends on the plan alone; rank r takes the chunks r, r + world, ... and writes files
+of its own, which rank 0 puts together after a barrier. So N processes give the very result that one gives. The run folder
+must be on a file system that all of them see; nothing but barriers travels over the network.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place: `rank` of `world`, `local` on this host."""
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+
+    def mine(self, chunk: int) -> bool:
+        """Whether this process does that chunk."""
+        return chunk % self.world == self.rank
+
+    def barrier(self) -> None:
+        """Wait for all processes (at most a day: a rank may have one long chunk more than another)."""
+        if self.world == 1:
+            return
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", timeout=timedelta(days=1))
+        dist.barrier()
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if self.world > 1:
+            import torch.distributed as dist
+
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+def ranks() -> Ranks:
+    """The place that torchrun gave this process; a single process without it."""
+    get = os.environ.get
+    return Ranks(int(get("RANK", "0")), int(get("WORLD_SIZE", "1")), int(get("LOCAL_RANK", "0")))

@@ -1,0 +1,208 @@
+"""The long steps of a run: rollouts, then scores, then activations. Each resumes, and each can be shared by ranks.
+
+A step's work is cut into chunks that depend on the plan alone. Rollouts are cut after sorting by prompt length (length
+buckets); a chunk that was interrupted is sampled again whole, with what it already gave thrown away, so that a resumed
+run gives the answers of an uninterrupted one bit for bit. Recording is cut by role, one part file a chunk.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from personaxis.persona.activations import Activations, Cells, join, kept_layers, load_activations
+from personaxis.persona.bank import Bank
+from personaxis.persona.chat import ChatFormat
+from personaxis.persona.errors import KnownError
+from personaxis.persona.progress import progress
+from personaxis.persona.ranks import Ranks
+from personaxis.persona.record import record
+from personaxis.persona.rollouts import Request, Rollout, Selection, read_rollouts, requests
+from personaxis.persona.run import Run
+from personaxis.persona.sampler import Answer, Prompt, Sampler, Sampling
+from personaxis.persona.store import append_lines, read_lines
+from personaxis.persona.subject import Subject
+
+CPU_CHUNK, GPU_CHUNK = 64, 4096
+PART_ROLLOUTS = 1024
+GATE_ROLES, GATE_QUESTIONS, GATE_FROM = 8, 2, 200
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every rollout of a run, cut into chunks. `gate` is the number of leading chunks (0 or 1) that try a few roles."""
+
+    chunks: tuple[tuple[Request, ...], ...]
+    prompt_ids: dict[str, tuple[int, ...]]
+    gate: int
+
+    @property
+    def keys(self) -> list[str]:
+        """All keys of the plan."""
+        return [request.key for chunk in self.chunks for request in chunk]
+
+
+def plan_rollouts(bank: Bank, subject: Subject, chat: ChatFormat, selection: Selection, seed: int, size: int) -> Plan:
+    """Cut a selection into chunks of `size`: first a few roles that show whether the model role-plays, then all by length."""
+    wanted = requests(bank, subject.name, selection, seed)
+    prompt_ids = {request.key: tuple(chat.prompt_ids(list(request.messages))) for request in wanted}
+    gate = _gate(wanted) if len(wanted) >= GATE_FROM else []
+    tried = {request.key for request in gate}
+    rest = sorted((r for r in wanted if r.key not in tried), key=lambda r: (len(prompt_ids[r.key]), r.key))
+    chunks = [tuple(gate)] if gate else []
+    chunks += [tuple(rest[i : i + size]) for i in range(0, len(rest), size)]
+    return Plan(tuple(chunks), prompt_ids, int(bool(gate)))
+
+
+def make_rollouts(run: Run, plan: Plan, subject: Subject, sampler: Sampler, ranks: Ranks, chunks: range) -> None:
+    """Sample what is missing in those chunks of the plan and append it to this rank's log, answer by answer."""
+    done = {rollout.key for rollout in read_rollouts(run.folder)}
+    path = run.folder / ("rollouts.jsonl" if ranks.world == 1 else f"rollouts.{ranks.rank:04d}.jsonl")
+    mine = [plan.chunks[i] for i in chunks if ranks.mine(i)]
+    there = sum(request.key in done for chunk in mine for request in chunk)
+    with progress("rollouts", sum(map(len, mine)), "tokens", done=there, quiet=ranks.rank > 0) as advance:
+        for chunk in mine:
+            if all(request.key in done for request in chunk):
+                continue
+            prompts = [Prompt(plan.prompt_ids[request.key], request.seed) for request in chunk]
+            for answer in sampler.answers(prompts):
+                request = chunk[answer.index]
+                if request.key in done:
+                    continue
+                rollout = _rollout(request, prompts[answer.index], answer, subject)
+                append_lines(path, [rollout.to_json()], sync=False)
+                advance(1, len(answer.ids) + 1)
+
+
+def merge_rollouts(run: Run, ranks: Ranks) -> None:
+    """Put the ranks' logs into one, after all of them are done. A crash in between leaves equal lines twice: harmless."""
+    ranks.barrier()
+    shards = sorted(run.folder.glob("rollouts.*.jsonl"))
+    if ranks.rank == 0 and shards:
+        log = run.folder / "rollouts.jsonl"
+        there = {row["key"] for row in read_lines(log)}
+        append_lines(log, [r.to_json() for r in read_rollouts(run.folder) if r.key not in there])
+        for shard in shards:
+            shard.unlink()
+    ranks.barrier()
+
+
+def planned(run: Run, plan_keys: Sequence[str]) -> list[Rollout]:
+    """The plan's rollouts in the plan's order; `KnownError` when some are missing."""
+    found = {rollout.key: rollout for rollout in read_rollouts(run.folder)}
+    missing = [key for key in plan_keys if key not in found]
+    if missing:
+        raise KnownError(f"{run.folder} lacks {len(missing)} rollouts, such as {missing[0]}; run the rollout step again")
+    return [found[key] for key in sorted(plan_keys)]
+
+
+def content_of(rollouts: Sequence[Rollout]) -> str:
+    """A hash of keys, answers and scores: what recorded activations belong to."""
+    sha = hashlib.sha256()
+    for rollout in sorted(rollouts, key=lambda r: r.key):
+        sha.update(repr((rollout.key, rollout.answer_ids, rollout.score)).encode())
+    return sha.hexdigest()
+
+
+def make_activations(
+    run: Run, subject: Subject, rollouts: Sequence[Rollout], ranks: Ranks, layers: tuple[int, ...] | None = None
+) -> Activations:
+    """Record those rollouts (empty answers left out) and write `activations`; returns at once if that is done already.
+
+    `layers` are those whose rollout means are kept; None keeps as many as `kept_layers` allows.
+    """
+    stem = run.folder / "activations"
+    spoken = [rollout for rollout in rollouts if rollout.answer_ids]
+    if not spoken:
+        raise KnownError(f"{run.folder}: every answer is empty; nothing to record")
+    layers = layers or kept_layers(subject.n_layers, subject.d_model, len(spoken))
+    content = content_of(spoken)
+    if _recorded(stem, content, layers):
+        return load_activations(stem)
+    parts = _parts(spoken)
+    folder = run.folder / "activations.parts"
+    folder.mkdir(exist_ok=True)
+    total = sum(len(part) for i, part in enumerate(parts) if ranks.mine(i))
+    with progress("recording", total, "tokens", quiet=ranks.rank > 0) as advance:
+        for number, part in enumerate(parts):
+            if ranks.mine(number):
+                part_stem = folder / f"{number:05d}"
+                part_content = content_of(part)
+                if not _recorded(part_stem, part_content, layers):
+                    _record_part(subject, part, layers, part_content, advance).save(part_stem)
+    ranks.barrier()
+    if ranks.rank == 0:
+        whole = join([load_activations(folder / f"{number:05d}") for number in range(len(parts))])
+        replace(whole, content=content).save(stem)
+        shutil.rmtree(folder)
+    ranks.barrier()
+    return load_activations(stem)
+
+
+def _record_part(
+    subject: Subject, part: Sequence[Rollout], layers: tuple[int, ...], content: str, advance: Any
+) -> Activations:
+    means = torch.empty(len(part), subject.n_layers, subject.d_model)
+    for indices, batch in record(subject, part):
+        means[indices] = batch
+        advance(len(indices), sum(len(part[i].prompt_ids) + len(part[i].answer_ids) for i in indices))
+    cells = Cells()
+    for rollout, mean in zip(part, means, strict=True):
+        cells.add(rollout.role, rollout.score, mean)
+    names, count, mean, square = cells.tensors()
+    return Activations(
+        cells=tuple(names),
+        count=count,
+        mean=mean,
+        square=square,
+        keys=tuple(rollout.key for rollout in part),
+        scores=tuple(rollout.score for rollout in part),
+        layers=layers,
+        rollout_means=means[:, list(layers)].contiguous(),
+        model=subject.describe(),
+        content=content,
+    )
+
+
+def _recorded(stem: Path, content: str, layers: tuple[int, ...]) -> bool:
+    if not stem.with_name(stem.name + ".json").exists():
+        return False
+    there = load_activations(stem)
+    return there.content == content and there.layers == layers
+
+
+def _parts(rollouts: Sequence[Rollout]) -> list[list[Rollout]]:
+    """Whole roles, in order of name, about `PART_ROLLOUTS` rollouts together."""
+    by_role: dict[str, list[Rollout]] = {}
+    for rollout in sorted(rollouts, key=lambda r: r.key):
+        by_role.setdefault(rollout.role, []).append(rollout)
+    parts: list[list[Rollout]] = []
+    for role in sorted(by_role):
+        if parts and len(parts[-1]) + len(by_role[role]) <= PART_ROLLOUTS:
+            parts[-1].extend(by_role[role])
+        else:
+            parts.append(list(by_role[role]))
+    return parts
+
+
+def _gate(wanted: Sequence[Request]) -> list[Request]:
+    """The first prompt and questions of a few roles spread over the plan, the default left out."""
+    roles = list(dict.fromkeys(request.key.split("/")[0] for request in wanted))[1:]
+    chosen = {roles[i * len(roles) // GATE_ROLES] for i in range(GATE_ROLES)} if roles else set()
+    first = [r for r in wanted if r.key.split("/")[0] in chosen and r.key.split("/")[1] == "0" and r.key.endswith("/0")]
+    asked = list(dict.fromkeys(request.key.split("/")[2] for request in first))[:GATE_QUESTIONS]
+    return [request for request in first if request.key.split("/")[2] in asked]
+
+
+def _rollout(request: Request, prompt: Prompt, answer: Answer, subject: Subject) -> Rollout:
+    text = subject.tokenizer.decode(list(answer.ids), skip_special_tokens=True)
+    return Rollout(request.key, request.messages, prompt.ids, answer.ids, text, request.seed, answer.stopped)
+
+
+def sampling_of(asked: dict[str, Any]) -> Sampling:
+    """The `Sampling` that a run folder records."""
+    return Sampling(asked["max_new_tokens"], asked["temperature"], asked["top_p"])

@@ -1,0 +1,278 @@
+"""The verbs of `persona/`: rollout, judge, record, roles, spans, show, import, self-test.
+
+Progress goes to stderr, results to stdout, `--json` for machines.
+"""
+
+import json as json_module
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from personaxis.persona.errors import KnownError
+from personaxis.persona.options import JudgeOptions, ModelOptions, PlanOptions
+
+MODEL_HELP = "a packaged name (smollm2-135m), a local folder, a .gguf file or a hub id"
+Model = Annotated[str, Parameter(help=MODEL_HELP)]
+
+
+def run_folder(model: str, out: Path | None) -> Path:
+    """Where a model's run goes unless told: runs/NAME."""
+    return out or Path("runs") / (Path(model).stem if model.endswith(".gguf") else Path(model).name)
+
+
+def rollout(
+    model: Model, /, *, out: Path | None = None, how: ModelOptions = ModelOptions(), what: PlanOptions = PlanOptions()
+) -> None:
+    """Sample answers under role prompts into a run folder (resumes).
+
+    Parameters
+    ----------
+    out
+        the run folder; runs/NAME unless given
+    """
+    from personaxis.persona.prepare import prepared, sample
+
+    folder = run_folder(model, out)
+    with prepared(model, folder, how, what) as work:
+        made = sample(work)
+        if work.ranks.rank == 0:
+            cut = sum(r.stopped == "length" for r in made)
+            _say(f"{len(made)} rollouts in {folder / 'rollouts.jsonl'} ({cut} stopped at the token limit)")
+
+
+def judge(run: Path, /, *, who: JudgeOptions = JudgeOptions(), bank: Path | None = None) -> None:
+    """Score whether a run's answers play their roles, into scores.jsonl (resumes).
+
+    Parameters
+    ----------
+    run
+        a run folder
+    bank
+        the bank that the run was made with, if not the packaged one
+    """
+    from personaxis.persona.bank import load_bank
+    from personaxis.persona.prepare import judge_run
+    from personaxis.persona.rollouts import read_rollouts
+    from personaxis.persona.run import open_run
+
+    with open_run(run) as folder:
+        chosen = load_bank(bank)
+        _require_bank(folder.manifest, chosen.digest, run)
+        scored = judge_run(folder, chosen, read_rollouts(run), who)
+        counts = {score: sum(r.score == score for r in scored) for score in (0, 1, 2, 3, None)}
+        _say(", ".join(f"{'unjudged' if score is None else score}: {n}" for score, n in counts.items()))
+
+
+def record(run: Path, /, *, how: ModelOptions = ModelOptions()) -> None:
+    """Record a run's activations with the scores of its newest judge (resumes).
+
+    Parameters
+    ----------
+    run
+        a run folder
+    """
+    from dataclasses import replace
+
+    from personaxis.persona.judge import read_scores
+    from personaxis.persona.ranks import ranks
+    from personaxis.persona.rollouts import read_rollouts, with_scores
+    from personaxis.persona.run import open_run
+    from personaxis.persona.stages import make_activations
+    from personaxis.persona.subject import load_subject
+
+    place = ranks()
+    with open_run(run, rank=place.rank) as folder:
+        asked = folder.manifest.get("asked")
+        if not asked:
+            raise KnownError(f"{run} has no run.json with rollouts; make them first with `personaxis rollout`")
+        how = replace(how, dtype=how.dtype or asked["dtype"])
+        subject = load_subject(asked["model_name"], device=how.device, dtype=how.dtype, chat_template=how.chat_template)
+        folder.ask({"model": subject.describe(), "dtype": str(subject.dtype).removeprefix("torch.")})
+        rollouts = with_scores(read_rollouts(run), read_scores(run / "scores.jsonl"))
+        found = make_activations(folder, subject, rollouts, place)
+        if place.rank == 0:
+            _say(f"{int(found.count.sum())} rollouts of {len(found.roles)} roles, {found.n_layers} layers")
+    place.close()
+
+
+def roles(name: str | None = None, /, *, bank: Path | None = None, tag: str | None = None, json: bool = False) -> None:
+    """List a role bank, show one role, or validate a bank of your own (every mistake is named with its line).
+
+    Parameters
+    ----------
+    name
+        show this role with its prompts and rubric
+    bank
+        a folder with roles.jsonl and questions.jsonl in place of the packaged bank
+    tag
+        only roles with this tag
+    """
+    from dataclasses import asdict
+
+    from personaxis.persona.bank import load_bank
+
+    found = load_bank(bank)
+    shown = [found.role(name)] if name else [role for role in found.roles if tag is None or tag in role.tags]
+    if json:
+        _print_json([asdict(role) for role in shown])
+    elif name:
+        role = shown[0]
+        _console().print(Text(role.name, style="bold"), Text(" ".join(role.tags), style="dim"))
+        for i, prompt in enumerate(role.prompts):
+            _console().print(Text(f"{i}  {prompt or '(no system message)'}"))
+        _console().print(Text(f"rubric  {role.rubric}", style="italic"))
+    else:
+        table = Table("role", "prompts", "tags")
+        for role in shown:
+            table.add_row(Text(role.name), str(len(role.prompts)), Text(" ".join(role.tags)))
+        _console().print(table)
+        _say(f"{len(shown)} roles, {len(found.questions)} questions, bank {found.digest[:12]}")
+
+
+def spans(
+    model: Model,
+    /,
+    *,
+    transcript: Path | None = None,
+    system: str = "You are a pirate.",
+    user: str = "Who are you?",
+    assistant: str = "Arr, I be a pirate.",
+    chat_template: Path | None = None,
+) -> None:
+    """Show which tokens a chat template gives to whom, coloured by speaker.
+
+    Parameters
+    ----------
+    transcript
+        a stored conversation in place of the three messages below (OpenAI, ShareGPT or plain message list, JSON)
+    system
+        system message; "" sends none
+    user
+        user message
+    assistant
+        assistant message
+    chat_template
+        a Jinja file in place of the tokenizer's chat template
+    """
+    from personaxis.persona.chat import chat_format
+    from personaxis.persona.foreign import import_transcript
+    from personaxis.persona.spans import conversation_spans, render_spans
+    from personaxis.persona.subject import load_tokenizer
+
+    said = {"system": system, "user": user, "assistant": assistant}
+    messages: Any = [{"role": role, "content": text} for role, text in said.items() if text]
+    if transcript is not None:
+        messages = import_transcript(transcript)[0]
+    tokenizer = load_tokenizer(model, chat_template)
+    chat = chat_format(tokenizer)
+    _console().print(render_spans(conversation_spans(chat, messages), tokenizer))
+    if chat.injected and not any(message["role"] == "system" for message in messages):
+        _say(f"the template adds a system message of its own: {chat.injected!r}")
+    if chat.system == "merged":
+        _say("the template takes no system message: its text goes before the first user message")
+
+
+def show(path: Path, /) -> None:
+    """Print any artefact or run folder as JSON: what it is, its shapes, and where it came from.
+
+    Parameters
+    ----------
+    path
+        a run folder, or an artefact with or without its ending
+    """
+    from personaxis.persona.store import digest, read_json
+
+    if path.is_dir():
+        if not (path / "run.json").is_file():
+            raise KnownError(f"{path} is not a run folder: it has no run.json")
+        files = {file.name: file.stat().st_size for file in sorted(path.iterdir()) if not file.name.startswith(".")}
+        _print_json({**read_json(path / "run.json"), "files": files})
+        return
+    stem = path.with_suffix("") if path.suffix in (".json", ".safetensors") else path
+    record_path, tensor_path = stem.with_name(stem.name + ".json"), stem.with_name(stem.name + ".safetensors")
+    if not record_path.is_file():
+        raise KnownError(f"{path} is neither a run folder nor an artefact (there is no {record_path.name})")
+    content = read_json(record_path)
+    if tensor_path.is_file() and content.get("sha256") != digest(tensor_path):
+        raise KnownError(f"{tensor_path} does not match the hash in {record_path.name}: damaged; make it again")
+    _print_json(content)
+
+
+def import_(kind: Literal["axis", "caps", "roles"], source: Path, /, *, out: Path, model: str = "unknown") -> None:
+    """Turn the paper repository's files into artefacts of this project; signs are turned where theirs are opposite.
+
+    Parameters
+    ----------
+    kind
+        axis: a .pt with an axis; caps: a capping_config.pt; roles: a folder of role JSON files beside questions.jsonl
+    source
+        the file or folder
+    out
+        an artefact's stem for axis, a folder for caps and roles
+    model
+        the id of the model that the vectors came from
+    """
+    from personaxis.persona.foreign import import_axis, import_bank, import_caps, write_bank
+
+    described = {"id": model}
+    if kind == "roles":
+        questions = source / "questions.jsonl"
+        write_bank(import_bank(source, questions), out)
+        _say(f"bank written to {out}")
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "axis":
+        found = import_axis(source, described)
+        found.save(out)
+        _say(f"axis of {len(found.layers)} layers, width {found.vectors.shape[1]}, written to {out}.safetensors")
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    caps = import_caps(source, described)
+    for name, cap in caps.items():
+        cap.save(out / name.replace("/", "_"))
+    _say(f"{len(caps)} caps written to {out}")
+
+
+def self_test(model: Model, /, *, how: ModelOptions = ModelOptions(), json: bool = False) -> None:
+    """Prove that recording binds on this model and machine: hooks, spans, padding and means against plain references.
+
+    Exits with status 2 when any check fails.
+    """
+    from personaxis.persona.selftest import run_self_test
+    from personaxis.persona.subject import load_subject
+
+    subject = load_subject(model, device=how.device, dtype=how.dtype, chat_template=how.chat_template)
+    checks = run_self_test(subject)
+    if json:
+        _print_json([check.to_json() for check in checks])
+    else:
+        table = Table("check", "found", "allowed", "")
+        for check in checks:
+            mark = Text("ok", style="green") if check.passed else Text("FAILED", style="bold red")
+            table.add_row(check.name, f"{check.found:.3g}", f"{check.allowed:.3g}", mark)
+        _console().print(table)
+    failed = [check.name for check in checks if not check.passed]
+    if failed:
+        raise KnownError(f"self-test of {model} failed: {', '.join(failed)}")
+
+
+def _require_bank(manifest: dict[str, Any], digest: str, run: Path) -> None:
+    made_with = manifest.get("asked", {}).get("bank")
+    if made_with and made_with != digest:
+        raise KnownError(f"{run} was made with bank {made_with[:12]}, not {digest[:12]}; name its folder with --bank")
+
+
+def _console() -> Console:
+    return Console(soft_wrap=False)
+
+
+def _say(text: str) -> None:
+    _console().print(Text(text))
+
+
+def _print_json(content: Any) -> None:
+    print(json_module.dumps(content, indent=1, ensure_ascii=False))  # noqa: T201 (a verb's result)

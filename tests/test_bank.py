@@ -1,0 +1,203 @@
+"""A bank is read strictly, every mistake is named with its place, and the packaged bank keeps its promises."""
+
+import json
+import re
+from collections import Counter, defaultdict
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+from personaxis.persona.bank import PACKAGED, Bank, Role, load_bank
+from personaxis.persona.errors import KnownError
+
+DEFAULT = {"name": "default", "prompts": ["", "You are {model}."], "is_default": True}
+BARD = {"name": "bard", "prompts": ["You are a bard."], "rubric": "sings", "tags": ["human"]}
+QUESTION = {"id": "q1", "question": "Who are you?", "tags": ["self"]}
+
+
+def written(folder: Path, roles: list[Any], questions: list[Any] | None = None) -> Path:
+    """A bank folder; a row that is a string is written as it stands."""
+    for name, rows in (("roles", roles), ("questions", [QUESTION] if questions is None else questions)):
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        (folder / f"{name}.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packaged() -> Bank:
+    return load_bank()
+
+
+def test_a_bank_is_read_in_file_order_with_its_defaults_filled_in(tmp_path):
+    bank = load_bank(written(tmp_path, [BARD, "", DEFAULT], [QUESTION, {"id": 7, "question": "Why?"}]))
+    assert [role.name for role in bank.roles] == ["bard", "default"]
+    assert bank.role("bard") == Role("bard", ("You are a bard.",), is_default=False, rubric="sings", tags=("human",))
+    assert bank.default is bank.role("default")
+    assert (bank.default.rubric, bank.default.tags) == ("", ())
+    assert [(question.id, question.tags) for question in bank.questions] == [("q1", ("self",)), ("7", ())]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({**BARD, "prompts": ["Another bard."]}, "role 'bard' is in the bank twice"),
+        ({**BARD, "name": "b", "prompts": ["You are b.", " "]}, "role 'b' has an empty prompt; only the default"),
+        ({**BARD, "name": "b", "prompts": []}, "needs `prompts`, a list of at least one string"),
+        ({**BARD, "name": "b", "prompts": "You are b."}, "needs `prompts`, a list of at least one string"),
+        ({**BARD, "name": "b", "prompts": [None]}, "needs `prompts`, a list of at least one string"),
+        ({**BARD, "name": "a/b"}, "role name 'a/b' may not hold '/'"),
+        ({**BARD, "name": " b"}, "may not hold '/' or outer spaces"),
+        ({**BARD, "name": ""}, "`name` must be a string that is not empty"),
+        ({"prompts": ["You are b."]}, "`name` must be a string that is not empty"),
+        ({**BARD, "name": "b", "tags": "human"}, "`tags` must be a list of strings"),
+        ({**BARD, "name": "b", "is_default": "false"}, "`is_default` true or false"),
+        ({**BARD, "name": "b", "rubric": None}, "a string as `rubric`"),
+        ('{"name": "b", "prompts": ["You are b."}', "is not valid JSON"),
+        ('["b"]', "is not a JSON object"),
+    ],
+)
+def test_a_mistake_in_a_role_is_named_with_file_and_line(tmp_path, row, message):
+    with pytest.raises(KnownError, match=rf"roles\.jsonl:4:? .*{re.escape(message)}") as error:
+        load_bank(written(tmp_path, [DEFAULT, BARD, "", row]))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({**QUESTION, "question": "Another?"}, "question id 'q1' is in the bank twice"),
+        ({"id": "q2", "question": "  "}, "`question` must be a string that is not empty"),
+        ({"id": "q2"}, "`question` must be a string that is not empty"),
+        ({"question": "Why?"}, "a question needs an `id`"),
+        ({"id": None, "question": "Why?"}, "a question needs an `id`"),
+        ({"id": "a/b", "question": "Why?"}, "a question needs an `id` without '/'"),
+        ("{", "is not valid JSON"),
+    ],
+)
+def test_a_mistake_in_a_question_is_named_with_file_and_line(tmp_path, row, message):
+    with pytest.raises(KnownError, match=rf"questions\.jsonl:2:? .*{re.escape(message)}"):
+        load_bank(written(tmp_path, [DEFAULT], [QUESTION, row]))
+
+
+@pytest.mark.parametrize(("roles", "count"), [([BARD], 0), ([DEFAULT, {**DEFAULT, "name": "other"}], 2), ([], 0)])
+def test_a_bank_needs_exactly_one_default(tmp_path, roles, count):
+    with pytest.raises(KnownError, match=rf"roles\.jsonl needs exactly one role with is_default true, it has {count}"):
+        load_bank(written(tmp_path, roles))
+
+
+def test_a_bank_without_questions_is_refused(tmp_path):
+    with pytest.raises(KnownError, match=r"questions\.jsonl holds no question"):
+        load_bank(written(tmp_path, [DEFAULT], []))
+
+
+def test_a_missing_file_is_named_and_says_what_a_bank_is(tmp_path):
+    with pytest.raises(KnownError, match=r"roles\.jsonl does not exist; a bank is a folder with"):
+        load_bank(tmp_path)
+    written(tmp_path, [DEFAULT])
+    with pytest.raises(KnownError, match=r"roles\.jsonl does not exist; a bank is a folder with"):
+        load_bank(tmp_path / "roles.jsonl")  # a file where the folder should be was a traceback
+    (tmp_path / "questions.jsonl").unlink()
+    with pytest.raises(KnownError, match=r"questions\.jsonl does not exist"):
+        load_bank(tmp_path)
+
+
+def test_a_file_that_is_not_utf8_is_named(tmp_path):
+    written(tmp_path, [DEFAULT])
+    (tmp_path / "questions.jsonl").write_bytes(b'{"id": "q", "question": "Gar\xe7on?"}\n')
+    with pytest.raises(KnownError, match=r"questions\.jsonl is not UTF-8"):
+        load_bank(tmp_path)
+
+
+def test_an_unknown_role_suggests_the_closest_names(packaged):
+    with pytest.raises(KnownError, match=r"no role 'pirat' in the bank; did you mean pirate"):
+        packaged.role("pirat")
+    with pytest.raises(KnownError, match=rf"no role 'xyzzy' in the bank \(it has {len(packaged.roles)}\)"):
+        packaged.role("xyzzy")
+
+
+def test_the_digest_changes_with_a_comma_and_not_with_the_layout_of_the_file(tmp_path):
+    bank = load_bank(written(tmp_path, [DEFAULT, BARD]))
+    reordered = ["", json.dumps(DEFAULT, indent=None, separators=(" , ", " : ")), dict(reversed(BARD.items())), ""]
+    assert load_bank(written(tmp_path, reordered)).digest == bank.digest
+    digests = {bank.digest}
+    for roles, questions in [
+        ([DEFAULT, {**BARD, "prompts": ["You are, a bard."]}], [QUESTION]),
+        ([DEFAULT, {**BARD, "rubric": "sings,"}], [QUESTION]),
+        ([DEFAULT, {**BARD, "tags": ["human", "artistic"]}], [QUESTION]),
+        ([DEFAULT, BARD], [{**QUESTION, "question": "Who, are you?"}]),
+        ([DEFAULT, BARD], [{**QUESTION, "id": "q2"}]),
+        ([BARD, DEFAULT], [QUESTION]),
+    ]:
+        digests.add(load_bank(written(tmp_path, roles, questions)).digest)
+    assert len(digests) == 7
+
+
+def test_the_packaged_digest_changes_with_a_comma(packaged):
+    role = packaged.roles[1]
+    changed = replace(role, prompts=(role.prompts[0].replace(",", "", 1), *role.prompts[1:]))
+    assert changed != role
+    assert replace(packaged, roles=(packaged.roles[0], changed, *packaged.roles[2:])).digest != packaged.digest
+    assert packaged.digest == load_bank(PACKAGED).digest
+
+
+def test_the_packaged_bank_is_large_enough(packaged):
+    others = [role for role in packaged.roles if not role.is_default]
+    assert len(others) >= 64
+    assert {role.name: len(role.prompts) for role in others if len(role.prompts) != 5} == {}
+    assert len(packaged.questions) >= 60
+
+
+def test_the_packaged_default_is_the_model_itself(packaged):
+    # the five of arXiv 2601.10387; the empty one sends no system message
+    assert packaged.default.name == "default"
+    assert packaged.default.prompts == (
+        "",
+        "You are an AI assistant.",
+        "You are a large language model.",
+        "You are {model}.",
+        "Respond as yourself.",
+    )
+
+
+def test_every_packaged_role_has_a_rubric_and_tags(packaged):
+    assert [role.name for role in packaged.roles if len(role.rubric) < 40 or not role.tags] == []
+    assert [question.id for question in packaged.questions if not question.tags] == []
+
+
+def test_no_placeholder_is_left_in_the_packaged_bank(packaged):
+    suspect = re.compile(r"[{}<>\[\]]|TODO|FIXME|XXX|TBD|lorem ipsum|\bplaceholder\b", re.IGNORECASE)
+    texts = [text for role in packaged.roles for text in (*role.prompts, role.rubric)]
+    texts += [question.question for question in packaged.questions]
+    assert [text for text in texts if suspect.search(text)] == ["You are {model}."]
+
+
+def test_packaged_texts_are_tidy(packaged):
+    texts = [text for role in packaged.roles for text in (*role.prompts, role.rubric)]
+    texts += [question.question for question in packaged.questions]
+    assert [text for text in texts if text != text.strip() or "  " in text or "\n" in text or "\ufffd" in text] == []
+
+
+def near_duplicates(texts: list[str], threshold: float = 0.3, n: int = 8) -> list[tuple[str, str]]:
+    """Pairs whose sets of character n-grams have a Jaccard index of `threshold` or more."""
+    grams = [{text.lower()[i : i + n] for i in range(len(text) - n + 1)} for text in texts]
+    holders = defaultdict(list)
+    for index, found in enumerate(grams):
+        for gram in found:
+            holders[gram].append(index)
+    shared = Counter(pair for indices in holders.values() for pair in combinations(indices, 2))
+    close = [(i, j) for (i, j), both in shared.items() if both >= threshold * (len(grams[i]) + len(grams[j]) - both)]
+    return [(texts[i], texts[j]) for i, j in close]
+
+
+def test_near_duplicates_are_found_when_there_are_any():
+    texts = ["You are a pirate captain at sea.", "You are a pirate captain at sea!", "Answer as an old oak tree would."]
+    assert near_duplicates(texts) == [(texts[0], texts[1])]
+
+
+def test_no_two_packaged_prompts_or_questions_are_near_duplicates(packaged):
+    prompts = [prompt for role in packaged.roles if not role.is_default for prompt in role.prompts]
+    assert near_duplicates(prompts) == []
+    assert near_duplicates([question.question for question in packaged.questions]) == []
+    assert near_duplicates([role.rubric for role in packaged.roles]) == []

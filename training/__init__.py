@@ -1,0 +1,1 @@
+"""Making small models. Nothing is here yet."""
