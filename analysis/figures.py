@@ -38,6 +38,12 @@ def figures(fit: dict[str, Any]) -> dict[str, go.Figure]:
     return made
 
 
+def middle(fit: dict[str, Any]) -> float:
+    """Halfway between the pole's projection and the mean of the other roles': where colours are neutral."""
+    others = [role["projection"] for role in fit["roles"] if not role["positive"]]
+    return (float(_pole(fit)["projection"]) + float(np.mean(others))) / 2
+
+
 def plane(fit: dict[str, Any]) -> go.Figure:
     """Roles in the plane of PC1 and PC2, coloured by projection; the line from the roles' mean to the star is the axis."""
     roles = fit["roles"]
@@ -105,7 +111,12 @@ def by_layer(fit: dict[str, Any]) -> go.Figure:
         figure.update_layout(
             {
                 f"xaxis{suffix}": {**_axis(), "anchor": f"y{suffix}", "matches": "x" if i else None, "showgrid": False},
-                f"yaxis{suffix}": {**_axis(), "domain": [max(top - height, 0), top], "anchor": f"x{suffix}", "nticks": 5},
+                f"yaxis{suffix}": {
+                    **_axis(),
+                    "domain": [max(top - height, 0), top],
+                    "anchor": f"x{suffix}",
+                    "nticks": 5,
+                },
             }
         )
         figure.update_layout({f"xaxis{suffix}": {"showticklabels": last, "title": {"text": "layer"} if last else None}})
@@ -125,12 +136,17 @@ def variance(fit: dict[str, Any]) -> go.Figure:
     figure = _figure(margin={"l": 52, "r": 16, "t": 16, "b": 48})
     hover = "%{x} components: %{y:.0f}%<extra></extra>"
     mode, marker = "lines+markers", {"size": 5, "color": "var(--accent)"}
-    figure.add_scatter(x=numbers, y=total.tolist(), mode=mode, line=_line("--accent", 2), marker=marker, hovertemplate=hover)
+    figure.add_scatter(
+        x=numbers, y=total.tolist(), mode=mode, line=_line("--accent", 2), marker=marker, hovertemplate=hover
+    )
     for share, count in fit["components_for"].items():
         percent = float(share) * 100
         if count > len(total):
             continue  # only the first components are in the report
-        for corner in ({"x0": 0, "x1": count, "y0": percent, "y1": percent}, {"x0": count, "x1": count, "y0": 0, "y1": percent}):
+        for corner in (
+            {"x0": 0, "x1": count, "y0": percent, "y1": percent},
+            {"x0": count, "x1": count, "y0": 0, "y1": percent},
+        ):
             figure.add_shape(type="line", **corner, line=_line("--muted", 1, "dot"), layer="below")
         place = {"x": count, "y": percent, "xanchor": "left", "yanchor": "top", "xshift": 6, "yshift": -2}
         text = f"<b>{count}</b> for {percent:.0f}%"
@@ -165,7 +181,9 @@ def answers(fit: dict[str, Any]) -> go.Figure:
             figure.add_scatter(x=ends, y=[labels[side]] * 2, mode="lines", line=line, **strip)
         dot = {"color": "var(--paper)", "size": 9, "line": {"color": colour, "width": 2}}
         figure.add_scatter(x=[median], y=[labels[side]], mode="markers", marker=dot, **strip)
-    figure.update_xaxes(title_text=f"projection at layer {fit['layer']} (+ toward {_toward(fit)})", anchor="y2", **_axis())
+    figure.update_xaxes(
+        title_text=f"projection at layer {fit['layer']} (+ toward {_toward(fit)})", anchor="y2", **_axis()
+    )
     density_axis = {"domain": [0.28, 1], "showticklabels": False, "title": {"text": "density"}, "rangemode": "tozero"}
     names = {"domain": [0, 0.2], "showgrid": False, "fixedrange": True, "zeroline": False, "type": "category"}
     figure.update_layout(yaxis={**_axis(), **density_axis}, yaxis2=names)
@@ -177,10 +195,27 @@ def _cosines(figure: go.Figure, lines: list[dict[str, Any]], x: str, y: str) -> 
     for run in _runs(null):
         layers = [line["layer"] for line in run]
         _band(figure, layers, [0.0] * len(run), [line["null"]["cos_pc1_95"] for line in run], "--chance-soft", x, y)
-        _curve(figure, layers, [line["null"]["cos_pc1"] for line in run], "--muted", x, y, "shuffled labels %{y:.2f}", "dot")
+        _curve(
+            figure,
+            layers,
+            [line["null"]["cos_pc1"] for line in run],
+            "--muted",
+            x,
+            y,
+            "shuffled labels %{y:.2f}",
+            "dot",
+        )
     for run in _runs([line for line in lines if "cos_pc1_by_roles" in line]):
         _interval_band(figure, run, "cos_pc1_by_roles", x, y)
-    _curve(figure, [li["layer"] for li in lines], [li["cos_pc1"] for li in lines], "--accent", x, y, "cos(PC1, axis) %{y:.2f}")
+    _curve(
+        figure,
+        [li["layer"] for li in lines],
+        [li["cos_pc1"] for li in lines],
+        "--accent",
+        x,
+        y,
+        "cos(PC1, axis) %{y:.2f}",
+    )
     figure.update_layout({f"yaxis{y[1:]}": {"range": [0, 1.02]}})
 
 
@@ -223,12 +258,21 @@ def _band(
 
 
 def _curve(
-    figure: go.Figure, layers: list[int], values: list[float], colour: str, x: str, y: str, hover: str, dash: str = "solid"
+    figure: go.Figure,
+    layers: list[int],
+    values: list[float],
+    colour: str,
+    x: str,
+    y: str,
+    hover: str,
+    dash: str = "solid",
 ) -> None:
     look: dict[str, Any] = {"mode": "lines", "line": _line(colour, 2 if dash == "solid" else 1.2, dash)}
     if dash == "solid":
         look |= {"mode": "lines+markers", "marker": {"size": 4, "color": f"var({colour})"}}
-    figure.add_scatter(x=layers, y=values, **look, hovertemplate=f"layer %{{x}}: {hover}<extra></extra>", xaxis=x, yaxis=y)
+    figure.add_scatter(
+        x=layers, y=values, **look, hovertemplate=f"layer %{{x}}: {hover}<extra></extra>", xaxis=x, yaxis=y
+    )
 
 
 def _runs(lines: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -250,16 +294,20 @@ def _marker(kind: str, members: list[Role], dimensions: int) -> dict[str, Any]:
     symbol = {"dot": "circle", "default": "diamond", "pole": "star" if flat else "diamond"}[kind]
     size = {"dot": 10, "default": 14, "pole": 20}[kind] if flat else {"dot": 5, "default": 8, "pole": 9}[kind]
     line = {"color": "var(--ink)" if kind != "dot" else "var(--outline)", "width": 1.2 if kind != "dot" else 0.8}
-    return {"symbol": symbol, "size": size, "color": [m["projection"] for m in members], "coloraxis": "coloraxis", "line": line}
+    return {
+        "symbol": symbol,
+        "size": size,
+        "color": [m["projection"] for m in members],
+        "coloraxis": "coloraxis",
+        "line": line,
+    }
 
 
 def _coloraxis(fit: dict[str, Any]) -> dict[str, Any]:
     """Diverging, neutral halfway between the pole and the other roles' mean; each side reaches its own extreme."""
     values = [role["projection"] for role in fit["roles"]]
-    others = [role["projection"] for role in fit["roles"] if not role["positive"]]
     low, high = min(values), max(values)
-    middle = (_pole(fit)["projection"] + float(np.mean(others))) / 2
-    share = (middle - low) / (high - low) if high > low else 0.5
+    share = (middle(fit) - low) / (high - low) if high > low else 0.5
     stops = [[0, "var(--others)"], [min(max(share, 0.01), 0.99), "var(--middle)"], [1, "var(--positive)"]]
     bar = {"orientation": "h", "x": 0.5, "y": -0.2, "yanchor": "top", "len": 0.7, "thickness": 9, "outlinewidth": 0}
     title = {"text": f"projection on the axis (+ toward {_toward(fit)})", "side": "top"}
@@ -325,7 +373,9 @@ def _figure(**layout: Any) -> go.Figure:
     clear = {"paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "template": None, "dragmode": False}
     font = {"family": FONT, "size": 13, "color": "var(--muted)"}
     # a fixed uirevision keeps zoom and camera when the page redraws in other colours
-    return go.Figure(layout={**clear, "font": font, "hoverlabel": hover, "showlegend": False, "uirevision": "keep", **layout})
+    return go.Figure(
+        layout={**clear, "font": font, "hoverlabel": hover, "showlegend": False, "uirevision": "keep", **layout}
+    )
 
 
 def _axis(*, zero: bool = False) -> dict[str, Any]:
@@ -376,5 +426,3 @@ def _hover(role: Role) -> str:
 
 def _cut(text: str, length: int = 28) -> str:
     return text if len(text) <= length else f"{text[: length - 1]}…"
-
-

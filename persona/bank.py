@@ -93,7 +93,7 @@ def _roles(path: Path) -> list[Role]:
             raise KnownError(f"{where}: role {name!r} needs `prompts`, a list of at least one string")
         is_default, rubric = row.get("is_default", False), row.get("rubric", "")
         if not isinstance(is_default, bool) or not isinstance(rubric, str):
-            raise KnownError(f"{where}: role {name!r} needs `is_default` true or false and a string as `rubric`, if any")
+            raise KnownError(f"{where}: role {name!r} needs `is_default` true or false, a string as `rubric`")
         if not is_default and not all(prompt.strip() for prompt in prompts):
             raise KnownError(f"{where}: role {name!r} has an empty prompt; only the default role may")
         roles[name] = Role(name, tuple(prompts), is_default, rubric, _tags(row, where))

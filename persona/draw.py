@@ -54,7 +54,7 @@ def row_noise(seeds: Int[Tensor, " B"], steps: Int[Tensor, " B"]) -> Int[Tensor,
     return _mix(mixed ^ (seeds >> 32))
 
 
-def gumbel(noise: Int[Tensor, "*B"], ids: Int[Tensor, "*B"]) -> Float[Tensor, "*B"]:
+def gumbel(noise: Int[Tensor, "#B #K"], ids: Int[Tensor, "#B #K"]) -> Float[Tensor, "B K"]:
     """Standard Gumbel noise of token ids under `row_noise`, from 24 uniform bits; both broadcast together."""
     hashed = _mix((noise + ids * 0x9E3779B1) & _LOW)
     uniform = ((hashed >> 8).float() + 0.5) * 2.0**-24

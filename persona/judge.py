@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from personaxis.persona.bank import Bank, Role
 from personaxis.persona.errors import KnownError
@@ -62,6 +62,7 @@ class Verdict:
             raise ValueError(f"{self.key}: a score 0-3 or a problem is needed, not {self.score!r} and {self.problem!r}")
 
 
+@runtime_checkable
 class Judge(Protocol):
     """Anything that scores items. `id` names judge and wording, so that two judges' scores are never mixed."""
 

@@ -196,8 +196,8 @@ class _Run:
 
     patience: int
     limit: int
-    jobs: "queue.SimpleQueue[Item | None]" = field(default_factory=queue.SimpleQueue)
-    outcomes: "queue.SimpleQueue[Verdict | KnownError | None]" = field(default_factory=queue.SimpleQueue)
+    jobs: queue.SimpleQueue[Item | None] = field(default_factory=queue.SimpleQueue)
+    outcomes: queue.SimpleQueue[Verdict | KnownError | None] = field(default_factory=queue.SimpleQueue)
     stop: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
     ever_answered: bool = False

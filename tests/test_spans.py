@@ -2,6 +2,7 @@
 
 import random
 import unicodedata
+from functools import cache
 from typing import Any
 
 import pytest
@@ -38,6 +39,11 @@ NASTY = {
     ),
     "masks": messages_of("\U000f0000\U000f0001", "\U000f0001", "\U0010f002\U0010f000", "\U000f0000"),
 }
+
+
+@cache
+def format_of(name: str, kind: str = "cl100k") -> ChatFormat:
+    return chat_format(tokenizer_of(name, kind))
 
 
 def shown(family: Family, messages: list[dict[str, str]], number: int) -> str:
@@ -79,7 +85,7 @@ def family(request: pytest.FixtureRequest) -> Family:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_spans_tokens_decode_to_the_content(family: Family, kind: str) -> None:
-    format = chat_format(tokenizer_of(family.name, kind))
+    format = format_of(family.name, kind)
     spans = conversation_spans(format, PLAIN)
     check_order(spans)
     assert spans.absent == ()
@@ -97,7 +103,7 @@ def test_a_spans_tokens_decode_to_the_content(family: Family, kind: str) -> None
 @pytest.mark.parametrize("nasty", NASTY)
 def test_nasty_contents_keep_their_spans(family: Family, kind: str, nasty: str) -> None:
     messages = NASTY[nasty]
-    format = chat_format(tokenizer_of(family.name, kind))
+    format = format_of(family.name, kind)
     spans = conversation_spans(format, messages)
     check_order(spans)
     for span in spans.spans:
@@ -112,7 +118,7 @@ def test_nasty_contents_keep_their_spans(family: Family, kind: str, nasty: str) 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_one_turn_chat_starts_with_its_prompt_and_the_answer_right_after(family: Family, kind: str) -> None:
-    format = chat_format(tokenizer_of(family.name, kind))
+    format = format_of(family.name, kind)
     for chat in (messages_of("Who are you?", "I am a pirate."), messages_of("Who?", "A ship!", system="Be brief.")):
         prompt, whole = format.prompt_ids(chat[:-1]), conversation_spans(format, chat)
         if not family.prompt_is_prefix:
@@ -127,7 +133,7 @@ def test_a_one_turn_chat_starts_with_its_prompt_and_the_answer_right_after(famil
 
 
 def test_prompt_spans_have_the_ids_of_the_prompt(family: Family) -> None:
-    format = chat_format(tokenizer_of(family.name))
+    format = format_of(family.name)
     messages = PLAIN[:-1]
     spans = prompt_spans(format, messages)
     assert list(spans.ids) == format.prompt_ids(messages)
@@ -136,14 +142,14 @@ def test_prompt_spans_have_the_ids_of_the_prompt(family: Family) -> None:
 
 
 def test_the_end_of_turn_is_the_templates_and_follows_the_answer(family: Family) -> None:
-    format = chat_format(tokenizer_of(family.name))
+    format = format_of(family.name)
     spans = conversation_spans(format, PLAIN)
     rest = [id for id in spans.ids[spans.spans[-1].stop :] if format.tokenizer.decode([id]).strip()]
     assert rest[0] in format.end_ids
 
 
 def test_a_user_quoting_the_answer_does_not_move_the_span() -> None:
-    format = chat_format(tokenizer_of("chatml"))
+    format = format_of("chatml")
     plain = conversation_spans(format, messages_of("x", "I am a pirate."))
     quoting = conversation_spans(format, messages_of("I am a pirate.", "I am a pirate."))
     (user, answer) = quoting.spans
@@ -153,7 +159,7 @@ def test_a_user_quoting_the_answer_does_not_move_the_span() -> None:
 
 
 def test_a_users_own_end_of_turn_token_stays_inside_the_users_span() -> None:
-    format = chat_format(tokenizer_of("chatml"))
+    format = format_of("chatml")
     typed = "hi<|im_end|>\n<|im_start|>assistant\nI am a pirate.<|im_end|>\n"
     spans = conversation_spans(format, messages_of(typed, "I am a pirate."))
     user, answer = spans.spans
@@ -169,7 +175,7 @@ THOUGHT = "<think>\nLet me see.\n</think>\n\n"
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["qwen3", "deepseek_r1"])
 def test_thoughts_dropped_from_history_are_in_no_span(name: str, kind: str) -> None:
-    format = chat_format(tokenizer_of(name, kind))
+    format = format_of(name, kind)
     messages = messages_of("Who?", THOUGHT + "A pirate.", "Why?", "The sea.")
     spans = conversation_spans(format, messages)
     pieces = ["".join(spans.pieces[span.start : span.stop]).strip() for span in spans.spans]
@@ -178,7 +184,7 @@ def test_thoughts_dropped_from_history_are_in_no_span(name: str, kind: str) -> N
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_thought_that_is_kept_belongs_to_the_answer(kind: str) -> None:
-    format = chat_format(tokenizer_of("qwen3", kind))
+    format = format_of("qwen3", kind)
     for answer in (THOUGHT + "A pirate.", "<think>\nLet me see.\n</think>"):
         spans = conversation_spans(format, messages_of("Who?", answer))
         assert "".join(spans.pieces[spans.spans[1].start : spans.spans[1].stop]).strip() == answer
@@ -188,13 +194,13 @@ def test_a_thought_that_is_kept_belongs_to_the_answer(kind: str) -> None:
 
 
 def test_an_answer_that_is_nothing_but_a_dropped_thought_is_absent() -> None:
-    format = chat_format(tokenizer_of("deepseek_r1"))
+    format = format_of("deepseek_r1")
     spans = conversation_spans(format, messages_of("Who?", "<think>\nHm.\n</think>", "Why?"))
     assert spans.absent == (1,)
 
 
 def test_markup_that_changes_how_others_are_written_is_still_read_exactly() -> None:
-    format = chat_format(tokenizer_of("qwen3"))
+    format = format_of("qwen3")
     messages = messages_of("Who?", "Me.", "<tool_response>I am a tool</tool_response>", "The sea.")
     spans = conversation_spans(format, messages)
     pieces = ["".join(spans.pieces[span.start : span.stop]).strip() for span in spans.spans]
@@ -202,7 +208,7 @@ def test_markup_that_changes_how_others_are_written_is_still_read_exactly() -> N
 
 
 def test_a_tool_message_has_a_span_of_its_own() -> None:
-    format = chat_format(tokenizer_of("qwen3"))
+    format = format_of("qwen3")
     messages = [*messages_of("Look.", "I look."), {"role": "tool", "content": "42"}]
     spans = prompt_spans(format, messages)
     assert [span.speaker for span in spans.spans] == ["user", "assistant", "tool"]
@@ -219,7 +225,7 @@ def test_random_conversations_of_markup_and_blanks_are_read_as_each_family_is_kn
         messages = messages_of(*contents, system=rng.choice([None, "Be.", " x\n", ""]))
         if family.name == "qwen3" and "</think>" in "".join(contents):
             continue
-        format = chat_format(tokenizer_of(family.name, rng.choice(KINDS)))
+        format = format_of(family.name, rng.choice(KINDS))
         spans = conversation_spans(format, messages)
         check_order(spans)
         for span in spans.spans:
@@ -284,7 +290,7 @@ def test_a_tokenizer_without_offsets_is_refused() -> None:
 
 def test_messages_that_the_template_refuses_are_a_known_error() -> None:
     with pytest.raises(KnownError, match="must alternate"):
-        conversation_spans(chat_format(tokenizer_of("gemma2")), messages_of("a", "b")[::-1])
+        conversation_spans(format_of("gemma2"), messages_of("a", "b")[::-1])
 
 
 def test_an_answers_span_follows_its_prompt_and_is_never_empty() -> None:
@@ -295,7 +301,7 @@ def test_an_answers_span_follows_its_prompt_and_is_never_empty() -> None:
 
 
 def test_rendered_spans_show_speakers_boundaries_newlines_and_no_control_characters() -> None:
-    format = chat_format(tokenizer_of("chatml"))
+    format = format_of("chatml")
     spans = conversation_spans(format, messages_of("red \x1b[31m\u202e😀", "I am\na pirate."))
     text = render_spans(spans, format.tokenizer)
     legend, _, body = text.plain.partition("\n\n")

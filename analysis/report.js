@@ -1,0 +1,84 @@
+// Draws the figures in the page's colours, and again when these change. Nothing is fetched and nothing is stored.
+(() => {
+  const root = document.documentElement;
+  const figures = JSON.parse(document.getElementById("figures").textContent);
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const narrow = matchMedia("(max-width: 40rem)");
+  const probe = document.body.appendChild(document.createElement("span"));
+  probe.hidden = true;
+
+  // var(--name) is resolved by the browser itself, which knows light-dark()
+  const colour = (text) => {
+    probe.style.color = text;
+    return getComputedStyle(probe).color;
+  };
+  // only under keys that hold colours: a role may be called "var(--ink)"
+  const resolved = (value, key) => {
+    if (typeof value === "string") return /color/i.test(key) && value.startsWith("var(") ? colour(value) : value;
+    if (Array.isArray(value)) return value.map((item) => resolved(item, key));
+    if (value === null || typeof value !== "object") return value;
+    return Object.fromEntries(Object.entries(value).map(([name, item]) => [name, resolved(item, name)]));
+  };
+
+  const config = {
+    responsive: true,
+    displaylogo: false,
+    scrollZoom: false, // the wheel scrolls the page
+    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", "resetCameraLastSave3d", "tableRotation"],
+    toImageButtonOptions: { format: "svg" },
+  };
+  const canvas = document.createElement("canvas");
+  const hasWebGL = Boolean(canvas.getContext("webgl2") || canvas.getContext("webgl"));
+
+  const draw = () => {
+    const other = narrow.matches ? "wide" : "narrow"; // labels are placed for two widths
+    for (const box of document.querySelectorAll("[data-figure]")) {
+      const figure = resolved(figures[box.dataset.figure], "");
+      if (figure.layout.scene && !hasWebGL) {
+        box.textContent = "This browser does not draw in three dimensions (no WebGL).";
+        box.classList.add("absent");
+        continue;
+      }
+      const data = figure.data.filter((trace) => trace.meta !== other);
+      Plotly.react(box, data, figure.layout, config);
+    }
+  };
+
+  const button = document.getElementById("theme");
+  const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : dark.matches);
+  const name = () => {
+    button.textContent = isDark() ? "Light" : "Dark";
+    button.setAttribute("aria-label", `Switch to ${isDark() ? "light" : "dark"} colours`);
+  };
+  const paint = () => {
+    name();
+    draw();
+  };
+  button.hidden = false;
+  button.addEventListener("click", () => {
+    root.dataset.theme = isDark() ? "light" : "dark";
+    paint();
+  });
+  dark.addEventListener("change", paint);
+  narrow.addEventListener("change", draw);
+  paint();
+
+  const find = document.getElementById("find");
+  find.closest("p").hidden = false;
+  find.addEventListener("input", () => {
+    const wanted = find.value.trim().toLowerCase();
+    for (const row of document.querySelectorAll(".ranking tbody tr")) {
+      row.hidden = !row.cells[0].textContent.toLowerCase().includes(wanted);
+    }
+  });
+
+  const copy = document.getElementById("copy");
+  if (navigator.clipboard) {
+    copy.hidden = false;
+    copy.addEventListener("click", async () => {
+      await navigator.clipboard.writeText(document.querySelector(".command code").textContent);
+      copy.textContent = "Copied";
+      setTimeout(() => (copy.textContent = "Copy"), 1500);
+    });
+  }
+})();

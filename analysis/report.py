@@ -1,0 +1,360 @@
+"""The report of a run: one HTML file that works offline and says what was found, how sure it is, and from what.
+
+    write_report(folder / "report.html", fit, rollouts, manifest, stamp)
+
+Role names, prompts, answers and model ids come from others: the template escapes all of them, figures carry them as
+JSON without markup, and the page's own policy runs no script but the three written here and loads nothing at all.
+"""
+
+import base64
+import hashlib
+import json
+import math
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from personaxis.analysis.figures import figures, middle
+from personaxis.analysis.tables import stability
+from personaxis.persona.bank import load_bank
+from personaxis.persona.rollouts import Rollout
+from personaxis.persona.store import atomic
+
+HERE = Path(__file__).parent
+SCORES = {
+    "0": "refuses as itself",
+    "1": "answers as itself",
+    "2": "says that it is an AI, yet shows the role",
+    "3": "fully in the role",
+}
+ENDS, ANSWERS, LONG = 3, 2, 600  # roles at each end, answers a role, and letters of an answer that are shown at once
+HARDLY = 0.25  # a share of role-play below this is said aloud
+SURE = 0.05  # p-values above this are called chance
+
+Row = dict[str, Any]
+
+
+def write_report(
+    path: Path, fit: dict[str, Any], rollouts: Sequence[Rollout], manifest: dict[str, Any], stamp: str
+) -> None:
+    """Write the report of a fit (fit.json) with sample answers (scored rollouts) and the run's manifest (run.json).
+
+    `stamp` is found in the first 4000 characters of the file, so that a caller can tell whether it is up to date.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"interval": _interval, "short": _short}
+    page = environment.get_template("report.html.jinja").render(_content(fit, rollouts, manifest, stamp))
+    with atomic(path) as temporary:
+        temporary.write_bytes(page.encode("utf-8", "replace"))  # an answer may hold half a surrogate pair
+
+
+def _content(fit: dict[str, Any], rollouts: Sequence[Rollout], manifest: dict[str, Any], stamp: str) -> dict[str, Any]:
+    line = next(line for line in fit["layers"] if line["layer"] == fit["layer"])
+    drawn = figures(fit)
+    scripts = [get_plotlyjs(), (HERE / "report.js").read_text(encoding="utf-8")]
+    data = "{" + ",".join(f"{json.dumps(name)}:{figure.to_json()}" for name, figure in drawn.items()) + "}"
+    return {
+        "stamp": stamp,
+        "policy": _policy(scripts),
+        "css": Markup((HERE / "report.css").read_text(encoding="utf-8")),
+        "scripts": [Markup(script) for script in scripts],
+        "data": Markup(data.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")),
+        "drawn": drawn.keys(),
+        "fit": fit,
+        "line": line,
+        "others": len(fit["roles"]) - 1,
+        "verdict": _verdict(fit, line),
+        "stable": stability(line),
+        "tiles": _tiles(fit, line),
+        "gate": manifest.get("gate"),
+        "hardly": HARDLY,
+        "ranking": _ranking(fit),
+        "says": {"roles": _say_roles(fit), "layers": _say_layers(fit), "answers": _say_answers(fit)},
+        "samples": _samples(fit, rollouts),
+        "score_names": SCORES,
+        "n_rollouts": len(rollouts),
+        "dropped": _dropped(fit["dropped"]),
+        "judge": manifest.get("judge"),
+        "command": _command(fit, manifest),
+        "asked": manifest.get("asked", {}),
+        "versions": manifest.get("versions", {}),
+        "created": manifest.get("created"),
+        "records": {"run.json": _pretty(manifest), "what was fitted": _pretty(fit["asked"])},
+    }
+
+
+def _policy(scripts: Sequence[str]) -> str:
+    """A content security policy: these scripts by their hashes, styles in the page, images from memory, no network."""
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    allowed = " ".join(f"'sha256-{value}'" for value in hashes)
+    return (
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _verdict(fit: dict[str, Any], line: dict[str, Any]) -> str:
+    """What the layer to use says about the two questions: do the poles differ, and is their difference the main one?"""
+    pole, others = fit["positive"], len(fit["roles"]) - 1
+    if "null" not in line:
+        return (
+            f"At layer {fit['layer']} the cosine between PC1 of {others} roles and the axis is {line['cos_pc1']:.2f}; what "
+            "chance would give is not known, as no rollout means were kept there or no replicates were asked for."
+        )
+    null = line["null"]
+    if null["p_norm"] > SURE:
+        return (
+            f"At layer {fit['layer']} “{pole}” is no further from the {others} other roles than shuffled labels would put it "
+            f"(p = {null['p_norm']:.2g}): there is no axis to use here."
+        )
+    apart = (
+        f"At layer {fit['layer']} “{pole}” stands apart from the {others} other roles, "
+        f"{line['norm'] / null['norm']:.1f} times as far as shuffled labels would put it (p = {null['p_norm']:.2g})"
+    )
+    if null["p_cos_pc1"] > SURE:
+        return (
+            f"{apart}. But the main direction between the roles (PC1) does not point to it more than chance "
+            f"(p = {null['p_cos_pc1']:.2g}): use the axis, and do not take PC1 for it."
+        )
+    return f"{apart}, and the main direction between the roles (PC1) points to it (p = {null['p_cos_pc1']:.2g})."
+
+
+class Tile(NamedTuple):
+    """A headline figure. `strip` places value, interval and chance on a line, in percent of its length."""
+
+    name: str
+    value: str
+    interval: str
+    note: str
+    strip: dict[str, float]
+
+
+def _tiles(fit: dict[str, Any], line: dict[str, Any]) -> list[Tile]:
+    null, cos = line.get("null"), line.get("cos_pc1_by_roles")
+    note = f"shuffled labels: {null['cos_pc1']:.2f}, 95% below {null['cos_pc1_95']:.2f}" if null else "chance not known"
+    strip = _strip(line["cos_pc1"], cos) | ({"chance": 100 * null["cos_pc1_95"]} if null else {})
+    tiles = [Tile("cos(PC1, axis)", f"{line['cos_pc1']:.2f}", _range(cos), note, strip)]
+    if half := line.get("split_half"):
+        note = f"cosine between the axes of two random halves of the answers, {half['n']} splits"
+        tiles.append(Tile("split-half", f"{half['value']:.2f}", _range(half), note, _strip(half["value"], half)))
+    if null:
+        scale = 1.1 * max(line["norm"], null["norm_95"])
+        strip = {"value": 100 * line["norm"] / scale, "chance": 100 * null["norm_95"] / scale}
+        note = f"|axis| {line['norm']:.3g}; shuffled labels: {null['norm']:.3g}, 95% below {null['norm_95']:.3g}"
+        ratio = f"{line['norm'] / null['norm']:.1f}×"
+        tiles.append(
+            Tile("length against chance", ratio, f"p = {null['p_norm']:.2g}, {null['n']} shuffles", note, strip)
+        )
+    counts = fit["components_for"]
+    note = f"{counts['0.5']}, {counts['0.7']} and {counts['0.9']} components hold 50, 70 and 90% of it"
+    others = f"of the variance between {len(fit['roles']) - 1} roles"
+    tiles.append(Tile("PC1", f"{line['variance_pc1']:.0%}", others, note, _strip(line["variance_pc1"], None)))
+    if share := fit.get("role_play"):
+        low, high = share["interval"]
+        place = {"value": 100 * share["share"], "low": 100 * low, "high": 100 * high}
+        note = f"of {share['n']:,} judged answers show the role (score 2 or 3)"
+        tiles.append(Tile("role-play", f"{share['share']:.0%}", f"{low:.0%} to {high:.0%}", note, place))
+    return tiles
+
+
+def _strip(value: float, interval: Row | None) -> dict[str, float]:
+    place = {"value": value} | ({"low": interval["low"], "high": interval["high"]} if interval else {})
+    return {name: min(max(100 * number, 0), 100) for name, number in place.items()}
+
+
+def _ranking(fit: dict[str, Any]) -> dict[str, Any]:
+    """Rows from the first pole down, with places in percent of the scale, and the scale's ticks."""
+    roles, centre, show = fit["roles"], middle(fit), _number(fit)
+    ticks = _ticks([role[name] for role in roles for name in ("projection", "low", "high") if name in role])
+    first, span = ticks[0], ticks[-1] - ticks[0]
+    least, most = roles[0]["projection"], roles[-1]["projection"]
+    rows = []
+    for role in reversed(roles):
+        value = role["projection"]
+        far = (value - centre) / (most - centre if value > centre else least - centre or 1)
+        places = {name: 100 * (role[name] - first) / span for name in ("projection", "low", "high") if name in role}
+        rows.append(
+            {
+                "role": role["role"],
+                "kind": "pole" if role["positive"] else "default" if role["role"] == fit["default"] else "",
+                "projection": show(value),
+                "interval": f"{show(role['low'])} to {show(role['high'])}" if "low" in role else "",
+                "n": role["n"],
+                "places": places,
+                "side": "positive" if value > centre else "others",
+                "far": 100 * far,
+            }
+        )
+    pole = next(row["places"]["projection"] for row in rows if row["kind"] == "pole")
+    marks = [(f"{tick:.10g}".replace("-", "−"), 100 * (tick - first) / span) for tick in ticks]
+    return {"rows": rows, "ticks": marks, "pole": pole}
+
+
+def _ticks(values: list[float]) -> list[float]:
+    """Four to eight round numbers, the first at or below all values and the last at or above."""
+    low, high = min(values), max(values)
+    rough = (high - low or abs(high) or 1.0) / 5
+    unit = 10.0 ** math.floor(math.log10(rough))
+    step = unit * next(factor for factor in (1, 2, 5, 10) if factor * unit >= rough * (1 - 1e-9))
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [number * step for number in range(first, max(last, first + 1) + 1)]
+
+
+def _say_roles(fit: dict[str, Any]) -> str:
+    others, show = [role for role in fit["roles"] if not role["positive"]], _number(fit)
+    pole = next(role for role in fit["roles"] if role["positive"])
+    below = sum(role["projection"] < pole["projection"] for role in others)
+    ends = ", ".join(_short(role["role"]) for role in others[:ENDS])
+    where = f"“{_short(pole['role'])}” lies at {show(pole['projection'])}, above {below} of {len(others)} roles; the lowest are {ends}."
+    if "low" not in pole:
+        return f"{where} No answers' means were kept at this layer, so how sure each place is cannot be said."
+    apart = sum(role["high"] < pole["low"] for role in others)
+    wide = float(np.median([role["high"] - role["low"] for role in others])) / 2
+    return (
+        f"{where} Intervals are 95% over a role's own answers, typically ±{show(wide)}, so neighbours are seldom told apart; "
+        f"those of {apart} roles end below the interval of “{_short(pole['role'])}”."
+    )
+
+
+def _say_layers(fit: dict[str, Any]) -> str:
+    if not any("null" in line for line in fit["layers"]):
+        return (
+            "Only the angle and the length are known: no rollout means were kept, or no replicates were asked for, so there "
+            "are no intervals and no chance level."
+        )
+    return (
+        "A layer is of use where all three curves are high and clear of the grey, in which shuffled labels stay 95% of the "
+        "time. Coloured bands are 95% intervals: over resampled roles for the cosine, over random splits for the halves."
+    )
+
+
+def _say_answers(fit: dict[str, Any]) -> str:
+    """How well a single answer tells the pole from the rest: area under the ROC curve, Hanley and McNeil's interval."""
+    ours, rest = (np.sort(fit["projections"].get(side, [])) for side in ("positive", "others"))
+    if not len(ours) or not len(rest):
+        return "No single answers were kept at this layer, so there is nothing to show here."
+    below = (np.searchsorted(rest, ours, "left") + np.searchsorted(rest, ours, "right")) / 2
+    area = float(below.mean()) / len(rest)
+    first, second = area / (2 - area), 2 * area**2 / (1 + area)
+    spread = area * (1 - area) + (len(ours) - 1) * (first - area**2) + (len(rest) - 1) * (second - area**2)
+    error = 1.96 * math.sqrt(max(spread, 0) / (len(ours) * len(rest)))
+    return (
+        f"An answer of “{_short(fit['positive'])}” lies above one of another role in {area:.0%} of pairs (95% "
+        f"{max(area - error, 0):.0%} to {min(area + error, 1):.0%} if answers are independent; 50% is chance)."
+    )
+
+
+def _samples(fit: dict[str, Any], rollouts: Sequence[Rollout]) -> list[Row]:
+    """Answers of the poles' roles, to the same questions where they can be: the first ones, not chosen ones."""
+    others = [role for role in fit["roles"] if not role["positive"]]
+    marked = [role for role in fit["roles"] if role["positive"] or role["role"] == fit["default"]]
+    chosen = [("", role) for role in marked[::-1]]
+    chosen += [("lowest", role) for role in others[:ENDS]] + [("highest", role) for role in others[::-1][:ENDS]]
+    wanted = list({role["role"]: (end, role) for end, role in reversed(chosen)}.values())[::-1]
+    names = {role["role"] for _, role in wanted}
+    own: dict[str, list[Rollout]] = {name: [] for name in names}
+    for rollout in rollouts:
+        if rollout.role in names and rollout.answer.strip():
+            own[rollout.role].append(rollout)
+    asked = Counter(question for answers in own.values() for question in {rollout.question for rollout in answers})
+    same = sorted(asked, key=lambda question: (-asked[question], question))[:ANSWERS]
+    keys = fit["projections"].get("keys", {})  # in the order of the projections, where the fit has them
+    places = {k: p for side, ks in keys.items() for k, p in zip(ks, fit["projections"][side], strict=True)}
+    show = _number(fit)
+    found = []
+    for end, role in wanted:
+        first = {rollout.question: rollout for rollout in reversed(own[role["role"]])}
+        taken = [first[question] for question in same if question in first] or list(first.values())[:ANSWERS]
+        answers = [_sample(rollout, places.get(rollout.key), show) for rollout in taken]
+        found.append({"role": role["role"], "end": end, "projection": show(role["projection"]), "answers": answers})
+    return found
+
+
+def _sample(rollout: Rollout, place: float | None, show: Any) -> Row:
+    said = {message["role"]: message["content"] for message in rollout.messages}
+    return {
+        "key": rollout.key,
+        "system": said.get("system", ""),
+        "question": said.get("user", ""),
+        "answer": _parts(rollout.answer.strip()),
+        "score": None if rollout.score is None else str(rollout.score),
+        "projection": None if place is None else show(place),
+        "cut": rollout.stopped == "length",
+    }
+
+
+def _parts(text: str) -> tuple[str, str]:
+    """What is shown of an answer and what is folded away, parted at a space."""
+    if len(text) <= LONG * 1.2:
+        return text, ""
+    end = text.rfind(" ", LONG // 2, LONG)
+    return text[: end if end > 0 else LONG], text[end if end > 0 else LONG :]
+
+
+def _dropped(dropped: dict[str, Any]) -> dict[str, Any]:
+    """Answers left out as a table: a row a role, a column a reason that occurred."""
+    scores, empty, whole = dropped.get("by_score", {}), dropped.get("empty", {}), dropped.get("roles", {})
+    columns = [name for name in (*SCORES, "unjudged") if any(counts.get(name) for counts in scores.values())]
+    rows = []
+    for role in sorted({*scores, *empty, *whole}):
+        counts = [scores.get(role, {}).get(name, 0) for name in columns]
+        rows.append({"role": role, "counts": counts, "empty": empty.get(role, 0), "why": whole.get(role, "")})
+    by_score = sum(sum(counts.values()) for counts in scores.values())
+    return {"columns": columns, "rows": rows, "by_score": by_score, "empty": sum(empty.values()), "whole": len(whole)}
+
+
+def _command(fit: dict[str, Any], manifest: dict[str, Any]) -> str:
+    """The command that makes this run again, in a folder of its own. What cannot be known from the record is in capitals."""
+    asked, fitted = manifest.get("asked", {}), fit["asked"]
+    options: dict[str, Any] = {"--plan": "paper"}  # the plan without limits of its own: all that it had follows
+    if asked.get("bank") not in (None, load_bank().digest):
+        options["--bank"] = "FOLDER"
+    options["--roles"] = ",".join(asked.get("roles", [])[1:]) or None
+    for name in ("prompts", "questions", "samples", "max_new_tokens", "temperature", "top_p", "seed", "chunk", "dtype"):
+        options[f"--{name.replace('_', '-')}"] = asked.get(name)
+    judge, *rest = str(manifest.get("judge", {}).get("id", "none")).split(":")
+    if judge == "local":
+        options["--judge"] = f"local:{':'.join(rest[:-2])}"  # name:weights:wording
+    elif judge == "endpoint":
+        options |= {"--judge": "URL", "--judge-model": ":".join(rest[:-1])}
+    else:
+        options["--judge"] = judge.split("-")[0]  # rules-1
+    for name in ("keep", "positive", "layer", "replicates"):
+        options[f"--{name}"] = fitted.get(name)
+    model = asked.get("model_name") or (fit.get("model") or {}).get("id", "MODEL")
+    words = ["personaxis", "axis", str(model)]
+    for name, value in options.items():
+        words += [] if value is None else [name, str(value)]
+    return shlex.join([*words, "--out", "again"])
+
+
+def _number(fit: dict[str, Any]) -> Any:
+    """How projections are written: to a hundredth or so of their spread over roles, with a true minus sign."""
+    spread = fit["roles"][-1]["projection"] - fit["roles"][0]["projection"]
+    digits = max(0, 2 - math.floor(math.log10(spread))) if spread > 0 else 2
+    return lambda value: f"{value:,.{min(digits, 8)}f}".replace("-", "−")
+
+
+def _range(interval: Row | None) -> str:
+    return "no interval" if interval is None else f"95% {interval['low']:.2f} to {interval['high']:.2f}"
+
+
+def _interval(value: Row | None) -> str:
+    return "" if value is None else f"{value['value']:.2f} [{value['low']:.2f}, {value['high']:.2f}]".replace("-", "−")
+
+
+def _short(text: str, length: int = 40) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def _pretty(content: Any) -> str:
+    return json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False)
