@@ -62,9 +62,7 @@ def fit_axis(
     positive = positive or default
     rows, groups = _groups(activations, kept, positive)
     means = _all_layer_means(activations, groups, scores, default)  # (R+1, L, D)
-    layers = [
-        _layer(activations, rows, groups, means[:, l], l, replicates, seed) for l in range(activations.n_layers)
-    ]
+    layers = [_layer(activations, rows, groups, means[:, l], l, replicates, seed) for l in range(activations.n_layers)]
     chosen, why = _choose(layers, layer, activations.n_layers)
     axis = _axis(activations, rows, groups, means, chosen, positive, default)
     space = _space(activations, groups, means, chosen)
@@ -77,7 +75,9 @@ def fit_axis(
         "positive": positive,
         "roles": _roles(x, groups, means[:, chosen], axis, space, chosen, seed),
         "variance_ratio": space.variance_ratio.tolist()[:50],
-        "components_for": {str(share): components_for(space.variance_ratio.double().numpy(), share) for share in (0.5, 0.7, 0.9)},
+        "components_for": {
+            str(share): components_for(space.variance_ratio.double().numpy(), share) for share in (0.5, 0.7, 0.9)
+        },
         "projections": _projections(x, groups, axis, chosen),
         "n_rollouts": len(rows),
     }
@@ -223,7 +223,7 @@ def _roles(
         if intervals:
             row |= {"low": intervals[i].low, "high": intervals[i].high}
         rows.append(row)
-    return sorted(rows, key=lambda row: float(row["projection"]))  # type: ignore[arg-type]
+    return sorted(rows, key=lambda row: float(row["projection"]))
 
 
 def _projections(x: Array | None, groups: Groups, axis: Axis, layer: int) -> dict[str, list[float]]:

@@ -30,7 +30,7 @@ class Groups:
     def means(self, x: Array, weight: Array | None = None) -> tuple[Array, Array]:
         """Weighted mean of each group (R+1, D) of x (N, D), and the groups' total weights (R+1,); 0/0 gives NaN rows."""
         weight = np.ones(len(x)) if weight is None else weight
-        total = np.bincount(self.index, weight, minlength=len(self.names))
+        total = np.bincount(self.index, weight, minlength=len(self.names)).astype(np.float64)
         one_hot = np.zeros((len(self.names), len(x)))
         one_hot[self.index, np.arange(len(x))] = weight
         with np.errstate(invalid="ignore", divide="ignore"):

@@ -38,7 +38,9 @@ def stability(line: dict[str, Any]) -> str:
 
 
 def _layers(fit: dict[str, Any]) -> Table:
-    table = Table(title="By layer (intervals 95%; shuffled: cos(PC1, axis) when labels are shuffled)", title_justify="left")
+    table = Table(
+        title="By layer (intervals 95%; shuffled: cos(PC1, axis) when labels are shuffled)", title_justify="left"
+    )
     for name in ("layer", "cos(PC1, axis)", "var PC1", "split-half", "|axis|", "shuffled"):
         table.add_column(name, justify="right")
     for line in fit["layers"]:
@@ -55,7 +57,12 @@ def _ends(fit: dict[str, Any]) -> Table:
     roles = [role for role in fit["roles"] if not role["positive"]]
     first, second = fit["poles"]
     table = Table(title=f"Projection at layer {fit['layer']}, + toward {first}", title_justify="left")
-    for name, justify in ((f"lowest ({second})", "left"), ("projection", "right"), (f"highest ({first})", "left"), ("projection", "right")):
+    for name, justify in (
+        (f"lowest ({second})", "left"),
+        ("projection", "right"),
+        (f"highest ({first})", "left"),
+        ("projection", "right"),
+    ):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     count = min(ENDS, len(roles))
     for low, high in zip(roles[:count], roles[::-1][:count], strict=True):

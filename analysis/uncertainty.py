@@ -113,7 +113,7 @@ def shuffled(x: Array, groups: Groups, generator: Generator, replicates: int = 1
     for _ in range(replicates):
         again, _ = Groups(generator.permutation(groups.index), groups.names).means(x)
         replicate = direction(again)
-        norms.append(np.linalg.norm(replicate))
+        norms.append(float(np.linalg.norm(replicate)))
         cosines.append(cosine(first_component(again)[0], replicate))
     return Null(
         norm=float(np.mean(norms)),

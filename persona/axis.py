@@ -122,7 +122,9 @@ class PersonaSpace:
             "variance_ratio": self.variance_ratio,
             "coordinates": self.coordinates,
         }
-        save_tensors(stem, tensors, {"kind": "space", "layer": self.layer, "roles": list(self.roles), "model": self.model})
+        save_tensors(
+            stem, tensors, {"kind": "space", "layer": self.layer, "roles": list(self.roles), "model": self.model}
+        )
 
 
 def load_space(stem: Path) -> PersonaSpace:
@@ -150,7 +152,9 @@ class Cap:
 
     def __post_init__(self) -> None:
         if self.vectors.shape[0] != len(self.layers) or self.floor.shape != (len(self.layers),):
-            raise ValueError(f"{len(self.layers)} layers, {self.vectors.shape[0]} vectors and {len(self.floor)} floors differ")
+            raise ValueError(
+                f"{len(self.layers)} layers, {self.vectors.shape[0]} vectors and {len(self.floor)} floors differ"
+            )
         if not (self.floor < float("inf")).all():
             raise ValueError("a floor is NaN or +infinity")
         _require_unit_rows(self.vectors)  # the kernel lifts by |v|^2, so another length is another floor

@@ -73,7 +73,9 @@ def load_bank(folder: Path | None = None) -> Bank:
     questions = tuple(_questions(folder / "questions.jsonl"))
     defaults = [role.name for role in roles if role.is_default]
     if len(defaults) != 1:
-        raise KnownError(f"{folder / 'roles.jsonl'} needs exactly one role with is_default true, it has {len(defaults)}")
+        raise KnownError(
+            f"{folder / 'roles.jsonl'} needs exactly one role with is_default true, it has {len(defaults)}"
+        )
     if not questions:
         raise KnownError(f"{folder / 'questions.jsonl'} holds no question")
     return Bank(roles, questions)
@@ -85,7 +87,9 @@ def _roles(path: Path) -> list[Role]:
         where = f"{path}:{number}"
         name = _text(row, "name", where)
         if "/" in name or name != name.strip():
-            raise KnownError(f"{where}: role name {name!r} may not hold '/' or outer spaces (it is part of rollout keys)")
+            raise KnownError(
+                f"{where}: role name {name!r} may not hold '/' or outer spaces (it is part of rollout keys)"
+            )
         if name in roles:
             raise KnownError(f"{where}: role {name!r} is in the bank twice; rename or remove one")
         prompts = row.get("prompts")

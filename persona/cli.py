@@ -36,7 +36,11 @@ app = App(
 for name, (path, text) in VERBS.items():
     app.command(path, name=name, help=text)
 
-FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "a file grew too large"}
+FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file grew too large",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

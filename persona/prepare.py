@@ -1,7 +1,7 @@
 """From a model name and options to a run that is open, checked and ready for its steps.
 
-    with prepared("smollm2-135m", folder, ModelOptions(), PlanOptions()) as work:
-        sample(work); judge(work, JudgeOptions()); activations = record_run(work)
+with prepared("smollm2-135m", folder, ModelOptions(), PlanOptions()) as work:
+    sample(work); judge(work, JudgeOptions()); activations = record_run(work)
 """
 
 from collections.abc import Iterator
@@ -104,7 +104,9 @@ def sample(work: Work) -> list[Rollout]:
     return planned(work.run, plan.keys)
 
 
-def judge_run(run: Run, bank: Bank, rollouts: list[Rollout], options: JudgeOptions, *, lead: bool = True) -> list[Rollout]:
+def judge_run(
+    run: Run, bank: Bank, rollouts: list[Rollout], options: JudgeOptions, *, lead: bool = True
+) -> list[Rollout]:
     """Score the rollouts (rank 0) and return them with their scores. `--judge none` leaves every score None."""
     if options.judge == "none":
         return rollouts
@@ -116,7 +118,9 @@ def judge_run(run: Run, bank: Bank, rollouts: list[Rollout], options: JudgeOptio
         if tally.problems:
             said = ", ".join(f"{n} {problem}" for problem, n in sorted(tally.problems.items()))
             say(f"the judge gave no score for {tally.unparsable} answers ({said}); they count as unjudged")
-        run.note(judge={"id": judge.id, "counts": {str(k): n for k, n in tally.counts.items()}, "unscored": tally.unparsable})
+        run.note(
+            judge={"id": judge.id, "counts": {str(k): n for k, n in tally.counts.items()}, "unscored": tally.unparsable}
+        )
     return with_scores(rollouts, read_scores(path, judge.id))
 
 
@@ -155,7 +159,7 @@ def _report_gate(work: Work, keys: list[str]) -> None:
     tried = [rollout for rollout in planned(work.run, keys) if rollout.key in wanted]
     judge = RuleJudge()
     verdicts = {verdict.key: verdict.score for verdict in judge.verdicts(items_of(tried, work.bank))}
-    share, n, low, high = role_play_share(with_scores(tried, verdicts))
+    share, n, (low, high) = role_play_share(with_scores(tried, verdicts))
     work.run.note(gate={"share": share, "n": n, "low": low, "high": high, "judge": judge.id})
     say(f"role-play gate: {share:.0%} of {n} answers show their role (95% {low:.0%}..{high:.0%}, judge {judge.id})")
     if share < GATE_WARNING:
@@ -163,7 +167,14 @@ def _report_gate(work: Work, keys: list[str]) -> None:
 
 
 def _asked(
-    model: str, subject: Subject, chat: ChatFormat, bank: Bank, selection: Selection, sampling: Sampling, seed: int, chunk: int
+    model: str,
+    subject: Subject,
+    chat: ChatFormat,
+    bank: Bank,
+    selection: Selection,
+    sampling: Sampling,
+    seed: int,
+    chunk: int,
 ) -> dict[str, Any]:
     import hashlib
 

@@ -33,7 +33,9 @@ def span_sum(h: Float[Tensor, "B T D"], start: Int[Tensor, " B"], stop: Int[Tens
     return span_sum_plainly(h, start, stop)
 
 
-def span_sum_plainly(h: Float[Tensor, "B T D"], start: Int[Tensor, " B"], stop: Int[Tensor, " B"]) -> Float[Tensor, "B D"]:
+def span_sum_plainly(
+    h: Float[Tensor, "B T D"], start: Int[Tensor, " B"], stop: Int[Tensor, " B"]
+) -> Float[Tensor, "B D"]:
     """The same in plain torch, for CPUs and as the kernel's reference."""
     at = torch.arange(h.shape[1], device=h.device)
     inside = (at >= start[:, None]) & (at < stop[:, None])  # (B, T)
@@ -101,7 +103,7 @@ def compiled(subject: Subject, *, enabled: bool) -> Iterator[None]:
         return
     try:
         for block in subject.blocks:
-            block.forward = torch.compile(block.forward, dynamic=True)  # type: ignore[method-assign]
+            block.forward = torch.compile(block.forward, dynamic=True)
         yield
     finally:
         for block in subject.blocks:

@@ -108,7 +108,9 @@ class Selection:
 
     def prompt_numbers(self, role: Role) -> range:
         """Prompt numbers, 0-based. The default keeps all of its own: they are its whole population."""
-        return range(len(role.prompts) if role.is_default or self.prompts is None else min(self.prompts, len(role.prompts)))
+        return range(
+            len(role.prompts) if role.is_default or self.prompts is None else min(self.prompts, len(role.prompts))
+        )
 
     def chosen_questions(self, bank: Bank) -> tuple[Question, ...]:
         """The first `questions` of the bank."""

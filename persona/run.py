@@ -1,9 +1,9 @@
 """A run folder: what was asked, what was made, and a lock so that two processes never write into one folder.
 
-    run.json  rollouts.jsonl  scores.jsonl  activations.*  axis.*  space.*  fit.json  report.html
+run.json  rollouts.jsonl  scores.jsonl  activations.*  axis.*  space.*  fit.json  report.html
 
-    with open_run(folder) as run:
-        run.require_subject(subject)
+with open_run(folder) as run:
+    run.require_subject(subject)
 """
 
 import fcntl
@@ -73,7 +73,9 @@ def open_run(folder: Path, *, create: bool = False, rank: int = 0) -> Iterator[R
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise KnownError(f"{folder} is in use by another process; wait for it, or choose another folder with --out") from None
+            raise KnownError(
+                f"{folder} is in use by another process; wait for it, or choose another folder with --out"
+            ) from None
         yield Run(folder, rank)
 
 
@@ -90,5 +92,9 @@ def versions() -> dict[str, str]:
 
 def _short(value: Any) -> str:
     if isinstance(value, dict):
-        value = f"{value.get('id')} ({value.get('weights')}, {value.get('fingerprint', '')[:8]})" if "id" in value else value
+        value = (
+            f"{value.get('id')} ({value.get('weights')}, {value.get('fingerprint', '')[:8]})"
+            if "id" in value
+            else value
+        )
     return str(value)[:80]

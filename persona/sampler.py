@@ -21,8 +21,10 @@ from personaxis.persona.draw import draw
 from personaxis.persona.slots import SlotCache, decoding_mask
 from personaxis.persona.subject import Subject
 
-
-CPU_TOKENS, GPU_TOKENS = 2048, 65536  # padded tokens of one prefill; a CPU batch of 8192 was 30% slower than one of 2048
+CPU_TOKENS, GPU_TOKENS = (
+    2048,
+    65536,
+)  # padded tokens of one prefill; a CPU batch of 8192 was 30% slower than one of 2048
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,9 @@ def cached_decoding_error(subject: Subject) -> float:
     infinity when the model does not take the cache at all (recurrent state, say).
     """
     vocabulary = subject.model.get_input_embeddings().weight.shape[0]
-    texts = [tuple((i * 37 + row * 11 + 5) % vocabulary for i in range(length)) for row, length in enumerate((9, 12, 6))]
+    texts = [
+        tuple((i * 37 + row * 11 + 5) % vocabulary for i in range(length)) for row, length in enumerate((9, 12, 6))
+    ]
     fed = 3  # tokens decoded after the prompt
     decoder = Decoder(subject, len(texts), max(map(len, texts)))
     try:

@@ -49,11 +49,19 @@ def run_self_test(subject: Subject) -> list[Check]:
     by_hand = torch.stack([_mean_by_hand(subject, rollout) for rollout in rollouts])
     errors = (recorded.double() - by_hand).norm(dim=-1) / by_hand.norm(dim=-1)
     return [
-        Check("recorded means against a float64 mean, one text at a time", float(errors.max()), 1e-5 if exact else 2e-2),
-        Check("block outputs against output_hidden_states", _hidden_states_error(subject, rollouts[1]), 1e-6 if exact else 1e-3),
+        Check(
+            "recorded means against a float64 mean, one text at a time", float(errors.max()), 1e-5 if exact else 2e-2
+        ),
+        Check(
+            "block outputs against output_hidden_states",
+            _hidden_states_error(subject, rollouts[1]),
+            1e-6 if exact else 1e-3,
+        ),
         Check("hooks left behind on the blocks", float(left), 0.0),
         Check("logits changed by recording", float((after - before).abs().max()), 0.0),
-        Check("cached decoding against reading the whole text", cached_decoding_error(subject), 1e-4 if exact else 5e-2),
+        Check(
+            "cached decoding against reading the whole text", cached_decoding_error(subject), 1e-4 if exact else 5e-2
+        ),
         Check("a seed gives another answer in another batch", _batch_dependence(subject), 0.0 if exact else 1.0),
     ]
 

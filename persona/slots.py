@@ -87,6 +87,7 @@ class SlotCache(Cache):
     def move(self, source: int, target: int) -> None:
         """Let the row in slot `source` continue in slot `target`."""
         for layer in self.layers:
+            assert isinstance(layer, SlotLayer)
             layer.move(source, target)
 
 

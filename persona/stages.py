@@ -96,7 +96,9 @@ def planned(run: Run, plan_keys: Sequence[str]) -> list[Rollout]:
     found = {rollout.key: rollout for rollout in read_rollouts(run.folder)}
     missing = [key for key in plan_keys if key not in found]
     if missing:
-        raise KnownError(f"{run.folder} lacks {len(missing)} rollouts, such as {missing[0]}; run the rollout step again")
+        raise KnownError(
+            f"{run.folder} lacks {len(missing)} rollouts, such as {missing[0]}; run the rollout step again"
+        )
     return [found[key] for key in sorted(plan_keys)]
 
 

@@ -90,7 +90,9 @@ def load_tensors(stem: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[s
     tensor_path, json_path = stem.with_name(stem.name + ".safetensors"), stem.with_name(stem.name + ".json")
     for path in (tensor_path, json_path):
         if not path.is_file():
-            raise KnownError(f"{path} does not exist: the artefact was never finished; run the step that makes it again")
+            raise KnownError(
+                f"{path} does not exist: the artefact was never finished; run the step that makes it again"
+            )
     record = read_json(json_path)
     if not isinstance(record, dict):
         raise KnownError(f"{json_path} is not the JSON of an artefact, but a {type(record).__name__}")
@@ -99,7 +101,9 @@ def load_tensors(stem: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[s
     if record.get("format") != FORMAT:
         raise KnownError(f"{json_path} has format {record.get('format')}; this version reads {FORMAT}")
     if record.get("sha256") != digest(tensor_path):
-        raise KnownError(f"{tensor_path} does not match the hash in {json_path.name}: damaged or half replaced; make it again")
+        raise KnownError(
+            f"{tensor_path} does not match the hash in {json_path.name}: damaged or half replaced; make it again"
+        )
     try:
         with safe_open(tensor_path, framework="pt") as file:
             meta = json.loads(file.metadata()["meta"])

@@ -112,7 +112,7 @@ def load_subject(
         model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=chosen, device_map=device_map)
         tokenizer = AutoTokenizer.from_pretrained(source)
     if device_map is None and model.device != target:
-        model.to(target)
+        model.to(target)  # type: ignore[arg-type]
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template)
     weights = weight_format(Path(source)) or _stored_format(config)
@@ -206,7 +206,9 @@ def _check(subject: Subject) -> None:
         if output.shape != (2, 8, subject.d_model):
             raise KnownError(f"{subject.id}: block {layer} emits {tuple(output.shape)}, not (2, 8, {subject.d_model})")
         if not torch.isfinite(output).all():
-            raise KnownError(f"{subject.id}: block {layer} emits NaN or infinity in {subject.dtype}; try --dtype float32")
+            raise KnownError(
+                f"{subject.id}: block {layer} emits NaN or infinity in {subject.dtype}; try --dtype float32"
+            )
         past = output[:, :-1].float()
         if (past[0] - past[1]).abs().max() > 0.02 * past.abs().max():
             raise KnownError(f"{subject.id}: a later token changes earlier ones at block {layer}: not a causal decoder")
@@ -226,7 +228,9 @@ def _source(name: str) -> str:
             raise KnownError(f"{name} is a folder without config.json: not a model folder")
         return str(path)
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise KnownError(f"{name} is not a model: neither a folder, a .gguf file, a hub id nor one of {', '.join(PACKAGED)}")
+        raise KnownError(
+            f"{name} is not a model: neither a folder, a .gguf file, a hub id nor one of {', '.join(PACKAGED)}"
+        )
     return name
 
 
@@ -304,7 +308,11 @@ def _fastest_dtype(device: torch.device, config: Any) -> torch.dtype:
     if device.type != "cpu":
         return torch.bfloat16
     width = config.get_text_config(decoder=True).hidden_size
-    return torch.bfloat16 if _product_seconds(width, torch.float32) > 1.2 * _product_seconds(width, torch.bfloat16) else torch.float32
+    return (
+        torch.bfloat16
+        if _product_seconds(width, torch.float32) > 1.2 * _product_seconds(width, torch.bfloat16)
+        else torch.float32
+    )
 
 
 def _product_seconds(width: int, dtype: torch.dtype) -> float:

@@ -7,9 +7,10 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+
 from personaxis.persona.axis import POLES, Axis, Cap, PersonaSpace, apply_cap, load_axis, load_cap, load_space
 from personaxis.persona.errors import KnownError
-from torch import Tensor
 
 D = 48
 MODEL = {"id": "m", "revision": None, "weights": "bfloat16", "fingerprint": "abc", "n_layers": 4, "d_model": D}

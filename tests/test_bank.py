@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from personaxis.persona.bank import PACKAGED, Bank, Role, load_bank
 from personaxis.persona.errors import KnownError
 

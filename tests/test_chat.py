@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from personaxis.persona.chat import ChatFormat, chat_format
 from personaxis.persona.errors import KnownError
 

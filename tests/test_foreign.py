@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
 from personaxis.persona import foreign
 from personaxis.persona.axis import apply_cap
 from personaxis.persona.bank import Bank, Question, Role, load_bank
 from personaxis.persona.errors import KnownError
 from personaxis.persona.foreign import import_axis, import_caps, import_role_vectors, import_transcript
-from torch import Tensor
-from torch.nn.functional import normalize
 
 L, D = 6, 24
 MODEL = {"id": "m", "weights": "bfloat16", "fingerprint": "abc", "n_layers": L, "d_model": D}

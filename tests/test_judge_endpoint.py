@@ -28,19 +28,18 @@ ROLE = Role("pirate", ("You are a pirate.",), rubric="Speaks of ships.")
 Answer = tuple[int, dict[str, str], str]  # status, headers, body
 
 
-def says(text: str | None, **choice: Any) -> Answer:
+def says(text: Any, **choice: Any) -> Answer:
     message = {"role": "assistant", "content": text}
     return 200, {}, json.dumps({"choices": [{"message": message, "finish_reason": "stop", **choice}]})
 
 
 class FakeEndpoint:
-    """Answers the nth request (from 0) as `script(n, question)` says; remembers keys asked, headers and concurrency."""
+    """Answers the nth request (from 0) as `script(n, question)` says; remembers what it was asked and how busy it was."""
 
     def __init__(self, script: Callable[[int, str], Answer]) -> None:
         self.script, self.lock = script, threading.Lock()
         self.bodies: list[dict[str, Any]] = []
-        self.headers: list[dict[str, str]] = []
-        self.paths: list[str] = []
+        self.keys: list[str | None] = []
         self.busy = self.busiest = 0
         endpoint = self
 
@@ -64,8 +63,7 @@ class FakeEndpoint:
         with self.lock:
             number = len(self.bodies)
             self.bodies.append(body)
-            self.headers.append({k.lower(): v for k, v in handler.headers.items()})
-            self.paths.append(handler.path)
+            self.keys.append(handler.headers.get("authorization"))
             self.busy += 1
             self.busiest = max(self.busiest, self.busy)
         status, headers, text = self.script(number, self.question(body))
@@ -146,7 +144,6 @@ def test_every_item_is_asked_once_and_scored_by_its_own_reply(serve, tmp_path):
     assert scores == {f"pirate/0/q{i:03}/0": i % 4 for i in range(20)}
     body = endpoint.bodies[0]
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("m", 0, 16)
-    assert len(body["messages"]) == 1
     assert "Speaks of ships." in body["messages"][0]["content"]
 
 
@@ -196,10 +193,8 @@ def test_a_server_that_fails_on_many_in_a_row_stops_the_run(serve, tmp_path):
     [
         ((200, {"Content-Type": "text/html"}, "<html>Welcome to nginx</html>"), "not JSON"),
         ((200, {}, '{"error": "no"}'), "not a chat completion"),
-        ((200, {}, '["a list"]'), "not a chat completion"),
         ((200, {}, '{"choices": []}'), "not a chat completion"),
         (says("between 1 and 2"), "unparsable"),
-        (says("Hmm."), "unparsable"),
         (says(None), "unparsable"),
         (says("I'm sorry, I can't grade this."), "refused"),
         (says("3", finish_reason="content_filter"), "refused"),
@@ -323,31 +318,18 @@ def test_the_key_comes_from_the_environment_and_is_written_nowhere(serve, tmp_pa
     monkeypatch.delenv("PERSONAXIS_JUDGE_KEY")
     monkeypatch.delenv("OPENAI_API_KEY")
     list(judge_at(endpoint).verdicts(items(1)))
-    assert [headers.get("authorization") for headers in endpoint.headers] == [
-        "Bearer general",
-        "Bearer mine-alone",
-        None,
-    ]
+    assert endpoint.keys == ["Bearer general", "Bearer mine-alone", None]
     assert "general" not in (tmp_path / "scores.jsonl").read_text()
     monkeypatch.setenv("OPENAI_API_KEY", "schlüssel")
     with pytest.raises(KnownError, match="holds characters that no key can have"):
         judge_at(endpoint)
 
 
-@pytest.mark.parametrize(
-    ("given", "path"),
-    [
-        ("http://h:1", "/v1/chat/completions"),
-        ("http://h:1/", "/v1/chat/completions"),
-        ("http://h:1/v1", "/v1/chat/completions"),
-        ("http://h:1/v1/", "/v1/chat/completions"),
-        ("https://h/openai/v1/chat/completions", "/openai/v1/chat/completions"),
-        ("https://h/v1beta/openai", "/v1beta/openai/chat/completions"),
-        ("https://h/proxy", "/proxy/v1/chat/completions"),
-    ],
-)
-def test_an_address_may_be_given_short_or_in_full(given: str, path: str) -> None:
-    assert completions_url(given).path == path
+def test_an_address_may_be_given_short_or_in_full() -> None:
+    for given in ("http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/", "http://h:1/v1/chat/completions/"):
+        assert completions_url(given) == "http://h:1/v1/chat/completions"
+    assert completions_url("https://h/v1beta/openai") == "https://h/v1beta/openai/chat/completions"
+    assert completions_url("https://h/proxy?version=2") == "https://h/proxy/v1/chat/completions?version=2"
 
 
 def test_what_is_no_address_is_refused_in_one_line() -> None:
@@ -357,13 +339,7 @@ def test_what_is_no_address_is_refused_in_one_line() -> None:
 
 
 def test_retry_after_is_seconds_or_a_date_or_nothing() -> None:
-    assert (retry_after("7"), retry_after("1.5"), retry_after(""), retry_after("-3"), retry_after("soon")) == (
-        7,
-        1.5,
-        0,
-        0,
-        0,
-    )
+    assert [retry_after(value) for value in ("7", "1.5", "", "-3", "soon")] == [7, 1.5, 0, 0, 0]
     later = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 100))
     assert 95 < retry_after(later) <= 100
 
@@ -395,7 +371,7 @@ def tiny() -> Any:
     return build_subject(LlamaForCausalLM(config), tokenizer, id="tiny")
 
 
-def test_the_local_judge_takes_the_likeliest_digit_whatever_the_batch(tiny) -> None:
+def test_the_local_judge_takes_the_likeliest_digit_whatever_the_batch(tiny):
     some = [Item(f"pirate/0/q{i}/0", ROLE, "", "Why?" * (i + 1), "Arr. " * (1 + 7 * i % 11)) for i in range(9)]
     judge, single = LocalJudge(tiny), LocalJudge(tiny, tokens=1)
     together = {v.key: v for v in judge.verdicts(some)}
@@ -413,7 +389,7 @@ def test_the_local_judge_takes_the_likeliest_digit_whatever_the_batch(tiny) -> N
     assert judge.id == f"local:tiny:{tiny.fingerprint[:8]}:{RUBRIC_HASH}"
 
 
-def test_the_local_judge_cuts_nothing_and_counts_what_does_not_fit(tiny, tmp_path) -> None:
+def test_the_local_judge_cuts_nothing_and_counts_what_does_not_fit(tiny, tmp_path):
     long = [
         *rollouts(2),
         Rollout("pirate/0/q009/0", ({"role": "user", "content": "?"},), (1,), (2,), "a" * 5000, 0, "end"),
@@ -423,7 +399,7 @@ def test_the_local_judge_cuts_nothing_and_counts_what_does_not_fit(tiny, tmp_pat
     assert sum(tally.counts.values()) == 2
 
 
-def test_a_model_without_a_template_cannot_judge(tiny, monkeypatch) -> None:
+def test_a_model_without_a_template_cannot_judge(tiny, monkeypatch):
     monkeypatch.setattr(tiny.tokenizer, "chat_template", None)
     with pytest.raises(KnownError, match="no chat template"):
         LocalJudge(tiny)

@@ -86,7 +86,10 @@ def test_only_means_leave_the_hooks_so_memory_does_not_grow_with_tokens():
     subject, rollouts = tiny_subject(), made_up()
     with recording(subject) as means, torch.no_grad():
         ids = pad([r.prompt_ids + r.answer_ids for r in rollouts], subject.device)
-        means.begin(torch.tensor([len(r.prompt_ids) for r in rollouts]), torch.tensor([len(r.prompt_ids + r.answer_ids) for r in rollouts]))
+        means.begin(
+            torch.tensor([len(r.prompt_ids) for r in rollouts]),
+            torch.tensor([len(r.prompt_ids + r.answer_ids) for r in rollouts]),
+        )
         subject.base(input_ids=ids, use_cache=False)
         assert {tuple(total.shape) for total in means.sums} == {(len(rollouts), subject.d_model)}
 

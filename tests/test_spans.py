@@ -6,6 +6,8 @@ from functools import cache
 from typing import Any
 
 import pytest
+from test_chat import FAMILIES, KINDS, Family, messages_of, tokenizer_of
+
 from personaxis.persona.chat import ChatFormat, chat_format
 from personaxis.persona.errors import KnownError
 from personaxis.persona.spans import (
@@ -17,7 +19,6 @@ from personaxis.persona.spans import (
     prompt_spans,
     render_spans,
 )
-from test_chat import FAMILIES, KINDS, Family, messages_of, tokenizer_of
 
 PLAIN = messages_of("Who are you?", "I am a pirate.", "Why?", "I like the sea.", system="You are a pirate.")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from personaxis.persona.errors import KnownError
 from personaxis.persona.store import append_lines, atomic, load_tensors, read_json, read_lines, save_tensors, write_json
 

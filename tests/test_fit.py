@@ -1,0 +1,184 @@
+"""Fitting: identities, scikit-learn and numpy as oracles, and coverage of what is claimed about uncertainty."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.decomposition import PCA
+
+from personaxis.analysis.fit import LEVELS, fit_axis
+from personaxis.analysis.geometry import Groups, components, components_for, cosine, direction, first_component
+from personaxis.analysis.uncertainty import agreement, shuffled, split_half, split_roles
+from personaxis.persona.activations import Activations, Cells, join, kept_layers, load_activations
+from personaxis.persona.errors import KnownError
+
+MODEL = {"id": "made-up", "fingerprint": "0", "weights": "float32", "d_model": 24, "n_layers": 3, "revision": None}
+
+
+def planted(n_roles=20, per_role=12, d=24, signal=3.0, seed=0):
+    """Rollout means with a planted axis: the default at +signal, roles spread below along one direction, plus noise."""
+    g = np.random.default_rng(seed)
+    v = g.normal(size=d)
+    v /= np.linalg.norm(v)
+    names = ("default", *(f"role{i:02d}" for i in range(n_roles)))
+    places = np.concatenate([[signal], g.uniform(-signal, signal * 0.8, n_roles)])
+    index = np.repeat(np.arange(n_roles + 1), per_role)
+    x = places[index, None] * v + g.normal(size=(len(index), d)) + 5
+    return x, Groups(index, names), v
+
+
+def as_activations(x, groups, scores=None, n_layers=3):
+    cells, keys = Cells(), []
+    scores = scores or [None] * len(x)
+    for i, row in enumerate(x):
+        name = groups.names[groups.index[i]]
+        keys.append(f"{name}/0/q{i:03d}/0")
+        cells.add(name, scores[i], torch.tensor(row).float().repeat(n_layers, 1))
+    names, count, mean, square = cells.tensors()
+    means = torch.tensor(x).float()[:, None].repeat(1, n_layers, 1)
+    layers = tuple(range(n_layers))
+    return Activations(tuple(names), count, mean, square, tuple(keys), tuple(scores), layers, means, MODEL, "content")
+
+
+def fitted(x, groups, **how):
+    activations = as_activations(x, groups)
+    return fit_axis(activations, activations.keys, scores=None, default="default", replicates=30, **how)
+
+
+def test_the_axis_is_the_default_mean_minus_the_mean_of_role_means():
+    x, groups, _ = planted()
+    fit = fitted(x, groups)
+    by_hand = x[groups.index == 0].mean(0) - np.mean([x[groups.index == r].mean(0) for r in range(1, 21)], axis=0)
+    assert np.allclose(fit.axis.vectors[1].numpy() * float(fit.axis.norms[1]), by_hand, atol=1e-4)
+    assert torch.allclose(fit.axis.vectors.norm(dim=1), torch.ones(3), atol=1e-5)
+
+
+def test_roles_weigh_the_same_whatever_their_number_of_rollouts():
+    x, groups, _ = planted(n_roles=4)
+    twice = np.concatenate([x, x[groups.index == 2]])
+    index = np.concatenate([groups.index, np.full((groups.index == 2).sum(), 2)])
+    again = Groups(index, groups.names)
+    assert np.allclose(direction(again.means(twice)[0]), direction(groups.means(x)[0]))
+
+
+def test_a_planted_axis_is_found_and_points_to_the_default():
+    x, groups, v = planted()
+    fit = fitted(x, groups)
+    assert cosine(fit.axis.vectors[0].double().numpy(), v) > 0.9
+    assert fit.report["roles"][-1]["projection"] >= next(r["projection"] for r in fit.report["roles"] if r["positive"]) - 3
+    assert float(fit.space.coordinates[0, 0]) > 0  # the default on the positive side of PC1
+
+
+def test_components_equal_those_of_scikit_learn_up_to_sign():
+    x, groups, _ = planted()
+    means, _ = groups.means(x)
+    _, vectors, ratio = components(means)
+    oracle = PCA(svd_solver="full").fit(means[1:])
+    assert np.allclose(np.abs((vectors[:5] * oracle.components_[:5]).sum(1)), 1)
+    assert np.allclose(ratio[:5], oracle.explained_variance_ratio_[:5])
+    pc1, variance = first_component(means)
+    assert cosine(pc1, vectors[0]) == pytest.approx(1)
+    assert variance == pytest.approx(ratio[0])
+
+
+def test_weights_of_roles_act_as_repeated_roles():
+    x, groups, _ = planted(n_roles=5)
+    means, _ = groups.means(x)
+    repeated = means[[0, 1, 1, 2, 4, 4, 5]]
+    weight = np.array([2.0, 1, 0, 2, 1])
+    assert np.allclose(direction(means, weight), direction(repeated))
+    assert cosine(first_component(means, weight)[0], first_component(repeated)[0]) == pytest.approx(1)
+
+
+def test_more_rollouts_give_halves_that_agree_better():
+    few, many = (planted(per_role=n, signal=2.0) for n in (4, 60))
+    low = split_half(*few[:2], np.random.default_rng(0), 40)
+    high = split_half(*many[:2], np.random.default_rng(0), 40)
+    assert low.value < high.value
+    assert high.value > 0.8
+    assert low.low <= low.value <= low.high
+
+
+def test_without_signal_the_null_is_not_rejected_and_with_signal_it_is():
+    g = np.random.default_rng(3)
+    _, groups, _ = planted()
+    noise = shuffled(g.normal(size=(len(groups.index), 24)), groups, np.random.default_rng(1), 60)
+    assert noise.p_norm > 0.02
+    x, groups, _ = planted()
+    assert shuffled(x, groups, np.random.default_rng(1), 60).p_norm == pytest.approx(1 / 61)
+
+
+def test_agreement_has_an_interval_around_the_estimate_over_roles_and_rollouts():
+    x, groups, _ = planted()
+    found = agreement(x, groups, np.random.default_rng(0), 60)
+    assert 0.8 < found.by_roles.value <= 1
+    assert found.by_roles.low <= found.by_roles.value
+    assert found.by_rollouts.high <= 1
+    assert 0 < found.angle_to_estimate < 30
+
+
+def test_splitting_roles_uses_each_rollout_of_the_default_once():
+    x, groups, _ = planted()
+    assert split_roles(x, groups, np.random.default_rng(0), 20).value > 0.7
+
+
+def test_the_axis_of_another_character_has_its_own_poles():
+    x, groups, _ = planted()
+    fit = fitted(x, groups, positive="role03")
+    assert fit.axis.poles == ("role03", "others")
+    assert "default" in [role["role"] for role in fit.report["roles"]]
+    with pytest.raises(KnownError, match="'nobody' has no kept rollout"):
+        fitted(x, groups, positive="nobody")
+
+
+def test_quantiles_are_those_of_rollout_projections():
+    x, groups, _ = planted()
+    fit = fitted(x, groups)
+    projections = x[groups.index == 0] @ fit.axis.vectors[0].double().numpy()
+    assert np.allclose(fit.axis.default_quantiles[0].numpy(), np.quantile(projections, LEVELS), atol=1e-3)
+
+
+def test_a_layer_that_is_not_there_and_too_few_roles_are_refused():
+    x, groups, _ = planted()
+    with pytest.raises(KnownError, match=r"layer 9 is not in this model \(0\.\.2\)"):
+        fitted(x, groups, layer=9)
+    x, groups, _ = planted(n_roles=2)
+    with pytest.raises(KnownError, match="at least 3"):
+        fitted(x, groups)
+
+
+def test_scores_choose_the_cells_that_make_a_role():
+    x, groups, _ = planted(n_roles=5)
+    scores = [None if group == 0 else int(i % 2) * 3 for i, group in enumerate(groups.index)]
+    activations = as_activations(x, groups, scores)
+    kept = [k for k, s in zip(activations.keys, scores, strict=True) if s in (None, 3)]
+    fit = fit_axis(activations, kept, scores=frozenset({3}), default="default", replicates=0)
+    role = x[(groups.index == 1) & (np.array([s == 3 for s in scores]))].mean(0)
+    assert np.allclose(activations.role_mean("role00", {3})[0][0].numpy(), role, atol=1e-4)
+    assert fit.report["n_rollouts"] == len(kept)
+
+
+def test_sums_do_not_depend_on_order_and_parts_join(tmp_path):
+    x, groups, _ = planted(n_roles=4)
+    whole = as_activations(x, groups)
+    assert torch.allclose(whole.mean[1, 0], torch.tensor(x[groups.index == 1].mean(0)).float(), atol=1e-5)
+    spread = ((x[groups.index == 1] - x[groups.index == 1].mean(0)) ** 2).sum(0)
+    assert torch.allclose(whole.square[1, 0], torch.tensor(spread).float(), rtol=1e-4)
+    parts = [as_activations(x[groups.index == r], Groups(np.zeros((groups.index == r).sum(), int), (name,))) for r, name in enumerate(groups.names)]
+    assert torch.equal(join(parts).mean, whole.mean)
+    whole.save(tmp_path / "activations")
+    again = load_activations(tmp_path / "activations")
+    assert again.cells == whole.cells
+    assert torch.equal(again.rollout_means, whole.rollout_means)
+
+
+def test_kept_layers_are_all_or_an_even_spread_within_the_budget():
+    assert kept_layers(30, 576, 100) == tuple(range(30))
+    some = kept_layers(64, 5120, 300_000)
+    assert len(some) == 1
+    assert 24 < some[0] < 40
+    assert len(kept_layers(32, 1000, 1000, budget=8 * 1000 * 1000 * 4)) == 8
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.5, 1), (0.8, 2), (0.81, 3), (1.0, 3)])
+def test_components_for_a_share_of_variance(share, expected):
+    assert components_for(np.array([0.5, 0.3, 0.2]), share) == expected
