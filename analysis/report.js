@@ -20,12 +20,17 @@
     return Object.fromEntries(Object.entries(value).map(([name, item]) => [name, resolved(item, name)]));
   };
 
+  // an allowed list: plotly's own buttons include one that shares the chart with a server
   const config = {
     responsive: true,
     displaylogo: false,
     scrollZoom: false, // the wheel scrolls the page
-    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", "resetCameraLastSave3d", "tableRotation"],
+    displayModeBar: matchMedia("(hover: hover)").matches ? "hover" : false,
     toImageButtonOptions: { format: "svg" },
+  };
+  const buttons = {
+    flat: [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
+    deep: [["toImage", "resetCameraDefault3d"]],
   };
   const canvas = document.createElement("canvas");
   const hasWebGL = Boolean(canvas.getContext("webgl2") || canvas.getContext("webgl"));
@@ -39,8 +44,10 @@
         box.classList.add("absent");
         continue;
       }
+      const scene = figure.layout.scene;
+      if (scene && narrow.matches) for (const side in scene.camera.eye) scene.camera.eye[side] *= 1.25; // step back
       const data = figure.data.filter((trace) => trace.meta !== other);
-      Plotly.react(box, data, figure.layout, config);
+      Plotly.react(box, data, figure.layout, { ...config, modeBarButtons: scene ? buttons.deep : buttons.flat });
     }
   };
 

@@ -88,7 +88,7 @@ def _content(fit: dict[str, Any], rollouts: Sequence[Rollout], manifest: dict[st
         "asked": manifest.get("asked", {}),
         "versions": manifest.get("versions", {}),
         "created": manifest.get("created"),
-        "records": {"run.json": _pretty(manifest), "what was fitted": _pretty(fit["asked"])},
+        "records": {"All of run.json": _pretty(manifest), "What the fit was asked for": _pretty(fit["asked"])},
     }
 
 
@@ -104,28 +104,28 @@ def _policy(scripts: Sequence[str]) -> str:
 
 def _verdict(fit: dict[str, Any], line: dict[str, Any]) -> str:
     """What the layer to use says about the two questions: do the poles differ, and is their difference the main one?"""
-    pole, others = fit["positive"], len(fit["roles"]) - 1
-    if "null" not in line:
+    pole, others, null = _short(fit["positive"]), len(fit["roles"]) - 1, line.get("null")
+    if null is None:
         return (
             f"At layer {fit['layer']} the cosine between PC1 of {others} roles and the axis is {line['cos_pc1']:.2f}; what "
-            "chance would give is not known, as no rollout means were kept there or no replicates were asked for."
+            "chance would give is not known: no rollout means were kept there, or no replicates were asked for."
         )
-    null = line["null"]
+    norm, cos, times = _p(null["p_norm"]), _p(null["p_cos_pc1"]), line["norm"] / null["norm"]
     if null["p_norm"] > SURE:
         return (
-            f"At layer {fit['layer']} “{pole}” is no further from the {others} other roles than shuffled labels would put it "
-            f"(p = {null['p_norm']:.2g}): there is no axis to use here."
+            f"At layer {fit['layer']} “{pole}” is no further from the {others} other roles than shuffled labels would put "
+            f"it ({norm}): nothing here tells an axis from chance."
         )
     apart = (
-        f"At layer {fit['layer']} “{pole}” stands apart from the {others} other roles, "
-        f"{line['norm'] / null['norm']:.1f} times as far as shuffled labels would put it (p = {null['p_norm']:.2g})"
+        f"At layer {fit['layer']} “{pole}” stands apart from the {others} other roles, {times:.1f} times as far as shuffled "
+        f"labels would put it ({norm})"
     )
     if null["p_cos_pc1"] > SURE:
         return (
-            f"{apart}. But the main direction between the roles (PC1) does not point to it more than chance "
-            f"(p = {null['p_cos_pc1']:.2g}): use the axis, and do not take PC1 for it."
+            f"{apart}. But the main direction between the roles (PC1) does not point to it more than chance would ({cos}): "
+            "use the axis, and do not take PC1 for it."
         )
-    return f"{apart}, and the main direction between the roles (PC1) points to it (p = {null['p_cos_pc1']:.2g})."
+    return f"{apart}, and the main direction between the roles (PC1) points to it ({cos})."
 
 
 class Tile(NamedTuple):
@@ -139,30 +139,28 @@ class Tile(NamedTuple):
 
 
 def _tiles(fit: dict[str, Any], line: dict[str, Any]) -> list[Tile]:
-    null, cos = line.get("null"), line.get("cos_pc1_by_roles")
+    null, cos, half = line.get("null"), line.get("cos_pc1_by_roles"), line.get("split_half")
     note = f"shuffled labels: {null['cos_pc1']:.2f}, 95% below {null['cos_pc1_95']:.2f}" if null else "chance not known"
     strip = _strip(line["cos_pc1"], cos) | ({"chance": 100 * null["cos_pc1_95"]} if null else {})
     tiles = [Tile("cos(PC1, axis)", f"{line['cos_pc1']:.2f}", _range(cos), note, strip)]
-    if half := line.get("split_half"):
+    if half:
         note = f"cosine between the axes of two random halves of the answers, {half['n']} splits"
         tiles.append(Tile("split-half", f"{half['value']:.2f}", _range(half), note, _strip(half["value"], half)))
     if null:
         scale = 1.1 * max(line["norm"], null["norm_95"])
         strip = {"value": 100 * line["norm"] / scale, "chance": 100 * null["norm_95"] / scale}
         note = f"|axis| {line['norm']:.3g}; shuffled labels: {null['norm']:.3g}, 95% below {null['norm_95']:.3g}"
-        ratio = f"{line['norm'] / null['norm']:.1f}×"
-        tiles.append(
-            Tile("length against chance", ratio, f"p = {null['p_norm']:.2g}, {null['n']} shuffles", note, strip)
-        )
-    counts = fit["components_for"]
-    note = f"{counts['0.5']}, {counts['0.7']} and {counts['0.9']} components hold 50, 70 and 90% of it"
-    others = f"of the variance between {len(fit['roles']) - 1} roles"
-    tiles.append(Tile("PC1", f"{line['variance_pc1']:.0%}", others, note, _strip(line["variance_pc1"], None)))
+        times, of = f"{line['norm'] / null['norm']:.1f}×", f"{_p(null['p_norm'])} ({null['n']} shuffles)"
+        tiles.append(Tile("|axis| / shuffled", times, of, note, strip))
+    counts, others = fit["components_for"], len(fit["roles"]) - 1
+    note = f"{counts['0.5']}, {counts['0.7']} and {counts['0.9']} components hold 50, 70 and 90%"
+    place = _strip(line["variance_pc1"], None)
+    tiles.append(Tile("variance on PC1", f"{line['variance_pc1']:.0%}", f"between {others} roles", note, place))
     if share := fit.get("role_play"):
         low, high = share["interval"]
-        place = {"value": 100 * share["share"], "low": 100 * low, "high": 100 * high}
+        place = _strip(share["share"], {"low": low, "high": high})
         note = f"of {share['n']:,} judged answers show the role (score 2 or 3)"
-        tiles.append(Tile("role-play", f"{share['share']:.0%}", f"{low:.0%} to {high:.0%}", note, place))
+        tiles.append(Tile("role-play", f"{share['share']:.0%}", f"95% {low:.0%} to {high:.0%}", note, place))
     return tiles
 
 
@@ -212,28 +210,29 @@ def _ticks(values: list[float]) -> list[float]:
 def _say_roles(fit: dict[str, Any]) -> str:
     others, show = [role for role in fit["roles"] if not role["positive"]], _number(fit)
     pole = next(role for role in fit["roles"] if role["positive"])
-    below = sum(role["projection"] < pole["projection"] for role in others)
+    name, below = _short(pole["role"]), sum(role["projection"] < pole["projection"] for role in others)
     ends = ", ".join(_short(role["role"]) for role in others[:ENDS])
-    where = f"“{_short(pole['role'])}” lies at {show(pole['projection'])}, above {below} of {len(others)} roles; the lowest are {ends}."
+    where = f"“{name}” lies at {show(pole['projection'])}, above {below} of {len(others)} roles; the lowest are {ends}."
     if "low" not in pole:
-        return f"{where} No answers' means were kept at this layer, so how sure each place is cannot be said."
+        return f"{where} No rollout means were kept at this layer, so how sure each place is cannot be said."
     apart = sum(role["high"] < pole["low"] for role in others)
     wide = float(np.median([role["high"] - role["low"] for role in others])) / 2
     return (
-        f"{where} Intervals are 95% over a role's own answers, typically ±{show(wide)}, so neighbours are seldom told apart; "
-        f"those of {apart} roles end below the interval of “{_short(pole['role'])}”."
+        f"{where} Intervals are 95% over a role's own answers, typically ±{show(wide)}, so neighbours are seldom told "
+        f"apart; those of {apart} roles end below the interval of “{name}”."
     )
 
 
 def _say_layers(fit: dict[str, Any]) -> str:
     if not any("null" in line for line in fit["layers"]):
         return (
-            "Only the angle and the length are known: no rollout means were kept, or no replicates were asked for, so there "
-            "are no intervals and no chance level."
+            "Only the angle and the length are known: no rollout means were kept, or no replicates were asked for, so "
+            "there are no intervals and no chance level."
         )
     return (
-        "A layer is of use where all three curves are high and clear of the grey, in which shuffled labels stay 95% of the "
-        "time. Coloured bands are 95% intervals: over resampled roles for the cosine, over random splits for the halves."
+        "A layer is of use where the curves are high and clear of the grey, in which shuffled labels stay 95% of the time "
+        "(dotted: their mean). Coloured bands are 95% intervals, over resampled roles for the cosine and over random splits "
+        "for the halves."
     )
 
 
@@ -241,41 +240,50 @@ def _say_answers(fit: dict[str, Any]) -> str:
     """How well a single answer tells the pole from the rest: area under the ROC curve, Hanley and McNeil's interval."""
     ours, rest = (np.sort(fit["projections"].get(side, [])) for side in ("positive", "others"))
     if not len(ours) or not len(rest):
-        return "No single answers were kept at this layer, so there is nothing to show here."
+        return "No rollout means were kept at this layer, so single answers have no projection to show."
     below = (np.searchsorted(rest, ours, "left") + np.searchsorted(rest, ours, "right")) / 2
     area = float(below.mean()) / len(rest)
     first, second = area / (2 - area), 2 * area**2 / (1 + area)
     spread = area * (1 - area) + (len(ours) - 1) * (first - area**2) + (len(rest) - 1) * (second - area**2)
     error = 1.96 * math.sqrt(max(spread, 0) / (len(ours) * len(rest)))
+    low, high = max(area - error, 0), min(area + error, 1)
     return (
-        f"An answer of “{_short(fit['positive'])}” lies above one of another role in {area:.0%} of pairs (95% "
-        f"{max(area - error, 0):.0%} to {min(area + error, 1):.0%} if answers are independent; 50% is chance)."
+        f"Of an answer of “{_short(fit['positive'])}” and one of another role, the first lies higher in {area:.0%} of pairs; "
+        f"chance is 50%, and the 95% interval {low:.0%} to {high:.0%} if answers are independent."
     )
 
 
 def _samples(fit: dict[str, Any], rollouts: Sequence[Rollout]) -> list[Row]:
-    """Answers of the poles' roles, to the same questions where they can be: the first ones, not chosen ones."""
+    """Answers of the pole, the default and the ends, to the same questions where they can be: the first, not chosen."""
     others = [role for role in fit["roles"] if not role["positive"]]
-    marked = [role for role in fit["roles"] if role["positive"] or role["role"] == fit["default"]]
-    chosen = [("", role) for role in marked[::-1]]
-    chosen += [("lowest", role) for role in others[:ENDS]] + [("highest", role) for role in others[::-1][:ENDS]]
-    wanted = list({role["role"]: (end, role) for end, role in reversed(chosen)}.values())[::-1]
-    names = {role["role"] for _, role in wanted}
-    own: dict[str, list[Rollout]] = {name: [] for name in names}
-    for rollout in rollouts:
-        if rollout.role in names and rollout.answer.strip():
-            own[rollout.role].append(rollout)
-    asked = Counter(question for answers in own.values() for question in {rollout.question for rollout in answers})
-    same = sorted(asked, key=lambda question: (-asked[question], question))[:ANSWERS]
-    keys = fit["projections"].get("keys", {})  # in the order of the projections, where the fit has them
-    places = {k: p for side, ks in keys.items() for k, p in zip(ks, fit["projections"][side], strict=True)}
-    show = _number(fit)
+    marked = [role for role in fit["roles"][::-1] if role["positive"] or role["role"] == fit["default"]]
+    ends = [("", marked), ("lowest", others[:ENDS]), ("highest", others[::-1][:ENDS])]
+    wanted: dict[str, tuple[str, Row]] = {}
+    for end, roles in ends:
+        for role in roles:
+            wanted.setdefault(role["role"], (end, role))
+    own: dict[str, dict[str, Rollout]] = {name: {} for name in wanted}
+    for rollout in sorted(rollouts, key=lambda rollout: rollout.key):
+        if rollout.role in own and rollout.answer.strip():
+            own[rollout.role].setdefault(rollout.question, rollout)
+    asked = Counter(question for answers in own.values() for question in answers)
+    same = sorted(asked, key=lambda question: (-asked[question], question))
+    places, show = _places(fit), _number(fit)
     found = []
-    for end, role in wanted:
-        first = {rollout.question: rollout for rollout in reversed(own[role["role"]])}
-        taken = [first[question] for question in same if question in first] or list(first.values())[:ANSWERS]
+    for name, (end, role) in wanted.items():
+        taken = [own[name][question] for question in same if question in own[name]][:ANSWERS]
         answers = [_sample(rollout, places.get(rollout.key), show) for rollout in taken]
-        found.append({"role": role["role"], "end": end, "projection": show(role["projection"]), "answers": answers})
+        systems = {answer["system"] for answer in answers}
+        row = {"role": name, "end": end, "projection": show(role["projection"]), "answers": answers}
+        found.append({**row, "system": systems.pop() if len(systems) == 1 else None})
+    return found
+
+
+def _places(fit: dict[str, Any]) -> dict[str, float]:
+    """Projections of single rollouts by key, where the fit names the keys of its projections."""
+    found: dict[str, float] = {}
+    for side, keys in fit["projections"].get("keys", {}).items():
+        found |= zip(keys, fit["projections"][side], strict=True)
     return found
 
 
@@ -313,7 +321,7 @@ def _dropped(dropped: dict[str, Any]) -> dict[str, Any]:
 
 
 def _command(fit: dict[str, Any], manifest: dict[str, Any]) -> str:
-    """The command that makes this run again, in a folder of its own. What cannot be known from the record is in capitals."""
+    """The command that makes this run again in a folder of its own; what no record holds is in capitals."""
     asked, fitted = manifest.get("asked", {}), fit["asked"]
     options: dict[str, Any] = {"--plan": "paper"}  # the plan without limits of its own: all that it had follows
     if asked.get("bank") not in (None, load_bank().digest):
@@ -342,6 +350,10 @@ def _number(fit: dict[str, Any]) -> Any:
     spread = fit["roles"][-1]["projection"] - fit["roles"][0]["projection"]
     digits = max(0, 2 - math.floor(math.log10(spread))) if spread > 0 else 2
     return lambda value: f"{value:,.{min(digits, 8)}f}".replace("-", "−")
+
+
+def _p(value: float) -> str:
+    return f"p\u00a0=\u00a0{value:.2g}"  # never parted at a line's end
 
 
 def _range(interval: Row | None) -> str:

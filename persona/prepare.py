@@ -34,7 +34,7 @@ from personaxis.persona.stages import (
 )
 from personaxis.persona.subject import Subject, load_subject
 
-GATE_WARNING = 0.25  # a share of role-play below this is said aloud
+GATE_WARNING = 0.25  # a share of role-play that is surely below this is said aloud
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def _report_gate(work: Work, keys: list[str]) -> None:
     share, n, (low, high) = role_play_share(with_scores(tried, verdicts))
     work.run.note(gate={"share": share, "n": n, "low": low, "high": high, "judge": judge.id})
     say(f"role-play gate: {share:.0%} of {n} answers show their role (95% {low:.0%}..{high:.0%}, judge {judge.id})")
-    if share < GATE_WARNING:
+    if high < GATE_WARNING:
         say("this model hardly plays roles: expect a weak persona space, and read its null before its axis")
 
 

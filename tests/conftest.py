@@ -1,18 +1,25 @@
 """Shape annotations are checked in the tests: every jaxtyping signature of the package runs under beartype here."""
 
 import os
+from pathlib import Path
 
 import pytest
 from jaxtyping import install_import_hook
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first kernel is defined: kernels run without a GPU
 
-install_import_hook("personaxis", "beartype.beartype")
+ROOT = Path(__file__).parent.parent
+# Triton reads its kernels' source, which the hook would wrap
+MODULES = [
+    f"personaxis.{path.parent.name}.{path.stem}"
+    for folder in ("persona", "analysis", "steering", "training")
+    for path in (ROOT / folder).glob("*.py")
+    if path.stem not in ("__init__", "kernels")
+]
+install_import_hook(MODULES, "beartype.beartype")
 
 
 @pytest.fixture
 def triton_interpreter():
-    """Kernels can be run without a GPU in Triton's interpreter; it must be chosen before the first kernel is defined."""
+    """Kernels as the interpreter runs them, where Triton is installed."""
     pytest.importorskip("triton")
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("set TRITON_INTERPRET=1 to run the kernels on the CPU")
