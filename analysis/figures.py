@@ -78,7 +78,7 @@ def cloud(fit: dict[str, Any]) -> go.Figure:
         f"{name}axis": {**side, "showticklabels": False, "showspikes": False, "title": {"text": f"PC{i + 1}"}}
         for i, name in enumerate("xyz")
     }
-    camera = {"eye": {"x": 0.75, "y": -1.25, "z": 0.55}, "center": {"x": 0, "y": 0, "z": -0.05}}
+    camera = {"eye": {"x": 0.8, "y": -1.35, "z": 0.6}, "center": {"x": 0, "y": 0, "z": -0.05}}
     scene |= {"aspectmode": "data", "camera": camera, "dragmode": "turntable"}
     coloraxis = {**_coloraxis(fit), "showscale": False}  # the plane above has it
     figure = _figure(coloraxis=coloraxis, margin={"l": 0, "r": 0, "t": 0, "b": 0}, scene=scene)
@@ -276,7 +276,8 @@ def _coloraxis(fit: dict[str, Any]) -> dict[str, Any]:
     share = (middle(fit) - low) / (high - low) if high > low else 0.5
     stops = [[0, "var(--others)"], [min(max(share, 0.01), 0.99), "var(--middle)"], [1, "var(--positive)"]]
     bar = {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "thickness": 9, "outlinewidth": 0}
-    title = {"text": f"projection (+ toward {_toward(fit)})", "side": "top", "font": {"size": 13}}
+    space = "<br><span style='font-size:5px'> </span>"  # plotly leaves none between title and bar
+    title = {"text": f"projection (+ toward {_toward(fit)}){space}", "side": "top", "font": {"size": 13}}
     bar |= {"title": title, "nticks": 6, "lenmode": "fraction", "len": 0.8, "ypad": 4}
     return {"colorscale": stops, "cmin": low, "cmax": high, "colorbar": bar}
 
@@ -299,11 +300,11 @@ def _ends(fit: dict[str, Any], count: int) -> list[Role]:
 
 
 def _far_apart(wanted: list[Role]) -> list[Role]:
-    """Those of the wanted roles that lie a seventh of the cloud's size from all before them, as its labels turn."""
+    """Those of the wanted roles that lie a quarter of the cloud's size from all before them: their labels turn."""
     size = float(np.ptp([role["coordinates"] for role in wanted], axis=0).max())
     found: list[Role] = []
     for role in wanted:
-        if all(math.dist(role["coordinates"], other["coordinates"]) > size / 7 for other in found):
+        if all(math.dist(role["coordinates"], other["coordinates"]) > size / 4 for other in found):
             found.append(role)
     return found
 
@@ -313,8 +314,9 @@ def _place_labels(wanted: list[Role], roles: list[Role], size: tuple[int, int]) 
     points = np.array([role["coordinates"][:2] for role in roles])
     span = np.ptp(points, axis=0)
     scale = 0.85 * min(size[0] / (span[0] or 1), size[1] / (span[1] or 1))  # one scale: both axes are drawn alike
-    dots, placed = points * scale, list[tuple[Role, str]]()
-    boxes: list[Box] = []
+    dots, boxes, placed = points * scale, list[Box](), list[tuple[Role, str]]()
+    room = (np.array(size) - span * scale) / 2
+    low, high = dots.min(axis=0) - room, dots.max(axis=0) + room
     for role in wanted:
         x, y = (coordinate * scale for coordinate in role["coordinates"][:2])
         half, away = len(_cut(role["role"])) * LETTER / 2, DOT + LINE / 2
@@ -322,7 +324,8 @@ def _place_labels(wanted: list[Role], roles: list[Role], size: tuple[int, int]) 
         centres = (("top center", x, y + away), ("bottom center", x, y - away))
         for position, cx, cy in (*centres, ("middle right", x + aside, y), ("middle left", x - aside, y)):
             box = (cx - half, cy - LINE / 2, cx + half, cy + LINE / 2)
-            if not any(_overlap(box, other) for other in boxes) and not _covers(box, dots):
+            inside = low[0] < box[0] and box[2] < high[0] and low[1] < box[1] and box[3] < high[1]
+            if inside and not _covers(box, dots) and not any(_overlap(box, other) for other in boxes):
                 placed.append((role, position))
                 boxes.append(box)
                 break

@@ -339,10 +339,9 @@ def _command(fit: dict[str, Any], manifest: dict[str, Any]) -> str:
     for name in ("keep", "positive", "layer", "replicates"):
         options[f"--{name}"] = fitted.get(name)
     model = asked.get("model_name") or (fit.get("model") or {}).get("id", "MODEL")
-    words = ["personaxis", "axis", str(model)]
-    for name, value in options.items():
-        words += [] if value is None else [name, str(value)]
-    return shlex.join([*words, "--out", "again"])
+    options["--out"] = "again"
+    lines = [shlex.join([name, str(value)]) for name, value in options.items() if value is not None]
+    return " \\\n  ".join([shlex.join(["personaxis", "axis", str(model)]), *lines])
 
 
 def _number(fit: dict[str, Any]) -> Any:

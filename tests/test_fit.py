@@ -64,7 +64,9 @@ def test_a_planted_axis_is_found_and_points_to_the_default():
     x, groups, v = planted()
     fit = fitted(x, groups)
     assert cosine(fit.axis.vectors[0].double().numpy(), v) > 0.85
-    assert fit.report["roles"][-1]["projection"] >= next(r["projection"] for r in fit.report["roles"] if r["positive"]) - 3
+    assert (
+        fit.report["roles"][-1]["projection"] >= next(r["projection"] for r in fit.report["roles"] if r["positive"]) - 3
+    )
     assert float(fit.space.coordinates[0, 0]) > 0  # the default on the positive side of PC1
 
 
@@ -163,7 +165,10 @@ def test_sums_do_not_depend_on_order_and_parts_join(tmp_path):
     assert torch.allclose(whole.mean[1, 0], torch.tensor(x[groups.index == 1].mean(0)).float(), atol=1e-5)
     spread = ((x[groups.index == 1] - x[groups.index == 1].mean(0)) ** 2).sum(0)
     assert torch.allclose(whole.square[1, 0], torch.tensor(spread).float(), rtol=1e-4)
-    parts = [as_activations(x[groups.index == r], Groups(np.zeros((groups.index == r).sum(), int), (name,))) for r, name in enumerate(groups.names)]
+    parts = [
+        as_activations(x[groups.index == r], Groups(np.zeros((groups.index == r).sum(), int), (name,)))
+        for r, name in enumerate(groups.names)
+    ]
     assert torch.equal(join(parts).mean, whole.mean)
     whole.save(tmp_path / "activations")
     again = load_activations(tmp_path / "activations")

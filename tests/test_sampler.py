@@ -56,7 +56,12 @@ def test_greedy_answers_equal_those_of_generate():
     for prompt, answer in zip(PROMPTS, found, strict=True):
         ids = torch.tensor([prompt.ids])
         made = subject.model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, min_new_tokens=10, do_sample=False, pad_token_id=0
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=10,
+            min_new_tokens=10,
+            do_sample=False,
+            pad_token_id=0,
         )
         assert tuple(made[0, len(prompt.ids) :].tolist()) == answer.ids
 
@@ -72,7 +77,12 @@ def test_a_model_that_takes_no_cache_falls_back_to_reading_the_whole_text(monkey
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [({"max_new_tokens": 0}, "below 1"), ({"temperature": -1.0}, "outside"), ({"temperature": float("nan")}, "outside"), ({"top_p": 0.0}, "outside")],
+    [
+        ({"max_new_tokens": 0}, "below 1"),
+        ({"temperature": -1.0}, "outside"),
+        ({"temperature": float("nan")}, "outside"),
+        ({"top_p": 0.0}, "outside"),
+    ],
 )
 def test_impossible_sampling_is_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
