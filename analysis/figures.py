@@ -51,17 +51,18 @@ def middle(fit: dict[str, Any]) -> float:
 
 def plane(fit: dict[str, Any]) -> go.Figure:
     """Roles over PC1 and PC2, coloured by projection; the line from the roles' mean to the star is the axis."""
-    figure = _figure(coloraxis=_coloraxis(fit), margin={"l": 56, "r": 16, "t": 16, "b": 124})
+    figure = _figure(coloraxis=_coloraxis(fit), margin={"l": 60, "r": 16, "t": 16, "b": 124})
     star = _pole(fit)["coordinates"]
     figure.add_scatter(x=[0, star[0]], y=[0, star[1]], mode="lines", hoverinfo="skip", line=_line("--ink", 1, "dot"))
     for kind, members in _kinds(fit).items():
         figure.add_scatter(**_places(members, 2), mode="markers", marker=_marker(kind, members, 2), **_hover(members))
-    unseen = {"size": 12, "opacity": 0}  # plotly keeps a label clear of its own marker only
     font = {"color": "var(--ink)", "size": 12}
     for screen, size in SCREENS.items():
         placed = _place_labels(_worth_naming(fit), fit["roles"], size)
         roles, positions = [role for role, _ in placed], [position for _, position in placed]
         words = {"text": [_name(role) for role in roles], "textposition": positions, "textfont": font, "meta": screen}
+        # unseen markers: plotly keeps a label clear of the marker in its own trace only
+        unseen = {"size": [20 if role["positive"] else 12 for role in roles], "opacity": 0}
         look = {"mode": "markers+text", "marker": unseen, "hoverinfo": "skip", "cliponaxis": False}
         figure.add_scatter(**_places(roles, 2), **words, **look)
     figure.update_xaxes(title_text=f"PC1 ({fit['variance_ratio'][0]:.0%} of the variance)", **_axis(zero=True))
@@ -102,7 +103,7 @@ def by_layer(fit: dict[str, Any]) -> go.Figure:
         panels.append(("split-half cosine", _halves))
     has_null = any("null" in line for line in lines)
     panels.append(("|axis| ÷ |axis| with shuffled labels" if has_null else "|axis|", _lengths))
-    figure = _figure(margin={"l": 44, "r": 14, "t": 44, "b": 44}, hovermode="x")
+    figure = _figure(margin={"l": 48, "r": 14, "t": 44, "b": 44}, hovermode="x")
     gap = 0.1
     height = (1 - gap * (len(panels) - 1)) / len(panels)
     for i, (title, draw) in enumerate(panels):
@@ -133,7 +134,7 @@ def by_layer(fit: dict[str, Any]) -> go.Figure:
 def variance(fit: dict[str, Any]) -> go.Figure:
     """Cumulative share of the variance between roles, with the numbers of components for 50, 70 and 90%."""
     total = np.cumsum(fit["variance_ratio"]) * 100
-    figure = _figure(margin={"l": 52, "r": 16, "t": 16, "b": 48})
+    figure = _figure(margin={"l": 60, "r": 16, "t": 16, "b": 48})
     look = {"mode": "lines+markers", "line": _line("--accent", 2), "marker": {"size": 5, "color": "var(--accent)"}}
     hover = "%{x} components: %{y:.0f}%<extra></extra>"
     figure.add_scatter(x=list(range(1, len(total) + 1)), y=total.tolist(), hovertemplate=hover, **look)
@@ -159,7 +160,7 @@ def answers(fit: dict[str, Any]) -> go.Figure:
     # Freedman-Diaconis by the smaller group would be ragged on 80 answers; 15 to 60 bins shared by both are calm
     edges = np.histogram_bin_edges(both, bins=int(np.clip(np.sqrt(len(both)), 15, 60)))
     labels = {"positive": escape(_cut(fit["positive"], 14), quote=False), "others": "other roles"}
-    figure = _figure(margin={"l": 84, "r": 16, "t": 36, "b": 48}, showlegend=True)
+    figure = _figure(margin={"l": 92, "r": 16, "t": 36, "b": 48}, showlegend=True)
     for side, own in sides.items():
         colour, name = f"var(--{side})", labels[side]
         density, _ = np.histogram(own, bins=edges, density=True)
@@ -319,8 +320,9 @@ def _place_labels(wanted: list[Role], roles: list[Role], size: tuple[int, int]) 
     low, high = dots.min(axis=0) - room, dots.max(axis=0) + room
     for role in wanted:
         x, y = (coordinate * scale for coordinate in role["coordinates"][:2])
-        half, away = len(_cut(role["role"])) * LETTER / 2, DOT + LINE / 2
-        aside = half + DOT
+        gap = DOT + 5 if role["positive"] else DOT
+        half, away = len(_cut(role["role"])) * LETTER / 2, gap + LINE / 2
+        aside = half + gap
         centres = (("top center", x, y + away), ("bottom center", x, y - away))
         for position, cx, cy in (*centres, ("middle right", x + aside, y), ("middle left", x - aside, y)):
             box = (cx - half, cy - LINE / 2, cx + half, cy + LINE / 2)
@@ -329,6 +331,9 @@ def _place_labels(wanted: list[Role], roles: list[Role], size: tuple[int, int]) 
                 placed.append((role, position))
                 boxes.append(box)
                 break
+        else:
+            if role in wanted[:2] and role in MARKED:
+                pass
     return placed
 
 
@@ -354,7 +359,8 @@ def _figure(**layout: Any) -> go.Figure:
 
 def _axis(*, zero: bool = False) -> dict[str, Any]:
     line = {"zeroline": zero, "zerolinecolor": "var(--line)", "linecolor": "var(--line)"}
-    return {**line, "gridcolor": "var(--grid)", "automargin": True, "title_standoff": 10, "title_font_size": 13}
+    # automargin would go on for ever with a colour bar below axes of equal scale: margins are given
+    return {**line, "gridcolor": "var(--grid)", "automargin": False, "title_standoff": 10, "title_font_size": 13}
 
 
 def _line(colour: str, width: float, dash: str = "solid") -> dict[str, Any]:

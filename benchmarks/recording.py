@@ -1,0 +1,85 @@
+"""What recording all layers costs: the same prefill with and without the hooks, in turn, in one run.
+
+    python benchmarks/recording.py [--rollouts 64] [--batch-tokens N] [--compile]
+
+Prints tokens/s of both arms and the median of their paired ratios. First the recorder is compared with float64 means over
+plain block outputs. Lengths are those of real rollouts (70-160 tokens, half of them the answer).
+"""
+
+import argparse
+import statistics
+import time
+
+import torch
+
+from personaxis.persona.record import CPU_TOKENS, GPU_MULTIPLE, GPU_TOKENS, compiled, record
+from personaxis.persona.rollouts import Rollout
+from personaxis.persona.sampler import batch_end, pad
+from personaxis.persona.selftest import run_self_test
+from personaxis.persona.subject import Subject, load_subject
+
+
+def made_up(number: int) -> list[Rollout]:
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for i in range(number):
+        prompt, answer = (
+            int(torch.randint(low, high, (1,), generator=generator)) for low, high in ((40, 90), (30, 70))
+        )
+        ids = torch.randint(5, 40000, (prompt + answer,), generator=generator).tolist()
+        found.append(Rollout(f"r/0/q{i}/0", (), tuple(ids[:prompt]), tuple(ids[prompt:]), "", 0, "end"))
+    return sorted(found, key=lambda r: -len(r.prompt_ids) - len(r.answer_ids))
+
+
+def seconds(work) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def plain(subject: Subject, rollouts: list[Rollout], tokens: int) -> None:
+    lengths = [len(r.prompt_ids) + len(r.answer_ids) for r in rollouts]
+    first = 0
+    while first < len(rollouts):
+        stop = batch_end(lengths, first, tokens)
+        multiple = GPU_MULTIPLE if subject.device.type == "cuda" else 1
+        ids = pad([r.prompt_ids + r.answer_ids for r in rollouts[first:stop]], subject.device, multiple)
+        subject.base(input_ids=ids, use_cache=False)
+        first = stop
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rollouts", type=int, default=64)
+    parser.add_argument("--batch-tokens", type=int)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--compile", action="store_true")
+    options = parser.parse_args()
+    subject = load_subject("smollm2-135m")
+    for check in run_self_test(subject):
+        print(f"{'ok' if check.passed else 'FAILED'}  {check.name}: {check.found:.3g} (allowed {check.allowed:.3g})")
+    tokens = options.batch_tokens or (GPU_TOKENS if subject.device.type == "cuda" else CPU_TOKENS)
+    rollouts = made_up(options.rollouts)
+    total = sum(len(r.prompt_ids) + len(r.answer_ids) for r in rollouts)
+
+    def recorded() -> None:
+        for _ in record(subject, rollouts, tokens=tokens, compile=False):
+            pass
+
+    with compiled(subject, enabled=options.compile):
+        recorded()
+        plain(subject, rollouts, tokens)
+        pairs = [(seconds(recorded), seconds(lambda: plain(subject, rollouts, tokens))) for _ in range(options.repeats)]
+    with_hooks, without = (statistics.median(times) for times in zip(*pairs, strict=True))
+    ratio = statistics.median(a / b for a, b in pairs)
+    print(f"{subject.dtype}, {total} tokens, batches of {tokens}, compiled {options.compile}")
+    print(f"with hooks {total / with_hooks:,.0f} tokens/s, without {total / without:,.0f}, time ratio {ratio:.3f}")
+
+
+if __name__ == "__main__":
+    main()
