@@ -18,11 +18,13 @@ import plotly.graph_objects as go
 LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 ENDS = 5  # how many roles at each end of the axis are named
+CROWD = 120  # more roles than this are drawn as smaller dots
 # Where labels may lie is worked out for the plot areas of a desktop and a phone, in pixels; the page shows one of them
-SCREENS = {"wide": (840, 470), "narrow": (290, 330)}
+SCREENS = {"wide": (850, 495), "narrow": (250, 235)}
 LETTER, LINE, DOT = 6.8, 14, 8  # pixels: width of a letter, height of a line, from a dot's centre to its label
 
 CLEAR = "rgba(0,0,0,0)"
+WORDS = {"color": "var(--ink)", "size": 12}
 
 Role = dict[str, Any]
 Line = dict[str, Any]
@@ -53,14 +55,13 @@ def plane(fit: dict[str, Any]) -> go.Figure:
     """Roles over PC1 and PC2, coloured by projection; the line from the roles' mean to the star is the axis."""
     figure = _figure(coloraxis=_coloraxis(fit), margin={"l": 60, "r": 16, "t": 16, "b": 124})
     star = _pole(fit)["coordinates"]
-    figure.add_scatter(x=[0, star[0]], y=[0, star[1]], mode="lines", hoverinfo="skip", line=_line("--ink", 1, "dot"))
+    figure.add_scatter(x=[0, star[0]], y=[0, star[1]], mode="lines", hoverinfo="skip", line=_line("--ink", 1.0, "dot"))
     for kind, members in _kinds(fit).items():
         figure.add_scatter(**_places(members, 2), mode="markers", marker=_marker(kind, members, 2), **_hover(members))
-    font = {"color": "var(--ink)", "size": 12}
     for screen, size in SCREENS.items():
-        placed = _place_labels(_worth_naming(fit), fit["roles"], size)
+        placed = _place_labels(fit, size)
         roles, positions = [role for role, _ in placed], [position for _, position in placed]
-        words = {"text": [_name(role) for role in roles], "textposition": positions, "textfont": font, "meta": screen}
+        words = {"text": [_name(role) for role in roles], "textposition": positions, "textfont": WORDS, "meta": screen}
         # unseen markers: plotly keeps a label clear of the marker in its own trace only
         unseen = {"size": [20 if role["positive"] else 12 for role in roles], "opacity": 0}
         look = {"mode": "markers+text", "marker": unseen, "hoverinfo": "skip", "cliponaxis": False}
@@ -74,13 +75,12 @@ def plane(fit: dict[str, Any]) -> go.Figure:
 
 def cloud(fit: dict[str, Any]) -> go.Figure:
     """The same roles in PC1 to PC3, to be turned by hand."""
-    side = {"gridcolor": "var(--grid)", "zerolinecolor": "var(--line)", "showbackground": False, "nticks": 6}
-    scene: dict[str, Any] = {
-        f"{name}axis": {**side, "showticklabels": False, "showspikes": False, "title": {"text": f"PC{i + 1}"}}
-        for i, name in enumerate("xyz")
-    }
+    side = {"gridcolor": "var(--grid)", "zerolinecolor": "var(--line)", "nticks": 6}
+    side |= {"showbackground": False, "showticklabels": False, "showspikes": False}
     camera = {"eye": {"x": 0.8, "y": -1.35, "z": 0.6}, "center": {"x": 0, "y": 0, "z": -0.05}}
-    scene |= {"aspectmode": "data", "camera": camera, "dragmode": "turntable"}
+    scene: dict[str, Any] = {"aspectmode": "data", "camera": camera, "dragmode": "turntable"}
+    for i, name in enumerate("xyz"):
+        scene[f"{name}axis"] = {**side, "title": {"text": f"PC{i + 1}", "font": WORDS}}
     coloraxis = {**_coloraxis(fit), "showscale": False}  # the plane above has it
     figure = _figure(coloraxis=coloraxis, margin={"l": 0, "r": 0, "t": 0, "b": 0}, scene=scene)
     star = _pole(fit)["coordinates"]
@@ -90,8 +90,7 @@ def cloud(fit: dict[str, Any]) -> go.Figure:
         figure.add_scatter3d(**_places(members, 3), mode="markers", marker=_marker(kind, members, 3), **_hover(members))
     named = _far_apart(_worth_naming(fit))
     words = {"text": [_name(role) for role in named], "textposition": "top center"}
-    font = {"color": "var(--ink)", "size": 12}
-    figure.add_scatter3d(**_places(named, 3), mode="text", hoverinfo="skip", textfont=font, **words)
+    figure.add_scatter3d(**_places(named, 3), mode="text", hoverinfo="skip", textfont=WORDS, **words)
     return figure
 
 
@@ -122,12 +121,11 @@ def by_layer(fit: dict[str, Any]) -> go.Figure:
             "yanchor": "bottom",
             "yshift": 2,
         }
-        font = {"color": "var(--ink)", "size": 13}
-        figure.add_annotation(**place, text=f"<b>{title}</b>", showarrow=False, font=font)
+        figure.add_annotation(**place, text=f"<b>{title}</b>", showarrow=False, font={**WORDS, "size": 13})
     ends = {"x0": fit["layer"], "x1": fit["layer"], "y0": 0, "y1": 1, "yref": "paper"}
-    figure.add_shape(type="line", **ends, line=_line("--ink", 1, "dot"), layer="below")
+    figure.add_shape(type="line", **ends, line=_line("--ink", 1.0, "dot"), layer="below")
     above = {"x": fit["layer"], "y": 1, "yref": "paper", "yanchor": "bottom", "yshift": 16, "showarrow": False}
-    figure.add_annotation(text=f"layer {fit['layer']}", font={"color": "var(--ink)", "size": 12}, **above)
+    figure.add_annotation(text=f"layer {fit['layer']}", font=WORDS, **above)
     return figure
 
 
@@ -135,7 +133,7 @@ def variance(fit: dict[str, Any]) -> go.Figure:
     """Cumulative share of the variance between roles, with the numbers of components for 50, 70 and 90%."""
     total = np.cumsum(fit["variance_ratio"]) * 100
     figure = _figure(margin={"l": 60, "r": 16, "t": 16, "b": 48})
-    look = {"mode": "lines+markers", "line": _line("--accent", 2), "marker": {"size": 5, "color": "var(--accent)"}}
+    look = {"mode": "lines+markers", "line": _line("--accent", 2.0), "marker": {"size": 5, "color": "var(--accent)"}}
     hover = "%{x} components: %{y:.0f}%<extra></extra>"
     figure.add_scatter(x=list(range(1, len(total) + 1)), y=total.tolist(), hovertemplate=hover, **look)
     for share, count in fit["components_for"].items():
@@ -143,11 +141,10 @@ def variance(fit: dict[str, Any]) -> go.Figure:
         if count > len(total):
             continue  # only the first components are in the report
         for x0, y1 in ((0, percent), (count, 0)):
-            line = _line("--muted", 1, "dot")
+            line = _line("--muted", 1.0, "dot")
             figure.add_shape(type="line", x0=x0, x1=count, y0=percent, y1=y1, line=line, layer="below")
         place = {"x": count, "y": percent, "xanchor": "left", "yanchor": "top", "xshift": 6, "yshift": -2}
-        text, font = f"<b>{count}</b> for {percent:.0f}%", {"color": "var(--ink)", "size": 12}
-        figure.add_annotation(**place, text=text, showarrow=False, font=font)
+        figure.add_annotation(**place, text=f"<b>{count}</b> for {percent:.0f}%", showarrow=False, font=WORDS)
     figure.update_xaxes(title_text="number of components", range=[0, len(total) + 0.8], **_axis())
     figure.update_yaxes(title_text="variance between roles", range=[0, 104], ticksuffix="%", **_axis())
     return figure
@@ -240,7 +237,7 @@ def _curve(
     colour: str = "--accent",
     dash: str = "solid",
 ) -> None:
-    look: dict[str, Any] = {"mode": "lines", "line": _line(colour, 2 if dash == "solid" else 1.2, dash)}
+    look: dict[str, Any] = {"mode": "lines", "line": _line(colour, 2.0 if dash == "solid" else 1.2, dash)}
     if dash == "solid":
         look |= {"mode": "lines+markers", "marker": {"size": 4, "color": f"var({colour})"}}
     layers, hover = [line["layer"] for line in run], f"layer %{{x}}: {hover}<extra></extra>"
@@ -262,12 +259,12 @@ def _kinds(fit: dict[str, Any]) -> dict[str, list[Role]]:
 
 
 def _marker(kind: str, members: list[Role], dimensions: int) -> dict[str, Any]:
-    flat = dimensions == 2
-    symbol = {"dot": "circle", "default": "diamond", "pole": "star" if flat else "diamond"}[kind]
-    size = {"dot": 10, "default": 13, "pole": 19}[kind] if flat else {"dot": 5, "default": 6, "pole": 7}[kind]
+    flat, small = dimensions == 2, len(members) > CROWD
+    symbol = {"dot": "circle", "default": "diamond" if flat else "square", "pole": "star" if flat else "diamond"}[kind]
+    size = {"dot": 7 if small else 10, "default": 13, "pole": 19}[kind]
     edge = {"color": "var(--outline)" if kind == "dot" else "var(--ink)", "width": 0.8 if kind == "dot" else 1.2}
     colour = {"color": [role["projection"] for role in members], "coloraxis": "coloraxis"}
-    return {"symbol": symbol, "size": size, "line": edge, "opacity": 1, **colour}
+    return {"symbol": symbol, "size": size if flat else size / 2.2, "line": edge, "opacity": 1, **colour}
 
 
 def _coloraxis(fit: dict[str, Any]) -> dict[str, Any]:
@@ -310,31 +307,37 @@ def _far_apart(wanted: list[Role]) -> list[Role]:
     return found
 
 
-def _place_labels(wanted: list[Role], roles: list[Role], size: tuple[int, int]) -> list[tuple[Role, str]]:
+def _place_labels(fit: dict[str, Any], size: tuple[int, int]) -> list[tuple[Role, str]]:
     """Labels that cover neither a dot nor another label, greedily, on a plot area of `size` pixels."""
-    points = np.array([role["coordinates"][:2] for role in roles])
+    points = np.array([role["coordinates"][:2] for role in fit["roles"]])
     span = np.ptp(points, axis=0)
-    scale = 0.85 * min(size[0] / (span[0] or 1), size[1] / (span[1] or 1))  # one scale: both axes are drawn alike
-    dots, boxes, placed = points * scale, list[Box](), list[tuple[Role, str]]()
+    scale = 0.85 * float(min(size[0] / (span[0] or 1), size[1] / (span[1] or 1)))  # one for both axes, as drawn
+    dots, taken, placed = points * scale, list[Box](), list[tuple[Role, str]]()
     room = (np.array(size) - span * scale) / 2
-    low, high = dots.min(axis=0) - room, dots.max(axis=0) + room
-    for role in wanted:
-        x, y = (coordinate * scale for coordinate in role["coordinates"][:2])
-        gap = DOT + 5 if role["positive"] else DOT
-        half, away = len(_cut(role["role"])) * LETTER / 2, gap + LINE / 2
-        aside = half + gap
-        centres = (("top center", x, y + away), ("bottom center", x, y - away))
-        for position, cx, cy in (*centres, ("middle right", x + aside, y), ("middle left", x - aside, y)):
-            box = (cx - half, cy - LINE / 2, cx + half, cy + LINE / 2)
-            inside = low[0] < box[0] and box[2] < high[0] and low[1] < box[1] and box[3] < high[1]
-            if inside and not _covers(box, dots) and not any(_overlap(box, other) for other in boxes):
-                placed.append((role, position))
-                boxes.append(box)
-                break
-        else:
-            if role in wanted[:2] and role in MARKED:
-                pass
+    low, high = (dots.min(axis=0) - room).tolist(), (dots.max(axis=0) + room).tolist()
+
+    def is_free(box: Box) -> bool:
+        inside = low[0] < box[0] and box[2] < high[0] and low[1] < box[1] and box[3] < high[1]
+        return inside and not _covers(box, dots) and not any(_overlap(box, other) for other in taken)
+
+    for role in _worth_naming(fit):
+        choices = _label_boxes(role, scale)
+        free = [position for position, box in choices.items() if is_free(box)]
+        if free or role["positive"] or role["role"] == fit["default"]:  # these two are named come what may
+            position = free[0] if free else "top center"
+            placed.append((role, position))
+            taken.append(choices[position])
     return placed
+
+
+def _label_boxes(role: Role, scale: float) -> dict[str, Box]:
+    """Where a role's label could lie, in pixels, the best place first."""
+    x, y = (coordinate * scale for coordinate in role["coordinates"][:2])
+    half, gap = len(_cut(role["role"])) * LETTER / 2, DOT + 5 if role["positive"] else DOT
+    up, aside = gap + LINE / 2, gap + half
+    centres = {"top center": (x, y + up), "bottom center": (x, y - up)}
+    centres |= {"middle right": (x + aside, y), "middle left": (x - aside, y)}
+    return {name: (cx - half, cy - LINE / 2, cx + half, cy + LINE / 2) for name, (cx, cy) in centres.items()}
 
 
 def _overlap(a: Box, b: Box) -> bool:
@@ -348,7 +351,7 @@ def _covers(box: Box, dots: Any) -> bool:
 
 def _figure(**layout: Any) -> go.Figure:
     """An empty figure without plotly's own template: transparent, quiet, in the page's colours."""
-    hover = {"bgcolor": "var(--card)", "bordercolor": "var(--line)", "font": {"color": "var(--ink)", "size": 13}}
+    hover = {"bgcolor": "var(--card)", "bordercolor": "var(--line)", "font": {**WORDS, "family": FONT}}
     clear = {"paper_bgcolor": CLEAR, "plot_bgcolor": CLEAR, "template": None, "dragmode": False, "showlegend": False}
     buttons = {"bgcolor": CLEAR, "color": "var(--line)", "activecolor": "var(--muted)"}
     font = {"family": FONT, "size": 13, "color": "var(--muted)"}

@@ -45,7 +45,7 @@
         continue;
       }
       const scene = figure.layout.scene;
-      if (scene && narrow.matches) for (const side in scene.camera.eye) scene.camera.eye[side] *= 1.4; // step back
+      if (scene && narrow.matches) for (const side in scene.camera.eye) scene.camera.eye[side] *= 1.75; // step back
       const data = figure.data.filter((trace) => trace.meta !== other);
       Plotly.react(box, data, figure.layout, { ...config, modeBarButtons: scene ? buttons.deep : buttons.flat });
     }

@@ -13,6 +13,7 @@ import math
 import shlex
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,13 +49,18 @@ def write_report(
 
     `stamp` is found in the first 4000 characters of the file, so that a caller can tell whether it is up to date.
     """
+    page = _environment().get_template("report.html.jinja").render(_content(fit, rollouts, manifest, stamp))
+    with atomic(path) as temporary:
+        temporary.write_bytes(page.encode("utf-8", "replace"))  # an answer may hold half a surrogate pair
+
+
+@cache
+def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"interval": _interval, "short": _short}
-    page = environment.get_template("report.html.jinja").render(_content(fit, rollouts, manifest, stamp))
-    with atomic(path) as temporary:
-        temporary.write_bytes(page.encode("utf-8", "replace"))  # an answer may hold half a surrogate pair
+    return environment
 
 
 def _content(fit: dict[str, Any], rollouts: Sequence[Rollout], manifest: dict[str, Any], stamp: str) -> dict[str, Any]:

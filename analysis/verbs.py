@@ -5,6 +5,7 @@
 
 import hashlib
 import json as json_module
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,9 @@ def axis(
     json
         print the fit as JSON in place of the tables
     """
-    from personaxis.persona.prepare import judge_run, prepared, record_run, sample
+    from personaxis.persona.prepare import judge_run, prepared, record_run, require_judge, sample
 
+    require_judge(who)
     folder = run_folder(model, out)
     _require_keep(fitting.keep)
     with prepared(model, folder, how, what) as work:
@@ -179,8 +181,16 @@ def _require_keep(name: str) -> None:
 
 def _require_known(default: str, keys: list[str], options: FitOptions, n_layers: int) -> None:
     """Fail before the long steps for what could only fail after them."""
-    roles = {key.split("/", 1)[0] for key in keys}
-    if options.positive is not None and options.positive not in roles | {default}:
+    from personaxis.persona.judge import KEEP
+
+    roles = Counter(key.split("/", 1)[0] for key in keys)
+    keep, fewest = KEEP[options.keep], min(roles.values())
+    if fewest < keep.minimum:
+        raise KnownError(
+            f"--keep {keep.name} needs {keep.minimum} answers a role and this plan makes {fewest}; "
+            f"give more --questions, --prompts or --samples, or --keep all"
+        )
+    if options.positive is not None and options.positive not in {*roles, default}:
         raise KnownError(f"--positive {options.positive!r} is not among the roles of this run")
     if options.layer is not None and not 0 <= options.layer < n_layers:
         raise KnownError(f"--layer {options.layer} is not in this model (0..{n_layers - 1})")

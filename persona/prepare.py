@@ -124,21 +124,27 @@ def judge_run(
     return with_scores(rollouts, read_scores(path, judge.id))
 
 
+def require_judge(options: JudgeOptions) -> None:
+    """`KnownError` for a judge that there is not, before anything long begins."""
+    is_url = options.judge.startswith(("http://", "https://"))
+    if options.judge not in ("rules", "none") and not options.judge.startswith("local:") and not is_url:
+        raise KnownError(f"--judge {options.judge!r} is not rules, none, local:MODEL or a http(s) URL")
+    if is_url and not options.judge_model:
+        raise KnownError(f"--judge {options.judge} needs --judge-model NAME")
+
+
 def judge_named(options: JudgeOptions) -> Judge:
     """The judge that the options ask for."""
+    require_judge(options)
     if options.judge == "rules":
         return RuleJudge()
     if options.judge.startswith("local:"):
         from personaxis.persona.judge_local import LocalJudge
 
         return LocalJudge(load_subject(options.judge.removeprefix("local:")))
-    if options.judge.startswith(("http://", "https://")):
-        from personaxis.persona.judge_endpoint import EndpointJudge
+    from personaxis.persona.judge_endpoint import EndpointJudge
 
-        if not options.judge_model:
-            raise KnownError(f"--judge {options.judge} needs --judge-model NAME")
-        return EndpointJudge(options.judge, options.judge_model)
-    raise KnownError(f"--judge {options.judge!r} is not rules, none, local:MODEL or a http(s) URL")
+    return EndpointJudge(options.judge, options.judge_model or "")
 
 
 def record_run(work: Work, rollouts: list[Rollout]) -> Activations:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from personaxis.persona.draw import draw
+from personaxis.persona.errors import KnownError
 from personaxis.persona.slots import SlotCache, decoding_mask
 from personaxis.persona.subject import Subject
 
@@ -37,11 +38,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens {self.max_new_tokens} is below 1")
+            raise KnownError(f"max_new_tokens {self.max_new_tokens} is below 1")
         if not 0 <= self.temperature < 100:
-            raise ValueError(f"temperature {self.temperature} is outside [0, 100)")
+            raise KnownError(f"temperature {self.temperature} is outside [0, 100)")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p {self.top_p} is outside (0, 1]")
+            raise KnownError(f"top_p {self.top_p} is outside (0, 1]")
 
 
 @dataclass(frozen=True)

@@ -210,7 +210,8 @@ def _check(subject: Subject) -> None:
                 f"{subject.id}: block {layer} emits NaN or infinity in {subject.dtype}; try --dtype float32"
             )
         past = output[:, :-1].float()
-        if (past[0] - past[1]).abs().max() > 0.02 * past.abs().max():
+        # a random encoder's attention moves its neighbours by a few parts in a thousand only
+        if (past[0] - past[1]).abs().max() > (1e-4 if subject.dtype == torch.float32 else 1e-2) * past.abs().max():
             raise KnownError(f"{subject.id}: a later token changes earlier ones at block {layer}: not a causal decoder")
 
 

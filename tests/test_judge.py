@@ -355,14 +355,8 @@ def scored(scores: dict[str, list[int | None]]) -> list[Rollout]:
 
 
 def test_keep_drops_answers_by_score_and_roles_that_are_left_with_too_few() -> None:
-    scores: dict[str, list[int | None]] = {
-        "a": [3, 1, 2, 0],
-        "b": [3, 3, 3],
-        "c": [1, 1, 1, None],
-        "d": [0, 0],
-        "e": [1, 3],
-    }
-    left, dropped = kept(scored(scores), KEEP["small"], "default")
+    rollouts = scored({"a": [3, 1, 2, 0], "b": [3, 3, 3], "c": [1, 1, 1, None], "d": [0, 0], "e": [1, 3]})
+    left, dropped = kept(rollouts, KEEP["small"], "default")
     assert [r.role for r in left] == ["default"] * 2 + ["a"] * 3 + ["b"] * 3 + ["c"] * 3
     assert dropped.by_score == {"a": {0: 1}, "c": {None: 1}, "d": {0: 2}}
     assert dropped.roles == {"d": "none of its 2 answers left, 3 needed", "e": "only 2 of its 2 answers left, 3 needed"}
@@ -370,11 +364,8 @@ def test_keep_drops_answers_by_score_and_roles_that_are_left_with_too_few() -> N
 
 
 def test_the_default_is_never_filtered_by_score_but_empty_answers_always_go() -> None:
-    rollouts = [
-        *scored({role: [3] * 3 for role in "abc"}),
-        rollout("default/0/q001/8", ""),
-        rollout("a/0/q001/9", "", 3),
-    ]
+    empty = [rollout("default/0/q001/8", ""), rollout("a/0/q001/9", "", 3)]
+    rollouts = scored({role: [3] * 3 for role in "abc"}) + empty
     left, dropped = kept(rollouts, Keep("mine", frozenset({3}), 1), "default")
     assert len(left) == len(rollouts) - 2
     assert dropped.empty == {"default": 1, "a": 1}
@@ -383,9 +374,7 @@ def test_the_default_is_never_filtered_by_score_but_empty_answers_always_go() ->
 
 
 def test_too_few_roles_is_one_line_that_says_what_to_do() -> None:
-    with pytest.raises(
-        KnownError, match=r"only 0 of 3 roles are left.*make more rollouts, or keep 'paper-soft'"
-    ) as error:
+    with pytest.raises(KnownError, match=r"only 0 of 3 roles are left.*more rollouts, or keep 'paper-soft'") as error:
         kept(scored({role: [3] * 5 for role in "abc"}), KEEP["paper"], "default")
     assert "\n" not in str(error.value)
     with pytest.raises(KnownError, match="15 answers have no score: judge them, or keep 'all'"):

@@ -372,12 +372,10 @@ def tiny() -> Any:
 
 
 def test_the_local_judge_takes_the_likeliest_digit_whatever_the_batch(tiny):
-    some = [Item(f"pirate/0/q{i}/0", ROLE, "", "Why?" * (i + 1), "Arr. " * (1 + 7 * i % 11)) for i in range(9)]
-    judge, single = LocalJudge(tiny), LocalJudge(tiny, tokens=1)
+    some = [Item(f"pirate/0/q{i}/0", ROLE, "", "Why?" * (i + 1), "Arr. " * (1 + 7 * i % 11)) for i in range(4)]
+    judge, single = LocalJudge(tiny, tokens=10**6), LocalJudge(tiny, tokens=1)
     together = {v.key: v for v in judge.verdicts(some)}
-    alone = {v.key: v for v in single.verdicts(some)}
-    assert {k: v.score for k, v in together.items()} == {k: v.score for k, v in alone.items()}
-    assert set(together) == {item.key for item in some}
+    assert {k: v.score for k, v in together.items()} == {v.key: v.score for v in single.verdicts(some)}
     for item in some:  # the oracle: the model's own logits, one prompt at a time
         ids = judge._prompt_ids(item)
         logits = tiny.model(torch.tensor([ids])).logits[0, -1]
