@@ -88,7 +88,7 @@ class RuleJudge:
     - any dialect passes for any role: it does not know that a surfer would not say "forsooth";
     - it reads English only.
 
-    Of a 135M model's default answers 1.8% pass for a role that nobody asked for. For figures that matter use a strong
+    Of a 135M model's default answers 2% pass for a role that nobody asked for. For figures that matter use a strong
     model through `EndpointJudge`.
     """
 
@@ -145,8 +145,9 @@ def judge_rollouts(
     """Judge what this judge has not scored yet and append it to the log `path`, a row each as it comes.
 
     Rows: key, judge, answer_sha (see `Item.sha`), score, reply, problem. An exception loses no verdict, a kill at most
-    the last half second's; the next run asks only for the rest and for those with a problem. `progress` is called with
-    the number of items just finished, first with those from the log; their sum is `len(items_of(...))`.
+    those that came within half a second of the last write; the next run asks only for the rest and for those with a
+    problem. `progress` is called with the number of items just finished, first with those from the log; their sum is
+    `len(items_of(...))`.
     """
     items = {item.key: item for item in items_of(rollouts, bank)}
     done = {

@@ -53,8 +53,9 @@ class Run:
 
     def note(self, **facts: Any) -> None:
         """Add facts about what was done to run.json (rank 0 only)."""
-        if self.rank == 0:
-            write_json(self.folder / "run.json", {**self.manifest, **facts})
+        content = {**self.manifest, **facts}
+        if self.rank == 0 and content != self.manifest:
+            write_json(self.folder / "run.json", content)
 
 
 @contextmanager

@@ -387,14 +387,11 @@ def test_the_local_judge_takes_the_likeliest_digit_whatever_the_batch(tiny):
     assert judge.id == f"local:tiny:{tiny.fingerprint[:8]}:{RUBRIC_HASH}"
 
 
-def test_the_local_judge_cuts_nothing_and_counts_what_does_not_fit(tiny, tmp_path):
-    long = [
-        *rollouts(2),
-        Rollout("pirate/0/q009/0", ({"role": "user", "content": "?"},), (1,), (2,), "a" * 5000, 0, "end"),
-    ]
-    tally = judge_rollouts(long, bank(), LocalJudge(tiny), tmp_path / "scores.jsonl", None)
-    assert tally.problems == {"longer than the judge's context": 1}
-    assert sum(tally.counts.values()) == 2
+def test_the_local_judge_cuts_nothing_and_counts_what_does_not_fit(tiny):
+    long = Item("pirate/0/q009/0", ROLE, "", "?", "a" * 5000)
+    problems = {v.key: v.problem for v in LocalJudge(tiny).verdicts([*items(2), long])}
+    assert problems.pop(long.key) == "longer than the judge's context"
+    assert list(problems.values()) == [None, None]
 
 
 def test_a_model_without_a_template_cannot_judge(tiny, monkeypatch):

@@ -171,10 +171,10 @@ def test_parts_that_were_recorded_before_a_kill_are_not_recorded_again(place, mo
 
 
 def test_two_ranks_give_the_very_run_that_one_process_gives(place):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(place / "script.py"), "none", "0", *axis(place, "ranks")]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr
     same_as_reference(place / "ranks", place / "reference")
