@@ -78,7 +78,7 @@ def fit_axis(
         "components_for": {
             str(share): components_for(space.variance_ratio.double().numpy(), share) for share in (0.5, 0.7, 0.9)
         },
-        "projections": _projections(x, groups, axis, chosen),
+        "projections": _projections(activations, rows, x, groups, axis, chosen),
         "n_rollouts": len(rows),
     }
     return Fit(axis, space, report)
@@ -226,9 +226,20 @@ def _roles(
     return sorted(rows, key=lambda row: float(row["projection"]))
 
 
-def _projections(x: Array | None, groups: Groups, axis: Axis, layer: int) -> dict[str, list[float]]:
+def _projections(
+    activations: Activations, rows: list[int], x: Array | None, groups: Groups, axis: Axis, layer: int
+) -> dict[str, Any]:
     """Projections of single rollouts at the chosen layer, for histograms; empty where none were kept."""
     if x is None:
         return {"positive": [], "others": []}
     projections = x @ axis.vectors[layer].double().numpy()
-    return {"positive": projections[groups.index == 0].tolist(), "others": projections[groups.index > 0].tolist()}
+    first = groups.index == 0
+    keys = [activations.keys[row] for row in rows]
+    return {
+        "positive": projections[first].tolist(),
+        "others": projections[~first].tolist(),
+        "keys": {
+            "positive": [key for key, own in zip(keys, first, strict=True) if own],
+            "others": [key for key, own in zip(keys, first, strict=True) if not own],
+        },
+    }

@@ -15,7 +15,7 @@ from personaxis.persona.options import FitOptions, JudgeOptions, ModelOptions, P
 from personaxis.persona.progress import say
 from personaxis.persona.verbs import Model, run_folder
 
-FIT_VERSION = 1  # raise it when fitting changes, so that stored fits are made again
+FIT_VERSION = 2  # raise it when fitting changes, so that stored fits are made again
 
 
 def axis(
@@ -86,7 +86,7 @@ def report(run: Path, /) -> None:
     from personaxis.persona.store import read_json
 
     with open_run(run):
-        say(f"report: {_report(run, read_json(run / 'fit.json'))}")
+        say(f"report: {_report(run, read_json(run / 'fit.json'), again=True)}")
 
 
 def _fit(folder: Path, activations: Any, rollouts: Any, default: str, options: FitOptions) -> dict[str, Any]:
@@ -132,14 +132,14 @@ def _fit(folder: Path, activations: Any, rollouts: Any, default: str, options: F
     return content
 
 
-def _report(folder: Path, fit: dict[str, Any]) -> Path:
+def _report(folder: Path, fit: dict[str, Any], *, again: bool = False) -> Path:
     from personaxis.analysis.report import write_report
     from personaxis.persona.rollouts import read_rollouts, with_scores
     from personaxis.persona.store import read_json
 
     path = folder / "report.html"
     stamp = hashlib.sha256(json_module.dumps(fit, sort_keys=True).encode()).hexdigest()[:16]
-    if path.exists() and stamp in path.read_text(encoding="utf-8")[:4000]:
+    if not again and path.exists() and stamp in path.read_text(encoding="utf-8")[:4000]:
         return path
     write_report(path, fit, with_scores(read_rollouts(folder), _scores(folder)), read_json(folder / "run.json"), stamp)
     return path

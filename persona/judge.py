@@ -79,8 +79,8 @@ class RuleJudge:
 
     It sees words, not meaning. An answer is in the role when it claims the role ("as a historian, I ..."), speaks a
     dialect, or uses words that the role's prompts use and the question does not; a refusal or talk of being an AI is
-    found by its usual phrasings. On our own 78 labelled answers (tests/test_judge.py) it agrees with the label on 70;
-    the other eight are 3s that it takes for 1s. Known limits:
+    found by its usual phrasings. On our own 78 labelled answers (tests/test_judge.py) it agrees with the label on 69;
+    the other nine are 3s that it takes for 1s. Known limits:
 
     - a role played without the words of its prompts is a 1: a cynic's sourness, a parent's tiredness, a ghost's loss;
     - a first-person essay *about* the role's subject can pass for a 3: words are not a voice;
