@@ -102,7 +102,7 @@ def load_subject(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    target = torch.device(device) if device else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    target = _device_named(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with quiet_transformers(), _one_line(name):
         source = _source(name)
         config = _config(name, source)
@@ -291,6 +291,14 @@ def _read_template(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise KnownError(f"chat template {path}: {error}") from None
+
+
+def _device_named(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device  # a name may be well formed and the device still not be there
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise KnownError(f"device {name!r} cannot be used here ({reason}); try --device cpu") from None
 
 
 def _dtype_named(name: str) -> torch.dtype:

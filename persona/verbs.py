@@ -62,7 +62,10 @@ def judge(run: Path, /, *, who: JudgeOptions = JudgeOptions(), bank: Path | None
     with open_run(run) as folder:
         chosen = load_bank(bank)
         _require_bank(folder.manifest, chosen.digest, run)
-        scored = judge_run(folder, chosen, read_rollouts(run), who)
+        rollouts = read_rollouts(run)
+        if not rollouts:
+            raise KnownError(f"{run} has no rollouts; make them first with `personaxis rollout`")
+        scored = judge_run(folder, chosen, rollouts, who)
         counts = {score: sum(r.score == score for r in scored) for score in (0, 1, 2, 3, None)}
         _say(", ".join(f"{'unjudged' if score is None else score}: {n}" for score, n in counts.items()))
 
@@ -224,14 +227,14 @@ def import_(kind: Literal["axis", "caps", "roles"], source: Path, /, *, out: Pat
         write_bank(import_bank(source, questions), out)
         _say(f"bank written to {out}")
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
     if kind == "axis":
         found = import_axis(source, described)
+        out.parent.mkdir(parents=True, exist_ok=True)
         found.save(out)
         _say(f"axis of {len(found.layers)} layers, width {found.vectors.shape[1]}, written to {out}.safetensors")
         return
-    out.mkdir(parents=True, exist_ok=True)
     caps = import_caps(source, described)
+    out.mkdir(parents=True, exist_ok=True)
     for name, cap in caps.items():
         cap.save(out / name.replace("/", "_"))
     _say(f"{len(caps)} caps written to {out}")

@@ -63,6 +63,11 @@ def printed(capsys, *arguments):
     return capsys.readouterr().out
 
 
+def letters(rendered):
+    """What `spans` printed without its bars between tokens, line breaks and blanks."""
+    return "".join(rendered.replace("▏", "").split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -82,12 +87,13 @@ def printed(capsys, *arguments):
         (["axis", "tiny", "--temperature", "-1"], ["temperature"]),
         (["axis", "tiny", "--top-p", "0"], ["top"]),
         (["axis", "tiny", "--dtype", "float8"], ["float8", "float32"]),
-        (["axis", "tiny", "--device", "quantum"], ["quantum"]),
+        (["axis", "tiny", "--device", "quantum"], ["device 'quantum'", "--device cpu"]),
+        (["axis", "tiny", "--device", "cuda:99"], ["device 'cuda:99'", "--device cpu"]),
         (["axis", "tiny", "--judge", "nonsense"], ["--judge 'nonsense'", "rules"]),
         (["axis", "tiny", "--judge", "http://127.0.0.1:9/v1"], ["--judge-model"]),
-        (["axis", "tiny", "--positive", "nobody"], ["--positive 'nobody'"]),
-        (["axis", "tiny", "--layer", "3"], ["--layer 3", "0..2"]),
-        (["axis", "tiny", "--replicates", "-1"], ["--replicates -1"]),
+        (["axis", "tiny", "--keep", "all", "--positive", "nobody"], ["--positive 'nobody'"]),
+        (["axis", "tiny", "--keep", "all", "--layer", "3"], ["--layer 3", "0..2"]),
+        (["axis", "tiny", "--keep", "all", "--replicates", "-1"], ["--replicates -1"]),
         (["axis", "tiny", "--chat-template", "nowhere.jinja"], ["nowhere.jinja"]),
         (["axis", "tiny", "--out", "tiny/config.json"], ["is a file, not a run folder"]),
         (["judge", "nowhere"], ["nowhere does not exist"]),
@@ -95,7 +101,7 @@ def printed(capsys, *arguments):
         (["fit", "nowhere"], ["nowhere does not exist"]),
         (["report", "nowhere"], ["nowhere does not exist"]),
         (["record", "empty"], ["personaxis rollout"]),
-        (["judge", "empty"], ["empty"]),
+        (["judge", "empty"], ["no rollouts", "personaxis rollout"]),
         (["fit", "empty"], ["activations"]),
         (["report", "empty"], ["fit.json"]),
         (["show", "nowhere"], ["nowhere"]),
@@ -174,7 +180,7 @@ def test_a_tokenizer_without_chat_template_asks_for_one_and_takes_it(copy, tmp_p
     refused(capsys, ["axis", copy, "--out", tmp_path / "run", *SMALL], "no chat template", "--chat-template")
     refused(capsys, ["spans", copy], "no chat template", "--chat-template")
     (tmp_path / "own.jinja").write_text(template)
-    assert "pirate" in printed(capsys, "spans", copy, "--chat-template", tmp_path / "own.jinja")
+    assert "pirate" in letters(printed(capsys, "spans", copy, "--chat-template", tmp_path / "own.jinja"))
 
 
 def test_a_bank_with_a_role_twice_is_refused_with_its_line(tmp_path, model, capsys):
@@ -269,20 +275,20 @@ def test_roles_lists_shows_and_filters_the_bank(capsys, monkeypatch):
     assert tagged == [role.name for role in bank.roles if tag in role.tags]
 
 
-def test_a_wrong_verb_of_roles_shows_markup_as_text(tmp_path, capsys):
-    """Square brackets in a bank are text, not the terminal's markup."""
-    rows = [{"name": "default", "prompts": [""], "is_default": True}, {"name": "[red]x[/]", "prompts": ["Be [b]x[/b]."]}]
+def test_square_brackets_in_a_bank_are_printed_as_they_are(tmp_path, capsys):
+    """They are text, not the terminal's markup."""
+    rows = [{"name": "default", "prompts": [""], "is_default": True}, {"name": "[red]x", "prompts": ["Be [b]x[/b]."]}]
     (tmp_path / "roles.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "questions.jsonl").write_text('{"id": "q", "question": "Who?"}\n')
-    assert "[red]x[/]" in printed(capsys, "roles", "--bank", tmp_path)
-    assert "Be [b]x[/b]." in printed(capsys, "roles", "[red]x[/]", "--bank", tmp_path)
+    assert "[red]x" in printed(capsys, "roles", "--bank", tmp_path)
+    assert "Be [b]x[/b]." in printed(capsys, "roles", "[red]x", "--bank", tmp_path)
 
 
 def test_spans_prints_the_whole_conversation(model, capsys):
-    text = "".join(printed(capsys, "spans", model, "--user", "Ahoy?", "--assistant", "Aye.").split())
+    text = letters(printed(capsys, "spans", model, "--user", "Ahoy?", "--assistant", "Aye."))
     for part in ("<|system|>", "You are a pirate.", "<|user|>", "Ahoy?", "<|assistant|>", "Aye."):
-        assert "".join(part.split()) in text
-    assert "pirate" not in printed(capsys, "spans", model, "--system", "", "--user", "Hi.", "--assistant", "Ho.")
+        assert letters(part) in text
+    assert "pirate" not in letters(printed(capsys, "spans", model, "--system", "", "--assistant", "Ho."))
 
 
 def test_show_prints_a_run_folder_and_its_artefact(run, model, capsys):
@@ -295,7 +301,7 @@ def test_show_prints_a_run_folder_and_its_artefact(run, model, capsys):
     record = json.loads(artefacts[0])
     assert record["kind"] == "activations"
     assert record["model"] == shown["asked"]["model"]
-    assert record["tensors"]["mean"][0] == "float32" or record["tensors"]["mean"][0] == "float64"
+    assert record["tensors"]["mean"][0] in ("float32", "float64")
 
 
 def test_import_writes_caps_that_show_reads(tmp_path, capsys):

@@ -141,9 +141,7 @@ def test_a_run_killed_in_its_rollouts_and_again_in_recording_ends_as_if_nothing_
     assert lines(run) == lines(place / "reference")
     assert len(list((run / "activations.parts").glob("*.safetensors"))) == 2
     assert not (run / "activations.safetensors").exists()
-    times = {path.name: path.stat().st_mtime_ns for path in (run / "activations.parts").iterdir()}
     main(axis(place, "killed"))
-    assert len(times) == 4
     same_as_reference(run, place / "reference")
 
 
