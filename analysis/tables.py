@@ -56,19 +56,15 @@ def _layers(fit: dict[str, Any]) -> Table:
 def _ends(fit: dict[str, Any]) -> Table:
     roles = [role for role in fit["roles"] if not role["positive"]]
     first, second = fit["poles"]
-    table = Table(title=f"Projection at layer {fit['layer']}, + toward {first}", title_justify="left")
-    for name, justify in (
-        (f"lowest ({second})", "left"),
-        ("projection", "right"),
-        (f"highest ({first})", "left"),
-        ("projection", "right"),
-    ):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    title = f"Projection at layer {fit['layer']}: lowest ({second}) and highest ({first}), with 95% intervals"
+    # no borders: two names and two intervals just fit into 80 columns
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for name in ("lowest", "projection", "highest", "projection"):
+        table.add_column(name, justify="right" if name == "projection" else "left", no_wrap=True)
     count = min(ENDS, len(roles))
     for low, high in zip(roles[:count], roles[::-1][:count], strict=True):
         table.add_row(Text(low["role"]), _place(low), Text(high["role"]), _place(high))
     pole = next(role for role in fit["roles"] if role["positive"])
-    table.add_section()
     table.add_row("", "", Text(pole["role"], style="bold"), _place(pole))
     return table
 
