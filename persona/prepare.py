@@ -169,7 +169,9 @@ def _report_gate(work: Work, keys: list[str]) -> None:
     work.run.note(gate={"share": share, "n": n, "low": low, "high": high, "judge": judge.id})
     say(f"role-play gate: {share:.0%} of {n} answers show their role (95% {low:.0%}..{high:.0%}, judge {judge.id})")
     if high < GATE_WARNING:
-        say("this model hardly plays roles: expect a weak persona space, and read its null before its axis")
+        say(
+            "by this judge the model hardly plays roles (the rules miss quiet role-play): read the null before the axis"
+        )
 
 
 def _asked(
