@@ -6,7 +6,6 @@ rollout's own seed, so the same key has the same prompt and the same random numb
 """
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -134,11 +133,6 @@ def read_rollouts(folder: Path) -> list[Rollout]:
 def with_scores(rollouts: Iterable[Rollout], scores: dict[str, int | None]) -> list[Rollout]:
     """The same rollouts carrying a judge's scores; a key without one keeps None."""
     return [replace(rollout, score=scores.get(rollout.key)) for rollout in rollouts]
-
-
-def count_by_role(rollouts: Iterable[Rollout]) -> Counter[str]:
-    """How many rollouts each role has."""
-    return Counter(rollout.role for rollout in rollouts)
 
 
 def _from_json(row: dict[str, Any], path: Path) -> Rollout:

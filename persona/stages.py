@@ -23,7 +23,7 @@ from personaxis.persona.ranks import Ranks
 from personaxis.persona.record import record
 from personaxis.persona.rollouts import Request, Rollout, Selection, read_rollouts, requests
 from personaxis.persona.run import Run
-from personaxis.persona.sampler import Answer, Prompt, Sampler, Sampling
+from personaxis.persona.sampler import Answer, Prompt, Sampler
 from personaxis.persona.store import append_lines, read_lines
 from personaxis.persona.subject import Subject
 
@@ -203,8 +203,3 @@ def _gate(wanted: Sequence[Request]) -> list[Request]:
 def _rollout(request: Request, prompt: Prompt, answer: Answer, subject: Subject) -> Rollout:
     text = subject.tokenizer.decode(list(answer.ids), skip_special_tokens=True)
     return Rollout(request.key, request.messages, prompt.ids, answer.ids, text, request.seed, answer.stopped)
-
-
-def sampling_of(asked: dict[str, Any]) -> Sampling:
-    """The `Sampling` that a run folder records."""
-    return Sampling(asked["max_new_tokens"], asked["temperature"], asked["top_p"])
