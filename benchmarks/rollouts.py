@@ -3,7 +3,7 @@
     python benchmarks/rollouts.py [--rollouts 64] [--tokens 32] [--chunk 64]
 
 Prints tokens/s of `generate` (bf16 and fp32, sampled, same prompts, same answer length) and of this project's sampler in
-the dtype that it chooses, recording included where --record is given. The end token is disabled in all arms, so that
+the dtype that it chooses, without and with recording. The end token is disabled in all arms, so that
 each makes the same number of tokens. On a GPU `generate` runs at batch 768.
 """
 
@@ -47,15 +47,19 @@ def generate_arm(dtype: str, prompts: list[Prompt], tokens: int, batch: int) -> 
     return len(prompts) * tokens / (synchronised() - start)
 
 
-def own_arm(prompts: list[Prompt], tokens: int, chunk: int, recorded: bool) -> tuple[float, str]:
+def own_sampler(prompts: list[Prompt], tokens: int, slots: int | None) -> Sampler:
     subject = load_subject("smollm2-135m")
     sampling = Sampling(max_new_tokens=tokens)
-    if subject.device.type == "cuda":
-        from personaxis.persona.graph import GraphSampler
+    if subject.device.type != "cuda":
+        return Sampler(subject, frozenset(), sampling)
+    from personaxis.persona.graph import GraphSampler
 
-        sampler: Sampler = GraphSampler(subject, frozenset(), sampling)
-    else:
-        sampler = Sampler(subject, frozenset(), sampling)
+    return GraphSampler(subject, frozenset(), sampling, slots, max(len(prompt.ids) for prompt in prompts))
+
+
+@torch.no_grad()
+def own_arm(sampler: Sampler, prompts: list[Prompt], chunk: int, recorded: bool) -> float:
+    subject, tokens = sampler.subject, sampler.sampling.max_new_tokens
     start = synchronised()
     made = []
     for first in range(0, len(prompts), chunk):
@@ -66,7 +70,38 @@ def own_arm(prompts: list[Prompt], tokens: int, chunk: int, recorded: bool) -> t
     if recorded:
         for _ in record(subject, made):
             pass
-    return len(prompts) * tokens / (synchronised() - start), str(subject.dtype)
+    return len(prompts) * tokens / (synchronised() - start)
+
+
+@torch.no_grad()
+def where_a_step_goes(sampler: Sampler) -> str:
+    """One replayed decoding step on a GPU, and its draw, attention and head alone, in milliseconds."""
+    from triton.testing import do_bench
+
+    from personaxis.persona.graph import GraphSampler
+    from personaxis.persona.kernels import attend_on_gpu, draw_on_gpu
+
+    assert isinstance(sampler, GraphSampler)
+    steps = sampler._steps
+    assert steps is not None
+    subject, n = sampler.subject, steps.slots
+    head = subject.model.get_output_embeddings()
+    h = torch.randn(n, subject.d_model, device=subject.device, dtype=subject.dtype)
+    logits, noise = head(h) * 4, steps.seeds & 0xFFFFFFFF
+    layer = steps.decoder.cache.layers[0]
+    query = torch.randn(n, 9, 64, device=subject.device, dtype=subject.dtype)
+    steps.positions.fill_(steps.length - 2)
+    steps.running.zero_()
+    arms = {
+        "step": steps._step,
+        "draw": lambda: draw_on_gpu(logits, noise, 0.7, 0.9),
+        "head": lambda: head(h),
+        f"{subject.n_layers} attentions": lambda: [
+            attend_on_gpu(query, layer.keys, layer.values, steps.positions, 0.125) for _ in range(subject.n_layers)
+        ],
+    }
+    found = {name: do_bench(work, return_mode="median") for name, work in arms.items()}
+    return f"{n} slots of {steps.length}: " + ", ".join(f"{name} {ms:.2f} ms" for name, ms in found.items())
 
 
 def main() -> None:
@@ -75,6 +110,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--chunk", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--plain", type=int, help="rollouts for `generate`, all unless given")
+    parser.add_argument("--slots", type=int, nargs="*", help="on a GPU: rows that decode together, several to compare")
     options = parser.parse_args()
     gpu = torch.cuda.is_available()
     subject, bank = load_subject("smollm2-135m"), load_bank()
@@ -83,18 +120,23 @@ def main() -> None:
     step = max(len(requests) // options.rollouts, 1)
     chosen = sorted(requests[::step][: options.rollouts], key=lambda r: len(plan.prompt_ids[r.key]))
     prompts = [Prompt(plan.prompt_ids[request.key], request.seed) for request in chosen]
+    samplers = {slots: own_sampler(prompts, options.tokens, slots) for slots in options.slots or [None]}
+    for sampler in samplers.values():
+        own_arm(sampler, prompts[: options.chunk], options.chunk, recorded=False)  # captures, compiles kernels
+        if gpu:
+            print(where_a_step_goes(sampler), flush=True)
     for _ in range(options.repeats):
         arms = {
-            f"generate {dtype}": generate_arm(dtype, prompts, options.tokens, 768 if gpu else 64)
-            for dtype in ("bfloat16", "float32")
+            f"generate {dtype}": generate_arm(dtype, prompts[: options.plain], options.tokens, 768 if gpu else 64)
+            for dtype in ("bfloat16", "float32")[: 1 if gpu else 2]
         }
-        own, dtype = own_arm(prompts, options.tokens, options.chunk, recorded=False)
-        whole, _ = own_arm(prompts, options.tokens, options.chunk, recorded=True)
-        arms |= {f"personaxis {dtype}": own, f"personaxis {dtype}, recorded": whole}
         plain = arms["generate bfloat16"]
-        print(
-            "  ".join(f"{name} {rate:,.0f} tokens/s ({rate / plain:.2f}x)" for name, rate in arms.items()), flush=True
-        )
+        for slots, sampler in samplers.items():
+            name = f"personaxis {sampler.subject.dtype}" + (f", {slots} slots" if slots else "")
+            arms[name] = own_arm(sampler, prompts, options.chunk, recorded=False)
+            arms[f"{name}, recorded"] = own_arm(sampler, prompts, options.chunk, recorded=True)
+        for name, rate in arms.items():
+            print(f"{name}: {rate:,.0f} tokens/s ({rate / plain:.2f}x)", flush=True)
 
 
 if __name__ == "__main__":

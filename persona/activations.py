@@ -86,29 +86,23 @@ def load_activations(stem: Path) -> Activations:
     )
 
 
-class Cells:
-    """Running sums in fp64, cell by cell; what they give does not depend on how rollouts were batched."""
+def cell_sums(
+    cells: Sequence[tuple[str, int | None]], means: Float[Tensor, "N L D"]
+) -> tuple[tuple[tuple[str, int | None], ...], Int[Tensor, " C"], Float[Tensor, "C L D"], Float[Tensor, "C L D"]]:
+    """Distinct cells in order of arrival, with count, mean and square of the rollouts in each, added up in fp64.
 
-    def __init__(self) -> None:
-        self._sums: dict[tuple[str, int | None], tuple[int, Tensor, Tensor]] = {}
-
-    def add(self, role: str, score: int | None, mean: Float[Tensor, "L D"]) -> None:
-        """Add one rollout's mean."""
-        value = mean.double()
-        n, total, square = self._sums.get((role, score), (0, torch.zeros_like(value), torch.zeros_like(value)))
-        # Welford's update: the square is about the running mean, so no large numbers cancel
-        n += 1
-        delta = value - total
-        total = total + delta / n
-        self._sums[role, score] = (n, total, square + delta * (value - total))
-
-    def tensors(self) -> tuple[list[tuple[str, int | None]], Tensor, Tensor, Tensor]:
-        """Cells in order of arrival, with count (C,), mean and square (C, L, D) in fp32."""
-        cells = list(self._sums)
-        count = torch.tensor([self._sums[cell][0] for cell in cells])
-        mean = torch.stack([self._sums[cell][1] for cell in cells]).float()
-        square = torch.stack([self._sums[cell][2] for cell in cells]).float()
-        return cells, count, mean, square
+    `cells` names the cell of each rollout. The square is about the cell's own mean, so no large numbers cancel.
+    """
+    members: dict[tuple[str, int | None], list[int]] = {}
+    for row, cell in enumerate(cells):
+        members.setdefault(cell, []).append(row)
+    count = torch.tensor([len(rows) for rows in members.values()])
+    mean, square = means.new_empty(len(members), *means.shape[1:]), means.new_empty(len(members), *means.shape[1:])
+    for place, rows in enumerate(members.values()):
+        own = means[rows].double()
+        centre = own.mean(0)
+        mean[place], square[place] = centre, ((own - centre) ** 2).sum(0)
+    return tuple(members), count, mean, square
 
 
 def join(parts: Sequence[Activations]) -> Activations:

@@ -3,7 +3,8 @@
 A step is about 1,500 small kernels; launched one by one they cost more than they compute. The graph holds the model's
 own forward (whatever `transformers` runs, hooks included, so they must be there before the capture), attention that
 reads each slot to its own length (`personaxis.persona.kernels`), and the draw. Finished slots are refilled from the same
-chunk every few steps, at moments that depend on the chunk alone, so that a chunk is reproducible.
+chunk every few steps, at moments that depend on the chunk alone, so that a chunk is reproducible. What the caller does with
+an answer happens while the GPU works on the next steps.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,14 +18,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from personaxis.persona.draw import draw
-from personaxis.persona.sampler import Answer, Decoder, Prompt, Sampler
+from personaxis.persona.sampler import Answer, Decoder, Prompt, Sampler, Sampling
 from personaxis.persona.slots import decoding_mask
 from personaxis.persona.subject import Subject
 
 ATTENTION = "personaxis_slots"
 POLL = 8  # steps between looks at who has finished: each look waits for the GPU
 MOST_SLOTS = 1024
-MEMORY_SHARE = 0.6  # of the free memory, for keys and values
+REFILL = 16  # a prefill, launched kernel by kernel, costs as much as two steps: it waits until one slot in 16 is free
+MEMORY_SHARE = 0.6  # of the memory that the weights leave, for keys and values
 
 
 def slot_attention(
@@ -64,11 +66,21 @@ def slot_attention_on(subject: Subject) -> Iterator[None]:
 
 
 class GraphSampler(Sampler):
-    """A `Sampler` that keeps `slots` rows decoding and refills them; on a CPU it does the same without a graph."""
+    """A `Sampler` that keeps `slots` rows decoding and refills them; on a CPU it does the same without a graph.
 
-    def __init__(self, subject: Subject, end_ids: frozenset[int], sampling: Any, slots: int | None = None) -> None:
+    `longest` is the longest prompt that will come, in tokens: with it one capture serves all chunks.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        end_ids: frozenset[int],
+        sampling: Sampling,
+        slots: int | None = None,
+        longest: int | None = None,
+    ) -> None:
         super().__init__(subject, end_ids, sampling)
-        self.slots = slots
+        self.slots, self.longest = slots, longest or 0
         self._steps: Steps | None = None
 
     @torch.no_grad()
@@ -77,7 +89,8 @@ class GraphSampler(Sampler):
         if self.decoder is not Decoder:
             yield from super().answers(prompts)
             return
-        length = -(-(max(len(prompt.ids) for prompt in prompts) + self.sampling.max_new_tokens) // 64) * 64
+        longest = max(self.longest, *(len(prompt.ids) for prompt in prompts))
+        length = -(-(longest + self.sampling.max_new_tokens) // 64) * 64
         with slot_attention_on(self.subject):
             slots = min(self.slots or fitting_slots(self.subject, length), len(prompts))
             if self._steps is None or self._steps.slots != slots or self._steps.length < length:
@@ -108,14 +121,17 @@ class Steps:
         """Answer the prompts, refilling slots in order of the prompts."""
         waiting = list(range(len(prompts)))[::-1]
         rows: list[int | None] = [None] * self.slots
+        done: list[Answer] = []
         self.running.zero_()
         while waiting or any(row is not None for row in rows):
             free = [slot for slot, row in enumerate(rows) if row is None]
-            if waiting and free:
+            if waiting and len(free) >= min(max(self.slots // REFILL, 1), len(waiting)):
                 self._fill(prompts, waiting, rows, free)
             for _ in range(POLL):
                 self._step()
-            yield from self._finished(rows)
+            yield from done  # of the round before: the GPU is busy with this one
+            done = self._finished(rows)
+        yield from done
 
     def _fill(self, prompts: Sequence[Prompt], waiting: list[int], rows: list[int | None], free: list[int]) -> None:
         taken = free[: len(waiting)]
@@ -135,17 +151,18 @@ class Steps:
         put(self.running, [1] * len(chosen))
         put(self.ended, [0] * len(chosen))
 
-    def _finished(self, rows: list[int | None]) -> Iterator[Answer]:
+    def _finished(self, rows: list[int | None]) -> list[Answer]:
+        """Take the answers out of the slots that came to rest; this waits for the GPU."""
         running, ended, steps = self.running.tolist(), self.ended.tolist(), self.steps.tolist()
         done = [slot for slot, row in enumerate(rows) if row is not None and not running[slot]]
-        if not done:
-            return
-        written = self.written[torch.tensor(done, device=self.written.device)].tolist()
+        written = self.written[torch.tensor(done, dtype=torch.long, device=self.written.device)].tolist()
+        found = []
         for slot, ids in zip(done, written, strict=True):
             row = rows[slot]
             assert row is not None
-            yield Answer(row, tuple(ids[: steps[slot]]), "end" if ended[slot] else "length")
+            found.append(Answer(row, tuple(ids[: steps[slot]]), "end" if ended[slot] else "length"))
             rows[slot] = None
+        return found
 
     def _step(self) -> None:
         if self._replay is None:
@@ -198,12 +215,17 @@ class Steps:
 
 
 def fitting_slots(subject: Subject, length: int) -> int:
-    """How many slots of that length fit into the free memory, at most `MOST_SLOTS`."""
+    """How many slots of that length the GPU holds beside the weights, at most `MOST_SLOTS`.
+
+    From the card's whole memory, not the free part: the same card always gives the same batches, so a resumed run
+    gives the same answers.
+    """
     if subject.device.type != "cuda":
         return 64
     config = subject.model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     slot = 2 * subject.n_layers * heads * width * length * subject.dtype.itemsize
-    free, _ = torch.cuda.mem_get_info(subject.device)
-    return max(1, min(MOST_SLOTS, int(MEMORY_SHARE * free / slot)))
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in subject.model.parameters())
+    room = torch.cuda.get_device_properties(subject.device).total_memory - weights
+    return max(1, min(MOST_SLOTS, int(MEMORY_SHARE * room / slot)))

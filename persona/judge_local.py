@@ -18,10 +18,10 @@ from torch import Tensor
 from personaxis.persona.errors import KnownError
 from personaxis.persona.judge import SCORES, Item, Verdict
 from personaxis.persona.rubric import RUBRIC_HASH, rubric_message
-from personaxis.persona.sampler import batch_end, pad
+from personaxis.persona.sampler import batch_end, batch_tokens, pad
 from personaxis.persona.subject import Subject
 
-CPU_TOKENS, GPU_TOKENS = 2048, 65536  # padded tokens a batch
+CPU_TOKENS, GPU_TOKENS = 2048, 65536  # most padded tokens a batch
 
 
 class LocalJudge:
@@ -32,7 +32,7 @@ class LocalJudge:
 
     def __init__(self, subject: Subject, *, tokens: int | None = None) -> None:
         self.subject = subject
-        self.tokens = tokens or (GPU_TOKENS if subject.device.type == "cuda" else CPU_TOKENS)
+        self.tokens = tokens or batch_tokens(subject, CPU_TOKENS, GPU_TOKENS)
         if getattr(subject.tokenizer, "chat_template", None) is None:
             raise KnownError(
                 f"{subject.id} has no chat template and cannot judge; take a chat model, or give a template"

@@ -3,6 +3,8 @@
 Each has a twin in plain torch beside its caller, which the tests compare it with.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -115,7 +117,20 @@ def _ordered(x):
 
 
 @triton.jit
-def _draw(logits, noise, out, stride, vocabulary, inverse_temperature, top_p, BLOCK: tl.constexpr):
+def _key(x, inverse_temperature, SHIFT: tl.constexpr):
+    """A key that sorts as the scaled logit does. Half-precision logits leave the low bits empty: they need no bisecting."""
+    if SHIFT == 0:
+        key = _ordered(x * inverse_temperature)
+    else:
+        key = _ordered(x) >> SHIFT
+    return key.to(tl.int64)
+
+
+@triton.jit
+def _draw(
+    logits, noise, out, stride, vocabulary, inverse_temperature, top_p, reach,
+    SHIFT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One program per row: the nucleus's threshold by bisecting the floats themselves (exact), then Gumbel-max above it."""
     row = tl.program_id(0)
     line = logits + row.to(tl.int64) * stride
@@ -123,23 +138,24 @@ def _draw(logits, noise, out, stride, vocabulary, inverse_temperature, top_p, BL
     high = tl.full((BLOCK,), float("-inf"), tl.float32)
     for first in range(0, vocabulary, BLOCK):
         x = tl.load(line + first + at, mask=first + at < vocabulary, other=float("-inf")).to(tl.float32)
-        high = tl.maximum(high, x * inverse_temperature)
-    top = tl.max(high, 0)
+        high = tl.maximum(high, x)
+    highest = tl.max(high, 0)
+    top = highest * inverse_temperature
     mass = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, vocabulary, BLOCK):
         x = tl.load(line + first + at, mask=first + at < vocabulary, other=float("-inf")).to(tl.float32)
         mass += tl.exp(x * inverse_temperature - top)
     wanted = tl.sum(mass, 0) * top_p
     # the largest threshold whose set {x >= threshold} holds the wanted mass lies in [low, high)
-    low_key = tl.full((), -2147483647, tl.int64)
-    high_key = _ordered(top).to(tl.int64) + 1
+    low_key = _key(highest - reach / inverse_temperature, inverse_temperature, SHIFT) - 1
+    high_key = _key(highest, inverse_temperature, SHIFT) + 1
     while high_key - low_key > 1:
         middle = (low_key + high_key) >> 1
         held = tl.zeros((BLOCK,), tl.float32)
         for first in range(0, vocabulary, BLOCK):
             x = tl.load(line + first + at, mask=first + at < vocabulary, other=float("-inf")).to(tl.float32)
-            x = x * inverse_temperature
-            held += tl.where(_ordered(x).to(tl.int64) >= middle, tl.exp(x - top), 0.0)
+            inside = _key(x, inverse_temperature, SHIFT) >= middle
+            held += tl.where(inside, tl.exp(x * inverse_temperature - top), 0.0)
         enough = tl.sum(held, 0) >= wanted
         low_key = tl.where(enough, middle, low_key)
         high_key = tl.where(enough, high_key, middle)
@@ -148,11 +164,11 @@ def _draw(logits, noise, out, stride, vocabulary, inverse_temperature, top_p, BL
     chosen = tl.zeros((BLOCK,), tl.int32)
     for first in range(0, vocabulary, BLOCK):
         ids = first + at
-        x = tl.load(line + ids, mask=ids < vocabulary, other=float("-inf")).to(tl.float32) * inverse_temperature
+        x = tl.load(line + ids, mask=ids < vocabulary, other=float("-inf")).to(tl.float32)
         hashed = _mix(seed + ids.to(tl.uint32) * 0x9E3779B1)
         uniform = ((hashed >> 8).to(tl.float32) + 0.5) * 5.9604644775390625e-08
-        score = x - tl.log(-tl.log(uniform))
-        score = tl.where(_ordered(x).to(tl.int64) >= low_key, score, float("-inf"))
+        score = x * inverse_temperature - tl.log(-tl.log(uniform))
+        score = tl.where(_key(x, inverse_temperature, SHIFT) >= low_key, score, float("-inf"))
         better = score > best
         best = tl.where(better, score, best)
         chosen = tl.where(better, ids, chosen)
@@ -160,13 +176,23 @@ def _draw(logits, noise, out, stride, vocabulary, inverse_temperature, top_p, BL
     tl.store(out + row, tl.sum(tl.where(at == winner, chosen, 0), 0).to(tl.int64))
 
 
+EMPTY_BITS = {torch.bfloat16: 16, torch.float16: 13}  # low bits of a float32 that such a value leaves zero
+
+
 def draw_on_gpu(
     logits: Float[Tensor, "B V"], noise: Int[Tensor, " B"], temperature: float, top_p: float
 ) -> Int[Tensor, " B"]:
-    """`personaxis.persona.draw.draw_plainly` in one kernel: about 20 passes over a row that stays in the L2 cache."""
+    """`personaxis.persona.draw.draw_plainly` in one kernel: some ten passes over a row that stays in the cache.
+
+    Tokens more than `reach` below the best hold less than 1 - top_p together, so the threshold is above them.
+    """
     rows, vocabulary = logits.shape
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     out = torch.empty(rows, dtype=torch.long, device=logits.device)
-    _draw[(rows,)](logits, noise, out, logits.stride(0), vocabulary, 1.0 / temperature, top_p, BLOCK=4096, num_warps=8)
+    reach = math.log(vocabulary / (1 - top_p)) + 1 if top_p < 1 else math.inf
+    _draw[(rows,)](
+        logits, noise, out, logits.stride(0), vocabulary, 1.0 / temperature, top_p, reach,
+        SHIFT=EMPTY_BITS.get(logits.dtype, 0), BLOCK=4096, num_warps=8,
+    )  # fmt: skip
     return out

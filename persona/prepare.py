@@ -157,7 +157,8 @@ def _sampler(work: Work) -> Sampler:
         return Sampler(work.subject, work.chat.end_ids, work.sampling)
     from personaxis.persona.graph import GraphSampler
 
-    return GraphSampler(work.subject, work.chat.end_ids, work.sampling)
+    longest = max(map(len, work.plan.prompt_ids.values()))
+    return GraphSampler(work.subject, work.chat.end_ids, work.sampling, longest=longest)
 
 
 def _report_gate(work: Work, keys: list[str]) -> None:

@@ -5,9 +5,11 @@
 Rows are padded on the right (padding on the left costs 6e-3 in bf16), so causal attention needs no mask and no real token
 ever sees padding. Memory is O(layers x batch x D): no hidden state outlives its block. The answer's last token is fed too;
 its activation does not exist in a generation, which never forwards it. Position 0, the attention sink, is never in a span.
+
+A batch is read while the GPU works on the next one: padding and reading cost as long as the forward does otherwise.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,10 +19,11 @@ from torch import Tensor, nn
 
 from personaxis.persona.errors import KnownError
 from personaxis.persona.rollouts import Rollout
-from personaxis.persona.sampler import batch_end, pad
+from personaxis.persona.sampler import batch_end, batch_tokens, pad
 from personaxis.persona.subject import Subject, residual
 
-CPU_TOKENS, GPU_TOKENS = 2048, 131072  # padded tokens a batch; a CPU batch of 8192 was 30% slower than one of 2048
+CPU_TOKENS, GPU_TOKENS = 2048, 131072  # most padded tokens a batch; a CPU batch of 8192 was 30% slower than one of 2048
+COMPILE_FROM = 20_000_000  # tokens
 GPU_MULTIPLE = 32  # fewer distinct lengths, fewer compiled shapes
 
 
@@ -52,26 +55,27 @@ class SpanMeans:
         self.spans: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def begin(self, start: Tensor, stop: Tensor) -> None:
-        """Set the spans (B,), (B,) of the batch that is forwarded next."""
+        """Set the spans (B,), (B,), CPU tensors, of the batch that is forwarded next."""
         if int(start.min()) < 1 or bool((stop <= start).any()):
             raise ValueError("a span must start after position 0 and hold at least one token")
         self.sums = [None] * self.subject.n_layers
-        self.spans = {start.device: (start, stop)}
+        device = self.subject.device
+        self.spans = {device: (start.to(device), stop.to(device))}
 
     def read(self) -> Float[Tensor, "B L D"]:
-        """Means of the batch that was forwarded, fp32 on the CPU."""
+        """Means of the batch that was forwarded, fp32, on the subject's device."""
         silent = [layer for layer, value in enumerate(self.sums) if value is None]
         if silent:
             raise RuntimeError(f"the hooks of layers {silent} did not fire: nothing was recorded")
-        start, stop = next(iter(self.spans.values()))
+        start, stop = self.spans[self.subject.device]
         sums = torch.stack([value.to(start.device) for value in self.sums if value is not None], dim=1)
-        return (sums / (stop - start)[:, None, None]).cpu()  # (B, L, D)
+        return sums / (stop - start)[:, None, None]  # (B, L, D)
 
     def _hook(self, layer: int) -> Any:
         def add(_module: nn.Module, _args: Any, output: Any) -> None:
             h = residual(output)
             if h.device not in self.spans:  # layers spread over devices
-                start, stop = next(iter(self.spans.values()))
+                start, stop = self.spans[self.subject.device]
                 self.spans[h.device] = (start.to(h.device), stop.to(h.device))
             if self.sums[layer] is not None:
                 raise RuntimeError(f"block {layer} ran twice in one forward")
@@ -114,30 +118,53 @@ def compiled(subject: Subject, *, enabled: bool) -> Iterator[None]:
 def record(
     subject: Subject, rollouts: Sequence[Rollout], *, tokens: int | None = None, compile: bool | None = None
 ) -> Iterator[tuple[list[int], Float[Tensor, "B L D"]]]:
-    """Yield batches of (indices into `rollouts`, their means), sorted by length, about `tokens` padded tokens each.
+    """Yield batches of (indices into `rollouts`, their means on the CPU), sorted by length, about `tokens` padded tokens each.
 
     `compile` None compiles the blocks on a GPU when there is enough to record to pay for it. Raises `KnownError` for
     an empty answer, or a rollout longer than the model's context.
     """
-    on_gpu = subject.device.type == "cuda"
-    tokens = tokens or (GPU_TOKENS if on_gpu else CPU_TOKENS)
-    order = sorted(range(len(rollouts)), key=lambda i: -_length(rollouts[i]))
     _check_lengths(subject, rollouts)
+    order = sorted(range(len(rollouts)), key=lambda i: -_length(rollouts[i]))
     lengths = [_length(rollouts[i]) for i in order]
-    compile = (on_gpu and sum(lengths) > 8 * tokens) if compile is None else compile
-    first = 0
+    tokens = tokens or batch_tokens(subject, CPU_TOKENS, GPU_TOKENS)
+    compile = worth_compiling(subject, sum(lengths)) if compile is None else compile
+    first, before = 0, None
     with compiled(subject, enabled=compile), recording(subject) as means:
         while first < len(order):
             stop = batch_end(lengths, first, tokens)
             chosen = order[first:stop]
             batch = [rollouts[i] for i in chosen]
+            on_gpu = subject.device.type == "cuda"
             ids = pad([r.prompt_ids + r.answer_ids for r in batch], subject.device, GPU_MULTIPLE if on_gpu else 1)
-            start = torch.tensor([len(r.prompt_ids) for r in batch], device=subject.device)
-            end = torch.tensor([_length(r) for r in batch], device=subject.device)
-            means.begin(start, end)
+            means.begin(torch.tensor([len(r.prompt_ids) for r in batch]), torch.tensor([_length(r) for r in batch]))
             subject.base(input_ids=ids, use_cache=False)
-            yield chosen, means.read()
-            first = stop
+            now = chosen, _to_cpu(means.read())
+            if before is not None:
+                yield before[0], before[1]()
+            first, before = stop, now
+        if before is not None:
+            yield before[0], before[1]()
+
+
+def worth_compiling(subject: Subject, tokens: int) -> bool:
+    """Whether compiling the blocks (about half a minute) is paid back by that many tokens to record."""
+    return subject.device.type == "cuda" and tokens > COMPILE_FROM
+
+
+def _to_cpu(value: Tensor) -> Callable[[], Tensor]:
+    """Start copying to the CPU; the result waits for the copy and gives it."""
+    if not value.is_cuda:
+        return lambda: value
+    host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)  # a copy to other memory waits for the GPU
+    host.copy_(value, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait() -> Tensor:
+        copied.synchronize()
+        return host
+
+    return wait
 
 
 def _length(rollout: Rollout) -> int:

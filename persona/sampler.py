@@ -22,10 +22,8 @@ from personaxis.persona.errors import KnownError
 from personaxis.persona.slots import SlotCache, decoding_mask
 from personaxis.persona.subject import Subject
 
-CPU_TOKENS, GPU_TOKENS = (
-    2048,
-    65536,
-)  # padded tokens of one prefill; a CPU batch of 8192 was 30% slower than one of 2048
+CPU_TOKENS, GPU_TOKENS = 2048, 65536  # most padded tokens of one prefill; a CPU batch of 8192 was 30% slower
+ACTIVATION_SHARE = 0.1  # of a GPU's memory, for what one batch needs inside a block
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ class Decoder:
     def prefill(self, prompts: Sequence[tuple[int, ...]], slots: Sequence[int] | None = None) -> None:
         """Fill slots (0.. unless given) with all but the last token of each prompt, in batches."""
         slots, state, first = slots or range(len(prompts)), self.cache.state, 0
-        tokens = GPU_TOKENS if self.subject.device.type == "cuda" else CPU_TOKENS
+        tokens = batch_tokens(self.subject, CPU_TOKENS, GPU_TOKENS)
         state.prefill = True
         while first < len(prompts):
             stop = batch_end([len(ids) for ids in prompts], first, tokens)
@@ -209,6 +207,18 @@ def pad(rows: Sequence[Sequence[int]], device: torch.device, multiple: int = 1) 
     for row, ids in enumerate(rows):
         batch[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
     return batch.to(device)
+
+
+def batch_tokens(subject: Subject, on_cpu: int, on_gpu: int) -> int:
+    """Padded tokens a batch: `on_cpu`, or up to `on_gpu` as the GPU's memory and the model's width allow."""
+    if subject.device.type != "cuda":
+        return on_cpu
+    config = subject.model.config.get_text_config(decoder=True)
+    inner = getattr(config, "intermediate_size", None) or 4 * subject.d_model
+    # residual, norm, query, key, value, output and their fp32 copies; gate, up and their product
+    token = (12 * subject.d_model + 3 * inner) * subject.dtype.itemsize
+    memory = torch.cuda.get_device_properties(subject.device).total_memory
+    return max(1024, min(on_gpu, int(ACTIVATION_SHARE * memory / token)))
 
 
 def batch_end(lengths: Sequence[int], first: int, tokens: int) -> int:

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from personaxis.persona.activations import Activations, Cells, join, kept_layers, load_activations
+from personaxis.persona.activations import Activations, cell_sums, join, kept_layers, load_activations
 from personaxis.persona.bank import Bank
 from personaxis.persona.chat import ChatFormat
 from personaxis.persona.errors import KnownError
 from personaxis.persona.progress import progress
 from personaxis.persona.ranks import Ranks
-from personaxis.persona.record import record
+from personaxis.persona.record import compiled, record, worth_compiling
 from personaxis.persona.rollouts import Request, Rollout, Selection, read_rollouts, requests
 from personaxis.persona.run import Run
 from personaxis.persona.sampler import Answer, Prompt, Sampler
@@ -28,7 +28,7 @@ from personaxis.persona.store import append_lines, read_lines
 from personaxis.persona.subject import Subject
 
 CPU_CHUNK, GPU_CHUNK = 64, 4096
-PART_ROLLOUTS = 1024
+PART_ROLLOUTS, PART_BYTES = 1024, 1 << 30
 GATE_ROLES, GATE_QUESTIONS, GATE_FROM = 8, 2, 200
 
 
@@ -125,11 +125,15 @@ def make_activations(
     content = content_of(spoken)
     if _recorded(stem, content, layers):
         return load_activations(stem)
-    parts = _parts(spoken)
+    parts = _parts(spoken, part_rollouts(subject))
     folder = run.folder / "activations.parts"
     folder.mkdir(exist_ok=True)
-    total = sum(len(part) for i, part in enumerate(parts) if ranks.mine(i))
-    with progress("recording", total, "tokens", quiet=ranks.rank > 0) as advance:
+    mine = [rollout for i, part in enumerate(parts) if ranks.mine(i) for rollout in part]
+    compile = worth_compiling(subject, sum(len(r.prompt_ids) + len(r.answer_ids) for r in mine))
+    with (
+        progress("recording", len(mine), "tokens", quiet=ranks.rank > 0) as advance,
+        compiled(subject, enabled=compile),
+    ):
         for number, part in enumerate(parts):
             if ranks.mine(number):
                 part_stem = folder / f"{number:05d}"
@@ -149,15 +153,12 @@ def _record_part(
     subject: Subject, part: Sequence[Rollout], layers: tuple[int, ...], content: str, advance: Any
 ) -> Activations:
     means = torch.empty(len(part), subject.n_layers, subject.d_model)
-    for indices, batch in record(subject, part):
+    for indices, batch in record(subject, part, compile=False):  # the caller has compiled if it pays
         means[indices] = batch
         advance(len(indices), sum(len(part[i].prompt_ids) + len(part[i].answer_ids) for i in indices))
-    cells = Cells()
-    for rollout, mean in zip(part, means, strict=True):
-        cells.add(rollout.role, rollout.score, mean)
-    names, count, mean, square = cells.tensors()
+    cells, count, mean, square = cell_sums([(rollout.role, rollout.score) for rollout in part], means)
     return Activations(
-        cells=tuple(names),
+        cells=cells,
         count=count,
         mean=mean,
         square=square,
@@ -177,14 +178,21 @@ def _recorded(stem: Path, content: str, layers: tuple[int, ...]) -> bool:
     return there.content == content and there.layers == layers
 
 
-def _parts(rollouts: Sequence[Rollout]) -> list[list[Rollout]]:
-    """Whole roles, in order of name, about `PART_ROLLOUTS` rollouts together."""
+def part_rollouts(subject: Subject) -> int:
+    """Rollouts that are recorded between two saves: a few minutes' work on a CPU, as much as memory likes on a GPU."""
+    if subject.device.type != "cuda":
+        return PART_ROLLOUTS
+    return max(PART_ROLLOUTS, PART_BYTES // (subject.n_layers * subject.d_model * 4))
+
+
+def _parts(rollouts: Sequence[Rollout], size: int) -> list[list[Rollout]]:
+    """Whole roles, in order of name, about `size` rollouts together."""
     by_role: dict[str, list[Rollout]] = {}
     for rollout in sorted(rollouts, key=lambda r: r.key):
         by_role.setdefault(rollout.role, []).append(rollout)
     parts: list[list[Rollout]] = []
     for role in sorted(by_role):
-        if parts and len(parts[-1]) + len(by_role[role]) <= PART_ROLLOUTS:
+        if parts and len(parts[-1]) + len(by_role[role]) <= size:
             parts[-1].extend(by_role[role])
         else:
             parts.append(list(by_role[role]))

@@ -83,9 +83,9 @@ def tiny_model(family: str, seed: int = 0):
     return model
 
 
-def tiny_subject(family: str = "llama", seed: int = 0) -> Subject:
+def tiny_subject(family: str = "llama", seed: int = 0, device: str = "cpu") -> Subject:
     """A checked Subject around `tiny_model`."""
-    return build_subject(tiny_model(family, seed), tokenizer(), id=f"tiny-{family}-{seed}")
+    return build_subject(tiny_model(family, seed).to(device), tokenizer(), id=f"tiny-{family}-{seed}")
 
 
 def save_tiny(folder, family: str = "llama", seed: int = 0):

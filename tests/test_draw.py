@@ -81,9 +81,12 @@ def test_the_kernel_draws_what_the_plain_twin_draws(triton_interpreter):
     from personaxis.persona.kernels import draw_on_gpu
 
     torch.manual_seed(3)
-    for logits in (torch.randn(6, 900) * 4, (torch.randn(6, 700) * 2).bfloat16(), torch.zeros(3, 300)):
+    masked = (torch.randn(4, 300) * 3).masked_fill(torch.rand(4, 300) < 0.5, -torch.inf)
+    rows = [torch.randn(6, 900) * 4, torch.randn(6, 700) * 2 - 30, torch.zeros(3, 300), masked]
+    for logits in [*rows, *(row.bfloat16() for row in rows), rows[0].half()]:
         noise = row_noise(torch.randint(0, 2**62, (len(logits),)), torch.arange(len(logits)))
-        assert torch.equal(draw_on_gpu(logits, noise, 0.7, 0.9), draw_plainly(logits, noise, 0.7, 0.9))
+        for top_p in (0.3, 0.9, 1.0):
+            assert torch.equal(draw_on_gpu(logits, noise, 0.7, top_p), draw_plainly(logits, noise, 0.7, top_p))
 
 
 def test_the_span_sum_kernel_equals_its_plain_twin(triton_interpreter):

@@ -8,7 +8,7 @@ from sklearn.decomposition import PCA
 from personaxis.analysis.fit import LEVELS, fit_axis
 from personaxis.analysis.geometry import Groups, components, components_for, cosine, direction, first_component
 from personaxis.analysis.uncertainty import agreement, shuffled, split_half, split_roles
-from personaxis.persona.activations import Activations, Cells, join, kept_layers, load_activations
+from personaxis.persona.activations import Activations, cell_sums, join, kept_layers, load_activations
 from personaxis.persona.errors import KnownError
 
 MODEL = {"id": "made-up", "fingerprint": "0", "weights": "float32", "d_model": 24, "n_layers": 3, "revision": None}
@@ -27,16 +27,13 @@ def planted(n_roles=20, per_role=12, d=24, signal=3.0, seed=0):
 
 
 def as_activations(x, groups, scores=None, n_layers=3):
-    cells, keys = Cells(), []
     scores = scores or [None] * len(x)
-    for i, row in enumerate(x):
-        name = groups.names[groups.index[i]]
-        keys.append(f"{name}/0/q{i:03d}/0")
-        cells.add(name, scores[i], torch.tensor(row).float().repeat(n_layers, 1))
-    names, count, mean, square = cells.tensors()
+    names = [groups.names[place] for place in groups.index]
+    keys = [f"{name}/0/q{i:03d}/0" for i, name in enumerate(names)]
     means = torch.tensor(x).float()[:, None].repeat(1, n_layers, 1)
+    cells, count, mean, square = cell_sums(list(zip(names, scores, strict=True)), means)
     layers = tuple(range(n_layers))
-    return Activations(tuple(names), count, mean, square, tuple(keys), tuple(scores), layers, means, MODEL, "content")
+    return Activations(cells, count, mean, square, tuple(keys), tuple(scores), layers, means, MODEL, "content")
 
 
 def fitted(x, groups, **how):

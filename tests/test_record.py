@@ -28,7 +28,7 @@ def by_hand(subject, rollout):
     outputs = []
     handles = [b.register_forward_hook(lambda m, a, out: outputs.append(residual(out))) for b in subject.blocks]
     with torch.no_grad():
-        subject.model(input_ids=torch.tensor([rollout.prompt_ids + rollout.answer_ids]))
+        subject.model(input_ids=torch.tensor([rollout.prompt_ids + rollout.answer_ids], device=subject.device))
     for handle in handles:
         handle.remove()
     return torch.stack([h[0, len(rollout.prompt_ids) :].double().mean(0) for h in outputs])
