@@ -127,11 +127,38 @@ def _key(x, inverse_temperature, SHIFT: tl.constexpr):
 
 
 @triton.jit
+def _threshold(
+    line, vocabulary, highest, inverse_temperature, top_p, reach, SHIFT: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The key of the nucleus's least token, by bisecting the floats themselves: exact, and without a sort."""
+    at, top = tl.arange(0, BLOCK), highest * inverse_temperature
+    mass = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, vocabulary, BLOCK):
+        x = tl.load(line + first + at, mask=first + at < vocabulary, other=float("-inf")).to(tl.float32)
+        mass += tl.exp(x * inverse_temperature - top)
+    wanted = tl.sum(mass, 0) * top_p
+    # the largest threshold whose set {x >= threshold} holds the wanted mass lies in [low, high)
+    low = _key(highest - reach / inverse_temperature, inverse_temperature, SHIFT) - 1
+    high = _key(highest, inverse_temperature, SHIFT) + 1
+    while high - low > 1:
+        middle = (low + high) >> 1
+        held = tl.zeros((BLOCK,), tl.float32)
+        for first in range(0, vocabulary, BLOCK):
+            x = tl.load(line + first + at, mask=first + at < vocabulary, other=float("-inf")).to(tl.float32)
+            inside = _key(x, inverse_temperature, SHIFT) >= middle
+            held += tl.where(inside, tl.exp(x * inverse_temperature - top), 0.0)
+        enough = tl.sum(held, 0) >= wanted
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
+    return low
+
+
+@triton.jit
 def _draw(
     logits, noise, out, stride, vocabulary, inverse_temperature, top_p, reach,
     SHIFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per row: the nucleus's threshold by bisecting the floats themselves (exact), then Gumbel-max above it."""
+    """One program per row: the nucleus's threshold, then Gumbel-max above it."""
     row = tl.program_id(0)
     line = logits + row.to(tl.int64) * stride
     at = tl.arange(0, BLOCK)
@@ -139,26 +166,7 @@ def _draw(
     for first in range(0, vocabulary, BLOCK):
         x = tl.load(line + first + at, mask=first + at < vocabulary, other=float("-inf")).to(tl.float32)
         high = tl.maximum(high, x)
-    highest = tl.max(high, 0)
-    top = highest * inverse_temperature
-    mass = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, vocabulary, BLOCK):
-        x = tl.load(line + first + at, mask=first + at < vocabulary, other=float("-inf")).to(tl.float32)
-        mass += tl.exp(x * inverse_temperature - top)
-    wanted = tl.sum(mass, 0) * top_p
-    # the largest threshold whose set {x >= threshold} holds the wanted mass lies in [low, high)
-    low_key = _key(highest - reach / inverse_temperature, inverse_temperature, SHIFT) - 1
-    high_key = _key(highest, inverse_temperature, SHIFT) + 1
-    while high_key - low_key > 1:
-        middle = (low_key + high_key) >> 1
-        held = tl.zeros((BLOCK,), tl.float32)
-        for first in range(0, vocabulary, BLOCK):
-            x = tl.load(line + first + at, mask=first + at < vocabulary, other=float("-inf")).to(tl.float32)
-            inside = _key(x, inverse_temperature, SHIFT) >= middle
-            held += tl.where(inside, tl.exp(x * inverse_temperature - top), 0.0)
-        enough = tl.sum(held, 0) >= wanted
-        low_key = tl.where(enough, middle, low_key)
-        high_key = tl.where(enough, high_key, middle)
+    threshold = _threshold(line, vocabulary, tl.max(high, 0), inverse_temperature, top_p, reach, SHIFT, BLOCK)
     seed = tl.load(noise + row).to(tl.uint32)
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
     chosen = tl.zeros((BLOCK,), tl.int32)
@@ -168,7 +176,7 @@ def _draw(
         hashed = _mix(seed + ids.to(tl.uint32) * 0x9E3779B1)
         uniform = ((hashed >> 8).to(tl.float32) + 0.5) * 5.9604644775390625e-08
         score = x * inverse_temperature - tl.log(-tl.log(uniform))
-        score = tl.where(_key(x, inverse_temperature, SHIFT) >= low_key, score, float("-inf"))
+        score = tl.where(_key(x, inverse_temperature, SHIFT) >= threshold, score, float("-inf"))
         better = score > best
         best = tl.where(better, score, best)
         chosen = tl.where(better, ids, chosen)
