@@ -16,7 +16,7 @@ from personaxis.persona.bank import load_bank
 from personaxis.persona.chat import chat_format
 from personaxis.persona.record import record
 from personaxis.persona.rollouts import Rollout, Selection
-from personaxis.persona.sampler import Prompt, Sampler, Sampling
+from personaxis.persona.sampler import Prompt, Sampler, Sampling, pad
 from personaxis.persona.stages import plan_rollouts
 from personaxis.persona.subject import load_subject
 
@@ -30,13 +30,14 @@ def synchronised() -> float:
 @torch.no_grad()
 def generate_arm(dtype: str, prompts: list[Prompt], tokens: int, batch: int) -> float:
     subject = load_subject("smollm2-135m", dtype=dtype)
-    subject.tokenizer.padding_side = "left"
     start = synchronised()
     for first in range(0, len(prompts), batch):
-        ids = [list(prompt.ids) for prompt in prompts[first : first + batch]]
-        padded = subject.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(subject.device)
+        part = prompts[first : first + batch]
+        ids = pad([prompt.ids[::-1] for prompt in part], subject.device).flip(1)  # on the left, as `generate` wants it
+        mask = pad([[1] * len(prompt.ids) for prompt in part], subject.device).flip(1)
         subject.model.generate(
-            **padded,
+            ids,
+            attention_mask=mask,
             max_new_tokens=tokens,
             min_new_tokens=tokens,
             do_sample=True,

@@ -24,7 +24,7 @@ from personaxis.persona.subject import Subject
 
 ATTENTION = "personaxis_slots"
 POLL = 8  # steps between looks at who has finished: each look waits for the GPU
-MOST_SLOTS = 1024
+MOST_SLOTS = 2048
 REFILL = 16  # a prefill, launched kernel by kernel, costs as much as two steps: it waits until one slot in 16 is free
 MEMORY_SHARE = 0.6  # of the memory that the weights leave, for keys and values
 
@@ -35,8 +35,9 @@ def slot_attention(
     """`transformers` attention function: the slot kernel for one new token per row, scaled dot product otherwise."""
     state = kwargs.pop("slot_state", None)
     plain = all(kwargs.get(name) is None for name in ("softcap", "s_aux", "position_bias"))
-    power = key.shape[-1] & (key.shape[-1] - 1) == 0 and key.shape[-1] == value.shape[-1]
-    if state is None or state.prefill or query.shape[2] != 1 or not plain or not power or not query.is_cuda:
+    width = key.shape[-1]
+    fits = width >= 16 and width & (width - 1) == 0 and width == value.shape[-1]  # a power of two
+    if state is None or state.prefill or query.shape[2] != 1 or not plain or not fits or not query.is_cuda:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     from personaxis.persona.kernels import attend_on_gpu
 
@@ -187,7 +188,8 @@ class Steps:
         place = self.steps.clamp(max=self.limit - 1)[:, None]
         kept = self.written.gather(1, place)[:, 0]
         self.written.scatter_(1, place, torch.where(self.running, tokens, kept)[:, None])
-        ends = torch.isin(tokens, self.sampler.end_ids) & self.running
+        # not torch.isin: with many end tokens it sorts and waits, which no capture allows
+        ends = (tokens[:, None] == self.sampler.end_ids).any(1) & self.running
         self.ended.logical_or_(ends)
         self.steps.add_((self.running & ~ends).long())  # an end token is not part of the answer
         self.running.logical_and_(~ends & (self.steps < self.limit))

@@ -206,7 +206,12 @@ def pad(rows: Sequence[Sequence[int]], device: torch.device, multiple: int = 1) 
     batch = torch.zeros(len(rows), length, dtype=torch.long)
     for row, ids in enumerate(rows):
         batch[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
-    return batch.to(device)
+    return to_device(batch, device)
+
+
+def to_device(value: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on the device. A copy from ordinary memory would wait for all that the GPU still has to do."""
+    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
 
 
 def batch_tokens(subject: Subject, on_cpu: int, on_gpu: int) -> int:
