@@ -7,6 +7,7 @@ chunk every few steps, at moments that depend on the chunk alone, so that a chun
 an answer happens while the GPU works on the next steps.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,9 +23,11 @@ from personaxis.persona.sampler import Answer, Decoder, Prompt, Sampler, Samplin
 from personaxis.persona.slots import decoding_mask
 from personaxis.persona.subject import Subject
 
+log = logging.getLogger(__name__)
+
 ATTENTION = "personaxis_slots"
 POLL = 8  # steps between looks at who has finished: each look waits for the GPU
-MOST_SLOTS = 2048
+MOST_SLOTS = 4096
 REFILL = 16  # a prefill, launched kernel by kernel, costs as much as two steps: it waits until one slot in 16 is free
 MEMORY_SHARE = 0.6  # of the memory that the weights leave, for keys and values
 
@@ -197,7 +200,11 @@ class Steps:
         self.positions.add_(self.running.long())
 
     def _captured(self) -> Callable[[], None]:
-        """Warm up on a side stream, as capture demands, put the state back, and capture one step."""
+        """Warm up on a side stream, as capture demands, capture one step, and put the state back.
+
+        Some forwards wait for the GPU (Falcon's list indices, a mixture of experts in fp32) and cannot be captured:
+        they go on kernel by kernel, which is slower and said in the log.
+        """
         saved = [t.clone() for t in self._state()]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -206,11 +213,17 @@ class Steps:
                 self._advance()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._advance()
+        replay: Callable[[], None] = graph.replay
+        try:
+            with torch.cuda.graph(graph):
+                self._advance()
+        except RuntimeError as error:
+            replay = self._advance
+            first = str(error).splitlines()[0]
+            log.warning("%s: a decoding step cannot be captured (%s); sampling is slower", self.subject.id, first)
         for tensor, value in zip(self._state(), saved, strict=True):
             tensor.copy_(value)
-        return graph.replay
+        return replay
 
     def _state(self) -> list[Tensor]:
         return [self.tokens, self.positions, self.seeds, self.steps, self.written, self.running, self.ended]

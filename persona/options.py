@@ -49,7 +49,7 @@ class PlanOptions:
     bank: Path | None = None
     "a folder with roles.jsonl and questions.jsonl in place of the packaged bank"
     chunk: Annotated[int | None, Parameter(show=False)] = None
-    "rollouts that start together; 64 on a CPU, 8192 on a GPU unless given"
+    "rollouts that start together; 64 on a CPU, 16384 on a GPU unless given"
 
 
 @Parameter(name="*")

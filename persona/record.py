@@ -123,9 +123,9 @@ def record(
     `compile` None compiles the blocks on a GPU when there is enough to record to pay for it. Raises `KnownError` for
     an empty answer, or a rollout longer than the model's context.
     """
-    _check_lengths(subject, rollouts)
-    order = sorted(range(len(rollouts)), key=lambda i: -_length(rollouts[i]))
-    lengths = [_length(rollouts[i]) for i in order]
+    whole = _lengths(subject, rollouts)
+    order = sorted(range(len(rollouts)), key=whole.__getitem__, reverse=True)
+    lengths = [whole[i] for i in order]
     tokens = tokens or batch_tokens(subject, CPU_TOKENS, GPU_TOKENS)
     compile = worth_compiling(subject, sum(lengths)) if compile is None else compile
     first, before, reader = 0, None, Reader(subject.device)
@@ -136,7 +136,7 @@ def record(
             batch = [rollouts[i] for i in chosen]
             on_gpu = subject.device.type == "cuda"
             ids = pad([r.prompt_ids + r.answer_ids for r in batch], subject.device, GPU_MULTIPLE if on_gpu else 1)
-            means.begin(torch.tensor([len(r.prompt_ids) for r in batch]), torch.tensor([_length(r) for r in batch]))
+            means.begin(torch.tensor([len(r.prompt_ids) for r in batch]), torch.tensor(lengths[first:stop]))
             subject.base(input_ids=ids, use_cache=False)
             now = chosen, reader.start(means.read())
             if before is not None:
@@ -176,14 +176,13 @@ class Reader:
         return wait
 
 
-def _length(rollout: Rollout) -> int:
-    return len(rollout.prompt_ids) + len(rollout.answer_ids)
-
-
-def _check_lengths(subject: Subject, rollouts: Sequence[Rollout]) -> None:
+def _lengths(subject: Subject, rollouts: Sequence[Rollout]) -> list[int]:
+    """Tokens of prompt and answer together, checked against what can be recorded."""
     limit = getattr(subject.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    for rollout in rollouts:
+    lengths = [len(rollout.prompt_ids) + len(rollout.answer_ids) for rollout in rollouts]
+    for rollout, length in zip(rollouts, lengths, strict=True):
         if not rollout.answer_ids:
             raise KnownError(f"rollout {rollout.key} has an empty answer: nothing to record")
-        if limit and _length(rollout) > limit:
-            raise KnownError(f"rollout {rollout.key} has {_length(rollout)} tokens; {subject.id} holds {limit}")
+        if limit and length > limit:
+            raise KnownError(f"rollout {rollout.key} has {length} tokens; {subject.id} holds {limit}")
+    return lengths

@@ -27,7 +27,7 @@ from personaxis.persona.sampler import Answer, Prompt, Sampler
 from personaxis.persona.store import append_lines, read_lines
 from personaxis.persona.subject import Subject
 
-CPU_CHUNK, GPU_CHUNK = 64, 8192
+CPU_CHUNK, GPU_CHUNK = 64, 16384
 PART_ROLLOUTS, PART_BYTES = 1024, 1 << 30
 GATE_ROLES, GATE_QUESTIONS, GATE_FROM = 8, 2, 200
 
