@@ -23,8 +23,9 @@ from personaxis.analysis.geometry import (
     cosine,
     direction,
     first_component,
+    pointing,
 )
-from personaxis.analysis.uncertainty import agreement, role_intervals, shuffled, split_half, split_roles
+from personaxis.analysis.uncertainty import agreement, learning_curve, role_intervals, shuffled, split_half, split_roles
 from personaxis.persona.activations import Activations
 from personaxis.persona.axis import POLES, Axis, PersonaSpace
 from personaxis.persona.errors import KnownError
@@ -80,6 +81,9 @@ def fit_axis(
         },
         "projections": _projections(activations, rows, x, groups, axis, chosen),
         "n_rollouts": len(rows),
+        "curve": None
+        if x is None or not replicates
+        else learning_curve(x, groups, np.random.default_rng([seed, 8])).to_json(),
     }
     return Fit(axis, space, report)
 
@@ -191,12 +195,13 @@ def _axis(
 
 def _space(activations: Activations, groups: Groups, means: Array, layer: int) -> PersonaSpace:
     """The space at the chosen layer. The positive pole is placed in it (first row) but was not fitted."""
-    centre, vectors, ratio = components(means[:, layer])
+    centre, vectors, ratio = components(means[1:, layer])
+    vectors = pointing(vectors, means[0, layer] - centre)
     coordinates = (means[:, layer] - centre) @ vectors.T
     return PersonaSpace(
         layer=layer,
         mean=torch.from_numpy(centre).float(),
-        components=torch.from_numpy(vectors.copy()).float(),
+        components=torch.from_numpy(vectors).float(),
         variance_ratio=torch.from_numpy(ratio).float(),
         coordinates=torch.from_numpy(coordinates).float(),
         roles=groups.names,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csr_array
 from sklearn.decomposition import PCA
 
 Array = NDArray[np.float64]
@@ -29,12 +30,19 @@ class Groups:
 
     def means(self, x: Array, weight: Array | None = None) -> tuple[Array, Array]:
         """Weighted mean of each group (R+1, D) of x (N, D), and the groups' total weights (R+1,); 0/0 gives NaN rows."""
+        sums, total = self.sums(x, weight)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return sums / total[:, None], total
+
+    def sums(self, x: Array, weight: Array | None = None) -> tuple[Array, Array]:
+        """Weighted sum of each group (R+1, D), and the groups' total weights (R+1,).
+
+        A sparse product: 20,000 rollouts of 340 roles take 10 ms, and the bootstrap asks for it thousands of times.
+        """
         weight = np.ones(len(x)) if weight is None else weight
         total = np.bincount(self.index, weight, minlength=len(self.names)).astype(np.float64)
-        one_hot = np.zeros((len(self.names), len(x)))
-        one_hot[self.index, np.arange(len(x))] = weight
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return (one_hot @ x) / total[:, None], total
+        members = csr_array((weight, (self.index, np.arange(len(x)))), shape=(len(self.names), len(x)))
+        return members @ x, total
 
 
 def direction(means: Array, role_weight: Array | None = None) -> Array:
@@ -59,13 +67,16 @@ def first_component(means: Array, role_weight: Array | None = None) -> tuple[Arr
     return component, float(values[-1] / values.clip(min=0).sum())
 
 
-def components(means: Array) -> tuple[Array, Array, Array]:
-    """PCA by scikit-learn of rows 1.. (R, D): centre (D,), unit components (K, D), variance ratio (K,), PC1 toward row 0."""
-    pca = PCA(svd_solver="full").fit(means[1:])
+def components(rows: Array) -> tuple[Array, Array, Array]:
+    """PCA by scikit-learn of rows (R, D): centre (D,), unit components (K, D) of no particular sign, variance ratio (K,)."""
+    pca = PCA(svd_solver="full").fit(rows)
     found = int((pca.explained_variance_ratio_ > 1e-12).sum())
-    vectors = pca.components_[:found]
-    sign = np.sign(vectors @ (means[0] - pca.mean_))
-    return pca.mean_, vectors * np.where(sign == 0, 1, sign)[:, None], pca.explained_variance_ratio_[:found]
+    return pca.mean_, pca.components_[:found], pca.explained_variance_ratio_[:found]
+
+
+def pointing(vectors: Array, toward: Array) -> Array:
+    """The vectors (K, D), turned so that none points away from `toward` (D,)."""
+    return vectors * np.where(vectors @ toward < 0, -1.0, 1.0)[:, None]
 
 
 def cosine(a: Array, b: Array) -> float:

@@ -4,7 +4,9 @@ All functions work on one layer's rollout means x (N, D) and draw from a generat
 layer, so layers are compared on the same resamples. Intervals are percentile intervals at 95%.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.random import Generator
@@ -39,27 +41,83 @@ def split_half(x: Array, groups: Groups, generator: Generator, splits: int = 100
     A role with one rollout is in one half only; the other half does without it.
     """
     found = []
+    whole, count = groups.sums(x)
     for _ in range(splits):
-        half = _halves(groups.index, generator)
-        axes = []
-        for side in (half, 1.0 - half):
-            means, total = groups.means(x, side)
-            axes.append(direction(np.nan_to_num(means), (total[1:] > 0).astype(float)))
-        found.append(cosine(axes[0], axes[1]))
+        sums, total = groups.sums(x, _halves(groups.index, generator))
+        found.append(cosine(_contrast(sums, total), _contrast(whole - sums, count - total)))
     return interval(float(np.mean(found)), np.array(found))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """How two axes from n answers a role each agree, by n, and how many answers a role would make it `goal`.
+
+    `needed` extends the last point by Spearman and Brown's rule, r(n) = n k / (1 + n k); None where that says nothing.
+    """
+
+    answers: tuple[int, ...]
+    cosines: tuple[Interval, ...]
+    goal: float
+    needed: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers."""
+        return {
+            "answers": list(self.answers),
+            "cosines": [found.to_json() for found in self.cosines],
+            "goal": self.goal,
+            "needed": self.needed,
+        }
+
+
+def learning_curve(x: Array, groups: Groups, generator: Generator, splits: int = 50, goal: float = 0.9) -> Curve:
+    """Cosine between the axes of two disjoint sets of n answers of every role, for n = 1, 2, 4, ... up to half of them.
+
+    A role with fewer than 2n answers gives half of what it has to either.
+    """
+    most = int(np.median(np.bincount(groups.index))) // 2
+    answers = tuple(2**power for power in range(max(most, 1).bit_length()) if 2**power <= most)
+    if answers and answers[-1] < most:
+        answers = (*answers, most)
+    cosines = []
+    for n in answers:
+        found = []
+        for _ in range(splits):
+            place = _places(groups.index, generator)
+            half = np.minimum(n, np.bincount(groups.index) // 2)[groups.index]
+            first, second = (place < half).astype(float), ((place >= half) & (place < 2 * half)).astype(float)
+            found.append(cosine(*(_contrast(*groups.sums(x, side)) for side in (first, second))))
+        cosines.append(interval(float(np.mean(found)), np.array(found)))
+    return Curve(answers, tuple(cosines), goal, _needed(answers, cosines, goal))
+
+
+def _needed(answers: Sequence[int], cosines: Sequence[Interval], goal: float) -> float | None:
+    if not answers or not 0 < cosines[-1].value < 1:
+        return None
+    signal = cosines[-1].value / (1 - cosines[-1].value) / answers[-1]  # k of one answer a role
+    return goal / (1 - goal) / signal
+
+
+def _contrast(sums: Array, total: Array) -> Array:
+    """The axis from groups' sums; a role without an answer is left out."""
+    there = total > 0
+    means = np.where(there[:, None], sums / np.maximum(total, 1)[:, None], 0)
+    return direction(means, there[1:].astype(float))
 
 
 def split_roles(x: Array, groups: Groups, generator: Generator, splits: int = 100) -> Interval:
     """The same with the other roles split instead, each half of them against its own half of the positive pole's rollouts."""
     found = []
+    means, _ = groups.means(x)
+    own = x[groups.index == 0]
     for _ in range(splits):
-        half = _halves(groups.index, generator)
+        half = generator.permutation(len(own)) < len(own) // 2
         members = np.zeros(groups.n_roles)
         members[generator.permutation(groups.n_roles)[: groups.n_roles // 2]] = 1
         axes = []
-        for side, roles in ((half, members), (1.0 - half, 1.0 - members)):
-            weight = np.where(groups.index == 0, side, 1.0)
-            axes.append(direction(groups.means(x, weight)[0], roles))
+        for side, roles in ((half, members), (~half, 1.0 - members)):
+            pole = own[side].mean(0) if side.any() else means[0]  # a single answer serves both
+            axes.append(direction(np.vstack([pole, means[1:]]), roles))
         found.append(cosine(axes[0], axes[1]))
     return interval(float(np.mean(found)), np.array(found))
 
@@ -142,13 +200,17 @@ def _p(replicates: list[float], value: float) -> float:
 
 def _halves(index: NDArray[np.int64], generator: Generator) -> Array:
     """1.0 for a random half of each group's members, 0.0 for the other; an odd one falls on either side."""
-    order = np.lexsort((generator.random(len(index)), index))  # shuffled within groups
-    group = index[order]
-    place = np.arange(len(index)) - np.searchsorted(group, group)
     flip = generator.integers(2, size=int(index.max()) + 1)  # which side gets the odd one
-    half = np.empty(len(index))
-    half[order] = (place + flip[group]) % 2
-    return half
+    return ((_places(index, generator) + flip[index]) % 2).astype(float)
+
+
+def _places(index: NDArray[np.int64], generator: Generator) -> NDArray[np.int64]:
+    """Each member's place, from 0, in a random order of its group."""
+    order = np.lexsort((generator.random(len(index)), index))
+    group = index[order]
+    place = np.empty(len(index), dtype=np.int64)
+    place[order] = np.arange(len(index)) - np.searchsorted(group, group)
+    return place
 
 
 def _resample(index: NDArray[np.int64], generator: Generator) -> Array:

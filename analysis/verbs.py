@@ -6,7 +6,6 @@
 import hashlib
 import json as json_module
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,6 @@ from personaxis.persona.errors import KnownError
 from personaxis.persona.options import FitOptions, JudgeOptions, ModelOptions, PlanOptions
 from personaxis.persona.progress import say
 from personaxis.persona.verbs import Model, run_folder
-
-FIT_VERSION = 2  # raise it when fitting changes, so that stored fits are made again
 
 
 def axis(
@@ -38,6 +35,7 @@ def axis(
     json
         print the fit as JSON in place of the tables
     """
+    from personaxis.analysis.stages import fit_run
     from personaxis.persona.prepare import judge_run, prepared, record_run, require_judge, sample
 
     require_judge(who)
@@ -48,9 +46,9 @@ def axis(
         rollouts = sample(work)
         rollouts = judge_run(work.run, work.bank, rollouts, who, lead=work.ranks.rank == 0)
         work.ranks.barrier()
-        activations = record_run(work, rollouts)
+        activations, of_traits = record_run(work, rollouts)
         if work.ranks.rank == 0:
-            found = _fit(folder, activations, rollouts, work.bank.default.name, fitting)
+            found = fit_run(folder, activations, of_traits, rollouts, work.bank.default.name, fitting)
             page = _report(folder, found)
             _result(found, page, json)
 
@@ -63,14 +61,17 @@ def fit(run: Path, /, *, fitting: FitOptions = FitOptions(), json: bool = False)
     run
         a run folder with recorded activations
     """
+    from personaxis.analysis.stages import fit_run
     from personaxis.persona.activations import load_activations
     from personaxis.persona.run import open_run
 
     _require_keep(fitting.keep)
     with open_run(run):
         activations = load_activations(run / "activations")
+        there = (run / "trait_activations.json").exists()
+        of_traits = load_activations(run / "trait_activations") if there else None
         rollouts = _recorded_rollouts(run, activations)
-        found = _fit(run, activations, rollouts, _default_name(run), fitting)
+        found = fit_run(run, activations, of_traits, rollouts, _default_name(run), fitting)
         _result(found, _report(run, found), json)
 
 
@@ -87,49 +88,6 @@ def report(run: Path, /) -> None:
 
     with open_run(run):
         say(f"report: {_report(run, read_json(run / 'fit.json'), again=True)}")
-
-
-def _fit(folder: Path, activations: Any, rollouts: Any, default: str, options: FitOptions) -> dict[str, Any]:
-    """Fit and write axis, space and fit.json, or read them when nothing has changed."""
-    from personaxis.analysis.fit import fit_axis
-    from personaxis.persona.judge import KEEP, kept, role_play_share
-    from personaxis.persona.store import digest, read_json, write_json
-
-    asked = {"content": activations.content, "version": FIT_VERSION, **asdict(options)}
-    path = folder / "fit.json"
-    if path.exists():
-        before = read_json(path)
-        artefacts = {name: folder / f"{name}.safetensors" for name in ("axis", "space")}
-        if before.get("asked") == asked and all(
-            file.exists() and digest(file) == before["artefacts"].get(name) for name, file in artefacts.items()
-        ):
-            return before
-    keep = KEEP[options.keep]
-    left, dropped = kept(rollouts, keep, default)
-    scores = None if keep.name == "all" else keep.scores
-    found = fit_axis(
-        activations,
-        [rollout.key for rollout in left],
-        scores=scores,
-        default=default,
-        positive=options.positive,
-        layer=options.layer,
-        replicates=options.replicates,
-    )
-    found.axis.save(folder / "axis")
-    found.space.save(folder / "space")
-    scored = any(rollout.score is not None for rollout in rollouts)
-    content = {
-        "asked": asked,
-        "artefacts": {name: digest(folder / f"{name}.safetensors") for name in ("axis", "space")},
-        **found.report,
-        "default": default,
-        "model": activations.model,
-        "dropped": dropped.to_json(),
-        "role_play": role_play_share(rollouts)._asdict() if scored else None,
-    }
-    write_json(path, content)
-    return content
 
 
 def _report(folder: Path, fit: dict[str, Any], *, again: bool = False) -> Path:
@@ -153,11 +111,12 @@ def _scores(folder: Path) -> dict[str, int | None]:
 
 def _recorded_rollouts(folder: Path, activations: Any) -> Any:
     """The rollouts that were recorded, with the scores that they were recorded with."""
-    from personaxis.persona.rollouts import read_rollouts, with_scores
+    from personaxis.persona.rollouts import read_rollouts, with_scores, without_poles
     from personaxis.persona.stages import content_of
 
     recorded = dict(zip(activations.keys, activations.scores, strict=True))
-    rollouts = with_scores([r for r in read_rollouts(folder) if r.key in recorded or not r.answer_ids], recorded)
+    found = without_poles(read_rollouts(folder))
+    rollouts = with_scores([r for r in found if r.key in recorded or not r.answer_ids], recorded)
     if content_of([rollout for rollout in rollouts if rollout.answer_ids]) != activations.content:
         raise KnownError(f"{folder}: rollouts changed after they were recorded; run `personaxis record {folder}` again")
     return rollouts
@@ -182,8 +141,9 @@ def _require_keep(name: str) -> None:
 def _require_known(default: str, keys: list[str], options: FitOptions, n_layers: int) -> None:
     """Fail before the long steps for what could only fail after them."""
     from personaxis.persona.judge import KEEP
+    from personaxis.persona.traits import is_pole
 
-    roles = Counter(key.split("/", 1)[0] for key in keys)
+    roles = Counter(key.split("/", 1)[0] for key in keys if not is_pole(key))
     keep, fewest = KEEP[options.keep], min(roles.values())
     if fewest < keep.minimum:
         raise KnownError(
@@ -194,6 +154,10 @@ def _require_known(default: str, keys: list[str], options: FitOptions, n_layers:
         raise KnownError(f"--positive {options.positive!r} is not among the roles of this run")
     if options.layer is not None and not 0 <= options.layer < n_layers:
         raise KnownError(f"--layer {options.layer} is not in this model (0..{n_layers - 1})")
+    if options.compare is not None:
+        from personaxis.analysis.compare import other_axis
+
+        other_axis(options.compare)
     if options.replicates < 0:
         raise KnownError(f"--replicates {options.replicates} is below 0")
 

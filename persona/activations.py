@@ -16,7 +16,7 @@ from torch import Tensor
 
 from personaxis.persona.store import load_tensors, save_tensors
 
-KEPT_BYTES = 512 << 20  # rollout means beyond this are kept at fewer layers
+KEPT_BYTES = 2 << 30  # rollout means beyond this are kept at fewer layers
 
 
 @dataclass(frozen=True)

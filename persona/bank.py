@@ -1,16 +1,18 @@
 """The role bank: which characters a model is asked to play, and the questions that it answers as each of them.
 
-A bank is a folder (or the packaged one) with two JSON-lines files:
+A bank is a folder (or the packaged one) with JSON-lines files, of which the last may be missing:
 
     roles.jsonl      {"name", "prompts": [...], "is_default", "rubric", "tags": [...]}
     questions.jsonl  {"id", "question", "tags": [...]}
+    traits.jsonl     {"name", "positive": [...], "negative": [...], "rubric", "tags": [...]}
 
-Exactly one role is the default: the model as it speaks when nobody asks it to be someone. An empty prompt means that no
+A folder in the paper repository's form (one JSON a role, a JSONL of questions) is read as well. Exactly one role is the default: the model as it speaks when nobody asks it to be someone. An empty prompt means that no
 system message is sent at all (arXiv 2601.10387, appendix on data: the default is never filtered by a judge).
 """
 
 import hashlib
 import json
+from collections.abc import Callable, Sized
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,17 @@ class Role:
 
 
 @dataclass(frozen=True)
+class Trait:
+    """A way of answering: prompts that call for it, prompts that call for its opposite, and a rubric from 0 to 100."""
+
+    name: str
+    positive: tuple[str, ...]
+    negative: tuple[str, ...]
+    rubric: str = ""
+    tags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Question:
     """Something that every role can answer, asked as the user's message."""
 
@@ -42,10 +55,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Bank:
-    """Roles and questions, in file order; `digest` is a hash of their content, independent of file layout."""
+    """Roles, questions and traits, in file order. The digests are hashes of content, independent of file layout."""
 
     roles: tuple[Role, ...]
     questions: tuple[Question, ...]
+    traits: tuple[Trait, ...] = ()
 
     @property
     def default(self) -> Role:
@@ -55,8 +69,19 @@ class Bank:
     @property
     def digest(self) -> str:
         """SHA-256 of the canonical JSON of all roles and questions."""
-        content = [[asdict(role) for role in self.roles], [asdict(question) for question in self.questions]]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return _digest([[asdict(role) for role in self.roles], [asdict(question) for question in self.questions]])
+
+    @property
+    def traits_digest(self) -> str:
+        """SHA-256 of the canonical JSON of all traits: traits may be added to a run without changing its roles."""
+        return _digest([asdict(trait) for trait in self.traits])
+
+    def trait(self, name: str) -> Trait:
+        """The trait of that name, or `KnownError` with the closest names."""
+        for trait in self.traits:
+            if trait.name == name:
+                return trait
+        raise KnownError(f"no trait {name!r} in the bank{_closest(name, [trait.name for trait in self.traits])}")
 
     def role(self, name: str) -> Role:
         """The role of that name, or `KnownError` with the closest names."""
@@ -69,6 +94,11 @@ class Bank:
 def load_bank(folder: Path | None = None) -> Bank:
     """Read and validate a bank; None is the packaged one. Every mistake is a `KnownError` with file and line."""
     folder = PACKAGED if folder is None else folder
+    if folder.is_dir() and not (folder / "roles.jsonl").exists():
+        from personaxis.persona.foreign_bank import import_bank, is_foreign
+
+        if is_foreign(folder):
+            return import_bank(folder)
     roles = tuple(_roles(folder / "roles.jsonl"))
     questions = tuple(_questions(folder / "questions.jsonl"))
     defaults = [role.name for role in roles if role.is_default]
@@ -78,7 +108,18 @@ def load_bank(folder: Path | None = None) -> Bank:
         )
     if not questions:
         raise KnownError(f"{folder / 'questions.jsonl'} holds no question")
-    return Bank(roles, questions)
+    traits = tuple(_traits(folder / "traits.jsonl")) if (folder / "traits.jsonl").exists() else ()
+    return Bank(roles, questions, traits)
+
+
+def check_file(path: Path) -> int:
+    """Validate one file of a bank, told by its name; returns how many rows it has. `KnownError` for any mistake."""
+    readers: dict[str, Callable[[Path], Sized]] = {"roles": _roles, "questions": _questions, "traits": _traits}
+    if path.stem not in readers or path.suffix != ".jsonl":
+        raise KnownError(
+            f"{path} is not named roles.jsonl, questions.jsonl or traits.jsonl: what it holds is not known"
+        )
+    return len(readers[path.stem](path))
 
 
 def _roles(path: Path) -> list[Role]:
@@ -86,22 +127,52 @@ def _roles(path: Path) -> list[Role]:
     for number, row in _rows(path):
         where = f"{path}:{number}"
         name = _text(row, "name", where)
-        if "/" in name or name != name.strip():
-            raise KnownError(
-                f"{where}: role name {name!r} may not hold '/' or outer spaces (it is part of rollout keys)"
-            )
+        _require_name(name, where, "role")
         if name in roles:
             raise KnownError(f"{where}: role {name!r} is in the bank twice; rename or remove one")
-        prompts = row.get("prompts")
-        if not isinstance(prompts, list) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-            raise KnownError(f"{where}: role {name!r} needs `prompts`, a list of at least one string")
+        prompts = _prompts(row, "prompts", f"{where}: role {name!r}")
         is_default, rubric = row.get("is_default", False), row.get("rubric", "")
         if not isinstance(is_default, bool) or not isinstance(rubric, str):
             raise KnownError(f"{where}: role {name!r} needs `is_default` true or false, a string as `rubric`")
         if not is_default and not all(prompt.strip() for prompt in prompts):
             raise KnownError(f"{where}: role {name!r} has an empty prompt; only the default role may")
-        roles[name] = Role(name, tuple(prompts), is_default, rubric, _tags(row, where))
+        roles[name] = Role(name, prompts, is_default, rubric, _tags(row, where))
     return list(roles.values())
+
+
+def _traits(path: Path) -> list[Trait]:
+    traits: dict[str, Trait] = {}
+    for number, row in _rows(path):
+        where = f"{path}:{number}"
+        name = _text(row, "name", where)
+        _require_name(name, where, "trait")
+        if name in traits:
+            raise KnownError(f"{where}: trait {name!r} is in the bank twice; rename or remove one")
+        sides = [_prompts(row, side, f"{where}: trait {name!r}") for side in ("positive", "negative")]
+        if not all(prompt.strip() for side in sides for prompt in side):
+            raise KnownError(f"{where}: trait {name!r} has an empty prompt")
+        if set(sides[0]) & set(sides[1]):
+            raise KnownError(f"{where}: trait {name!r} has the same prompt on both sides")
+        rubric = row.get("rubric", "")
+        if not isinstance(rubric, str):
+            raise KnownError(f"{where}: trait {name!r} needs a string as `rubric`")
+        traits[name] = Trait(name, sides[0], sides[1], rubric, _tags(row, where))
+    return list(traits.values())
+
+
+def _require_name(name: str, where: str, kind: str) -> None:
+    if "/" in name or name != name.strip() or name[0] in "+-":
+        raise KnownError(
+            f"{where}: {kind} name {name!r} may not hold '/' or outer spaces, or begin with + or -: "
+            "it is part of rollout keys"
+        )
+
+
+def _prompts(row: dict[str, Any], field: str, where: str) -> tuple[str, ...]:
+    prompts = row.get(field)
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise KnownError(f"{where} needs `{field}`, a list of at least one string")
+    return tuple(prompts)
 
 
 def _questions(path: Path) -> list[Question]:
@@ -150,6 +221,10 @@ def _tags(row: dict[str, Any], where: str) -> tuple[str, ...]:
     if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
         raise KnownError(f"{where}: `tags` must be a list of strings")
     return tuple(tags)
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _closest(name: str, names: list[str]) -> str:

@@ -19,7 +19,7 @@ import re
 import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from personaxis.persona.axis import Axis, Cap
-from personaxis.persona.bank import Bank, Question, Role, load_bank
 from personaxis.persona.errors import KnownError
 from personaxis.persona.rollouts import Message
-from personaxis.persona.store import atomic, digest, read_json
+from personaxis.persona.store import digest, read_json
 
 CONVERSATION_FIELDS = ("conversation", "messages", "conversations")
 # what torch raises for archives and pickles that it cannot make sense of
@@ -50,7 +49,7 @@ def import_axis(path: Path, model: dict[str, Any], layer: int | None = None) -> 
     held = _load_pt(path)
     if isinstance(held, dict):
         if "axis" not in held:
-            raise KnownError(f"{path} holds {_what(held)}, not a tensor or a dict with one under 'axis'")
+            raise KnownError(f"{path} holds {what(held)}, not a tensor or a dict with one under 'axis'")
         held = held["axis"]
     rows = _floats(held, 2, str(path))
     n_layers, d_model = rows.shape
@@ -103,7 +102,7 @@ def _role_vector(held: Any, path: Path) -> Tensor:
     if isinstance(held, dict):
         names = [name for name, value in held.items() if isinstance(value, Tensor)]
         if len(names) != 1 or names[0] not in ("vector", "mean"):
-            raise KnownError(f"{path} holds {_what(held)}, not a tensor or a dict with one, under 'vector' or 'mean'")
+            raise KnownError(f"{path} holds {what(held)}, not a tensor or a dict with one, under 'vector' or 'mean'")
         if held.get("role", path.stem) != path.stem:
             raise KnownError(f"{path} says that it is role {held['role']!r}: a file must be named by its role")
         held = held[names[0]]
@@ -127,7 +126,7 @@ def import_caps(path: Path, model: dict[str, Any], d_model: int | None = None) -
     held = _load_pt(path)
     named, experiments = (held.get("vectors"), held.get("experiments")) if isinstance(held, dict) else (None, None)
     if not isinstance(named, dict) or not isinstance(experiments, list):
-        raise KnownError(f"{path} holds {_what(held)}, not a dict with a dict 'vectors' and a list 'experiments'")
+        raise KnownError(f"{path} holds {what(held)}, not a dict with a dict 'vectors' and a list 'experiments'")
     width = model.get("d_model") if d_model is None else d_model
     vectors = {}
     for name, entry in named.items():
@@ -152,7 +151,7 @@ def _cap_vector(entry: Any, where: str, n_layers: int | None) -> tuple[int, Tens
     """The layer of an entry and its unit vector (D,), in the file's direction."""
     layer = entry.get("layer") if isinstance(entry, dict) else None
     if not isinstance(layer, int) or isinstance(layer, bool) or layer < 0:
-        raise KnownError(f"{where} is {_what(entry)}, not a dict with 'layer', a number from 0, and 'vector'")
+        raise KnownError(f"{where} is {what(entry)}, not a dict with 'layer', a number from 0, and 'vector'")
     if n_layers is not None and layer >= n_layers:
         raise KnownError(f"{where} is at layer {layer}, the model has layers 0..{n_layers - 1}")
     units, _ = _unit_rows(_floats(entry.get("vector"), 1, where)[None], where)
@@ -163,12 +162,12 @@ def _cap(id: str, steps: list[Any], vectors: dict[Any, tuple[int, Tensor]], wher
     rows: dict[int, tuple[Tensor, float]] = {}
     for number, step in enumerate(steps, 1):
         if not isinstance(step, dict) or step.get("vector") not in list(vectors):
-            raise KnownError(f"{where}: intervention {number} is {_what(step)} and names no vector of the file")
+            raise KnownError(f"{where}: intervention {number} is {what(step)} and names no vector of the file")
         ceiling = step.get("cap")
         if isinstance(ceiling, Tensor) and ceiling.numel() == 1:
             ceiling = ceiling.item()
         if not isinstance(ceiling, (int, float)) or isinstance(ceiling, bool) or not abs(ceiling) < float("inf"):
-            raise KnownError(f"{where}: intervention {number} has cap {_what(ceiling)}, not a finite number")
+            raise KnownError(f"{where}: intervention {number} has cap {what(ceiling)}, not a finite number")
         layer, vector = vectors[step["vector"]]
         if layer in rows:  # one after the other, two at a layer are not one floor
             raise KnownError(f"{where}: two interventions are at layer {layer}; a cap has one a layer")
@@ -204,7 +203,7 @@ def import_transcript(path: Path) -> list[tuple[Message, ...]]:
         return [conversation for file in files for conversation in import_transcript(file)]
     _require_file(path)
     if path.suffix == ".jsonl":
-        found = [_conversation(row, where) for where, row in _json_lines(path)]
+        found = [_conversation(row, where) for where, row in json_lines(path)]
     else:
         held = read_json(path)
         if isinstance(held, list) and not (held and isinstance(held[0], dict) and {"role", "from"} & held[0].keys()):
@@ -221,16 +220,16 @@ def _conversation(held: Any, where: str) -> tuple[Message, ...]:
     if isinstance(held, dict):
         names = [name for name in CONVERSATION_FIELDS if name in held]
         if len(names) != 1:
-            raise KnownError(f"{where} is {_what(held)}; a conversation has one of {', '.join(CONVERSATION_FIELDS)}")
+            raise KnownError(f"{where} is {what(held)}; a conversation has one of {', '.join(CONVERSATION_FIELDS)}")
         system = held.get("system_prompt") or held.get("system")
         held = held[names[0]]
     if not isinstance(held, list) or not held:
-        raise KnownError(f"{where} is {_what(held)}, not a list of messages that is not empty")
+        raise KnownError(f"{where} is {what(held)}, not a list of messages that is not empty")
     messages = tuple(_message(row, f"{where}: message {number}") for number, row in enumerate(held, 1))
     if not system:
         return messages
     if not isinstance(system, str):
-        raise KnownError(f"{where}: its system prompt is {_what(system)}, not text")
+        raise KnownError(f"{where}: its system prompt is {what(system)}, not text")
     if messages[0]["role"] != "system":
         return ({"role": "system", "content": system}, *messages)
     if messages[0]["content"] != system:
@@ -241,72 +240,13 @@ def _conversation(held: Any, where: str) -> tuple[Message, ...]:
 def _message(row: Any, where: str) -> Message:
     fields = ("from", "value") if isinstance(row, dict) and "from" in row else ("role", "content")
     if not isinstance(row, dict) or not all(field in row for field in fields):
-        raise KnownError(f"{where} is {_what(row)}, not a dict with 'role' and 'content' (or 'from' and 'value')")
+        raise KnownError(f"{where} is {what(row)}, not a dict with 'role' and 'content' (or 'from' and 'value')")
     speaker, content = row[fields[0]], row[fields[1]]
     if not isinstance(speaker, str) or speaker not in SPEAKERS:
         raise KnownError(f"{where}: {fields[0]} {speaker!r} is not one of {', '.join(SPEAKERS)}")
     if not isinstance(content, str):
-        raise KnownError(f"{where}: its {fields[1]} is {_what(content)}, not text")
+        raise KnownError(f"{where}: its {fields[1]} is {what(content)}, not text")
     return {"role": SPEAKERS[speaker], "content": content}
-
-
-def import_bank(folder: Path, questions_path: Path) -> Bank:
-    """A bank from the paper repository's form: one JSON a role, named by its file, and a JSONL of questions.
-
-    A role is {"instruction": [{"pos": prompt}, ...], "eval_prompt": rubric}, a question {"question", "id"}. The role
-    "default" is the default; its "{model_name}" becomes "{model}". Without it, the packaged bank's default is taken.
-    Raises `KnownError`, naming file and place, for anything else.
-    """
-    if not folder.is_dir():
-        raise KnownError(f"{folder} is not a folder of roles, one JSON file each")
-    roles = [_role(path) for path in sorted(folder.glob("*.json"))]
-    if not roles:
-        raise KnownError(f"{folder} holds no .json file; a role is one JSON file")
-    if not any(role.is_default for role in roles):
-        roles.insert(0, load_bank().default)
-    _require_file(questions_path)
-    questions: dict[str, Question] = {}
-    for where, row in _json_lines(questions_path):
-        id, question = (row.get("id"), row.get("question")) if isinstance(row, dict) else (None, None)
-        if isinstance(id, bool) or not isinstance(id, (str, int)) or not str(id) or "/" in str(id):
-            raise KnownError(f"{where}: a question needs an `id` without '/'")
-        if not isinstance(question, str) or not question.strip():
-            raise KnownError(f"{where}: `question` must be a string that is not empty")
-        if str(id) in questions:
-            raise KnownError(f"{where}: question id {str(id)!r} is there twice; rename or remove one")
-        questions[str(id)] = Question(str(id), question)
-    if not questions:
-        raise KnownError(f"{questions_path} holds no question")
-    return Bank(tuple(roles), tuple(questions.values()))
-
-
-def _role(path: Path) -> Role:
-    held = read_json(path)
-    steps = held.get("instruction") if isinstance(held, dict) else None
-    if not isinstance(steps, list) or not steps:
-        raise KnownError(f"{path} is {_what(held)}, not a role: it needs `instruction`, a list of {{'pos': prompt}}")
-    is_default = path.stem == "default"
-    prompts = []
-    for number, step in enumerate(steps, 1):
-        prompt = step.get("pos") if isinstance(step, dict) else None
-        if not isinstance(prompt, str) or not (prompt.strip() or is_default):
-            raise KnownError(f"{path}: instruction {number} needs `pos`, a string (empty only for the default role)")
-        prompts.append(prompt.replace("{model_name}", "{model}") if is_default else prompt)
-    if path.stem != path.stem.strip():
-        raise KnownError(f"{path}: a role's name may not have outer spaces (it is part of rollout keys)")
-    rubric = held.get("eval_prompt", "")
-    if not isinstance(rubric, str):
-        raise KnownError(f"{path}: `eval_prompt` is {_what(rubric)}, not text")
-    return Role(path.stem, tuple(prompts), is_default, rubric)
-
-
-def write_bank(bank: Bank, folder: Path) -> None:
-    """Write roles.jsonl and questions.jsonl, so that `load_bank(folder)` is `bank`; the folder is made if need be."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in (("roles.jsonl", bank.roles), ("questions.jsonl", bank.questions)):
-        text = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
-        with atomic(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
 
 
 def _load_pt(path: Path) -> Any:
@@ -347,9 +287,9 @@ def _floats(value: Any, ndim: int, where: str) -> Tensor:
     """`value` as fp32, of `ndim` dimensions, finite and not empty."""
     dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
     if not dense or not value.is_floating_point():
-        raise KnownError(f"{where}: found {_what(value)}, not a dense tensor of floating-point numbers")
+        raise KnownError(f"{where}: found {what(value)}, not a dense tensor of floating-point numbers")
     if value.ndim != ndim or not value.numel():
-        raise KnownError(f"{where}: found {_what(value)}, not one of shape {('', '(D,)', '(L, D)')[ndim]}")
+        raise KnownError(f"{where}: found {what(value)}, not one of shape {('', '(D,)', '(L, D)')[ndim]}")
     value = value.detach().float().contiguous()
     if not torch.isfinite(value).all():
         row = int((~torch.isfinite(value)).nonzero()[0][0])
@@ -366,7 +306,7 @@ def _unit_rows(rows: Tensor, where: str) -> tuple[Tensor, Tensor]:
     return (rows.double() / norms[:, None]).float(), norms.float()
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """("path:line", value) of each line that is not blank. Unlike our own logs, the last line needs no newline."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -380,7 +320,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
                 raise KnownError(f"{path}:{number} is not valid JSON: {error}") from None
 
 
-def _what(value: Any) -> str:
+def what(value: Any) -> str:
     """What was found, for an error: short, and without the content of tensors or texts."""
     if isinstance(value, Tensor):
         return f"a tensor {str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"

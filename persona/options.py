@@ -32,6 +32,10 @@ class PlanOptions:
     "demo (48 roles, 1 prompt, 16 questions, 32 tokens), standard (all, 2, 12, 128) or paper (all, 5, all, 512)"
     roles: Annotated[str | None, Parameter(allow_leading_hyphen=False)] = None
     "role names with commas between, or a number of roles spread over the bank"
+    traits: bool = False
+    "roll out traits beside the roles, with the same prompts and questions"
+    trait_names: Annotated[str | None, Parameter(allow_leading_hyphen=False)] = None
+    "trait names with commas between, or a number of traits spread over the bank; all unless given"
     prompts: int | None = None
     "prompts a role"
     questions: int | None = None
@@ -47,7 +51,7 @@ class PlanOptions:
     seed: int = 0
     "every rollout's seed is made from this and its key"
     bank: Path | None = None
-    "a folder with roles.jsonl and questions.jsonl in place of the packaged bank"
+    "a folder with roles.jsonl, questions.jsonl and maybe traits.jsonl, or in the paper repository's form"
     chunk: Annotated[int | None, Parameter(show=False)] = None
     "rollouts that start together; 64 on a CPU, 16384 on a GPU unless given"
 
@@ -76,6 +80,8 @@ class FitOptions:
     "the layer to use, 0-based; chosen by stability and agreement unless given"
     replicates: int = 100
     "bootstrap replicates, random splits and shuffles"
+    compare: Path | None = None
+    "another run, or another axis of this model, to compare with layer by layer"
 
 
 @dataclass(frozen=True)
@@ -106,24 +112,36 @@ def selection_of(options: PlanOptions) -> tuple[Selection, int]:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise KnownError(f"--{name.replace('_', '-')} {value} is below 1")
-    names, count = None, size.roles
-    if options.roles is not None:
-        if options.roles.strip().isdigit():
-            count = int(options.roles)
-        else:
-            names = tuple(name.strip() for name in options.roles.split(",") if name.strip())
-            if len(set(names)) != len(names):
-                raise KnownError(f"--roles names {next(n for n in names if names.count(n) > 1)!r} twice")
-        if ((count or 0) < 3 and names is None) or (names is not None and len(names) < 3):
-            raise KnownError("a persona space needs at least 3 roles besides the default; give more with --roles")
+    names, count = _names_or_count(options.roles, "--roles")
+    count = size.roles if options.roles is None else count
+    if options.roles is not None and (len(names) if names is not None else count or 0) < 3:
+        raise KnownError("a persona space needs at least 3 roles besides the default; give more with --roles")
+    trait_names, n_traits = _names_or_count(options.trait_names, "--trait-names")
     selection = Selection(
         role_names=names,
         n_roles=count,
         prompts=options.prompts or size.prompts,
         questions=options.questions or size.questions,
         samples=options.samples,
+        with_traits=options.traits or options.trait_names is not None,
+        trait_names=trait_names,
+        n_traits=n_traits,
     )
     return selection, options.max_new_tokens or size.max_new_tokens
+
+
+def _names_or_count(text: str | None, option: str) -> tuple[tuple[str, ...] | None, int | None]:
+    """Names with commas between, or a number; neither when nothing is given."""
+    if text is None:
+        return None, None
+    if text.strip().isdigit():
+        return None, int(text)
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise KnownError(f"{option} {text!r} names nothing")
+    if len(set(names)) != len(names):
+        raise KnownError(f"{option} names {next(n for n in names if names.count(n) > 1)!r} twice")
+    return names, None
 
 
 def given(options: Any) -> dict[str, Any]:

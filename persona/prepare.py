@@ -19,7 +19,7 @@ from personaxis.persona.judge import Judge, RuleJudge, items_of, judge_rollouts,
 from personaxis.persona.options import JudgeOptions, ModelOptions, PlanOptions, selection_of
 from personaxis.persona.progress import progress, say
 from personaxis.persona.ranks import Ranks, ranks
-from personaxis.persona.rollouts import Rollout, Selection, with_scores
+from personaxis.persona.rollouts import Rollout, Selection, only_poles, with_scores, without_poles
 from personaxis.persona.run import Run, open_run
 from personaxis.persona.sampler import Sampler, Sampling
 from personaxis.persona.stages import (
@@ -68,7 +68,7 @@ def prepared(model: str, folder: Path, how: ModelOptions, what: PlanOptions) -> 
     selection, max_new_tokens = selection_of(what)
     sampling = Sampling(max_new_tokens, what.temperature, what.top_p)
     bank = load_bank(what.bank)
-    selection.roles(bank)  # unknown names fail before a model is loaded
+    selection.roles(bank), selection.traits(bank)  # unknown names fail before a model is loaded
     with open_run(folder, create=True, rank=place.rank) as run:
         try:
             if place.rank:
@@ -107,11 +107,15 @@ def sample(work: Work) -> list[Rollout]:
 def judge_run(
     run: Run, bank: Bank, rollouts: list[Rollout], options: JudgeOptions, *, lead: bool = True
 ) -> list[Rollout]:
-    """Score the rollouts (rank 0) and return them with their scores. `--judge none` leaves every score None."""
+    """Score the roles' rollouts (rank 0) and return all with their scores. `--judge none` leaves every score None.
+
+    Traits are not judged: their score stays None, as the default's does.
+    """
     if options.judge == "none":
         return rollouts
     judge = judge_named(options)
     path = run.folder / "scores.jsonl"
+    everything, rollouts = rollouts, without_poles(rollouts)
     if lead:
         with progress("judging", len(items_of(rollouts, bank)), quiet=options.judge == "rules") as advance:
             tally = judge_rollouts(rollouts, bank, judge, path, advance)
@@ -121,7 +125,7 @@ def judge_run(
         run.note(
             judge={"id": judge.id, "counts": {str(k): n for k, n in tally.counts.items()}, "unscored": tally.unparsable}
         )
-    return with_scores(rollouts, read_scores(path, judge.id))
+    return with_scores(everything, read_scores(path, judge.id))
 
 
 def require_judge(options: JudgeOptions) -> None:
@@ -147,9 +151,18 @@ def judge_named(options: JudgeOptions) -> Judge:
     return EndpointJudge(options.judge, options.judge_model or "")
 
 
-def record_run(work: Work, rollouts: list[Rollout]) -> Activations:
-    """Record the scored rollouts."""
-    return make_activations(work.run, work.subject, rollouts, work.ranks)
+def record_run(work: Work, rollouts: list[Rollout]) -> tuple[Activations, Activations | None]:
+    """Record the scored rollouts: those of roles, and those of traits where there are any."""
+    return record_rollouts(work.run, work.subject, rollouts, work.ranks)
+
+
+def record_rollouts(
+    run: Run, subject: Subject, rollouts: list[Rollout], place: Ranks
+) -> tuple[Activations, Activations | None]:
+    """Two artefacts, `activations` and `trait_activations`, so that adding traits leaves the roles' as they are."""
+    of_traits = only_poles(rollouts)
+    roles = make_activations(run, subject, without_poles(rollouts), place)
+    return roles, make_activations(run, subject, of_traits, place, "trait_activations") if of_traits else None
 
 
 def _sampler(work: Work) -> Sampler:
@@ -187,6 +200,7 @@ def _asked(
 ) -> dict[str, Any]:
     import hashlib
 
+    traits = [trait.name for trait in selection.traits(bank)]
     return {
         "model_name": model,
         "model": subject.describe(),
@@ -204,7 +218,7 @@ def _asked(
         "prompts": selection.prompts,
         "questions": selection.questions,
         "samples": selection.samples,
-    }
+    } | ({"traits": traits, "traits_bank": bank.traits_digest} if traits else {})
 
 
 def _end_ids(subject: Subject) -> Any:

@@ -9,13 +9,15 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from personaxis.persona.bank import Bank, Question, Role
+from personaxis.persona.bank import Bank, Question, Role, Trait
 from personaxis.persona.errors import KnownError
 from personaxis.persona.store import read_lines
+from personaxis.persona.traits import is_pole, poles
 
 Message = dict[str, str]
+Chosen = TypeVar("Chosen")
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,9 @@ def seed_of(key: str, run_seed: int) -> int:
 
 
 def requests(bank: Bank, model_name: str, selection: "Selection", run_seed: int) -> list[Request]:
-    """All rollouts of a selection, ordered by role, prompt, question and sample."""
+    """All rollouts of a selection, ordered by role, prompt, question and sample; the traits' poles come last."""
     made = []
-    for role in selection.roles(bank):
+    for role in (*selection.roles(bank), *selection.poles(bank)):
         for number in selection.prompt_numbers(role):
             for question in selection.chosen_questions(bank):
                 for sample in range(selection.samples):
@@ -87,13 +89,19 @@ def role_messages(role: Role, prompt: int, question: str, model_name: str) -> tu
 
 @dataclass(frozen=True)
 class Selection:
-    """Which part of a bank to roll out. None means all; the default role is always in, with all of its prompts."""
+    """Which part of a bank to roll out. None means all; the default role is always in, with all of its prompts.
+
+    Traits are left out unless `with_traits`.
+    """
 
     role_names: tuple[str, ...] | None = None
     n_roles: int | None = None
     prompts: int | None = None
     questions: int | None = None
     samples: int = 1
+    with_traits: bool = False
+    trait_names: tuple[str, ...] | None = None
+    n_traits: int | None = None
 
     def roles(self, bank: Bank) -> list[Role]:
         """The default role and then the chosen ones: by name, or the first `n_roles` of an even spread over the bank."""
@@ -101,9 +109,22 @@ class Selection:
         if self.role_names is not None:
             chosen = [bank.role(name) for name in self.role_names if name != bank.default.name]
         else:
-            count = len(others) if self.n_roles is None else min(self.n_roles, len(others))
-            chosen = [others[i * len(others) // count] for i in range(count)]
+            chosen = _spread(others, self.n_roles)
         return [bank.default, *chosen]
+
+    def traits(self, bank: Bank) -> list[Trait]:
+        """The chosen traits: by name, or an even spread over the bank. `KnownError` when the bank has none."""
+        if not self.with_traits:
+            return []
+        if not bank.traits:
+            raise KnownError("this bank has no traits; they are in its traits.jsonl, or in the packaged bank")
+        if self.trait_names is not None:
+            return [bank.trait(name) for name in self.trait_names]
+        return _spread(list(bank.traits), self.n_traits)
+
+    def poles(self, bank: Bank) -> list[Role]:
+        """The chosen traits' poles, positive and negative in turn."""
+        return [pole for trait in self.traits(bank) for pole in poles(trait)]
 
     def prompt_numbers(self, role: Role) -> range:
         """Prompt numbers, 0-based. The default keeps all of its own: they are its whole population."""
@@ -114,6 +135,16 @@ class Selection:
     def chosen_questions(self, bank: Bank) -> tuple[Question, ...]:
         """The first `questions` of the bank."""
         return bank.questions[: self.questions]
+
+
+def without_poles(rollouts: Iterable[Rollout]) -> list[Rollout]:
+    """The rollouts of roles."""
+    return [rollout for rollout in rollouts if not is_pole(rollout.role)]
+
+
+def only_poles(rollouts: Iterable[Rollout]) -> list[Rollout]:
+    """The rollouts of traits."""
+    return [rollout for rollout in rollouts if is_pole(rollout.role)]
 
 
 def read_rollouts(folder: Path) -> list[Rollout]:
@@ -133,6 +164,11 @@ def read_rollouts(folder: Path) -> list[Rollout]:
 def with_scores(rollouts: Iterable[Rollout], scores: dict[str, int | None]) -> list[Rollout]:
     """The same rollouts carrying a judge's scores; a key without one keeps None."""
     return [replace(rollout, score=scores.get(rollout.key)) for rollout in rollouts]
+
+
+def _spread(items: list[Chosen], count: int | None) -> list[Chosen]:
+    count = len(items) if count is None else min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def _from_json(row: dict[str, Any], path: Path) -> Rollout:

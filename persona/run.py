@@ -1,6 +1,7 @@
 """A run folder: what was asked, what was made, and a lock so that two processes never write into one folder.
 
 run.json  rollouts.jsonl  scores.jsonl  activations.*  axis.*  space.*  fit.json  report.html
+and, with traits, trait_activations.*  traits.*
 
 with open_run(folder) as run:
     run.require_subject(subject)
@@ -20,7 +21,18 @@ from personaxis.persona.errors import KnownError
 from personaxis.persona.store import read_json, write_json
 
 # What must not change under a run: rollouts made with other values would be another population.
-FIXED = ("model", "bank", "seed", "max_new_tokens", "temperature", "top_p", "dtype", "chat_template", "chunk")
+FIXED = (
+    "model",
+    "bank",
+    "traits_bank",
+    "seed",
+    "max_new_tokens",
+    "temperature",
+    "top_p",
+    "dtype",
+    "chat_template",
+    "chunk",
+)
 
 
 @dataclass(frozen=True)

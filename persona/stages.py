@@ -26,6 +26,7 @@ from personaxis.persona.run import Run
 from personaxis.persona.sampler import Answer, Prompt, Sampler
 from personaxis.persona.store import append_lines, read_lines
 from personaxis.persona.subject import Subject
+from personaxis.persona.traits import is_pole
 
 CPU_CHUNK, GPU_CHUNK = 64, 16384
 PART_ROLLOUTS, PART_BYTES = 1024, 1 << 30
@@ -47,14 +48,19 @@ class Plan:
 
 
 def plan_rollouts(bank: Bank, subject: Subject, chat: ChatFormat, selection: Selection, seed: int, size: int) -> Plan:
-    """Cut a selection into chunks of `size`: first a few roles that show whether the model role-plays, then all by length."""
+    """Cut a selection into chunks of `size`: first a few roles that show whether the model role-plays, then all by length.
+
+    Traits have chunks of their own, after the roles': adding them to a run changes nothing of what is there.
+    """
     wanted = requests(bank, subject.name, selection, seed)
     prompt_ids = {request.key: tuple(chat.prompt_ids(list(request.messages))) for request in wanted}
-    gate = _gate(wanted) if len(wanted) >= GATE_FROM else []
+    of_roles = [request for request in wanted if not is_pole(request.key)]
+    gate = _gate(of_roles) if len(of_roles) >= GATE_FROM else []
     tried = {request.key for request in gate}
-    rest = sorted((r for r in wanted if r.key not in tried), key=lambda r: (len(prompt_ids[r.key]), r.key))
     chunks = [tuple(gate)] if gate else []
-    chunks += [tuple(rest[i : i + size]) for i in range(0, len(rest), size)]
+    for part in ([r for r in of_roles if r.key not in tried], [r for r in wanted if is_pole(r.key)]):
+        rest = sorted(part, key=lambda r: (len(prompt_ids[r.key]), r.key))
+        chunks += [tuple(rest[i : i + size]) for i in range(0, len(rest), size)]
     return Plan(tuple(chunks), prompt_ids, int(bool(gate)))
 
 
@@ -111,27 +117,26 @@ def content_of(rollouts: Sequence[Rollout]) -> str:
 
 
 def make_activations(
-    run: Run, subject: Subject, rollouts: Sequence[Rollout], ranks: Ranks, layers: tuple[int, ...] | None = None
+    run: Run, subject: Subject, rollouts: Sequence[Rollout], ranks: Ranks, name: str = "activations"
 ) -> Activations:
-    """Record those rollouts (empty answers left out) and write `activations`; returns at once if that is done already.
-
-    `layers` are those whose rollout means are kept; None keeps as many as `kept_layers` allows.
-    """
-    stem = run.folder / "activations"
+    """Record those rollouts (empty answers left out) and write the artefact `name`; returns at once if that is done already."""
+    stem = run.folder / name
     spoken = [rollout for rollout in rollouts if rollout.answer_ids]
     if not spoken:
         raise KnownError(f"{run.folder}: every answer is empty; nothing to record")
-    layers = layers or kept_layers(subject.n_layers, subject.d_model, len(spoken))
+    layers = kept_layers(subject.n_layers, subject.d_model, len(spoken))
     content = content_of(spoken)
     if _recorded(stem, content, layers):
         return load_activations(stem)
     parts = _parts(spoken, part_rollouts(subject))
-    folder = run.folder / "activations.parts"
+    folder = run.folder / f"{name}.parts"
     folder.mkdir(exist_ok=True)
     mine = [rollout for i, part in enumerate(parts) if ranks.mine(i) for rollout in part]
     compile = worth_compiling(subject, sum(len(r.prompt_ids) + len(r.answer_ids) for r in mine))
     with (
-        progress("recording", len(mine), "tokens", quiet=ranks.rank > 0) as advance,
+        progress(
+            "recording" if name == "activations" else "recording traits", len(mine), "tokens", quiet=ranks.rank > 0
+        ) as advance,
         compiled(subject, enabled=compile),
     ):
         for number, part in enumerate(parts):

@@ -1,4 +1,4 @@
-"""The verbs of `persona/`: rollout, judge, record, roles, spans, show, import, self-test.
+"""The verbs of `persona/`: rollout, judge, record, spans, show, import, self-test; `bank_verbs` has `roles`.
 
 Progress goes to stderr, results to stdout, `--json` for machines.
 """
@@ -41,7 +41,7 @@ def rollout(
         made = sample(work)
         if work.ranks.rank == 0:
             cut = sum(r.stopped == "length" for r in made)
-            _say(f"{len(made)} rollouts in {folder / 'rollouts.jsonl'} ({cut} stopped at the token limit)")
+            say_result(f"{len(made)} rollouts in {folder / 'rollouts.jsonl'} ({cut} stopped at the token limit)")
 
 
 def judge(run: Path, /, *, who: JudgeOptions = JudgeOptions(), bank: Path | None = None) -> None:
@@ -56,18 +56,18 @@ def judge(run: Path, /, *, who: JudgeOptions = JudgeOptions(), bank: Path | None
     """
     from personaxis.persona.bank import load_bank
     from personaxis.persona.prepare import judge_run
-    from personaxis.persona.rollouts import read_rollouts
+    from personaxis.persona.rollouts import read_rollouts, without_poles
     from personaxis.persona.run import open_run
 
     with open_run(run) as folder:
         chosen = load_bank(bank)
         _require_bank(folder.manifest, chosen.digest, run)
-        rollouts = read_rollouts(run)
+        rollouts = without_poles(read_rollouts(run))
         if not rollouts:
             raise KnownError(f"{run} has no rollouts; make them first with `personaxis rollout`")
         scored = judge_run(folder, chosen, rollouts, who)
         counts = {score: sum(r.score == score for r in scored) for score in (0, 1, 2, 3, None)}
-        _say(", ".join(f"{'unjudged' if score is None else score}: {n}" for score, n in counts.items()))
+        say_result(", ".join(f"{'unjudged' if score is None else score}: {n}" for score, n in counts.items()))
 
 
 def record(run: Path, /, *, how: ModelOptions = ModelOptions()) -> None:
@@ -81,10 +81,10 @@ def record(run: Path, /, *, how: ModelOptions = ModelOptions()) -> None:
     from dataclasses import replace
 
     from personaxis.persona.judge import read_scores
+    from personaxis.persona.prepare import record_rollouts
     from personaxis.persona.ranks import ranks
     from personaxis.persona.rollouts import read_rollouts, with_scores
     from personaxis.persona.run import open_run
-    from personaxis.persona.stages import make_activations
     from personaxis.persona.subject import load_subject
 
     place = ranks()
@@ -96,44 +96,12 @@ def record(run: Path, /, *, how: ModelOptions = ModelOptions()) -> None:
         subject = load_subject(asked["model_name"], device=how.device, dtype=how.dtype, chat_template=how.chat_template)
         folder.ask({"model": subject.describe(), "dtype": str(subject.dtype).removeprefix("torch.")})
         rollouts = with_scores(read_rollouts(run), read_scores(run / "scores.jsonl"))
-        found = make_activations(folder, subject, rollouts, place)
-        if place.rank == 0:
-            _say(f"{int(found.count.sum())} rollouts of {len(found.roles)} roles, {found.n_layers} layers")
+        for found in record_rollouts(folder, subject, rollouts, place):
+            if place.rank == 0 and found is not None:
+                say_result(
+                    f"{int(found.count.sum())} rollouts of {len(found.roles)} roles or poles, {found.n_layers} layers"
+                )
     place.close()
-
-
-def roles(name: str | None = None, /, *, bank: Path | None = None, tag: str | None = None, json: bool = False) -> None:
-    """List a role bank, show one role, or validate a bank of your own (every mistake is named with its line).
-
-    Parameters
-    ----------
-    name
-        show this role with its prompts and rubric
-    bank
-        a folder with roles.jsonl and questions.jsonl in place of the packaged bank
-    tag
-        only roles with this tag
-    """
-    from dataclasses import asdict
-
-    from personaxis.persona.bank import load_bank
-
-    found = load_bank(bank)
-    shown = [found.role(name)] if name else [role for role in found.roles if tag is None or tag in role.tags]
-    if json:
-        _print_json([asdict(role) for role in shown])
-    elif name:
-        role = shown[0]
-        _console().print(Text(role.name, style="bold"), Text(" ".join(role.tags), style="dim"))
-        for i, prompt in enumerate(role.prompts):
-            _console().print(Text(f"{i}  {prompt or '(no system message)'}"))
-        _console().print(Text(f"rubric  {role.rubric}", style="italic"))
-    else:
-        table = Table("role", "prompts", "tags")
-        for role in shown:
-            table.add_row(Text(role.name), str(len(role.prompts)), Text(" ".join(role.tags)))
-        _console().print(table)
-        _say(f"{len(shown)} roles, {len(found.questions)} questions, bank {found.digest[:12]}")
 
 
 def spans(
@@ -172,11 +140,11 @@ def spans(
         messages = import_transcript(transcript)[0]
     tokenizer = load_tokenizer(model, chat_template)
     chat = chat_format(tokenizer)
-    _console().print(render_spans(conversation_spans(chat, messages), tokenizer))
+    console().print(render_spans(conversation_spans(chat, messages), tokenizer))
     if chat.injected and not any(message["role"] == "system" for message in messages):
-        _say(f"the template adds a system message of its own: {chat.injected!r}")
+        say_result(f"the template adds a system message of its own: {chat.injected!r}")
     if chat.system == "merged":
-        _say("the template takes no system message: its text goes before the first user message")
+        say_result("the template takes no system message: its text goes before the first user message")
 
 
 def show(path: Path, /) -> None:
@@ -193,7 +161,7 @@ def show(path: Path, /) -> None:
         if not (path / "run.json").is_file():
             raise KnownError(f"{path} is not a run folder: it has no run.json")
         files = {file.name: file.stat().st_size for file in sorted(path.iterdir()) if not file.name.startswith(".")}
-        _print_json({**read_json(path / "run.json"), "files": files})
+        print_json({**read_json(path / "run.json"), "files": files})
         return
     stem = path.with_suffix("") if path.suffix in (".json", ".safetensors") else path
     record_path, tensor_path = stem.with_name(stem.name + ".json"), stem.with_name(stem.name + ".safetensors")
@@ -202,7 +170,7 @@ def show(path: Path, /) -> None:
     content = read_json(record_path)
     if tensor_path.is_file() and content.get("sha256") != digest(tensor_path):
         raise KnownError(f"{tensor_path} does not match the hash in {record_path.name}: damaged; make it again")
-    _print_json(content)
+    print_json(content)
 
 
 def import_(kind: Literal["axis", "caps", "roles"], source: Path, /, *, out: Path, model: str = "unknown") -> None:
@@ -211,7 +179,7 @@ def import_(kind: Literal["axis", "caps", "roles"], source: Path, /, *, out: Pat
     Parameters
     ----------
     kind
-        axis: a .pt with an axis; caps: a capping_config.pt; roles: a folder of role JSON files beside questions.jsonl
+        axis: a .pt with an axis; caps: a capping_config.pt; roles: a folder with roles, traits and questions
     source
         the file or folder
     out
@@ -219,25 +187,28 @@ def import_(kind: Literal["axis", "caps", "roles"], source: Path, /, *, out: Pat
     model
         the id of the model that the vectors came from
     """
-    from personaxis.persona.foreign import import_axis, import_bank, import_caps, write_bank
+    from personaxis.persona.foreign import import_axis, import_caps
+    from personaxis.persona.foreign_bank import import_bank, write_bank
 
     described = {"id": model}
     if kind == "roles":
-        questions = source / "questions.jsonl"
-        write_bank(import_bank(source, questions), out)
-        _say(f"bank written to {out}")
+        bank = import_bank(source)
+        write_bank(bank, out)
+        say_result(
+            f"{len(bank.roles)} roles, {len(bank.questions)} questions and {len(bank.traits)} traits written to {out}"
+        )
         return
     if kind == "axis":
         found = import_axis(source, described)
         out.parent.mkdir(parents=True, exist_ok=True)
         found.save(out)
-        _say(f"axis of {len(found.layers)} layers, width {found.vectors.shape[1]}, written to {out}.safetensors")
+        say_result(f"axis of {len(found.layers)} layers, width {found.vectors.shape[1]}, written to {out}.safetensors")
         return
     caps = import_caps(source, described)
     out.mkdir(parents=True, exist_ok=True)
     for name, cap in caps.items():
         cap.save(out / name.replace("/", "_"))
-    _say(f"{len(caps)} caps written to {out}")
+    say_result(f"{len(caps)} caps written to {out}")
 
 
 def self_test(model: Model, /, *, how: ModelOptions = ModelOptions(), json: bool = False) -> None:
@@ -251,13 +222,13 @@ def self_test(model: Model, /, *, how: ModelOptions = ModelOptions(), json: bool
     subject = load_subject(model, device=how.device, dtype=how.dtype, chat_template=how.chat_template)
     checks = run_self_test(subject)
     if json:
-        _print_json([check.to_json() for check in checks])
+        print_json([check.to_json() for check in checks])
     else:
         table = Table("check", "found", "allowed", "")
         for check in checks:
             mark = Text("ok", style="green") if check.passed else Text("FAILED", style="bold red")
             table.add_row(check.name, f"{check.found:.3g}", f"{check.allowed:.3g}", mark)
-        _console().print(table)
+        console().print(table)
     failed = [check.name for check in checks if not check.passed]
     if failed:
         raise KnownError(f"self-test of {model} failed: {', '.join(failed)}")
@@ -269,13 +240,13 @@ def _require_bank(manifest: dict[str, Any], digest: str, run: Path) -> None:
         raise KnownError(f"{run} was made with bank {made_with[:12]}, not {digest[:12]}; name its folder with --bank")
 
 
-def _console() -> Console:
+def console() -> Console:
     return Console(soft_wrap=False)
 
 
-def _say(text: str) -> None:
-    _console().print(Text(text))
+def say_result(text: str) -> None:
+    console().print(Text(text))
 
 
-def _print_json(content: Any) -> None:
+def print_json(content: Any) -> None:
     print(json_module.dumps(content, indent=1, ensure_ascii=False))  # noqa: T201 (a verb's result)

@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from personaxis.persona import foreign
 from personaxis.persona.axis import apply_cap
-from personaxis.persona.bank import Bank, Question, Role, load_bank
 from personaxis.persona.errors import KnownError
 from personaxis.persona.foreign import import_axis, import_caps, import_role_vectors, import_transcript
 
@@ -330,72 +328,8 @@ def test_a_conversation_that_is_none_is_refused_with_its_place(tmp_path, content
         import_transcript(put(tmp_path / ("a.jsonl" if ".jsonl" in reason else "a.json"), content))
 
 
-def role(*prompts: str, **more: Any) -> dict[str, Any]:
-    return {"instruction": [{"pos": prompt} for prompt in prompts], **more}
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    put(tmp_path / "roles" / "ghost.json", role("You are a ghost.", "Haunt.", eval_prompt="Is {answer} a ghost's?"))
-    put(tmp_path / "roles" / "bard.json", role("You are a bard."))
-    put(tmp_path / "questions.jsonl", '{"question": "Who are you?", "id": 0}\n\n{"question": "Why?", "id": "q1"}')
-    return tmp_path
-
-
-def imported(folder: Path) -> Bank:
-    return foreign.import_bank(folder / "roles", folder / "questions.jsonl")
-
-
-def test_a_bank_of_json_files_becomes_ours_with_the_packaged_default_if_it_has_none(folder):
-    assert imported(folder).roles[0] == load_bank().default
-    put(folder / "roles" / "default.json", role("", "You are {model_name}.", "Respond as yourself."))
-    assert imported(folder).roles == (
-        Role("bard", ("You are a bard.",)),
-        Role("default", ("", "You are {model}.", "Respond as yourself."), is_default=True),
-        Role("ghost", ("You are a ghost.", "Haunt."), rubric="Is {answer} a ghost's?"),
-    )
-    assert imported(folder).questions == (Question("0", "Who are you?"), Question("q1", "Why?"))
-
-
-def test_a_bank_that_was_written_is_read_as_it_was(folder):
-    odd = Bank((load_bank().default, Role("o", ("line\nbreak \u2028 “☃”\t\\",))), (Question("q", "…\r\n?"),))
-    for bank in (imported(folder), load_bank(), odd):
-        foreign.write_bank(bank, folder / "new" / "bank")
-        assert sorted(path.name for path in (folder / "new" / "bank").iterdir()) == ["questions.jsonl", "roles.jsonl"]
-        assert load_bank(folder / "new" / "bank") == bank
-
-
-@rejects(
-    ({"prompts": ["x"]}, "imp.json is a dict of 'prompts', not a role: it needs `instruction`"),
-    (role("You are an imp.", " "), "imp.json: instruction 2 needs `pos`"),
-    (role("You are an imp.", eval_prompt=None), "imp.json: `eval_prompt` is None, not text"),
-    ("{", "imp.json is not valid JSON"),
-    ('{"question": "Again?", "id": "0"}', "questions.jsonl:4: question id '0' is there twice"),
-    ('{"question": "Again?", "id": true}', "questions.jsonl:4: a question needs an `id`"),
-    ('{"question": "Again?", "id": "a/b"}', "questions.jsonl:4: a question needs an `id` without '/'"),
-    ('{"question": "", "id": 5}', "questions.jsonl:4: `question` must be a string"),
-    ("{", "questions.jsonl:4 is not valid JSON"),
-)
-def test_a_role_or_question_that_is_none_is_refused_with_its_place(folder, content, reason):
-    path = folder / ("questions.jsonl" if "questions" in reason else "roles/imp.json")
-    put(path, path.read_text() + "\n" + content if path.exists() else content)
-    with refused(reason):
-        imported(folder)
-
-
-def test_an_empty_or_missing_place_is_refused(folder):
-    empty = put(folder / "none.jsonl", "\n").parent / "empty"
-    empty.mkdir()
-    for read, reason in [
-        (lambda: import_role_vectors(empty), "holds no .pt file"),
-        (lambda: import_transcript(empty), "holds no .json or .jsonl file"),
-        (lambda: foreign.import_bank(folder / "missing", folder / "questions.jsonl"), "is not a folder of roles"),
-        (lambda: foreign.import_bank(empty, folder / "questions.jsonl"), "holds no .json file"),
-        (lambda: foreign.import_bank(folder / "roles", folder / "missing.jsonl"), "does not exist"),
-        (lambda: foreign.import_bank(folder / "roles", folder / "none.jsonl"), "holds no question"),
-    ]:
-        with refused(reason):
-            read()
-    put(folder / "roles" / "imp .json", role("You are an imp."))
-    with refused("a role's name may not have outer spaces"):
-        imported(folder)
+def test_an_empty_place_is_refused(tmp_path):
+    with refused("holds no .pt file"):
+        import_role_vectors(tmp_path)
+    with refused("holds no .json or .jsonl file"):
+        import_transcript(tmp_path)

@@ -1,0 +1,52 @@
+"""One axis beside another of the same model: another bank, another plan, or the paper repository's.
+
+    compared(axis, fit["roles"], Path("runs/other"))     # a run folder, or an axis artefact
+
+Cosines are by layer. Where the other is a run, the places of the roles that both have are compared too (Spearman), which
+axes of different models allow as well: their roles may be ranked alike although their directions live in other spaces.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import spearmanr
+
+from personaxis.persona.axis import Axis, load_axis
+from personaxis.persona.errors import KnownError
+from personaxis.persona.store import read_json
+
+
+def other_axis(path: Path) -> Axis:
+    """The axis of a run folder, or of an artefact with or without its ending. Raises `KnownError` where there is none."""
+    if path.is_dir():
+        return load_axis(path / "axis")
+    return load_axis(path.with_suffix("") if path.suffix in (".json", ".safetensors") else path)
+
+
+def compared(axis: Axis, roles: list[dict[str, Any]], path: Path) -> dict[str, Any]:
+    """Plain numbers: the cosine at each layer that both have, None for different models, and the roles' rank correlation."""
+    other = other_axis(path)
+    same = all(axis.model.get(name) == other.model.get(name) for name in ("n_layers", "d_model"))
+    found: dict[str, Any] = {
+        "path": str(path),
+        "model": other.model.get("id"),
+        "poles": list(other.poles),
+        "cosines": None,
+    }
+    known = {axis.model.get("fingerprint"), other.model.get("fingerprint")} - {None}
+    found["same_model"] = same and len(known) <= 1
+    if same:
+        shared = [layer for layer in axis.layers if layer in other.layers]
+        found["cosines"] = {str(layer): float(axis.at(layer).double() @ other.at(layer).double()) for layer in shared}
+    fit = path / "fit.json"
+    if path.is_dir() and fit.is_file():
+        theirs = {row["role"]: row["projection"] for row in read_json(fit)["roles"]}
+        both = [(row["projection"], theirs[row["role"]]) for row in roles if row["role"] in theirs]
+        if len(both) >= 3:
+            rank = spearmanr(*zip(*both, strict=True))
+            found["roles"] = {"n": len(both), "spearman": float(rank.statistic)}
+    if found["cosines"] is None and "roles" not in found:
+        raise KnownError(
+            f"{path} is an axis of {other.model.get('id')}, another width or depth, and has no roles to compare by rank"
+        )
+    return found

@@ -1,0 +1,129 @@
+"""Trait vectors, trait space, and where each trait lies along the axis.
+
+    found = fit_traits(activations, axis)
+    found.space.save(folder / "traits")
+
+A trait's place is the cosine between its vector and the axis at the axis's layer: +1 would be the axis itself, 0 has
+nothing to do with it. Its interval is a bootstrap over both poles' answers; what chance gives is the cosine when a trait's
+answers are dealt to its poles at random. PC1 of trait space points along the axis (arXiv 2601.10387, appendix on traits).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from personaxis.analysis.geometry import Array, components, components_for, cosine, pointing
+from personaxis.analysis.uncertainty import interval
+from personaxis.persona.activations import Activations
+from personaxis.persona.axis import Axis
+from personaxis.persona.errors import KnownError
+from personaxis.persona.traits import NEGATIVE, POSITIVE, TraitSpace
+
+FEWEST = 3  # traits that a space needs
+
+
+@dataclass(frozen=True)
+class TraitFit:
+    """The artefact, and `report`: plain numbers for tables and plots (the part "traits" of fit.json)."""
+
+    space: TraitSpace
+    report: dict[str, Any]
+
+
+def fit_traits(activations: Activations, axis: Axis, *, replicates: int = 100, seed: int = 0) -> TraitFit:
+    """Vectors of all recorded traits at every layer, their space at the axis's layer, and their places along the axis.
+
+    Raises `KnownError` when a trait lacks a pole, when two poles coincide, or when fewer than three traits are there.
+    """
+    names = list(dict.fromkeys(role[1:] for role in activations.roles))
+    if len(names) < FEWEST:
+        raise KnownError(f"only {len(names)} traits have answers; a trait space needs {FEWEST}")
+    contrasts, counts = zip(*(_contrast(activations, name) for name in names), strict=True)
+    vectors = np.stack(contrasts)  # (T, L, D)
+    norms = np.linalg.norm(vectors, axis=2)
+    if not (norms > 0).all():
+        raise KnownError(f"the poles of trait {names[int(np.argmin(norms.min(1)))]!r} coincide: nothing separates them")
+    layer, unit = axis.layer, axis.at(axis.layer).double().numpy()
+    at_layer = vectors[:, layer]
+    centre, found, ratio = components(at_layer)
+    found = pointing(found, unit)
+    rows, chance = _rows(activations, names, at_layer, unit, layer, replicates, seed)
+    coordinates = (at_layer - centre) @ found[:3].T
+    for row, count, place in zip(rows, counts, coordinates.tolist(), strict=True):
+        row |= {"n": list(count), "coordinates": place}
+    space = TraitSpace(
+        traits=tuple(names),
+        vectors=torch.from_numpy(vectors / norms[:, :, None]).float(),
+        norms=torch.from_numpy(norms).float(),
+        counts=torch.tensor(counts),
+        layer=layer,
+        mean=torch.from_numpy(centre).float(),
+        components=torch.from_numpy(found).float(),
+        variance_ratio=torch.from_numpy(ratio).float(),
+        model=activations.model,
+    )
+    report = {
+        "layer": layer,
+        "traits": sorted(rows, key=lambda row: float(row["cosine"])),
+        "chance": chance,
+        "cos_pc1_axis": cosine(found[0], unit),
+        "variance_ratio": ratio[:50].tolist(),
+        "components_for": {str(share): components_for(ratio, share) for share in (0.5, 0.7, 0.9)},
+        "n_rollouts": int(activations.count.sum()),
+    }
+    return TraitFit(space, report)
+
+
+def _contrast(activations: Activations, name: str) -> tuple[Array, tuple[int, int]]:
+    """Positive minus negative mean (L, D), and how many answers either has."""
+    (positive, n), (negative, m) = (activations.role_mean(sign + name) for sign in (POSITIVE, NEGATIVE))
+    if not n or not m:
+        raise KnownError(f"trait {name!r} has no answer at its {'positive' if not n else 'negative'} pole")
+    return (positive - negative).numpy(), (n, m)
+
+
+def _rows(
+    activations: Activations, names: list[str], vectors: Array, unit: Array, layer: int, replicates: int, seed: int
+) -> tuple[list[dict[str, Any]], float | None]:
+    """Each trait's cosine with the axis and its length along it; intervals and chance where rollout means were kept.
+
+    Chance is the 95th percentile of |cosine| over all traits when answers are dealt to the poles at random.
+    """
+    rows: list[dict[str, Any]] = [
+        {
+            "trait": name,
+            "cosine": cosine(vector, unit),
+            "along": float(vector @ unit),
+            "norm": float(np.linalg.norm(vector)),
+        }
+        for name, vector in zip(names, vectors, strict=True)
+    ]
+    if layer not in activations.layers or not replicates:
+        return rows, None
+    x = activations.rollout_means[:, activations.layers.index(layer)].double().numpy()
+    owner = np.array([key.split("/", 1)[0] for key in activations.keys])
+    shuffled = []
+    for number, row in enumerate(rows):
+        sides = [x[owner == sign + row["trait"]] for sign in (POSITIVE, NEGATIVE)]
+        drawn, dealt = _resampled(sides, unit, np.random.default_rng([seed, 11, number]), replicates)
+        found = interval(row["cosine"], drawn)
+        row |= {"low": found.low, "high": found.high}
+        shuffled.append(dealt)
+    return rows, float(np.quantile(np.abs(np.concatenate(shuffled)), 0.95))
+
+
+def _resampled(sides: list[Array], unit: Array, generator: np.random.Generator, replicates: int) -> tuple[Array, Array]:
+    """Cosines with the axis of resampled trait vectors, and of those whose answers were dealt at random; (replicates,)."""
+    n, both = len(sides[0]), np.concatenate(sides)
+    weights = np.zeros((2 * replicates, len(both)))
+    for i in range(replicates):
+        for start, side, sign in ((0, sides[0], 1), (n, sides[1], -1)):
+            drawn = np.bincount(generator.integers(len(side), size=len(side)), minlength=len(side))
+            weights[i, start : start + len(side)] = sign * drawn / len(side)
+        mixed = generator.permutation(len(both))
+        weights[replicates + i, mixed[:n]], weights[replicates + i, mixed[n:]] = 1 / n, -1 / (len(both) - n)
+    vectors = weights @ both
+    cosines = (vectors @ unit) / np.linalg.norm(vectors, axis=1)
+    return cosines[:replicates], cosines[replicates:]
