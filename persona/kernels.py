@@ -12,6 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
+SPAN_BLOCK = (16, 128, 4)  # tokens and features that a program adds at a time, and its warps
+
+
 @triton.jit
 def _span_sum(h, start, stop, out, stride_b, stride_t, d_model, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
     """One program per row and block of features: add the span's tokens in fp32. Only the span is read."""
@@ -35,9 +38,12 @@ def span_sum_on_gpu(
     if h.stride(2) != 1:
         h = h.contiguous()
     out = torch.empty(rows, d_model, device=h.device)
-    block = min(128, triton.next_power_of_2(d_model))
+    tokens, columns, warps = SPAN_BLOCK
+    block = min(columns, triton.next_power_of_2(d_model))
     grid = (rows, triton.cdiv(d_model, block))
-    _span_sum[grid](h, start, stop, out, h.stride(0), h.stride(1), d_model, BLOCK_T=16, BLOCK_D=block)
+    _span_sum[grid](
+        h, start, stop, out, h.stride(0), h.stride(1), d_model, BLOCK_T=tokens, BLOCK_D=block, num_warps=warps
+    )
     return out
 
 
