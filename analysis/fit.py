@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from joblib import Parallel, delayed
+from numpy.typing import NDArray
 
 from personaxis.analysis.geometry import (
     Array,
@@ -31,6 +33,7 @@ from personaxis.persona.axis import POLES, Axis, PersonaSpace
 from personaxis.persona.errors import KnownError
 
 LEVELS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
+PARALLEL_FROM = 3e10  # replicates x rollouts x features x layers: below it, starting processes costs more than it gives
 MIDDLE = (0.3, 0.9)  # the part of the depth in which the layer to use is looked for
 
 
@@ -63,7 +66,7 @@ def fit_axis(
     positive = positive or default
     rows, groups = _groups(activations, kept, positive)
     means = _all_layer_means(activations, groups, scores, default)  # (R+1, L, D)
-    layers = [_layer(activations, rows, groups, means[:, l], l, replicates, seed) for l in range(activations.n_layers)]
+    layers = _lines(activations, rows, groups, means, replicates, seed)
     chosen, why = _choose(layers, layer, activations.n_layers)
     axis = _axis(activations, rows, groups, means, chosen, positive, default)
     space = _space(activations, groups, means, chosen)
@@ -119,10 +122,25 @@ def _rollout_means(activations: Activations, rows: list[int], layer: int) -> Arr
     return activations.rollout_means[rows, activations.layers.index(layer)].double().numpy()
 
 
+def _lines(
+    activations: Activations, rows: list[int], groups: Groups, means: Array, replicates: int, seed: int
+) -> list[dict[str, Any]]:
+    """The table, line by line: layers know nothing of each other, so a large fit takes them on all cores."""
+    kept = {layer: activations.rollout_means[rows, place] for place, layer in enumerate(activations.layers)}
+    work = replicates * len(rows) * means.shape[2] * len(kept)
+    return list(
+        Parallel(n_jobs=-1 if work > PARALLEL_FROM else 1)(
+            delayed(_layer)(layer, None if x is None else x.numpy(), groups, means[:, layer], replicates, seed)
+            for layer in range(activations.n_layers)
+            for x in [kept.get(layer)]
+        )
+    )
+
+
 def _layer(
-    activations: Activations, rows: list[int], groups: Groups, means: Array, layer: int, replicates: int, seed: int
+    layer: int, rollouts: NDArray[np.float32] | None, groups: Groups, means: Array, replicates: int, seed: int
 ) -> dict[str, Any]:
-    """One line of the table. What needs rollout means is missing at layers that kept none."""
+    """One line of the table. What needs rollout means (N, D) is missing at layers that kept none."""
     axis = direction(means)
     pc1, variance = first_component(means)
     line: dict[str, Any] = {
@@ -132,7 +150,7 @@ def _layer(
         "angle_pc1": float(np.degrees(np.arccos(np.clip(cosine(pc1, axis), -1, 1)))),
         "variance_pc1": variance,
     }
-    x = _rollout_means(activations, rows, layer)
+    x = None if rollouts is None else rollouts.astype(np.float64)
     if x is not None and replicates:
         generators = [np.random.default_rng([seed, purpose]) for purpose in range(4)]
         found = agreement(x, groups, generators[0], replicates)

@@ -215,8 +215,9 @@ def _places(index: NDArray[np.int64], generator: Generator) -> NDArray[np.int64]
 
 def _resample(index: NDArray[np.int64], generator: Generator) -> Array:
     """How often each rollout is drawn when every group is resampled with replacement."""
-    weight = np.zeros(len(index))
-    for group in range(int(index.max()) + 1):
-        members = np.flatnonzero(index == group)
-        weight[members] = np.bincount(generator.integers(len(members), size=len(members)), minlength=len(members))
-    return weight
+    order = np.argsort(index, kind="stable")
+    count = np.bincount(index)
+    own = index[order]
+    first = np.concatenate([[0], np.cumsum(count)[:-1]])[own]
+    drawn = first + (generator.random(len(index)) * count[own]).astype(np.int64)
+    return np.bincount(order[drawn], minlength=len(index)).astype(np.float64)

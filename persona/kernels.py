@@ -11,8 +11,8 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-
-SPAN_BLOCK = (16, 128, 4)  # tokens and features that a program adds at a time, and its warps
+# tokens and features that a program adds at a time, and its warps: many small programs hide the memory's latency
+SPAN_BLOCK = (16, 64, 1)
 
 
 @triton.jit

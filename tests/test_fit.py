@@ -70,12 +70,12 @@ def test_a_planted_axis_is_found_and_points_to_the_default():
 def test_components_equal_those_of_scikit_learn_up_to_sign():
     x, groups, _ = planted()
     means, _ = groups.means(x)
-    _, vectors, ratio = components(means)
+    _, vectors, ratio = components(means[1:])
     oracle = PCA(svd_solver="full").fit(means[1:])
     assert np.allclose(np.abs((vectors[:5] * oracle.components_[:5]).sum(1)), 1)
     assert np.allclose(ratio[:5], oracle.explained_variance_ratio_[:5])
     pc1, variance = first_component(means)
-    assert cosine(pc1, vectors[0]) == pytest.approx(1)
+    assert abs(cosine(pc1, vectors[0])) == pytest.approx(1)
     assert variance == pytest.approx(ratio[0])
 
 
