@@ -15,21 +15,18 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
+from personaxis.analysis.canvas import WORDS, axis_look, empty_figure, line_look, shortened
+from personaxis.analysis.figures_curve import curve
+from personaxis.analysis.figures_traits import trait_plane
+from personaxis.analysis.labels import DOT, SCREENS, Label, place_labels
+
 LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
-FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 ENDS = 5  # how many roles at each end of the axis are named
 CROWD = 120  # more roles than this are drawn as smaller dots
-# Where labels may lie is worked out for the plot areas of a desktop and a phone, in pixels; the page shows one of them
-SCREENS = {"wide": (850, 495), "narrow": (250, 235)}
-LETTER, LINE, DOT = 6.8, 14, 8  # pixels: width of a letter, height of a line, from a dot's centre to its label
-
-CLEAR = "rgba(0,0,0,0)"
-WORDS = {"color": "var(--ink)", "size": 12}
 
 Role = dict[str, Any]
 Line = dict[str, Any]
 Place = dict[str, str]
-Box = tuple[float, float, float, float]
 
 
 def figures(fit: dict[str, Any]) -> dict[str, go.Figure]:
@@ -40,6 +37,10 @@ def figures(fit: dict[str, Any]) -> dict[str, go.Figure]:
         made["plane"] = plane(fit)
     if n_components >= 3:
         made["cloud"] = cloud(fit)
+    if fit.get("curve") and len(fit["curve"]["answers"]) > 1:
+        made["curve"] = curve(fit["curve"])
+    if fit.get("traits"):
+        made["traits"] = trait_plane(fit["traits"])
     if all(fit["projections"].get(side) for side in ("positive", "others")):
         made["answers"] = answers(fit)
     return made
@@ -53,23 +54,27 @@ def middle(fit: dict[str, Any]) -> float:
 
 def plane(fit: dict[str, Any]) -> go.Figure:
     """Roles over PC1 and PC2, coloured by projection; the line from the roles' mean to the star is the axis."""
-    figure = _figure(coloraxis=_coloraxis(fit), margin={"l": 60, "r": 16, "t": 16, "b": 124})
+    figure = empty_figure(coloraxis=_coloraxis(fit), margin={"l": 60, "r": 16, "t": 16, "b": 124})
     star = _pole(fit)["coordinates"]
-    figure.add_scatter(x=[0, star[0]], y=[0, star[1]], mode="lines", hoverinfo="skip", line=_line("--ink", 1.0, "dot"))
+    figure.add_scatter(
+        x=[0, star[0]], y=[0, star[1]], mode="lines", hoverinfo="skip", line=line_look("--ink", 1.0, "dot")
+    )
     for kind, members in _kinds(fit).items():
         figure.add_scatter(**_places(members, 2), mode="markers", marker=_marker(kind, members, 2), **_hover(members))
     for screen, size in SCREENS.items():
-        placed = _place_labels(fit, size)
-        roles, positions = [role for role, _ in placed], [position for _, position in placed]
+        worth = _worth_naming(fit)
+        wanted = [_label(role, fit) for role in worth]
+        placed = place_labels([role["coordinates"][:2] for role in fit["roles"]], wanted, size)
+        roles, positions = [worth[i] for i in placed], list(placed.values())
         words = {"text": [_name(role) for role in roles], "textposition": positions, "textfont": WORDS, "meta": screen}
         # unseen markers: plotly keeps a label clear of the marker in its own trace only
         unseen = {"size": [20 if role["positive"] else 12 for role in roles], "opacity": 0}
         look = {"mode": "markers+text", "marker": unseen, "hoverinfo": "skip", "cliponaxis": False}
         figure.add_scatter(**_places(roles, 2), **words, **look)
-    figure.update_xaxes(title_text=f"PC1 ({fit['variance_ratio'][0]:.0%} of the variance)", **_axis(zero=True))
+    figure.update_xaxes(title_text=f"PC1 ({fit['variance_ratio'][0]:.0%} of the variance)", **axis_look(zero=True))
     # distances mean the same in both directions
     equal = {"scaleanchor": "x", "constrain": "domain", "constraintoward": "top"}
-    figure.update_yaxes(title_text=f"PC2 ({fit['variance_ratio'][1]:.0%})", **_axis(zero=True), **equal)
+    figure.update_yaxes(title_text=f"PC2 ({fit['variance_ratio'][1]:.0%})", **axis_look(zero=True), **equal)
     return figure
 
 
@@ -82,7 +87,7 @@ def cloud(fit: dict[str, Any]) -> go.Figure:
     for i, name in enumerate("xyz"):
         scene[f"{name}axis"] = {**side, "title": {"text": f"PC{i + 1}", "font": WORDS}}
     coloraxis = {**_coloraxis(fit), "showscale": False}  # the plane above has it
-    figure = _figure(coloraxis=coloraxis, margin={"l": 0, "r": 0, "t": 0, "b": 0}, scene=scene)
+    figure = empty_figure(coloraxis=coloraxis, margin={"l": 0, "r": 0, "t": 0, "b": 0}, scene=scene)
     star = _pole(fit)["coordinates"]
     ends = {name: [0, star[i]] for i, name in enumerate("xyz")}
     figure.add_scatter3d(**ends, mode="lines", hoverinfo="skip", line={"color": "var(--ink)", "width": 3})
@@ -102,14 +107,19 @@ def by_layer(fit: dict[str, Any]) -> go.Figure:
         panels.append(("split-half cosine", _halves))
     has_null = any("null" in line for line in lines)
     panels.append(("|axis| ÷ |axis| with shuffled labels" if has_null else "|axis|", _lengths))
-    figure = _figure(margin={"l": 48, "r": 14, "t": 44, "b": 44}, hovermode="x")
+    figure = empty_figure(margin={"l": 48, "r": 14, "t": 44, "b": 44}, hovermode="x")
     gap = 0.1
     height = (1 - gap * (len(panels) - 1)) / len(panels)
     for i, (title, draw) in enumerate(panels):
         top, number, last = 1 - i * (height + gap), str(i + 1) if i else "", i == len(panels) - 1
-        x = {**_axis(), "anchor": f"y{number}", "showgrid": False, "range": [lines[0]["layer"] - 0.6, len(lines) - 0.4]}
+        x = {
+            **axis_look(),
+            "anchor": f"y{number}",
+            "showgrid": False,
+            "range": [lines[0]["layer"] - 0.6, len(lines) - 0.4],
+        }
         x |= {"showticklabels": last, "title": {"text": "layer"} if last else None, "matches": "x" if i else None}
-        y = {**_axis(), "anchor": f"x{number}", "domain": [max(top - height, 0), top], "nticks": 5}
+        y = {**axis_look(), "anchor": f"x{number}", "domain": [max(top - height, 0), top], "nticks": 5}
         figure.update_layout({f"xaxis{number}": x, f"yaxis{number}": y})
         figure.update_layout({f"yaxis{number}": draw(figure, lines, {"xaxis": f"x{number}", "yaxis": f"y{number}"})})
         place = {
@@ -123,7 +133,7 @@ def by_layer(fit: dict[str, Any]) -> go.Figure:
         }
         figure.add_annotation(**place, text=f"<b>{title}</b>", showarrow=False, font={**WORDS, "size": 13})
     ends = {"x0": fit["layer"], "x1": fit["layer"], "y0": 0, "y1": 1, "yref": "paper"}
-    figure.add_shape(type="line", **ends, line=_line("--ink", 1.0, "dot"), layer="below")
+    figure.add_shape(type="line", **ends, line=line_look("--ink", 1.0, "dot"), layer="below")
     above = {"x": fit["layer"], "y": 1, "yref": "paper", "yanchor": "bottom", "yshift": 16, "showarrow": False}
     figure.add_annotation(text=f"layer {fit['layer']}", font=WORDS, **above)
     return figure
@@ -132,8 +142,12 @@ def by_layer(fit: dict[str, Any]) -> go.Figure:
 def variance(fit: dict[str, Any]) -> go.Figure:
     """Cumulative share of the variance between roles, with the numbers of components for 50, 70 and 90%."""
     total = np.cumsum(fit["variance_ratio"]) * 100
-    figure = _figure(margin={"l": 60, "r": 16, "t": 16, "b": 48})
-    look = {"mode": "lines+markers", "line": _line("--accent", 2.0), "marker": {"size": 5, "color": "var(--accent)"}}
+    figure = empty_figure(margin={"l": 60, "r": 16, "t": 16, "b": 48})
+    look = {
+        "mode": "lines+markers",
+        "line": line_look("--accent", 2.0),
+        "marker": {"size": 5, "color": "var(--accent)"},
+    }
     hover = "%{x} components: %{y:.0f}%<extra></extra>"
     figure.add_scatter(x=list(range(1, len(total) + 1)), y=total.tolist(), hovertemplate=hover, **look)
     for share, count in fit["components_for"].items():
@@ -141,12 +155,12 @@ def variance(fit: dict[str, Any]) -> go.Figure:
         if count > len(total):
             continue  # only the first components are in the report
         for x0, y1 in ((0, percent), (count, 0)):
-            line = _line("--muted", 1.0, "dot")
+            line = line_look("--muted", 1.0, "dot")
             figure.add_shape(type="line", x0=x0, x1=count, y0=percent, y1=y1, line=line, layer="below")
         place = {"x": count, "y": percent, "xanchor": "left", "yanchor": "top", "xshift": 6, "yshift": -2}
         figure.add_annotation(**place, text=f"<b>{count}</b> for {percent:.0f}%", showarrow=False, font=WORDS)
-    figure.update_xaxes(title_text="number of components", range=[0, len(total) + 0.8], **_axis())
-    figure.update_yaxes(title_text="variance between roles", range=[0, 104], ticksuffix="%", **_axis())
+    figure.update_xaxes(title_text="number of components", range=[0, len(total) + 0.8], **axis_look())
+    figure.update_yaxes(title_text="variance between roles", range=[0, 104], ticksuffix="%", **axis_look())
     return figure
 
 
@@ -156,8 +170,8 @@ def answers(fit: dict[str, Any]) -> go.Figure:
     both = np.concatenate(list(sides.values()))
     # Freedman-Diaconis by the smaller group would be ragged on 80 answers; 15 to 60 bins shared by both are calm
     edges = np.histogram_bin_edges(both, bins=int(np.clip(np.sqrt(len(both)), 15, 60)))
-    labels = {"positive": escape(_cut(fit["positive"], 14), quote=False), "others": "other roles"}
-    figure = _figure(margin={"l": 92, "r": 16, "t": 36, "b": 48}, showlegend=True)
+    labels = {"positive": escape(shortened(fit["positive"], 14), quote=False), "others": "other roles"}
+    figure = empty_figure(margin={"l": 92, "r": 16, "t": 36, "b": 48}, showlegend=True)
     for side, own in sides.items():
         colour, name = f"var(--{side})", labels[side]
         density, _ = np.histogram(own, bins=edges, density=True)
@@ -173,12 +187,12 @@ def answers(fit: dict[str, Any]) -> go.Figure:
         dot = {"color": "var(--paper)", "size": 9, "line": {"color": colour, "width": 2}}
         figure.add_scatter(x=[median], y=[name], mode="markers", marker=dot, **strip)
     room = 0.02 * float(edges[-1] - edges[0])
-    x_axis = {**_axis(), "anchor": "y2", "range": [float(edges[0]) - room, float(edges[-1]) + room]}
+    x_axis = {**axis_look(), "anchor": "y2", "range": [float(edges[0]) - room, float(edges[-1]) + room]}
     figure.update_xaxes(title_text=f"projection at layer {fit['layer']} (+ toward {_toward(fit)})", **x_axis)
     density_axis = {"domain": [0.28, 1], "showticklabels": False, "showgrid": False, "title": {"text": "density"}}
     names = {"domain": [0, 0.2], "showgrid": False, "fixedrange": True, "zeroline": False, "type": "category"}
     legend = {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"}
-    figure.update_layout(yaxis={**_axis(), **density_axis, "rangemode": "tozero"}, yaxis2=names, legend=legend)
+    figure.update_layout(yaxis={**axis_look(), **density_axis, "rangemode": "tozero"}, yaxis2=names, legend=legend)
     return figure
 
 
@@ -237,7 +251,7 @@ def _curve(
     colour: str = "--accent",
     dash: str = "solid",
 ) -> None:
-    look: dict[str, Any] = {"mode": "lines", "line": _line(colour, 2.0 if dash == "solid" else 1.2, dash)}
+    look: dict[str, Any] = {"mode": "lines", "line": line_look(colour, 2.0 if dash == "solid" else 1.2, dash)}
     if dash == "solid":
         look |= {"mode": "lines+markers", "marker": {"size": 4, "color": f"var({colour})"}}
     layers, hover = [line["layer"] for line in run], f"layer %{{x}}: {hover}<extra></extra>"
@@ -280,6 +294,12 @@ def _coloraxis(fit: dict[str, Any]) -> dict[str, Any]:
     return {"colorscale": stops, "cmin": low, "cmax": high, "colorbar": bar}
 
 
+def _label(role: Role, fit: dict[str, Any]) -> Label:
+    x, y = role["coordinates"][:2]
+    must = role["positive"] or role["role"] == fit["default"]  # these two are named come what may
+    return Label(shortened(role["role"]), x, y, must, DOT + 5 if role["positive"] else DOT)
+
+
 def _worth_naming(fit: dict[str, Any]) -> list[Role]:
     """Roles to label, the most wanted first: pole, default, then the ends of the axis, of PC1 and of PC2."""
     wanted = [role for role in fit["roles"] if role["positive"]]
@@ -307,69 +327,6 @@ def _far_apart(wanted: list[Role]) -> list[Role]:
     return found
 
 
-def _place_labels(fit: dict[str, Any], size: tuple[int, int]) -> list[tuple[Role, str]]:
-    """Labels that cover neither a dot nor another label, greedily, on a plot area of `size` pixels."""
-    points = np.array([role["coordinates"][:2] for role in fit["roles"]])
-    span = np.ptp(points, axis=0)
-    scale = 0.85 * float(min(size[0] / (span[0] or 1), size[1] / (span[1] or 1)))  # one for both axes, as drawn
-    dots, taken, placed = points * scale, list[Box](), list[tuple[Role, str]]()
-    room = (np.array(size) - span * scale) / 2
-    low, high = (dots.min(axis=0) - room).tolist(), (dots.max(axis=0) + room).tolist()
-
-    def is_free(box: Box) -> bool:
-        inside = low[0] < box[0] and box[2] < high[0] and low[1] < box[1] and box[3] < high[1]
-        return inside and not _covers(box, dots) and not any(_overlap(box, other) for other in taken)
-
-    for role in _worth_naming(fit):
-        choices = _label_boxes(role, scale)
-        free = [position for position, box in choices.items() if is_free(box)]
-        if free or role["positive"] or role["role"] == fit["default"]:  # these two are named come what may
-            position = free[0] if free else "top center"
-            placed.append((role, position))
-            taken.append(choices[position])
-    return placed
-
-
-def _label_boxes(role: Role, scale: float) -> dict[str, Box]:
-    """Where a role's label could lie, in pixels, the best place first."""
-    x, y = (coordinate * scale for coordinate in role["coordinates"][:2])
-    half, gap = len(_cut(role["role"])) * LETTER / 2, DOT + 5 if role["positive"] else DOT
-    up, aside = gap + LINE / 2, gap + half
-    centres = {"top center": (x, y + up), "bottom center": (x, y - up)}
-    centres |= {"middle right": (x + aside, y), "middle left": (x - aside, y)}
-    return {name: (cx - half, cy - LINE / 2, cx + half, cy + LINE / 2) for name, (cx, cy) in centres.items()}
-
-
-def _overlap(a: Box, b: Box) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
-
-
-def _covers(box: Box, dots: Any) -> bool:
-    inside = (dots[:, 0] > box[0]) & (dots[:, 0] < box[2]) & (dots[:, 1] > box[1]) & (dots[:, 1] < box[3])
-    return bool(inside.any())
-
-
-def _figure(**layout: Any) -> go.Figure:
-    """An empty figure without plotly's own template: transparent, quiet, in the page's colours."""
-    hover = {"bgcolor": "var(--card)", "bordercolor": "var(--line)", "font": {**WORDS, "family": FONT}}
-    clear = {"paper_bgcolor": CLEAR, "plot_bgcolor": CLEAR, "template": None, "dragmode": False, "showlegend": False}
-    buttons = {"bgcolor": CLEAR, "color": "var(--line)", "activecolor": "var(--muted)"}
-    font = {"family": FONT, "size": 13, "color": "var(--muted)"}
-    # a fixed uirevision keeps zoom and camera when the page redraws in other colours
-    quiet = {**clear, "font": font, "hoverlabel": hover, "modebar": buttons, "uirevision": "keep"}
-    return go.Figure(layout={**quiet, **layout})
-
-
-def _axis(*, zero: bool = False) -> dict[str, Any]:
-    line = {"zeroline": zero, "zerolinecolor": "var(--line)", "linecolor": "var(--line)"}
-    # automargin would go on for ever with a colour bar below axes of equal scale: margins are given
-    return {**line, "gridcolor": "var(--grid)", "automargin": False, "title_standoff": 10, "title_font_size": 13}
-
-
-def _line(colour: str, width: float, dash: str = "solid") -> dict[str, Any]:
-    return {"color": f"var({colour})", "width": width, "dash": dash}
-
-
 def _places(roles: Sequence[Role], dimensions: int) -> dict[str, list[float]]:
     return {name: [role["coordinates"][i] for role in roles] for i, name in enumerate("xyz"[:dimensions])}
 
@@ -380,11 +337,11 @@ def _pole(fit: dict[str, Any]) -> Role:
 
 
 def _toward(fit: dict[str, Any]) -> str:
-    return escape(_cut(fit["poles"][0], 20), quote=False)
+    return escape(shortened(fit["poles"][0], 20), quote=False)
 
 
 def _name(role: Role) -> str:
-    return escape(_cut(role["role"]), quote=False)  # plotly reads its texts as markup
+    return escape(shortened(role["role"]), quote=False)  # plotly reads its texts as markup
 
 
 def _hover(roles: list[Role]) -> dict[str, Any]:
@@ -393,7 +350,3 @@ def _hover(roles: list[Role]) -> dict[str, Any]:
         interval = f" [{role['low']:.4g}, {role['high']:.4g}]" if "low" in role else ""
         texts.append(f"<b>{_name(role)}</b><br>projection {role['projection']:.4g}{interval}<br>{role['n']} answers")
     return {"text": texts, "hovertemplate": "%{text}<extra></extra>"}
-
-
-def _cut(text: str, length: int = 28) -> str:
-    return text if len(text) <= length else f"{text[: length - 1]}…"

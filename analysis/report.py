@@ -22,8 +22,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from personaxis.analysis.figures import figures, middle
-from personaxis.analysis.tables import stability
+from personaxis.analysis.figures import figures
+from personaxis.analysis.ranking import number_format, ranking, trait_ranking
+from personaxis.analysis.tables import say_compared, stability
 from personaxis.persona.bank import load_bank
 from personaxis.persona.rollouts import Rollout
 from personaxis.persona.store import atomic
@@ -83,8 +84,10 @@ def _content(fit: dict[str, Any], rollouts: Sequence[Rollout], manifest: dict[st
         "tiles": _tiles(fit, line),
         "gate": manifest.get("gate"),
         "hardly": HARDLY,
-        "ranking": _ranking(fit),
-        "says": {"roles": _say_roles(fit), "layers": _say_layers(fit), "answers": _say_answers(fit)},
+        "ranking": ranking(fit),
+        "traits": trait_ranking(fit["traits"]) if fit.get("traits") else None,
+        "says": {"roles": _say_roles(fit), "layers": _say_layers(fit), "answers": _say_answers(fit)}
+        | {"curve": _say_curve(fit), "traits": _say_traits(fit), "compared": say_compared(fit)},
         "samples": _samples(fit, rollouts),
         "score_names": SCORES,
         "n_rollouts": len(rollouts),
@@ -175,46 +178,8 @@ def _strip(value: float, interval: Row | None) -> dict[str, float]:
     return {name: min(max(100 * number, 0), 100) for name, number in place.items()}
 
 
-def _ranking(fit: dict[str, Any]) -> dict[str, Any]:
-    """Rows from the first pole down, with places in percent of the scale, and the scale's ticks."""
-    roles, centre, show = fit["roles"], middle(fit), _number(fit)
-    ticks = _ticks([role[name] for role in roles for name in ("projection", "low", "high") if name in role])
-    first, span = ticks[0], ticks[-1] - ticks[0]
-    least, most = roles[0]["projection"], roles[-1]["projection"]
-    rows = []
-    for role in reversed(roles):
-        value = role["projection"]
-        far = (value - centre) / (most - centre if value > centre else least - centre or 1)
-        places = {name: 100 * (role[name] - first) / span for name in ("projection", "low", "high") if name in role}
-        rows.append(
-            {
-                "role": role["role"],
-                "kind": "pole" if role["positive"] else "default" if role["role"] == fit["default"] else "",
-                "projection": show(value),
-                "interval": f"{show(role['low'])} to {show(role['high'])}" if "low" in role else "",
-                "n": role["n"],
-                "places": places,
-                "side": "positive" if value > centre else "others",
-                "far": 100 * far,
-            }
-        )
-    pole = next(row["places"]["projection"] for row in rows if row["kind"] == "pole")
-    marks = [(f"{tick:.10g}".replace("-", "−"), 100 * (tick - first) / span) for tick in ticks]
-    return {"rows": rows, "ticks": marks, "pole": pole}
-
-
-def _ticks(values: list[float]) -> list[float]:
-    """Four to eight round numbers, the first at or below all values and the last at or above."""
-    low, high = min(values), max(values)
-    rough = (high - low or abs(high) or 1.0) / 5
-    unit = 10.0 ** math.floor(math.log10(rough))
-    step = unit * next(factor for factor in (1, 2, 5, 10) if factor * unit >= rough * (1 - 1e-9))
-    first, last = math.floor(low / step), math.ceil(high / step)
-    return [number * step for number in range(first, max(last, first + 1) + 1)]
-
-
 def _say_roles(fit: dict[str, Any]) -> str:
-    others, show = [role for role in fit["roles"] if not role["positive"]], _number(fit)
+    others, show = [role for role in fit["roles"] if not role["positive"]], number_format(fit)
     pole = next(role for role in fit["roles"] if role["positive"])
     name, below = _short(pole["role"]), sum(role["projection"] < pole["projection"] for role in others)
     ends = ", ".join(_short(role["role"]) for role in others[:ENDS])
@@ -239,6 +204,43 @@ def _say_layers(fit: dict[str, Any]) -> str:
         "A layer is of use where the curves are high and clear of the grey, in which shuffled labels stay 95% of the time "
         "(dotted: their mean). Coloured bands are 95% intervals, over resampled roles for the cosine and over random splits "
         "for the halves."
+    )
+
+
+def _say_curve(fit: dict[str, Any]) -> str:
+    found = fit.get("curve")
+    if not found or not found["answers"]:
+        return ""
+    last, needed = found["cosines"][-1], found["needed"]
+    there = f"With {found['answers'][-1]} answers a role, two axes have cosine {last['value']:.2f}"
+    if needed is None:
+        return f"{there}; nothing can be said of more."
+    return (
+        f"{there}; about {needed:,.0f} a role would make it {found['goal']} (dotted, by Spearman and Brown's rule). The pole's "
+        "own answers are the scarcest: it is one side of the difference, and all other roles together are the other."
+    )
+
+
+def _say_traits(fit: dict[str, Any]) -> str:
+    traits = fit.get("traits")
+    if not traits:
+        return ""
+    rows, chance = traits["traits"], traits["chance"]
+    ends = (
+        ", ".join(_short(row["trait"]) for row in rows[:ENDS]),
+        ", ".join(_short(r["trait"]) for r in rows[::-1][:ENDS]),
+    )
+    said = (
+        f"Each trait is the difference between answers that show it and answers that show its opposite. Toward "
+        f"“{fit['poles'][0]}” point {ends[1]}; away from it {ends[0]}."
+    )
+    if chance is not None:
+        beyond = sum(abs(row["cosine"]) > chance for row in rows)
+        said += f" {beyond} of {len(rows)} lie beyond ±{chance:.2f}, where 95% of traits with shuffled answers stay."
+    counts = traits["components_for"]
+    return (
+        f"{said} {counts['0.5']}, {counts['0.7']} and {counts['0.9']} components hold 50, 70 and 90% of the variance between "
+        f"traits; the first has cosine {traits['cos_pc1_axis']:.2f} with the axis."
     )
 
 
@@ -274,7 +276,7 @@ def _samples(fit: dict[str, Any], rollouts: Sequence[Rollout]) -> list[Row]:
             own[rollout.role].setdefault(rollout.question, rollout)
     asked = Counter(question for answers in own.values() for question in answers)
     same = sorted(asked, key=lambda question: (-asked[question], question))
-    places, show = _places(fit), _number(fit)
+    places, show = _places(fit), number_format(fit)
     found = []
     for name, (end, role) in wanted.items():
         taken = [own[name][question] for question in same if question in own[name]][:ANSWERS]
@@ -348,13 +350,6 @@ def _command(fit: dict[str, Any], manifest: dict[str, Any]) -> str:
     options["--out"] = "again"
     lines = [shlex.join([name, str(value)]) for name, value in options.items() if value is not None]
     return " \\\n  ".join([shlex.join(["personaxis", "axis", str(model)]), *lines])
-
-
-def _number(fit: dict[str, Any]) -> Any:
-    """How projections are written: to a hundredth or so of their spread over roles, with a true minus sign."""
-    spread = fit["roles"][-1]["projection"] - fit["roles"][0]["projection"]
-    digits = max(0, 2 - math.floor(math.log10(spread))) if spread > 0 else 2
-    return lambda value: f"{value:,.{min(digits, 8)}f}".replace("-", "−")
 
 
 def _p(value: float) -> str:

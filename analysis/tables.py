@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-ENDS = 10
+ENDS, TRAITS = 10, 5
 
 
 def print_fit(fit: dict[str, Any], page: Path) -> None:
@@ -18,6 +18,9 @@ def print_fit(fit: dict[str, Any], page: Path) -> None:
     console.print(_ends(fit))
     line = next(line for line in fit["layers"] if line["layer"] == fit["layer"])
     console.print(Text(f"How stable: {stability(line)}"))
+    for said in (say_needed(fit), say_traits(fit), say_compared(fit)):
+        if said:
+            console.print(Text(said))
     dropped = fit["dropped"]
     whole = ", ".join(sorted(dropped.get("roles", {}))) or "none"
     console.print(Text(f"{fit['n_rollouts']} rollouts fitted; roles dropped whole: {whole}"))
@@ -35,6 +38,46 @@ def stability(line: dict[str, Any]) -> str:
         f"about {whole:.2f}; with shuffled labels |axis| is {null['norm']:.3g} (95% below {null['norm_95']:.3g}), here {line['norm']:.3g}"
         f" (p = {null['p_norm']:.3g})"
     )
+
+
+def say_needed(fit: dict[str, Any]) -> str:
+    """How many answers a role would make two axes agree."""
+    curve = fit.get("curve")
+    if not curve or curve["needed"] is None:
+        return ""
+    return f"About {curve['needed']:,.0f} answers a role would make the cosine of two such halves {curve['goal']}"
+
+
+def say_traits(fit: dict[str, Any]) -> str:
+    """The traits at either end, and how many are further out than chance."""
+    traits = fit.get("traits")
+    if not traits:
+        return ""
+    rows, chance = traits["traits"], traits["chance"]
+    ends = [
+        ", ".join(f"{row['trait']} {row['cosine']:.2f}" for row in end) for end in (rows[:TRAITS], rows[::-1][:TRAITS])
+    ]
+    beyond = sum(abs(row["cosine"]) > chance for row in rows) if chance is not None else None
+    more = "" if beyond is None else f"; {beyond} of {len(rows)} beyond the ±{chance:.2f} of shuffled answers"
+    return f"Traits, cosine with the axis: lowest {ends[0]}; highest {ends[1]}{more}"
+
+
+def say_compared(fit: dict[str, Any]) -> str:
+    """The axis beside another one."""
+    found = fit.get("compared")
+    if not found:
+        return ""
+    parts = []
+    if found["cosines"]:
+        parts += [
+            f"cosine {value:.2f} at layer {layer}"
+            for layer, value in found["cosines"].items()
+            if int(layer) == fit["layer"]
+        ]
+    if "roles" in found:
+        parts.append(f"rank correlation {found['roles']['spearman']:.2f} over {found['roles']['n']} roles")
+    other = "" if found["same_model"] else f", another model ({found['model']})"
+    return f"Compared with {found['path']}{other}: {'; '.join(parts) or 'no layer in common'}"
 
 
 def _layers(fit: dict[str, Any]) -> Table:

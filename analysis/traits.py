@@ -4,8 +4,9 @@
     found.space.save(folder / "traits")
 
 A trait's place is the cosine between its vector and the axis at the axis's layer: +1 would be the axis itself, 0 has
-nothing to do with it. Its interval is a bootstrap over both poles' answers; what chance gives is the cosine when a trait's
-answers are dealt to its poles at random. PC1 of trait space points along the axis (arXiv 2601.10387, appendix on traits).
+nothing to do with it. Its interval is a bootstrap over both poles' answers of the vector's length along the axis, over the
+vector's own length: resampling makes every vector longer by noise, and cosines of resampled vectors are all too small.
+What chance gives is the same ratio when a trait's answers are dealt to its poles at random. PC1 of trait space points along the axis (arXiv 2601.10387, appendix on traits).
 """
 
 from dataclasses import dataclass
@@ -89,7 +90,7 @@ def _rows(
 ) -> tuple[list[dict[str, Any]], float | None]:
     """Each trait's cosine with the axis and its length along it; intervals and chance where rollout means were kept.
 
-    Chance is the 95th percentile of |cosine| over all traits when answers are dealt to the poles at random.
+    Chance is the 95th percentile of its size over all traits when answers are dealt to the poles at random.
     """
     rows: list[dict[str, Any]] = [
         {
@@ -107,23 +108,19 @@ def _rows(
     shuffled = []
     for number, row in enumerate(rows):
         sides = [x[owner == sign + row["trait"]] for sign in (POSITIVE, NEGATIVE)]
-        drawn, dealt = _resampled(sides, unit, np.random.default_rng([seed, 11, number]), replicates)
+        drawn, dealt = _resampled(
+            [side @ unit for side in sides], np.random.default_rng([seed, 11, number]), replicates
+        )
+        drawn, dealt = drawn / row["norm"], dealt / row["norm"]
         found = interval(row["cosine"], drawn)
         row |= {"low": found.low, "high": found.high}
         shuffled.append(dealt)
     return rows, float(np.quantile(np.abs(np.concatenate(shuffled)), 0.95))
 
 
-def _resampled(sides: list[Array], unit: Array, generator: np.random.Generator, replicates: int) -> tuple[Array, Array]:
-    """Cosines with the axis of resampled trait vectors, and of those whose answers were dealt at random; (replicates,)."""
-    n, both = len(sides[0]), np.concatenate(sides)
-    weights = np.zeros((2 * replicates, len(both)))
-    for i in range(replicates):
-        for start, side, sign in ((0, sides[0], 1), (n, sides[1], -1)):
-            drawn = np.bincount(generator.integers(len(side), size=len(side)), minlength=len(side))
-            weights[i, start : start + len(side)] = sign * drawn / len(side)
-        mixed = generator.permutation(len(both))
-        weights[replicates + i, mixed[:n]], weights[replicates + i, mixed[n:]] = 1 / n, -1 / (len(both) - n)
-    vectors = weights @ both
-    cosines = (vectors @ unit) / np.linalg.norm(vectors, axis=1)
-    return cosines[:replicates], cosines[replicates:]
+def _resampled(sides: list[Array], generator: np.random.Generator, replicates: int) -> tuple[Array, Array]:
+    """Differences (replicates,) between the poles' mean projections: resampled, and with answers dealt at random."""
+    positive, negative = (side[generator.integers(len(side), size=(replicates, len(side)))].mean(1) for side in sides)
+    both, n = np.concatenate(sides), len(sides[0])
+    dealt = generator.permuted(np.tile(both, (replicates, 1)), axis=1)
+    return positive - negative, dealt[:, :n].mean(1) - dealt[:, n:].mean(1)

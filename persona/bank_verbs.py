@@ -121,7 +121,7 @@ def _named(bank: Bank, name: str) -> Role | Trait:
 
 def _show(entry: Role | Trait, json: bool) -> None:
     if json:
-        print_json(asdict(entry))
+        print_json([asdict(entry)])
         return
     out = console()
     out.print(Text(entry.name, style="bold"), Text(" ".join(entry.tags), style="dim"))

@@ -19,7 +19,13 @@ CONFINED = {
     "triton": {"persona/kernels.py"},
     "transformer_lens": set(),
     "sklearn": {"analysis/geometry.py"},
-    "plotly": {"analysis/figures.py", "analysis/report.py"},
+    "plotly": {
+        "analysis/canvas.py",
+        "analysis/figures.py",
+        "analysis/figures_curve.py",
+        "analysis/figures_traits.py",
+        "analysis/report.py",
+    },
     "fastapi": set(),
     "vllm": set(),
 }
