@@ -1,6 +1,6 @@
 """One axis beside another of the same model: another bank, another plan, or the paper repository's.
 
-    compared(axis, fit["roles"], Path("runs/other"))     # a run folder, or an axis artefact
+    compared(axis, fit["roles"], Path("runs/other"))     # a run folder, an axis artefact, or a packaged model's name
 
 Cosines are by layer. Where the other is a run, the places of the roles that both have are compared too (Spearman), which
 axes of different models allow as well: their roles may be ranked alike although their directions live in other spaces.
@@ -13,14 +13,13 @@ from scipy.stats import spearmanr
 
 from personaxis.persona.axis import Axis, load_axis
 from personaxis.persona.errors import KnownError
+from personaxis.persona.fitted import axis_stem
 from personaxis.persona.store import read_json
 
 
-def other_axis(path: Path) -> Axis:
-    """The axis of a run folder, or of an artefact with or without its ending. Raises `KnownError` where there is none."""
-    if path.is_dir():
-        return load_axis(path / "axis")
-    return load_axis(path.with_suffix("") if path.suffix in (".json", ".safetensors") else path)
+def other_axis(name: str | Path) -> Axis:
+    """The axis of a run folder, an artefact or a packaged model. Raises `KnownError` where there is none."""
+    return load_axis(axis_stem(str(name)))
 
 
 def compared(axis: Axis, roles: list[dict[str, Any]], path: Path) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def _rows(
         )
         drawn, dealt = drawn / row["norm"], dealt / row["norm"]
         found = interval(row["cosine"], drawn)
-        row |= {"low": found.low, "high": found.high}
+        row |= {"low": max(found.low, -1.0), "high": min(found.high, 1.0)}  # a cosine is no more than 1
         shuffled.append(dealt)
     return rows, float(np.quantile(np.abs(np.concatenate(shuffled)), 0.95))
 

@@ -81,7 +81,7 @@ class FitOptions:
     replicates: int = 100
     "bootstrap replicates, random splits and shuffles"
     compare: Path | None = None
-    "another run, or another axis of this model, to compare with layer by layer"
+    "another run or axis, or smollm2-135m for the one that comes with it, to compare with"
 
 
 @dataclass(frozen=True)

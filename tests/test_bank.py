@@ -9,12 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from paper_names import ROLES, TRAITS
 
-from personaxis.persona.bank import PACKAGED, Bank, Role, load_bank
+from personaxis.persona.bank import PACKAGED, Bank, Role, Trait, check_file, load_bank
 from personaxis.persona.errors import KnownError
 
 DEFAULT = {"name": "default", "prompts": ["", "You are {model}."], "is_default": True}
 BARD = {"name": "bard", "prompts": ["You are a bard."], "rubric": "sings", "tags": ["human"]}
+CALM = {"name": "calm", "positive": ["Be calm."], "negative": ["Be frantic."], "rubric": "0 to 100", "tags": ["style"]}
+KINDS = {
+    "human",
+    "nonhuman",
+    "profession",
+    "archetype",
+    "fictional",
+    "historical",
+    "mystical",
+    "collective",
+    "artistic",
+}
+KINDS |= {"everyday", "machine", "model_self", "culture", "harmful_potential"}
 QUESTION = {"id": "q1", "question": "Who are you?", "tags": ["self"]}
 
 
@@ -82,6 +96,52 @@ def test_a_mistake_in_a_question_is_named_with_file_and_line(tmp_path, row, mess
         load_bank(written(tmp_path, [DEFAULT], [QUESTION, row]))
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({**CALM, "positive": ["Be still."]}, "trait 'calm' is in the bank twice"),
+        ({**CALM, "name": "c", "negative": []}, "trait 'c' needs `negative`, a list of at least one string"),
+        ({"name": "c", "positive": ["x"]}, "trait 'c' needs `negative`"),
+        ({**CALM, "name": "c", "positive": [" "]}, "trait 'c' has an empty prompt"),
+        ({**CALM, "name": "c", "negative": ["Be calm."]}, "trait 'c' has the same prompt on both sides"),
+        ({**CALM, "name": "-calm"}, "trait name '-calm' may not hold '/' or outer spaces, or begin with + or -"),
+        ({**CALM, "name": "c", "rubric": 7}, "trait 'c' needs a string as `rubric`"),
+    ],
+)
+def test_a_mistake_in_a_trait_is_named_with_file_and_line(tmp_path, row, message):
+    written(tmp_path, [DEFAULT])
+    (tmp_path / "traits.jsonl").write_text(json.dumps(CALM) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(KnownError, match=rf"traits\.jsonl:2:? .*{re.escape(message)}"):
+        load_bank(tmp_path)
+
+
+def test_traits_are_read_and_have_a_digest_of_their_own(tmp_path):
+    without = load_bank(written(tmp_path, [DEFAULT, BARD]))
+    assert without.traits == ()
+    (tmp_path / "traits.jsonl").write_text(json.dumps(CALM) + "\n")
+    bank = load_bank(tmp_path)
+    assert bank.traits == (Trait("calm", ("Be calm.",), ("Be frantic.",), "0 to 100", ("style",)),)
+    assert bank.digest == without.digest  # a run of roles may get traits later
+    assert bank.traits_digest != without.traits_digest
+    assert bank.trait("calm") is bank.traits[0]
+    with pytest.raises(KnownError, match="no trait 'clam' in the bank; did you mean calm"):
+        bank.trait("clam")
+
+
+def test_one_file_can_be_checked_by_its_name(tmp_path):
+    written(tmp_path, [DEFAULT, BARD])
+    assert check_file(tmp_path / "roles.jsonl") == 2
+    assert check_file(tmp_path / "questions.jsonl") == 1
+    with pytest.raises(KnownError, match=r"is not named roles\.jsonl, questions\.jsonl or traits\.jsonl"):
+        check_file(tmp_path / "other.jsonl")
+
+
+@pytest.mark.parametrize("name", ["+calm", "-calm"])
+def test_no_role_may_have_the_name_of_a_traits_pole(tmp_path, name):
+    with pytest.raises(KnownError, match=r"roles\.jsonl:2.* begin with \+ or -"):
+        load_bank(written(tmp_path, [DEFAULT, {**BARD, "name": name}]))
+
+
 @pytest.mark.parametrize(("roles", "count"), [([BARD], 0), ([DEFAULT, {**DEFAULT, "name": "other"}], 2), ([], 0)])
 def test_a_bank_needs_exactly_one_default(tmp_path, roles, count):
     with pytest.raises(KnownError, match=rf"roles\.jsonl needs exactly one role with is_default true, it has {count}"):
@@ -143,11 +203,42 @@ def test_the_packaged_digest_changes_with_a_comma(packaged):
     assert packaged.digest == load_bank(PACKAGED).digest
 
 
-def test_the_packaged_bank_is_large_enough(packaged):
+def test_the_packaged_bank_is_as_wide_as_the_papers(packaged):
     others = [role for role in packaged.roles if not role.is_default]
-    assert len(others) >= 64
+    assert len(others) >= 300
+    assert set(ROLES) - {role.name for role in others} == set()
     assert {role.name: len(role.prompts) for role in others if len(role.prompts) != 5} == {}
-    assert len(packaged.questions) >= 60
+    assert len(packaged.traits) >= 240
+    assert set(TRAITS) - {trait.name for trait in packaged.traits} == set()
+    assert {t.name for t in packaged.traits if (len(t.positive), len(t.negative)) != (5, 5)} == set()
+    assert len(packaged.questions) >= 240
+
+
+def test_the_packaged_roles_are_of_all_kinds(packaged):
+    counts = Counter(tag for role in packaged.roles for tag in role.tags)
+    assert set(counts) == KINDS
+    assert min(counts.values()) >= 5
+    assert [r.name for r in packaged.roles if len({"human", "nonhuman"} & set(r.tags)) != 1] == []
+    assert 0.15 < counts["nonhuman"] / len(packaged.roles) < 0.5
+
+
+def test_any_beginning_of_the_questions_is_balanced(packaged):
+    """A run asks the first n questions: none of the kinds may be missing from them, or be more than its share."""
+    kinds = [question.tags[0] for question in packaged.questions]
+    for n in (12, 16, 60, len(kinds)):
+        counts = Counter(kinds[:n])
+        assert len(counts) == 7
+        assert max(counts.values()) - min(counts.values()) <= max(2, n // 20)
+
+
+def test_the_five_prompts_of_a_role_differ_in_form_and_length(packaged):
+    for role in packaged.roles[1:]:
+        assert role.prompts[0].startswith("You are"), role.name
+        assert not role.prompts[1].startswith(("You are", "I am")), role.name
+        assert re.search(r"\b(I|I'm|I've|my|me|we|our|us)\b", role.prompts[4], re.IGNORECASE), role.name
+        lengths = [len(prompt.split()) for prompt in role.prompts]
+        assert max(lengths) >= 1.2 * min(lengths), role.name
+        assert all(6 <= length <= 80 for length in lengths), role.name
 
 
 def test_the_packaged_default_is_the_model_itself(packaged):
@@ -165,18 +256,25 @@ def test_the_packaged_default_is_the_model_itself(packaged):
 def test_every_packaged_role_has_a_rubric_and_tags(packaged):
     assert [role.name for role in packaged.roles if len(role.rubric) < 40 or not role.tags] == []
     assert [question.id for question in packaged.questions if not question.tags] == []
+    assert [
+        trait.name for trait in packaged.traits if not re.search(r"\b100\b.*\b0\b|\b0\b.*\b100\b", trait.rubric)
+    ] == []
+
+
+def all_texts(bank: Bank) -> list[str]:
+    texts = [text for role in bank.roles for text in (*role.prompts, role.rubric)]
+    texts += [text for trait in bank.traits for text in (*trait.positive, *trait.negative, trait.rubric)]
+    return texts + [question.question for question in bank.questions]
 
 
 def test_no_placeholder_is_left_in_the_packaged_bank(packaged):
     suspect = re.compile(r"[{}<>\[\]]|TODO|FIXME|XXX|TBD|lorem ipsum|\bplaceholder\b", re.IGNORECASE)
-    texts = [text for role in packaged.roles for text in (*role.prompts, role.rubric)]
-    texts += [question.question for question in packaged.questions]
+    texts = all_texts(packaged)
     assert [text for text in texts if suspect.search(text)] == ["You are {model}."]
 
 
 def test_packaged_texts_are_tidy(packaged):
-    texts = [text for role in packaged.roles for text in (*role.prompts, role.rubric)]
-    texts += [question.question for question in packaged.questions]
+    texts = all_texts(packaged)
     assert [text for text in texts if text != text.strip() or "  " in text or "\n" in text or "\ufffd" in text] == []
 
 
@@ -199,6 +297,7 @@ def test_near_duplicates_are_found_when_there_are_any():
 
 def test_no_two_packaged_prompts_or_questions_are_near_duplicates(packaged):
     prompts = [prompt for role in packaged.roles if not role.is_default for prompt in role.prompts]
+    prompts += [prompt for trait in packaged.traits for prompt in (*trait.positive, *trait.negative)]
     assert near_duplicates(prompts) == []
     assert near_duplicates([question.question for question in packaged.questions]) == []
     assert near_duplicates([role.rubric for role in packaged.roles]) == []

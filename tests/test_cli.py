@@ -108,6 +108,13 @@ def letters(rendered):
         (["show", "empty"], ["not a run folder"]),
         (["roles", "pirat"], ["no role 'pirat'", "pirate"]),
         (["roles", "--bank", "nowhere"], ["nowhere"]),
+        (["roles", "--tag", "humna"], ["nothing has the tag 'humna'", "human"]),
+        (["roles", "--check", "tiny/config.json"], ["config.json is not named roles.jsonl"]),
+        (["roles", "--export", "tiny"], ["tiny exists and is not an empty folder"]),
+        (["axis", "tiny", "--trait-names", "clam,terse,warm"], ["no trait 'clam'", "calm"]),
+        (["axis", "tiny", "--trait-names", ","], ["--trait-names ',' names nothing"]),
+        (["axis", "tiny", "--roles", "0"], ["at least 3 roles"]),
+        (["axis", "tiny", "--keep", "all", "--compare", "nowhere"], ["no axis at nowhere"]),
         (["spans", "tiny", "--transcript", "nowhere.json"], ["nowhere.json"]),
         (["import", "caps", "nowhere.pt", "--out", "caps"], ["nowhere.pt"]),
         (["import", "nonsense", "nowhere.pt", "--out", "caps"], ["nonsense"]),
@@ -273,6 +280,39 @@ def test_roles_lists_shows_and_filters_the_bank(capsys, monkeypatch):
     tag = bank.role("pirate").tags[0]
     tagged = [row["name"] for row in json.loads(printed(capsys, "roles", "--tag", tag, "--json"))]
     assert tagged == [role.name for role in bank.roles if tag in role.tags]
+
+
+def test_roles_searches_and_shows_traits_and_questions(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    bank = load_bank()
+    found = json.loads(printed(capsys, "roles", "--search", "SHIP sea", "--json"))
+    assert "pirate" in [row["name"] for row in found]
+    for row in found:
+        assert "ship" in json.dumps(row).lower()
+        assert "sea" in json.dumps(row).lower()
+    assert len(json.loads(printed(capsys, "roles", "--traits", "--json"))) == len(bank.traits)
+    assert len(json.loads(printed(capsys, "roles", "--questions", "--tag", "self", "--json"))) >= 30
+    shown = " ".join(printed(capsys, "roles", "sarcastic").split())
+    assert all(prompt in shown for prompt in (bank.trait("sarcastic").positive[0], bank.trait("sarcastic").negative[0]))
+    both = json.loads(printed(capsys, "roles", "--tag", "human", "--tag", "historical", "--json"))
+    assert [row["name"] for row in both] == [r.name for r in bank.roles if {"human", "historical"} <= set(r.tags)]
+
+
+def test_a_bank_is_checked_exported_and_taken_back(tmp_path, capsys):
+    bank = load_bank()
+    assert f"{len(bank.roles)} roles" in printed(capsys, "roles", "--export", tmp_path / "theirs")
+    assert "no mistake" in " ".join(printed(capsys, "roles", "--check", tmp_path / "theirs").split())
+    printed(capsys, "import", "roles", tmp_path / "theirs", "--out", tmp_path / "ours")
+    back = load_bank(tmp_path / "ours")
+    assert {role.name: role.prompts for role in back.roles} == {role.name: role.prompts for role in bank.roles}
+    assert "248 rows, no mistake" in " ".join(
+        printed(capsys, "roles", "--check", tmp_path / "ours" / "traits.jsonl").split()
+    )
+    with (tmp_path / "ours" / "traits.jsonl").open("a") as file:
+        file.write('{"name": "calm"}\n')
+    with pytest.raises(SystemExit):
+        main(["roles", "--check", str(tmp_path / "ours")])
+    assert "traits.jsonl:249: trait 'calm' is in the bank twice" in capsys.readouterr().err
 
 
 def test_square_brackets_in_a_bank_are_printed_as_they_are(tmp_path, capsys):

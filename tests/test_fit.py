@@ -7,7 +7,7 @@ from sklearn.decomposition import PCA
 
 from personaxis.analysis.fit import LEVELS, fit_axis
 from personaxis.analysis.geometry import Groups, components, components_for, cosine, direction, first_component
-from personaxis.analysis.uncertainty import agreement, shuffled, split_half, split_roles
+from personaxis.analysis.uncertainty import agreement, learning_curve, shuffled, split_half, split_roles
 from personaxis.persona.activations import Activations, cell_sums, join, kept_layers, load_activations
 from personaxis.persona.errors import KnownError
 
@@ -184,3 +184,30 @@ def test_kept_layers_are_all_or_an_even_spread_within_the_budget():
 @pytest.mark.parametrize(("share", "expected"), [(0.5, 1), (0.8, 2), (0.81, 3), (1.0, 3)])
 def test_components_for_a_share_of_variance(share, expected):
     assert components_for(np.array([0.5, 0.3, 0.2]), share) == expected
+
+
+def test_the_learning_curve_rises_and_says_how_many_answers_are_needed():
+    x, groups, _ = planted(n_roles=20, per_role=32, signal=3)
+    curve = learning_curve(x, groups, np.random.default_rng(0))
+    values = [found.value for found in curve.cosines]
+    assert curve.answers == (1, 2, 4, 8, 16)
+    assert values == sorted(values)
+    assert curve.needed is not None
+    n, r = curve.answers[-1], values[-1]
+    k = r / (1 - r) / n  # Spearman and Brown, by hand
+    assert curve.needed == pytest.approx(0.9 / 0.1 / k)
+    at_half = split_half(x, groups, np.random.default_rng(1), 50)
+    assert values[-1] == pytest.approx(at_half.value, abs=0.05)
+
+
+def test_a_curve_of_one_answer_a_role_says_nothing():
+    x, groups, _ = planted(n_roles=5, per_role=1)
+    curve = learning_curve(x, groups, np.random.default_rng(0))
+    assert (curve.answers, curve.needed) == ((), None)
+
+
+def test_layers_on_all_cores_give_the_very_numbers_of_one(monkeypatch):
+    x, groups, _ = planted()
+    alone = fitted(x, groups).report["layers"]
+    monkeypatch.setattr("personaxis.analysis.fit.PARALLEL_FROM", 0)
+    assert fitted(x, groups).report["layers"] == alone

@@ -33,6 +33,11 @@ ROLES = {
     "judge": ("You are a judge.",),
     "cook": ("You are a cook.",),
 }
+TRAITS = {
+    "calm": ("Be calm.", "Be frantic!"),
+    "terse": ("Few words.", "Go on and on about everything."),
+    "warm": ("Be kind to them.", "Be cold."),
+}
 # 8 samples make 216 rollouts, enough for the gate that tries a few roles first; whole roles of 24 to 48 in a part
 HOW = "--device cpu --dtype float32 --samples 8 --chunk 32 --max-new-tokens 8 --judge none --keep all --replicates 4"
 PART = 50
@@ -68,7 +73,8 @@ def write_bank(folder):
     folder.mkdir()
     roles = [{"name": name, "prompts": prompts, "is_default": name == "default"} for name, prompts in ROLES.items()]
     questions = [{"id": f"q{i}", "question": text} for i, text in enumerate(QUESTIONS)]
-    for name, rows in (("roles", roles), ("questions", questions)):
+    traits = [{"name": name, "positive": [pos], "negative": [neg]} for name, (pos, neg) in TRAITS.items()]
+    for name, rows in (("roles", roles), ("questions", questions), ("traits", traits)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -300,6 +306,34 @@ def test_a_larger_selection_in_the_same_folder_keeps_what_is_there(place):
     assert few < lines(run)
     key = [json.loads(line)["key"] for line in lines(run)]
     assert len(key) == len(set(key)) == 216
+
+
+def test_traits_added_to_a_run_leave_what_is_there_and_are_fitted_beside_it(place):
+    shutil.copytree(place / "reference", place / "traits")
+    before = snapshot(place / "traits")
+    main(axis(place, "traits", "--traits"))
+    after = snapshot(place / "traits")
+    for name in ("activations.safetensors", "axis.safetensors", "space.safetensors"):
+        assert after[name][0] == before[name][0], name
+    assert lines(place / "reference") < lines(place / "traits")
+    fit = json.loads((place / "traits" / "fit.json").read_bytes())
+    assert {row["trait"] for row in fit["traits"]["traits"]} == set(TRAITS)
+    assert {tuple(row["n"]) for row in fit["traits"]["traits"]} == {(24, 24)}
+    assert "Traits along the axis" in (place / "traits" / "report.html").read_text()
+    # the same in one go
+    main(axis(place, "at-once", "--traits"))
+    for name in (*RESULTS, "traits.safetensors", "trait_activations.safetensors"):
+        assert (place / "at-once" / name).read_bytes() == (place / "traits" / name).read_bytes(), name
+
+
+def test_other_traits_in_the_same_folder_are_refused(place, capsys):
+    shutil.copytree(place / "bank", place / "other-traits")
+    rows = (place / "bank" / "traits.jsonl").read_text().replace("Be calm.", "Be quite calm.")
+    (place / "other-traits" / "traits.jsonl").write_text(rows)
+    main(axis(place, "first-traits", "--traits"))
+    arguments = axis(place, "first-traits", "--traits")
+    arguments[arguments.index("--bank") + 1] = str(place / "other-traits")
+    refused(capsys, arguments, "traits_bank", "choose another folder with --out")
 
 
 def test_the_same_key_has_the_same_prompt_and_seed_in_every_selection(place):
