@@ -1,8 +1,10 @@
 """The README tells the truth: its Python runs, its verbs exist, its commands parse."""
 
 import re
+import shutil
 from pathlib import Path
 
+from personaxis.persona.bank import PACKAGED, load_bank
 from personaxis.persona.cli import VERBS
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -17,6 +19,18 @@ def test_python_blocks_run(capsys):
     for block in blocks("python"):
         exec(block, {})
     assert "roles" in capsys.readouterr().out
+
+
+def test_the_worked_example_of_the_data_card_is_a_role_that_the_bank_takes(tmp_path):
+    card = (PACKAGED / "BANK.md").read_text()
+    for path in PACKAGED.glob("*.jsonl"):
+        shutil.copy(path, tmp_path)
+    with (tmp_path / "roles.jsonl").open("a") as file:
+        file.write(re.findall(r"```json\n(.*?)```", card, re.S)[0])
+    assert len(load_bank(tmp_path).role("beekeeper").prompts) == 5
+    bank = load_bank()
+    for told in (f"{len(bank.roles) - 1} roles", f"| {len(bank.questions)} |", f"| {len(bank.traits)} traits |"):
+        assert told in card
 
 
 def test_it_starts_with_the_two_commands():
