@@ -19,7 +19,7 @@ def curve(found: dict[str, Any]) -> go.Figure:
         "line": line_look("--accent", 2.0),
         "marker": {"size": 6, "color": "var(--accent)"},
     }
-    hover = "%{x} answers a role: cosine %{y:.2f}<extra></extra>"
+    hover = "%{x:.3g} answers a role: cosine %{y:.2f}<extra></extra>"
     figure.add_scatter(x=n, y=[row["value"] for row in cosines], hovertemplate=hover, **look)
     end = max(n)
     if found["needed"] is not None and found["needed"] > end:
@@ -30,7 +30,7 @@ def curve(found: dict[str, Any]) -> go.Figure:
         figure.add_scatter(x=more, y=[m * signal / (1 + m * signal) for m in more], **dotted)
     goal = {"x0": min(n), "x1": end, "y0": found["goal"], "y1": found["goal"]}
     figure.add_shape(type="line", **goal, line=line_look("--muted", 1.0, "dot"), layer="below")
-    figure.update_xaxes(title_text="answers a role in either set", type="log", **axis_look())
+    figure.update_xaxes(title_text="answers a role in either half", type="log", **axis_look())
     ticks = [m for m in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if m <= end * 1.1]
     figure.update_xaxes(tickvals=ticks, ticktext=[str(m) for m in ticks])
     low = min(0.0, *(row["low"] for row in cosines))

@@ -27,7 +27,15 @@ from personaxis.analysis.geometry import (
     first_component,
     pointing,
 )
-from personaxis.analysis.uncertainty import agreement, learning_curve, role_intervals, shuffled, split_half, split_roles
+from personaxis.analysis.uncertainty import (
+    agreement,
+    learning_curve,
+    role_intervals,
+    shuffled,
+    split_half,
+    split_questions,
+    split_roles,
+)
 from personaxis.persona.activations import Activations
 from personaxis.persona.axis import POLES, Axis, PersonaSpace
 from personaxis.persona.errors import KnownError
@@ -101,7 +109,10 @@ def _groups(activations: Activations, kept: Sequence[str], positive: str) -> tup
     if len(names) < 4:
         raise KnownError(f"only {len(names) - 1} other roles are left: a persona space needs at least 3")
     place = {name: i for i, name in enumerate(names)}
-    return rows, Groups(np.array([place[role] for role in roles]), names)
+    asked = [activations.keys[i].split("/")[2] for i in rows]
+    number = {question: i for i, question in enumerate(sorted(set(asked)))}
+    questions = np.array([number[question] for question in asked])
+    return rows, Groups(np.array([place[role] for role in roles]), names, questions)
 
 
 def _all_layer_means(
@@ -152,13 +163,15 @@ def _layer(
     }
     x = None if rollouts is None else rollouts.astype(np.float64)
     if x is not None and replicates:
-        generators = [np.random.default_rng([seed, purpose]) for purpose in range(4)]
+        generators = [np.random.default_rng([seed, purpose]) for purpose in range(5)]
         found = agreement(x, groups, generators[0], replicates)
         line["cos_pc1_by_rollouts"] = found.by_rollouts.to_json()
         line["cos_pc1_by_roles"] = found.by_roles.to_json()
         line["wobble"] = found.angle_to_estimate
         line["split_half"] = split_half(x, groups, generators[1], replicates).to_json()
         line["split_roles"] = split_roles(x, groups, generators[2], replicates).to_json()
+        if (apart := split_questions(x, groups, generators[4], replicates)) is not None:
+            line["split_questions"] = apart.to_json()
         line["null"] = asdict(shuffled(x, groups, generators[3], replicates))
     return line
 

@@ -19,10 +19,14 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Groups:
-    """Which rollout belongs to which role: `index` (N,) is 0 for the positive pole and 1..R for the other roles."""
+    """Which rollout belongs to which role: `index` (N,) is 0 for the positive pole and 1..R for the other roles.
+
+    `question` (N,) numbers the question that each answers, from 0; without it every rollout counts as its own.
+    """
 
     index: NDArray[np.int64]
     names: tuple[str, ...]
+    question: NDArray[np.int64] | None = None
 
     @property
     def n_roles(self) -> int:

@@ -212,12 +212,12 @@ def _say_curve(fit: dict[str, Any]) -> str:
     if not found or not found["answers"]:
         return ""
     last, needed = found["cosines"][-1], found["needed"]
-    there = f"With {found['answers'][-1]} answers a role, two axes have cosine {last['value']:.2f}"
+    there = f"With {found['answers'][-1]:.3g} answers a role, two axes have cosine {last['value']:.2f}"
     if needed is None:
         return f"{there}; nothing can be said of more."
     return (
         f"{there}; about {needed:,.0f} a role would make it {found['goal']} (dotted, by Spearman and Brown's rule). The pole's "
-        "own answers are the scarcest: it is one side of the difference, and all other roles together are the other."
+        "own answers are the scarcest: they are one side of the difference, and those of all other roles the other."
     )
 
 

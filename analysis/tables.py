@@ -33,9 +33,10 @@ def stability(line: dict[str, Any]) -> str:
         return "no rollout means were kept at this layer, so it is not known"
     half, null = line["split_half"], line["null"]
     whole = 2 * half["value"] / (1 + half["value"])  # Spearman-Brown: the halves are half as long as the whole
+    other = f"; two halves of the questions {_interval(line['split_questions'])}" if "split_questions" in line else ""
     return (
         f"two halves of the answers give axes of cosine {_interval(half)}, so two whole runs of this size would agree to "
-        f"about {whole:.2f}; with shuffled labels |axis| is {null['norm']:.3g} (95% below {null['norm_95']:.3g}), here {line['norm']:.3g}"
+        f"about {whole:.2f}{other}; with shuffled labels |axis| is {null['norm']:.3g} (95% below {null['norm_95']:.3g}), here {line['norm']:.3g}"
         f" (p = {null['p_norm']:.3g})"
     )
 

@@ -38,24 +38,50 @@ def interval(value: float, replicates: Array) -> Interval:
 def split_half(x: Array, groups: Groups, generator: Generator, splits: int = 100) -> Interval:
     """Cosine between the axes of two random halves of every role's rollouts: mean over splits, with their spread.
 
-    A role with one rollout is in one half only; the other half does without it.
+    The halves keep the run's design: either has half of every role's answers to each question, as far as that goes, and
+    every question weighs the same in it. Of the default's answers two thirds of the variance are between questions, which
+    every role answers too; halves that mixed questions anyhow would find noise that no second run has. A role with one
+    rollout is in one half only.
     """
+    everything = np.ones(len(x))
+    found = [_halves_agree(x, groups, generator, everything) for _ in range(splits)]
+    return interval(float(np.mean(found)), np.array(found))
+
+
+def _halves_agree(x: Array, groups: Groups, generator: Generator, taken: Array) -> float:
+    """The cosine of one split of the rollouts that are `taken` (N,), 0 or 1."""
+    flip = generator.integers(2, size=int(groups.index.max()) + 1)  # which side gets the odd one
+    side = (_places(groups, generator) + flip[groups.index]) % 2
+    weight = _question_weights(groups, side) * taken
+    return cosine(*(_contrast(*groups.sums(x, weight * (side == half))) for half in (0, 1)))
+
+
+def split_questions(x: Array, groups: Groups, generator: Generator, splits: int = 100) -> Interval | None:
+    """The same with the questions dealt to the halves, so that no question is in both: what other questions would give.
+
+    None where fewer than two questions were asked.
+    """
+    number = 0 if groups.question is None else int(groups.question.max()) + 1
+    if groups.question is None or number < 2:
+        return None
     found = []
     whole, count = groups.sums(x)
     for _ in range(splits):
-        sums, total = groups.sums(x, _halves(groups.index, generator))
-        found.append(cosine(_contrast(sums, total), _contrast(whole - sums, count - total)))
-    return interval(float(np.mean(found)), np.array(found))
+        chosen = (generator.permutation(number) < number // 2).astype(float)
+        sums, total = groups.sums(x, chosen[groups.question])
+        if min(total[0], count[0] - total[0]) > 0:
+            found.append(cosine(_contrast(sums, total), _contrast(whole - sums, count - total)))
+    return interval(float(np.mean(found)), np.array(found)) if found else None
 
 
 @dataclass(frozen=True)
 class Curve:
-    """How two axes from n answers a role each agree, by n, and how many answers a role would make it `goal`.
+    """How two axes from n answers a role each agree, by n (the typical role's), and how many answers a role would make it `goal`.
 
     `needed` extends the last point by Spearman and Brown's rule, r(n) = n k / (1 + n k); None where that says nothing.
     """
 
-    answers: tuple[int, ...]
+    answers: tuple[float, ...]
     cosines: tuple[Interval, ...]
     goal: float
     needed: float | None
@@ -71,27 +97,30 @@ class Curve:
 
 
 def learning_curve(x: Array, groups: Groups, generator: Generator, splits: int = 50, goal: float = 0.9) -> Curve:
-    """Cosine between the axes of two disjoint sets of n answers of every role, for n = 1, 2, 4, ... up to half of them.
+    """`split_half` of smaller runs: of 1, 2, 4, ... and all of the questions, the same for every role.
 
-    A role with fewer than 2n answers gives half of what it has to either.
+    Where questions are not known, of as many answers of every role.
     """
-    most = int(np.median(np.bincount(groups.index))) // 2
-    answers = tuple(2**power for power in range(max(most, 1).bit_length()) if 2**power <= most)
-    if answers and answers[-1] < most:
-        answers = (*answers, most)
+    typical = float(np.median(np.bincount(groups.index)))
+    number = int(typical) if groups.question is None else int(groups.question.max()) + 1
+    sizes = [2**power for power in range(max(number, 1).bit_length()) if 2**power < number] + [number]
+    sizes = [size for size in sizes if typical * size / number / 2 >= 1]
     cosines = []
-    for n in answers:
+    for size in sizes:
         found = []
         for _ in range(splits):
-            place = _places(groups.index, generator)
-            half = np.minimum(n, np.bincount(groups.index) // 2)[groups.index]
-            first, second = (place < half).astype(float), ((place >= half) & (place < 2 * half)).astype(float)
-            found.append(cosine(*(_contrast(*groups.sums(x, side)) for side in (first, second))))
+            order = (
+                _places(groups, generator)
+                if groups.question is None
+                else generator.permutation(number)[groups.question]
+            )
+            found.append(_halves_agree(x, groups, generator, (order < size).astype(float)))
         cosines.append(interval(float(np.mean(found)), np.array(found)))
+    answers = tuple(typical * size / number / 2 for size in sizes)
     return Curve(answers, tuple(cosines), goal, _needed(answers, cosines, goal))
 
 
-def _needed(answers: Sequence[int], cosines: Sequence[Interval], goal: float) -> float | None:
+def _needed(answers: Sequence[float], cosines: Sequence[Interval], goal: float) -> float | None:
     if not answers or not 0 < cosines[-1].value < 1:
         return None
     signal = cosines[-1].value / (1 - cosines[-1].value) / answers[-1]  # k of one answer a role
@@ -109,14 +138,17 @@ def split_roles(x: Array, groups: Groups, generator: Generator, splits: int = 10
     """The same with the other roles split instead, each half of them against its own half of the positive pole's rollouts."""
     found = []
     means, _ = groups.means(x)
-    own = x[groups.index == 0]
+    first = groups.index == 0
+    own = x[first]
     for _ in range(splits):
-        half = generator.permutation(len(own)) < len(own) // 2
+        side = _places(groups, generator) % 2
+        weight = _question_weights(groups, side)[first]
         members = np.zeros(groups.n_roles)
         members[generator.permutation(groups.n_roles)[: groups.n_roles // 2]] = 1
         axes = []
-        for side, roles in ((half, members), (~half, 1.0 - members)):
-            pole = own[side].mean(0) if side.any() else means[0]  # a single answer serves both
+        for half, roles in ((0, members), (1, 1.0 - members)):
+            chosen = weight * (side[first] == half)
+            pole = chosen @ own / chosen.sum() if chosen.any() else means[0]  # a single answer serves both
             axes.append(direction(np.vstack([pole, means[1:]]), roles))
         found.append(cosine(axes[0], axes[1]))
     return interval(float(np.mean(found)), np.array(found))
@@ -198,18 +230,25 @@ def _p(replicates: list[float], value: float) -> float:
     return (1 + sum(replicate >= value for replicate in replicates)) / (1 + len(replicates))
 
 
-def _halves(index: NDArray[np.int64], generator: Generator) -> Array:
-    """1.0 for a random half of each group's members, 0.0 for the other; an odd one falls on either side."""
-    flip = generator.integers(2, size=int(index.max()) + 1)  # which side gets the odd one
-    return ((_places(index, generator) + flip[index]) % 2).astype(float)
+def _question_weights(groups: Groups, side: NDArray[np.int64]) -> Array:
+    """Weights that make each question of a role count once on either side, however many answers it has there."""
+    if groups.question is None:
+        return np.ones(len(groups.index))
+    number = int(groups.question.max()) + 1
+    cell = (groups.index * number + groups.question) * 2 + side
+    return 1.0 / np.bincount(cell)[cell]
 
 
-def _places(index: NDArray[np.int64], generator: Generator) -> NDArray[np.int64]:
-    """Each member's place, from 0, in a random order of its group."""
-    order = np.lexsort((generator.random(len(index)), index))
-    group = index[order]
+def _places(groups: Groups, generator: Generator) -> NDArray[np.int64]:
+    """Each rollout's place, from 0, in a random order of its role's: question by question, the same order for all roles."""
+    index, noise = groups.index, generator.random(len(groups.index))
+    if groups.question is None:
+        order = np.lexsort((noise, index))
+    else:
+        rank = generator.permutation(int(groups.question.max()) + 1)[groups.question]
+        order = np.lexsort((noise, rank, index))
     place = np.empty(len(index), dtype=np.int64)
-    place[order] = np.arange(len(index)) - np.searchsorted(group, group)
+    place[order] = np.arange(len(index)) - np.searchsorted(index[order], index[order])
     return place
 
 

@@ -155,7 +155,7 @@ def test_an_axis_is_compared_with_another_layer_by_layer_and_by_the_rank_of_role
     assert found["roles"] == {"n": 3, "spearman": pytest.approx(1.0)}
     assert found["same_model"] is True
     assert other_axis(tmp_path / "axis.safetensors").layers == (1, 2)
-    with pytest.raises(KnownError, match="no axis at .*nothing"):
+    with pytest.raises(KnownError, match=r"no axis at .*nothing"):
         other_axis(tmp_path / "nothing")
 
 
