@@ -237,6 +237,10 @@ def _say_traits(fit: dict[str, Any]) -> str:
     if chance is not None:
         beyond = sum(abs(row["cosine"]) > chance for row in rows)
         said += f" {beyond} of {len(rows)} lie beyond ±{chance:.2f}, where 95% of traits with shuffled answers stay."
+    if traits["judged"]:
+        said += f" {traits['dropped']:,} answers did not show their side by the judge's score and were dropped."
+    if traits["left_out"]:
+        said += f" Left out for want of answers: {', '.join(map(_short, traits['left_out']))}."
     counts = traits["components_for"]
     return (
         f"{said} {counts['0.5']}, {counts['0.7']} and {counts['0.9']} components hold 50, 70 and 90% of the variance between "

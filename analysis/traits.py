@@ -36,13 +36,11 @@ class TraitFit:
 def fit_traits(activations: Activations, axis: Axis, *, replicates: int = 100, seed: int = 0) -> TraitFit:
     """Vectors of all recorded traits at every layer, their space at the axis's layer, and their places along the axis.
 
-    Raises `KnownError` when a trait lacks a pole, when two poles coincide, or when fewer than three traits are there.
+    Where answers were judged, only those count that show their own side. A trait without an answer at either pole is left
+    out and named. Raises `KnownError` when two poles coincide, or when fewer than three traits are left.
     """
-    names = list(dict.fromkeys(role[1:] for role in activations.roles))
-    if len(names) < FEWEST:
-        raise KnownError(f"only {len(names)} traits have answers; a trait space needs {FEWEST}")
-    contrasts, counts = zip(*(_contrast(activations, name) for name in names), strict=True)
-    vectors = np.stack(contrasts)  # (T, L, D)
+    scores = frozenset({1}) if any(score is not None for score in activations.scores) else None
+    names, vectors, counts = _contrasts(activations, scores)  # vectors (T, L, D)
     norms = np.linalg.norm(vectors, axis=2)
     if not (norms > 0).all():
         raise KnownError(f"the poles of trait {names[int(np.argmin(norms.min(1)))]!r} coincide: nothing separates them")
@@ -50,7 +48,7 @@ def fit_traits(activations: Activations, axis: Axis, *, replicates: int = 100, s
     at_layer = vectors[:, layer]
     centre, found, ratio = components(at_layer)
     found = pointing(found, unit)
-    rows, chance = _rows(activations, names, at_layer, unit, layer, replicates, seed)
+    rows, chance = _rows(activations, scores, names, at_layer, axis, replicates, seed)
     coordinates = (at_layer - centre) @ found[:3].T
     for row, count, place in zip(rows, counts, coordinates.tolist(), strict=True):
         row |= {"n": list(count), "coordinates": place}
@@ -65,6 +63,7 @@ def fit_traits(activations: Activations, axis: Axis, *, replicates: int = 100, s
         variance_ratio=torch.from_numpy(ratio).float(),
         model=activations.model,
     )
+    used, whole = sum(map(sum, counts)), int(activations.count.sum())
     report = {
         "layer": layer,
         "traits": sorted(rows, key=lambda row: float(row["cosine"])),
@@ -72,26 +71,44 @@ def fit_traits(activations: Activations, axis: Axis, *, replicates: int = 100, s
         "cos_pc1_axis": cosine(found[0], unit),
         "variance_ratio": ratio[:50].tolist(),
         "components_for": {str(share): components_for(ratio, share) for share in (0.5, 0.7, 0.9)},
-        "n_rollouts": int(activations.count.sum()),
+        "n_rollouts": used,
+        "judged": scores is not None,
+        "dropped": whole - used,
+        "left_out": sorted({role[1:] for role in activations.roles} - set(names)),
     }
     return TraitFit(space, report)
 
 
-def _contrast(activations: Activations, name: str) -> tuple[Array, tuple[int, int]]:
-    """Positive minus negative mean (L, D), and how many answers either has."""
-    (positive, n), (negative, m) = (activations.role_mean(sign + name) for sign in (POSITIVE, NEGATIVE))
-    if not n or not m:
-        raise KnownError(f"trait {name!r} has no answer at its {'positive' if not n else 'negative'} pole")
-    return (positive - negative).numpy(), (n, m)
+def _contrasts(
+    activations: Activations, scores: frozenset[int] | None
+) -> tuple[list[str], Array, list[tuple[int, int]]]:
+    """Traits with answers at both poles: names, positive minus negative means (T, L, D), and numbers of answers."""
+    names, vectors, counts = [], [], []
+    for name in dict.fromkeys(role[1:] for role in activations.roles):
+        (positive, n), (negative, m) = (activations.role_mean(sign + name, scores) for sign in (POSITIVE, NEGATIVE))
+        if n and m:
+            names.append(name)
+            vectors.append((positive - negative).numpy())
+            counts.append((n, m))
+    if len(names) < FEWEST:
+        raise KnownError(f"only {len(names)} traits have answers at both poles; a trait space needs {FEWEST}")
+    return names, np.stack(vectors), counts
 
 
 def _rows(
-    activations: Activations, names: list[str], vectors: Array, unit: Array, layer: int, replicates: int, seed: int
+    activations: Activations,
+    scores: frozenset[int] | None,
+    names: list[str],
+    vectors: Array,
+    axis: Axis,
+    replicates: int,
+    seed: int,
 ) -> tuple[list[dict[str, Any]], float | None]:
     """Each trait's cosine with the axis and its length along it; intervals and chance where rollout means were kept.
 
     Chance is the 95th percentile of its size over all traits when answers are dealt to the poles at random.
     """
+    layer, unit = axis.layer, axis.at(axis.layer).double().numpy()
     rows: list[dict[str, Any]] = [
         {
             "trait": name,
@@ -104,7 +121,8 @@ def _rows(
     if layer not in activations.layers or not replicates:
         return rows, None
     x = activations.rollout_means[:, activations.layers.index(layer)].double().numpy()
-    owner = np.array([key.split("/", 1)[0] for key in activations.keys])
+    counted = [scores is None or score in scores for score in activations.scores]
+    owner = np.array([key.split("/", 1)[0] if own else "" for key, own in zip(activations.keys, counted, strict=True)])
     shuffled = []
     for number, row in enumerate(rows):
         sides = [x[owner == sign + row["trait"]] for sign in (POSITIVE, NEGATIVE)]

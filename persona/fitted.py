@@ -2,7 +2,7 @@
 
     axis = load_axis(fitted_folder("smollm2-135m") / "axis")
 
-`fitted/NAME/README.md` has the command that made them. The axis's quantiles over the default's and the roles' answers, at
+`axes/NAME/README.md` has the command that made them. The axis's quantiles over the default's and the roles' answers, at
 every layer, are the floors that a cap can be made of.
 """
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from personaxis.persona.errors import KnownError
 
-FITTED = Path(__file__).parent / "fitted"
+FITTED = Path(__file__).parent / "axes"
 ENDINGS = (".json", ".safetensors")
 
 

@@ -24,6 +24,8 @@ from personaxis.persona.errors import KnownError
 from personaxis.persona.rollouts import Rollout
 from personaxis.persona.rubric import rule_score
 from personaxis.persona.store import append_lines, read_lines
+from personaxis.persona.trait_rubric import HIGHEST, SIDE
+from personaxis.persona.traits import POSITIVE, is_pole, poles
 
 SCORES = (0, 1, 2, 3)
 # Rows are forced to disk in batches: one fsync a row would hold a fast judge to a few hundred answers a second.
@@ -50,7 +52,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A score 0-3, or None with the `problem` that kept the judge from one ("unparsable", "timeout", ...)."""
+    """A score (0-3 of a role, 0-100 of a trait), or None with the `problem` that kept the judge from one."""
 
     key: str
     score: int | None
@@ -58,8 +60,8 @@ class Verdict:
     problem: str | None = None
 
     def __post_init__(self) -> None:
-        if (self.score is None) != (self.problem is not None) or self.score not in (None, *SCORES):
-            raise ValueError(f"{self.key}: a score 0-3 or a problem is needed, not {self.score!r} and {self.problem!r}")
+        if (self.score is None) != (self.problem is not None) or not 0 <= (self.score or 0) <= HIGHEST:
+            raise ValueError(f"{self.key}: a score or a problem is needed, not {self.score!r} and {self.problem!r}")
 
 
 @runtime_checkable
@@ -130,9 +132,16 @@ def items_of(rollouts: Sequence[Rollout], bank: Bank) -> list[Item]:
     for rollout in rollouts:
         if rollout.role != default and not _is_empty(rollout):
             said = {message["role"]: message["content"] for message in rollout.messages}
-            role = bank.role(rollout.role)
+            role = played(bank, rollout.role)
             items.append(Item(rollout.key, role, said.get("system", ""), said.get("user", ""), rollout.answer))
     return items
+
+
+def played(bank: Bank, name: str) -> Role:
+    """The role, or the trait's pole, that rollouts of that name play."""
+    if not is_pole(name):
+        return bank.role(name)
+    return next(pole for pole in poles(bank.trait(name[1:])) if pole.name == name)
 
 
 def judge_rollouts(
@@ -179,6 +188,15 @@ def judge_rollouts(
     if waiting:
         raise ValueError(f"judge {judge.id} gave no verdict on {len(waiting)} items, {next(iter(waiting))} for one")
     return tally
+
+
+def read_sides(path: Path, judge_id: str | None = None) -> dict[str, int | None]:
+    """For traits' answers, from their log: 1 where the score, 0 to 100, is on the answer's own side, 0 where it is not."""
+    rows = _newest_rows(path, judge_id)
+    scores = {key: row["score"] for key, row in rows.items()}
+    return {
+        key: score if score is None else int((score >= SIDE) == (key[0] == POSITIVE)) for key, score in scores.items()
+    }
 
 
 def read_scores(path: Path, judge_id: str | None = None) -> dict[str, int | None]:
@@ -305,8 +323,11 @@ def _newest_rows(path: Path, judge_id: str | None) -> dict[str, dict[str, Any]]:
     rows = read_lines(path)
     for number, row in enumerate(rows, 1):
         known = isinstance(row, dict) and {"key", "judge", "score"} <= row.keys()
-        if not known or row["score"] not in (None, *SCORES):
-            raise KnownError(f"{path}:{number} is not a score: key, judge and a score of 0-3 or null are needed")
+        highest = HIGHEST if known and is_pole(str(row["key"])) else SCORES[-1]
+        if not known or row["score"] not in (None, *range(highest + 1)):
+            raise KnownError(
+                f"{path}:{number} is not a score: key, judge and a score of 0-{highest} or null are needed"
+            )
     chosen = judge_id if judge_id is not None or not rows else rows[-1]["judge"]
     return {row["key"]: row for row in rows if row["judge"] == chosen}
 

@@ -15,7 +15,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ import httpx
 from personaxis.persona.errors import KnownError
 from personaxis.persona.judge import Item, Verdict
 from personaxis.persona.rubric import RUBRIC_HASH, parse_score, rubric_message
+from personaxis.persona.trait_rubric import TRAIT_HASH, parse_percent, trait_message
 
 KEY_VARIABLES = ("PERSONAXIS_JUDGE_KEY", "OPENAI_API_KEY")
 LONGEST_WAIT = 300.0  # seconds; a server's Retry-After beyond it is cut to it
@@ -37,7 +38,8 @@ class EndpointJudge:
     `url` may end with the host, with `/v1` (or another version), or be the full path of chat/completions. `timeout` and
     `backoff` are seconds: the wait for a server's next bytes, and the mean pause before the first retry, doubled with
     each of the `retries`. Raise `max_tokens` for reasoning models, which think before they give the digit.
-    Raises `KnownError` for an address or a key that cannot be one.
+    With `traits` it scores traits' answers from 0 to 100 in place of roles' from 0 to 3. Raises `KnownError` for an address
+    or a key that cannot be one.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class EndpointJudge:
         timeout: float = 60.0,
         backoff: float = 1.0,
         max_tokens: int = 16,
+        traits: bool = False,
     ) -> None:
         if concurrency < 1 or retries < 0 or timeout <= 0 or backoff < 0 or max_tokens < 1:
             raise ValueError(f"impossible settings: {concurrency=}, {retries=}, {timeout=}, {backoff=}, {max_tokens=}")
@@ -57,12 +60,18 @@ class EndpointJudge:
         self.model = model
         self.concurrency, self.retries, self.timeout, self.backoff = concurrency, retries, timeout, backoff
         self.max_tokens = max_tokens
+        self.traits = traits
         self._headers = _headers()
 
     @property
     def id(self) -> str:
         """Model and wording of the rubric; not the address, which may change under one and the same model."""
-        return f"endpoint:{self.model}:{RUBRIC_HASH}"
+        return f"endpoint:{self.model}:{TRAIT_HASH if self.traits else RUBRIC_HASH}"
+
+    def _message(self, item: Item) -> str:
+        if self.traits:
+            return trait_message(item.role, item.question, item.answer)
+        return rubric_message(item.role, item.prompt, item.question, item.answer)
 
     def verdicts(self, items: Sequence[Item]) -> Iterator[Verdict]:
         """One verdict per item, as replies come. Closing the iterator, or any exception, stops new requests at once.
@@ -114,9 +123,7 @@ class EndpointJudge:
         """A verdict on one item after as many attempts as it takes, or the reason to stop everything."""
         body = {
             "model": self.model,
-            "messages": [
-                {"role": "user", "content": rubric_message(item.role, item.prompt, item.question, item.answer)}
-            ],
+            "messages": [{"role": "user", "content": self._message(item)}],
             "temperature": 0,
             "max_tokens": self.max_tokens,
         }
@@ -149,7 +156,7 @@ class EndpointJudge:
             return _Reply(None, _short(response.text), f"http {response.status_code}", passes=True, retry_after=wait)
         if response.status_code != 200:
             return _Reply(None, _short(response.text), f"http {response.status_code}")
-        return _read(response)
+        return _read(response, parse_percent if self.traits else parse_score)
 
 
 def completions_url(url: str) -> httpx.URL:
@@ -229,7 +236,7 @@ class _Run:
         )
 
 
-def _read(response: httpx.Response) -> _Reply:
+def _read(response: httpx.Response, parse: Callable[[str], int | None]) -> _Reply:
     """The score in a 200 reply, or the problem with it."""
     try:
         choice = response.json()["choices"][0]
@@ -244,7 +251,7 @@ def _read(response: httpx.Response) -> _Reply:
     text = text if isinstance(text, str) else ""
     if refusal or choice.get("finish_reason") == "content_filter":
         return _Reply(None, text or str(refusal or "content filter"), "refused")
-    score = parse_score(text)
+    score = parse(text)
     if score is not None:
         return _Reply(score, text)
     if choice.get("finish_reason") == "length" and (not text.strip() or "<think>" in text.split("</think>")[-1]):

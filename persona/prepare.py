@@ -15,7 +15,15 @@ from personaxis.persona.activations import Activations
 from personaxis.persona.bank import Bank, load_bank
 from personaxis.persona.chat import ChatFormat, chat_format
 from personaxis.persona.errors import KnownError
-from personaxis.persona.judge import Judge, RuleJudge, items_of, judge_rollouts, read_scores, role_play_share
+from personaxis.persona.judge import (
+    Judge,
+    RuleJudge,
+    items_of,
+    judge_rollouts,
+    read_scores,
+    read_sides,
+    role_play_share,
+)
 from personaxis.persona.options import JudgeOptions, ModelOptions, PlanOptions, selection_of
 from personaxis.persona.progress import progress, say
 from personaxis.persona.ranks import Ranks, ranks
@@ -107,30 +115,47 @@ def sample(work: Work) -> list[Rollout]:
 def judge_run(
     run: Run, bank: Bank, rollouts: list[Rollout], options: JudgeOptions, *, lead: bool = True
 ) -> list[Rollout]:
-    """Score the roles' rollouts (rank 0) and return all with their scores. `--judge none` leaves every score None.
+    """Score the rollouts (rank 0) and return them with their scores. `--judge none` leaves every score None.
 
-    Traits are not judged: their score stays None, as the default's does.
+    Roles get 0-3. Traits are scored by an endpoint only, 0-100 in their own log; their rollouts carry 1 where the score is on
+    the pole's own side and 0 where it is not.
     """
     if options.judge == "none":
         return rollouts
+    of_roles, of_traits = without_poles(rollouts), only_poles(rollouts)
     judge = judge_named(options)
     path = run.folder / "scores.jsonl"
-    everything, rollouts = rollouts, without_poles(rollouts)
     if lead:
-        with progress("judging", len(items_of(rollouts, bank)), quiet=options.judge == "rules") as advance:
-            tally = judge_rollouts(rollouts, bank, judge, path, advance)
-        if tally.problems:
-            said = ", ".join(f"{n} {problem}" for problem, n in sorted(tally.problems.items()))
-            say(f"the judge gave no score for {tally.unparsable} answers ({said}); they count as unjudged")
-        run.note(
-            judge={"id": judge.id, "counts": {str(k): n for k, n in tally.counts.items()}, "unscored": tally.unparsable}
-        )
-    return with_scores(everything, read_scores(path, judge.id))
+        run.note(judge=_judged(of_roles, bank, judge, path, quiet=options.judge == "rules"))
+    of_roles = with_scores(of_roles, read_scores(path, judge.id))
+    if of_traits and _is_url(options.judge):
+        from personaxis.persona.judge_endpoint import EndpointJudge
+
+        judge = EndpointJudge(options.judge, options.judge_model or "", traits=True)
+        path = run.folder / "trait_scores.jsonl"
+        if lead:
+            run.note(trait_judge=_judged(of_traits, bank, judge, path))
+        of_traits = with_scores(of_traits, read_sides(path, judge.id))
+    return [*of_roles, *of_traits]
+
+
+def _judged(rollouts: list[Rollout], bank: Bank, judge: Judge, path: Path, quiet: bool = False) -> dict[str, Any]:
+    """Judge what is not judged yet; returns what run.json says of it."""
+    with progress("judging", len(items_of(rollouts, bank)), quiet=quiet) as advance:
+        tally = judge_rollouts(rollouts, bank, judge, path, advance)
+    if tally.problems:
+        said = ", ".join(f"{n} {problem}" for problem, n in sorted(tally.problems.items()))
+        say(f"the judge gave no score for {tally.unparsable} answers ({said}); they count as unjudged")
+    return {"id": judge.id, "counts": {str(k): n for k, n in tally.counts.items()}, "unscored": tally.unparsable}
+
+
+def _is_url(judge: str) -> bool:
+    return judge.startswith(("http://", "https://"))
 
 
 def require_judge(options: JudgeOptions) -> None:
     """`KnownError` for a judge that there is not, before anything long begins."""
-    is_url = options.judge.startswith(("http://", "https://"))
+    is_url = _is_url(options.judge)
     if options.judge not in ("rules", "none") and not options.judge.startswith("local:") and not is_url:
         raise KnownError(f"--judge {options.judge!r} is not rules, none, local:MODEL or a http(s) URL")
     if is_url and not options.judge_model:

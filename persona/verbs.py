@@ -62,10 +62,10 @@ def judge(run: Path, /, *, who: JudgeOptions = JudgeOptions(), bank: Path | None
     with open_run(run) as folder:
         chosen = load_bank(bank)
         _require_bank(folder.manifest, chosen.digest, run)
-        rollouts = without_poles(read_rollouts(run))
+        rollouts = read_rollouts(run)
         if not rollouts:
             raise KnownError(f"{run} has no rollouts; make them first with `personaxis rollout`")
-        scored = judge_run(folder, chosen, rollouts, who)
+        scored = without_poles(judge_run(folder, chosen, rollouts, who))
         counts = {score: sum(r.score == score for r in scored) for score in (0, 1, 2, 3, None)}
         say_result(", ".join(f"{'unjudged' if score is None else score}: {n}" for score, n in counts.items()))
 
@@ -80,7 +80,7 @@ def record(run: Path, /, *, how: ModelOptions = ModelOptions()) -> None:
     """
     from dataclasses import replace
 
-    from personaxis.persona.judge import read_scores
+    from personaxis.persona.judge import read_scores, read_sides
     from personaxis.persona.prepare import record_rollouts
     from personaxis.persona.ranks import ranks
     from personaxis.persona.rollouts import read_rollouts, with_scores
@@ -95,7 +95,8 @@ def record(run: Path, /, *, how: ModelOptions = ModelOptions()) -> None:
         how = replace(how, dtype=how.dtype or asked["dtype"])
         subject = load_subject(asked["model_name"], device=how.device, dtype=how.dtype, chat_template=how.chat_template)
         folder.ask({"model": subject.describe(), "dtype": str(subject.dtype).removeprefix("torch.")})
-        rollouts = with_scores(read_rollouts(run), read_scores(run / "scores.jsonl"))
+        scores = read_scores(run / "scores.jsonl") | read_sides(run / "trait_scores.jsonl")
+        rollouts = with_scores(read_rollouts(run), scores)
         for found in record_rollouts(folder, subject, rollouts, place):
             if place.rank == 0 and found is not None:
                 say_result(

@@ -1,5 +1,7 @@
 """Traits: poles that are rolled out like roles, vectors that are found where they were planted, and their places."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -108,17 +110,40 @@ def test_a_trait_space_is_read_as_it_was_written(tmp_path):
         load_axis(tmp_path / "traits")
 
 
-def test_too_few_traits_or_a_missing_pole_are_said():
-    with pytest.raises(KnownError, match="only 2 traits have answers; a trait space needs 3"):
-        fit_traits(planted({"a": 0.5, "b": 0.1}), axis())
+def scored(activations, scores):
+    """The same rollouts, carrying scores: whether each shows its own side."""
+    names = [key.split("/")[0] for key in activations.keys]
+    cells, count, mean, square = cell_sums(list(zip(names, scores, strict=True)), activations.rollout_means)
+    return replace(activations, cells=cells, count=count, mean=mean, square=square, scores=tuple(scores))
+
+
+def test_answers_that_do_not_show_their_side_are_dropped_where_they_were_judged():
     whole = planted(PLACES)
-    left = [i for i, (name, _) in enumerate(whole.cells) if name != "-up"]
-    cells = tuple(whole.cells[i] for i in left)
-    cut = Activations(
-        cells, whole.count[left], whole.mean[left], whole.square[left], (), (), (), whole.rollout_means[:0], MODEL, "c"
-    )
-    with pytest.raises(KnownError, match="trait 'up' has no answer at its negative pole"):
-        fit_traits(cut, axis())
+    kept = [i % 3 > 0 for i in range(len(whole.keys))]
+    found = fit_traits(scored(whole, [int(own) for own in kept]), axis(), replicates=20).report
+    assert found["judged"] is True
+    assert found["dropped"] == kept.count(False)
+    assert {tuple(row["n"]) for row in found["traits"]} == {(20, 20)}
+    x = whole.rollout_means[:, 1].double()
+    up = [
+        torch.stack([x[i] for i, key in enumerate(whole.keys) if kept[i] and key.startswith(sign + "up")]).mean(0)
+        for sign in "+-"
+    ]
+    by_hand = float(torch.nn.functional.cosine_similarity(up[0] - up[1], UNIT.double(), dim=0))
+    assert next(row for row in found["traits"] if row["trait"] == "up")["cosine"] == pytest.approx(by_hand, abs=1e-5)
+
+
+def test_a_trait_without_answers_at_a_pole_is_left_out_and_named():
+    whole = planted({**PLACES, "mute": 0.5})
+    scores = [0 if key.startswith("-mute") else 1 for key in whole.keys]
+    found = fit_traits(scored(whole, scores), axis(), replicates=0)
+    assert found.report["left_out"] == ["mute"]
+    assert found.space.traits == tuple(PLACES)
+
+
+def test_too_few_traits_are_said():
+    with pytest.raises(KnownError, match="only 2 traits have answers at both poles; a trait space needs 3"):
+        fit_traits(planted({"a": 0.5, "b": 0.1}), axis())
 
 
 def test_poles_are_rolled_out_after_the_roles_and_only_when_asked_for():
