@@ -12,7 +12,6 @@ from typing import Any
 from scipy.stats import spearmanr
 
 from personaxis.persona.axis import Axis, load_axis
-from personaxis.persona.errors import KnownError
 from personaxis.persona.fitted import axis_stem
 from personaxis.persona.store import read_json
 
@@ -23,7 +22,7 @@ def other_axis(name: str | Path) -> Axis:
 
 
 def compared(axis: Axis, roles: list[dict[str, Any]], path: Path) -> dict[str, Any]:
-    """Plain numbers: the cosine at each layer that both have, None for different models, and the roles' rank correlation."""
+    """Plain numbers: the cosine at each layer that both have, None for another width or depth, and the roles' rank correlation."""
     other = other_axis(path)
     same = all(axis.model.get(name) == other.model.get(name) for name in ("n_layers", "d_model"))
     found: dict[str, Any] = {
@@ -44,8 +43,4 @@ def compared(axis: Axis, roles: list[dict[str, Any]], path: Path) -> dict[str, A
         if len(both) >= 3:
             rank = spearmanr(*zip(*both, strict=True))
             found["roles"] = {"n": len(both), "spearman": float(rank.statistic)}
-    if found["cosines"] is None and "roles" not in found:
-        raise KnownError(
-            f"{path} is an axis of {other.model.get('id')}, another width or depth, and has no roles to compare by rank"
-        )
     return found

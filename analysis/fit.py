@@ -168,7 +168,8 @@ def _layer(
         line["cos_pc1_by_rollouts"] = found.by_rollouts.to_json()
         line["cos_pc1_by_roles"] = found.by_roles.to_json()
         line["wobble"] = found.angle_to_estimate
-        line["split_half"] = split_half(x, groups, generators[1], replicates).to_json()
+        if (half := split_half(x, groups, generators[1], replicates)) is not None:
+            line["split_half"] = half.to_json()
         line["split_roles"] = split_roles(x, groups, generators[2], replicates).to_json()
         if (apart := split_questions(x, groups, generators[4], replicates)) is not None:
             line["split_questions"] = apart.to_json()

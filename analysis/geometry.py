@@ -33,6 +33,10 @@ class Groups:
         """Roles other than the positive pole."""
         return len(self.names) - 1
 
+    def only(self, taken: NDArray[np.bool_]) -> "Groups":
+        """The same groups with those rollouts alone."""
+        return Groups(self.index[taken], self.names, None if self.question is None else self.question[taken])
+
     def means(self, x: Array, weight: Array | None = None) -> tuple[Array, Array]:
         """Weighted mean of each group (R+1, D) of x (N, D), and the groups' total weights (R+1,); 0/0 gives NaN rows."""
         sums, total = self.sums(x, weight)

@@ -238,7 +238,10 @@ def _say_traits(fit: dict[str, Any]) -> str:
         beyond = sum(abs(row["cosine"]) > chance for row in rows)
         said += f" {beyond} of {len(rows)} lie beyond ±{chance:.2f}, where 95% of traits with shuffled answers stay."
     if traits["judged"]:
-        said += f" {traits['dropped']:,} answers did not show their side by the judge's score and were dropped."
+        said += (
+            f" {traits['other_side']:,} answers that did not show their side by the judge's score were dropped, and "
+            f"{traits['unjudged']:,} that it gave no score."
+        )
     if traits["left_out"]:
         said += f" Left out for want of answers: {', '.join(map(_short, traits['left_out']))}."
     counts = traits["components_for"]
@@ -348,7 +351,8 @@ def _command(fit: dict[str, Any], manifest: dict[str, Any]) -> str:
         options |= {"--judge": "URL", "--judge-model": ":".join(rest[:-1])}
     else:
         options["--judge"] = judge.split("-")[0]  # rules-1
-    for name in ("keep", "positive", "layer", "replicates"):
+    options["--trait-names"] = ",".join(asked.get("traits", [])) or None
+    for name in ("keep", "positive", "layer", "replicates", "compare"):
         options[f"--{name}"] = fitted.get(name)
     model = asked.get("model_name") or (fit.get("model") or {}).get("id", "MODEL")
     options["--out"] = "again"

@@ -11,12 +11,15 @@ from personaxis.analysis.compare import compared
 from personaxis.analysis.fit import Fit, fit_axis
 from personaxis.analysis.traits import fit_traits
 from personaxis.persona.activations import Activations
+from personaxis.persona.axis import Axis
+from personaxis.persona.errors import KnownError
+from personaxis.persona.fitted import axis_stem
 from personaxis.persona.judge import KEEP, Dropped, kept, role_play_share
 from personaxis.persona.options import FitOptions, given
 from personaxis.persona.rollouts import Rollout, without_poles
 from personaxis.persona.store import digest, read_json, write_json
 
-FIT_VERSION = 4  # raise it when fitting changes, so that stored fits are made again
+FIT_VERSION = 5  # raise it when fitting changes, so that stored fits are made again
 
 
 def fit_run(
@@ -31,16 +34,16 @@ def fit_run(
     asked = {"content": activations.content, "version": FIT_VERSION, **given(options)}
     if of_traits is not None:
         asked["traits"] = of_traits.content
+    if options.compare is not None:
+        asked["compared_with"] = digest(axis_stem(str(options.compare)).with_suffix(".safetensors"))
     if (before := _unchanged(folder, asked)) is not None:
         return before
     of_roles = without_poles(rollouts)
     found, dropped = _fit_roles(activations, of_roles, default, options)
-    traits = None if of_traits is None else fit_traits(of_traits, found.axis, replicates=options.replicates)
-    comparison = None if options.compare is None else compared(found.axis, found.report["roles"], options.compare)
     found.axis.save(folder / "axis")
     found.space.save(folder / "space")
-    if traits is not None:
-        traits.space.save(folder / "traits")
+    traits, problem = _fit_traits(folder, of_traits, found.axis, options)
+    comparison = None if options.compare is None else compared(found.axis, found.report["roles"], options.compare)
     names = ("axis", "space") if traits is None else ("axis", "space", "traits")
     scored = any(rollout.score is not None for rollout in of_roles)
     content = {
@@ -51,11 +54,28 @@ def fit_run(
         "model": activations.model,
         "dropped": dropped.to_json(),
         "role_play": role_play_share(of_roles)._asdict() if scored else None,
-        "traits": None if traits is None else traits.report,
+        "traits": traits,
+        "trait_problem": problem,
         "compared": comparison,
     }
     write_json(folder / "fit.json", content)
     return content
+
+
+def _fit_traits(
+    folder: Path, activations: Activations | None, axis: Axis, options: FitOptions
+) -> tuple[dict[str, Any] | None, str | None]:
+    """The traits' part of fit.json, or why there is none: traits that make no space must not cost a run its axis."""
+    for ending in ("json", "safetensors"):
+        (folder / f"traits.{ending}").unlink(missing_ok=True)  # of another axis
+    if activations is None:
+        return None, None
+    try:
+        found = fit_traits(activations, axis, replicates=options.replicates)
+    except KnownError as error:
+        return None, str(error)
+    found.space.save(folder / "traits")
+    return found.report, None
 
 
 def _fit_roles(

@@ -30,7 +30,7 @@ def print_fit(fit: dict[str, Any], page: Path) -> None:
 def stability(line: dict[str, Any]) -> str:
     """One sentence on how far the axis at a layer can be trusted."""
     if "split_half" not in line:
-        return "no rollout means were kept at this layer, so it is not known"
+        return "no rollout means were kept at this layer, or there are too few answers for halves, so it is not known"
     half, null = line["split_half"], line["null"]
     whole = 2 * half["value"] / (1 + half["value"])  # Spearman-Brown: the halves are half as long as the whole
     other = f"; two halves of the questions {_interval(line['split_questions'])}" if "split_questions" in line else ""
@@ -50,10 +50,10 @@ def say_needed(fit: dict[str, Any]) -> str:
 
 
 def say_traits(fit: dict[str, Any]) -> str:
-    """The traits at either end, and how many are further out than chance."""
+    """The traits at either end, and how many are further out than chance; or why there is no trait space."""
     traits = fit.get("traits")
     if not traits:
-        return ""
+        return f"No trait space: {fit['trait_problem']}" if fit.get("trait_problem") else ""
     rows, chance = traits["traits"], traits["chance"]
     ends = [
         ", ".join(f"{row['trait']} {row['cosine']:.2f}" for row in end) for end in (rows[:TRAITS], rows[::-1][:TRAITS])
@@ -78,7 +78,9 @@ def say_compared(fit: dict[str, Any]) -> str:
     if "roles" in found:
         parts.append(f"rank correlation {found['roles']['spearman']:.2f} over {found['roles']['n']} roles")
     other = "" if found["same_model"] else f", another model ({found['model']})"
-    return f"Compared with {found['path']}{other}: {'; '.join(parts) or 'no layer in common'}"
+    return (
+        f"Compared with {found['path']}{other}: {'; '.join(parts) or 'another width or depth, and no roles in common'}"
+    )
 
 
 def _layers(fit: dict[str, Any]) -> Table:

@@ -9,6 +9,7 @@ vector's own length: resampling makes every vector longer by noise, and cosines 
 What chance gives is the same ratio when a trait's answers are dealt to its poles at random. PC1 of trait space points along the axis (arXiv 2601.10387, appendix on traits).
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +64,7 @@ def fit_traits(activations: Activations, axis: Axis, *, replicates: int = 100, s
         variance_ratio=torch.from_numpy(ratio).float(),
         model=activations.model,
     )
-    used, whole = sum(map(sum, counts)), int(activations.count.sum())
+    score_counts = Counter(activations.scores)
     report = {
         "layer": layer,
         "traits": sorted(rows, key=lambda row: float(row["cosine"])),
@@ -71,9 +72,10 @@ def fit_traits(activations: Activations, axis: Axis, *, replicates: int = 100, s
         "cos_pc1_axis": cosine(found[0], unit),
         "variance_ratio": ratio[:50].tolist(),
         "components_for": {str(share): components_for(ratio, share) for share in (0.5, 0.7, 0.9)},
-        "n_rollouts": used,
+        "n_rollouts": sum(map(sum, counts)),
         "judged": scores is not None,
-        "dropped": whole - used,
+        "other_side": score_counts[0],
+        "unjudged": score_counts[None] if scores is not None else 0,
         "left_out": sorted({role[1:] for role in activations.roles} - set(names)),
     }
     return TraitFit(space, report)

@@ -35,25 +35,36 @@ def interval(value: float, replicates: Array) -> Interval:
     return Interval(value, float(low), float(high), len(replicates))
 
 
-def split_half(x: Array, groups: Groups, generator: Generator, splits: int = 100) -> Interval:
+def split_half(x: Array, groups: Groups, generator: Generator, splits: int = 100) -> Interval | None:
     """Cosine between the axes of two random halves of every role's rollouts: mean over splits, with their spread.
 
     The halves keep the run's design: either has half of every role's answers to each question, as far as that goes, and
     every question weighs the same in it. Of the default's answers two thirds of the variance are between questions, which
     every role answers too; halves that mixed questions anyhow would find noise that no second run has. A role with one
-    rollout is in one half only.
+    rollout is in one half only. None where no half has the pole and another role.
     """
-    everything = np.ones(len(x))
-    found = [_halves_agree(x, groups, generator, everything) for _ in range(splits)]
-    return interval(float(np.mean(found)), np.array(found))
+    return _summary([_halves_agree(x, groups, generator) for _ in range(splits)])
 
 
-def _halves_agree(x: Array, groups: Groups, generator: Generator, taken: Array) -> float:
-    """The cosine of one split of the rollouts that are `taken` (N,), 0 or 1."""
-    flip = generator.integers(2, size=int(groups.index.max()) + 1)  # which side gets the odd one
+def _halves_agree(x: Array, groups: Groups, generator: Generator) -> float | None:
+    """The cosine of one split; None where a half lacks the pole or every other role."""
+    flip = generator.integers(2, size=len(groups.names))  # which side gets the odd one
     side = (_places(groups, generator) + flip[groups.index]) % 2
-    weight = _question_weights(groups, side) * taken
-    return cosine(*(_contrast(*groups.sums(x, weight * (side == half))) for half in (0, 1)))
+    weight = _question_weights(groups, side)
+    return _agreement(*(groups.sums(x, weight * (side == half)) for half in (0, 1)))
+
+
+def _agreement(first: tuple[Array, Array], second: tuple[Array, Array]) -> float | None:
+    """The cosine between the axes from two sets of groups' sums and weights; None where a set has no pole or no role."""
+    if any(total[0] <= 0 or not (total[1:] > 0).any() for _, total in (first, second)):
+        return None
+    return cosine(_contrast(*first), _contrast(*second))
+
+
+def _summary(found: Sequence[float | None]) -> Interval | None:
+    """Mean and spread of those splits that could be made; None without any."""
+    made = [value for value in found if value is not None and np.isfinite(value)]
+    return interval(float(np.mean(made)), np.array(made)) if made else None
 
 
 def split_questions(x: Array, groups: Groups, generator: Generator, splits: int = 100) -> Interval | None:
@@ -69,9 +80,8 @@ def split_questions(x: Array, groups: Groups, generator: Generator, splits: int 
     for _ in range(splits):
         chosen = (generator.permutation(number) < number // 2).astype(float)
         sums, total = groups.sums(x, chosen[groups.question])
-        if min(total[0], count[0] - total[0]) > 0:
-            found.append(cosine(_contrast(sums, total), _contrast(whole - sums, count - total)))
-    return interval(float(np.mean(found)), np.array(found)) if found else None
+        found.append(_agreement((sums, total), (whole - sums, count - total)))
+    return _summary(found)
 
 
 @dataclass(frozen=True)
@@ -105,19 +115,21 @@ def learning_curve(x: Array, groups: Groups, generator: Generator, splits: int =
     number = int(typical) if groups.question is None else int(groups.question.max()) + 1
     sizes = [2**power for power in range(max(number, 1).bit_length()) if 2**power < number] + [number]
     sizes = [size for size in sizes if typical * size / number / 2 >= 1]
-    cosines = []
+    answers, cosines = [], []
     for size in sizes:
-        found = []
+        splits_of_size = []
         for _ in range(splits):
-            order = (
+            own = (
                 _places(groups, generator)
                 if groups.question is None
                 else generator.permutation(number)[groups.question]
             )
-            found.append(_halves_agree(x, groups, generator, (order < size).astype(float)))
-        cosines.append(interval(float(np.mean(found)), np.array(found)))
-    answers = tuple(typical * size / number / 2 for size in sizes)
-    return Curve(answers, tuple(cosines), goal, _needed(answers, cosines, goal))
+            taken = own < size
+            splits_of_size.append(_halves_agree(x[taken], groups.only(taken), generator))
+        if (found := _summary(splits_of_size)) is not None:
+            answers.append(typical * size / number / 2)
+            cosines.append(found)
+    return Curve(tuple(answers), tuple(cosines), goal, _needed(answers, cosines, goal))
 
 
 def _needed(answers: Sequence[float], cosines: Sequence[Interval], goal: float) -> float | None:
@@ -175,6 +187,8 @@ def agreement(x: Array, groups: Groups, generator: Generator, replicates: int = 
         rollouts.append(cosine(first_component(again)[0], replicate))
         angles.append(np.degrees(np.arccos(np.clip(cosine(replicate, axis), -1, 1))))
         drawn = generator.integers(groups.n_roles, size=groups.n_roles)
+        while (drawn == drawn[0]).all():  # one role drawn throughout has no directions; with three that is common
+            drawn = generator.integers(groups.n_roles, size=groups.n_roles)
         weight = np.bincount(drawn, minlength=groups.n_roles).astype(float)
         roles.append(cosine(first_component(means, weight)[0], direction(means, weight)))
     by_rollouts, by_roles = interval(value, np.array(rollouts)), interval(value, np.array(roles))

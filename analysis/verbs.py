@@ -44,10 +44,10 @@ def axis(
     with prepared(model, folder, how, what) as work:
         _require_known(work.bank.default.name, work.plan.keys, fitting, work.subject.n_layers)
         rollouts = sample(work)
-        rollouts = judge_run(work.run, work.bank, rollouts, who, lead=work.ranks.rank == 0)
-        work.ranks.barrier()
+        rollouts = judge_run(work.run, work.bank, rollouts, who, work.ranks)
         activations, of_traits = record_run(work, rollouts)
         if work.ranks.rank == 0:
+            of_traits = of_traits or _trait_activations(folder)
             found = fit_run(folder, activations, of_traits, rollouts, work.bank.default.name, fitting)
             page = _report(folder, found)
             _result(found, page, json)
@@ -68,10 +68,8 @@ def fit(run: Path, /, *, fitting: FitOptions = FitOptions(), json: bool = False)
     _require_keep(fitting.keep)
     with open_run(run):
         activations = load_activations(run / "activations")
-        there = (run / "trait_activations.json").exists()
-        of_traits = load_activations(run / "trait_activations") if there else None
         rollouts = _recorded_rollouts(run, activations)
-        found = fit_run(run, activations, of_traits, rollouts, _default_name(run), fitting)
+        found = fit_run(run, activations, _trait_activations(run), rollouts, _default_name(run), fitting)
         _result(found, _report(run, found), json)
 
 
@@ -83,24 +81,37 @@ def report(run: Path, /) -> None:
     run
         a run folder with a fit
     """
+    from personaxis.analysis.stages import FIT_VERSION
     from personaxis.persona.run import open_run
     from personaxis.persona.store import read_json
 
     with open_run(run):
-        say(f"report: {_report(run, read_json(run / 'fit.json'), again=True)}")
+        found = read_json(run / "fit.json")
+        if found["asked"].get("version") != FIT_VERSION:
+            raise KnownError(f"{run} was fitted by another version of personaxis; run `personaxis fit {run}`")
+        say(f"report: {_report(run, found, again=True)}")
 
 
 def _report(folder: Path, fit: dict[str, Any], *, again: bool = False) -> Path:
     from personaxis.analysis.report import write_report
-    from personaxis.persona.rollouts import read_rollouts, with_scores
+    from personaxis.persona.rollouts import read_rollouts, with_scores, without_poles
     from personaxis.persona.store import read_json
 
     path = folder / "report.html"
     stamp = hashlib.sha256(json_module.dumps(fit, sort_keys=True).encode()).hexdigest()[:16]
     if not again and path.exists() and stamp in path.read_text(encoding="utf-8")[:4000]:
         return path
-    write_report(path, fit, with_scores(read_rollouts(folder), _scores(folder)), read_json(folder / "run.json"), stamp)
+    rollouts = with_scores(without_poles(read_rollouts(folder)), _scores(folder))
+    write_report(path, fit, rollouts, read_json(folder / "run.json"), stamp)
     return path
+
+
+def _trait_activations(folder: Path) -> Any:
+    """The traits' activations, where they were recorded."""
+    from personaxis.persona.activations import load_activations
+
+    stem = folder / "trait_activations"
+    return load_activations(stem) if stem.with_suffix(".json").exists() else None
 
 
 def _scores(folder: Path) -> dict[str, int | None]:

@@ -21,6 +21,7 @@ from personaxis.persona.errors import KnownError
 from personaxis.persona.foreign import json_lines, what
 from personaxis.persona.store import atomic, read_json
 
+DEFAULT = "default"  # the file name that makes a role the default
 QUESTIONS = ("questions.jsonl", "extraction_questions.jsonl")
 
 
@@ -49,16 +50,20 @@ def import_bank(folder: Path, questions: Path | None = None) -> Bank:
 
 def export_bank(bank: Bank, folder: Path) -> None:
     """Write the paper repository's form: `roles/NAME.json`, `traits/NAME.json` and `questions.jsonl`."""
+    unlike = next((trait for trait in bank.traits if len(trait.positive) != len(trait.negative)), None)
+    if unlike is not None:
+        raise KnownError(
+            f"trait {unlike.name!r} has {len(unlike.positive)} positive and {len(unlike.negative)} negative prompts: "
+            "that form wants pairs"
+        )
+    if bank.default.name != DEFAULT and any(role.name == DEFAULT for role in bank.roles):
+        raise KnownError(f"a role is named {DEFAULT!r} and is not the default; in that form the name makes it so")
     for role in bank.roles:
         prompts = [prompt.replace("{model}", "{model_name}") if role.is_default else prompt for prompt in role.prompts]
         steps = [{"pos": prompt} for prompt in prompts]
-        _write(folder / "roles" / f"{role.name}.json", {"instruction": steps, "eval_prompt": role.rubric})
+        name = DEFAULT if role.is_default else role.name
+        _write(folder / "roles" / f"{name}.json", {"instruction": steps, "eval_prompt": role.rubric})
     for trait in bank.traits:
-        if len(trait.positive) != len(trait.negative):
-            raise KnownError(
-                f"trait {trait.name!r} has {len(trait.positive)} positive and {len(trait.negative)} negative prompts: "
-                "that form wants pairs"
-            )
         steps = [{"pos": pos, "neg": neg} for pos, neg in zip(trait.positive, trait.negative, strict=True)]
         _write(folder / "traits" / f"{trait.name}.json", {"instruction": steps, "eval_prompt": trait.rubric})
     lines = [json.dumps({"question": q.question, "id": q.id}, ensure_ascii=False) for q in bank.questions]
@@ -69,7 +74,9 @@ def write_bank(bank: Bank, folder: Path) -> None:
     """Write this project's files, so that `load_bank(folder)` is `bank`; the folder is made if need be."""
     files: dict[str, Any] = {"roles": bank.roles, "questions": bank.questions, "traits": bank.traits}
     for name, rows in files.items():
-        if rows or name != "traits":
+        if name == "traits" and not rows:
+            (folder / "traits.jsonl").unlink(missing_ok=True)
+        else:
             text = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
             _write_text(folder / f"{name}.jsonl", text)
 
@@ -119,7 +126,7 @@ def _questions(path: Path) -> list[Question]:
 
 def _role(path: Path) -> Role:
     steps, rubric = _steps(path, "role")
-    is_default = path.stem == "default"
+    is_default = path.stem == DEFAULT
     prompts = [_prompt(step, "pos", path, number, empty=is_default) for number, step in enumerate(steps, 1)]
     if is_default:
         prompts = [prompt.replace("{model_name}", "{model}") for prompt in prompts]
@@ -131,6 +138,8 @@ def _trait(path: Path) -> Trait:
     positive, negative = (
         tuple(_prompt(step, side, path, number) for number, step in enumerate(steps, 1)) for side in ("pos", "neg")
     )
+    if set(positive) & set(negative):
+        raise KnownError(f"{path}: trait {path.stem!r} has the same prompt on both sides")
     return Trait(path.stem, positive, negative, rubric)
 
 

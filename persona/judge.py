@@ -24,7 +24,7 @@ from personaxis.persona.errors import KnownError
 from personaxis.persona.rollouts import Rollout
 from personaxis.persona.rubric import rule_score
 from personaxis.persona.store import append_lines, read_lines
-from personaxis.persona.trait_rubric import HIGHEST, SIDE
+from personaxis.persona.trait_rubric import HIGHEST, NEITHER
 from personaxis.persona.traits import POSITIVE, is_pole, poles
 
 SCORES = (0, 1, 2, 3)
@@ -191,11 +191,13 @@ def judge_rollouts(
 
 
 def read_sides(path: Path, judge_id: str | None = None) -> dict[str, int | None]:
-    """For traits' answers, from their log: 1 where the score, 0 to 100, is on the answer's own side, 0 where it is not."""
+    """For traits' answers, from their log: 1 where the score, 0 to 100, is on the answer's own side, 0 elsewhere."""
     rows = _newest_rows(path, judge_id)
     scores = {key: row["score"] for key, row in rows.items()}
+    toward = {key: None if score is None else score - NEITHER for key, score in scores.items()}
     return {
-        key: score if score is None else int((score >= SIDE) == (key[0] == POSITIVE)) for key, score in scores.items()
+        key: None if value is None else int(value > 0 if key[0] == POSITIVE else value < 0)
+        for key, value in toward.items()
     }
 
 

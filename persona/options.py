@@ -117,6 +117,8 @@ def selection_of(options: PlanOptions) -> tuple[Selection, int]:
     if options.roles is not None and (len(names) if names is not None else count or 0) < 3:
         raise KnownError("a persona space needs at least 3 roles besides the default; give more with --roles")
     trait_names, n_traits = _names_or_count(options.trait_names, "--trait-names")
+    if options.trait_names is not None and (len(trait_names) if trait_names is not None else n_traits or 0) < 3:
+        raise KnownError("a trait space needs at least 3 traits; give more with --trait-names")
     selection = Selection(
         role_names=names,
         n_roles=count,

@@ -41,6 +41,7 @@ from personaxis.persona.stages import (
     planned,
 )
 from personaxis.persona.subject import Subject, load_subject
+from personaxis.persona.traits import is_pole
 
 GATE_WARNING = 0.25  # a share of role-play that is surely below this is said aloud
 
@@ -113,9 +114,9 @@ def sample(work: Work) -> list[Rollout]:
 
 
 def judge_run(
-    run: Run, bank: Bank, rollouts: list[Rollout], options: JudgeOptions, *, lead: bool = True
+    run: Run, bank: Bank, rollouts: list[Rollout], options: JudgeOptions, place: Ranks = Ranks()
 ) -> list[Rollout]:
-    """Score the rollouts (rank 0) and return them with their scores. `--judge none` leaves every score None.
+    """Score the rollouts (rank 0; the others wait for it) and return them with their scores. `--judge none` leaves every score None.
 
     Roles get 0-3. Traits are scored by an endpoint only, 0-100 in their own log; their rollouts carry 1 where the score is on
     the pole's own side and 0 where it is not.
@@ -123,20 +124,34 @@ def judge_run(
     if options.judge == "none":
         return rollouts
     of_roles, of_traits = without_poles(rollouts), only_poles(rollouts)
-    judge = judge_named(options)
-    path = run.folder / "scores.jsonl"
-    if lead:
-        run.note(judge=_judged(of_roles, bank, judge, path, quiet=options.judge == "rules"))
-    of_roles = with_scores(of_roles, read_scores(path, judge.id))
-    if of_traits and _is_url(options.judge):
-        from personaxis.persona.judge_endpoint import EndpointJudge
-
-        judge = EndpointJudge(options.judge, options.judge_model or "", traits=True)
-        path = run.folder / "trait_scores.jsonl"
-        if lead:
-            run.note(trait_judge=_judged(of_traits, bank, judge, path))
-        of_traits = with_scores(of_traits, read_sides(path, judge.id))
+    judge, trait_judge = judge_named(options), _trait_judge(options) if of_traits else None
+    logs = run.folder / "scores.jsonl", run.folder / "trait_scores.jsonl"
+    if place.rank == 0:
+        run.note(judge=_judged(of_roles, bank, judge, logs[0], quiet=options.judge == "rules"))
+        if trait_judge is not None:
+            run.note(trait_judge=_judged(of_traits, bank, trait_judge, logs[1]))
+        elif run.manifest.get("trait_judge"):
+            run.note(trait_judge=None)  # the newest judge scored no traits
+    place.barrier()
+    of_roles = with_scores(of_roles, read_scores(logs[0], judge.id))
+    if trait_judge is not None:
+        of_traits = with_scores(of_traits, read_sides(logs[1], trait_judge.id))
     return [*of_roles, *of_traits]
+
+
+def stored_scores(run: Run) -> dict[str, int | None]:
+    """Scores of the newest judge, and traits' sides where that judge scored traits."""
+    scores = read_scores(run.folder / "scores.jsonl")
+    trait_judge = run.manifest.get("trait_judge")
+    return scores if trait_judge is None else scores | read_sides(run.folder / "trait_scores.jsonl", trait_judge["id"])
+
+
+def _trait_judge(options: JudgeOptions) -> Judge | None:
+    if not _is_url(options.judge):
+        return None
+    from personaxis.persona.judge_endpoint import EndpointJudge
+
+    return EndpointJudge(options.judge, options.judge_model or "", traits=True)
 
 
 def _judged(rollouts: list[Rollout], bank: Bank, judge: Judge, path: Path, quiet: bool = False) -> dict[str, Any]:
@@ -185,7 +200,9 @@ def record_rollouts(
     run: Run, subject: Subject, rollouts: list[Rollout], place: Ranks
 ) -> tuple[Activations, Activations | None]:
     """Two artefacts, `activations` and `trait_activations`, so that adding traits leaves the roles' as they are."""
-    of_traits = only_poles(rollouts)
+    of_traits = [
+        rollout for rollout in only_poles(rollouts) if rollout.answer.strip()
+    ]  # as blank ones of roles are dropped
     roles = make_activations(run, subject, without_poles(rollouts), place)
     return roles, make_activations(run, subject, of_traits, place, "trait_activations") if of_traits else None
 
@@ -195,7 +212,8 @@ def _sampler(work: Work) -> Sampler:
         return Sampler(work.subject, work.chat.end_ids, work.sampling)
     from personaxis.persona.graph import GraphSampler
 
-    longest = max(map(len, work.plan.prompt_ids.values()))
+    # traits, which may be added later, must not change how the roles' chunks are decoded
+    longest = max(len(ids) for key, ids in work.plan.prompt_ids.items() if not is_pole(key))
     return GraphSampler(work.subject, work.chat.end_ids, work.sampling, longest=longest)
 
 

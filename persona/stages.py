@@ -147,7 +147,7 @@ def make_activations(
                     _record_part(subject, part, layers, part_content, advance).save(part_stem)
     ranks.barrier()
     if ranks.rank == 0:
-        whole = join([load_activations(folder / f"{number:05d}") for number in range(len(parts))])
+        whole = join([_whole_part(folder / f"{number:05d}", part) for number, part in enumerate(parts)])
         replace(whole, content=content).save(stem)
         shutil.rmtree(folder)
     ranks.barrier()
@@ -174,6 +174,13 @@ def _record_part(
         model=subject.describe(),
         content=content,
     )
+
+
+def _whole_part(stem: Path, part: Sequence[Rollout]) -> Activations:
+    found = load_activations(stem)
+    if found.content != content_of(part):
+        raise KnownError(f"{stem}: another process recorded other answers or scores than this one has; run it again")
+    return found
 
 
 def _recorded(stem: Path, content: str, layers: tuple[int, ...]) -> bool:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from personaxis.persona.bank import Bank
 from personaxis.persona.errors import KnownError
 from personaxis.persona.options import JudgeOptions, ModelOptions, PlanOptions
 
@@ -61,7 +62,7 @@ def judge(run: Path, /, *, who: JudgeOptions = JudgeOptions(), bank: Path | None
 
     with open_run(run) as folder:
         chosen = load_bank(bank)
-        _require_bank(folder.manifest, chosen.digest, run)
+        _require_bank(folder.manifest, chosen, run)
         rollouts = read_rollouts(run)
         if not rollouts:
             raise KnownError(f"{run} has no rollouts; make them first with `personaxis rollout`")
@@ -80,8 +81,7 @@ def record(run: Path, /, *, how: ModelOptions = ModelOptions()) -> None:
     """
     from dataclasses import replace
 
-    from personaxis.persona.judge import read_scores, read_sides
-    from personaxis.persona.prepare import record_rollouts
+    from personaxis.persona.prepare import record_rollouts, stored_scores
     from personaxis.persona.ranks import ranks
     from personaxis.persona.rollouts import read_rollouts, with_scores
     from personaxis.persona.run import open_run
@@ -95,8 +95,7 @@ def record(run: Path, /, *, how: ModelOptions = ModelOptions()) -> None:
         how = replace(how, dtype=how.dtype or asked["dtype"])
         subject = load_subject(asked["model_name"], device=how.device, dtype=how.dtype, chat_template=how.chat_template)
         folder.ask({"model": subject.describe(), "dtype": str(subject.dtype).removeprefix("torch.")})
-        scores = read_scores(run / "scores.jsonl") | read_sides(run / "trait_scores.jsonl")
-        rollouts = with_scores(read_rollouts(run), scores)
+        rollouts = with_scores(read_rollouts(run), stored_scores(folder))
         for found in record_rollouts(folder, subject, rollouts, place):
             if place.rank == 0 and found is not None:
                 say_result(
@@ -235,10 +234,13 @@ def self_test(model: Model, /, *, how: ModelOptions = ModelOptions(), json: bool
         raise KnownError(f"self-test of {model} failed: {', '.join(failed)}")
 
 
-def _require_bank(manifest: dict[str, Any], digest: str, run: Path) -> None:
-    made_with = manifest.get("asked", {}).get("bank")
-    if made_with and made_with != digest:
-        raise KnownError(f"{run} was made with bank {made_with[:12]}, not {digest[:12]}; name its folder with --bank")
+def _require_bank(manifest: dict[str, Any], bank: Bank, run: Path) -> None:
+    asked = manifest.get("asked", {})
+    for what, name, digest in (("bank", "bank", bank.digest), ("traits", "traits_bank", bank.traits_digest)):
+        if asked.get(name) and asked[name] != digest:
+            raise KnownError(
+                f"{run} was made with {what} {asked[name][:12]}, not {digest[:12]}; name the bank's folder with --bank"
+            )
 
 
 def console() -> Console:

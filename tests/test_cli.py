@@ -112,6 +112,8 @@ def letters(rendered):
         (["roles", "--check", "tiny/config.json"], ["config.json is not named roles.jsonl"]),
         (["roles", "--export", "tiny"], ["tiny exists and is not an empty folder"]),
         (["axis", "tiny", "--trait-names", "clam,terse,warm"], ["no trait 'clam'", "calm"]),
+        (["axis", "tiny", "--trait-names", "calm,terse"], ["at least 3 traits"]),
+        (["axis", "tiny", "--trait-names", "0"], ["at least 3 traits"]),
         (["axis", "tiny", "--trait-names", ","], ["--trait-names ',' names nothing"]),
         (["axis", "tiny", "--roles", "0"], ["at least 3 roles"]),
         (["axis", "tiny", "--keep", "all", "--compare", "nowhere"], ["no axis at nowhere"]),

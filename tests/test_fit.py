@@ -1,5 +1,7 @@
 """Fitting: identities, scikit-learn and numpy as oracles, and coverage of what is claimed about uncertainty."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -258,3 +260,34 @@ def test_halves_hold_half_of_every_roles_answers_to_each_question():
         assert sorted(place[own]) == list(range(48))
         for question in range(12):
             assert (place[own & (groups.question == question)] % 2).sum() == 2
+
+
+@pytest.mark.parametrize(
+    ("n_roles", "prompts", "n_questions"), [(3, 1, 16), (3, 2, 3), (4, 1, 1), (5, 1, 2), (3, 5, 1)]
+)
+def test_the_smallest_runs_are_fitted_without_a_number_that_is_none(n_roles, prompts, n_questions):
+    """A half without the pole or without another role gave NaN, and fit.json could not be written after all the work."""
+    x, groups = with_questions(1.0, n_roles=n_roles, n_questions=n_questions, prompts=prompts)
+    keys = [
+        f"{'default' if i == 0 else f'r{i}'}/{n}/q{q}/0"
+        for n, (i, q) in enumerate(zip(groups.index, groups.question, strict=True))
+    ]
+    means = torch.tensor(x).float()[:, None].repeat(1, 3, 1)
+    cells, count, mean, square = cell_sums([(key.split("/")[0], None) for key in keys], means)
+    activations = Activations(
+        cells, count, mean, square, tuple(keys), (None,) * len(keys), (0, 1, 2), means, MODEL, "c"
+    )
+    for seed in range(5):
+        report = fit_axis(activations, keys, scores=None, default="default", replicates=20, seed=seed).report
+        json.dumps(report, allow_nan=False)
+
+
+def test_a_split_without_the_pole_on_either_side_is_not_counted():
+    """One answer of the pole once gave an axis from nothing minus the roles, and cosines near 1."""
+    x, groups = with_questions(1.0)
+    keep = (groups.index > 0) | (np.cumsum(groups.index == 0) == 1)
+    alone = groups.only(keep)
+    assert (alone.index == 0).sum() == 1
+    assert split_half(x[keep], alone, np.random.default_rng(0), 10) is None
+    assert split_questions(x[keep], alone, np.random.default_rng(0), 10) is None
+    assert learning_curve(x[keep], alone, np.random.default_rng(0), 10).answers == ()

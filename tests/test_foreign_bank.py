@@ -111,3 +111,20 @@ def test_a_trait_without_pairs_cannot_be_exported(tmp_path):
     bank = Bank((load_bank().default,), (Question("q", "Why?"),), (Trait("calm", ("a", "b"), ("c",)),))
     with pytest.raises(KnownError, match="'calm' has 2 positive and 1 negative prompts"):
         export_bank(bank, tmp_path)
+
+
+def test_a_default_of_another_name_is_still_the_default_when_it_comes_back(tmp_path):
+    model = Role("model", ("", "You are {model}."), is_default=True, rubric="itself")
+    bank = Bank((model, Role("bard", ("You are a bard.",))), (Question("q", "Why?"),))
+    export_bank(bank, tmp_path / "theirs")
+    assert load_bank(tmp_path / "theirs").default.prompts == model.prompts
+    with pytest.raises(KnownError, match="a role is named 'default' and is not the default"):
+        export_bank(Bank((model, Role("default", ("Be plain.",))), bank.questions), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_bank_written_over_another_leaves_no_traits_of_it(tmp_path):
+    write_bank(load_bank(), tmp_path)
+    plain = Bank((load_bank().default,), (Question("q", "Why?"),))
+    write_bank(plain, tmp_path)
+    assert load_bank(tmp_path) == plain

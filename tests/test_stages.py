@@ -185,6 +185,23 @@ def test_two_ranks_give_the_very_run_that_one_process_gives(place):
     same_as_reference(place / "ranks", place / "reference")
 
 
+def test_ranks_wait_for_the_judge_before_they_record(place):
+    """The second rank read the scores before the first had judged, and recorded its roles without any."""
+
+    def judged(run):
+        arguments = axis(place, run)
+        arguments[arguments.index("none")] = "rules"
+        return arguments
+
+    main(judged("judged"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(place / "script.py"), "none", "0", *judged("judged-ranks")]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **threads})
+    assert done.returncode == 0, done.stderr
+    same_as_reference(place / "judged-ranks", place / "judged")
+
+
 def test_a_run_that_was_begun_by_ranks_is_finished_by_one_process(place):
     """The ranks' own logs, as a kill leaves them, count as done and are put into the one log."""
     run = place / "shards"

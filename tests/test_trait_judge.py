@@ -32,7 +32,7 @@ def rollout(role, number, answer):
     [
         ("85", 85), ("0", 0), ("100", 100), ("Score: **85**", 85), ("85/100", 85), ("85 out of 100.", 85), ("70%", 70),
         ("<think>maybe 20</think>85", 85), ("80-90", None), ("7.5", None), ("120", None), ("", None), ("high", None),
-        ("between 10 and 20", None), ("-5", None),
+        ("between 10 and 20", None), ("-5", None), ("\u22125", None), ("50", 50),
     ],
 )  # fmt: skip
 def test_a_reply_counts_only_when_its_one_number_is_a_score(reply, score):
@@ -70,6 +70,12 @@ def test_roles_and_traits_are_judged_on_their_own_scales_into_their_own_logs(ser
     asked = len(endpoint.bodies)
     judge_run(Run(tmp_path), BANK, made, options)  # from the log, but for the one without a score
     assert len(endpoint.bodies) == asked + 1
+
+
+def test_a_score_of_neither_side_counts_for_neither_pole(tmp_path):
+    rows = [{"key": f"{sign}calm/0/q/{score}", "judge": "j", "score": score} for sign in "+-" for score in (49, 50, 51)]
+    (tmp_path / "trait_scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [k for k, v in read_sides(tmp_path / "trait_scores.jsonl").items() if v] == ["+calm/0/q/51", "-calm/0/q/49"]
 
 
 def test_rules_leave_traits_unjudged(tmp_path):

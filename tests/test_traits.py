@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from personaxis.analysis.compare import compared, other_axis
+from personaxis.analysis.tables import say_compared
 from personaxis.analysis.traits import fit_traits
 from personaxis.persona.activations import Activations, cell_sums
 from personaxis.persona.axis import Axis, load_axis
@@ -122,7 +123,7 @@ def test_answers_that_do_not_show_their_side_are_dropped_where_they_were_judged(
     kept = [i % 3 > 0 for i in range(len(whole.keys))]
     found = fit_traits(scored(whole, [int(own) for own in kept]), axis(), replicates=20).report
     assert found["judged"] is True
-    assert found["dropped"] == kept.count(False)
+    assert (found["other_side"], found["unjudged"]) == (kept.count(False), 0)
     assert {tuple(row["n"]) for row in found["traits"]} == {(20, 20)}
     x = whole.rollout_means[:, 1].double()
     up = [
@@ -184,12 +185,13 @@ def test_an_axis_is_compared_with_another_layer_by_layer_and_by_the_rank_of_role
         other_axis(tmp_path / "nothing")
 
 
-def test_axes_of_another_width_are_compared_by_rank_or_not_at_all(tmp_path):
-    Axis(torch.eye(4)[:L], torch.ones(L), (0, 1, 2), 1, {**MODEL, "d_model": 4, "fingerprint": "x"}).save(
-        tmp_path / "axis"
-    )
-    with pytest.raises(KnownError, match="another width or depth, and has no roles to compare by rank"):
-        compared(axis(), [], tmp_path / "axis")
+def test_axes_of_another_width_have_no_cosines(tmp_path):
+    other = {**MODEL, "d_model": 4, "fingerprint": "x"}
+    Axis(torch.eye(4)[:L], torch.ones(L), (0, 1, 2), 1, other).save(tmp_path / "axis")
+    found = compared(axis(), [], tmp_path / "axis")
+    assert (found["cosines"], found["same_model"], "roles" in found) == (None, False, False)
+    said = say_compared({"compared": found, "layer": 1})
+    assert said.endswith("another model (m): another width or depth, and no roles in common")
 
 
 def test_the_packaged_model_comes_with_an_axis_that_names_its_weights_and_floors():
