@@ -1,1 +1,1 @@
-"""Acting on a model along an axis. Nothing is here yet; the kernel's plain form is `personaxis.persona.axis.apply_cap`."""
+"""Acting on a model along an axis: interventions as numbers, and hooks that apply and account for them."""

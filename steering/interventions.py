@@ -1,0 +1,166 @@
+"""What may be done to the residual stream along a direction, as plain numbers: no model and no closure is inside.
+
+Four interventions are one step, with p = <h, v> for a unit vector v,
+
+    h' = h + v * (clamp(p, floor, ceiling) - p + add)
+
+    Cap         floor (and maybe a ceiling), add 0     holds the projection above the floor  (arXiv 2601.10387, section 5)
+    Ablate      floor = ceiling = 0                    takes the direction out
+    MeanAblate  floor = ceiling = mean                 sets the projection to a mean
+    Add         no floor, no ceiling, add = amount     moves along the direction, whatever p is
+
+so an engine needs one kernel for all of them, and what it needs is a `Step`: tensors that can travel anywhere.
+
+    cap = cap_of(axis, layers=range(18, 24), level=0.5)          # floor: the median of the default's answers
+    steps_of([cap, Ablate.along(other_axis, [20])])[20]          # what happens at layer 20, in order
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from personaxis.persona.axis import Axis, Cap
+from personaxis.persona.errors import KnownError
+
+PHASES = ("prompt", "answer", "both")
+POPULATIONS = ("default", "roles")
+
+
+@dataclass(frozen=True)
+class Add:
+    """Move along unit vectors by `amount` (residual units) at some layers."""
+
+    layers: tuple[int, ...]
+    vectors: Float[Tensor, "C D"]
+    amount: Float[Tensor, " C"]
+    phase: str = "both"
+    model: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check(self.layers, self.vectors, self.amount, self.phase)
+
+    @classmethod
+    def along(cls, axis: Axis, layers: Iterable[int], amount: float, phase: str = "both") -> "Add":
+        """The same amount along an axis at each layer."""
+        chosen = tuple(layers)
+        return cls(chosen, _vectors(axis, chosen), torch.full((len(chosen),), float(amount)), phase, axis.model)
+
+
+@dataclass(frozen=True)
+class MeanAblate:
+    """Set the projection on unit vectors to `mean` at some layers."""
+
+    layers: tuple[int, ...]
+    vectors: Float[Tensor, "C D"]
+    mean: Float[Tensor, " C"]
+    phase: str = "both"
+    model: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check(self.layers, self.vectors, self.mean, self.phase)
+
+    @classmethod
+    def along(cls, axis: Axis, layers: Iterable[int], mean: Sequence[float], phase: str = "both") -> "MeanAblate":
+        """Means by layer, along an axis."""
+        chosen = tuple(layers)
+        return cls(chosen, _vectors(axis, chosen), torch.tensor(mean, dtype=torch.float32), phase, axis.model)
+
+
+@dataclass(frozen=True)
+class Ablate:
+    """Take unit vectors out of the stream at some layers: the projection becomes 0."""
+
+    layers: tuple[int, ...]
+    vectors: Float[Tensor, "C D"]
+    phase: str = "both"
+    model: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check(self.layers, self.vectors, torch.zeros(len(self.layers)), self.phase)
+
+    @classmethod
+    def along(cls, axis: Axis, layers: Iterable[int], phase: str = "both") -> "Ablate":
+        """An axis's own direction at each layer."""
+        chosen = tuple(layers)
+        return cls(chosen, _vectors(axis, chosen), phase, axis.model)
+
+
+Intervention = Cap | Add | Ablate | MeanAblate
+
+
+@dataclass(frozen=True)
+class Step:
+    """One intervention at one layer, as numbers: h' = h + v * (clamp(p, floor, ceiling) - p + add)."""
+
+    vector: Float[Tensor, " D"]
+    floor: float
+    ceiling: float
+    add: float
+    phase: str
+
+
+def cap_of(axis: Axis, layers: Iterable[int], level: float, population: str = "default", phase: str = "both") -> Cap:
+    """A cap whose floor at each layer is a quantile of a population's projections, as the axis keeps them.
+
+    `level` is in [0, 1] and must be one that the axis keeps; `population` is "default" or "roles": whose whole answers
+    were projected. Raises `KnownError` for a layer or level that the axis does not have.
+    """
+    chosen = tuple(layers)
+    if population not in POPULATIONS:
+        raise KnownError(f"population {population!r} is not one of {', '.join(POPULATIONS)}")
+    if not 0 <= level <= 1:
+        raise KnownError(f"level {level} is outside 0..1: it is a quantile")
+    kept = [i for i, own in enumerate(axis.levels) if abs(own - level) < 1e-9]
+    if not kept:
+        raise KnownError(f"level {level} is not kept in this axis ({', '.join(map(str, axis.levels)) or 'none is'})")
+    vectors = _vectors(axis, chosen)
+    table = axis.default_quantiles if population == "default" else axis.role_quantiles
+    floor = torch.stack([table[axis.layers.index(layer), kept[0]] for layer in chosen])
+    if not torch.isfinite(floor).all():
+        missing = [layer for layer, value in zip(chosen, floor.tolist(), strict=True) if value != value]
+        raise KnownError(f"the axis keeps no quantiles at layers {missing}: no rollout means were kept there")
+    return Cap(chosen, vectors, floor, level=level, population=population, phase=phase, model=axis.model)
+
+
+def steps_of(interventions: Sequence[Intervention]) -> dict[int, list[Step]]:
+    """What happens at each layer, in the order of the interventions."""
+    found: dict[int, list[Step]] = {}
+    for intervention in interventions:
+        for row, layer in enumerate(intervention.layers):
+            low, high, add = _bounds(intervention, row)
+            found.setdefault(layer, []).append(Step(intervention.vectors[row], low, high, add, intervention.phase))
+    return found
+
+
+def _bounds(intervention: Intervention, row: int) -> tuple[float, float, float]:
+    """Floor, ceiling and amount to add."""
+    infinity = float("inf")
+    if isinstance(intervention, Cap):
+        ceiling = infinity if intervention.ceiling is None else float(intervention.ceiling[row])
+        return float(intervention.floor[row]), ceiling, 0.0
+    if isinstance(intervention, Add):
+        return -infinity, infinity, float(intervention.amount[row])
+    mean = float(intervention.mean[row]) if isinstance(intervention, MeanAblate) else 0.0
+    return mean, mean, 0.0
+
+
+def _vectors(axis: Axis, layers: tuple[int, ...]) -> Float[Tensor, "C D"]:
+    if not layers:
+        raise KnownError("an intervention needs at least one layer")
+    return torch.stack([axis.at(layer) for layer in layers])
+
+
+def _check(layers: tuple[int, ...], vectors: Tensor, numbers: Tensor, phase: str) -> None:
+    if vectors.shape[0] != len(layers) or numbers.shape != (len(layers),):
+        raise ValueError(f"{len(layers)} layers, {vectors.shape[0]} vectors and {len(numbers)} numbers differ")
+    if not torch.isfinite(numbers).all():
+        raise ValueError("an amount or a mean is NaN or infinite")
+    lengths = vectors.double().norm(dim=1)
+    if not torch.allclose(lengths, torch.ones_like(lengths), atol=1e-4):
+        raise ValueError(f"vectors must be finite and of length 1, got {lengths.min():.4g} to {lengths.max():.4g}")
+    if phase not in PHASES:
+        raise ValueError(f"phase {phase!r} is not one of {', '.join(PHASES)}")
