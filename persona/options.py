@@ -58,6 +58,21 @@ class PlanOptions:
 
 @Parameter(name="*")
 @dataclass(frozen=True)
+class SamplingOptions:
+    """How to sample one answer."""
+
+    max_new_tokens: int = 128
+    "longest answer"
+    temperature: float = 0.7
+    "sampling temperature; 0 takes the likeliest token"
+    top_p: float = 0.9
+    "nucleus mass"
+    seed: int = 0
+    "all arms sample with it"
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
 class JudgeOptions:
     """Who decides whether an answer plays its role."""
 

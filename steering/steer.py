@@ -24,6 +24,10 @@ from personaxis.persona.subject import Subject, residual
 from personaxis.steering.interventions import Intervention, Step, steps_of
 
 
+class Silent(RuntimeError):
+    """A hook did not fire in a forward: something goes around the blocks, and what was made is not steered."""
+
+
 @dataclass(frozen=True)
 class Tally:
     """What was done, by layer and row of the batch. C steered layers, B rows.
@@ -88,10 +92,10 @@ class Steering:
 
     @property
     def tally(self) -> Tally:
-        """The account of this batch. Raises RuntimeError when a layer's hook did not fire in every forward."""
+        """The account of this batch. Raises `Silent` when a layer's hook did not fire in every forward."""
         silent = [layer for layer in self.layers if self._fires[layer] != self._forwards]
         if silent or not self._counts:
-            raise RuntimeError(f"the hooks of layers {silent or list(self.layers)} did not fire: nothing was steered")
+            raise Silent(f"the hooks of layers {silent or list(self.layers)} did not fire: nothing was steered")
         columns = [torch.stack([self._counts[layer][i].cpu() for layer in self.layers]) for i in range(4)]
         return Tally(self.layers, columns[0].long(), columns[1].long(), columns[2].float(), columns[3].float())
 
