@@ -165,7 +165,7 @@ def _layer(
     if x is not None and replicates:
         generators = [np.random.default_rng([seed, purpose]) for purpose in range(5)]
         found = agreement(x, groups, generators[0], replicates)
-        line["cos_pc1_by_rollouts"] = found.by_rollouts.to_json()
+        line["cos_pc1_by_questions"] = found.by_questions.to_json()
         line["cos_pc1_by_roles"] = found.by_roles.to_json()
         line["wobble"] = found.angle_to_estimate
         if (half := split_half(x, groups, generators[1], replicates)) is not None:

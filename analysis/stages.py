@@ -19,7 +19,7 @@ from personaxis.persona.options import FitOptions, given
 from personaxis.persona.rollouts import Rollout, without_poles
 from personaxis.persona.store import digest, read_json, write_json
 
-FIT_VERSION = 5  # raise it when fitting changes, so that stored fits are made again
+FIT_VERSION = 6  # raise it when fitting changes, so that stored fits are made again
 
 
 def fit_run(

@@ -168,31 +168,37 @@ def split_roles(x: Array, groups: Groups, generator: Generator, splits: int = 10
 
 @dataclass(frozen=True)
 class Agreement:
-    """How PC1 and the axis agree at one layer, over rollouts and over roles, and the axis's own wobble."""
+    """How PC1 and the axis agree at one layer, over questions and over roles, and the axis's own wobble."""
 
-    by_rollouts: Interval
+    by_questions: Interval
     by_roles: Interval
-    angle_to_estimate: float  # median degrees between a bootstrap axis (over rollouts) and the axis
+    angle_to_estimate: float  # median degrees between an axis of resampled questions and the axis
 
 
 def agreement(x: Array, groups: Groups, generator: Generator, replicates: int = 100) -> Agreement:
-    """Bootstrap cos(PC1, axis), resampling rollouts within each role, and resampling roles."""
+    """Bootstrap cos(PC1, axis), resampling the questions, the same for every role, and resampling roles.
+
+    Where questions are not known, or only one was asked, each role's rollouts are resampled instead.
+    """
     means, _ = groups.means(x)
     axis = direction(means)
     value = cosine(first_component(means)[0], axis)
-    rollouts, roles, angles = [], [], []
+    questions, roles, angles = [], [], []
+    for_questions, for_roles = generator.spawn(2)
     for _ in range(replicates):
-        again, _ = groups.means(x, _resample(groups.index, generator))
-        replicate = direction(again)
-        rollouts.append(cosine(first_component(again)[0], replicate))
+        sums, total = groups.sums(x, _resample(groups, for_questions))
+        there = (total > 0).astype(float)
+        again = sums / np.maximum(total, 1)[:, None]
+        replicate = direction(again, there[1:])
+        questions.append(cosine(first_component(again, there[1:])[0], replicate))
         angles.append(np.degrees(np.arccos(np.clip(cosine(replicate, axis), -1, 1))))
-        drawn = generator.integers(groups.n_roles, size=groups.n_roles)
+        drawn = for_roles.integers(groups.n_roles, size=groups.n_roles)
         while (drawn == drawn[0]).all():  # one role drawn throughout has no directions; with three that is common
-            drawn = generator.integers(groups.n_roles, size=groups.n_roles)
+            drawn = for_roles.integers(groups.n_roles, size=groups.n_roles)
         weight = np.bincount(drawn, minlength=groups.n_roles).astype(float)
         roles.append(cosine(first_component(means, weight)[0], direction(means, weight)))
-    by_rollouts, by_roles = interval(value, np.array(rollouts)), interval(value, np.array(roles))
-    return Agreement(by_rollouts, by_roles, float(np.median(angles)))
+    by_questions, by_roles = interval(value, np.array(questions)), interval(value, np.array(roles))
+    return Agreement(by_questions, by_roles, float(np.median(angles)))
 
 
 @dataclass(frozen=True)
@@ -266,11 +272,23 @@ def _places(groups: Groups, generator: Generator) -> NDArray[np.int64]:
     return place
 
 
-def _resample(index: NDArray[np.int64], generator: Generator) -> Array:
-    """How often each rollout is drawn when every group is resampled with replacement."""
+TRIES = 20  # draws of questions that may leave the pole or all roles but one without an answer
+
+
+def _resample(groups: Groups, generator: Generator) -> Array:
+    """How often each rollout counts when the questions are drawn again with replacement, for all roles alike."""
+    number = 0 if groups.question is None else int(groups.question.max()) + 1
+    if groups.question is not None and number > 1:
+        for _ in range(TRIES):
+            drawn = np.bincount(generator.integers(number, size=number), minlength=number)
+            weight = drawn[groups.question].astype(np.float64)
+            there = np.bincount(groups.index, weight, minlength=len(groups.names)) > 0
+            if there[0] and there[1:].sum() > 1:
+                return weight
+    index = groups.index
     order = np.argsort(index, kind="stable")
     count = np.bincount(index)
     own = index[order]
     first = np.concatenate([[0], np.cumsum(count)[:-1]])[own]
-    drawn = first + (generator.random(len(index)) * count[own]).astype(np.int64)
-    return np.bincount(order[drawn], minlength=len(index)).astype(np.float64)
+    chosen = first + (generator.random(len(index)) * count[own]).astype(np.int64)
+    return np.bincount(order[chosen], minlength=len(index)).astype(np.float64)

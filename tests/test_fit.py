@@ -11,6 +11,7 @@ from personaxis.analysis.fit import LEVELS, fit_axis
 from personaxis.analysis.geometry import Groups, components, components_for, cosine, direction, first_component
 from personaxis.analysis.uncertainty import (
     _places,
+    _resample,
     agreement,
     learning_curve,
     shuffled,
@@ -121,7 +122,7 @@ def test_agreement_has_an_interval_around_the_estimate_over_roles_and_rollouts()
     found = agreement(x, groups, np.random.default_rng(0), 60)
     assert 0.8 < found.by_roles.value <= 1
     assert found.by_roles.low <= found.by_roles.value
-    assert found.by_rollouts.high <= 1
+    assert found.by_questions.high <= 1
     assert 0 < found.angle_to_estimate < 30
 
 
@@ -291,3 +292,16 @@ def test_a_split_without_the_pole_on_either_side_is_not_counted():
     assert split_half(x[keep], alone, np.random.default_rng(0), 10) is None
     assert split_questions(x[keep], alone, np.random.default_rng(0), 10) is None
     assert learning_curve(x[keep], alone, np.random.default_rng(0), 10).answers == ()
+
+
+def test_resampled_questions_are_the_same_for_every_role_and_count_as_often_as_they_were_drawn():
+    x, groups = with_questions(2.0, n_roles=10)
+    weight = _resample(groups, np.random.default_rng(4))
+    assert weight.sum() == len(x)
+    for question in range(12):
+        assert len(set(weight[groups.question == question])) == 1
+    loud, quiet = (
+        agreement(with_questions(size)[0], groups_of, np.random.default_rng(0), 40)
+        for size, groups_of in ((4.0, with_questions(4.0)[1]), (0.0, with_questions(0.0)[1]))
+    )
+    assert loud.angle_to_estimate == pytest.approx(quiet.angle_to_estimate, abs=3)  # what moves all roles alike cancels

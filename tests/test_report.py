@@ -29,7 +29,7 @@ def a_layer(number: int, *, bare: bool = False) -> dict[str, Any]:
     line: dict[str, Any] = {"layer": number, "norm": 3.0, "cos_pc1": 0.8, "angle_pc1": 36.9, "variance_pc1": 0.4}
     if bare:
         return line
-    both = {"cos_pc1_by_roles": an_interval(0.8), "cos_pc1_by_rollouts": an_interval(0.8), "wobble": 12.0}
+    both = {"cos_pc1_by_roles": an_interval(0.8), "cos_pc1_by_questions": an_interval(0.8), "wobble": 12.0}
     return {**line, **both, "split_half": an_interval(0.7), "split_roles": an_interval(0.6), "null": dict(NULL)}
 
 
