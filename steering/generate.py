@@ -20,6 +20,7 @@ from torch import Tensor
 
 from personaxis.persona.axis import Axis
 from personaxis.persona.chat import ChatFormat, Messages
+from personaxis.persona.errors import KnownError
 from personaxis.persona.sampler import Decoder, PlainDecoder, Prompt, Sampler, Sampling
 from personaxis.persona.subject import Subject, residual
 from personaxis.steering.interventions import Intervention
@@ -98,8 +99,17 @@ def generate(
     sampling: Sampling,
     seed: int = 0,
 ) -> Generated:
-    """Answer a conversation with the interventions on (none: as the model is). The axis names the layer of the trace."""
+    """Answer a conversation with the interventions on (none: as the model is). The axis names the layer of the trace.
+
+    Raises `KnownError` for a conversation that leaves no room for the answer in the model's context.
+    """
     ids = tuple(chat.prompt_ids(messages))
+    limit = getattr(subject.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit and len(ids) + sampling.max_new_tokens > limit:
+        raise KnownError(
+            f"{len(ids)} tokens to read and {sampling.max_new_tokens} to write are more than the {limit} that "
+            f"{subject.id} holds; shorten the prompt or --max-new-tokens"
+        )
     sampler = Sampler(subject, chat.end_ids, sampling)  # proves its decoder before anything steers
     with steered(subject, interventions) if interventions else nullcontext() as held:
         if held is not None:

@@ -43,6 +43,8 @@ def generate(
     from personaxis.persona.fitted import axis_stem
     from personaxis.persona.sampler import Sampling
 
+    if not prompt.strip():
+        raise KnownError("the prompt is empty: give what the user says")
     along = load_axis(axis_stem(axis))
     held = cap_named(cap, along)
     sampling = Sampling(sampled.max_new_tokens, sampled.temperature, sampled.top_p)

@@ -113,6 +113,15 @@ def test_the_trace_holds_projections_before_the_step_and_what_the_step_did():
     assert 0 <= found.fired <= 1
 
 
+def test_a_conversation_that_leaves_no_room_for_an_answer_is_refused():
+    subject = tiny_subject()
+    long = [{"role": "user", "content": "x" * 500}]
+    with pytest.raises(
+        KnownError, match=r"5\d\d tokens to read and 12 to write are more than the 512 that tiny-llama-0"
+    ):
+        generate(subject, chat_format(subject.tokenizer), long, [], axis_of(subject), SAMPLING)
+
+
 def test_a_sparkline_shows_means_between_its_bounds():
     assert sparkline([float(i) for i in range(8)], 0.0, 8.0) == "▁▂▃▄▅▆▇█"
     assert sparkline([0.0, 0.0, 10.0, 10.0], 0.0, 10.0, width=2) == "▁█"
