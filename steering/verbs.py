@@ -105,7 +105,8 @@ def _print(found: dict[str, Any], floor: float | None) -> None:
         trace = one.trace
         mean = float(trace.answer.mean()) if len(trace.answer) else float("nan")
         out.print(
-            Text(f"{name}", style="bold"), Text(f"mean projection {mean:.1f} at layer {trace.layer}, before its step", style="dim")
+            Text(f"{name}", style="bold"),
+            Text(f"mean projection {mean:.1f} at layer {trace.layer}, before its step", style="dim"),
         )
         out.print(Text(one.text))
         line = sparkline(trace.answer.tolist(), low, high)
