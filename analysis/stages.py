@@ -31,6 +31,8 @@ def fit_run(
     options: FitOptions,
 ) -> dict[str, Any]:
     """Fit and write the artefacts and fit.json, whose content is returned; read it when nothing has changed."""
+    if options.replicates == 1:
+        raise KnownError("--replicates 1 makes no interval; give 0 for none, or as many as 100")
     asked = {"content": activations.content, "version": FIT_VERSION, **given(options)}
     if of_traits is not None:
         asked["traits"] = of_traits.content

@@ -30,7 +30,7 @@ def print_fit(fit: dict[str, Any], page: Path) -> None:
 def stability(line: dict[str, Any]) -> str:
     """One sentence on how far the axis at a layer can be trusted."""
     if "split_half" not in line:
-        return "no rollout means were kept at this layer, or there are too few answers for halves, so it is not known"
+        return "no rollout means were kept at this layer, there are too few answers for halves, or --replicates was 0, so it is not known"
     half, null = line["split_half"], line["null"]
     whole = 2 * half["value"] / (1 + half["value"])  # Spearman-Brown: the halves are half as long as the whole
     other = f"; two halves of the questions {_interval(line['split_questions'])}" if "split_questions" in line else ""

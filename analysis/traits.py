@@ -135,7 +135,7 @@ def _rows(
         found = interval(row["cosine"], drawn)
         row |= {"low": max(found.low, -1.0), "high": min(found.high, 1.0)}  # a cosine is no more than 1
         shuffled.append(dealt)
-    return rows, float(np.quantile(np.abs(np.concatenate(shuffled)), 0.95))
+    return rows, min(float(np.quantile(np.abs(np.concatenate(shuffled)), 0.95)), 1.0)
 
 
 def _resampled(sides: list[Array], generator: np.random.Generator, replicates: int) -> tuple[Array, Array]:

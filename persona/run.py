@@ -79,6 +79,8 @@ def open_run(folder: Path, *, create: bool = False, rank: int = 0) -> Iterator[R
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise KnownError(f"{folder} is a file, not a run folder") from None
+    except (PermissionError, FileNotFoundError) as error:
+        raise KnownError(f"run folder {folder} cannot be made ({error.strerror}); choose another with --out") from None
     if rank:
         yield Run(folder, rank)
         return

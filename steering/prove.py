@@ -11,12 +11,12 @@ A probe goes through the blocks with the interventions on, and a reading hook af
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from personaxis.persona.errors import KnownError
+from personaxis.persona.selftest import Check
 from personaxis.persona.subject import Subject, residual
 from personaxis.steering.interventions import Intervention, Step
 from personaxis.steering.steer import Silent, correct, steered
@@ -24,21 +24,8 @@ from personaxis.steering.steer import Silent, correct, steered
 PROBE = 24  # tokens
 
 
-@dataclass(frozen=True)
-class Proof:
-    """One check: `found` must not exceed `allowed`; NaN never passes."""
-
-    name: str
-    found: float
-    allowed: float
-
-    @property
-    def passed(self) -> bool:
-        return self.found <= self.allowed
-
-
 @torch.no_grad()
-def prove(subject: Subject, interventions: Sequence[Intervention]) -> list[Proof]:
+def prove(subject: Subject, interventions: Sequence[Intervention]) -> list[Check]:
     """Run the checks on one made-up row of tokens; nothing is raised for a failed one."""
     vocabulary = subject.model.get_input_embeddings().weight.shape[0]
     ids = ((torch.arange(PROBE, device=subject.device) * 37 + 11) % vocabulary)[None]
@@ -53,9 +40,9 @@ def prove(subject: Subject, interventions: Sequence[Intervention]) -> list[Proof
     rounding = 1e-5 if subject.dtype == torch.float32 else 2e-2
     silent = float(sum(int(seen) == 0 for seen in tally.seen.sum(1)))
     return [
-        Proof("steered blocks against the reference step, relative", worst, rounding),
-        Proof("layers whose hooks saw no token", silent, 0.0),
-        Proof("logits changed after the steering ended", float((after - plain).abs().max()), 0.0),
+        Check("steered blocks against the reference step, relative", worst, rounding),
+        Check("layers whose hooks saw no token", silent, 0.0),
+        Check("logits changed after the steering ended", float((after - plain).abs().max()), 0.0),
     ]
 
 
