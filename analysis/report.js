@@ -71,8 +71,8 @@
   paint();
 
   const find = document.getElementById("find");
-  find.closest("p").hidden = false;
-  find.addEventListener("input", () => {
+  if (find) find.closest("p").hidden = false;
+  find?.addEventListener("input", () => {
     const wanted = find.value.trim().toLowerCase();
     for (const row of document.querySelectorAll(".ranking tbody tr")) {
       row.hidden = !row.cells[0].textContent.toLowerCase().includes(wanted);
@@ -80,7 +80,7 @@
   });
 
   const copy = document.getElementById("copy");
-  if (navigator.clipboard) {
+  if (copy && navigator.clipboard) {
     copy.hidden = false;
     copy.addEventListener("click", async () => {
       await navigator.clipboard.writeText(document.querySelector(".command code").textContent);

@@ -6,28 +6,22 @@ Role names, prompts, answers and model ids come from others: the template escape
 JSON without markup, and the page's own policy runs no script but the three written here and loads nothing at all.
 """
 
-import base64
-import hashlib
 import json
 import math
 import shlex
 from collections import Counter
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 from personaxis.analysis.figures import figures
+from personaxis.analysis.page import write_page
 from personaxis.analysis.ranking import number_format, ranking, trait_ranking
 from personaxis.analysis.tables import say_compared, stability
 from personaxis.persona.bank import load_bank
 from personaxis.persona.rollouts import Rollout
-from personaxis.persona.store import atomic
 
 HERE = Path(__file__).parent
 SCORES = {
@@ -50,32 +44,14 @@ def write_report(
 
     `stamp` is found in the first 4000 characters of the file, so that a caller can tell whether it is up to date.
     """
-    page = _environment().get_template("report.html.jinja").render(_content(fit, rollouts, manifest, stamp))
-    with atomic(path) as temporary:
-        temporary.write_bytes(page.encode("utf-8", "replace"))  # an answer may hold half a surrogate pair
-
-
-@cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"interval": _interval, "short": _short}
-    return environment
+    content = _content(fit, rollouts, manifest, stamp)
+    write_page(path, HERE / "report.html.jinja", content, figures(fit), {"interval": _interval, "short": _short})
 
 
 def _content(fit: dict[str, Any], rollouts: Sequence[Rollout], manifest: dict[str, Any], stamp: str) -> dict[str, Any]:
     line = next(line for line in fit["layers"] if line["layer"] == fit["layer"])
-    drawn = figures(fit)
-    scripts = [get_plotlyjs(), (HERE / "report.js").read_text(encoding="utf-8")]
-    data = "{" + ",".join(f"{json.dumps(name)}:{figure.to_json()}" for name, figure in drawn.items()) + "}"
     return {
         "stamp": stamp,
-        "policy": _policy(scripts),
-        "css": Markup((HERE / "report.css").read_text(encoding="utf-8")),
-        "scripts": [Markup(script) for script in scripts],
-        "data": Markup(data.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")),
-        "drawn": drawn.keys(),
         "fit": fit,
         "line": line,
         "others": len(fit["roles"]) - 1,
@@ -99,16 +75,6 @@ def _content(fit: dict[str, Any], rollouts: Sequence[Rollout], manifest: dict[st
         "created": manifest.get("created"),
         "records": {"All of run.json": _pretty(manifest), "What the fit was asked for": _pretty(fit["asked"])},
     }
-
-
-def _policy(scripts: Sequence[str]) -> str:
-    """A content security policy: these scripts by their hashes, styles in the page, images from memory, no network."""
-    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
-    allowed = " ".join(f"'sha256-{value}'" for value in hashes)
-    return (
-        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; "
-        "base-uri 'none'; form-action 'none'"
-    )
 
 
 def _verdict(fit: dict[str, Any], line: dict[str, Any]) -> str:

@@ -56,12 +56,7 @@ class Axis:
 
     def require_model(self, model: dict[str, Any]) -> None:
         """Refuse a model that this axis was not fitted on: other weights, another depth or another width."""
-        for name in ("fingerprint", "d_model", "n_layers"):
-            if self.model.get(name) is not None and self.model[name] != model[name]:
-                raise KnownError(
-                    f"this axis came from {self.model.get('id')} ({self.model.get('weights')}), not from {model['id']} "
-                    f"({model['weights']}): {name} {self.model[name]} against {model[name]}; fit an axis on this model"
-                )
+        require_origin("axis", self.model, model)
 
     def save(self, stem: Path) -> None:
         """Write `stem.safetensors` and `stem.json`."""
@@ -70,6 +65,26 @@ class Axis:
             tensors |= {"default_quantiles": self.default_quantiles, "role_quantiles": self.role_quantiles}
         meta = {"layers": list(self.layers), "layer": self.layer, "model": self.model, "levels": list(self.levels)}
         save_tensors(stem, tensors, {"kind": "axis", **meta, "poles": list(self.poles), "fit": self.fit})
+
+
+def require_origin(what: str, origin: dict[str, Any], model: dict[str, Any], *, force: bool = False) -> None:
+    """Refuse an artefact whose `origin` is not `model` (both `Subject.describe()`); an unknown origin has to fit in size.
+
+    `force` lets pass the one thing that may be meant: weights of the same depth and width in another format.
+    """
+    said = f"this {what} came from {origin.get('id')} ({origin.get('weights')}), not from {model['id']} ({model['weights']})"
+    for name in ("d_model", "n_layers"):
+        if origin.get(name) is not None and origin[name] != model[name]:
+            raise KnownError(f"{said}: {name} {origin[name]} against {model[name]}; fit an axis on this model")
+    if origin.get("fingerprint") in (None, model["fingerprint"]):
+        return
+    if origin.get("weights") == model["weights"]:
+        said += f": fingerprint {origin['fingerprint']} against {model['fingerprint']}"
+        raise KnownError(f"{said}; fit an axis on this model")
+    if not force:
+        raise KnownError(
+            f"{said}: the same model in two weight formats has two axes; fit one on this one, or --force it across formats"
+        )
 
 
 def _require_unit_rows(vectors: Tensor) -> None:
@@ -137,8 +152,9 @@ def load_space(stem: Path) -> PersonaSpace:
 class Cap:
     """A floor (and maybe a ceiling) on the projection at some layers: h + v * clamp(floor - <h,v>, min=0).
 
-    `vectors` are unit rows toward the first pole. `level` and `population` say where the floor came from: the quantile,
-    and whose projections it was taken from. `phase` is the part of a conversation that is capped.
+    `vectors` are unit rows toward the first pole. `level` and `population` say where the floor came from: the quantile (the
+    middle one where each layer has its own), and whose projections it was taken from. `phase` is the part of a conversation
+    that is capped, `found` what a calibration says of this cap.
     """
 
     layers: tuple[int, ...]
@@ -149,6 +165,7 @@ class Cap:
     population: str = "unknown"
     phase: str = "both"
     model: dict[str, Any] = field(default_factory=dict)
+    found: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.vectors.shape[0] != len(self.layers) or self.floor.shape != (len(self.layers),):
@@ -170,15 +187,20 @@ class Cap:
         if self.ceiling is not None:
             tensors["ceiling"] = self.ceiling
         meta = {"layers": list(self.layers), "level": self.level, "population": self.population, "phase": self.phase}
-        save_tensors(stem, tensors, {"kind": "cap", **meta, "model": self.model})
+        save_tensors(stem, tensors, {"kind": "cap", **meta, "model": self.model, "found": self.found})
 
 
 def load_cap(stem: Path) -> Cap:
-    """Read a cap written by `Cap.save`."""
+    """Read a cap written by `Cap.save`; `KnownError` when it is missing, damaged, or holds what no cap can."""
     tensors, meta = load_tensors(stem, "cap")
-    fields = {name: meta[name] for name in ("level", "population", "phase", "model")}
-    vectors, floor = tensors["vectors"], tensors["floor"]
-    return Cap(tuple(meta["layers"]), vectors, floor, ceiling=tensors.get("ceiling"), **fields)
+    try:
+        fields = {name: meta[name] for name in ("level", "population", "phase", "model")}
+        layers = tuple(int(layer) for layer in meta["layers"])
+        vectors, floor = tensors["vectors"], tensors["floor"]
+        found = meta.get("found", {})
+        return Cap(layers, vectors, floor, ceiling=tensors.get("ceiling"), **fields, found=found)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise KnownError(f"{stem}.json is no cap that could be used: {error}") from None
 
 
 def apply_cap(h: Float[Tensor, "*B D"], cap: Cap, row: int) -> Float[Tensor, "*B D"]:

@@ -20,6 +20,11 @@ VERBS = {
     "fit": ("personaxis.analysis.verbs:fit", "Fit axis and persona space to a run's activations."),
     "report": ("personaxis.analysis.verbs:report", "Write a fitted run's report.html."),
     "generate": ("personaxis.steering.verbs:generate", "Answer a prompt without and with a cap, side by side."),
+    "calibrate": ("personaxis.steering.calibrate_verbs:calibrate", "Find the cap that buys most for what it may cost."),
+    "susceptibility": (
+        "personaxis.steering.calibrate_verbs:susceptibility",
+        "Who a model says it is under role prompts.",
+    ),
     "roles": ("personaxis.persona.bank_verbs:roles", "List, search, show, check and export a role bank."),
     "spans": ("personaxis.persona.verbs:spans", "Show which tokens a chat template gives to whom."),
     "show": ("personaxis.persona.verbs:show", "Print any artefact or run folder as JSON."),

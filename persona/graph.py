@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from personaxis.persona.draw import draw
-from personaxis.persona.sampler import Answer, Decoder, Prompt, Sampler, Sampling
+from personaxis.persona.sampler import Answer, Decoder, Follower, Prompt, Sampler, Sampling
 from personaxis.persona.slots import decoding_mask
 from personaxis.persona.subject import Subject
 
@@ -69,6 +69,15 @@ def slot_attention_on(subject: Subject) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
+def fastest_sampler(
+    subject: Subject, end_ids: frozenset[int], sampling: Sampling, longest: int | None = None
+) -> Sampler:
+    """The sampler to use on the subject's device. `longest` is the longest prompt that will come, in tokens."""
+    if subject.device.type != "cuda":
+        return Sampler(subject, end_ids, sampling)
+    return GraphSampler(subject, end_ids, sampling, longest=longest)
+
+
 class GraphSampler(Sampler):
     """A `Sampler` that keeps `slots` rows decoding and refills them; on a CPU it does the same without a graph.
 
@@ -86,31 +95,36 @@ class GraphSampler(Sampler):
         super().__init__(subject, end_ids, sampling)
         self.slots, self.longest = slots, longest or 0
         self._steps: Steps | None = None
+        self._nobody = Follower()
 
     @torch.no_grad()
-    def answers(self, prompts: Sequence[Prompt]) -> Iterator[Answer]:
-        """Answer one chunk; answers come as they end."""
+    def answers(self, prompts: Sequence[Prompt], follower: Follower | None = None) -> Iterator[Answer]:
+        """Answer one chunk; answers come as they end. Another follower than the last one's is another capture."""
         if self.decoder is not Decoder:
-            yield from super().answers(prompts)
+            yield from super().answers(prompts, follower)
             return
         longest = max(self.longest, *(len(prompt.ids) for prompt in prompts))
         length = -(-(longest + self.sampling.max_new_tokens) // 64) * 64
         with slot_attention_on(self.subject):
             slots = min(self.slots or fitting_slots(self.subject, length), len(prompts))
-            if self._steps is None or self._steps.slots != slots or self._steps.length < length:
+            follower = follower or self._nobody
+            follower.start(prompts)
+            if self._steps is None or not self._steps.serves(slots, length, follower):
                 self._steps = None  # frees the old cache first
-                self._steps = Steps(self, slots, length)
+                self._steps = Steps(self, slots, length, follower)
             yield from self._steps.run(prompts)
 
 
 class Steps:
     """The state of all slots as fixed tensors, and the step that changes them in place."""
 
-    def __init__(self, sampler: GraphSampler, slots: int, length: int) -> None:
-        subject, device = sampler.subject, sampler.subject.device
+    def __init__(self, sampler: GraphSampler, slots: int, length: int, follower: Follower) -> None:
+        subject, device, self.follower = sampler.subject, sampler.subject.device, follower
         self.sampler, self.subject, self.slots, self.length = sampler, subject, slots, length
         self.limit = sampler.sampling.max_new_tokens
-        self.decoder = Decoder(subject, slots, length)
+        self.decoder = Decoder(subject, slots, length, follower)
+        follower.seat(slots)
+        self._followed = [id(tensor) for tensor in follower.state()]
         self.tokens = torch.zeros(slots, dtype=torch.long, device=device)
         self.positions = torch.zeros(slots, dtype=torch.long, device=device)
         self.seeds = torch.zeros(slots, dtype=torch.long, device=device)
@@ -120,6 +134,11 @@ class Steps:
         self.ended = torch.zeros(slots, dtype=torch.bool, device=device)  # by an end token, not by the limit
         self.state = self.decoder.cache.state
         self._replay: Callable[[], None] | None = None
+
+    def serves(self, slots: int, length: int, follower: Follower) -> bool:
+        """Whether the captured step does for that many slots of that length, with that follower's tensors."""
+        same = follower is self.follower and [id(tensor) for tensor in follower.state()] == self._followed
+        return same and self.slots == slots and self.length >= length
 
     def run(self, prompts: Sequence[Prompt]) -> Iterator[Answer]:
         """Answer the prompts, refilling slots in order of the prompts."""
@@ -134,7 +153,7 @@ class Steps:
             for _ in range(POLL):
                 self._step()
             yield from done  # of the round before: the GPU is busy with this one
-            done = self._finished(rows)
+            done = self._finished(prompts, rows)
         yield from done
 
     def _fill(self, prompts: Sequence[Prompt], waiting: list[int], rows: list[int | None], free: list[int]) -> None:
@@ -142,6 +161,7 @@ class Steps:
         for slot in taken:
             rows[slot] = waiting.pop()
         chosen = [prompts[row] for slot in taken if (row := rows[slot]) is not None]
+        self.follower.enter(taken, chosen)
         self.decoder.prefill([prompt.ids for prompt in chosen], taken)
         at = torch.tensor(taken, device=self.tokens.device)
 
@@ -155,7 +175,7 @@ class Steps:
         put(self.running, [1] * len(chosen))
         put(self.ended, [0] * len(chosen))
 
-    def _finished(self, rows: list[int | None]) -> list[Answer]:
+    def _finished(self, prompts: Sequence[Prompt], rows: list[int | None]) -> list[Answer]:
         """Take the answers out of the slots that came to rest; this waits for the GPU."""
         running, ended, steps = self.running.tolist(), self.ended.tolist(), self.steps.tolist()
         done = [slot for slot, row in enumerate(rows) if row is not None and not running[slot]]
@@ -166,6 +186,7 @@ class Steps:
             assert row is not None
             found.append(Answer(row, tuple(ids[: steps[slot]]), "end" if ended[slot] else "length"))
             rows[slot] = None
+        self.follower.leave(done, prompts, found)
         return found
 
     def _step(self) -> None:
@@ -178,6 +199,7 @@ class Steps:
         config, state = self.decoder.config, self.state
         state.positions, state.visible = self.positions, self.length
         mask = decoding_mask(config, self.positions, self.length, self.subject.dtype)
+        self.follower.stepping(self.running, self.steps == 0)
         logits = self.subject.model(
             input_ids=self.tokens[:, None],
             position_ids=self.positions[:, None],
@@ -226,7 +248,8 @@ class Steps:
         return replay
 
     def _state(self) -> list[Tensor]:
-        return [self.tokens, self.positions, self.seeds, self.steps, self.written, self.running, self.ended]
+        own = [self.tokens, self.positions, self.seeds, self.steps, self.written, self.running, self.ended]
+        return own + self.follower.state()
 
 
 def fitting_slots(subject: Subject, length: int) -> int:

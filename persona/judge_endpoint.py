@@ -32,13 +32,28 @@ KEPT_REPLY = 2000  # characters of a reply that go into the log
 _DECLINES = re.compile(r"\b(?:sorry|apologi[sz]e|cannot|can't|won't|unable to)\b", re.IGNORECASE)
 
 
+@dataclass(frozen=True)
+class Wording:
+    """What a judge is asked: `hash` names the wording, `message` puts an item into it, `parse` reads the reply."""
+
+    hash: str
+    message: Callable[[Item], str]
+    parse: Callable[[str], int | None]
+
+
+ROLES = Wording(
+    RUBRIC_HASH, lambda item: rubric_message(item.role, item.prompt, item.question, item.answer), parse_score
+)
+TRAITS = Wording(TRAIT_HASH, lambda item: trait_message(item.role, item.question, item.answer), parse_percent)
+
+
 class EndpointJudge:
     """Asks `model` at `url`, with at most `concurrency` requests at a time.
 
     `url` may end with the host, with `/v1` (or another version), or be the full path of chat/completions. `timeout` and
     `backoff` are seconds: the wait for a server's next bytes, and the mean pause before the first retry, doubled with
     each of the `retries`. Raise `max_tokens` for reasoning models, which think before they give the digit.
-    With `traits` it scores traits' answers from 0 to 100 in place of roles' from 0 to 3. Raises `KnownError` for an address
+    `wording` is what it asks: `ROLES` for a score from 0 to 3, `TRAITS` for 0 to 100. Raises `KnownError` for an address
     or a key that cannot be one.
     """
 
@@ -52,7 +67,7 @@ class EndpointJudge:
         timeout: float = 60.0,
         backoff: float = 1.0,
         max_tokens: int = 16,
-        traits: bool = False,
+        wording: Wording = ROLES,
     ) -> None:
         if concurrency < 1 or retries < 0 or timeout <= 0 or backoff < 0 or max_tokens < 1:
             raise ValueError(f"impossible settings: {concurrency=}, {retries=}, {timeout=}, {backoff=}, {max_tokens=}")
@@ -60,18 +75,13 @@ class EndpointJudge:
         self.model = model
         self.concurrency, self.retries, self.timeout, self.backoff = concurrency, retries, timeout, backoff
         self.max_tokens = max_tokens
-        self.traits = traits
+        self.wording = wording
         self._headers = _headers()
 
     @property
     def id(self) -> str:
         """Model and wording of the rubric; not the address, which may change under one and the same model."""
-        return f"endpoint:{self.model}:{TRAIT_HASH if self.traits else RUBRIC_HASH}"
-
-    def _message(self, item: Item) -> str:
-        if self.traits:
-            return trait_message(item.role, item.question, item.answer)
-        return rubric_message(item.role, item.prompt, item.question, item.answer)
+        return f"endpoint:{self.model}:{self.wording.hash}"
 
     def verdicts(self, items: Sequence[Item]) -> Iterator[Verdict]:
         """One verdict per item, as replies come. Closing the iterator, or any exception, stops new requests at once.
@@ -123,7 +133,7 @@ class EndpointJudge:
         """A verdict on one item after as many attempts as it takes, or the reason to stop everything."""
         body = {
             "model": self.model,
-            "messages": [{"role": "user", "content": self._message(item)}],
+            "messages": [{"role": "user", "content": self.wording.message(item)}],
             "temperature": 0,
             "max_tokens": self.max_tokens,
         }
@@ -156,7 +166,7 @@ class EndpointJudge:
             return _Reply(None, _short(response.text), f"http {response.status_code}", passes=True, retry_after=wait)
         if response.status_code != 200:
             return _Reply(None, _short(response.text), f"http {response.status_code}")
-        return _read(response, parse_percent if self.traits else parse_score)
+        return _read(response, self.wording.parse)
 
 
 def completions_url(url: str) -> httpx.URL:

@@ -15,6 +15,7 @@ from personaxis.persona.activations import Activations
 from personaxis.persona.bank import Bank, load_bank
 from personaxis.persona.chat import ChatFormat, chat_format
 from personaxis.persona.errors import KnownError
+from personaxis.persona.graph import fastest_sampler
 from personaxis.persona.judge import (
     Judge,
     RuleJudge,
@@ -149,9 +150,9 @@ def stored_scores(run: Run) -> dict[str, int | None]:
 def _trait_judge(options: JudgeOptions) -> Judge | None:
     if not _is_url(options.judge):
         return None
-    from personaxis.persona.judge_endpoint import EndpointJudge
+    from personaxis.persona.judge_endpoint import TRAITS, EndpointJudge
 
-    return EndpointJudge(options.judge, options.judge_model or "", traits=True)
+    return EndpointJudge(options.judge, options.judge_model or "", wording=TRAITS)
 
 
 def _judged(rollouts: list[Rollout], bank: Bank, judge: Judge, path: Path, quiet: bool = False) -> dict[str, Any]:
@@ -208,13 +209,9 @@ def record_rollouts(
 
 
 def _sampler(work: Work) -> Sampler:
-    if work.subject.device.type != "cuda":
-        return Sampler(work.subject, work.chat.end_ids, work.sampling)
-    from personaxis.persona.graph import GraphSampler
-
     # traits, which may be added later, must not change how the roles' chunks are decoded
     longest = max(len(ids) for key, ids in work.plan.prompt_ids.items() if not is_pole(key))
-    return GraphSampler(work.subject, work.chat.end_ids, work.sampling, longest=longest)
+    return fastest_sampler(work.subject, work.chat.end_ids, work.sampling, longest)
 
 
 def _report_gate(work: Work, keys: list[str]) -> None:

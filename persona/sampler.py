@@ -45,10 +45,11 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids to answer and the seed to do it with."""
+    """Token ids to answer and the seed to do it with. `plan` is for what follows the sampling: what it does to this row."""
 
     ids: tuple[int, ...]
     seed: int
+    plan: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,15 +61,52 @@ class Answer:
     stopped: Literal["end", "length"]
 
 
+class Follower:
+    """Something inside the forwards (steering) that must know which rows and tokens each of them is about.
+
+    A sampler tells it all of that; this one does nothing with it. A row's place in a batch is its *slot*.
+    """
+
+    def start(self, prompts: Sequence[Prompt]) -> None:
+        """A chunk of prompts begins."""
+
+    def seat(self, slots: int) -> None:
+        """There are so many slots from now on."""
+
+    def enter(self, slots: Sequence[int], prompts: Sequence[Prompt]) -> None:
+        """These prompts take these slots."""
+
+    def reading(self, slots: Tensor, lengths: Tensor) -> None:
+        """The next forward reads prompts into `slots` (n,): `lengths` (n,) tokens of each, the rest is padding."""
+
+    def stepping(self, running: Tensor, first: Tensor) -> None:
+        """The next forward feeds one token to slots 0..n-1. `running` (n,) is false where a row is at rest; `first` (n,) is
+        true where the token is the prompt's last and not yet the answer's."""
+
+    def reading_again(self, lengths: Tensor, starts: Tensor) -> None:
+        """The next forward reads slots 0..n-1 from their beginning, once more: `lengths` (n,) tokens, answers from `starts`."""
+
+    def move(self, source: int, target: int) -> None:
+        """The row in slot `source` goes on in slot `target`."""
+
+    def leave(self, slots: Sequence[int], prompts: Sequence[Prompt], answers: Sequence["Answer"]) -> None:
+        """The rows in these slots are answered."""
+
+    def state(self) -> list[Tensor]:
+        """What a forward changes, to be put back after forwards that do not count."""
+        return []
+
+
 class Decoder:
     """One chunk's forward passes on a slot cache: `prefill` once, then `step` token by token."""
 
     name = "slots"
 
-    def __init__(self, subject: Subject, slots: int, length: int) -> None:
-        self.subject = subject
+    def __init__(self, subject: Subject, slots: int, length: int, follower: Follower | None = None) -> None:
+        self.subject, self.follower = subject, follower or Follower()
         self.config = subject.model.config.get_text_config(decoder=True)
         self.cache = SlotCache(subject.n_layers, slots, length)
+        self.steps = 0
 
     def prefill(self, prompts: Sequence[tuple[int, ...]], slots: Sequence[int] | None = None) -> None:
         """Fill slots (0.. unless given) with all but the last token of each prompt, in batches."""
@@ -79,13 +117,17 @@ class Decoder:
             stop = batch_end([len(ids) for ids in prompts], first, tokens)
             batch = pad([ids[:-1] or ids for ids in prompts[first:stop]], self.subject.device)
             state.rows = torch.tensor(slots[first:stop], device=self.subject.device)
+            read = torch.tensor([len(ids) - 1 for ids in prompts[first:stop]], device=self.subject.device)
+            self.follower.reading(state.rows, read)
             self.subject.base(input_ids=batch, past_key_values=self.cache, use_cache=True)
             first = stop
-        state.prefill = False
+        state.prefill, self.steps = False, 0
 
     def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Logits (n, V) after feeding `tokens` (n,) at `positions` (n,) to slots 0..n-1."""
-        state = self.cache.state
+        state, everywhere = self.cache.state, torch.ones_like(tokens, dtype=torch.bool)
+        self.follower.stepping(everywhere, everywhere if self.steps == 0 else ~everywhere)
+        self.steps += 1
         state.positions, state.visible = positions, int(positions.max()) + 1
         mask = decoding_mask(self.config, positions, state.visible, self.subject.dtype)
         return self.subject.model(
@@ -106,12 +148,14 @@ class PlainDecoder:
 
     name = "no cache"
 
-    def __init__(self, subject: Subject, slots: int, length: int) -> None:
-        self.subject = subject
+    def __init__(self, subject: Subject, slots: int, length: int, follower: Follower | None = None) -> None:
+        self.subject, self.follower = subject, follower or Follower()
         self.text = torch.zeros(slots, length, dtype=torch.long, device=subject.device)
+        self.starts = torch.zeros(slots, dtype=torch.long, device=subject.device)
 
     def prefill(self, prompts: Sequence[tuple[int, ...]]) -> None:
         """Keep the prompts."""
+        self.starts[: len(prompts)] = torch.tensor([len(ids) for ids in prompts])
         for row, ids in enumerate(prompts):
             self.text[row, : len(ids)] = torch.tensor(ids)
 
@@ -120,11 +164,12 @@ class PlainDecoder:
         rows = torch.arange(len(tokens), device=tokens.device)
         self.text[rows, positions] = tokens
         text = self.text[: len(tokens), : int(positions.max()) + 1]
+        self.follower.reading_again(positions + 1, self.starts[: len(tokens)])
         return self.subject.model(input_ids=text, use_cache=False).logits[rows, positions]
 
     def move(self, source: int, target: int) -> None:
         """Continue row `source` as row `target`."""
-        self.text[target] = self.text[source]
+        self.text[target], self.starts[target] = self.text[source], self.starts[source]
 
 
 class Sampler:
@@ -136,11 +181,14 @@ class Sampler:
         self.decoder: type[Any] = Decoder if cached_decoding_error(subject) < _tolerance(subject) else PlainDecoder
 
     @torch.no_grad()
-    def answers(self, prompts: Sequence[Prompt]) -> Iterator[Answer]:
-        """Answer one chunk; answers come as they end."""
-        limit, device = self.sampling.max_new_tokens, self.subject.device
+    def answers(self, prompts: Sequence[Prompt], follower: Follower | None = None) -> Iterator[Answer]:
+        """Answer one chunk; answers come as they end. `follower` is told what every forward is about."""
+        limit, device, follower = self.sampling.max_new_tokens, self.subject.device, follower or Follower()
         length = max(len(prompt.ids) for prompt in prompts) + limit
-        decoder = self.decoder(self.subject, len(prompts), length)
+        decoder = self.decoder(self.subject, len(prompts), length, follower)
+        follower.start(prompts)
+        follower.seat(len(prompts))
+        follower.enter(range(len(prompts)), prompts)
         decoder.prefill([prompt.ids for prompt in prompts])
         rows = list(range(len(prompts)))  # which prompt is in which slot
         tokens = torch.tensor([prompt.ids[-1] for prompt in prompts], device=device)
@@ -154,10 +202,13 @@ class Sampler:
             written[: len(rows), step] = tokens
             ended = torch.isin(tokens, self.end_ids)
             for slot in reversed(ended.nonzero()[:, 0].tolist()):  # from the back: the row that moves in has not ended
-                yield Answer(rows[slot], tuple(written[slot, :step].tolist()), "end")
+                answer = Answer(rows[slot], tuple(written[slot, :step].tolist()), "end")
+                follower.leave([slot], prompts, [answer])
+                yield answer
                 last = len(rows) - 1
                 if slot != last:
                     decoder.move(last, slot)
+                    follower.move(last, slot)
                     for values in (rows, tokens, positions, seeds, written):
                         values[slot] = values[last]
                 rows.pop()
@@ -165,8 +216,9 @@ class Sampler:
             if not rows:
                 return
             positions = positions + 1
-        for slot, row in enumerate(rows):
-            yield Answer(row, tuple(written[slot].tolist()), "length")
+        left = [Answer(row, tuple(written[slot].tolist()), "length") for slot, row in enumerate(rows)]
+        follower.leave(range(len(rows)), prompts, left)
+        yield from left
 
 
 @torch.no_grad()

@@ -1,16 +1,15 @@
-"""One answer without and with steering, token by token, and the trace of its projection.
+"""One answer in several arms (as the model is, capped, ...), token by token, and the trace of each arm's projection.
 
-    found = generate(subject, chat, messages, [cap], axis, Sampling(), seed=0)
-    found.text, found.trace.projection
+    arms = generate(subject, chat, messages, {"as it is": [], "capped": [cap]}, axis, Sampling(), seed=0)
+    arms["capped"].text, arms["capped"].trace.projection
 
-Both arms sample with the same seed through the same decoder. The trace is read afterwards in one forward over prompt and
-answer with the same interventions on: projection before the step, and the length of the correction.
+All arms are rows of one batch and sample with the same seed. A trace is read afterwards in one forward over prompt and
+answer with the same interventions on: projection before the step at the axis's layer, and the corrections at every layer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -21,17 +20,18 @@ from torch import Tensor
 from personaxis.persona.axis import Axis
 from personaxis.persona.chat import ChatFormat, Messages
 from personaxis.persona.errors import KnownError
-from personaxis.persona.sampler import Decoder, PlainDecoder, Prompt, Sampler, Sampling
+from personaxis.persona.graph import fastest_sampler
+from personaxis.persona.sampler import Prompt, Sampling
 from personaxis.persona.subject import Subject, residual
-from personaxis.steering.interventions import Intervention
-from personaxis.steering.steer import Steering, correct, steered
+from personaxis.steering.interventions import correct, steps_of
+from personaxis.steering.steer import Plan, Tally, steered
 
 
 @dataclass(frozen=True)
 class Trace:
-    """Projections of one conversation at one layer. T tokens, prompt and answer.
+    """Projections of one conversation at one layer, and what was done to it at C layers. T tokens, prompt and answer.
 
-    `projection` is before any step at that layer and `correction` the length of what it did there; `answer_from` is
+    `projection` is before any step at `layer`, `corrections` are the lengths of what was done at `layers`; `answer_from` is
     where the answer begins.
     """
 
@@ -39,7 +39,8 @@ class Trace:
     answer_from: int
     layer: int
     projection: Float[Tensor, " T"]
-    correction: Float[Tensor, " T"]
+    layers: tuple[int, ...]
+    corrections: Float[Tensor, "C T"]
 
     @property
     def answer(self) -> Float[Tensor, " A"]:
@@ -47,59 +48,31 @@ class Trace:
         return self.projection[self.answer_from :]
 
     @property
-    def fired(self) -> float:
-        """Share of the answer's tokens that were changed at this layer; NaN for an empty answer."""
-        return float((self.correction[self.answer_from :] > 0).float().mean())
+    def fired(self) -> Tensor:
+        """At how many layers each token (T,) was changed."""
+        return (self.corrections > 0).sum(0)
 
 
 @dataclass(frozen=True)
 class Generated:
-    """An answer, why it stopped, and its trace."""
+    """An answer, why it stopped, its trace, and the account of its row; None for an arm without interventions."""
 
     text: str
     stopped: str
     trace: Trace
-
-
-class SteeredDecoder(Decoder):
-    """The sampler's decoder that tells the steering which tokens are the prompt's: also the last one, which is decoded."""
-
-    def __init__(self, held: Steering, *given: Any) -> None:
-        super().__init__(*given)
-        self.held, self.stepped = held, 0
-
-    def prefill(self, prompts: Sequence[tuple[int, ...]], slots: Sequence[int] | None = None) -> None:
-        self.held.describe(answer_from=torch.tensor([len(ids) for ids in prompts]))
-        super().prefill(prompts, slots)
-
-    def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        self.held.describe(answer_from=torch.full_like(tokens, int(self.stepped == 0)))
-        self.stepped += 1
-        return super().step(tokens, positions)
-
-
-class SteeredPlainDecoder(PlainDecoder):
-    """The same where the whole text is read again at every step."""
-
-    def __init__(self, held: Steering, *given: Any) -> None:
-        super().__init__(*given)
-        self.held = held
-
-    def prefill(self, prompts: Sequence[tuple[int, ...]]) -> None:
-        self.held.describe(answer_from=torch.tensor([len(ids) for ids in prompts]))
-        super().prefill(prompts)
+    tally: Tally | None
 
 
 def generate(
     subject: Subject,
     chat: ChatFormat,
     messages: Messages,
-    interventions: Sequence[Intervention],
+    arms: Mapping[str, Plan],
     axis: Axis,
     sampling: Sampling,
     seed: int = 0,
-) -> Generated:
-    """Answer a conversation with the interventions on (none: as the model is). The axis names the layer of the trace.
+) -> dict[str, Generated]:
+    """Answer a conversation once in every arm. The axis names the layer of the traces.
 
     Raises `KnownError` for a conversation that leaves no room for the answer in the model's context.
     """
@@ -110,46 +83,53 @@ def generate(
             f"{len(ids)} tokens to read and {sampling.max_new_tokens} to write are more than the {limit} that "
             f"{subject.id} holds; shorten the prompt or --max-new-tokens"
         )
-    sampler = Sampler(subject, chat.end_ids, sampling)  # proves its decoder before anything steers
-    with steered(subject, interventions) if interventions else nullcontext() as held:
-        if held is not None:
-            chosen = SteeredDecoder if sampler.decoder is Decoder else SteeredPlainDecoder
-            sampler.decoder = partial(chosen, held)  # type: ignore[assignment]
-        answer = next(iter(sampler.answers([Prompt(ids, seed)])))
-    text = subject.tokenizer.decode(list(answer.ids), skip_special_tokens=True)
-    return Generated(text, answer.stopped, trace(subject, ids, answer.ids, interventions, axis))
+    sampler = fastest_sampler(subject, chat.end_ids, sampling)  # proves its decoder before anything steers
+    acting = [name for name, plan in arms.items() if plan]
+    prompts = [Prompt(ids, seed, acting.index(name) if name in acting else -1) for name in arms]
+    with steered(subject, *(arms[name] for name in acting)) if acting else nullcontext() as held:
+        answers = sorted(sampler.answers(prompts, held), key=lambda answer: answer.index)
+        tally = None if held is None else held.tally
+    found = {}
+    for row, (name, answer) in enumerate(zip(arms, answers, strict=True)):
+        text = subject.tokenizer.decode(list(answer.ids), skip_special_tokens=True)
+        own = tally.rows([row]) if tally is not None and arms[name] else None
+        found[name] = Generated(text, answer.stopped, trace(subject, ids, answer.ids, arms[name], axis), own)
+    return found
 
 
 @torch.no_grad()
-def trace(
-    subject: Subject,
-    prompt: tuple[int, ...],
-    answer: tuple[int, ...],
-    interventions: Sequence[Intervention],
-    axis: Axis,
-) -> Trace:
+def trace(subject: Subject, prompt: tuple[int, ...], answer: tuple[int, ...], interventions: Plan, axis: Axis) -> Trace:
     """Read a conversation again with the interventions on. Raises `KnownError` for an axis of another model."""
     axis.require_model(subject.describe())
-    kept: list[Tensor] = []
+    steps = steps_of(interventions)
+    entered = {layer: torch.empty(0) for layer in sorted({axis.layer, *steps})}
 
-    def keep(_module: Any, _args: Any, output: Any) -> None:
-        kept.append(residual(output)[0].float())
+    def keep(layer: int) -> Any:
+        def hook(_module: Any, _args: Any, output: Any) -> None:
+            entered[layer] = residual(output).float()
+
+        return hook
 
     ids = torch.tensor([prompt + answer], device=subject.device)
     with steered(subject, interventions) if interventions else nullcontext() as held:
-        handle = subject.blocks[axis.layer].register_forward_hook(keep, prepend=True)  # before the step at that layer
+        # before the step at the layer
+        handles = [subject.blocks[layer].register_forward_hook(keep(layer), prepend=True) for layer in entered]
         try:
             if held is not None:
                 held.describe(answer_from=torch.tensor([len(prompt)]))
             subject.base(input_ids=ids, use_cache=False)
         finally:
-            handle.remove()
-        steps = [] if held is None else held.steps.get(axis.layer, [])
-    h, at = kept[0], torch.arange(ids.shape[1], device=kept[0].device)
-    is_answer = (at >= len(prompt))[None]
-    _, length = correct(h[None], steps, ~is_answer, is_answer)
-    projection = h @ axis.at(axis.layer).to(h.device)
-    return Trace(prompt + answer, len(prompt), axis.layer, projection.cpu(), length[0].cpu())
+            for handle in handles:
+                handle.remove()
+    is_answer = (torch.arange(ids.shape[1]) >= len(prompt))[None]
+    lengths = []
+    for layer in sorted(steps):
+        side = is_answer.to(entered[layer].device)
+        lengths.append(correct(entered[layer], steps[layer], ~side, side)[1][0].cpu())
+    corrections = torch.stack(lengths) if lengths else torch.zeros(0, ids.shape[1])
+    h = entered[axis.layer][0]
+    projection = (h @ axis.at(axis.layer).to(h.device)).cpu()
+    return Trace(prompt + answer, len(prompt), axis.layer, projection, tuple(sorted(steps)), corrections)
 
 
 BARS = "▁▂▃▄▅▆▇█"

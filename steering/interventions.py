@@ -15,12 +15,13 @@ so an engine needs one kernel for all of them, and what it needs is a `Step`: te
     steps_of([cap, Ablate.along(other_axis, [20])])[20]          # what happens at layer 20, in order
 """
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from personaxis.persona.axis import Axis, Cap
@@ -134,6 +135,37 @@ def steps_of(interventions: Sequence[Intervention]) -> dict[int, list[Step]]:
             low, high, add = _bounds(intervention, row)
             found.setdefault(layer, []).append(Step(intervention.vectors[row], low, high, add, intervention.phase))
     return found
+
+
+def correct(
+    h: Float[Tensor, "B T D"], steps: Sequence[Step], prompt: Bool[Tensor, "B T"], answer: Bool[Tensor, "B T"]
+) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B T"]]:
+    """The steps in order on the tokens of their phase, and the length of each token's whole correction; fp32 inside.
+
+    This is what steering means, written plainly: engines are compared with it.
+    """
+    moved = h.float()
+    changed = torch.zeros(h.shape[:2], dtype=torch.bool, device=h.device)
+    for step in steps:
+        vector = step.vector.to(h.device, torch.float32)
+        projection = moved @ vector  # (B, T)
+        delta = projection.clamp(step.floor, step.ceiling) - projection + step.add
+        there = {"prompt": prompt, "answer": answer, "both": prompt | answer}[step.phase]
+        delta = torch.where(there, delta, torch.zeros_like(delta))
+        changed = changed | (delta != 0)
+        moved = moved + delta[..., None] * vector
+    length = torch.where(changed, (moved - h.float()).norm(dim=-1), torch.zeros_like(moved[..., 0]))
+    return torch.where(changed[..., None], moved.to(h.dtype), h), length
+
+
+def plan_digest(plan: Sequence[Intervention]) -> str:
+    """16 hex digits of all that a plan does: equal for plans that do the same."""
+    sha = hashlib.sha256()
+    for layer, steps in sorted(steps_of(plan).items()):
+        for step in steps:
+            sha.update(f"{layer} {step.floor!r} {step.ceiling!r} {step.add!r} {step.phase} ".encode())
+            sha.update(step.vector.detach().float().cpu().numpy().tobytes())
+    return sha.hexdigest()[:16]
 
 
 def _bounds(intervention: Intervention, row: int) -> tuple[float, float, float]:

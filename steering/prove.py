@@ -1,55 +1,71 @@
-"""The short proof that a steering binds on this subject, run before anything is generated with it.
+"""The proof that a steering binds on this subject, through the engine that will be used.
 
-A probe goes through the blocks with the interventions on, and a reading hook after them sees what really left each block:
-
-    every hook fired, and what left a block is what the reference step makes of what the block had put out;
-    every steered layer saw tokens;
-    no logit differs by a bit once the steering has ended.
+Short, before anything is generated: what leaves every steered block is what the reference step makes of what the block put
+out; the engine's own account has seen exactly the tokens that it fed, at every layer; and no logit differs by a bit once
+the steering has ended.
 
     require_binding(subject, [cap])      # raises KnownError and says what is off
+
+Long, for `personaxis self-test --axis`: besides, with floors that fire on half of the probe's tokens, no projection lies
+below its floor afterwards, the engine's account is that of the reference, a floor of -infinity gives the answer of a row that
+is left alone (set in place, so that a captured step is shown to notice it), a floor above everything fires on every token,
+and capping twice is capping once.
+
+    run_cap_test(subject, axis)
 """
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from personaxis.persona.axis import Axis, Cap
 from personaxis.persona.errors import KnownError
+from personaxis.persona.graph import fastest_sampler
+from personaxis.persona.sampler import Answer, Prompt, Sampler, Sampling
 from personaxis.persona.selftest import Check
 from personaxis.persona.subject import Subject, residual
-from personaxis.steering.interventions import Intervention, Step
-from personaxis.steering.steer import Silent, correct, steered
+from personaxis.steering.interventions import correct, steps_of
+from personaxis.steering.steer import Plan, Silent, Steering, steered
 
 PROBE = 24  # tokens
+WRITTEN = 5  # tokens that the engine writes to each probe
 
 
 @torch.no_grad()
-def prove(subject: Subject, interventions: Sequence[Intervention]) -> list[Check]:
-    """Run the checks on one made-up row of tokens; nothing is raised for a failed one."""
-    vocabulary = subject.model.get_input_embeddings().weight.shape[0]
-    ids = ((torch.arange(PROBE, device=subject.device) * 37 + 11) % vocabulary)[None]
+def prove(subject: Subject, plan: Plan) -> list[Check]:
+    """The short proof on made-up tokens; nothing is raised for a failed check."""
+    ids = _probe(subject, PROBE)[None]
+    sampler = _engine(subject)
     plain = subject.model(input_ids=ids, use_cache=False).logits
-    with steered(subject, interventions) as held:
+    with steered(subject, plan) as held:
         held.describe(answer_from=torch.tensor([PROBE // 2]))
         entered, left = _watched(subject, held.layers, ids)
-        tally, steps = held.tally, held.steps
+        silent = float((held.tally.seen.sum(1) == 0).sum())
+        _answers(sampler, held, _prompts(subject))
+        _ = held.tally  # Silent, if it has not seen just what was fed
+    steps = steps_of(plan)
     answer = (torch.arange(PROBE, device=subject.device) >= PROBE // 2)[None]
-    worst = max(_difference(entered[layer], left[layer], steps[layer], answer) for layer in steps)
+    worst = 0.0
+    for layer, own in steps.items():
+        side = answer.to(entered[layer].device)
+        expected = correct(entered[layer], own, ~side, side)[0].float()
+        worst = max(worst, float((left[layer].float() - expected).norm() / expected.norm()))
     after = subject.model(input_ids=ids, use_cache=False).logits
-    rounding = 1e-5 if subject.dtype == torch.float32 else 2e-2
-    silent = float(sum(int(seen) == 0 for seen in tally.seen.sum(1)))
     return [
-        Check("steered blocks against the reference step, relative", worst, rounding),
+        Check("steered blocks against the reference step, relative", worst, 1e-5 if _exact(subject) else 2e-2),
         Check("layers whose hooks saw no token", silent, 0.0),
         Check("logits changed after the steering ended", float((after - plain).abs().max()), 0.0),
     ]
 
 
-def require_binding(subject: Subject, interventions: Sequence[Intervention]) -> None:
-    """`KnownError` unless every hook fires and every check passes."""
+def require_binding(subject: Subject, plan: Plan) -> None:
+    """`KnownError` unless every hook fires and every check of the short proof passes."""
     try:
-        failed = [proof for proof in prove(subject, interventions) if not proof.passed]
+        failed = [proof for proof in prove(subject, plan) if not proof.passed]
         said = "; ".join(f"{proof.name}: {proof.found:.3g}, allowed {proof.allowed:.3g}" for proof in failed)
     except Silent as silent:
         said = str(silent)
@@ -57,28 +73,149 @@ def require_binding(subject: Subject, interventions: Sequence[Intervention]) -> 
         raise KnownError(f"steering does not bind on {subject.id}, so nothing was generated ({said})")
 
 
-def _watched(subject: Subject, layers: Sequence[int], ids: Tensor) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """What the steered blocks put out before and after the steering's own hooks, layer by layer."""
-    entered: dict[int, Tensor] = {}
-    left: dict[int, Tensor] = {}
+@torch.no_grad()
+def run_cap_test(subject: Subject, axis: Axis) -> list[Check]:
+    """The long proof, with caps along the axis at all of its layers whose floors are the probe's own medians.
 
-    def keep(into: dict[int, Tensor], layer: int):  # type: ignore[no-untyped-def]
-        def hook(_module, _args, output) -> None:  # type: ignore[no-untyped-def]
-            into[layer] = residual(output).clone()
+    Raises `KnownError` for an axis of another model.
+    """
+    axis.require_model(subject.describe())
+    cap, spread = _median_cap(subject, axis)
+    try:
+        return [*prove(subject, [cap]), *_after(subject, cap, spread), *_engine_checks(subject, cap)]
+    except Silent as silent:
+        return [Check(f"hooks that fire ({silent})", float("nan"), 0.0)]
+
+
+def _median_cap(subject: Subject, axis: Axis) -> tuple[Cap, Tensor]:
+    """Floors at the medians of a probe's projections (C,), and the projections' spreads (C,)."""
+    with _hooked(subject, axis.layers, prepend=True) as entered:
+        subject.base(input_ids=_probe(subject, PROBE)[None], use_cache=False)
+    # position 0 is an attention sink with a projection of its own
+    places = torch.stack([(entered[layer][0, 1:].float().cpu() @ axis.at(layer)) for layer in axis.layers])
+    cap = Cap(axis.layers, axis.vectors, places.median(1).values, population="probe", model=axis.model)
+    return cap, places.std(1)
+
+
+def _after(subject: Subject, cap: Cap, spread: Tensor) -> list[Check]:
+    """Projections below the floor after the cap, in spreads, and what a second cap changes."""
+    ids = _probe(subject, PROBE)[None]
+    with steered(subject, [cap]) as held:
+        _, left = _watched(subject, cap.layers, ids)
+        share = held.tally.share
+        once = subject.model(input_ids=ids, use_cache=False).logits.float()
+    places = torch.stack([left[layer][0].float().cpu() @ v for layer, v in zip(cap.layers, cap.vectors, strict=True)])
+    below = float(((cap.floor[:, None] - places) / spread[:, None]).max())
+    with steered(subject, [cap, cap]):
+        twice = subject.model(input_ids=ids, use_cache=False).logits.float()
+    # half precision rounds the capped residual itself, by up to 2^-9 of its largest entries
+    return [
+        Check("projections below the floor after the cap, in standard deviations", below, 1e-3 if _exact(subject) else 0.2),
+        Check("share of the probe's tokens left unchanged by floors at their median", 1 - share, 0.75),
+        Check(
+            "logits of capping twice against once, relative",
+            float((twice - once).norm() / once.norm()),
+            1e-4 if _exact(subject) else 5e-2,
+        ),
+    ]  # fmt: skip
+
+
+def _engine_checks(subject: Subject, cap: Cap) -> list[Check]:
+    """The engine's account against the reference's, and floors that are changed in place."""
+    sampler, prompts = _engine(subject), _prompts(subject)
+    idle = replace(cap, floor=torch.full_like(cap.floor, -torch.inf))
+    sky = replace(cap, floor=cap.floor + 1e4)
+    with steered(subject, [cap]) as held:
+        answers = _answers(sampler, held, prompts)
+        tally = held.tally
+        held.set([idle])
+        still = _answers(sampler, held, prompts)
+        unchanged = held.tally
+        held.set([sky])
+        _answers(sampler, held, prompts)
+        everything = held.tally
+    alone = _answers(_engine(subject), None, prompts)
+    expected = [_reference(subject, cap, prompts[i].ids, answer) for i, answer in enumerate(answers)]
+    acting = [i for i, prompt in enumerate(prompts) if prompt.plan == 0]
+    fired, total = (sum(expected[i][k] for i in acting) for k in (0, 1))
+    differing = sum(a.ids != b.ids for a, b in zip(still, alone, strict=True))
+    fed = torch.tensor([len(prompts[i].ids) + WRITTEN - 1 if i in acting else 0 for i in range(len(prompts))])
+    return [
+        Check("tokens that the engine's account saw against those fed", float((tally.seen - fed).abs().max()), 0.0),
+        Check("tokens that the engine fired on against the reference, relative", _off(int(tally.fired.sum()), fired), _near(subject)),
+        Check("sum of the engine's corrections against the reference, relative", _off(float(tally.total.sum()), total), _near(subject)),
+        Check("tokens fired on by floors of -infinity", float(unchanged.fired.sum()), 0.0),
+        Check("answers under floors of -infinity that differ from those without", float(differing), 0.0 if _exact(subject) else 1.0),
+        Check("tokens not fired on by floors above everything", float((everything.seen - everything.fired).sum()), 0.0),
+    ]  # fmt: skip
+
+
+def _reference(subject: Subject, cap: Cap, prompt: tuple[int, ...], answer: Answer) -> tuple[int, float]:
+    """Tokens fired and the sum of the corrections over all layers, by the reference step in one reading."""
+    fed = answer.ids[:-1] if answer.stopped == "length" else answer.ids
+    ids = torch.tensor([prompt + fed], device=subject.device)
+    with steered(subject, [cap]) as held:
+        entered, _ = _watched(subject, cap.layers, ids)
+        del held
+    steps, fired, total = steps_of([cap]), 0, 0.0
+    for layer, h in entered.items():
+        everything = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
+        length = correct(h, steps[layer], ~everything, everything)[1]
+        fired, total = fired + int((length > 0).sum()), total + float(length.sum())
+    return fired, total
+
+
+def _engine(subject: Subject) -> Sampler:
+    return fastest_sampler(subject, frozenset(), Sampling(max_new_tokens=WRITTEN, temperature=0.0))
+
+
+def _prompts(subject: Subject) -> list[Prompt]:
+    """Uneven probes; the second is left alone."""
+    return [
+        Prompt(tuple(_probe(subject, length).tolist()), seed=length, plan=plan)
+        for length, plan in ((9, 0), (9, -1), (17, 0), (2, 0))
+    ]
+
+
+def _probe(subject: Subject, length: int) -> Tensor:
+    vocabulary = subject.model.get_input_embeddings().weight.shape[0]
+    return (torch.arange(length, device=subject.device) * 37 + 11 + length) % vocabulary
+
+
+def _answers(sampler: Sampler, held: Steering | None, prompts: Sequence[Prompt]) -> list[Answer]:
+    return sorted(sampler.answers(prompts, held), key=lambda answer: answer.index)
+
+
+def _exact(subject: Subject) -> bool:
+    return subject.dtype == torch.float32
+
+
+def _near(subject: Subject) -> float:
+    return 1e-2 if _exact(subject) else 0.1
+
+
+def _off(found: float, expected: float) -> float:
+    return abs(found - expected) / max(abs(expected), 1e-9)
+
+
+def _watched(subject: Subject, layers: Sequence[int], ids: Tensor) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """What blocks put out before and after the steering's own hooks, layer by layer."""
+    with _hooked(subject, layers, prepend=True) as entered, _hooked(subject, layers) as left:
+        subject.base(input_ids=ids, use_cache=False)
+    return entered, left
+
+
+@contextmanager
+def _hooked(subject: Subject, layers: Sequence[int], *, prepend: bool = False) -> Iterator[dict[int, Tensor]]:
+    found: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> Any:
+        def hook(_module: Any, _args: Any, output: Any) -> None:
+            found[layer] = residual(output).clone()
 
         return hook
 
     with ExitStack() as stack:
         for layer in layers:
-            block = subject.blocks[layer]
-            first = block.register_forward_hook(keep(entered, layer), prepend=True)
-            last = block.register_forward_hook(keep(left, layer))
-            stack.callback(first.remove)
-            stack.callback(last.remove)
-        subject.base(input_ids=ids, use_cache=False)
-    return entered, left
-
-
-def _difference(entered: Tensor, left: Tensor, steps: Sequence[Step], answer: Tensor) -> float:
-    expected, _ = correct(entered, steps, ~answer.to(entered.device), answer.to(entered.device))
-    return float((left.float() - expected.float()).norm() / expected.float().norm())
+            stack.callback(subject.blocks[layer].register_forward_hook(keep(layer), prepend=prepend).remove)
+        yield found

@@ -1,13 +1,19 @@
 """Steering a subject: interventions as hooks on its blocks for the length of a context, with an account of what they did.
 
-    with steered(subject, [cap]) as held:
-        held.begin()                                          # a batch, with an account of its own
+    with steered(subject, [cap]) as held:                     # one plan for all rows
+        subject.model(input_ids=ids)
+    held.tally.fired                                          # (C, B) tokens that were changed, by layer and row
+
+    with steered(subject, [mild], [firm]) as held:            # two plans; -1 is a row that is left alone
+        held.begin(torch.tensor([0, 1, -1]))                  # a batch, with an account of its own
         held.describe(lengths=lengths, answer_from=starts)    # what is padding, what is the answer
         subject.model(input_ids=ids)
-    held.tally.fired                                        # (C, B) tokens that were changed, by layer and row
 
-The step is computed in fp32 whatever the model's dtype, and a token that it does not change is bitwise what it was. The
-model is left as it was found, also after an exception. A hook that did not fire is an error when the account is read.
+The same object follows a `Sampler` (`sampler.answers(prompts, held)`), eager or captured as a CUDA graph: each prompt names
+its plan, and the account is kept by prompt and checked against the tokens that were fed. `set` gives the plans other numbers
+in place, which neither a captured graph nor a compiled forward notices. The step is computed in fp32 whatever the model's
+dtype, and a token that it does not change is bitwise what it was. The model is left as it was found, also after an
+exception. A hook that did not fire is an error when the account is read.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,12 +22,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from personaxis.persona.axis import require_origin
 from personaxis.persona.errors import KnownError
+from personaxis.persona.sampler import Answer, Follower, Prompt
 from personaxis.persona.subject import Subject, residual
-from personaxis.steering.interventions import Intervention, Step, steps_of
+from personaxis.steering.act import ENDLESS, Account, Batch, act
+from personaxis.steering.interventions import Intervention
+from personaxis.steering.tables import tables_of
+
+Plan = Sequence[Intervention]
 
 
 class Silent(RuntimeError):
@@ -30,9 +42,9 @@ class Silent(RuntimeError):
 
 @dataclass(frozen=True)
 class Tally:
-    """What was done, by layer and row of the batch. C steered layers, B rows.
+    """What was done, by layer and row of the batch (or prompt of a sampler's chunk). C steered layers, B rows.
 
-    `seen` tokens were in the phase of a step at that layer, `fired` were changed; `total` and `most` are the sum and the
+    `seen` tokens were in a phase of the row's plan at that layer, `fired` were changed; `total` and `most` are the sum and the
     largest size of the corrections (residual units). A layer with several steps counts a token once, with the whole
     correction's length.
     """
@@ -49,109 +61,211 @@ class Tally:
         seen = int(self.seen.sum())
         return int(self.fired.sum()) / seen if seen else float("nan")
 
+    @property
+    def mean(self) -> float:
+        """Mean size of the correction of a seen token at a layer (0 where it did not fire), in residual units."""
+        seen = int(self.seen.sum())
+        return float(self.total.sum()) / seen if seen else float("nan")
 
-def correct(
-    h: Float[Tensor, "B T D"], steps: Sequence[Step], prompt: Bool[Tensor, "B T"], answer: Bool[Tensor, "B T"]
-) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B T"]]:
-    """The steps in order on the tokens of their phase, and the length of each token's whole correction; fp32 inside."""
-    moved = h.float()
-    changed = torch.zeros(h.shape[:2], dtype=torch.bool, device=h.device)
-    for step in steps:
-        vector = step.vector.to(h.device, torch.float32)
-        projection = moved @ vector  # (B, T)
-        delta = projection.clamp(step.floor, step.ceiling) - projection + step.add
-        there = {"prompt": prompt, "answer": answer, "both": prompt | answer}[step.phase]
-        delta = torch.where(there, delta, torch.zeros_like(delta))
-        changed = changed | (delta != 0)
-        moved = moved + delta[..., None] * vector
-    length = torch.where(changed, (moved - h.float()).norm(dim=-1), torch.zeros_like(moved[..., 0]))
-    return torch.where(changed[..., None], moved.to(h.dtype), h), length
+    def rows(self, chosen: Sequence[int]) -> "Tally":
+        """The same of some rows only."""
+        at = torch.tensor(list(chosen), dtype=torch.long)
+        return Tally(self.layers, *(value[:, at] for value in (self.seen, self.fired, self.total, self.most)))
 
 
-class Steering:
-    """Interventions that are on. Without `begin` and `describe` every row is steered and every token is an answer's."""
+class Steering(Follower):
+    """Plans that are on. Without `begin` and `describe` all rows follow plan 0 and all tokens are an answer's."""
 
-    def __init__(self, subject: Subject, interventions: Sequence[Intervention]) -> None:
-        self.subject = subject
-        self.steps = steps_of(interventions)
-        _require(subject, interventions, self.steps)
-        self.layers = tuple(sorted(self.steps))
-        self._forwards, self._fires = 0, dict.fromkeys(self.layers, 0)
+    def __init__(self, subject: Subject, plans: Sequence[Plan]) -> None:
+        _require(subject, plans)
+        self.subject, self.plans = subject, tuple(tuple(plan) for plan in plans)
+        devices = {layer: next(block.parameters()).device for layer, block in enumerate(subject.blocks)}
+        self._tables = {layer: table.to(devices[layer]) for layer, table in tables_of(plans).items()}
+        self.layers = tuple(self._tables)
+        self._accounts: dict[int, Account] = {}
         self.begin()
 
-    def begin(self, rows: Bool[Tensor, " B"] | None = None) -> None:
-        """Start a batch with an account of its own; `rows` are those that are steered at all."""
-        self._rows = rows
-        self._counts: dict[int, list[Tensor]] = {}
-        self.describe()
+    def set(self, *plans: Plan) -> None:
+        """Give the plans other numbers, in place: as many plans, with as many steps at the same layers.
+
+        Raises ValueError for plans of another form and `KnownError` for those of another model.
+        """
+        _require(self.subject, plans)
+        tables = tables_of(plans)
+        if len(plans) != len(self.plans) or tuple(tables) != self.layers:
+            raise ValueError(f"{len(plans)} plans at layers {list(tables)} cannot replace those at {list(self.layers)}")
+        for layer, table in tables.items():
+            self._tables[layer].take(table)
+        self.plans = tuple(tuple(plan) for plan in plans)
+
+    def begin(self, plans: Int[Tensor, " B"] | None = None) -> None:
+        """Start a batch with an account of its own; `plans` is the plan that each row follows, -1 for none."""
+        self._rows, self._described = 0, False
+        self._forwards, self._fires = 0, dict.fromkeys(self.layers, 0)
+        self._left: list[tuple[list[int], list[tuple[int, int]], list[int], Tensor]] = []
+        if plans is not None:
+            self.seat(len(plans))
+            self._plans.copy_(self._numbered(plans.tolist()))
 
     def describe(self, lengths: Int[Tensor, " B"] | None = None, answer_from: Int[Tensor, " B"] | None = None) -> None:
         """What the columns of the next forwards are: real tokens of each row (padding on the right is ignored), and the column at
         which its answer begins; 0, or nothing, where all are answer tokens, as when decoding."""
-        self._spans = lengths, answer_from
+        given = lengths if lengths is not None else answer_from
+        if given is not None and not self._rows:
+            self.seat(len(given))
+        self._lengths.copy_(lengths if lengths is not None else self._lengths.new_full((), ENDLESS))
+        self._starts.copy_(answer_from if answer_from is not None else self._starts.new_zeros(()))
+        self._now, self._described = Batch(self._plans, self._lengths, self._starts), True
 
     @property
     def tally(self) -> Tally:
-        """The account of this batch. Raises `Silent` when a layer's hook did not fire in every forward."""
+        """The account of this batch, or of the sampler's chunk, in the order of its prompts.
+
+        Raises `Silent` when a layer's hook did not fire in every forward, or saw other tokens than were fed.
+        """
+        if self._left:
+            return self._tally_of_answers()
         silent = [layer for layer in self.layers if self._fires[layer] != self._forwards]
-        if silent or not self._counts:
-            raise Silent(f"the hooks of layers {silent or list(self.layers)} did not fire: nothing was steered")
-        columns = [torch.stack([self._counts[layer][i].cpu() for layer in self.layers]) for i in range(4)]
-        return Tally(self.layers, columns[0].long(), columns[1].long(), columns[2].float(), columns[3].float())
+        if not self._forwards:  # compiled: only the account itself can say
+            silent = [layer for layer in self.layers if not self._accounts or not self._accounts[layer].seen.any()]
+        if silent:
+            raise Silent(f"the hooks of layers {silent} did not fire: nothing was steered")
+        return _tally(self.layers, self._columns(torch.arange(self._rows)).cpu())
+
+    def seat(self, slots: int) -> None:
+        """Make room for so many rows, all of plan 0; the tensors are new unless there are as many already."""
+        if slots == self._rows:
+            for tensor in self.state():
+                tensor.zero_()
+        else:
+            device = self.subject.device
+            self._rows = slots
+            self._accounts = {
+                layer: Account.empty(slots, table.vectors.device) for layer, table in self._tables.items()
+            }
+            self._plans, self._lengths, self._starts = (
+                torch.zeros(slots, dtype=torch.long, device=device) for _ in range(3)
+            )
+        self._lengths.fill_(ENDLESS)
+        self._now = Batch(self._plans, self._lengths, self._starts)
+
+    def start(self, prompts: Sequence[Prompt]) -> None:
+        """A sampler's chunk: its account begins."""
+        self._left = []
+
+    def enter(self, slots: Sequence[int], prompts: Sequence[Prompt]) -> None:
+        """These prompts take these slots."""
+        at = torch.tensor(list(slots), device=self._plans.device)
+        self._plans[at] = self._numbered([prompt.plan for prompt in prompts])
+        for account in self._accounts.values():
+            for column in account.columns:
+                column[at.to(column.device)] = 0
+
+    def reading(self, slots: Tensor, lengths: Tensor) -> None:
+        """The next forward reads prompts."""
+        self._now = Batch(self._plans[slots], lengths, torch.full_like(lengths, ENDLESS), slots)
+
+    def stepping(self, running: Tensor, first: Tensor) -> None:
+        """The next forward feeds one token to each of the first slots."""
+        n = len(running)
+        self._lengths[:n].copy_(running)
+        self._starts[:n].copy_(first)
+        self._now = Batch(self._plans[:n], self._lengths[:n], self._starts[:n])
+
+    def reading_again(self, lengths: Tensor, starts: Tensor) -> None:
+        """The next forward reads everything once more, so the account begins anew."""
+        for account in self._accounts.values():
+            for column in account.columns:
+                column.zero_()
+        self._now = Batch(self._plans[: len(lengths)], lengths, starts)
+
+    def move(self, source: int, target: int) -> None:
+        """The row in slot `source` goes on in slot `target`."""
+        self._plans[target] = self._plans[source]
+        for account in self._accounts.values():
+            for column in account.columns:
+                column[target] = column[source]
+
+    def leave(self, slots: Sequence[int], prompts: Sequence[Prompt], answers: Sequence[Answer]) -> None:
+        """Keep the account of answered rows, with the prompt and answer tokens that were fed: the last sampled one never is."""
+        if answers:
+            indices = [answer.index for answer in answers]
+            fed = [
+                (len(prompts[answer.index].ids), len(answer.ids) - (answer.stopped == "length")) for answer in answers
+            ]
+            plans = [prompts[index].plan for index in indices]
+            self._left.append((indices, fed, plans, self._columns(torch.tensor(list(slots)))))
+
+    def state(self) -> list[Tensor]:
+        """All that a forward changes, and what describes it."""
+        columns = [column for account in self._accounts.values() for column in account.columns]
+        return [*columns, self._plans, self._lengths, self._starts] if self._rows else []
+
+    def _columns(self, slots: Tensor) -> Float[Tensor, "C 4 n"]:
+        """Accounts of some slots, fp64, on the subject's device."""
+        device = self.subject.device
+        found = [
+            torch.stack([column.index_select(0, slots.to(column.device)).double() for column in account.columns])
+            for account in self._accounts.values()
+        ]
+        return torch.stack([columns.to(device) for columns in found])
+
+    def _numbered(self, plans: list[int]) -> Int[Tensor, " n"]:
+        """Rows of the tables: -1, a row that is left alone, is the last."""
+        wrong = [plan for plan in plans if not -1 <= plan < len(self.plans)]
+        if wrong:
+            raise ValueError(f"plan {wrong[0]} is not one of the {len(self.plans)}, nor -1")
+        numbers = [plan if plan >= 0 else len(self.plans) for plan in plans]
+        return torch.tensor(numbers, dtype=torch.long, device=self.subject.device)
+
+    def _tally_of_answers(self) -> Tally:
+        indices = [index for part in self._left for index in part[0]]
+        fed = torch.tensor([one for part in self._left for one in part[1]])  # (N, 2)
+        plans = self._numbered([plan for part in self._left for plan in part[2]]).cpu()
+        columns = torch.cat([part[3].cpu() for part in self._left], dim=2)
+        for row, layer in enumerate(self.layers):
+            active = self._tables[layer].active.cpu()[plans]  # (N, 2)
+            expected = (active * fed).sum(1)
+            if not torch.equal(expected, columns[row, 0].long()):
+                found = f"{int(columns[row, 0].sum())} of {int(expected.sum())} tokens"
+                raise Silent(f"the steering at layer {layer} saw {found}: what was generated is not steered as asked")
+        return _tally(self.layers, columns[:, :, torch.tensor(indices).argsort()])
 
     def _hook(self, layer: int) -> Any:
-        def act(_module: nn.Module, _args: Any, output: Any) -> Any:
+        def step(_module: nn.Module, _args: Any, output: Any) -> Any:
             h = residual(output)
-            prompt, answer = self._phases(h)
-            moved, length = correct(h, self.steps[layer], prompt, answer)
-            self._count(layer, prompt, answer, length)
+            if not torch.compiler.is_compiling():
+                self._meet(layer, h)
+            now = self._now if self._now.plans.device == h.device else self._now.to(h.device)
+            moved = act(h, self._tables[layer], now, self._accounts[layer])
             return moved if isinstance(output, Tensor) else (moved, *output[1:])
 
-        return act
+        return step
 
-    def _phases(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Which tokens (B, T) are the prompt's and which the answer's; padding and rows left alone are neither."""
-        (rows, columns), device = h.shape[:2], h.device
-        spans = (*self._spans, self._rows)
-        lengths, answer_from, chosen = (None if span is None else span.to(device) for span in spans)
-        at = torch.arange(columns, device=device).expand(rows, columns)
-        real = torch.ones(rows, columns, dtype=torch.bool, device=device)
-        if lengths is not None:
-            real = real & (at < lengths[:, None])
-        if chosen is not None:
-            real = real & chosen[:, None]
-        answer = real if answer_from is None else real & (at >= answer_from[:, None])
-        return real & ~answer, answer
-
-    def _count(self, layer: int, prompt: Tensor, answer: Tensor, length: Tensor) -> None:
-        phases = {step.phase for step in self.steps[layer]}
-        there = prompt | answer if "both" in phases or len(phases) == 2 else prompt if phases == {"prompt"} else answer
-        now = [there.sum(1), (length > 0).sum(1), length.double().sum(1), length.amax(1)]
+    def _meet(self, layer: int, h: Tensor) -> None:
+        """What only an eager forward does: count the call, and make room for its rows if nobody has."""
+        if not self._rows:
+            self.seat(len(h))
+        if len(self._now.plans) != len(h):
+            raise ValueError(f"{len(h)} rows in a batch that began with {self._rows}: call begin() for another batch")
         self._fires[layer] += 1
-        before = self._counts.get(layer)
-        if before is None:
-            self._counts[layer] = now
-        elif before[0].shape != now[0].shape:
-            raise ValueError(
-                f"{len(now[0])} rows in a batch that began with {len(before[0])}: call begin() for another batch"
-            )
-        else:
-            self._counts[layer] = [
-                *(a + b for a, b in zip(before[:3], now[:3], strict=True)),
-                before[3].maximum(now[3]),
-            ]
+        if self._tables[layer].vectors.device != h.device:  # a block whose weights are elsewhere until they are used
+            self._tables[layer] = self._tables[layer].to(h.device)
+            self._accounts[layer] = Account(*(column.to(h.device) for column in self._accounts[layer].columns))
 
     def _forwarded(self, *_: Any) -> None:
-        self._forwards += 1
+        if not torch.compiler.is_compiling():
+            self._forwards += 1
 
 
 @contextmanager
-def steered(subject: Subject, interventions: Sequence[Intervention]) -> Iterator[Steering]:
-    """Interventions on the subject's blocks inside; nothing of them outside. They act in the order given.
+def steered(subject: Subject, *plans: Plan) -> Iterator[Steering]:
+    """Plans on the subject's blocks inside; nothing of them outside. A plan's interventions act in the order given.
 
+    Enter it before compiling: a forward that was compiled without hooks runs without them, and `tally` then says so.
     Raises `KnownError` for an intervention of another model or width, or at a layer that the subject does not have.
     """
-    held = Steering(subject, interventions)
+    held = Steering(subject, plans)
     handles = [subject.blocks[layer].register_forward_hook(held._hook(layer)) for layer in held.layers]
     handles.append(subject.base.register_forward_hook(held._forwarded))
     try:
@@ -161,21 +275,22 @@ def steered(subject: Subject, interventions: Sequence[Intervention]) -> Iterator
             handle.remove()
 
 
-def _require(subject: Subject, interventions: Sequence[Intervention], steps: dict[int, list[Step]]) -> None:
-    if not steps:
+def _tally(layers: tuple[int, ...], columns: Float[Tensor, "C 4 N"]) -> Tally:
+    seen, fired, total, most = columns.unbind(1)
+    return Tally(layers, seen.long(), fired.long(), total.float(), most.float())
+
+
+def _require(subject: Subject, plans: Sequence[Plan]) -> None:
+    interventions = [intervention for plan in plans for intervention in plan]
+    if not any(intervention.layers for intervention in interventions):
         raise KnownError("there is nothing to steer with: no intervention, or none with a layer")
-    outside = [layer for layer in steps if not 0 <= layer < subject.n_layers]
-    if outside:
-        raise KnownError(f"layer {outside[0]} is not in {subject.id} (0..{subject.n_layers - 1})")
     for intervention in interventions:
+        outside = [layer for layer in intervention.layers if not 0 <= layer < subject.n_layers]
+        if outside:
+            raise KnownError(f"layer {outside[0]} is not in {subject.id} (0..{subject.n_layers - 1})")
         width = intervention.vectors.shape[1]
         if width != subject.d_model:
             raise KnownError(
                 f"this intervention is {width} wide and {subject.id} is {subject.d_model}: another model's"
             )
-        made_for = intervention.model.get("fingerprint")
-        if made_for is not None and made_for != subject.fingerprint:
-            raise KnownError(
-                f"this intervention came from {intervention.model.get('id')} ({intervention.model.get('weights')}), not from "
-                f"{subject.id} ({subject.weights}); fit an axis on this model"
-            )
+        require_origin("intervention", intervention.model, subject.describe())

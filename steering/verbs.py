@@ -1,6 +1,5 @@
-"""The verb of `steering/`: generate, an answer without and with a cap, side by side."""
+"""The verbs of `steering/` that answer: generate, an answer without and with a cap, side by side."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,10 @@ from rich.text import Text
 
 from personaxis.persona.errors import KnownError
 from personaxis.persona.options import ModelOptions, SamplingOptions
+from personaxis.persona.progress import say
 from personaxis.persona.verbs import Model, console, print_json
+
+PLAIN, CAPPED = "as it is", "capped"
 
 
 def generate(
@@ -17,8 +19,10 @@ def generate(
     /,
     *,
     axis: str,
-    cap: str = "p50@18-23",
+    cap: str = "assistant",
     system: str = "",
+    html: Path | None = None,
+    force: bool = False,
     sampled: SamplingOptions = SamplingOptions(),
     how: ModelOptions = ModelOptions(),
     json: bool = False,
@@ -32,70 +36,82 @@ def generate(
     axis
         a run folder, an axis file, or smollm2-135m for the axis that comes with it
     cap
-        LEVEL@LAYERS, such as p50@18-23: floors at that percentile of the default's answers; "roles:p75@18-23" takes the roles';
-        or the path of a cap file
+        a cap saved beside the axis (`personaxis calibrate` makes one), a cap file, or LEVEL@LAYERS: p50@18-23, roles:p75@20,22
     system
         a system message; none unless given
+    html
+        write a page here with every token coloured by its projection
+    force
+        use an axis of the same model in another weight format
     json
         print both answers and their traces as JSON
     """
-    from personaxis.persona.axis import load_axis
-    from personaxis.persona.fitted import axis_stem
-    from personaxis.persona.sampler import Sampling
-
     if not prompt.strip():
         raise KnownError("the prompt is empty: give what the user says")
-    along = load_axis(axis_stem(axis))
-    held = cap_named(cap, along)
-    sampling = Sampling(sampled.max_new_tokens, sampled.temperature, sampled.top_p)
+    if html is not None and not html.parent.is_dir():
+        raise KnownError(f"--html {html}: the folder {html.parent} does not exist")
     messages = [{"role": "system", "content": system}] if system else []
-    found = _arms(model, how, along, held, [*messages, {"role": "user", "content": prompt}], sampling, sampled.seed)
-    if json:
-        print_json({name: _as_json(one) for name, one in found.items()})
-    else:
-        _print(found, float(held.floor[held.layers.index(along.layer)]) if along.layer in held.layers else None)
+    said = [*messages, {"role": "user", "content": prompt}]
+    held = loaded(model, how, axis, [cap], force=force)
+    if held.chat.injected and not system:
+        say(f"the template adds a system message of its own: {held.chat.injected!r}")
+    found = _arms(held, said, sampled)
+    if html is not None:
+        from personaxis.steering.page import write_page
+
+        write_page(html, found, held.subject, held.axis, held.caps[0], cap, said)
+    _print_json(found) if json else _print(found, held.caps[0], held.axis.layer)
 
 
-def _arms(
-    model: str, how: ModelOptions, axis: Any, cap: Any, messages: list[dict[str, str]], sampling: Any, seed: int
-) -> dict[str, Any]:
-    """Both answers; the cap is proved to bind first."""
+class Loaded:
+    """A subject with an axis and caps that were checked to belong to it."""
+
+    def __init__(self, subject: Any, chat: Any, axis: Any, stem: Path, caps: list[Any]) -> None:
+        self.subject, self.chat, self.axis, self.stem, self.caps = subject, chat, axis, stem, caps
+
+
+def loaded(model: str, how: ModelOptions, axis: str, caps: list[str], *, force: bool = False) -> Loaded:
+    """Load axis, caps and model, the cheap ones first, and prove that every cap binds. Raises `KnownError` for what does not
+    belong together; `force` lets another weight format of the same model pass."""
+    from dataclasses import replace
+
+    from personaxis.persona.axis import load_axis, require_origin
     from personaxis.persona.chat import chat_format
+    from personaxis.persona.fitted import axis_stem
     from personaxis.persona.subject import load_subject
-    from personaxis.steering.generate import generate as answer
+    from personaxis.steering.caps import cap_named, require_cap
     from personaxis.steering.prove import require_binding
 
+    stem = axis_stem(axis)
+    along = load_axis(stem)
+    held = [cap_named(cap, along, stem) for cap in caps]
     subject = load_subject(model, device=how.device, dtype=how.dtype, chat_template=how.chat_template)
-    axis.require_model(subject.describe())
-    require_binding(subject, [cap])
+    own = subject.describe()
+    require_origin("axis", along.model, own, force=force)
+    for cap in held:
+        require_origin("cap", cap.model, own, force=force)
+        require_cap(cap, along)
+    if force:
+        along, held = replace(along, model=own), [replace(cap, model=own) for cap in held]
+    for cap in held:
+        require_binding(subject, [cap])
     config = subject.model.generation_config
     chat = chat_format(subject.tokenizer, config.eos_token_id if config is not None else None)
-    arms: dict[str, list[Any]] = {"as it is": [], "capped": [cap]}
-    return {name: answer(subject, chat, messages, acts, axis, sampling, seed) for name, acts in arms.items()}
+    return Loaded(subject, chat, along, stem, held)
 
 
-def cap_named(text: str, axis: Any) -> Any:
-    """A cap from its path, or from "p50@18-23" and "roles:p75@18,20-22". Raises `KnownError` for anything else."""
-    from personaxis.persona.axis import load_cap
-    from personaxis.steering.interventions import cap_of
+def _arms(held: Loaded, messages: list[dict[str, str]], sampled: SamplingOptions) -> dict[str, Any]:
+    from personaxis.persona.sampler import Sampling
+    from personaxis.steering.generate import generate as answer
 
-    stem = Path(text).with_suffix("") if Path(text).suffix in (".json", ".safetensors") else Path(text)
-    if stem.name and stem.with_name(stem.name + ".json").is_file():
-        return load_cap(stem)
-    match = re.fullmatch(r"(?:(default|roles):)?p(\d+(?:\.\d+)?)@(\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*)", text)
-    if match is None:
-        raise KnownError(f"--cap {text!r} is neither a cap file nor LEVEL@LAYERS, such as p50@18-23 or roles:p75@20,22")
-    population, level, ranges = match.groups()
-    layers: list[int] = []
-    for part in ranges.split(","):
-        first, _, last = part.partition("-")
-        layers += range(int(first), int(last or first) + 1)
-    if not layers or len(set(layers)) != len(layers):
-        raise KnownError(f"--cap {text!r} names no layer, or one twice")
-    return cap_of(axis, layers, float(level) / 100, population or "default")
+    sampling, arms = (
+        Sampling(sampled.max_new_tokens, sampled.temperature, sampled.top_p),
+        {PLAIN: [], CAPPED: held.caps},
+    )
+    return answer(held.subject, held.chat, messages, arms, held.axis, sampling, sampled.seed)
 
 
-def _print(found: dict[str, Any], floor: float | None) -> None:
+def _print(found: dict[str, Any], cap: Any, layer: int) -> None:
     from personaxis.steering.generate import sparkline
 
     values = [value for one in found.values() for value in one.trace.answer.tolist()]
@@ -105,24 +121,39 @@ def _print(found: dict[str, Any], floor: float | None) -> None:
         trace = one.trace
         mean = float(trace.answer.mean()) if len(trace.answer) else float("nan")
         out.print(
-            Text(f"{name}", style="bold"),
+            Text(name, style="bold"),
             Text(f"mean projection {mean:.1f} at layer {trace.layer}, before its step", style="dim"),
         )
         out.print(Text(one.text))
-        line = sparkline(trace.answer.tolist(), low, high)
-        fired = f", {trace.fired:.0%} of its tokens changed there" if name == "capped" and len(trace.answer) else ""
-        out.print(Text(f"{line}  {low:.0f} to {high:.0f}{fired}\n", style="cyan"))
-    if floor is not None:
-        out.print(Text(f"floor at that layer {floor:.1f}"))
-    capped = found["capped"].trace
-    if len(capped.answer) and not float(capped.correction.sum()) and floor is not None:
-        out.print(
-            Text("the cap changed no token at that layer: this conversation stayed above the floor", style="yellow")
-        )
+        out.print(Text(f"{sparkline(trace.answer.tolist(), low, high)}  {low:.0f} to {high:.0f}\n", style="cyan"))
+    out.print(Text(_account(found[CAPPED].tally, cap, layer)))
+    if not int(found[CAPPED].tally.fired.sum()):
+        out.print(Text("the cap never fired: every token stayed above its floor, and both answers are the model's own", style="yellow"))  # fmt: skip
+
+
+def _account(tally: Any, cap: Any, layer: int) -> str:
+    """What the cap did, over prompt and answer, at all of its layers."""
+    shares = (tally.fired.sum(1) / tally.seen.sum(1).clamp(min=1)).tolist()
+    least, most = min(shares), max(shares)
+    said = (
+        f"the cap changed {int(tally.fired.sum())} of {int(tally.seen.sum())} tokens times layers ({tally.share:.0%}; by layer "
+        f"{least:.0%} to {most:.0%}), by {tally.mean:.1f} on average and at most {float(tally.most.max()):.1f}"
+    )
+    if layer in cap.layers:
+        said += f"; floor at layer {layer}: {float(cap.floor[cap.layers.index(layer)]):.1f}"
+    return said
+
+
+def _print_json(found: dict[str, Any]) -> None:
+    print_json({name: _as_json(one) for name, one in found.items()})
 
 
 def _as_json(one: Any) -> dict[str, Any]:
-    trace = one.trace
+    trace, tally = one.trace, one.tally
+    account = {} if tally is None else {
+        "seen": tally.seen[:, 0].tolist(), "fired": tally.fired[:, 0].tolist(), "total": tally.total[:, 0].tolist(),
+        "most": tally.most[:, 0].tolist(),
+    }  # fmt: skip
     return {
         "text": one.text,
         "stopped": one.stopped,
@@ -130,5 +161,7 @@ def _as_json(one: Any) -> dict[str, Any]:
         "answer_from": trace.answer_from,
         "ids": list(trace.ids),
         "projection": trace.projection.tolist(),
-        "correction": trace.correction.tolist(),
+        "capped_layers": list(trace.layers),
+        "corrections": trace.corrections.tolist(),
+        "account": account,
     }

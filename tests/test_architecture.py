@@ -16,7 +16,7 @@ MAY_IMPORT = {
 # packages that are slow or heavy to import are met at module level in these files only
 CONFINED = {
     "transformers": {"persona/slots.py", "persona/graph.py"},
-    "triton": {"persona/kernels.py"},
+    "triton": {"persona/kernels.py", "steering/kernels.py"},
     "transformer_lens": set(),
     "sklearn": {"analysis/geometry.py"},
     "plotly": {
@@ -24,7 +24,8 @@ CONFINED = {
         "analysis/figures.py",
         "analysis/figures_curve.py",
         "analysis/figures_traits.py",
-        "analysis/report.py",
+        "analysis/figures_pareto.py",
+        "analysis/page.py",
     },
     "fastapi": set(),
     "vllm": set(),

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,21 +12,26 @@ from test_steering import axis_of
 from personaxis.persona.chat import chat_format
 from personaxis.persona.cli import main
 from personaxis.persona.errors import KnownError
-from personaxis.persona.sampler import PlainDecoder, Sampling
+from personaxis.persona.sampler import Sampling
 from personaxis.persona.subject import load_subject
-from personaxis.steering import generate as module
+from personaxis.steering.act import act
+from personaxis.steering.caps import cap_named as named
 from personaxis.steering.generate import generate, sparkline
 from personaxis.steering.interventions import Ablate, Add, cap_of
 from personaxis.steering.prove import prove, require_binding
-from personaxis.steering.steer import correct
-from personaxis.steering.verbs import cap_named
+from personaxis.steering.steer import steered
 
 MESSAGES = [{"role": "system", "content": "You are a nun."}, {"role": "user", "content": "Who are you?"}]
 SAMPLING = Sampling(max_new_tokens=12)
 
 
-def answered(subject, interventions, axis, **how):
-    return generate(subject, chat_format(subject.tokenizer), MESSAGES, interventions, axis, SAMPLING, **how)
+def cap_named(text, axis):
+    return named(text, axis, Path("nowhere/axis"))
+
+
+def answered(subject, interventions, axis, sampling=SAMPLING, **how):
+    chat = chat_format(subject.tokenizer)
+    return generate(subject, chat, MESSAGES, {"arm": interventions}, axis, sampling, **how)["arm"]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "falcon", "mixtral"])
@@ -53,11 +59,10 @@ def test_a_step_that_does_half_of_its_work_fails_the_proof(monkeypatch):
     subject = tiny_subject()
     cap = cap_of(axis_of(subject), (0, 1), 0.75)
 
-    def half(h, steps, prompt, answer):
-        moved, length = correct(h, steps, prompt, answer)
-        return h + (moved - h) / 2, length
+    def half(h, table, batch, account):
+        return h + (act(h, table, batch, account) - h) / 2
 
-    monkeypatch.setattr("personaxis.steering.steer.correct", half)
+    monkeypatch.setattr("personaxis.steering.steer.act", half)
     with pytest.raises(KnownError, match="steering does not bind on tiny-llama-0, so nothing was generated"):
         require_binding(subject, [cap])
 
@@ -68,7 +73,7 @@ def test_without_interventions_the_answer_is_the_samplers_own():
     plain = answered(subject, [], axis, seed=3)
     add_nothing = answered(subject, [Add.along(axis, (0,), 0.0)], axis, seed=3)
     assert plain.trace.ids == add_nothing.trace.ids
-    assert float(plain.trace.correction.sum()) == 0.0
+    assert float(plain.trace.corrections.sum()) == 0.0
     assert answered(subject, [], axis, seed=4).trace.ids != plain.trace.ids
 
 
@@ -82,11 +87,10 @@ def test_a_steered_answer_is_that_of_reading_everything_again(monkeypatch, decod
     if decoder == "plain":
         monkeypatch.setattr("personaxis.persona.sampler.cached_decoding_error", lambda _: float("inf"))
     greedy = Sampling(max_new_tokens=8, temperature=0.0)
-    chat = chat_format(subject.tokenizer)
-    found = generate(subject, chat, MESSAGES, acts, axis, greedy).trace
+    found = answered(subject, acts, axis, greedy).trace
     for end in range(found.answer_from, len(found.ids)):
         ids = torch.tensor([found.ids[:end]])
-        with module.steered(subject, acts) as held, torch.no_grad():
+        with steered(subject, acts) as held, torch.no_grad():
             held.describe(answer_from=torch.tensor([found.answer_from]))
             assert int(subject.model(input_ids=ids, use_cache=False).logits[0, -1].argmax()) == found.ids[end]
 
@@ -97,7 +101,6 @@ def test_the_plain_decoder_is_steered_too(monkeypatch):
     cached = answered(subject, [cap_of(axis, (0, 1), 0.75)], axis, seed=5)
     monkeypatch.setattr("personaxis.persona.sampler.cached_decoding_error", lambda _: float("inf"))
     plain = answered(subject, [cap_of(axis, (0, 1), 0.75)], axis, seed=5)
-    assert module.SteeredPlainDecoder.__bases__ == (PlainDecoder,)
     assert plain.trace.ids == cached.trace.ids
 
 
@@ -107,10 +110,10 @@ def test_the_trace_holds_projections_before_the_step_and_what_the_step_did():
     cap = cap_of(axis, (axis.layer,), 0.75)
     found = answered(subject, [cap], axis, seed=1).trace
     floor = float(cap.floor[0])
-    assert len(found.projection) == len(found.ids) == len(found.correction)
+    assert len(found.projection) == len(found.ids) == found.corrections.shape[1]
     expected = (floor - found.projection).clamp(min=0)
-    torch.testing.assert_close(found.correction, expected, rtol=1e-3, atol=1e-4)
-    assert 0 <= found.fired <= 1
+    torch.testing.assert_close(found.corrections[0], expected, rtol=1e-3, atol=1e-4)
+    assert found.fired.tolist() == (expected > 0).int().tolist()
 
 
 def test_a_conversation_that_leaves_no_room_for_an_answer_is_refused():
@@ -119,7 +122,7 @@ def test_a_conversation_that_leaves_no_room_for_an_answer_is_refused():
     with pytest.raises(
         KnownError, match=r"5\d\d tokens to read and 12 to write are more than the 512 that tiny-llama-0"
     ):
-        generate(subject, chat_format(subject.tokenizer), long, [], axis_of(subject), SAMPLING)
+        generate(subject, chat_format(subject.tokenizer), long, {"arm": []}, axis_of(subject), SAMPLING)
 
 
 def test_a_sparkline_shows_means_between_its_bounds():
@@ -133,10 +136,10 @@ def test_a_sparkline_shows_means_between_its_bounds():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "neither a cap file nor LEVEL@LAYERS"),
-        ("p50", "neither a cap file"),
-        ("p50@", "neither a cap file"),
-        ("q50@1", "neither a cap file"),
+        ("", "a cap file, or LEVEL@LAYERS"),
+        ("p50", "a cap file, or LEVEL"),
+        ("p50@", "a cap file, or LEVEL"),
+        ("q50@1", "a cap file, or LEVEL"),
         ("p50@1,1", "names no layer, or one twice"),
         ("p50@2-1", "names no layer"),
         ("p50@0-9", "layer 3 is not in this axis"),
@@ -175,14 +178,18 @@ def test_the_verb_prints_both_answers_and_their_traces(place, capsys):
     shown = capsys.readouterr().out
     assert "as it is" in shown
     assert "capped" in shown
-    assert "floor at that layer" in shown
+    assert "floor at layer" in shown
     main([*told, "--json"])
     found = json.loads(capsys.readouterr().out)
     assert set(found) == {"as it is", "capped"}
     for arm in found.values():
-        assert len(arm["projection"]) == len(arm["ids"]) == len(arm["correction"])
+        assert len(arm["projection"]) == len(arm["ids"])
         assert all(math.isfinite(value) for value in arm["projection"])
-    assert sum(found["as it is"]["correction"]) == 0 < sum(found["capped"]["correction"])
+    assert found["as it is"]["corrections"] == []
+    assert sum(map(sum, found["capped"]["corrections"])) > 0
+    assert found["capped"]["account"]["fired"] == [
+        sum(c > 0 for c in row[:-1]) for row in found["capped"]["corrections"]
+    ]
 
 
 def test_an_axis_of_another_model_is_refused_by_the_verb(place, tmp_path, capsys):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from plotly.offline import get_plotlyjs
 
-from personaxis.analysis import report
+from personaxis.analysis import page as pages
 from personaxis.analysis.figures import figures
 from personaxis.analysis.report import write_report
 from personaxis.persona.rollouts import Rollout
@@ -137,7 +137,7 @@ class Page(HTMLParser):
 def _a_short_plotly() -> Iterator[None]:
     """4.5 MB of plotly.js are written and read by one test only."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "get_plotlyjs", lambda: "/* plotly */")
+        patch.setattr(pages, "get_plotlyjs", lambda: "/* plotly */")
         yield
 
 
@@ -201,7 +201,7 @@ def test_no_script_but_the_pages_own_may_run(page: Page) -> None:
 
 
 def test_nothing_is_loaded_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "get_plotlyjs", get_plotlyjs)
+    monkeypatch.setattr(pages, "get_plotlyjs", get_plotlyjs)
     page = written(tmp_path, a_fit(), [a_rollout("pirate", answer="see https://example.org")])
     assert len(page.source) > 4_000_000
     loading = [(tag, at) for tag, at in page.tags if tag in ("script", "link", "img", "iframe", "object", "embed")]

@@ -13,8 +13,8 @@ from personaxis.persona.errors import KnownError
 from personaxis.persona.fitted import fitted_folder
 from personaxis.persona.sampler import pad
 from personaxis.persona.subject import residual
-from personaxis.steering.interventions import Ablate, Add, MeanAblate, cap_of, steps_of
-from personaxis.steering.steer import correct, steered
+from personaxis.steering.interventions import Ablate, Add, MeanAblate, cap_of, correct, steps_of
+from personaxis.steering.steer import steered
 
 ROWS = [tuple((i * 37 + row * 11 + 5) % 300 + 3 for i in range(length)) for row, length in enumerate((9, 14, 6, 11))]
 LENGTHS = torch.tensor([len(row) for row in ROWS])
@@ -158,7 +158,7 @@ def test_rows_that_are_left_alone_and_padding_are_bitwise_what_they_were():
     plain, chosen = outputs(subject), torch.tensor([True, False, True, False])
     add = Add.along(axis_of(subject), (0,), 5.0)
     with steered(subject, [add]) as held:
-        held.begin(rows=chosen)
+        held.begin(torch.where(chosen, 0, -1))
         held.describe(lengths=LENGTHS)
         moved = outputs(subject)
         tally = held.tally

@@ -1,0 +1,227 @@
+"""Calibrating a cap: floors from the run's own answers, the window and level that buy most, and an honest report of it.
+
+    content, cap = calibrate(run_folder, CalibrationOptions())
+
+Roles and benign questions are dealt into two halves. The cap is chosen on one (`personaxis.steering.sweep`); what it buys
+and costs is measured on the other, beside the model as it is, random directions that fire as often, and plain addition of
+the axis. (arXiv 2601.10387, section 5, sweeps windows and percentiles likewise.)
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from personaxis.persona.axis import Axis, Cap, PersonaSpace
+from personaxis.persona.bank import Bank
+from personaxis.persona.errors import KnownError
+from personaxis.persona.rollouts import Rollout
+from personaxis.persona.sampler import Sampling
+from personaxis.steering.control import random_cap
+from personaxis.steering.floors import Projections
+from personaxis.steering.interventions import Add
+from personaxis.steering.steer import Plan
+from personaxis.steering.susceptibility import Susceptibility, difference, identity_requests, lowest_roles
+from personaxis.steering.sweep import Candidate, Sweep, Tried, windows_of
+from personaxis.steering.trial import Half, Trial, halved
+
+CHOOSE, REPORT = "choose", "report"
+AS_IT_IS = "as it is"
+RANDOM_SEEDS = (1, 2, 3)
+ADDED = (4.0, 8.0, 16.0)  # strengths of plain addition, residual units
+LITTLE_FIRED = 0.15  # a cap that fires on less than this share has hardly been tried
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to search and measure. Empty windows: those of `windows_of`."""
+
+    windows: tuple[tuple[int, int], ...] = ()
+    levels: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75)
+    populations: tuple[str, ...] = ("default",)
+    budget: float = 0.05
+    roles: int = 50
+    prompts: int = 2
+    texts: int = 60
+    seed: int = 0
+    sampling: Sampling = field(default_factory=lambda: Sampling(max_new_tokens=48))
+
+
+def halves_of(
+    bank: Bank, axis: Axis, space: PersonaSpace, benign: Sequence[Rollout], model_name: str, settings: Settings
+) -> dict[str, Half]:
+    """The two halves: every other one of the lowest roles, and every other question of the benign answers."""
+    roles = lowest_roles(axis, space, bank, settings.roles)
+    requests = identity_requests(bank, roles, settings.prompts, model_name, settings.seed)
+    chosen = _spread(sorted(benign, key=lambda text: text.key), settings.texts)
+    by_role = halved(requests, lambda request: request.key.split("/", 1)[0])
+    by_question = halved(chosen, lambda text: text.question)
+    if not all(by_question):
+        raise KnownError("the run's default answers are to one question only; two halves need at least two questions")
+    return {
+        half: Half(tuple(own), tuple(texts))
+        for half, own, texts in zip((CHOOSE, REPORT), by_role, by_question, strict=True)
+    }
+
+
+def calibrate(
+    trial: Trial, axis: Axis, places: Projections, mixed: Sequence[Rollout], settings: Settings, also: Mapping[str, Cap]
+) -> tuple[Cap, dict[str, Any]]:
+    """The chosen cap with its record (`found`), and the content of calibration.json.
+
+    `mixed` are answers of the default and of roles, on which the random caps are made to fire as often. `also` are caps to
+    report beside the chosen one.
+    """
+    windows = _windows(settings, axis, trial.subject.n_layers)
+
+    def make(candidate: Candidate) -> Cap:
+        return places.cap(axis, candidate.layers, candidate.levels, candidate.population, candidate.phase)
+
+    sweep = Sweep(trial, make, CHOOSE, settings.budget)
+    best = sweep.run(windows, settings.levels, settings.populations)
+    before = trial.gains({AS_IT_IS: []}, CHOOSE)[AS_IT_IS]
+    cap = make(best.candidate)
+    arms: dict[str, Plan] = {AS_IT_IS: [], "chosen": [cap]}
+    arms |= {f"random {seed}": [random_cap(trial.subject, cap, mixed, seed)] for seed in RANDOM_SEEDS}
+    arms |= {f"add {amount:g}": [Add.along(axis, (axis.layer,), amount)] for amount in ADDED}
+    arms |= {name: [one] for name, one in also.items()}
+    reported = _report(trial, arms)
+    content = {
+        "cap": best.candidate.name,
+        "why": _why(best, sweep, before, settings.budget),
+        "budget": settings.budget,
+        "before": {"choose": _gained(before)},
+        "tried": [_line(one) for one in sweep.tried.values()],
+        "report": reported,
+        "floors": _floors(cap, best.candidate, places),
+        "warnings": _warnings(reported),
+        "halves": {name: _sizes(half) for name, half in trial.halves.items()},
+        "examples": _examples(trial, arms),
+        "model": trial.subject.describe(),
+    }
+    chosen = reported["chosen"]
+    found = {
+        "name": best.candidate.name,
+        "levels": list(best.candidate.levels),
+        "budget": settings.budget,
+        "assistant": [reported[AS_IT_IS]["assistant"], chosen["assistant"]],
+        "more_loss": chosen["more_loss"],
+        "fired": chosen["fired"],
+    }
+    return replace(cap, found=found), content
+
+
+def _windows(settings: Settings, axis: Axis, n_layers: int) -> list[tuple[int, int]]:
+    windows = list(settings.windows) or [
+        window
+        for window in windows_of(n_layers)
+        if all(layer in axis.layers for layer in range(window[0], window[1] + 1))
+    ]
+    for first, last in windows:
+        if not 0 <= first <= last < n_layers:
+            raise KnownError(f"window {first}-{last} is outside the model (layers 0..{n_layers - 1})")
+        for layer in range(first, last + 1):
+            axis.at(layer)
+    if not windows:
+        raise KnownError("the axis has too few layers for the usual windows; give --windows FIRST-LAST")
+    return windows
+
+
+def _report(trial: Trial, arms: Mapping[str, Plan]) -> dict[str, Any]:
+    """What every arm gains and costs on the reporting half."""
+    gains = trial.gains(arms, REPORT)
+    costs = trial.costs({name: plan for name, plan in arms.items() if plan}, REPORT)
+    found: dict[str, Any] = {}
+    for name, gain in gains.items():
+        change = difference(gain, gains[AS_IT_IS])
+        found[name] = _gained(gain) | {"change": change[0], "change_interval": list(change[1:])}
+        if name in costs:
+            cost = costs[name]
+            found[name] |= {
+                "more_loss": cost.more,
+                "more_loss_interval": list(cost.more_interval),
+                "loss": cost.loss,
+                "kl": cost.kl,
+                "benign_fired": float(cost.fired.mean()),
+                "benign_moved": float(cost.moved.mean()),
+            }
+        else:
+            loss = next(iter(costs.values()))
+            found[name] |= {"more_loss": 0.0, "loss": float(loss.before.sum() / loss.tokens.sum()), "kl": 0.0}
+    return found
+
+
+def _gained(gain: Susceptibility) -> dict[str, Any]:
+    return {
+        "assistant": gain.shares["assistant"],
+        "interval": list(gain.interval()),
+        "shares": gain.shares,
+        "n": gain.n,
+        "fired": gain.fired,
+        "distinct": gain.distinct,
+    }
+
+
+def _line(one: Tried) -> dict[str, Any]:
+    own = one.candidate
+    shape = {"first": own.first, "last": own.last, "levels": list(own.levels), "population": own.population}
+    line = {"name": own.name, **shape, "phase": own.phase, "more_loss": one.cost.more, "kl": one.cost.kl}
+    line["benign_fired"] = float(one.cost.fired.mean())
+    return line | ({} if one.gain is None else _gained(one.gain))
+
+
+def _why(best: Tried, sweep: Sweep, before: Susceptibility, budget: float) -> str:
+    n = sum(one.gain is not None for one in sweep.tried.values())
+    return (
+        f"of {len(sweep.tried)} caps read on benign text and {n} tried under role prompts, {best.candidate.name} made most "
+        f"answers call themselves an assistant ({best.share:.0%}, as it is {before.shares['assistant']:.0%}) among those that "
+        f"cost at most {budget:.1%} more loss ({best.cost.more:.1%}), all on the choosing half"
+    )
+
+
+def _floors(cap: Cap, candidate: Candidate, places: Projections) -> list[dict[str, Any]]:
+    fired = {name: places.fired(cap, name).tolist() for name in places.tokens}
+    return [
+        {"layer": layer, "floor": float(cap.floor[row]), "level": candidate.levels[row]}
+        | {name: shares[row] for name, shares in fired.items()}
+        for row, layer in enumerate(cap.layers)
+    ]
+
+
+def _warnings(reported: Mapping[str, Any]) -> list[str]:
+    chosen = reported["chosen"]
+    found = []
+    if chosen["fired"] == 0:
+        found.append("the cap never fired: every token stayed above its floor, so nothing of this is the cap's doing")
+    elif chosen["fired"] < LITTLE_FIRED:
+        found.append(
+            f"the cap fired on {chosen['fired']:.0%} of tokens only: a null result would be limited by the calibration"
+        )
+    if chosen["change_interval"][0] <= 0:
+        found.append("on the reporting half the gain cannot be told from none (its 95% interval holds 0)")
+    randoms = [row["change"] for name, row in reported.items() if name.startswith("random ")]
+    if randoms and max(randoms) >= chosen["change"]:
+        found.append("a random direction gained as much: this is no effect of the axis")
+    return found
+
+
+def _sizes(half: Half) -> dict[str, int]:
+    roles = len({request.key.split("/", 1)[0] for request in half.requests})
+    return {"roles": roles, "answers": len(half.requests), "texts": len(half.texts)}
+
+
+def _examples(trial: Trial, arms: Mapping[str, Plan]) -> list[dict[str, str]]:
+    """Answers of the reporting half as they are and under the chosen cap: one a role, the questions in turn, not chosen."""
+    requests = trial.halves[REPORT].requests
+    plain, capped = trial.texts([], REPORT), trial.texts(arms["chosen"], REPORT)
+    found: dict[str, dict[str, str]] = {}
+    for place, request in enumerate(requests):
+        role, number, question, _ = request.key.split("/")
+        if number == "0" and role not in found and question == f"identity{len(found) % 5}":
+            said = {"role": role, "question": request.messages[-1]["content"]}
+            found[role] = said | {AS_IT_IS: plain[place], "capped": capped[place]}
+    return list(found.values())
+
+
+def _spread(items: Sequence[Rollout], count: int) -> list[Rollout]:
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]

@@ -1,0 +1,82 @@
+"""Caps by name: those saved beside an axis, a file, or a level and layers in words.
+
+cap_named("assistant", axis, stem)              # caps/assistant.* beside the axis
+cap_named("p50@18-23", axis, stem)              # floors at the median of the default's answers
+cap_named("roles:p75@18,20-22", axis, stem)     # of the roles'
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from personaxis.persona.axis import Axis, Cap, load_cap
+from personaxis.persona.errors import KnownError
+from personaxis.steering.interventions import cap_of
+
+ENDINGS = (".json", ".safetensors")
+SPEC = re.compile(r"(?:(default|roles):)?p(\d+(?:\.\d+)?)@(\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*)")
+
+
+def caps_folder(stem: Path) -> Path:
+    """Where the named caps of an axis lie: caps/ beside it."""
+    return stem.parent / "caps"
+
+
+def cap_names(stem: Path) -> list[str]:
+    """Names of the caps saved beside an axis."""
+    return sorted(path.stem for path in caps_folder(stem).glob("*.json") if path.with_suffix(".safetensors").is_file())
+
+
+def cap_named(text: str, axis: Axis, stem: Path) -> Cap:
+    """A cap by its name, its path, or its level and layers. Raises `KnownError` for anything else."""
+    if text in cap_names(stem):
+        return load_cap(caps_folder(stem) / text)
+    path = Path(text)
+    path = path.with_suffix("") if path.suffix in ENDINGS else path
+    if path.name and any(path.with_name(path.name + ending).is_file() for ending in ENDINGS):
+        return load_cap(path)
+    match = SPEC.fullmatch(text)
+    if match is None:
+        known = (
+            f"one of {', '.join(names)}" if (names := cap_names(stem)) else "a name (none is saved beside this axis)"
+        )
+        raise KnownError(
+            f"--cap {text!r} is not {known}, a cap file, or LEVEL@LAYERS such as p50@18-23 or roles:p75@20,22"
+        )
+    population, level, ranges = match.groups()
+    layers = layers_named(ranges)
+    if not layers or len(set(layers)) != len(layers):
+        raise KnownError(f"--cap {text!r} names no layer, or one twice")
+    return cap_of(axis, layers, float(level) / 100, population or "default")
+
+
+def layers_named(text: str) -> list[int]:
+    """Layers in words: "18-20,23" is 18, 19, 20 and 23."""
+    layers: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        layers += range(int(first), int(last or first) + 1)
+    return layers
+
+
+def require_cap(cap: Cap, axis: Axis) -> None:
+    """`KnownError` for a cap whose vectors point away from the axis at a layer: the sign trap."""
+    for layer, vector in zip(cap.layers, cap.vectors, strict=True):
+        if layer in axis.layers and cap.vectors.shape[1] == axis.vectors.shape[1]:
+            cosine = float(vector @ axis.at(layer))
+            if cosine < -0.5:
+                raise KnownError(
+                    f"this cap's vector at layer {layer} points away from {axis.poles[0]} (cosine {cosine:.2f} with the axis): "
+                    "its sign is turned"
+                )
+
+
+def windows_named(texts: Sequence[str]) -> tuple[tuple[int, int], ...]:
+    """Windows in words: "18-23" is (18, 23). Raises `KnownError` for anything else."""
+    found = []
+    for text in texts:
+        match = re.fullmatch(r"\s*(\d+)-(\d+)\s*", text)
+        if match is None or int(match[1]) > int(match[2]):
+            raise KnownError(f"--windows {text!r} is not FIRST-LAST, such as 18-23")
+        found.append((int(match[1]), int(match[2])))
+    return tuple(found)

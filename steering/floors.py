@@ -1,0 +1,133 @@
+"""Floors from a population: where answers lie on an axis, and which share of their tokens a floor would lift.
+
+    places = read_projections(subject, axis, {"default": ..., "roles": ...})
+    cap = places.cap(axis, range(18, 24), level=0.5)                # the median of the default's answers
+    places.fired(cap, "default")                                     # by layer, as read without a cap
+
+A level is a quantile of the answers' mean projections (the paper's percentiles, arXiv 2601.10387, section 5), a population
+whose answers: "default", "roles", or "pooled", both together in equal numbers.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from personaxis.persona.axis import Axis, Cap
+from personaxis.persona.errors import KnownError
+from personaxis.persona.rollouts import Rollout
+from personaxis.persona.sampler import batch_end, batch_tokens, pad
+from personaxis.persona.subject import Subject, residual
+
+POPULATIONS = ("default", "roles", "pooled")
+CPU_TOKENS, GPU_TOKENS = 2048, 65536  # most padded tokens a batch
+
+
+@dataclass(frozen=True)
+class Projections:
+    """Projections at L layers of N answers (their means) and M tokens of them, by population ("default", "roles")."""
+
+    layers: tuple[int, ...]
+    means: dict[str, Float[Tensor, "N L"]]
+    tokens: dict[str, Float[Tensor, "M L"]]
+
+    def floors(self, layers: Sequence[int], levels: Sequence[float], population: str) -> Float[Tensor, " C"]:
+        """A quantile of a population's answer means at each layer. Raises `KnownError` for a level outside 0..1."""
+        _require_level(levels)
+        if population not in POPULATIONS:
+            raise KnownError(f"population {population!r} is not one of {', '.join(POPULATIONS)}")
+        values = self.means[population] if population != "pooled" else self._pooled()
+        places = [self._place(layer) for layer in layers]
+        return torch.stack([values[:, place].quantile(level) for place, level in zip(places, levels, strict=True)])
+
+    def cap(
+        self,
+        axis: Axis,
+        layers: Sequence[int],
+        level: float | Sequence[float],
+        population: str = "default",
+        phase: str = "both",
+    ) -> Cap:
+        """A cap with floors at that level of a population, or at a level for each layer."""
+        chosen = tuple(layers)
+        levels = [level] * len(chosen) if isinstance(level, (int, float)) else list(level)
+        floor = self.floors(chosen, levels, population)
+        vectors = torch.stack([axis.at(layer) for layer in chosen])
+        middle = sorted(levels)[len(levels) // 2]
+        return Cap(chosen, vectors, floor, level=middle, population=population, phase=phase, model=axis.model)
+
+    def fired(self, cap: Cap, population: str) -> Float[Tensor, " C"]:
+        """Share of the population's answer tokens below the floor at each layer, as the model is."""
+        places = [self._place(layer) for layer in cap.layers]
+        return (self.tokens[population][:, places] < cap.floor).float().mean(0)
+
+    def _place(self, layer: int) -> int:
+        if layer not in self.layers:
+            raise KnownError(f"layer {layer} is not in this axis ({self.layers[0]}..{self.layers[-1]})")
+        return self.layers.index(layer)
+
+    def _pooled(self) -> Tensor:
+        size = min(len(values) for values in self.means.values())
+        return torch.cat([values[:size] for values in self.means.values()])
+
+
+@torch.no_grad()
+def read_projections(
+    subject: Subject,
+    axis: Axis,
+    populations: Mapping[str, Sequence[Rollout]],
+    advance: Callable[[int], None] = lambda _: None,
+) -> Projections:
+    """Read answers again and project every token of theirs at every layer of the axis; `advance` counts answers."""
+    axis.require_model(subject.describe())
+    means: dict[str, Tensor] = {}
+    tokens: dict[str, Tensor] = {}
+    for name, rollouts in populations.items():
+        if not rollouts:
+            raise KnownError(f"there are no answers of population {name!r} to take floors from")
+        order = sorted(range(len(rollouts)), key=lambda i: -len(rollouts[i].prompt_ids) - len(rollouts[i].answer_ids))
+        found: list[Tensor] = [torch.empty(0)] * len(rollouts)
+        lengths = [len(rollouts[i].prompt_ids) + len(rollouts[i].answer_ids) for i in order]
+        first, size = 0, batch_tokens(subject, CPU_TOKENS, GPU_TOKENS)
+        while first < len(order):
+            stop = batch_end(lengths, first, size)
+            chosen = order[first:stop]
+            for i, values in zip(chosen, _projected(subject, axis, [rollouts[i] for i in chosen]), strict=True):
+                found[i] = values
+            advance(stop - first)
+            first = stop
+        means[name] = torch.stack([values.mean(0) for values in found])
+        tokens[name] = torch.cat(found)
+    return Projections(axis.layers, means, tokens)
+
+
+def _projected(subject: Subject, axis: Axis, rollouts: Sequence[Rollout]) -> list[Float[Tensor, "A L"]]:
+    """Projections of each answer's tokens."""
+    kept: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> Any:
+        def hook(_module: Any, _args: Any, output: Any) -> None:
+            h = residual(output)
+            kept[layer] = (h.float() @ axis.at(layer).to(h.device)).cpu()  # (B, T)
+
+        return hook
+
+    handles = [subject.blocks[layer].register_forward_hook(keep(layer)) for layer in axis.layers]
+    try:
+        ids = pad([rollout.prompt_ids + rollout.answer_ids for rollout in rollouts], subject.device)
+        subject.base(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    whole = torch.stack([kept[layer] for layer in axis.layers], dim=-1)  # (B, T, L)
+    spans = [(len(r.prompt_ids), len(r.prompt_ids) + len(r.answer_ids)) for r in rollouts]
+    return [whole[row, start:stop] for row, (start, stop) in enumerate(spans)]
+
+
+def _require_level(levels: Sequence[float]) -> None:
+    for level in levels:
+        if not 0 <= level <= 1:
+            raise KnownError(f"level {level} is outside 0..1: it is a quantile")

@@ -1,0 +1,83 @@
+"""The steering step as one GPU kernel (Triton). Imported only on a GPU; its twin is `personaxis.steering.act.act_plainly`.
+
+One program per token holds the whole residual row in registers, so h is read once and written once. With one token a row
+(decoding) the program also writes the row's account, and nothing else is launched; with more, the lengths of the
+corrections are written and added up outside, in a fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+
+from personaxis.steering.act import Account, Batch, book
+from personaxis.steering.tables import Table
+
+
+@triton.jit
+def _act(
+    h, out, vectors, bounds, active, slots, plans, lengths, starts,
+    seen, fired, total, most, moved_by, was_seen,
+    tokens, d_model, h_b, h_t,
+    K: tl.constexpr, BLOCK: tl.constexpr, ALONE: tl.constexpr, IN_ORDER: tl.constexpr,
+):  # fmt: skip
+    """ALONE: one token a row, whose account is written here; otherwise `moved_by` and `was_seen` (B, T) are. IN_ORDER: row
+    b's account is at place b."""
+    row, t = tl.program_id(0), tl.program_id(1)
+    d = tl.arange(0, BLOCK)
+    inside = d < d_model
+    given = tl.load(h + row.to(tl.int64) * h_b + t.to(tl.int64) * h_t + d, mask=inside, other=0.0)
+    before = given.to(tl.float32)
+    moved = before
+    real = t < tl.load(lengths + row)
+    side = (t >= tl.load(starts + row)).to(tl.int32)
+    place = tl.load(plans + row).to(tl.int32) * 2 + side
+    changed = False
+    length = 0.0
+    for k in tl.static_range(K):
+        vector = tl.load(vectors + k * d_model + d, mask=inside, other=0.0)
+        bound = bounds + (place * K + k) * 3
+        projection = tl.sum(moved * vector, 0)
+        delta = tl.minimum(tl.maximum(projection, tl.load(bound)), tl.load(bound + 1)) - projection + tl.load(bound + 2)
+        delta = tl.where(real, delta, 0.0)
+        changed = changed | (delta != 0.0)
+        length = tl.abs(delta)
+        moved = moved + delta * vector
+    if K > 1:
+        length = tl.where(changed, tl.sqrt(tl.sum((moved - before) * (moved - before), 0)), 0.0)
+    result = tl.where(changed, moved.to(given.dtype), given)
+    token = row.to(tl.int64) * tokens + t
+    tl.store(out + token * d_model + d, result, mask=inside)
+    counts = tl.where(real, tl.load(active + place).to(tl.int64), 0)
+    if ALONE:
+        slot = row.to(tl.int64) if IN_ORDER else tl.load(slots + row)
+        tl.store(seen + slot, tl.load(seen + slot) + counts)
+        tl.store(fired + slot, tl.load(fired + slot) + tl.where(length > 0.0, 1, 0))
+        tl.store(total + slot, tl.load(total + slot) + length)
+        tl.store(most + slot, tl.maximum(tl.load(most + slot), length))
+    else:
+        tl.store(moved_by + token, length)
+        tl.store(was_seen + token, counts.to(tl.int8))
+
+
+def act_on_gpu(h: Float[Tensor, "B T D"], table: Table, batch: Batch, account: Account) -> Float[Tensor, "B T D"]:
+    """`personaxis.steering.act.act` in one kernel."""
+    rows, tokens, d_model = h.shape
+    if h.stride(2) != 1:
+        h = h.contiguous()
+    out = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+    alone = tokens == 1
+    length = account.total if alone else torch.empty(rows, tokens, device=h.device)
+    seen = account.seen if alone else torch.empty(rows, tokens, dtype=torch.int8, device=h.device)
+    in_order = batch.slots is None
+    slots = batch.plans if in_order else batch.slots  # a pointer that is not read
+    block = triton.next_power_of_2(d_model)
+    _act[(rows, tokens)](
+        h, out, table.vectors, table.bounds, table.active, slots, batch.plans, batch.lengths, batch.starts,
+        *account.columns, length, seen, tokens, d_model, h.stride(0), h.stride(1),
+        K=len(table.vectors), BLOCK=block, ALONE=alone, IN_ORDER=in_order, num_warps=min(max(block // 512, 1), 16),
+    )  # fmt: skip
+    if not alone:
+        book(account, batch.slots, length, seen)
+    return out
