@@ -46,10 +46,7 @@ def generate(
     json
         print both answers and their traces as JSON
     """
-    if not prompt.strip():
-        raise KnownError("the prompt is empty: give what the user says")
-    if html is not None and not html.parent.is_dir():
-        raise KnownError(f"--html {html}: the folder {html.parent} does not exist")
+    _require_asked(prompt, html)
     messages = [{"role": "system", "content": system}] if system else []
     said = [*messages, {"role": "user", "content": prompt}]
     held = loaded(model, how, axis, [cap], force=force)
@@ -61,6 +58,13 @@ def generate(
 
         write_page(html, found, held.subject, held.axis, held.caps[0], cap, said)
     _print_json(found) if json else _print(found, held.caps[0], held.axis.layer)
+
+
+def _require_asked(prompt: str, html: Path | None) -> None:
+    if not prompt.strip():
+        raise KnownError("the prompt is empty: give what the user says")
+    if html is not None and not html.parent.is_dir():
+        raise KnownError(f"--html {html}: the folder {html.parent} does not exist")
 
 
 class Loaded:
