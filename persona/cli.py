@@ -29,7 +29,7 @@ VERBS = {
     "spans": ("personaxis.persona.verbs:spans", "Show which tokens a chat template gives to whom."),
     "show": ("personaxis.persona.verbs:show", "Print any artefact or run folder as JSON."),
     "import": ("personaxis.persona.verbs:import_", "Turn the paper repository's files into artefacts of this project."),
-    "self-test": ("personaxis.persona.verbs:self_test", "Prove that recording binds on a model."),
+    "self-test": ("personaxis.steering.selftest_verb:self_test", "Prove that recording and capping bind on a model."),
 }
 
 app = App(

@@ -1,4 +1,4 @@
-"""The verbs of `persona/`: rollout, judge, record, spans, show, import, self-test; `bank_verbs` has `roles`.
+"""The verbs of `persona/`: rollout, judge, record, spans, show, import; `bank_verbs` has `roles`.
 
 Progress goes to stderr, results to stdout, `--json` for machines.
 """
@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from personaxis.persona.bank import Bank
@@ -209,29 +208,6 @@ def import_(kind: Literal["axis", "caps", "roles"], source: Path, /, *, out: Pat
     for name, cap in caps.items():
         cap.save(out / name.replace("/", "_"))
     say_result(f"{len(caps)} caps written to {out}")
-
-
-def self_test(model: Model, /, *, how: ModelOptions = ModelOptions(), json: bool = False) -> None:
-    """Prove that recording binds on this model and machine: hooks, spans, padding and means against plain references.
-
-    Exits with status 2 when any check fails.
-    """
-    from personaxis.persona.selftest import run_self_test
-    from personaxis.persona.subject import load_subject
-
-    subject = load_subject(model, device=how.device, dtype=how.dtype, chat_template=how.chat_template)
-    checks = run_self_test(subject)
-    if json:
-        print_json([check.to_json() for check in checks])
-    else:
-        table = Table("check", "found", "allowed", "")
-        for check in checks:
-            mark = Text("ok", style="green") if check.passed else Text("FAILED", style="bold red")
-            table.add_row(check.name, f"{check.found:.3g}", f"{check.allowed:.3g}", mark)
-        console().print(table)
-    failed = [check.name for check in checks if not check.passed]
-    if failed:
-        raise KnownError(f"self-test of {model} failed: {', '.join(failed)}")
 
 
 def _require_bank(manifest: dict[str, Any], bank: Bank, run: Path) -> None:

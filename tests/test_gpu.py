@@ -1,15 +1,24 @@
 """On a GPU: the kernels against their plain twins, the captured decoder against the plain one, recording against float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from families import tiny_subject
 from test_record import by_hand, made_up, recorded
 from test_sampler import ENDS, SAMPLING, answers
+from test_steering import axis_of
 
+from personaxis.persona.axis import Cap
 from personaxis.persona.draw import draw_plainly, row_noise
 from personaxis.persona.graph import GraphSampler
 from personaxis.persona.record import span_sum, span_sum_plainly
 from personaxis.persona.sampler import PlainDecoder, Sampler
+from personaxis.steering.act import Account, Batch, act, act_plainly, book
+from personaxis.steering.interventions import Ablate, Add, cap_of
+from personaxis.steering.prove import run_cap_test
+from personaxis.steering.steer import steered
+from personaxis.steering.tables import tables_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "mistral", "gpt2", "falcon", "mixtral")
@@ -82,3 +91,62 @@ def test_recorded_means_equal_a_float64_mean(family, compile):
     for tokens in (64, 4096):
         found = recorded(subject, rollouts, tokens=tokens, compile=compile).double()
         assert ((found - reference).norm(dim=-1) / reference.norm(dim=-1)).max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("d_model", "tokens", "n_plans"), [(576, 1, 3), (4096, 1, 1), (100, 17, 2), (576, 40, 4)])
+def test_the_steering_kernel_is_its_plain_twin(dtype, d_model, tokens, n_plans):
+    generator = torch.Generator().manual_seed(tokens)
+    vectors = torch.nn.functional.normalize(torch.randn(3, d_model, generator=generator), dim=1)
+    floors = torch.randn(n_plans, 3, generator=generator)
+    plans = [
+        [Cap((0,), vectors[:1], floors[i, :1]), Add((0,), vectors[1:2], floors[i, 1:2], "answer")]
+        for i in range(n_plans)
+    ]
+    plans[0].append(Ablate((0,), vectors[2:], "prompt"))
+    table = tables_of(plans)[0].to(torch.device("cuda"))
+    rows = 33
+    h = torch.randn(rows, tokens, d_model, generator=generator).to("cuda", dtype)
+    numbers = [
+        torch.randint(0, high, (rows,), generator=generator).cuda() for high in (n_plans + 1, tokens + 1, tokens + 1)
+    ]
+    for slots in (None, torch.randperm(rows, generator=generator).cuda()):
+        batch = Batch(*numbers, slots)
+        accounts = [Account.empty(rows, h.device) for _ in range(2)]
+        for _ in range(2):  # the second adds to the first
+            expected, length, seen = act_plainly(h, table, batch)
+            book(accounts[0], slots, length, seen)
+            found = act(h, table, batch, accounts[1])
+        torch.testing.assert_close(found, expected, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5)
+        left = length == 0
+        assert torch.equal(found[left], h[left])
+        for one, other in zip(*(account.columns for account in accounts), strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_capping_binds_in_the_captured_decoder(family):
+    subject = tiny_subject(family, device="cuda")
+    checks = run_cap_test(subject, axis_of(subject))
+    assert [(check.name, check.found) for check in checks if not check.passed] == []
+
+
+def test_a_compiled_forward_is_steered_and_changed_without_compiling_again():
+    subject = tiny_subject("llama", device="cuda")
+    cap = cap_of(axis_of(subject), (0, 1), 0.75)
+    idle = replace(cap, floor=torch.full_like(cap.floor, -torch.inf))
+    ids = torch.arange(5, 21, device="cuda")[:, None]
+    with torch.no_grad(), steered(subject, [cap]) as held, torch._dynamo.config.patch(error_on_recompile=True):
+        held.begin(torch.tensor([0] * 15 + [-1]))
+        eager = subject.model(input_ids=ids, use_cache=False).logits
+        counts = held.tally
+        compiled = torch.compile(subject.model, fullgraph=True, dynamic=False, mode="reduce-overhead")
+        for _ in range(3):
+            held.begin(torch.tensor([0] * 15 + [-1]))
+            torch.testing.assert_close(compiled(input_ids=ids, use_cache=False).logits, eager, rtol=1e-3, atol=1e-3)
+            assert held.tally.seen.tolist() == counts.seen.tolist()
+            assert held.tally.fired.tolist() == counts.fired.tolist()
+        held.set([idle])
+        held.begin(torch.tensor([0] * 16))
+        compiled(input_ids=ids, use_cache=False)
+        assert held.tally.fired.sum() == 0

@@ -1,0 +1,217 @@
+"""What capping costs while decoding: the same engine without and with a cap, in turn, in one run.
+
+    python benchmarks/capping.py --axis smollm2-135m --layers 16-23 --batches 1,64,512
+
+Three engines: transformers' static cache under torch.compile (fullgraph, CUDA graphs), this project's captured sampler, and
+plain eager decoding with an ordinary forward hook in place of ours. Prints tokens/s of both arms and the median of their
+paired ratios, and checks that the capped arm saw every token. On a CPU only the sampler and the plain way are run.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from transformers import DynamicCache, StaticCache
+
+from personaxis.persona.axis import Cap, load_axis
+from personaxis.persona.fitted import axis_stem
+from personaxis.persona.graph import fastest_sampler
+from personaxis.persona.sampler import Prompt, Sampling
+from personaxis.persona.subject import Subject, load_subject
+from personaxis.steering.caps import layers_named
+from personaxis.steering.interventions import cap_of
+from personaxis.steering.steer import steered
+
+PROMPT = 32  # tokens
+
+
+def seconds(work: Callable[[], object]) -> float:
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if on_gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def in_turn(arms: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    for arm in arms.values():
+        arm()
+        arm()
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for repeat in range(repeats):
+        for name in list(arms) if repeat % 2 == 0 else list(arms)[::-1]:
+            times[name].append(seconds(arms[name]))
+    return times
+
+
+def say(engine: str, batch: int, tokens: int, times: dict[str, list[float]]) -> None:
+    plain, capped = times.values()
+    ratio = statistics.median(b / a for a, b in zip(plain, capped, strict=True))
+    rates = [tokens / statistics.median(own) for own in (plain, capped)]
+    print(
+        f"{engine:<9} batch {batch:>4}: as it is {rates[0]:>9,.0f} tokens/s, capped {rates[1]:>9,.0f}, time x{ratio:.4f} ({ratio - 1:+.2%})",
+        flush=True,
+    )
+
+
+def plain_step(model, ids, positions, cache):
+    return model(input_ids=ids, position_ids=positions, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
+
+
+def capped_step(model, ids, positions, cache):
+    return model(input_ids=ids, position_ids=positions, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
+
+
+@torch.no_grad()
+def compiled(subject: Subject, cap: Cap, batch: int, steps: int, repeats: int) -> None:
+    """Two functions, so that neither arm's compiled code can serve the other; hooks are there when the capped one is traced."""
+    ids = torch.full((batch, PROMPT), 100, device=subject.device)
+    length = PROMPT + steps + 8
+
+    def decode(step: Callable, cache: StaticCache, first: torch.Tensor) -> None:
+        token = first
+        for i in range(steps):
+            torch.compiler.cudagraph_mark_step_begin()
+            at = torch.full((batch, 1), PROMPT + i, device=subject.device)
+            token = step(subject.model, token, at, cache).clone()
+
+    def arm(step: Callable) -> Callable[[], None]:
+        cache = StaticCache(config=subject.model.config, max_cache_len=length)
+        run = torch.compile(step, fullgraph=True, dynamic=False, mode="reduce-overhead")
+
+        def work() -> None:
+            cache.reset()
+            first = subject.model(input_ids=ids, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
+            decode(run, cache, first)
+
+        return work
+
+    decode_plain = arm(plain_step)
+
+    def plain() -> None:
+        with held_off(subject):
+            decode_plain()
+
+    plain()
+    with steered(subject, [cap]) as held:
+        capped = arm(capped_step)
+
+        def seen() -> list[int]:
+            held.begin(torch.zeros(batch, dtype=torch.long))
+            capped()
+            return torch.stack([account.seen for account in held._accounts.values()]).unique().tolist()
+
+        capped()
+        assert seen() == [PROMPT + steps], "the compiled engine's account has not seen what was fed"
+        times = in_turn({"plain": plain, "capped": capped}, repeats)
+        assert seen() == [PROMPT + steps], "the compiled engine's account has not seen what was fed"
+        held.begin(torch.zeros(batch, dtype=torch.long))
+        plain()
+        assert not any(account.seen.any() for account in held._accounts.values()), "the plain arm was steered"
+    say("compiled", batch, batch * steps, times)
+
+
+def sampled(subject: Subject, cap: Cap, batch: int, steps: int, repeats: int) -> None:
+    ids = tuple(range(100, 100 + PROMPT))
+    prompts = [Prompt(ids, seed) for seed in range(batch)]
+    engines = [fastest_sampler(subject, frozenset(), Sampling(max_new_tokens=steps), PROMPT) for _ in range(2)]
+    with steered(subject, [cap]) as held:
+        list(engines[1].answers(prompts, held))
+        print(f"          fired on {held.tally.share:.0%} of tokens times layers", flush=True)
+
+        def capped() -> None:
+            list(engines[1].answers(prompts, held))
+
+        if subject.device.type == "cuda":
+            with held_off(subject):
+                list(engines[0].answers(prompts))  # captured without hooks
+        times = in_turn({"plain": lambda: without(subject, engines[0], prompts), "capped": capped}, repeats)
+        assert held.tally.seen.sum() == len(held.layers) * batch * (PROMPT + steps - 1)
+    say("sampler", batch, batch * steps, times)
+
+
+class held_off:
+    """No hooks on the blocks inside."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.blocks = subject.blocks
+
+    def __enter__(self) -> None:
+        self.kept = [dict(block._forward_hooks) for block in self.blocks]
+        for block in self.blocks:
+            block._forward_hooks.clear()
+
+    def __exit__(self, *_: object) -> None:
+        for block, hooks in zip(self.blocks, self.kept, strict=True):
+            block._forward_hooks.update(hooks)
+
+
+def without(subject: Subject, engine, prompts: list[Prompt]) -> None:
+    with held_off(subject):
+        list(engine.answers(prompts))
+
+
+@torch.no_grad()
+def hooked(subject: Subject, cap: Cap, batch: int, steps: int, repeats: int) -> None:
+    """What many projects do: eager decoding, and a hook that applies the formula in several torch operations."""
+    ids = torch.full((batch, PROMPT), 100, device=subject.device)
+
+    def decode() -> None:
+        cache = DynamicCache(config=subject.model.config)
+        token = ids
+        for _ in range(steps):
+            logits = subject.model(input_ids=token, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+            token = logits.argmax(-1, keepdim=True)
+
+    def hook_for(vector: torch.Tensor, floor: torch.Tensor) -> Callable:
+        def hook(_module, _args, output):
+            h = output if isinstance(output, torch.Tensor) else output[0]
+            projection = h.float() @ vector
+            moved = (h.float() + (floor - projection).clamp(min=0)[..., None] * vector).to(h.dtype)
+            return moved if isinstance(output, torch.Tensor) else (moved, *output[1:])
+
+        return hook
+
+    def capped() -> None:
+        handles = [
+            subject.blocks[layer].register_forward_hook(
+                hook_for(cap.vectors[row].to(subject.device), cap.floor[row].to(subject.device))
+            )
+            for row, layer in enumerate(cap.layers)
+        ]
+        decode()
+        for handle in handles:
+            handle.remove()
+
+    say("hooks", batch, batch * steps, in_turn({"plain": decode, "capped": capped}, repeats))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--axis", default="smollm2-135m")
+    parser.add_argument("--layers", default="16-23")
+    parser.add_argument("--batches", default="1,64,512")
+    parser.add_argument("--steps", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--engines", default="compiled,sampler,hooks")
+    given = parser.parse_args()
+    subject = load_subject(given.model)
+    cap = cap_of(load_axis(axis_stem(given.axis)), layers_named(given.layers), 0.5)
+    print(f"{subject.id} in {subject.dtype}, {len(cap.layers)} capped layers, {given.steps} steps", flush=True)
+    engines = {"compiled": compiled, "sampler": sampled, "hooks": hooked}
+    for name in given.engines.split(","):
+        if name == "compiled" and subject.device.type != "cuda":
+            continue
+        for batch in map(int, given.batches.split(",")):
+            repeats = given.repeats if name != "hooks" else 3
+            engines[name](subject, cap, batch, given.steps, repeats)
+
+
+if __name__ == "__main__":
+    main()
