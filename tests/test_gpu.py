@@ -1,10 +1,9 @@
 """On a GPU: the kernels against their plain twins, the captured decoder against the plain one, recording against float64."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from families import tiny_subject
+from test_act import in_a_compiled_forward
 from test_record import by_hand, made_up, recorded
 from test_sampler import ENDS, SAMPLING, answers
 from test_steering import axis_of
@@ -15,9 +14,8 @@ from personaxis.persona.graph import GraphSampler
 from personaxis.persona.record import span_sum, span_sum_plainly
 from personaxis.persona.sampler import PlainDecoder, Sampler
 from personaxis.steering.act import Account, Batch, act, act_plainly, book
-from personaxis.steering.interventions import Ablate, Add, cap_of
+from personaxis.steering.interventions import Ablate, Add
 from personaxis.steering.prove import run_cap_test
-from personaxis.steering.steer import steered
 from personaxis.steering.tables import tables_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -132,21 +130,4 @@ def test_capping_binds_in_the_captured_decoder(family):
 
 
 def test_a_compiled_forward_is_steered_and_changed_without_compiling_again():
-    subject = tiny_subject("llama", device="cuda")
-    cap = cap_of(axis_of(subject), (0, 1), 0.75)
-    idle = replace(cap, floor=torch.full_like(cap.floor, -torch.inf))
-    ids = torch.arange(5, 21, device="cuda")[:, None]
-    with torch.no_grad(), steered(subject, [cap]) as held, torch._dynamo.config.patch(error_on_recompile=True):
-        held.begin(torch.tensor([0] * 15 + [-1]))
-        eager = subject.model(input_ids=ids, use_cache=False).logits
-        counts = held.tally
-        compiled = torch.compile(subject.model, fullgraph=True, dynamic=False, mode="reduce-overhead")
-        for _ in range(3):
-            held.begin(torch.tensor([0] * 15 + [-1]))
-            torch.testing.assert_close(compiled(input_ids=ids, use_cache=False).logits, eager, rtol=1e-3, atol=1e-3)
-            assert held.tally.seen.tolist() == counts.seen.tolist()
-            assert held.tally.fired.tolist() == counts.fired.tolist()
-        held.set([idle])
-        held.begin(torch.tensor([0] * 16))
-        compiled(input_ids=ids, use_cache=False)
-        assert held.tally.fired.sum() == 0
+    assert "steered, compiled once, changed in place" in in_a_compiled_forward("cuda")
