@@ -25,22 +25,30 @@ def _act(
     """ALONE: one token a row, whose account is written here; otherwise `moved_by` and `was_seen` (B, T) are. IN_ORDER: row
     b's account is at place b."""
     row, t = tl.program_id(0), tl.program_id(1)
+    # all that does not depend on anything is asked for first: a program lives for a few memory latencies, one after another
+    place = tl.load(plans + row).to(tl.int32) * 2
+    start = tl.load(starts + row)
+    stop = tl.load(lengths + row)
     d = tl.arange(0, BLOCK)
     inside = d < d_model
     given = tl.load(h + row.to(tl.int64) * h_b + t.to(tl.int64) * h_t + d, mask=inside, other=0.0)
+    if ALONE:
+        slot = row.to(tl.int64) if IN_ORDER else tl.load(slots + row)
+        seen_before, fired_before = tl.load(seen + slot), tl.load(fired + slot)
+        total_before, most_before = tl.load(total + slot), tl.load(most + slot)
+    place += (t >= start).to(tl.int32)
+    real = t < stop
+    counts = tl.load(active + place).to(tl.int64)
     before = given.to(tl.float32)
     moved = before
-    real = t < tl.load(lengths + row)
-    side = (t >= tl.load(starts + row)).to(tl.int32)
-    place = tl.load(plans + row).to(tl.int32) * 2 + side
     changed = False
     length = 0.0
     for k in tl.static_range(K):
-        vector = tl.load(vectors + k * d_model + d, mask=inside, other=0.0)
         bound = bounds + (place * K + k) * 3
+        low, high, add = tl.load(bound), tl.load(bound + 1), tl.load(bound + 2)
+        vector = tl.load(vectors + k * d_model + d, mask=inside, other=0.0)
         projection = tl.sum(moved * vector, 0)
-        delta = tl.minimum(tl.maximum(projection, tl.load(bound)), tl.load(bound + 1)) - projection + tl.load(bound + 2)
-        delta = tl.where(real, delta, 0.0)
+        delta = tl.where(real, tl.minimum(tl.maximum(projection, low), high) - projection + add, 0.0)
         changed = changed | (delta != 0.0)
         length = tl.abs(delta)
         moved = moved + delta * vector
@@ -49,13 +57,12 @@ def _act(
     result = tl.where(changed, moved.to(given.dtype), given)
     token = row.to(tl.int64) * tokens + t
     tl.store(out + token * d_model + d, result, mask=inside)
-    counts = tl.where(real, tl.load(active + place).to(tl.int64), 0)
+    counts = tl.where(real, counts, 0)
     if ALONE:
-        slot = row.to(tl.int64) if IN_ORDER else tl.load(slots + row)
-        tl.store(seen + slot, tl.load(seen + slot) + counts)
-        tl.store(fired + slot, tl.load(fired + slot) + tl.where(length > 0.0, 1, 0))
-        tl.store(total + slot, tl.load(total + slot) + length)
-        tl.store(most + slot, tl.maximum(tl.load(most + slot), length))
+        tl.store(seen + slot, seen_before + counts)
+        tl.store(fired + slot, fired_before + tl.where(length > 0.0, 1, 0))
+        tl.store(total + slot, total_before + length)
+        tl.store(most + slot, tl.maximum(most_before, length))
     else:
         tl.store(moved_by + token, length)
         tl.store(was_seen + token, counts.to(tl.int8))

@@ -102,7 +102,9 @@ def _after(subject: Subject, cap: Cap, spread: Tensor) -> list[Check]:
     ids = _probe(subject, PROBE)[None]
     with steered(subject, [cap]) as held:
         _, left = _watched(subject, cap.layers, ids)
-        share = held.tally.share
+        idle = 1 - float(
+            held.tally.fired[0].sum() / held.tally.seen[0].sum()
+        )  # later layers are lifted by this one too
         once = subject.model(input_ids=ids, use_cache=False).logits.float()
     places = torch.stack([left[layer][0].float().cpu() @ v for layer, v in zip(cap.layers, cap.vectors, strict=True)])
     below = float(((cap.floor[:, None] - places) / spread[:, None]).max())
@@ -111,7 +113,7 @@ def _after(subject: Subject, cap: Cap, spread: Tensor) -> list[Check]:
     # half precision rounds the capped residual itself, by up to 2^-9 of its largest entries
     return [
         Check("projections below the floor after the cap, in standard deviations", below, 1e-3 if _exact(subject) else 0.2),
-        Check("share of the probe's tokens left unchanged by floors at their median", 1 - share, 0.75),
+        Check("share of tokens that a floor at their median leaves unchanged at the first layer", idle, 0.75),
         Check(
             "logits of capping twice against once, relative",
             float((twice - once).norm() / once.norm()),
@@ -124,7 +126,7 @@ def _engine_checks(subject: Subject, cap: Cap) -> list[Check]:
     """The engine's account against the reference's, and floors that are changed in place."""
     sampler, prompts = _engine(subject), _prompts(subject)
     idle = replace(cap, floor=torch.full_like(cap.floor, -torch.inf))
-    sky = replace(cap, floor=cap.floor + 1e4)
+    sky = replace(cap, floor=torch.full_like(cap.floor, -torch.inf).index_fill(0, torch.tensor([0]), 1e4))
     with steered(subject, [cap]) as held:
         answers = _answers(sampler, held, prompts)
         tally = held.tally
@@ -133,7 +135,7 @@ def _engine_checks(subject: Subject, cap: Cap) -> list[Check]:
         unchanged = held.tally
         held.set([sky])
         _answers(sampler, held, prompts)
-        everything = held.tally
+        unlifted = held.tally.seen[0] - held.tally.fired[0]
     alone = _answers(_engine(subject), None, prompts)
     expected = [_reference(subject, cap, prompts[i].ids, answer) for i, answer in enumerate(answers)]
     acting = [i for i, prompt in enumerate(prompts) if prompt.plan == 0]
@@ -146,7 +148,7 @@ def _engine_checks(subject: Subject, cap: Cap) -> list[Check]:
         Check("sum of the engine's corrections against the reference, relative", _off(float(tally.total.sum()), total), _near(subject)),
         Check("tokens fired on by floors of -infinity", float(unchanged.fired.sum()), 0.0),
         Check("answers under floors of -infinity that differ from those without", float(differing), 0.0 if _exact(subject) else 1.0),
-        Check("tokens not fired on by floors above everything", float((everything.seen - everything.fired).sum()), 0.0),
+        Check("tokens not fired on by a floor above everything, at the first layer", float(unlifted.sum()), 0.0),
     ]  # fmt: skip
 
 

@@ -125,7 +125,7 @@ def test_the_steering_kernel_is_its_plain_twin(dtype, d_model, tokens, n_plans):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_capping_binds_in_the_captured_decoder(family):
     subject = tiny_subject(family, device="cuda")
-    checks = run_cap_test(subject, axis_of(subject))
+    checks = run_cap_test(subject, axis_of(tiny_subject(family)))
     assert [(check.name, check.found) for check in checks if not check.passed] == []
 
 
