@@ -4,14 +4,16 @@
 
 `act` picks the Triton kernel for tensors on a GPU and the plain twin elsewhere, and the twin too while `torch.compile`
 traces: inductor fuses it into the normalisation that follows, which on a GPU costs less than any kernel of its own. A token
-that no step changes is bitwise what it was. The account (tokens seen and fired, sum and maximum of the corrections, by row)
-is written by the same operation, in place, so a captured graph keeps it too.
+that no step changes is bitwise what it was. The account (tokens seen and fired, sum and maximum of the corrections, by layer
+and row) comes out of the same operation: the kernel writes it when it decodes, and otherwise `book` does for all layers of a
+forward at once. Both write in place, so a captured graph keeps it too.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from personaxis.steering.tables import Table
@@ -21,24 +23,28 @@ ENDLESS = 2**31 - 1
 
 @dataclass(frozen=True)
 class Account:
-    """What was done at one layer, by row: tokens in a phase of the row's plan, tokens changed, and the corrections' length
-    (residual units), summed and the largest."""
+    """What was done at C layers (or at one, without the first axis), by row: tokens in a phase of the row's plan, tokens
+    changed, and the corrections' length (residual units), summed and the largest."""
 
-    seen: Int[Tensor, " R"]
-    fired: Int[Tensor, " R"]
-    total: Float[Tensor, " R"]
-    most: Float[Tensor, " R"]
+    seen: Int[Tensor, "*C R"]
+    fired: Int[Tensor, "*C R"]
+    total: Float[Tensor, "*C R"]
+    most: Float[Tensor, "*C R"]
 
     @classmethod
-    def empty(cls, rows: int, device: torch.device) -> "Account":
+    def empty(cls, layers: int, rows: int, device: torch.device) -> "Account":
         """Nothing seen yet."""
-        counts = [torch.zeros(rows, dtype=torch.long, device=device) for _ in range(2)]
-        return cls(*counts, *(torch.zeros(rows, device=device) for _ in range(2)))
+        counts = [torch.zeros(layers, rows, dtype=torch.long, device=device) for _ in range(2)]
+        return cls(*counts, *(torch.zeros(layers, rows, device=device) for _ in range(2)))
 
     @property
     def columns(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The four tensors."""
         return self.seen, self.fired, self.total, self.most
+
+    def at(self, place: int) -> "Account":
+        """The account of one layer, on the same memory."""
+        return Account(*(column[place] for column in self.columns))
 
 
 @dataclass(frozen=True)
@@ -57,21 +63,27 @@ class Batch:
         return Batch(self.plans.to(device), self.lengths.to(device), self.starts.to(device), slots)
 
 
-def act(h: Float[Tensor, "B T D"], table: Table, batch: Batch, account: Account) -> Float[Tensor, "B T D"]:
-    """h after the plans' steps, with the account brought up to date."""
+@dataclass(frozen=True)
+class Done:
+    """What one layer did to tokens: the length of each one's correction (0: left alone), and which ones were seen."""
+
+    length: Float[Tensor, "B T"]
+    seen: Bool[Tensor, "B T"]
+
+
+def act(
+    h: Float[Tensor, "B T D"], table: Table, batch: Batch, account: Account
+) -> tuple[Float[Tensor, "B T D"], Done | None]:
+    """h after the plans' steps, and what was done; None when the layer's account has been brought up to date already."""
     if h.is_cuda and not torch.compiler.is_compiling():
         from personaxis.steering.kernels import act_on_gpu
 
         return act_on_gpu(h, table, batch, account)
-    moved, length, seen = act_plainly(h, table, batch)
-    book(account, batch.slots, length, seen)
-    return moved
+    return act_plainly(h, table, batch)
 
 
-def act_plainly(
-    h: Float[Tensor, "B T D"], table: Table, batch: Batch
-) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B T"], Bool[Tensor, "B T"]]:
-    """In plain torch: h after the steps, the length of each token's correction, and whether the token was seen (B, T)."""
+def act_plainly(h: Float[Tensor, "B T D"], table: Table, batch: Batch) -> tuple[Float[Tensor, "B T D"], Done]:
+    """In plain torch: h after the steps, and what was done."""
     at = torch.arange(h.shape[1], device=h.device)
     side = (at >= batch.starts[:, None]).long()  # (B, T)
     real = at < batch.lengths[:, None]
@@ -83,9 +95,8 @@ def act_plainly(
     length = torch.zeros_like(moved[..., 0])
     for k, vector in enumerate(table.vectors.unbind(0)):
         low, high, add = bounds[..., k, :].unbind(-1)
-        projection = (moved * vector).sum(
-            -1
-        )  # (B, T); not a matrix product, whose precision is the user's choice on a GPU
+        # (B, T); not a matrix product, whose precision is the user's choice on a GPU
+        projection = (moved * vector).sum(-1)
         delta = torch.minimum(torch.maximum(projection, low), high) - projection + add
         delta = torch.where(real, delta, torch.zeros_like(delta))
         changed = changed | (delta != 0)
@@ -93,20 +104,23 @@ def act_plainly(
         moved = moved + delta[..., None] * vector
     if len(table.vectors) > 1:
         length = torch.where(changed, (moved - before).norm(dim=-1), torch.zeros_like(length))
-    return torch.where(changed[..., None], moved.to(h.dtype), h), length, seen
+    return torch.where(changed[..., None], moved.to(h.dtype), h), Done(length, seen)
 
 
-def book(
-    account: Account, slots: Int[Tensor, " B"] | None, length: Float[Tensor, "B T"], seen: Shaped[Tensor, "B T"]
-) -> None:
-    """Add what happened to tokens (B, T) to the rows' account."""
-    now = seen.sum(1), (length > 0).sum(1), length.sum(1), length.amax(1)
-    if slots is None:  # the same place in every forward: no scattering, so that compilers can fuse it
-        for column, value in zip(account.columns[:3], now[:3], strict=True):
-            column[: len(value)].add_(value)
-        largest = account.most[: len(now[3])]
-        largest.copy_(torch.maximum(largest, now[3]))
+def book(account: Account, slots: Int[Tensor, " B"] | None, done: Sequence[tuple[int, Done]]) -> None:
+    """Add what a forward did at layers (by place) to the rows' account, all of them in one pass."""
+    device = account.seen.device
+    length = torch.stack([one.length.to(device) for _, one in done])  # (C, B, T)
+    seen = torch.stack([one.seen.to(device) for _, one in done])
+    now = seen.sum(2), (length > 0).sum(2), length.sum(2), length.amax(2)
+    if slots is None and len(done) == len(account.seen):  # no scattering, so that compilers can fuse it
+        before = tuple(column[:, : length.shape[1]] for column in account.columns)
+        for column, value in zip(before[:3], now[:3], strict=True):
+            column.add_(value)
+        before[3].copy_(torch.maximum(before[3], now[3]))
         return
+    layers = torch.tensor([place for place, _ in done], device=device)[:, None]
+    rows = torch.arange(length.shape[1], device=device) if slots is None else slots.to(device)
     for column, value in zip(account.columns[:3], now[:3], strict=True):
-        column[slots] += value  # no slot is there twice
-    account.most[slots] = torch.maximum(account.most[slots], now[3])
+        column[layers, rows] += value  # no row is there twice
+    account.most[layers, rows] = torch.maximum(account.most[layers, rows], now[3])

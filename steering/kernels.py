@@ -1,8 +1,8 @@
 """The steering step as one GPU kernel (Triton). Imported only on a GPU; its twin is `personaxis.steering.act.act_plainly`.
 
 One program per token holds the whole residual row in registers, so h is read once and written once. With one token a row
-(decoding) the program also writes the row's account, and nothing else is launched; with more, the lengths of the
-corrections are written and added up outside, in a fixed order.
+(decoding) the program also writes the row's account, and nothing else is launched; with more, it writes what was done to
+each token, which is added up afterwards for all layers at once.
 """
 
 import torch
@@ -11,8 +11,29 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from personaxis.steering.act import Account, Batch, book
+from personaxis.steering.act import Account, Batch, Done
 from personaxis.steering.tables import Table
+
+
+@triton.jit
+def _steps(given, vectors, bounds, place, real, d, inside, d_model, K: tl.constexpr):
+    """A row after K steps with the triples at `place`; whether any changed it; and the whole correction's length."""
+    before = given.to(tl.float32)
+    moved = before
+    changed = False
+    length = 0.0
+    for k in tl.static_range(K):
+        bound = bounds + (place * K + k) * 3
+        low, high, add = tl.load(bound), tl.load(bound + 1), tl.load(bound + 2)
+        vector = tl.load(vectors + k * d_model + d, mask=inside, other=0.0)
+        projection = tl.sum(moved * vector, 0)
+        delta = tl.where(real, tl.minimum(tl.maximum(projection, low), high) - projection + add, 0.0)
+        changed = changed | (delta != 0.0)
+        length = tl.abs(delta)
+        moved = moved + delta * vector
+    if K > 1:
+        length = tl.where(changed, tl.sqrt(tl.sum((moved - before) * (moved - before), 0)), 0.0)
+    return moved, changed, length
 
 
 @triton.jit
@@ -38,26 +59,10 @@ def _act(
         total_before, most_before = tl.load(total + slot), tl.load(most + slot)
     place += (t >= start).to(tl.int32)
     real = t < stop
-    counts = tl.load(active + place).to(tl.int64)
-    before = given.to(tl.float32)
-    moved = before
-    changed = False
-    length = 0.0
-    for k in tl.static_range(K):
-        bound = bounds + (place * K + k) * 3
-        low, high, add = tl.load(bound), tl.load(bound + 1), tl.load(bound + 2)
-        vector = tl.load(vectors + k * d_model + d, mask=inside, other=0.0)
-        projection = tl.sum(moved * vector, 0)
-        delta = tl.where(real, tl.minimum(tl.maximum(projection, low), high) - projection + add, 0.0)
-        changed = changed | (delta != 0.0)
-        length = tl.abs(delta)
-        moved = moved + delta * vector
-    if K > 1:
-        length = tl.where(changed, tl.sqrt(tl.sum((moved - before) * (moved - before), 0)), 0.0)
-    result = tl.where(changed, moved.to(given.dtype), given)
+    counts = tl.where(real, tl.load(active + place).to(tl.int64), 0)
+    moved, changed, length = _steps(given, vectors, bounds, place, real, d, inside, d_model, K)
     token = row.to(tl.int64) * tokens + t
-    tl.store(out + token * d_model + d, result, mask=inside)
-    counts = tl.where(real, counts, 0)
+    tl.store(out + token * d_model + d, tl.where(changed, moved.to(given.dtype), given), mask=inside)
     if ALONE:
         tl.store(seen + slot, seen_before + counts)
         tl.store(fired + slot, fired_before + tl.where(length > 0.0, 1, 0))
@@ -68,23 +73,24 @@ def _act(
         tl.store(was_seen + token, counts.to(tl.int8))
 
 
-def act_on_gpu(h: Float[Tensor, "B T D"], table: Table, batch: Batch, account: Account) -> Float[Tensor, "B T D"]:
-    """`personaxis.steering.act.act` in one kernel."""
+def act_on_gpu(
+    h: Float[Tensor, "B T D"], table: Table, batch: Batch, account: Account
+) -> tuple[Float[Tensor, "B T D"], Done | None]:
+    """`personaxis.steering.act.act` in one kernel; with one token a row it brings the layer's account up to date itself."""
     rows, tokens, d_model = h.shape
     if h.stride(2) != 1:
         h = h.contiguous()
     out = torch.empty(h.shape, dtype=h.dtype, device=h.device)
-    alone = tokens == 1
+    alone = tokens == 1 and account.seen.device == h.device
     length = account.total if alone else torch.empty(rows, tokens, device=h.device)
     seen = account.seen if alone else torch.empty(rows, tokens, dtype=torch.int8, device=h.device)
+    columns = account.columns if alone else (length,) * 4  # pointers that are not read
     in_order = batch.slots is None
-    slots = batch.plans if in_order else batch.slots  # a pointer that is not read
+    slots = batch.plans if in_order else batch.slots
     block = triton.next_power_of_2(d_model)
     _act[(rows, tokens)](
         h, out, table.vectors, table.bounds, table.active, slots, batch.plans, batch.lengths, batch.starts,
-        *account.columns, length, seen, tokens, d_model, h.stride(0), h.stride(1),
+        *columns, length, seen, tokens, d_model, h.stride(0), h.stride(1),
         K=len(table.vectors), BLOCK=block, ALONE=alone, IN_ORDER=in_order, num_warps=min(max(block // 512, 1), 16),
     )  # fmt: skip
-    if not alone:
-        book(account, batch.slots, length, seen)
-    return out
+    return out, None if alone else Done(length, seen.bool())

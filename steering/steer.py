@@ -29,7 +29,7 @@ from personaxis.persona.axis import require_origin
 from personaxis.persona.errors import KnownError
 from personaxis.persona.sampler import Answer, Follower, Prompt
 from personaxis.persona.subject import Subject, residual
-from personaxis.steering.act import ENDLESS, Account, Batch, act
+from personaxis.steering.act import ENDLESS, Account, Batch, Done, act, book
 from personaxis.steering.interventions import Intervention
 from personaxis.steering.tables import tables_of
 
@@ -79,10 +79,10 @@ class Steering(Follower):
     def __init__(self, subject: Subject, plans: Sequence[Plan]) -> None:
         _require(subject, plans)
         self.subject, self.plans = subject, tuple(tuple(plan) for plan in plans)
-        devices = {layer: next(block.parameters()).device for layer, block in enumerate(subject.blocks)}
-        self._tables = {layer: table.to(devices[layer]) for layer, table in tables_of(plans).items()}
-        self.layers = tuple(self._tables)
-        self._accounts: dict[int, Account] = {}
+        self._tables = tables_of(plans).to(subject.device)
+        self.layers = self._tables.layers
+        devices = [next(subject.blocks[layer].parameters()).device for layer in self.layers]
+        self._own = [self._tables.at(place).to(device) for place, device in enumerate(devices)]  # where each block is
         self.begin()
 
     def set(self, *plans: Plan) -> None:
@@ -92,16 +92,17 @@ class Steering(Follower):
         """
         _require(self.subject, plans)
         tables = tables_of(plans)
-        if len(plans) != len(self.plans) or tuple(tables) != self.layers:
-            raise ValueError(f"{len(plans)} plans at layers {list(tables)} cannot replace those at {list(self.layers)}")
-        for layer, table in tables.items():
-            self._tables[layer].take(table)
+        self._tables.require_form(tables)
+        for place, own in enumerate(self._own):
+            own.take(tables.at(place))
+            self._tables.at(place).take(tables.at(place))
         self.plans = tuple(tuple(plan) for plan in plans)
 
     def begin(self, plans: Int[Tensor, " B"] | None = None) -> None:
         """Start a batch with an account of its own; `plans` is the plan that each row follows, -1 for none."""
         self._rows, self._described = 0, False
-        self._forwards, self._fires = 0, dict.fromkeys(self.layers, 0)
+        self._forwards, self._fires = 0, [0] * len(self.layers)
+        self._done: list[tuple[int, Done]] = []
         self._left: list[tuple[list[int], list[tuple[int, int]], list[int], Tensor]] = []
         if plans is not None:
             self.seat(len(plans))
@@ -125,9 +126,10 @@ class Steering(Follower):
         """
         if self._left:
             return self._tally_of_answers()
-        silent = [layer for layer in self.layers if self._fires[layer] != self._forwards]
+        fired = [count == self._forwards for count in self._fires]
         if not self._forwards:  # compiled: only the account itself can say
-            silent = [layer for layer in self.layers if not self._accounts or not self._accounts[layer].seen.any()]
+            fired = self._account.seen.any(1).tolist() if self._rows else [False] * len(self.layers)
+        silent = [layer for layer, own in zip(self.layers, fired, strict=True) if not own]
         if silent:
             raise Silent(f"the hooks of layers {silent} did not fire: nothing was steered")
         return _tally(self.layers, self._columns(torch.arange(self._rows)).cpu())
@@ -140,9 +142,8 @@ class Steering(Follower):
         else:
             device = self.subject.device
             self._rows = slots
-            self._accounts = {
-                layer: Account.empty(slots, table.vectors.device) for layer, table in self._tables.items()
-            }
+            self._account = Account.empty(len(self.layers), slots, device)
+            self._accounts = [self._account.at(place) for place in range(len(self.layers))]
             self._plans, self._lengths, self._starts = (
                 torch.zeros(slots, dtype=torch.long, device=device) for _ in range(3)
             )
@@ -157,9 +158,8 @@ class Steering(Follower):
         """These prompts take these slots."""
         at = torch.tensor(list(slots), device=self._plans.device)
         self._plans[at] = self._numbered([prompt.plan for prompt in prompts])
-        for account in self._accounts.values():
-            for column in account.columns:
-                column[at.to(column.device)] = 0
+        for column in self._account.columns:
+            column[:, at] = 0
 
     def reading(self, slots: Tensor, lengths: Tensor) -> None:
         """The next forward reads prompts."""
@@ -174,17 +174,15 @@ class Steering(Follower):
 
     def reading_again(self, lengths: Tensor, starts: Tensor) -> None:
         """The next forward reads everything once more, so the account begins anew."""
-        for account in self._accounts.values():
-            for column in account.columns:
-                column.zero_()
+        for column in self._account.columns:
+            column.zero_()
         self._now = Batch(self._plans[: len(lengths)], lengths, starts)
 
     def move(self, source: int, target: int) -> None:
         """The row in slot `source` goes on in slot `target`."""
         self._plans[target] = self._plans[source]
-        for account in self._accounts.values():
-            for column in account.columns:
-                column[target] = column[source]
+        for column in self._account.columns:
+            column[:, target] = column[:, source]
 
     def leave(self, slots: Sequence[int], prompts: Sequence[Prompt], answers: Sequence[Answer]) -> None:
         """Keep the account of answered rows, with the prompt and answer tokens that were fed: the last sampled one never is."""
@@ -198,17 +196,12 @@ class Steering(Follower):
 
     def state(self) -> list[Tensor]:
         """All that a forward changes, and what describes it."""
-        columns = [column for account in self._accounts.values() for column in account.columns]
-        return [*columns, self._plans, self._lengths, self._starts] if self._rows else []
+        return [*self._account.columns, self._plans, self._lengths, self._starts] if self._rows else []
 
     def _columns(self, slots: Tensor) -> Float[Tensor, "C 4 n"]:
         """Accounts of some slots, fp64, on the subject's device."""
-        device = self.subject.device
-        found = [
-            torch.stack([column.index_select(0, slots.to(column.device)).double() for column in account.columns])
-            for account in self._accounts.values()
-        ]
-        return torch.stack([columns.to(device) for columns in found])
+        at = slots.to(self.subject.device)
+        return torch.stack([column.index_select(1, at).double() for column in self._account.columns], dim=1)
 
     def _numbered(self, plans: list[int]) -> Int[Tensor, " n"]:
         """Rows of the tables: -1, a row that is left alone, is the last."""
@@ -223,39 +216,50 @@ class Steering(Follower):
         fed = torch.tensor([one for part in self._left for one in part[1]])  # (N, 2)
         plans = self._numbered([plan for part in self._left for plan in part[2]]).cpu()
         columns = torch.cat([part[3].cpu() for part in self._left], dim=2)
+        tables = self._tables.active.cpu()
         for row, layer in enumerate(self.layers):
-            active = self._tables[layer].active.cpu()[plans]  # (N, 2)
+            active = tables[row, plans]  # (N, 2)
             expected = (active * fed).sum(1)
             if not torch.equal(expected, columns[row, 0].long()):
                 found = f"{int(columns[row, 0].sum())} of {int(expected.sum())} tokens"
                 raise Silent(f"the steering at layer {layer} saw {found}: what was generated is not steered as asked")
         return _tally(self.layers, columns[:, :, torch.tensor(indices).argsort()])
 
-    def _hook(self, layer: int) -> Any:
+    def _hook(self, place: int) -> Any:
         def step(_module: nn.Module, _args: Any, output: Any) -> Any:
             h = residual(output)
-            if not torch.compiler.is_compiling():
-                self._meet(layer, h)
+            if (
+                torch.compiler.is_compiling()
+            ):  # from the tensors of all layers, since each one used is checked every time
+                table, account = self._tables.at(place).to(h.device), self._account.at(place)
+            else:
+                self._meet(place, h)
+                table, account = self._own[place], self._accounts[place]
             now = self._now if self._now.plans.device == h.device else self._now.to(h.device)
-            moved = act(h, self._tables[layer], now, self._accounts[layer])
+            moved, done = act(h, table, now, account)
+            if done is not None:
+                self._done.append((place, done))
             return moved if isinstance(output, Tensor) else (moved, *output[1:])
 
         return step
 
-    def _meet(self, layer: int, h: Tensor) -> None:
+    def _meet(self, place: int, h: Tensor) -> None:
         """What only an eager forward does: count the call, and make room for its rows if nobody has."""
         if not self._rows:
             self.seat(len(h))
         if len(self._now.plans) != len(h):
             raise ValueError(f"{len(h)} rows in a batch that began with {self._rows}: call begin() for another batch")
-        self._fires[layer] += 1
-        if self._tables[layer].vectors.device != h.device:  # a block whose weights are elsewhere until they are used
-            self._tables[layer] = self._tables[layer].to(h.device)
-            self._accounts[layer] = Account(*(column.to(h.device) for column in self._accounts[layer].columns))
+        self._fires[place] += 1
+        if self._own[place].vectors.device != h.device:  # a block whose weights are elsewhere until they are used
+            self._own[place] = self._tables.at(place).to(h.device)
 
     def _forwarded(self, *_: Any) -> None:
+        """The base model is through: add up what its layers did."""
         if not torch.compiler.is_compiling():
             self._forwards += 1
+        if self._done:
+            book(self._account, self._now.slots, self._done)
+            self._done.clear()
 
 
 @contextmanager
@@ -266,7 +270,9 @@ def steered(subject: Subject, *plans: Plan) -> Iterator[Steering]:
     Raises `KnownError` for an intervention of another model or width, or at a layer that the subject does not have.
     """
     held = Steering(subject, plans)
-    handles = [subject.blocks[layer].register_forward_hook(held._hook(layer)) for layer in held.layers]
+    handles = [
+        subject.blocks[layer].register_forward_hook(held._hook(place)) for place, layer in enumerate(held.layers)
+    ]
     handles.append(subject.base.register_forward_hook(held._forwarded))
     try:
         yield held

@@ -6,9 +6,11 @@ vectors, and for every plan, for prompt tokens and for answer tokens, the K trip
     h' = h + v * (clamp(p, floor, ceiling) - p + add),     p = <h, v>,   one vector after the other
 
 A step that a plan does not take is (-infinity, infinity, 0), which changes no bit. Nothing but numbers is inside: an
-engine may keep the tables on its devices and change them between forwards without compiling anything again.
+engine may keep the tables on its devices and change them between forwards without compiling anything again. The tables of
+all layers lie in three tensors, since a compiled forward checks every tensor that it uses, every time.
 
     tables = tables_of([[cap_of(axis, range(18, 24), 0.5)], []])     # plan 0 caps, plan 1 does nothing
+    tables.at(0)                                                     # the table of layer 18, the first
 """
 
 from collections.abc import Sequence
@@ -41,20 +43,54 @@ class Table:
         return Table(self.vectors.to(device), self.bounds.to(device), self.active.to(device))
 
     def take(self, other: "Table") -> None:
-        """Become the other one in place. Raises ValueError when it has another shape."""
-        if other.bounds.shape != self.bounds.shape or other.vectors.shape != self.vectors.shape:
-            raise ValueError("other numbers of plans or of steps at a layer: leave this steering and enter a new one")
+        """Become the other one in place."""
         for name in ("vectors", "bounds", "active"):
             getattr(self, name).copy_(getattr(other, name))
 
 
-def tables_of(plans: Sequence[Sequence[Intervention]]) -> dict[int, Table]:
-    """The table of every layer that any plan touches. Plans that use the same vector at a layer share its row."""
+@dataclass(frozen=True)
+class Tables:
+    """The tables of C layers, all with as many vectors as the fullest needs."""
+
+    layers: tuple[int, ...]
+    vectors: Float[Tensor, "C K D"]
+    bounds: Float[Tensor, "C P1 2 K 3"]
+    active: Bool[Tensor, "C P1 2"]
+
+    def at(self, place: int) -> Table:
+        """The table of one layer, on the same memory."""
+        return Table(self.vectors[place], self.bounds[place], self.active[place])
+
+    def to(self, device: torch.device) -> "Tables":
+        """The same on a device."""
+        return Tables(self.layers, self.vectors.to(device), self.bounds.to(device), self.active.to(device))
+
+    def require_form(self, other: "Tables") -> None:
+        """ValueError unless the other one could take this one's place."""
+        if other.layers != self.layers or other.bounds.shape != self.bounds.shape:
+            raise ValueError(
+                f"other plans, layers or numbers of steps ({_form(other)}) cannot replace those that are on "
+                f"({_form(self)}): leave this steering and enter a new one"
+            )
+
+
+def _form(tables: Tables) -> str:
+    _, plans, _, steps, _ = tables.bounds.shape
+    return f"{plans - 1} plans of up to {steps} steps at layers {list(tables.layers)}"
+
+
+def tables_of(plans: Sequence[Sequence[Intervention]]) -> Tables:
+    """The tables of all layers that any plan touches. Plans that use the same vector at a layer share its row."""
     per_plan = [steps_of(plan) for plan in plans]
-    return {
-        layer: _table([steps.get(layer, []) for steps in per_plan])
-        for layer in sorted({layer for steps in per_plan for layer in steps})
-    }
+    layers = sorted({layer for steps in per_plan for layer in steps})
+    own = [_table([steps.get(layer, []) for steps in per_plan]) for layer in layers]
+    most = max(len(table.vectors) for table in own)
+    vectors = torch.zeros(len(layers), most, own[0].vectors.shape[1])
+    bounds = torch.tensor(IDLE).repeat(len(layers), len(plans) + 1, len(SIDES), most, 1)
+    for place, table in enumerate(own):
+        vectors[place, : len(table.vectors)] = table.vectors
+        bounds[place, :, :, : len(table.vectors)] = table.bounds
+    return Tables(tuple(layers), vectors, bounds, torch.stack([table.active for table in own]))
 
 
 def _table(per_plan: list[list[Step]]) -> Table:

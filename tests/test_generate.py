@@ -60,7 +60,8 @@ def test_a_step_that_does_half_of_its_work_fails_the_proof(monkeypatch):
     cap = cap_of(axis_of(subject), (0, 1), 0.75)
 
     def half(h, table, batch, account):
-        return h + (act(h, table, batch, account) - h) / 2
+        moved, done = act(h, table, batch, account)
+        return h + (moved - h) / 2, done
 
     monkeypatch.setattr("personaxis.steering.steer.act", half)
     with pytest.raises(KnownError, match="steering does not bind on tiny-llama-0, so nothing was generated"):

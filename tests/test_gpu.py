@@ -102,7 +102,7 @@ def test_the_steering_kernel_is_its_plain_twin(dtype, d_model, tokens, n_plans):
         for i in range(n_plans)
     ]
     plans[0].append(Ablate((0,), vectors[2:], "prompt"))
-    table = tables_of(plans)[0].to(torch.device("cuda"))
+    table = tables_of(plans).at(0).to(torch.device("cuda"))
     rows = 33
     h = torch.randn(rows, tokens, d_model, generator=generator).to("cuda", dtype)
     numbers = [
@@ -110,13 +110,15 @@ def test_the_steering_kernel_is_its_plain_twin(dtype, d_model, tokens, n_plans):
     ]
     for slots in (None, torch.randperm(rows, generator=generator).cuda()):
         batch = Batch(*numbers, slots)
-        accounts = [Account.empty(rows, h.device) for _ in range(2)]
+        accounts = [Account.empty(1, rows, h.device) for _ in range(2)]
         for _ in range(2):  # the second adds to the first
-            expected, length, seen = act_plainly(h, table, batch)
-            book(accounts[0], slots, length, seen)
-            found = act(h, table, batch, accounts[1])
+            expected, done = act_plainly(h, table, batch)
+            book(accounts[0], slots, [(0, done)])
+            found, own = act(h, table, batch, accounts[1].at(0))
+            if own is not None:
+                book(accounts[1], slots, [(0, own)])
         torch.testing.assert_close(found, expected, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5)
-        left = length == 0
+        left = done.length == 0
         assert torch.equal(found[left], h[left])
         for one, other in zip(*(account.columns for account in accounts), strict=True):
             torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-3)
