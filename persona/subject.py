@@ -66,13 +66,24 @@ class Subject:
         """A hash of names, shapes and 64 strided values of every parameter, the same in bf16 and fp32."""
         sha = hashlib.sha256()
         for name, parameter in self.model.state_dict().items():
-            flat = parameter.detach().reshape(-1)
+            flat = self._stored(name, parameter).detach().reshape(-1)
             sample = flat[:: max(flat.numel() // 64, 1)][:64]
             if sample.is_floating_point():
                 sample = sample.to(torch.bfloat16).view(torch.int16)
             sha.update(f"{name}{tuple(parameter.shape)}".encode())
             sha.update(sample.to("cpu", torch.int32).numpy().tobytes())
         return sha.hexdigest()[:32]
+
+    def _stored(self, name: str, parameter: Tensor) -> Tensor:
+        """A parameter's values, also where a `device_map` keeps them on disk or in memory until they are used."""
+        if parameter.device.type != "meta":
+            return parameter
+        owner, _, own = name.rpartition(".")
+        hook = getattr(self.model.get_submodule(owner), "_hf_hook", None)
+        values = getattr(hook, "weights_map", None)
+        if values is None:
+            raise KnownError(f"{self.id} has no values for {name}: it is on the meta device")
+        return values[own]
 
     def describe(self) -> dict[str, Any]:
         """What artefacts record about the model that they came from."""

@@ -5,14 +5,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, tiny_subject
+from accelerate import dispatch_model
+from families import FAMILIES, tiny_model, tiny_subject
 from torch.nn.functional import normalize
 
 from personaxis.persona.axis import Axis, Cap, apply_cap
 from personaxis.persona.errors import KnownError
 from personaxis.persona.fitted import fitted_folder
 from personaxis.persona.sampler import pad
-from personaxis.persona.subject import residual
+from personaxis.persona.subject import build_subject, residual
 from personaxis.steering.interventions import Ablate, Add, MeanAblate, cap_of, correct, steps_of
 from personaxis.steering.steer import steered
 
@@ -244,3 +245,21 @@ def test_the_packaged_axis_gives_a_cap_with_its_model_level_and_population():
     assert (cap.level, cap.population, cap.phase) == (0.5, "default", "both")
     assert cap.model["id"] == "smollm2-135m"
     assert torch.isfinite(cap.floor).all()
+
+
+def test_blocks_whose_weights_are_elsewhere_until_they_are_used_are_steered_alike(tmp_path):
+    subject, model = tiny_subject(), tiny_model("llama")
+    cap = cap_of(axis_of(subject), (0, 1, 2), 0.75)
+    names = ("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head", "model.layers.0")
+    places = dict.fromkeys(names, "cpu") | {"model.layers.1": "disk", "model.layers.2": "disk"}
+    dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    spread = build_subject(model, subject.tokenizer, id=subject.id)
+    assert {next(block.parameters()).device.type for block in spread.blocks} == {"cpu", "meta"}
+    found = []
+    for one in (subject, spread):
+        with steered(one, [cap]) as held, torch.no_grad():
+            held.begin(torch.zeros(len(ROWS), dtype=torch.long))
+            found.append((one.model(input_ids=pad(ROWS, one.device), use_cache=False).logits, held.tally.fired))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    assert found[0][1].any()
