@@ -154,13 +154,15 @@ class Cap:
 
     `vectors` are unit rows toward the first pole. `level` and `population` say where the floor came from: the quantile (the
     middle one where each layer has its own), and whose projections it was taken from. `phase` is the part of a conversation
-    that is capped, `found` what a calibration says of this cap.
+    that is capped; with `prompt_floor` the tokens of prompts have floors of their own. `found` is what a calibration says of
+    this cap.
     """
 
     layers: tuple[int, ...]
     vectors: Float[Tensor, "C D"]
     floor: Float[Tensor, " C"]
     ceiling: Float[Tensor, " C"] | None = None
+    prompt_floor: Float[Tensor, " C"] | None = None
     level: float | None = None
     population: str = "unknown"
     phase: str = "both"
@@ -172,20 +174,34 @@ class Cap:
             raise ValueError(
                 f"{len(self.layers)} layers, {self.vectors.shape[0]} vectors and {len(self.floor)} floors differ"
             )
-        if not (self.floor < float("inf")).all():
+        floors = [self.floor] if self.prompt_floor is None else [self.floor, self.prompt_floor]
+        if not all((floor < float("inf")).all() for floor in floors):
             raise ValueError("a floor is NaN or +infinity")
         _require_unit_rows(self.vectors)  # the kernel lifts by |v|^2, so another length is another floor
-        ceiling = self.floor if self.ceiling is None else self.ceiling
-        if ceiling.shape != self.floor.shape or not (self.floor <= ceiling).all():
-            raise ValueError("a ceiling is needed at every layer, and none may be NaN or below its floor")
+        if any(floor.shape != self.floor.shape for floor in floors):
+            raise ValueError("a prompt's floor is needed at every layer")
+        for floor in floors:
+            ceiling = floor if self.ceiling is None else self.ceiling
+            if ceiling.shape != floor.shape or not (floor <= ceiling).all():
+                raise ValueError("a ceiling is needed at every layer, and none may be NaN or below its floor")
         if self.phase not in ("prompt", "answer", "both"):
             raise ValueError(f"phase {self.phase!r} is not one of prompt, answer, both")
+        if self.prompt_floor is not None and self.phase != "both":
+            raise ValueError(
+                f"floors for prompts of their own are for a cap of both phases, this one is for {self.phase}"
+            )
+
+    def floor_of(self, row: int, side: str) -> float:
+        """The floor of a row's layer for tokens of the "prompt" or of the "answer"."""
+        floors = self.floor if self.prompt_floor is None or side == "answer" else self.prompt_floor
+        return float(floors[row])
 
     def save(self, stem: Path) -> None:
         """Write `stem.safetensors` and `stem.json`."""
         tensors = {"vectors": self.vectors, "floor": self.floor}
-        if self.ceiling is not None:
-            tensors["ceiling"] = self.ceiling
+        for name in ("ceiling", "prompt_floor"):
+            if (own := getattr(self, name)) is not None:
+                tensors[name] = own
         meta = {"layers": list(self.layers), "level": self.level, "population": self.population, "phase": self.phase}
         save_tensors(stem, tensors, {"kind": "cap", **meta, "model": self.model, "found": self.found})
 
@@ -198,7 +214,7 @@ def load_cap(stem: Path) -> Cap:
         layers = tuple(int(layer) for layer in meta["layers"])
         vectors, floor = tensors["vectors"], tensors["floor"]
         found = meta.get("found", {})
-        return Cap(layers, vectors, floor, ceiling=tensors.get("ceiling"), **fields, found=found)
+        return Cap(layers, vectors, floor, tensors.get("ceiling"), tensors.get("prompt_floor"), **fields, found=found)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise KnownError(f"{stem}.json is no cap that could be used: {error}") from None
 
@@ -206,7 +222,7 @@ def load_cap(stem: Path) -> Cap:
 def apply_cap(h: Float[Tensor, "*B D"], cap: Cap, row: int) -> Float[Tensor, "*B D"]:
     """The kernel, plainly: h + v * clamp(floor - <h,v>, min=0) for the cap's `row`, in fp32, back in h's dtype.
 
-    A token above the floor is returned bitwise as it was. It is the reference that engines are compared with.
+    All tokens are taken for an answer's. A token above the floor is returned bitwise as it was. It is the reference that engines are compared with.
     """
     vector = cap.vectors[row].to(h.device, torch.float32)
     projection = h.float() @ vector

@@ -1,9 +1,10 @@
 """Calibrating a cap: floors from the run's own answers, the window and level that buy most, and an honest report of it.
 
-    content, cap = calibrate(run_folder, CalibrationOptions())
+    cap, content = calibrate(trial, axis, places, mixed, wanted, Settings(), {})
 
-Roles and benign questions are dealt into two halves. The cap is chosen on one (`personaxis.steering.sweep`); what it buys
-and costs is measured on the other, beside the model as it is, random directions that fire as often, and plain addition of
+Roles and benign questions are dealt into two halves. The cap is chosen on one, among windows of layers at levels of a
+population (`personaxis.steering.sweep`) and floors fitted by gradient (`personaxis.steering.refine`); what it buys and costs
+is measured on the other, beside the model as it is, random directions that fire as often, and plain addition of
 the axis. (arXiv 2601.10387, section 5, sweeps windows and percentiles likewise.)
 """
 
@@ -16,9 +17,10 @@ from personaxis.persona.bank import Bank
 from personaxis.persona.errors import KnownError
 from personaxis.persona.rollouts import Rollout
 from personaxis.persona.sampler import Sampling
-from personaxis.steering.control import random_cap
+from personaxis.steering.control import fired_shares, random_cap
 from personaxis.steering.floors import Projections
 from personaxis.steering.interventions import Add
+from personaxis.steering.refine import Descent, Floors
 from personaxis.steering.steer import Plan
 from personaxis.steering.susceptibility import Susceptibility, difference, identity_requests, lowest_roles
 from personaxis.steering.sweep import Candidate, Sweep, Tried, windows_of
@@ -28,6 +30,8 @@ CHOOSE, REPORT = "choose", "report"
 AS_IT_IS = "as it is"
 RANDOM_SEEDS = (1, 2, 3)
 ADDED = (4.0, 8.0, 16.0)  # strengths of plain addition, residual units
+FITTED = 0.2, 0.93  # the part of the depth that gets floors by gradient, unless windows are given
+SHIFTS = (-0.4, -0.2, 0.0, 0.2, 0.4)  # of fitted floors, in spreads
 LITTLE_FIRED = 0.15  # a cap that fires on less than this share has hardly been tried
 
 
@@ -43,6 +47,7 @@ class Settings:
     prompts: int = 2
     texts: int = 60
     seed: int = 0
+    steps: int = 60
     sampling: Sampling = field(default_factory=lambda: Sampling(max_new_tokens=48))
 
 
@@ -64,27 +69,22 @@ def halves_of(
 
 
 def calibrate(
-    trial: Trial, axis: Axis, places: Projections, mixed: Sequence[Rollout], settings: Settings, also: Mapping[str, Cap]
+    trial: Trial,
+    axis: Axis,
+    places: Projections,
+    mixed: Sequence[Rollout],
+    wanted: Sequence[Rollout],
+    settings: Settings,
+    also: Mapping[str, Cap],
 ) -> tuple[Cap, dict[str, Any]]:
     """The chosen cap with its record (`found`), and the content of calibration.json.
 
-    `mixed` are answers of the default and of roles, on which the random caps are made to fire as often. `also` are caps to
-    report beside the chosen one.
+    `mixed` are answers of the default and of roles, on which the random caps are made to fire as often; `wanted` what fitted
+    floors are to make likely (none are fitted without it). `also` are caps to report beside the chosen one.
     """
-    windows = _windows(settings, axis, trial.subject.n_layers)
-
-    def make(candidate: Candidate) -> Cap:
-        return places.cap(axis, candidate.layers, candidate.levels, candidate.population, candidate.phase)
-
-    sweep = Sweep(trial, make, CHOOSE, settings.budget)
-    best = sweep.run(windows, settings.levels, settings.populations)
+    sweep, cap, best = _chosen(trial, axis, places, wanted, settings)
     before = trial.gains({AS_IT_IS: []}, CHOOSE)[AS_IT_IS]
-    cap = make(best.candidate)
-    arms: dict[str, Plan] = {AS_IT_IS: [], "chosen": [cap]}
-    arms |= {f"random {seed}": [random_cap(trial.subject, cap, mixed, seed)] for seed in RANDOM_SEEDS}
-    arms |= {f"add {amount:g}": [Add.along(axis, (axis.layer,), amount)] for amount in ADDED}
-    arms |= {name: [one] for name, one in also.items()}
-    reported = _report(trial, arms)
+    reported, arms = _report(trial, axis, cap, mixed, also)
     content = {
         "cap": best.candidate.name,
         "why": _why(best, sweep, before, settings.budget),
@@ -101,7 +101,7 @@ def calibrate(
     chosen = reported["chosen"]
     found = {
         "name": best.candidate.name,
-        "levels": list(best.candidate.levels),
+        "levels": None if best.candidate.fitted else list(best.candidate.levels),
         "budget": settings.budget,
         "assistant": [reported[AS_IT_IS]["assistant"], chosen["assistant"]],
         "more_loss": chosen["more_loss"],
@@ -126,8 +126,45 @@ def _windows(settings: Settings, axis: Axis, n_layers: int) -> list[tuple[int, i
     return windows
 
 
-def _report(trial: Trial, arms: Mapping[str, Plan]) -> dict[str, Any]:
-    """What every arm gains and costs on the reporting half."""
+def _chosen(
+    trial: Trial, axis: Axis, places: Projections, wanted: Sequence[Rollout], settings: Settings
+) -> tuple[Sweep, Cap, Tried]:
+    """The search, the cap that it found and what that did on the choosing half."""
+    windows = _windows(settings, axis, trial.subject.n_layers)
+    floors: Floors | None = None
+
+    def make(candidate: Candidate) -> Cap:
+        if candidate.fitted and floors is not None:
+            return floors.cap(axis, candidate.level)
+        return places.cap(axis, candidate.layers, candidate.levels, candidate.population, candidate.phase)
+
+    sweep = Sweep(trial, make, CHOOSE, settings.budget)
+    best = sweep.run(windows, settings.levels, settings.populations)
+    if settings.steps and wanted:
+        layers = _fitted_layers(settings, axis, trial.subject.n_layers)
+        how = Descent(settings.budget, settings.steps, seed=settings.seed)
+        floors = trial.floors(axis, layers, places, wanted, how, CHOOSE)
+        best = sweep.more([Candidate(layers[0], layers[-1], shift, fitted=True) for shift in SHIFTS])
+    return sweep, make(best.candidate), best
+
+
+def _fitted_layers(settings: Settings, axis: Axis, n_layers: int) -> tuple[int, ...]:
+    """Layers that get a floor of their own: those of the windows that were given, or most of the depth."""
+    share = tuple(round(part * (n_layers - 1)) for part in FITTED)
+    first = min((window[0] for window in settings.windows), default=share[0])
+    last = max((window[1] for window in settings.windows), default=share[1])
+    return tuple(layer for layer in axis.layers if first <= layer <= last)
+
+
+def _report(
+    trial: Trial, axis: Axis, cap: Cap, mixed: Sequence[Rollout], also: Mapping[str, Cap]
+) -> tuple[dict[str, Any], dict[str, Plan]]:
+    """What every arm gains and costs on the reporting half, and the arms."""
+    shares = fired_shares(trial.subject, cap, mixed)
+    arms: dict[str, Plan] = {AS_IT_IS: [], "chosen": [cap]}
+    arms |= {f"random {seed}": [random_cap(trial.subject, cap, shares, mixed, seed)] for seed in RANDOM_SEEDS}
+    arms |= {f"add {amount:g}": [Add.along(axis, (axis.layer,), amount)] for amount in ADDED}
+    arms |= {name: [one] for name, one in also.items()}
     gains = trial.gains(arms, REPORT)
     costs = trial.costs({name: plan for name, plan in arms.items() if plan}, REPORT)
     found: dict[str, Any] = {}
@@ -147,7 +184,7 @@ def _report(trial: Trial, arms: Mapping[str, Plan]) -> dict[str, Any]:
         else:
             loss = next(iter(costs.values()))
             found[name] |= {"more_loss": 0.0, "loss": float(loss.before.sum() / loss.tokens.sum()), "kl": 0.0}
-    return found
+    return found, arms
 
 
 def _gained(gain: Susceptibility) -> dict[str, Any]:
@@ -163,7 +200,8 @@ def _gained(gain: Susceptibility) -> dict[str, Any]:
 
 def _line(one: Tried) -> dict[str, Any]:
     own = one.candidate
-    shape = {"first": own.first, "last": own.last, "levels": list(own.levels), "population": own.population}
+    shape = {"first": own.first, "last": own.last, "population": own.population}
+    shape |= {"shift": own.level} if own.fitted else {"levels": list(own.levels)}
     line = {"name": own.name, **shape, "phase": own.phase, "more_loss": one.cost.more, "kl": one.cost.kl}
     line["benign_fired"] = float(one.cost.fired.mean())
     return line | ({} if one.gain is None else _gained(one.gain))
@@ -179,12 +217,16 @@ def _why(best: Tried, sweep: Sweep, before: Susceptibility, budget: float) -> st
 
 
 def _floors(cap: Cap, candidate: Candidate, places: Projections) -> list[dict[str, Any]]:
-    fired = {name: places.fired(cap, name).tolist() for name in places.tokens}
-    return [
-        {"layer": layer, "floor": float(cap.floor[row]), "level": candidate.levels[row]}
-        | {name: shares[row] for name, shares in fired.items()}
-        for row, layer in enumerate(cap.layers)
-    ]
+    found: list[dict[str, Any]] = []
+    for side in ("answer",) if cap.prompt_floor is None else ("prompt", "answer"):
+        below = {name: places.below(cap, name, side).tolist() for name in places.tokens}
+        found += [
+            {"layer": layer, "side": side, "floor": cap.floor_of(row, side)}
+            | ({} if candidate.fitted else {"level": candidate.levels[row]})
+            | {name: shares[row] for name, shares in below.items()}
+            for row, layer in enumerate(cap.layers)
+        ]
+    return found
 
 
 def _warnings(reported: Mapping[str, Any]) -> list[str]:

@@ -26,6 +26,8 @@ class SearchOptions:
     "whose answers the floors are quantiles of: default, roles or pooled; several with commas between"
     budget: float = 0.05
     "the most that a cap may cost: loss per token on benign answers more than as it is, 0.05 is 5%"
+    steps: int = 60
+    "steps in which a floor for each layer, for prompts and for answers, is fitted by gradient; 0 for none"
     roles: int = 50
     "the lowest roles on the axis, half to choose on and half to report on"
     prompts: int = 2

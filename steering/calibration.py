@@ -19,12 +19,13 @@ from personaxis.persona.run import open_run, versions
 from personaxis.persona.sampler import Sampling
 from personaxis.persona.store import write_json
 from personaxis.persona.subject import Subject, load_subject
-from personaxis.steering.calibrate import Settings, calibrate, halves_of
+from personaxis.steering.calibrate import CHOOSE, Settings, calibrate, halves_of
 from personaxis.steering.calibration_page import write_calibration_page
 from personaxis.steering.caps import cap_named, caps_folder, windows_named
 from personaxis.steering.floors import Projections, read_projections
 from personaxis.steering.prove import require_binding
 from personaxis.steering.trial import Trial
+from personaxis.steering.wanted import wanted_texts
 
 POPULATION = 400  # answers of each population whose projections are read
 MIXED = 48  # answers of each on which random caps are made to fire as often
@@ -60,7 +61,9 @@ def calibrated(
             require_binding(subject, [cap])
         trial = Trial(subject, chat, halves, settings.sampling, run / "trials.jsonl")
         mixed = [*spread(default, MIXED), *spread(roles, MIXED)]
-        cap, content = calibrate(trial, along, places, mixed, settings, extra)
+        asked_for = halves[CHOOSE].requests if settings.steps else ()
+        wanted = wanted_texts(subject, chat, chosen_bank, asked_for, settings.seed) if asked_for else []
+        cap, content = calibrate(trial, along, places, mixed, wanted, settings, extra)
         caps_folder(run / "axis").mkdir(exist_ok=True)
         saved = caps_folder(run / "axis") / name
         cap.save(saved)
@@ -82,6 +85,7 @@ def _settings(search: Any) -> Settings:
     populations = tuple(part.strip() for part in search.population.split(","))
     for least, option, value in (
         (4, "roles", search.roles), (1, "prompts", search.prompts), (2, "answers", search.answers),
+        (0, "steps", search.steps),
     ):  # fmt: skip
         if value < least:
             raise KnownError(f"--{option} {value} is below {least}")
@@ -89,9 +93,8 @@ def _settings(search: Any) -> Settings:
         raise KnownError(f"--budget {search.budget} is not between 0 and 10: 0.05 is 5% more loss")
     windows = windows_named([part for part in search.windows.split(",") if part.strip()])
     sampling = Sampling(search.max_new_tokens, search.temperature)
-    return Settings(
-        windows, levels, populations, search.budget, search.roles, search.prompts, search.answers, search.seed, sampling
-    )
+    sizes = search.roles, search.prompts, search.answers, search.seed, search.steps
+    return Settings(windows, levels, populations, search.budget, *sizes, sampling)
 
 
 def _populations(rollouts: Sequence[Rollout], bank: Bank, run: Path) -> tuple[list[Rollout], list[Rollout]]:

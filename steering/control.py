@@ -1,18 +1,21 @@
 """The control of every capping result: random directions whose caps fire as often as the cap does, layer by layer.
 
-    cap.layers, cap.floor          ->   random_cap(subject, cap, texts, seed=1)
+    shares = fired_shares(subject, cap, texts)
+    random_cap(subject, cap, shares, texts, seed=1)
 
 A cap that fires on half of all tokens disturbs a model, whatever its direction; only what the random one does not do is the
 axis's doing. Each layer's direction is drawn alone, and its floor is the quantile of the projections there, read with the
-floors of the layers before already on, at which the cap itself fires.
+floors of the layers before already on, at which the cap itself fires; of prompts and of answers apart where the cap has a
+floor for each.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -20,52 +23,70 @@ from personaxis.persona.axis import Cap
 from personaxis.persona.rollouts import Rollout
 from personaxis.persona.sampler import batch_end, batch_tokens, pad
 from personaxis.persona.subject import Subject, residual
-from personaxis.steering.arms import joined
 from personaxis.steering.steer import Plan, Steering, steered
 
 CPU_TOKENS, GPU_TOKENS = 2048, 65536  # most padded tokens a batch
 
 
 @torch.no_grad()
-def fired_by_layer(subject: Subject, cap: Cap, texts: Sequence[Rollout]) -> Float[Tensor, " C"]:
-    """Share of the texts' tokens (of the cap's phase) that it changes at each of its layers."""
-    tallies = []
-    with steered(subject, [cap]) as held:
-        for batch in _batches(subject, texts):
-            held.begin()
-            _describe(held, batch)
-            subject.base(input_ids=_ids(subject, batch), use_cache=False)
-            tallies.append(held.tally)
-    whole = joined(tallies)
-    return whole.fired.sum(1) / whole.seen.sum(1).clamp(min=1)
+def fired_shares(subject: Subject, cap: Cap, texts: Sequence[Rollout]) -> Float[Tensor, "C S"]:
+    """Share of the texts' tokens that the cap changes at each of its layers, for each side that has floors of its own."""
+    sides = _sides(subject, cap, texts)
+    below = []
+    for row, layer in enumerate(cap.layers):
+        places = _projections(subject, texts, [_part(cap, row)] if row else [], layer, cap.vectors[row])
+        below.append([float((places[taken] < cap.floor_of(row, side)).float().mean()) for side, taken in sides.items()])
+    return torch.tensor(below)
 
 
 @torch.no_grad()
-def random_cap(subject: Subject, cap: Cap, texts: Sequence[Rollout], seed: int) -> Cap:
-    """A cap of random unit directions at the same layers and phase that fires on the same share of the texts' tokens."""
+def random_cap(subject: Subject, cap: Cap, shares: Float[Tensor, "C S"], texts: Sequence[Rollout], seed: int) -> Cap:
+    """A cap of random unit directions at the same layers and phases that fires on such shares of the texts' tokens."""
     generator = torch.Generator().manual_seed(seed)
     vectors = normalize(torch.randn(cap.vectors.shape, generator=generator), dim=1)
-    wanted = fired_by_layer(subject, cap, texts)
     blank = replace(cap, vectors=vectors, ceiling=None, level=None, population="random", found={})
-    floors: list[float] = []
+    sides = _sides(subject, cap, texts)
+    floors: dict[str, list[float]] = {side: [] for side in sides}
     for row, layer in enumerate(cap.layers):
-        before = [] if not row else [_part(blank, floors)]
-        places = torch.cat(
-            [_projected(subject, batch, before, layer, vectors[row], cap.phase) for batch in _batches(subject, texts)]
-        )
-        floors.append(float(places.quantile(float(wanted[row]))))
-    return replace(blank, floor=torch.tensor(floors))
+        before = [_with(_part(blank, row), floors)] if row else []
+        places = _projections(subject, texts, before, layer, vectors[row])
+        for (side, taken), share in zip(sides.items(), shares[row].tolist(), strict=True):
+            floors[side].append(float(places[taken].quantile(share)))
+    return _with(blank, floors)
 
 
-def _part(cap: Cap, floors: list[float]) -> Cap:
-    done = len(floors)
-    return replace(cap, layers=cap.layers[:done], vectors=cap.vectors[:done], floor=torch.tensor(floors))
+def _sides(subject: Subject, cap: Cap, texts: Sequence[Rollout]) -> dict[str, Bool[Tensor, " M"]]:
+    """The phases for which the cap has floors of their own, and which of all tokens they take."""
+    answer = []
+    for batch in _batches(subject, texts):
+        starts, lengths = _spans(batch)
+        at = torch.arange(int(lengths.max()))
+        answer.append((at >= starts[:, None])[at < lengths[:, None]])
+    told = torch.cat(answer)
+    masks = {"prompt": ~told, "answer": told, "both": torch.ones_like(told)}
+    return {side: masks[side] for side in ((cap.phase,) if cap.prompt_floor is None else ("prompt", "answer"))}
 
 
-def _projected(
-    subject: Subject, batch: Sequence[Rollout], before: Plan, layer: int, vector: Tensor, phase: str
+def _with(cap: Cap, floors: Mapping[str, Sequence[float]]) -> Cap:
+    """The cap with floors by side."""
+    *prompt, answer = (torch.tensor(own) for own in floors.values())
+    return replace(cap, floor=answer, prompt_floor=prompt[0] if prompt else None)
+
+
+def _part(cap: Cap, rows: int) -> Cap:
+    """Its first layers only."""
+    own: dict[str, Any] = {
+        name: None if getattr(cap, name) is None else getattr(cap, name)[:rows]
+        for name in ("layers", "vectors", "floor", "prompt_floor", "ceiling")
+    }
+    return replace(cap, **own)
+
+
+def _projections(
+    subject: Subject, texts: Sequence[Rollout], before: Plan, layer: int, vector: Tensor
 ) -> Float[Tensor, " M"]:
-    """Projections at a layer of all tokens that the phase takes, with the plan on."""
+    """Projections of all tokens at a layer, batch after batch, with the plan on."""
+    found: list[Tensor] = []
     kept: list[Tensor] = []
     handle = subject.blocks[layer].register_forward_hook(
         lambda _module, _args, output: kept.append(
@@ -73,18 +94,16 @@ def _projected(
         )
     )
     try:
-        with steered(subject, before) if before else nullcontext() as held:
-            if held is not None:
-                _describe(held, batch)
-            subject.base(input_ids=_ids(subject, batch), use_cache=False)
+        for batch in _batches(subject, texts):
+            with steered(subject, before) if before else nullcontext() as held:
+                if held is not None:
+                    _describe(held, batch)
+                subject.base(input_ids=_ids(subject, batch), use_cache=False)
+            lengths = _spans(batch)[1]
+            found.append(kept.pop()[torch.arange(int(lengths.max())) < lengths[:, None]])
     finally:
         handle.remove()
-    starts, lengths = _spans(batch)
-    at = torch.arange(kept[0].shape[1])
-    taken = at < lengths[:, None]
-    if phase != "both":
-        taken &= (at >= starts[:, None]) == (phase == "answer")
-    return kept[0][taken]
+    return torch.cat(found)
 
 
 def _batches(subject: Subject, texts: Sequence[Rollout]) -> list[list[Rollout]]:

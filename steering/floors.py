@@ -2,7 +2,7 @@
 
     places = read_projections(subject, axis, {"default": ..., "roles": ...})
     cap = places.cap(axis, range(18, 24), level=0.5)                # the median of the default's answers
-    places.fired(cap, "default")                                     # by layer, as read without a cap
+    places.below(cap, "default")                                     # by layer, as read without a cap
 
 A level is a quantile of the answers' mean projections (the paper's percentiles, arXiv 2601.10387, section 5), a population
 whose answers: "default", "roles", or "pooled", both together in equal numbers.
@@ -28,11 +28,13 @@ CPU_TOKENS, GPU_TOKENS = 2048, 65536  # most padded tokens a batch
 
 @dataclass(frozen=True)
 class Projections:
-    """Projections at L layers of N answers (their means) and M tokens of them, by population ("default", "roles")."""
+    """Projections at L layers of N answers (their means), M tokens of them and M tokens of the prompts before them (without
+    the first token, an attention sink with a projection of its own), by population ("default", "roles")."""
 
     layers: tuple[int, ...]
-    means: dict[str, Float[Tensor, "N L"]]
-    tokens: dict[str, Float[Tensor, "M L"]]
+    means: dict[str, Float[Tensor, "_ L"]]
+    tokens: dict[str, Float[Tensor, "_ L"]]
+    prompts: dict[str, Float[Tensor, "_ L"]]
 
     def floors(self, layers: Sequence[int], levels: Sequence[float], population: str) -> Float[Tensor, " C"]:
         """A quantile of a population's answer means at each layer. Raises `KnownError` for a level outside 0..1."""
@@ -40,7 +42,7 @@ class Projections:
         if population not in POPULATIONS:
             raise KnownError(f"population {population!r} is not one of {', '.join(POPULATIONS)}")
         values = self.means[population] if population != "pooled" else self._pooled()
-        places = [self._place(layer) for layer in layers]
+        places = self.places(layers)
         return torch.stack([values[:, place].quantile(level) for place, level in zip(places, levels, strict=True)])
 
     def cap(
@@ -59,10 +61,14 @@ class Projections:
         middle = sorted(levels)[len(levels) // 2]
         return Cap(chosen, vectors, floor, level=middle, population=population, phase=phase, model=axis.model)
 
-    def fired(self, cap: Cap, population: str) -> Float[Tensor, " C"]:
-        """Share of the population's answer tokens below the floor at each layer, as the model is."""
-        places = [self._place(layer) for layer in cap.layers]
-        return (self.tokens[population][:, places] < cap.floor).float().mean(0)
+    def below(self, cap: Cap, population: str, side: str = "answer") -> Float[Tensor, " C"]:
+        """Share of the population's tokens, of the "answer" or the "prompt", below the floor at each layer, as the model is."""
+        values = (self.tokens if side == "answer" else self.prompts)[population][:, self.places(cap.layers)]
+        return (values < torch.tensor([cap.floor_of(row, side) for row in range(len(cap.layers))])).float().mean(0)
+
+    def places(self, layers: Sequence[int]) -> list[int]:
+        """Columns of layers. Raises `KnownError` for one that is not there."""
+        return [self._place(layer) for layer in layers]
 
     def _place(self, layer: int) -> int:
         if layer not in self.layers:
@@ -85,11 +91,12 @@ def read_projections(
     axis.require_model(subject.describe())
     means: dict[str, Tensor] = {}
     tokens: dict[str, Tensor] = {}
+    prompts: dict[str, Tensor] = {}
     for name, rollouts in populations.items():
         if not rollouts:
             raise KnownError(f"there are no answers of population {name!r} to take floors from")
         order = sorted(range(len(rollouts)), key=lambda i: -len(rollouts[i].prompt_ids) - len(rollouts[i].answer_ids))
-        found: list[Tensor] = [torch.empty(0)] * len(rollouts)
+        found: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(rollouts)
         lengths = [len(rollouts[i].prompt_ids) + len(rollouts[i].answer_ids) for i in order]
         first, size = 0, batch_tokens(subject, CPU_TOKENS, GPU_TOKENS)
         while first < len(order):
@@ -99,13 +106,15 @@ def read_projections(
                 found[i] = values
             advance(stop - first)
             first = stop
-        means[name] = torch.stack([values.mean(0) for values in found])
-        tokens[name] = torch.cat(found)
-    return Projections(axis.layers, means, tokens)
+        means[name] = torch.stack([answer.mean(0) for _, answer in found])
+        prompts[name], tokens[name] = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return Projections(axis.layers, means, tokens, prompts)
 
 
-def _projected(subject: Subject, axis: Axis, rollouts: Sequence[Rollout]) -> list[Float[Tensor, "A L"]]:
-    """Projections of each answer's tokens."""
+def _projected(
+    subject: Subject, axis: Axis, rollouts: Sequence[Rollout]
+) -> list[tuple[Float[Tensor, "P L"], Float[Tensor, "A L"]]]:
+    """Projections of each prompt's tokens but the first, and of its answer's."""
     kept: dict[int, Tensor] = {}
 
     def keep(layer: int) -> Any:
@@ -124,7 +133,7 @@ def _projected(subject: Subject, axis: Axis, rollouts: Sequence[Rollout]) -> lis
             handle.remove()
     whole = torch.stack([kept[layer] for layer in axis.layers], dim=-1)  # (B, T, L)
     spans = [(len(r.prompt_ids), len(r.prompt_ids) + len(r.answer_ids)) for r in rollouts]
-    return [whole[row, start:stop] for row, (start, stop) in enumerate(spans)]
+    return [(whole[row, 1:start], whole[row, start:stop]) for row, (start, stop) in enumerate(spans)]
 
 
 def _require_level(levels: Sequence[float]) -> None:

@@ -132,8 +132,7 @@ def steps_of(interventions: Sequence[Intervention]) -> dict[int, list[Step]]:
     found: dict[int, list[Step]] = {}
     for intervention in interventions:
         for row, layer in enumerate(intervention.layers):
-            low, high, add = _bounds(intervention, row)
-            found.setdefault(layer, []).append(Step(intervention.vectors[row], low, high, add, intervention.phase))
+            found.setdefault(layer, []).extend(_steps(intervention, row))
     return found
 
 
@@ -168,16 +167,17 @@ def plan_digest(plan: Sequence[Intervention]) -> str:
     return sha.hexdigest()[:16]
 
 
-def _bounds(intervention: Intervention, row: int) -> tuple[float, float, float]:
-    """Floor, ceiling and amount to add."""
-    infinity = float("inf")
+def _steps(intervention: Intervention, row: int) -> list[Step]:
+    """One step, or one for each phase where a cap's floors differ."""
+    vector, phase, infinity = intervention.vectors[row], intervention.phase, float("inf")
     if isinstance(intervention, Cap):
         ceiling = infinity if intervention.ceiling is None else float(intervention.ceiling[row])
-        return float(intervention.floor[row]), ceiling, 0.0
+        sides = (phase,) if intervention.prompt_floor is None else ("prompt", "answer")
+        return [Step(vector, intervention.floor_of(row, side), ceiling, 0.0, side) for side in sides]
     if isinstance(intervention, Add):
-        return -infinity, infinity, float(intervention.amount[row])
+        return [Step(vector, -infinity, infinity, float(intervention.amount[row]), phase)]
     mean = float(intervention.mean[row]) if isinstance(intervention, MeanAblate) else 0.0
-    return mean, mean, 0.0
+    return [Step(vector, mean, mean, 0.0, phase)]
 
 
 def _vectors(axis: Axis, layers: tuple[int, ...]) -> Float[Tensor, "C D"]:

@@ -6,6 +6,7 @@
    assistant.
 3. The best one's neighbours are tried in the same way: one layer more or less at either end, levels that rise or fall over
    the layers, and answers alone in place of both phases.
+4. Floors that were fitted by gradient (`personaxis.steering.refine`) are tried in the same way, their shift being the level.
 
 The winner has the highest gain of all that cost no more than the budget.
 """
@@ -24,7 +25,10 @@ TILT = 0.2  # how far the first and the last layer's level lie from the middle o
 
 @dataclass(frozen=True)
 class Candidate:
-    """A cap that could be: a window of layers, the level of its middle, how far levels rise over it, whose answers, when."""
+    """A cap that could be: a window of layers, the level of its middle, how far levels rise over it, whose answers, when.
+
+    With `fitted`, floors come from a descent and `level` is how far all of them are shifted, in spreads of their layers.
+    """
 
     first: int
     last: int
@@ -32,6 +36,7 @@ class Candidate:
     tilt: float = 0.0
     population: str = "default"
     phase: str = "both"
+    fitted: bool = False
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -48,7 +53,9 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """Such as "p47@18-23", "roles:p90@18-23", "p30..p70@18-23" or "p50@18-23 (answer)"."""
+        """Such as "p47@18-23", "roles:p90@18-23", "p30..p70@18-23", "p50@18-23 (answer)" or "fitted+0.2@6-27"."""
+        if self.fitted:
+            return f"fitted{self.level:+.3g}@{self.first}-{self.last}"
         low, high = self.levels[0], self.levels[-1]
         level = f"p{100 * low:.3g}" + (f"..p{100 * high:.3g}" if self.tilt else "")
         whose = "" if self.population == "default" else f"{self.population}:"
@@ -96,16 +103,18 @@ class Sweep:
             for first, last in windows
             for level in sorted(set(levels))
         ]
-        self._read(grid)
-        self._answer(self._at_budget(grid))
-        best = self._best()
+        best = self.more(grid)
         around = [
             replace(shape, level=level)
             for shape in _neighbours(best.candidate, self.trial.subject.n_layers)
             for level in sorted({*levels, best.candidate.level})
         ]
-        self._read(around)
-        self._answer(self._at_budget(around))
+        return self.more(around)
+
+    def more(self, candidates: Sequence[Candidate]) -> Tried:
+        """Try each shape among the candidates at its highest affordable level; the best of all so far."""
+        self._read(candidates)
+        self._answer(self._at_budget(candidates))
         return self._best()
 
     def _read(self, candidates: Sequence[Candidate]) -> None:

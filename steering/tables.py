@@ -98,8 +98,11 @@ def _table(per_plan: list[list[Step]]) -> Table:
     places: list[list[int]] = []
     for steps in per_plan:
         used: list[int] = []
+        free = dict.fromkeys(SIDES, 0)  # the first place that keeps a side's steps in order
         for step in steps:
-            used.append(_place(vectors, step.vector, used[-1] + 1 if used else 0))
+            sides = SIDES if step.phase == "both" else (step.phase,)
+            used.append(_place(vectors, step.vector, max(free[side] for side in sides)))
+            free |= dict.fromkeys(sides, used[-1] + 1)
         places.append(used)
     bounds = torch.tensor(IDLE).repeat(len(per_plan) + 1, len(SIDES), len(vectors), 1)
     active = torch.zeros(len(per_plan) + 1, len(SIDES), dtype=torch.bool)
@@ -113,7 +116,7 @@ def _table(per_plan: list[list[Step]]) -> Table:
 
 
 def _place(vectors: list[Tensor], vector: Tensor, first: int) -> int:
-    """The row of a vector, not before `first`: a plan's steps keep their order. A vector that is not there is added."""
+    """The row of a vector, not before `first`. A vector that is not there is added."""
     vector = vector.detach().float().cpu()
     for place in range(first, len(vectors)):
         if torch.equal(vectors[place], vector):

@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from personaxis.persona.axis import Axis
 from personaxis.persona.chat import ChatFormat
 from personaxis.persona.progress import progress
 from personaxis.persona.rollouts import Request, Rollout
@@ -24,7 +25,9 @@ from personaxis.persona.store import append_lines, read_lines
 from personaxis.persona.subject import Subject
 from personaxis.steering.arms import run_arms
 from personaxis.steering.cost import Cost, benign_costs
+from personaxis.steering.floors import Projections
 from personaxis.steering.interventions import plan_digest
+from personaxis.steering.refine import Descent, Floors, fitted
 from personaxis.steering.steer import Plan
 from personaxis.steering.susceptibility import Susceptibility, measure
 
@@ -87,6 +90,21 @@ class Trial:
                 append_lines(self.log, [{"key": key, "half": half, **row} for key, row in rows.items()])
                 known |= rows
         return {name: Cost.from_json(known[keys[name]]) for name in arms}
+
+    def floors(
+        self, axis: Axis, layers: Sequence[int], places: Projections, wanted: Sequence[Rollout], how: Descent, half: str
+    ) -> Floors:
+        """Floors fitted by gradient on the half's benign texts and the wanted ones."""
+        benign = self.halves[half].texts
+        begin = places.cap(axis, layers, 0.5)
+        asked = [[[text.prompt_ids, text.answer_ids] for text in texts] for texts in (wanted, benign)]
+        key = self._key("floors", [begin], [asked, asdict(how)])
+        known = self._known()
+        if key not in known:
+            with progress(f"fitting floors ({half})", how.steps) as advance:
+                known[key] = fitted(self.subject, axis, layers, places, wanted, benign, how, advance).to_json()
+            append_lines(self.log, [{"key": key, "half": half, **known[key]}])
+        return Floors.from_json(known[key])
 
     def _known(self) -> dict[str, dict[str, Any]]:
         return {row["key"]: row for row in read_lines(self.log)}

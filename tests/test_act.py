@@ -83,6 +83,10 @@ def test_plans_that_share_a_vector_share_its_row_and_keep_their_order():
     assert len(tables_of([[CAP], [replace(CAP, floor=torch.tensor([0.0]))], [add]]).at(0).vectors) == 1
     twice = tables_of([[CAP, Ablate((0,), VECTORS[1:2]), add]]).at(0)
     assert torch.equal(twice.vectors, VECTORS[[0, 1, 0]])
+    parts = replace(CAP, prompt_floor=torch.tensor([2.0]))  # another floor for prompts is one vector still
+    shared = tables_of([[parts]]).at(0)
+    assert len(shared.vectors) == 1
+    assert shared.bounds[0, :, 0, 0].tolist() == pytest.approx([2.0, 0.4])
 
 
 def test_rows_with_different_floors_are_capped_as_each_alone():
