@@ -80,6 +80,7 @@ class Steering(Follower):
         _require(subject, plans)
         self.subject, self.plans = subject, tuple(tuple(plan) for plan in plans)
         self._tables = tables_of(plans).to(subject.device)
+        _stay(self._tables.vectors, self._tables.bounds, self._tables.active)
         self.layers = self._tables.layers
         devices = [next(subject.blocks[layer].parameters()).device for layer in self.layers]
         self._own = [self._tables.at(place).to(device) for place, device in enumerate(devices)]  # where each block is
@@ -147,6 +148,7 @@ class Steering(Follower):
             self._plans, self._lengths, self._starts = (
                 torch.zeros(slots, dtype=torch.long, device=device) for _ in range(3)
             )
+            _stay(*self.state())
         self._lengths.fill_(ENDLESS)
         self._now = Batch(self._plans, self._lengths, self._starts)
 
@@ -279,6 +281,13 @@ def steered(subject: Subject, *plans: Plan) -> Iterator[Steering]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _stay(*tensors: Tensor) -> None:
+    """Tell `torch.compile` that these keep their place in memory, so that its CUDA graphs write to them and copy none."""
+    if tensors[0].is_cuda:
+        for tensor in tensors:
+            torch._dynamo.mark_static_address(tensor, guard=False)
 
 
 def _tally(layers: tuple[int, ...], columns: Float[Tensor, "C 4 N"]) -> Tally:
