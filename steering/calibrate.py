@@ -45,10 +45,11 @@ class Settings:
     budget: float = 0.05
     roles: int = 50
     prompts: int = 2
-    texts: int = 60
+    answers: int = 60
     seed: int = 0
-    steps: int = 60
+    steps: int = 120
     sampling: Sampling = field(default_factory=lambda: Sampling(max_new_tokens=48))
+    quick: bool = False
 
 
 def halves_of(
@@ -57,7 +58,7 @@ def halves_of(
     """The two halves: every other one of the lowest roles, and every other question of the benign answers."""
     roles = lowest_roles(axis, space, bank, settings.roles)
     requests = identity_requests(bank, roles, settings.prompts, model_name, settings.seed)
-    chosen = _spread(sorted(benign, key=lambda text: text.key), settings.texts)
+    chosen = _spread(sorted(benign, key=lambda text: text.key), settings.answers)
     by_role = halved(requests, lambda request: request.key.split("/", 1)[0])
     by_question = halved(chosen, lambda text: text.question)
     if not all(by_question):
@@ -93,7 +94,7 @@ def calibrate(
         "tried": [_line(one) for one in sweep.tried.values()],
         "report": reported,
         "floors": _floors(cap, best.candidate, places),
-        "warnings": _warnings(reported),
+        "warnings": _warnings(reported, settings.budget),
         "halves": {name: _sizes(half) for name, half in trial.halves.items()},
         "examples": _examples(trial, arms),
         "model": trial.subject.describe(),
@@ -113,7 +114,7 @@ def calibrate(
 def _windows(settings: Settings, axis: Axis, n_layers: int) -> list[tuple[int, int]]:
     windows = list(settings.windows) or [
         window
-        for window in windows_of(n_layers)
+        for window in windows_of(n_layers, settings.quick)
         if all(layer in axis.layers for layer in range(window[0], window[1] + 1))
     ]
     for first, last in windows:
@@ -139,7 +140,7 @@ def _chosen(
         return places.cap(axis, candidate.layers, candidate.levels, candidate.population, candidate.phase)
 
     sweep = Sweep(trial, make, CHOOSE, settings.budget)
-    best = sweep.run(windows, settings.levels, settings.populations)
+    best = sweep.run(windows, settings.levels, settings.populations, neighbours=not settings.quick)
     if settings.steps and wanted:
         layers = _fitted_layers(settings, axis, trial.subject.n_layers)
         how = Descent(settings.budget, settings.steps, seed=settings.seed)
@@ -229,17 +230,23 @@ def _floors(cap: Cap, candidate: Candidate, places: Projections) -> list[dict[st
     return found
 
 
-def _warnings(reported: Mapping[str, Any]) -> list[str]:
+def _warnings(reported: Mapping[str, Any], budget: float) -> list[str]:
     chosen = reported["chosen"]
     found = []
+    nothing = chosen["change_interval"][0] <= 0
     if chosen["fired"] == 0:
         found.append("the cap never fired: every token stayed above its floor, so nothing of this is the cap's doing")
-    elif chosen["fired"] < LITTLE_FIRED:
+    elif nothing and chosen["fired"] < LITTLE_FIRED:
         found.append(
-            f"the cap fired on {chosen['fired']:.0%} of tokens only: a null result would be limited by the calibration"
+            f"the cap fired on {chosen['fired']:.0%} of tokens only: that it did nothing may be for want of trying"
         )
-    if chosen["change_interval"][0] <= 0:
+    if nothing:
         found.append("on the reporting half the gain cannot be told from none (its 95% interval holds 0)")
+    if chosen["more_loss"] > budget:
+        found.append(
+            f"on the reporting half it costs {chosen['more_loss']:.1%} more loss, over the budget of {budget:.1%} that it kept on "
+            "the choosing half; a smaller --budget leaves room for that"
+        )
     randoms = [row["change"] for name, row in reported.items() if name.startswith("random ")]
     if randoms and max(randoms) >= chosen["change"]:
         found.append("a random direction gained as much: this is no effect of the axis")

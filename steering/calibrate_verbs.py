@@ -19,21 +19,23 @@ class SearchOptions:
     """What to search and measure."""
 
     windows: Annotated[str, Parameter(allow_leading_hyphen=False)] = ""
-    "layer windows with commas between, such as 14-25,18-23; twelve over the upper half of the model unless given"
+    "layer windows with commas between, such as 14-25,18-23; twelve over the upper half of the model unless given (quick: 3)"
     levels: str = "0.1,0.25,0.5,0.75"
     "levels to try, quantiles from 0 to 1"
     population: str = "default"
     "whose answers the floors are quantiles of: default, roles or pooled; several with commas between"
     budget: float = 0.05
     "the most that a cap may cost: loss per token on benign answers more than as it is, 0.05 is 5%"
-    steps: int = 60
-    "steps in which a floor for each layer, for prompts and for answers, is fitted by gradient; 0 for none"
-    roles: int = 50
-    "the lowest roles on the axis, half to choose on and half to report on"
-    prompts: int = 2
-    "prompts a role"
-    answers: int = 60
-    "benign answers, half and half"
+    quick: bool = False
+    "for a CPU: three windows and none beside the best, and fewer of what has a number for it in brackets"
+    steps: int | None = None
+    "steps in which a floor for each layer, for prompts and for answers, is fitted by gradient: 120 (quick: 30); 0 for none"
+    roles: int | None = None
+    "the lowest roles on the axis, half to choose on and half to report on: 50 (quick: 20)"
+    prompts: int | None = None
+    "prompts a role: 2 (quick: 1)"
+    answers: int | None = None
+    "benign answers, half and half: 60 (quick: 30)"
     max_new_tokens: int = 48
     "longest answer"
     temperature: float = 0.7

@@ -28,7 +28,11 @@ from personaxis.steering.trial import Trial
 from personaxis.steering.wanted import wanted_texts
 
 POPULATION = 400  # answers of each population whose projections are read
-MIXED = 48  # answers of each on which random caps are made to fire as often
+MIXED = 24  # answers of each on which random caps are made to fire as often
+USUAL = {  # sizes of a search, quick or not
+    False: {"roles": 50, "prompts": 2, "answers": 60, "steps": 120},
+    True: {"roles": 20, "prompts": 1, "answers": 30, "steps": 30},
+}
 
 
 def calibrated(
@@ -83,18 +87,18 @@ def _settings(search: Any) -> Settings:
         if not 0 <= level <= 1:
             raise KnownError(f"--levels: {level} is outside 0..1: a level is a quantile")
     populations = tuple(part.strip() for part in search.population.split(","))
-    for least, option, value in (
-        (4, "roles", search.roles), (1, "prompts", search.prompts), (2, "answers", search.answers),
-        (0, "steps", search.steps),
-    ):  # fmt: skip
-        if value < least:
-            raise KnownError(f"--{option} {value} is below {least}")
+    told = {name: getattr(search, name) for name in ("roles", "prompts", "answers", "steps")}
+    sizes = {name: usual if told[name] is None else told[name] for name, usual in USUAL[search.quick].items()}
+    for option, least in {"roles": 4, "prompts": 1, "answers": 2, "steps": 0}.items():
+        if sizes[option] < least:
+            raise KnownError(f"--{option} {sizes[option]} is below {least}")
     if not 0 < search.budget < 10:
         raise KnownError(f"--budget {search.budget} is not between 0 and 10: 0.05 is 5% more loss")
     windows = windows_named([part for part in search.windows.split(",") if part.strip()])
     sampling = Sampling(search.max_new_tokens, search.temperature)
-    sizes = search.roles, search.prompts, search.answers, search.seed, search.steps
-    return Settings(windows, levels, populations, search.budget, *sizes, sampling)
+    return Settings(
+        windows, levels, populations, search.budget, **sizes, seed=search.seed, sampling=sampling, quick=search.quick
+    )
 
 
 def _populations(rollouts: Sequence[Rollout], bank: Bank, run: Path) -> tuple[list[Rollout], list[Rollout]]:

@@ -76,12 +76,13 @@ class Tried:
         return -1.0 if self.gain is None else self.gain.shares["assistant"]
 
 
-def windows_of(n_layers: int) -> list[tuple[int, int]]:
-    """Windows to begin with: three widths (an eighth, a fifth and two fifths of the depth) from 0.4 of it on."""
+def windows_of(n_layers: int, quick: bool = False) -> list[tuple[int, int]]:
+    """Windows to begin with: three widths (an eighth, a fifth and two fifths of the depth) from 0.4 of it on; when it has to
+    be quick, one of each width from the middle on."""
     found = []
     for share in (0.13, 0.2, 0.4):
         width = max(round(share * n_layers), 1)
-        for start in (0.4, 0.5, 0.6, 0.7):
+        for start in (0.5,) if quick else (0.4, 0.5, 0.6, 0.7):
             first = round(start * n_layers)
             if first + width <= max(round(0.96 * n_layers), 1):
                 found.append((first, first + width - 1))
@@ -95,7 +96,14 @@ class Sweep:
         self.trial, self.make, self.half, self.budget = trial, make, half, budget
         self.tried: dict[Candidate, Tried] = {}
 
-    def run(self, windows: Sequence[tuple[int, int]], levels: Sequence[float], populations: Sequence[str]) -> Tried:
+    def run(
+        self,
+        windows: Sequence[tuple[int, int]],
+        levels: Sequence[float],
+        populations: Sequence[str],
+        *,
+        neighbours: bool = True,
+    ) -> Tried:
         """The best candidate; everything that was tried on the way is in `tried`. `KnownError` when none is affordable."""
         grid = [
             Candidate(first, last, level, population=population)
@@ -104,6 +112,8 @@ class Sweep:
             for level in sorted(set(levels))
         ]
         best = self.more(grid)
+        if not neighbours:
+            return best
         around = [
             replace(shape, level=level)
             for shape in _neighbours(best.candidate, self.trial.subject.n_layers)
