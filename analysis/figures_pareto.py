@@ -10,6 +10,7 @@ from personaxis.analysis.canvas import axis_look, empty_figure, line_look
 # how a kind of point looks: colour, symbol, size
 LOOKS = {
     "tried": ("--middle", "circle", 7),
+    "tried, floors by gradient": ("--middle", "circle-open", 9),
     "as it is": ("--ink", "diamond", 11),
     "chosen": ("--positive", "star", 17),
     "random": ("--others", "x", 10),
@@ -25,7 +26,7 @@ def pareto(points: Sequence[dict[str, Any]], budget: float) -> go.Figure:
     """
     figure = empty_figure(margin={"l": 64, "r": 24, "t": 16, "b": 54}, showlegend=True)
     figure.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0})
-    frontier = _frontier([point for point in points if point["kind"] == "tried"])
+    frontier = _frontier([point for point in points if point["kind"].startswith("tried")])
     if len(frontier) > 1:
         place = {"x": [point["cost"] for point in frontier], "y": [point["gain"] for point in frontier]}
         look = {"mode": "lines", "line": line_look("--middle", 1.5), "hoverinfo": "skip", "showlegend": False}
@@ -36,7 +37,7 @@ def pareto(points: Sequence[dict[str, Any]], budget: float) -> go.Figure:
             figure.add_scatter(**_scatter(own, kind, colour, symbol, size))
     high = max(0.05, *(point["gain"] for point in points)) * 1.12
     figure.add_shape(
-        type="line", x0=budget, x1=budget, y0=0, y1=high, line=line_look("--muted", 1.0, "dot"), layer="below"
+        type="line", x0=budget, x1=budget, y0=0, y1=high, line=line_look("--ink", 1.5, "dot"), layer="below"
     )
     figure.update_xaxes(title_text="more loss per token on benign answers", tickformat=".0%", **axis_look(zero=True))
     title = "answers that call themselves an assistant"
@@ -54,7 +55,7 @@ def _scatter(points: Sequence[dict[str, Any]], kind: str, colour: str, symbol: s
         "thickness": 1,
         "width": 0,
         "color": f"var({colour})",
-        "visible": kind != "tried",
+        "visible": not kind.startswith("tried"),
     }
     return {
         "x": [point["cost"] for point in points],

@@ -182,7 +182,7 @@ def import_(kind: Literal["axis", "caps", "roles"], source: Path, /, *, out: Pat
     source
         the file or folder
     out
-        an artefact's stem for axis, a folder for caps and roles
+        an artefact's stem for axis, a folder for caps and roles; RUN/caps makes caps usable by name
     model
         the id of the model that the vectors came from
     """

@@ -145,7 +145,10 @@ def _chosen(
         layers = _fitted_layers(settings, axis, trial.subject.n_layers)
         how = Descent(settings.budget, settings.steps, seed=settings.seed)
         floors = trial.floors(axis, layers, places, wanted, how, CHOOSE)
-        best = sweep.more([Candidate(layers[0], layers[-1], shift, fitted=True) for shift in SHIFTS])
+        grid, shapes = best, [Candidate(layers[0], layers[-1], shift, fitted=True) for shift in SHIFTS]
+        best = sweep.more(shapes)
+        for one in () if settings.quick else (grid.candidate, shapes[0]):
+            sweep.trace(one)
     return sweep, make(best.candidate), best
 
 
@@ -218,15 +221,14 @@ def _why(best: Tried, sweep: Sweep, before: Susceptibility, budget: float) -> st
 
 
 def _floors(cap: Cap, candidate: Candidate, places: Projections) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
+    """Each layer's floor and the shares of tokens below it, by side where the sides differ."""
+    found: list[dict[str, Any]] = [{"layer": layer} for layer in cap.layers]
     for side in ("answer",) if cap.prompt_floor is None else ("prompt", "answer"):
         below = {name: places.below(cap, name, side).tolist() for name in places.tokens}
-        found += [
-            {"layer": layer, "side": side, "floor": cap.floor_of(row, side)}
-            | ({} if candidate.fitted else {"level": candidate.levels[row]})
-            | {name: shares[row] for name, shares in below.items()}
-            for row, layer in enumerate(cap.layers)
-        ]
+        for row, one in enumerate(found):
+            one[side] = {"floor": cap.floor_of(row, side)} | {name: shares[row] for name, shares in below.items()}
+    for row, one in enumerate(found) if not candidate.fitted else ():
+        one["level"] = candidate.levels[row]
     return found
 
 

@@ -20,7 +20,12 @@ def write_calibration_page(path: Path, content: Mapping[str, Any]) -> None:
 
 def _points(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     tried = [
-        {"name": f"{one['name']} (choosing half)", "kind": "tried", "cost": one["more_loss"], "gain": one["assistant"]}
+        {
+            "name": f"{one['name']} (choosing half)",
+            "kind": "tried, floors by gradient" if "shift" in one else "tried",
+            "cost": one["more_loss"],
+            "gain": one["assistant"],
+        }
         for one in content["tried"]
         if "assistant" in one
     ]

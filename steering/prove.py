@@ -144,7 +144,7 @@ def _engine_checks(subject: Subject, cap: Cap) -> list[Check]:
     fed = torch.tensor([len(prompts[i].ids) + WRITTEN - 1 if i in acting else 0 for i in range(len(prompts))])
     return [
         Check("tokens that the engine's account saw against those fed", float((tally.seen - fed).abs().max()), 0.0),
-        Check("tokens that the engine fired on against the reference, relative", _off(float(tally.fired.sum()), fired), _near(subject)),
+        Check("tokens that the engine fired on against the reference, relative", _off(float(tally.fired.sum()), float(fired)), _near(subject)),
         Check("sum of the engine's corrections against the reference, relative", _off(float(tally.total.sum()), total), _near(subject)),
         Check("tokens fired on by floors of -infinity", float(unchanged.fired.sum()), 0.0),
         Check("answers under floors of -infinity that differ from those without", float(differing), 0.0 if _exact(subject) else 1.0),

@@ -127,6 +127,10 @@ class Sweep:
         self._answer(self._at_budget(candidates))
         return self._best()
 
+    def trace(self, best: Candidate) -> None:
+        """Try the other levels of a candidate's shape too, for the picture of what more or less would buy."""
+        self._answer([one for one in self.tried if replace(one, level=best.level) == best])
+
     def _read(self, candidates: Sequence[Candidate]) -> None:
         new = {candidate.name: candidate for candidate in candidates if candidate not in self.tried}
         costs = self.trial.costs({name: [self.make(candidate)] for name, candidate in new.items()}, self.half)

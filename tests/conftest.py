@@ -27,3 +27,21 @@ def triton_interpreter():
     pytest.importorskip("triton")
     if not os.environ.get("TRITON_INTERPRET"):
         pytest.skip("there is a GPU: test_gpu.py runs the kernels themselves")
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """A folder with a tiny model ("tiny"), a bank of six roles ("bank") and a whole run over them ("run")."""
+    from families import save_tiny
+    from test_stages import write_bank
+
+    from personaxis.persona.cli import main
+
+    folder = tmp_path_factory.mktemp("tiny")
+    save_tiny(folder / "tiny")
+    bank = write_bank(folder / "bank")
+    how = (
+        "--device cpu --dtype float32 --samples 4 --chunk 32 --max-new-tokens 8 --judge none --keep all --replicates 4"
+    )
+    main(["axis", str(folder / "tiny"), "--bank", str(bank), "--out", str(folder / "run"), *how.split()])
+    return folder

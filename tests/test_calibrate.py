@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import save_tiny, tiny_subject
-from test_stages import write_bank
+from families import tiny_subject
 from test_steering import axis_of
 
 from personaxis.persona.axis import load_cap
@@ -22,7 +21,6 @@ from personaxis.steering.refine import Descent, Floors, fitted
 from personaxis.steering.sweep import Candidate, windows_of
 from personaxis.steering.trial import halved
 
-RUN = "--device cpu --dtype float32 --samples 4 --chunk 32 --max-new-tokens 8 --judge none --keep all --replicates 4"
 SEARCH = {
     "--windows": "0-1,1-2", "--levels": "0.1,0.5", "--budget": "5", "--roles": "4", "--prompts": "1", "--answers": "6",
     "--steps": "2", "--max-new-tokens": "6", "--device": "cpu",
@@ -39,16 +37,6 @@ def texts(count=6, start=0):
     return made
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run folder of a tiny model with a bank of six roles."""
-    folder = tmp_path_factory.mktemp("calibrate")
-    save_tiny(folder / "tiny")
-    bank = write_bank(folder / "bank")
-    main(["axis", str(folder / "tiny"), "--bank", str(bank), "--out", str(folder / "run"), *RUN.split()])
-    return folder
-
-
 def by_length(text):
     """Stands for the rules: what random models say claims nothing."""
     return ("assistant", "human", "mystical", "unclear")[len(text) % 4]
@@ -60,34 +48,34 @@ def classes(monkeypatch):
     monkeypatch.setattr("personaxis.steering.wanted.class_of", by_length)
 
 
-def calibrated(run, **told):
+def calibrated(tiny_run, **told):
     """The verb; "also" stands for --also."""
     options = SEARCH | {f"--{name}": value for name, value in told.items()}
     main(
         [
             "calibrate",
-            str(run / "run"),
+            str(tiny_run / "run"),
             "--bank",
-            str(run / "bank"),
+            str(tiny_run / "bank"),
             *(part for pair in options.items() for part in pair),
         ]
     )
 
 
-def refused(capsys, run, **told):
+def refused(capsys, tiny_run, **told):
     capsys.readouterr()
     with pytest.raises(SystemExit):
-        calibrated(run, **told)
+        calibrated(tiny_run, **told)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("personaxis:")]
     assert len(lines) == 1
     return lines[0]
 
 
-def test_a_calibration_saves_a_cap_and_reports_what_it_did_on_the_other_half(run, capsys):
-    calibrated(run, also="p50@1")
+def test_a_calibration_saves_a_cap_and_reports_what_it_did_on_the_other_half(tiny_run, capsys):
+    calibrated(tiny_run, also="p50@1")
     assert "chosen" in capsys.readouterr().out
-    content = json.loads((run / "run" / "calibration.json").read_text())
-    cap = load_cap(run / "run" / "caps" / "assistant")
+    content = json.loads((tiny_run / "run" / "calibration.json").read_text())
+    cap = load_cap(tiny_run / "run" / "caps" / "assistant")
     assert cap.found["name"] == content["cap"]
     assert {"as it is", "chosen", "random 1", "random 2", "random 3", "add 4", "p50@1"} <= set(content["report"])
     halves = content["halves"]
@@ -98,14 +86,14 @@ def test_a_calibration_saves_a_cap_and_reports_what_it_did_on_the_other_half(run
     assert tried[content["cap"]]["assistant"] == best
     assert any(name.startswith("fitted") for name in tried)
     assert content["report"]["as it is"]["fired"] == 0
-    page = (run / "run" / "calibration.html").read_text()
+    page = (tiny_run / "run" / "calibration.html").read_text()
     assert content["cap"] in page
     assert "as it is" in page
 
 
-def test_a_second_calibration_measures_nothing_again(run, capsys, monkeypatch):
-    calibrated(run)
-    first = load_cap(run / "run" / "caps" / "assistant")
+def test_a_second_calibration_measures_nothing_again(tiny_run, capsys, monkeypatch):
+    calibrated(tiny_run)
+    first = load_cap(tiny_run / "run" / "caps" / "assistant")
 
     def nothing(_subject, _chat, _requests, arms, *_):
         assert not arms, "this was measured before"
@@ -117,8 +105,8 @@ def test_a_second_calibration_measures_nothing_again(run, capsys, monkeypatch):
     monkeypatch.setattr("personaxis.steering.trial.run_arms", nothing)
     monkeypatch.setattr("personaxis.steering.trial.benign_costs", never)
     monkeypatch.setattr("personaxis.steering.trial.fitted", never)
-    calibrated(run, name="again")
-    again = load_cap(run / "run" / "caps" / "again")
+    calibrated(tiny_run, name="again")
+    again = load_cap(tiny_run / "run" / "caps" / "again")
     assert torch.equal(first.floor, again.floor)
     assert first.found == again.found
 
@@ -140,13 +128,13 @@ def test_a_second_calibration_measures_nothing_again(run, capsys, monkeypatch):
         ("--also p200@1", "level 2.0 is outside 0..1"),
     ],
 )
-def test_what_cannot_be_searched_is_refused_in_one_line(run, capsys, told, said):
+def test_what_cannot_be_searched_is_refused_in_one_line(tiny_run, capsys, told, said):
     name, value = told.split()
-    assert said in refused(capsys, run, **{name[2:]: value})
+    assert said in refused(capsys, tiny_run, **{name[2:]: value})
 
 
-def test_a_budget_that_no_cap_keeps_names_the_cheapest(run, capsys):
-    error = refused(capsys, run, budget="1e-9", levels="0.99")
+def test_a_budget_that_no_cap_keeps_names_the_cheapest(tiny_run, capsys):
+    error = refused(capsys, tiny_run, budget="1e-9", levels="0.99")
     assert "no cap costs at most" in error
     assert "give lower --levels" in error
 
