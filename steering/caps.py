@@ -59,6 +59,17 @@ def layers_named(text: str) -> list[int]:
     return layers
 
 
+def layers_in_words(layers: Sequence[int]) -> str:
+    """The other way round, for people: 18, 19, 20 and 23 are "18-20, 23"."""
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
 def require_cap(cap: Cap, axis: Axis) -> None:
     """`KnownError` for a cap whose vectors point away from the axis at a layer: the sign trap."""
     for layer, vector in zip(cap.layers, cap.vectors, strict=True):

@@ -7,6 +7,7 @@ from typing import Any
 from personaxis.analysis.page import write_page as write
 from personaxis.persona.axis import Axis, Cap
 from personaxis.persona.subject import Subject
+from personaxis.steering.caps import layers_in_words
 from personaxis.steering.generate import Generated, Trace
 
 HERE = Path(__file__).parent
@@ -37,7 +38,7 @@ def write_page(
         "floor_place": None if floor is None else 100 * _place(floor, low, high),
         "cap": {
             "name": name,
-            "layers": list(cap.layers),
+            "layers": layers_in_words(cap.layers),
             "level": cap.level,
             "population": cap.population,
             "phase": cap.phase,

@@ -16,6 +16,7 @@ from personaxis.persona.sampler import Sampling
 from personaxis.persona.subject import load_subject
 from personaxis.steering.act import act
 from personaxis.steering.caps import cap_named as named
+from personaxis.steering.caps import layers_in_words, layers_named
 from personaxis.steering.generate import generate, sparkline
 from personaxis.steering.interventions import Ablate, Add, cap_of
 from personaxis.steering.prove import prove, require_binding
@@ -151,6 +152,11 @@ def test_a_sparkline_shows_means_between_its_bounds():
 def test_a_cap_that_cannot_be_is_refused_in_one_line(text, said):
     with pytest.raises(KnownError, match=said):
         cap_named(text, axis_of(tiny_subject()))
+
+
+def test_layers_are_told_in_words_and_read_from_them():
+    assert layers_in_words((23, 18, 19, 20)) == "18-20, 23"
+    assert layers_named("18-20,23") == [18, 19, 20, 23]
 
 
 def test_a_cap_is_named_by_level_layers_and_population_or_by_its_file(tmp_path):
