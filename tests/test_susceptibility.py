@@ -201,6 +201,20 @@ def test_a_prompts_floor_is_kept_by_files(tmp_path):
     assert load_cap(tmp_path / "cap").prompt_floor.tolist() == [3.0, 4.0]
 
 
+def test_the_papers_own_caps_are_used_by_name_once_they_lie_beside_the_axis(tiny_run, tmp_path, capsys):
+    axis = axis_of(load_subject(str(tiny_run / "tiny"), dtype="float32"))
+    axis.save(tmp_path / "axis")
+    vectors = {f"v{layer}": {"layer": layer, "vector": -axis.at(layer)} for layer in (0, 1)}
+    steps = [{"vector": name, "cap": 0.2} for name in vectors]
+    torch.save(
+        {"vectors": vectors, "experiments": [{"id": "layers_0:2-p0.25", "interventions": steps}]}, tmp_path / "c.pt"
+    )
+    main(["import", "caps", str(tmp_path / "c.pt"), "--out", str(tmp_path / "caps")])
+    argv = ["generate", str(tiny_run / "tiny"), "Who?", "--axis", str(tmp_path / "axis"), "--cap", "layers_0:2-p0.25"]
+    main([*argv, "--dtype", "float32", "--max-new-tokens", "4", "--json"])
+    assert '"capped_layers": [ 0, 1 ]' in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_cap_that_points_away_from_the_axis_is_refused(tiny_run):
     axis = load_axis(tiny_run / "run" / "axis")
     layer = axis.layers[0]
