@@ -107,9 +107,9 @@ def compiled(subject: Subject, cap: Cap, batch: int, steps: int, repeats: int) -
             return held._account.seen.unique().tolist()
 
         capped()
-        assert seen() == [PROMPT + steps], "the compiled engine's account has not seen what was fed"
+        assert seen() == [PROMPT + steps - 1], "the compiled engine's account has not seen what was fed"
         times = in_turn({"plain": plain, "capped": capped}, repeats)
-        assert seen() == [PROMPT + steps], "the compiled engine's account has not seen what was fed"
+        assert seen() == [PROMPT + steps - 1], "the compiled engine's account has not seen what was fed"
         held.begin(torch.zeros(batch, dtype=torch.long))
         plain()
         assert not held._account.seen.any(), "the plain arm was steered"
@@ -131,7 +131,7 @@ def sampled(subject: Subject, cap: Cap, batch: int, steps: int, repeats: int) ->
             with held_off(subject):
                 list(engines[0].answers(prompts))  # captured without hooks
         times = in_turn({"plain": lambda: without(subject, engines[0], prompts), "capped": capped}, repeats)
-        assert held.tally.seen.sum() == len(held.layers) * batch * (PROMPT + steps - 1)
+        assert held.tally.seen.sum() == len(held.layers) * batch * (PROMPT + steps - 2)  # but the first and the last
     say("sampler", batch, batch * steps, times)
 
 

@@ -154,8 +154,9 @@ class Cap:
 
     `vectors` are unit rows toward the first pole. `level` and `population` say where the floor came from: the quantile (the
     middle one where each layer has its own), and whose projections it was taken from. `phase` is the part of a conversation
-    that is capped; with `prompt_floor` the tokens of prompts have floors of their own. `found` is what a calibration says of
-    this cap.
+    that is capped; with `prompt_floor` the tokens of prompts have floors of their own. `spare_first` leaves the first token of
+    a sequence alone: it is an attention sink, whose residual is another matter than any other token's. `found` is what a
+    calibration says of this cap.
     """
 
     layers: tuple[int, ...]
@@ -166,6 +167,7 @@ class Cap:
     level: float | None = None
     population: str = "unknown"
     phase: str = "both"
+    spare_first: bool = False
     model: dict[str, Any] = field(default_factory=dict)
     found: dict[str, Any] = field(default_factory=dict)
 
@@ -202,8 +204,9 @@ class Cap:
         for name in ("ceiling", "prompt_floor"):
             if (own := getattr(self, name)) is not None:
                 tensors[name] = own
-        meta = {"layers": list(self.layers), "level": self.level, "population": self.population, "phase": self.phase}
-        save_tensors(stem, tensors, {"kind": "cap", **meta, "model": self.model, "found": self.found})
+        names = ("level", "population", "phase", "spare_first", "model", "found")
+        meta = {name: getattr(self, name) for name in names}
+        save_tensors(stem, tensors, {"kind": "cap", "layers": list(self.layers), **meta})
 
 
 def load_cap(stem: Path) -> Cap:
@@ -211,6 +214,7 @@ def load_cap(stem: Path) -> Cap:
     tensors, meta = load_tensors(stem, "cap")
     try:
         fields = {name: meta[name] for name in ("level", "population", "phase", "model")}
+        fields["spare_first"] = bool(meta.get("spare_first", False))
         layers = tuple(int(layer) for layer in meta["layers"])
         vectors, floor = tensors["vectors"], tensors["floor"]
         found = meta.get("found", {})

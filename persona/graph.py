@@ -199,7 +199,7 @@ class Steps:
         config, state = self.decoder.config, self.state
         state.positions, state.visible = self.positions, self.length
         mask = decoding_mask(config, self.positions, self.length, self.subject.dtype)
-        self.follower.stepping(self.running, self.steps == 0)
+        self.follower.stepping(self.running, self.steps == 0, self.positions == 0)
         logits = self.subject.model(
             input_ids=self.tokens[:, None],
             position_ids=self.positions[:, None],

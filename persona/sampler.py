@@ -79,9 +79,9 @@ class Follower:
     def reading(self, slots: Tensor, lengths: Tensor) -> None:
         """The next forward reads prompts into `slots` (n,): `lengths` (n,) tokens of each, the rest is padding."""
 
-    def stepping(self, running: Tensor, first: Tensor) -> None:
+    def stepping(self, running: Tensor, first: Tensor, opening: Tensor) -> None:
         """The next forward feeds one token to slots 0..n-1. `running` (n,) is false where a row is at rest; `first` (n,) is
-        true where the token is the prompt's last and not yet the answer's."""
+        true where the token is the prompt's last and not yet the answer's; `opening` (n,) where nothing is before it."""
 
     def reading_again(self, lengths: Tensor, starts: Tensor) -> None:
         """The next forward reads slots 0..n-1 from their beginning, once more: `lengths` (n,) tokens, answers from `starts`."""
@@ -126,7 +126,7 @@ class Decoder:
     def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Logits (n, V) after feeding `tokens` (n,) at `positions` (n,) to slots 0..n-1."""
         state, everywhere = self.cache.state, torch.ones_like(tokens, dtype=torch.bool)
-        self.follower.stepping(everywhere, everywhere if self.steps == 0 else ~everywhere)
+        self.follower.stepping(everywhere, everywhere if self.steps == 0 else ~everywhere, positions == 0)
         self.steps += 1
         state.positions, state.visible = positions, int(positions.max()) + 1
         mask = decoding_mask(self.config, positions, state.visible, self.subject.dtype)

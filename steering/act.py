@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from personaxis.steering.tables import Table
+from personaxis.steering.tables import OPENING, Table
 
 ENDLESS = 2**31 - 1
 
@@ -50,17 +50,22 @@ class Account:
 @dataclass(frozen=True)
 class Batch:
     """What the rows (B,) of the next forward are: the plan they follow, how many of their columns are real, the column at
-    which the answer begins, and their places in the account (None: 0, 1, ...)."""
+    which the answer begins, whether the sequence begins with the first column, and their places in the account (None: 0, 1,
+    ...)."""
 
     plans: Int[Tensor, " B"]
     lengths: Int[Tensor, " B"]
     starts: Int[Tensor, " B"]
+    opening: Int[Tensor, " B"]
     slots: Int[Tensor, " B"] | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The same on a device."""
         slots = None if self.slots is None else self.slots.to(device)
-        return Batch(self.plans.to(device), self.lengths.to(device), self.starts.to(device), slots)
+        plans, lengths, starts, opening = (
+            value.to(device) for value in (self.plans, self.lengths, self.starts, self.opening)
+        )
+        return Batch(plans, lengths, starts, opening, slots)
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ def act(
 def act_plainly(h: Float[Tensor, "B T D"], table: Table, batch: Batch) -> tuple[Float[Tensor, "B T D"], Done]:
     """In plain torch: h after the steps, and what was done."""
     at = torch.arange(h.shape[1], device=h.device)
-    side = (at >= batch.starts[:, None]).long()  # (B, T)
+    side = (at >= batch.starts[:, None]).long() + OPENING * (at == 0) * batch.opening[:, None]  # (B, T)
     real = at < batch.lengths[:, None]
     plans = batch.plans[:, None].expand_as(side)
     bounds = table.bounds[plans, side]  # (B, T, K, 3)

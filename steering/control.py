@@ -57,13 +57,15 @@ def random_cap(subject: Subject, cap: Cap, shares: Float[Tensor, "C S"], texts: 
 
 def _sides(subject: Subject, cap: Cap, texts: Sequence[Rollout]) -> dict[str, Bool[Tensor, " M"]]:
     """The phases for which the cap has floors of their own, and which of all tokens they take."""
-    answer = []
+    told, kept = [], []
     for batch in _batches(subject, texts):
         starts, lengths = _spans(batch)
         at = torch.arange(int(lengths.max()))
-        answer.append((at >= starts[:, None])[at < lengths[:, None]])
-    told = torch.cat(answer)
-    masks = {"prompt": ~told, "answer": told, "both": torch.ones_like(told)}
+        real = at < lengths[:, None]
+        told.append((at >= starts[:, None])[real])
+        kept.append(((at > 0) | (not cap.spare_first)).expand_as(real)[real])
+    answer, taken = torch.cat(told), torch.cat(kept)
+    masks = {"prompt": ~answer & taken, "answer": answer & taken, "both": taken}
     return {side: masks[side] for side in ((cap.phase,) if cap.prompt_floor is None else ("prompt", "answer"))}
 
 

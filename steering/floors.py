@@ -59,7 +59,16 @@ class Projections:
         floor = self.floors(chosen, levels, population)
         vectors = torch.stack([axis.at(layer) for layer in chosen])
         middle = sorted(levels)[len(levels) // 2]
-        return Cap(chosen, vectors, floor, level=middle, population=population, phase=phase, model=axis.model)
+        return Cap(
+            chosen,
+            vectors,
+            floor,
+            level=middle,
+            population=population,
+            phase=phase,
+            spare_first=True,
+            model=axis.model,
+        )
 
     def below(self, cap: Cap, population: str, side: str = "answer") -> Float[Tensor, " C"]:
         """Share of the population's tokens, of the "answer" or the "prompt", below the floor at each layer, as the model is."""

@@ -9,7 +9,9 @@ Four interventions are one step, with p = <h, v> for a unit vector v,
     MeanAblate  floor = ceiling = mean                 sets the projection to a mean
     Add         no floor, no ceiling, add = amount     moves along the direction, whatever p is
 
-so an engine needs one kernel for all of them, and what it needs is a `Step`: tensors that can travel anywhere.
+so an engine needs one kernel for all of them, and what it needs is a `Step`: tensors that can travel anywhere. What is made
+along an axis spares the first token of a sequence unless told otherwise: it is an attention sink, and to move it costs more
+than all the rest (LOG.md).
 
     cap = cap_of(axis, layers=range(18, 24), level=0.5)          # floor: the median of the default's answers
     steps_of([cap, Ablate.along(other_axis, [20])])[20]          # what happens at layer 20, in order
@@ -39,16 +41,20 @@ class Add:
     vectors: Float[Tensor, "C D"]
     amount: Float[Tensor, " C"]
     phase: str = "both"
+    spare_first: bool = False
     model: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check(self.layers, self.vectors, self.amount, self.phase)
 
     @classmethod
-    def along(cls, axis: Axis, layers: Iterable[int], amount: float, phase: str = "both") -> "Add":
+    def along(
+        cls, axis: Axis, layers: Iterable[int], amount: float, phase: str = "both", *, spare_first: bool = True
+    ) -> "Add":
         """The same amount along an axis at each layer."""
         chosen = tuple(layers)
-        return cls(chosen, _vectors(axis, chosen), torch.full((len(chosen),), float(amount)), phase, axis.model)
+        amounts = torch.full((len(chosen),), float(amount))
+        return cls(chosen, _vectors(axis, chosen), amounts, phase, spare_first, axis.model)
 
 
 @dataclass(frozen=True)
@@ -59,16 +65,20 @@ class MeanAblate:
     vectors: Float[Tensor, "C D"]
     mean: Float[Tensor, " C"]
     phase: str = "both"
+    spare_first: bool = False
     model: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check(self.layers, self.vectors, self.mean, self.phase)
 
     @classmethod
-    def along(cls, axis: Axis, layers: Iterable[int], mean: Sequence[float], phase: str = "both") -> "MeanAblate":
+    def along(
+        cls, axis: Axis, layers: Iterable[int], mean: Sequence[float], phase: str = "both", *, spare_first: bool = True
+    ) -> "MeanAblate":
         """Means by layer, along an axis."""
         chosen = tuple(layers)
-        return cls(chosen, _vectors(axis, chosen), torch.tensor(mean, dtype=torch.float32), phase, axis.model)
+        means = torch.tensor(mean, dtype=torch.float32)
+        return cls(chosen, _vectors(axis, chosen), means, phase, spare_first, axis.model)
 
 
 @dataclass(frozen=True)
@@ -78,16 +88,17 @@ class Ablate:
     layers: tuple[int, ...]
     vectors: Float[Tensor, "C D"]
     phase: str = "both"
+    spare_first: bool = False
     model: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check(self.layers, self.vectors, torch.zeros(len(self.layers)), self.phase)
 
     @classmethod
-    def along(cls, axis: Axis, layers: Iterable[int], phase: str = "both") -> "Ablate":
+    def along(cls, axis: Axis, layers: Iterable[int], phase: str = "both", *, spare_first: bool = True) -> "Ablate":
         """An axis's own direction at each layer."""
         chosen = tuple(layers)
-        return cls(chosen, _vectors(axis, chosen), phase, axis.model)
+        return cls(chosen, _vectors(axis, chosen), phase, spare_first, axis.model)
 
 
 Intervention = Cap | Add | Ablate | MeanAblate
@@ -102,9 +113,18 @@ class Step:
     ceiling: float
     add: float
     phase: str
+    spare_first: bool = False
 
 
-def cap_of(axis: Axis, layers: Iterable[int], level: float, population: str = "default", phase: str = "both") -> Cap:
+def cap_of(
+    axis: Axis,
+    layers: Iterable[int],
+    level: float,
+    population: str = "default",
+    phase: str = "both",
+    *,
+    spare_first: bool = True,
+) -> Cap:
     """A cap whose floor at each layer is a quantile of a population's projections, as the axis keeps them.
 
     `level` is in [0, 1] and must be one that the axis keeps; `population` is "default" or "roles": whose whole answers
@@ -124,7 +144,16 @@ def cap_of(axis: Axis, layers: Iterable[int], level: float, population: str = "d
     if not torch.isfinite(floor).all():
         missing = [layer for layer, value in zip(chosen, floor.tolist(), strict=True) if value != value]
         raise KnownError(f"the axis keeps no quantiles at layers {missing}: no rollout means were kept there")
-    return Cap(chosen, vectors, floor, level=level, population=population, phase=phase, model=axis.model)
+    return Cap(
+        chosen,
+        vectors,
+        floor,
+        level=level,
+        population=population,
+        phase=phase,
+        spare_first=spare_first,
+        model=axis.model,
+    )
 
 
 def steps_of(interventions: Sequence[Intervention]) -> dict[int, list[Step]]:
@@ -137,11 +166,16 @@ def steps_of(interventions: Sequence[Intervention]) -> dict[int, list[Step]]:
 
 
 def correct(
-    h: Float[Tensor, "B T D"], steps: Sequence[Step], prompt: Bool[Tensor, "B T"], answer: Bool[Tensor, "B T"]
+    h: Float[Tensor, "B T D"],
+    steps: Sequence[Step],
+    prompt: Bool[Tensor, "B T"],
+    answer: Bool[Tensor, "B T"],
+    *,
+    fresh: bool = True,
 ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B T"]]:
     """The steps in order on the tokens of their phase, and the length of each token's whole correction; fp32 inside.
 
-    This is what steering means, written plainly: engines are compared with it.
+    With `fresh` the sequences begin at the first column, which steps may spare. This is what steering means, written plainly: engines are compared with it.
     """
     moved = h.float()
     changed = torch.zeros(h.shape[:2], dtype=torch.bool, device=h.device)
@@ -150,6 +184,8 @@ def correct(
         projection = moved @ vector  # (B, T)
         delta = projection.clamp(step.floor, step.ceiling) - projection + step.add
         there = {"prompt": prompt, "answer": answer, "both": prompt | answer}[step.phase]
+        if fresh and step.spare_first:
+            there = there.index_fill(1, torch.tensor([0], device=h.device), False)
         delta = torch.where(there, delta, torch.zeros_like(delta))
         changed = changed | (delta != 0)
         moved = moved + delta[..., None] * vector
@@ -162,7 +198,9 @@ def plan_digest(plan: Sequence[Intervention]) -> str:
     sha = hashlib.sha256()
     for layer, steps in sorted(steps_of(plan).items()):
         for step in steps:
-            sha.update(f"{layer} {step.floor!r} {step.ceiling!r} {step.add!r} {step.phase} ".encode())
+            sha.update(
+                f"{layer} {step.floor!r} {step.ceiling!r} {step.add!r} {step.phase} {step.spare_first} ".encode()
+            )
             sha.update(step.vector.detach().float().cpu().numpy().tobytes())
     return sha.hexdigest()[:16]
 
@@ -170,14 +208,15 @@ def plan_digest(plan: Sequence[Intervention]) -> str:
 def _steps(intervention: Intervention, row: int) -> list[Step]:
     """One step, or one for each phase where a cap's floors differ."""
     vector, phase, infinity = intervention.vectors[row], intervention.phase, float("inf")
+    spare = intervention.spare_first
     if isinstance(intervention, Cap):
         ceiling = infinity if intervention.ceiling is None else float(intervention.ceiling[row])
         sides = (phase,) if intervention.prompt_floor is None else ("prompt", "answer")
-        return [Step(vector, intervention.floor_of(row, side), ceiling, 0.0, side) for side in sides]
+        return [Step(vector, intervention.floor_of(row, side), ceiling, 0.0, side, spare) for side in sides]
     if isinstance(intervention, Add):
-        return [Step(vector, -infinity, infinity, float(intervention.amount[row]), phase)]
+        return [Step(vector, -infinity, infinity, float(intervention.amount[row]), phase, spare)]
     mean = float(intervention.mean[row]) if isinstance(intervention, MeanAblate) else 0.0
-    return [Step(vector, mean, mean, 0.0, phase)]
+    return [Step(vector, mean, mean, 0.0, phase, spare)]
 
 
 def _vectors(axis: Axis, layers: tuple[int, ...]) -> Float[Tensor, "C D"]:

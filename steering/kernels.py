@@ -38,7 +38,7 @@ def _steps(given, vectors, bounds, place, real, d, inside, d_model, K: tl.conste
 
 @triton.jit
 def _act(
-    h, out, vectors, bounds, active, slots, plans, lengths, starts,
+    h, out, vectors, bounds, active, slots, plans, lengths, starts, opening,
     seen, fired, total, most, moved_by, was_seen,
     tokens, d_model, h_b, h_t,
     K: tl.constexpr, BLOCK: tl.constexpr, ALONE: tl.constexpr, IN_ORDER: tl.constexpr,
@@ -47,7 +47,8 @@ def _act(
     b's account is at place b."""
     row, t = tl.program_id(0), tl.program_id(1)
     # all that does not depend on anything is asked for first: a program lives for a few memory latencies, one after another
-    place = tl.load(plans + row).to(tl.int32) * 2
+    place = tl.load(plans + row).to(tl.int32) * 4
+    opens = tl.load(opening + row).to(tl.int32)
     start = tl.load(starts + row)
     stop = tl.load(lengths + row)
     d = tl.arange(0, BLOCK)
@@ -57,7 +58,7 @@ def _act(
         slot = row.to(tl.int64) if IN_ORDER else tl.load(slots + row)
         seen_before, fired_before = tl.load(seen + slot), tl.load(fired + slot)
         total_before, most_before = tl.load(total + slot), tl.load(most + slot)
-    place += (t >= start).to(tl.int32)
+    place += (t >= start).to(tl.int32) + 2 * tl.where(t == 0, opens, 0)
     real = t < stop
     counts = tl.where(real, tl.load(active + place).to(tl.int64), 0)
     moved, changed, length = _steps(given, vectors, bounds, place, real, d, inside, d_model, K)
@@ -90,7 +91,7 @@ def act_on_gpu(
     block = triton.next_power_of_2(d_model)
     _act[(rows, tokens)](
         h, out, table.vectors, table.bounds, table.active, slots, batch.plans, batch.lengths, batch.starts,
-        *columns, length, seen, tokens, d_model, h.stride(0), h.stride(1),
+        batch.opening, *columns, length, seen, tokens, d_model, h.stride(0), h.stride(1),
         K=len(table.vectors), BLOCK=block, ALONE=alone, IN_ORDER=in_order, num_warps=min(max(block // 512, 1), 16),
     )  # fmt: skip
     return out, None if alone else Done(length, seen.bool())

@@ -141,7 +141,8 @@ def _engine_checks(subject: Subject, cap: Cap) -> list[Check]:
     acting = [i for i, prompt in enumerate(prompts) if prompt.plan == 0]
     fired, total = (sum(expected[i][k] for i in acting) for k in (0, 1))
     differing = sum(a.ids != b.ids for a, b in zip(still, alone, strict=True))
-    fed = torch.tensor([len(prompts[i].ids) + WRITTEN - 1 if i in acting else 0 for i in range(len(prompts))])
+    spared = 1 + cap.spare_first  # the last token that is written is not fed
+    fed = torch.tensor([len(prompts[i].ids) + WRITTEN - spared if i in acting else 0 for i in range(len(prompts))])
     return [
         Check("tokens that the engine's account saw against those fed", float((tally.seen - fed).abs().max()), 0.0),
         Check("tokens that the engine fired on against the reference, relative", _off(float(tally.fired.sum()), float(fired)), _near(subject)),

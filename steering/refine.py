@@ -61,7 +61,8 @@ class Floors:
         """A cap with the floors, all of them shifted by so many spreads."""
         prompt, answer = self.floors + shift * self.spreads
         vectors = torch.stack([axis.at(layer) for layer in self.layers])
-        return Cap(self.layers, vectors, answer, prompt_floor=prompt, population="fitted", model=axis.model)
+        how = {"prompt_floor": prompt, "population": "fitted", "spare_first": True, "model": axis.model}
+        return Cap(self.layers, vectors, answer, **how)
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists."""
@@ -176,11 +177,12 @@ def _floored(
                 return None
             h = residual(output)
             lengths, starts = (value.to(h.device) for value in now)
-            floor = floors()[:, place].to(h.device)
+            floor = torch.cat([floors()[:, place], torch.full((2,), -math.inf)]).to(h.device)  # none for first tokens
             bounds = torch.stack([floor, torch.full_like(floor, math.inf), torch.zeros_like(floor)], dim=-1)
-            active = torch.ones(1, 2, dtype=torch.bool, device=h.device)
+            active = torch.ones(1, 4, dtype=torch.bool, device=h.device)
             table = Table(vector.to(h.device)[None], bounds[None, :, None], active)
-            moved, _ = act_plainly(h, table, Batch(torch.zeros_like(lengths), lengths, starts))
+            batch = Batch(torch.zeros_like(lengths), lengths, starts, torch.ones_like(lengths))
+            moved, _ = act_plainly(h, table, batch)
             return moved if isinstance(output, Tensor) else (moved, *output[1:])
 
         return step

@@ -6,7 +6,7 @@
 
     with steered(subject, [mild], [firm]) as held:            # two plans; -1 is a row that is left alone
         held.begin(torch.tensor([0, 1, -1]))                  # a batch, with an account of its own
-        held.describe(lengths=lengths, answer_from=starts)    # what is padding, what is the answer
+        held.describe(lengths=lengths, answer_from=starts)    # what is padding, what is the answer, that it begins here
         subject.model(input_ids=ids)
 
 The same object follows a `Sampler` (`sampler.answers(prompts, held)`), eager or captured as a CUDA graph: each prompt names
@@ -104,20 +104,30 @@ class Steering(Follower):
         self._rows, self._described = 0, False
         self._forwards, self._fires = 0, [0] * len(self.layers)
         self._done: list[tuple[int, Done]] = []
-        self._left: list[tuple[list[int], list[tuple[int, int]], list[int], Tensor]] = []
+        self._left: list[tuple[list[int], list[tuple[int, ...]], list[int], Tensor]] = []
         if plans is not None:
             self.seat(len(plans))
             self._plans.copy_(self._numbered(plans.tolist()))
 
-    def describe(self, lengths: Int[Tensor, " B"] | None = None, answer_from: Int[Tensor, " B"] | None = None) -> None:
-        """What the columns of the next forwards are: real tokens of each row (padding on the right is ignored), and the column at
-        which its answer begins; 0, or nothing, where all are answer tokens, as when decoding."""
+    def describe(
+        self,
+        lengths: Int[Tensor, " B"] | None = None,
+        answer_from: Int[Tensor, " B"] | None = None,
+        opening: bool | None = None,
+    ) -> None:
+        """What the columns of the next forwards are: real tokens of each row (padding on the right is ignored), the column at
+        which its answer begins (0, or nothing, where all are answer tokens, as when decoding), and whether sequences begin
+        with the first column (None: in forwards of several tokens)."""
         given = lengths if lengths is not None else answer_from
         if given is not None and not self._rows:
             self.seat(len(given))
+        if not self._rows:
+            raise ValueError("how many rows? begin() a batch first, or give lengths")
         self._lengths.copy_(lengths if lengths is not None else self._lengths.new_full((), ENDLESS))
         self._starts.copy_(answer_from if answer_from is not None else self._starts.new_zeros(()))
-        self._now, self._described = Batch(self._plans, self._lengths, self._starts), True
+        self._unsaid = opening is None
+        self._opening.fill_(bool(opening))
+        self._now, self._described = self._batch(len(self._plans)), True
 
     @property
     def tally(self) -> Tally:
@@ -145,12 +155,12 @@ class Steering(Follower):
             self._rows = slots
             self._account = Account.empty(len(self.layers), slots, device)
             self._accounts = [self._account.at(place) for place in range(len(self.layers))]
-            self._plans, self._lengths, self._starts = (
-                torch.zeros(slots, dtype=torch.long, device=device) for _ in range(3)
+            self._plans, self._lengths, self._starts, self._opening = (
+                torch.zeros(slots, dtype=torch.long, device=device) for _ in range(4)
             )
             _stay(*self.state())
         self._lengths.fill_(ENDLESS)
-        self._now = Batch(self._plans, self._lengths, self._starts)
+        self._unsaid, self._now = True, self._batch(slots)
 
     def start(self, prompts: Sequence[Prompt]) -> None:
         """A sampler's chunk: its account begins."""
@@ -165,20 +175,23 @@ class Steering(Follower):
 
     def reading(self, slots: Tensor, lengths: Tensor) -> None:
         """The next forward reads prompts."""
-        self._now = Batch(self._plans[slots], lengths, torch.full_like(lengths, ENDLESS), slots)
+        ones = torch.ones_like(lengths)
+        self._unsaid, self._now = False, Batch(self._plans[slots], lengths, ones * ENDLESS, ones, slots)
 
-    def stepping(self, running: Tensor, first: Tensor) -> None:
+    def stepping(self, running: Tensor, first: Tensor, opening: Tensor) -> None:
         """The next forward feeds one token to each of the first slots."""
         n = len(running)
         self._lengths[:n].copy_(running)
         self._starts[:n].copy_(first)
-        self._now = Batch(self._plans[:n], self._lengths[:n], self._starts[:n])
+        self._opening[:n].copy_(opening)
+        self._unsaid, self._now = False, self._batch(n)
 
     def reading_again(self, lengths: Tensor, starts: Tensor) -> None:
         """The next forward reads everything once more, so the account begins anew."""
         for column in self._account.columns:
             column.zero_()
-        self._now = Batch(self._plans[: len(lengths)], lengths, starts)
+        ones = torch.ones_like(lengths)
+        self._unsaid, self._now = False, Batch(self._plans[: len(lengths)], lengths, starts, ones)
 
     def move(self, source: int, target: int) -> None:
         """The row in slot `source` goes on in slot `target`."""
@@ -190,15 +203,21 @@ class Steering(Follower):
         """Keep the account of answered rows, with the prompt and answer tokens that were fed: the last sampled one never is."""
         if answers:
             indices = [answer.index for answer in answers]
-            fed = [
-                (len(prompts[answer.index].ids), len(answer.ids) - (answer.stopped == "length")) for answer in answers
+            fed: list[tuple[int, ...]] = [
+                (len(prompts[answer.index].ids) - 1, len(answer.ids) - (answer.stopped == "length"), 1, 0)
+                for answer in answers
             ]
             plans = [prompts[index].plan for index in indices]
             self._left.append((indices, fed, plans, self._columns(torch.tensor(list(slots)))))
 
     def state(self) -> list[Tensor]:
         """All that a forward changes, and what describes it."""
-        return [*self._account.columns, self._plans, self._lengths, self._starts] if self._rows else []
+        if not self._rows:
+            return []
+        return [*self._account.columns, self._plans, self._lengths, self._starts, self._opening]
+
+    def _batch(self, n: int) -> Batch:
+        return Batch(self._plans[:n], self._lengths[:n], self._starts[:n], self._opening[:n])
 
     def _columns(self, slots: Tensor) -> Float[Tensor, "C 4 n"]:
         """Accounts of some slots, fp64, on the subject's device."""
@@ -215,12 +234,12 @@ class Steering(Follower):
 
     def _tally_of_answers(self) -> Tally:
         indices = [index for part in self._left for index in part[0]]
-        fed = torch.tensor([one for part in self._left for one in part[1]])  # (N, 2)
+        fed = torch.tensor([one for part in self._left for one in part[1]])  # (N, 4), by side as in the tables
         plans = self._numbered([plan for part in self._left for plan in part[2]]).cpu()
         columns = torch.cat([part[3].cpu() for part in self._left], dim=2)
         tables = self._tables.active.cpu()
         for row, layer in enumerate(self.layers):
-            active = tables[row, plans]  # (N, 2)
+            active = tables[row, plans]  # (N, 4)
             expected = (active * fed).sum(1)
             if not torch.equal(expected, columns[row, 0].long()):
                 found = f"{int(columns[row, 0].sum())} of {int(expected.sum())} tokens"
@@ -230,20 +249,24 @@ class Steering(Follower):
     def _hook(self, place: int) -> Any:
         def step(_module: nn.Module, _args: Any, output: Any) -> Any:
             h = residual(output)
-            if (
-                torch.compiler.is_compiling()
-            ):  # from the tensors of all layers, since each one used is checked every time
+            if torch.compiler.is_compiling():
+                # from the tensors of all layers, since each one that is used is checked every time
                 table, account = self._tables.at(place).to(h.device), self._account.at(place)
             else:
                 self._meet(place, h)
                 table, account = self._own[place], self._accounts[place]
-            now = self._now if self._now.plans.device == h.device else self._now.to(h.device)
-            moved, done = act(h, table, now, account)
+            moved, done = act(h, table, self._batch_of(h), account)
             if done is not None:
                 self._done.append((place, done))
             return moved if isinstance(output, Tensor) else (moved, *output[1:])
 
         return step
+
+    def _batch_of(self, h: Tensor) -> Batch:
+        now = self._now if self._now.plans.device == h.device else self._now.to(h.device)
+        if self._unsaid and h.shape[1] > 1:
+            return Batch(now.plans, now.lengths, now.starts, torch.ones_like(now.plans), now.slots)
+        return now
 
     def _meet(self, place: int, h: Tensor) -> None:
         """What only an eager forward does: count the call, and make room for its rows if nobody has."""

@@ -1,7 +1,8 @@
 """Plans as tensors: what every steered layer does to every row, so that one kernel serves all rows of a batch.
 
 A *plan* is a sequence of interventions; each row of a batch follows one plan or none (-1). A layer's table holds K unit
-vectors, and for every plan, for prompt tokens and for answer tokens, the K triples (floor, ceiling, add) of
+vectors, and for every plan and side (prompt tokens, answer tokens, and the same for the first token of a sequence, which a
+plan may spare) the K triples (floor, ceiling, add) of
 
     h' = h + v * (clamp(p, floor, ceiling) - p + add),     p = <h, v>,   one vector after the other
 
@@ -24,19 +25,20 @@ from personaxis.steering.interventions import Intervention, Step, steps_of
 
 IDLE = (-float("inf"), float("inf"), 0.0)
 SIDES = ("prompt", "answer")
+OPENING = 2  # what is added to the side of a sequence's first token
 
 
 @dataclass(frozen=True)
 class Table:
     """What one layer does. K vectors, P plans; the last of the P + 1 rows is the plan of rows that are left alone.
 
-    `bounds[p, s]` are the triples for prompt tokens (s = 0) and answer tokens (s = 1); `active` says whether any step of
-    the plan is on there, which is what makes a token count as seen.
+    `bounds[p, s]` are the triples for prompt tokens (s = 0), answer tokens (s = 1) and a sequence's first token (2 and 3);
+    `active` says whether any step of the plan is on there, which is what makes a token count as seen.
     """
 
     vectors: Float[Tensor, "K D"]
-    bounds: Float[Tensor, "P1 2 K 3"]
-    active: Bool[Tensor, "P1 2"]
+    bounds: Float[Tensor, "P1 4 K 3"]
+    active: Bool[Tensor, "P1 4"]
 
     def to(self, device: torch.device) -> "Table":
         """The same on a device."""
@@ -54,8 +56,8 @@ class Tables:
 
     layers: tuple[int, ...]
     vectors: Float[Tensor, "C K D"]
-    bounds: Float[Tensor, "C P1 2 K 3"]
-    active: Bool[Tensor, "C P1 2"]
+    bounds: Float[Tensor, "C P1 4 K 3"]
+    active: Bool[Tensor, "C P1 4"]
 
     def at(self, place: int) -> Table:
         """The table of one layer, on the same memory."""
@@ -86,7 +88,7 @@ def tables_of(plans: Sequence[Sequence[Intervention]]) -> Tables:
     own = [_table([steps.get(layer, []) for steps in per_plan]) for layer in layers]
     most = max(len(table.vectors) for table in own)
     vectors = torch.zeros(len(layers), most, own[0].vectors.shape[1])
-    bounds = torch.tensor(IDLE).repeat(len(layers), len(plans) + 1, len(SIDES), most, 1)
+    bounds = torch.tensor(IDLE).repeat(len(layers), len(plans) + 1, 2 * OPENING, most, 1)
     for place, table in enumerate(own):
         vectors[place, : len(table.vectors)] = table.vectors
         bounds[place, :, :, : len(table.vectors)] = table.bounds
@@ -104,14 +106,14 @@ def _table(per_plan: list[list[Step]]) -> Table:
             used.append(_place(vectors, step.vector, max(free[side] for side in sides)))
             free |= dict.fromkeys(sides, used[-1] + 1)
         places.append(used)
-    bounds = torch.tensor(IDLE).repeat(len(per_plan) + 1, len(SIDES), len(vectors), 1)
-    active = torch.zeros(len(per_plan) + 1, len(SIDES), dtype=torch.bool)
+    bounds = torch.tensor(IDLE).repeat(len(per_plan) + 1, 2 * OPENING, len(vectors), 1)
+    active = torch.zeros(len(per_plan) + 1, 2 * OPENING, dtype=torch.bool)
     for plan, (steps, used) in enumerate(zip(per_plan, places, strict=True)):
         for step, place in zip(steps, used, strict=True):
-            for side, name in enumerate(SIDES):
-                if step.phase in (name, "both"):
-                    bounds[plan, side, place] = torch.tensor((step.floor, step.ceiling, step.add))
-                    active[plan, side] = True
+            own = [side for side, name in enumerate(SIDES) if step.phase in (name, "both")]
+            own += [] if step.spare_first else [side + OPENING for side in own]
+            bounds[plan, own, place] = torch.tensor((step.floor, step.ceiling, step.add))
+            active[plan, own] = True
     return Table(torch.stack(vectors), bounds, active)
 
 

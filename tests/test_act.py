@@ -22,7 +22,7 @@ VECTORS = normalize(torch.randn(3, 24, generator=torch.Generator().manual_seed(0
 CAP = Cap((0,), VECTORS[:1], torch.tensor([0.4]))
 PLANS = [
     [CAP, Add((0,), VECTORS[1:2], torch.tensor([2.0]), "answer")],
-    [replace(CAP, floor=torch.tensor([-0.2]))],
+    [replace(CAP, floor=torch.tensor([-0.2]), spare_first=True)],
     [Ablate((0,), VECTORS[2:], "prompt")],
 ]
 
@@ -30,7 +30,7 @@ PLANS = [
 def batch(tokens, rows=12, slots=None):
     generator = torch.Generator().manual_seed(tokens)
     h = torch.randn(rows, tokens, 24, generator=generator)
-    highs = (len(PLANS) + 1, tokens + 1, tokens + 1)
+    highs = (len(PLANS) + 1, tokens + 1, tokens + 1, 2)
     return h, Batch(*(torch.randint(0, high, (rows,), generator=generator) for high in highs), slots)
 
 
@@ -44,13 +44,16 @@ def test_the_twin_does_to_each_row_what_its_own_plan_means(tokens):
         real = at < given.lengths[row]
         answer = real & (at >= given.starts[row])
         steps = steps_of(PLANS[plan])[0] if plan < len(PLANS) else []
-        expected, by = correct(h[row : row + 1], steps, real & ~answer, answer)
+        fresh = bool(given.opening[row])
+        expected, by = correct(h[row : row + 1], steps, real & ~answer, answer, fresh=fresh)
         torch.testing.assert_close(moved[row : row + 1], expected, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(length[row : row + 1], by, rtol=1e-5, atol=1e-6)
         phases = {step.phase for step in steps}
         there = (answer if {"answer", "both"} & phases else answer & False) | (
             real & ~answer if {"prompt", "both"} & phases else answer & False
         )
+        if fresh and steps and steps[0].spare_first:
+            there[:, 0] = False
         assert torch.equal(seen[row : row + 1], there)
 
 
@@ -86,7 +89,7 @@ def test_plans_that_share_a_vector_share_its_row_and_keep_their_order():
     parts = replace(CAP, prompt_floor=torch.tensor([2.0]))  # another floor for prompts is one vector still
     shared = tables_of([[parts]]).at(0)
     assert len(shared.vectors) == 1
-    assert shared.bounds[0, :, 0, 0].tolist() == pytest.approx([2.0, 0.4])
+    assert shared.bounds[0, :, 0, 0].tolist() == pytest.approx([2.0, 0.4, 2.0, 0.4])
 
 
 def test_rows_with_different_floors_are_capped_as_each_alone():

@@ -114,6 +114,7 @@ def test_the_trace_holds_projections_before_the_step_and_what_the_step_did():
     floor = float(cap.floor[0])
     assert len(found.projection) == len(found.ids) == found.corrections.shape[1]
     expected = (floor - found.projection).clamp(min=0)
+    expected[0] = 0  # the first token is spared
     torch.testing.assert_close(found.corrections[0], expected, rtol=1e-3, atol=1e-4)
     assert found.fired.tolist() == (expected > 0).int().tolist()
 

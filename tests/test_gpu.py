@@ -101,12 +101,12 @@ def test_the_steering_kernel_is_its_plain_twin(dtype, d_model, tokens, n_plans):
         [Cap((0,), vectors[:1], floors[i, :1]), Add((0,), vectors[1:2], floors[i, 1:2], "answer")]
         for i in range(n_plans)
     ]
-    plans[0].append(Ablate((0,), vectors[2:], "prompt"))
+    plans[0].append(Ablate((0,), vectors[2:], "prompt", spare_first=True))
     table = tables_of(plans).at(0).to(torch.device("cuda"))
     rows = 33
     h = torch.randn(rows, tokens, d_model, generator=generator).to("cuda", dtype)
     numbers = [
-        torch.randint(0, high, (rows,), generator=generator).cuda() for high in (n_plans + 1, tokens + 1, tokens + 1)
+        torch.randint(0, high, (rows,), generator=generator).cuda() for high in (n_plans + 1, tokens + 1, tokens + 1, 2)
     ]
     for slots in (None, torch.randperm(rows, generator=generator).cuda()):
         batch = Batch(*numbers, slots)

@@ -1,6 +1,7 @@
 """Steering binds: projections after it, what it leaves alone, what it counts, on every family, and the model as it was."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,12 +15,16 @@ from personaxis.persona.errors import KnownError
 from personaxis.persona.fitted import fitted_folder
 from personaxis.persona.sampler import pad
 from personaxis.persona.subject import build_subject, residual
-from personaxis.steering.interventions import Ablate, Add, MeanAblate, cap_of, correct, steps_of
+from personaxis.steering import interventions
+from personaxis.steering.interventions import Ablate, Add, MeanAblate, correct, steps_of
 from personaxis.steering.steer import steered
 
 ROWS = [tuple((i * 37 + row * 11 + 5) % 300 + 3 for i in range(length)) for row, length in enumerate((9, 14, 6, 11))]
 LENGTHS = torch.tensor([len(row) for row in ROWS])
 LEVELS = (0.25, 0.5, 0.75)
+
+
+cap_of = partial(interventions.cap_of, spare_first=False)  # of every token, a sequence's first one too
 
 
 def axis_of(subject, seed=0):
@@ -157,7 +162,7 @@ def test_interventions_compose_in_the_order_given():
 def test_rows_that_are_left_alone_and_padding_are_bitwise_what_they_were():
     subject = tiny_subject()
     plain, chosen = outputs(subject), torch.tensor([True, False, True, False])
-    add = Add.along(axis_of(subject), (0,), 5.0)
+    add = Add.along(axis_of(subject), (0,), 5.0, spare_first=False)
     with steered(subject, [add]) as held:
         held.begin(torch.where(chosen, 0, -1))
         held.describe(lengths=LENGTHS)
@@ -175,7 +180,7 @@ def test_rows_that_are_left_alone_and_padding_are_bitwise_what_they_were():
 )
 def test_a_phase_takes_its_own_tokens(phase, steered_tokens):
     subject, starts = tiny_subject(), torch.tensor([4, 6, 2, 5])
-    with steered(subject, [Add.along(axis_of(subject), (1,), 1.0, phase)]) as held:
+    with steered(subject, [Add.along(axis_of(subject), (1,), 1.0, phase, spare_first=False)]) as held:
         held.describe(lengths=LENGTHS, answer_from=starts)
         outputs(subject)
         assert held.tally.fired.tolist() == [steered_tokens]
@@ -263,3 +268,25 @@ def test_blocks_whose_weights_are_elsewhere_until_they_are_used_are_steered_alik
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
     assert found[0][1].any()
+
+
+@pytest.mark.parametrize("described", [True, False])
+def test_the_first_token_of_a_sequence_is_spared_unless_told_otherwise(described):
+    subject = tiny_subject()
+    axis = axis_of(subject)
+    high = replace(interventions.cap_of(axis, (0, 1), 0.75), floor=torch.full((2,), 1e3))
+    before = outputs(subject)
+    for cap in (high, replace(high, spare_first=False)):
+        with steered(subject, [cap]) as held:
+            if described:
+                held.describe(lengths=LENGTHS)
+            after = outputs(subject)
+        assert torch.equal(after[0][:, 0], before[0][:, 0]) == cap.spare_first
+        assert (after[0][:, 1:] != before[0][:, 1:]).any(-1)[real(before[0])[:, 1:]].all()
+        tokens = LENGTHS if described else torch.full_like(LENGTHS, after[0].shape[1])
+        assert held.tally.seen[0].tolist() == (tokens - int(cap.spare_first)).tolist()
+    with steered(subject, [high]) as held, torch.no_grad():
+        held.begin(torch.zeros(len(ROWS), dtype=torch.long))
+        held.describe(opening=False)  # these tokens go on after others
+        subject.base(input_ids=pad(ROWS, subject.device), use_cache=False)
+    assert held.tally.fired[0].tolist() == [max(map(len, ROWS))] * len(ROWS)
