@@ -67,18 +67,18 @@ def capped_step(model, ids, positions, cache):
     return model(input_ids=ids, position_ids=positions, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
 
 
+def decode(subject: Subject, step: Callable, cache: StaticCache, token: torch.Tensor, steps: int) -> None:
+    for i in range(steps):
+        torch.compiler.cudagraph_mark_step_begin()
+        at = torch.full((len(token), 1), PROMPT + i, device=subject.device)
+        token = step(subject.model, token, at, cache).clone()
+
+
 @torch.no_grad()
 def compiled(subject: Subject, cap: Cap, batch: int, steps: int, repeats: int) -> None:
     """Two functions, so that neither arm's compiled code can serve the other; hooks are there when the capped one is traced."""
     ids = torch.full((batch, PROMPT), 100, device=subject.device)
     length = PROMPT + steps + 8
-
-    def decode(step: Callable, cache: StaticCache, first: torch.Tensor) -> None:
-        token = first
-        for i in range(steps):
-            torch.compiler.cudagraph_mark_step_begin()
-            at = torch.full((batch, 1), PROMPT + i, device=subject.device)
-            token = step(subject.model, token, at, cache).clone()
 
     def arm(step: Callable) -> Callable[[], None]:
         cache = StaticCache(config=subject.model.config, max_cache_len=length)
@@ -87,7 +87,7 @@ def compiled(subject: Subject, cap: Cap, batch: int, steps: int, repeats: int) -
         def work() -> None:
             cache.reset()
             first = subject.model(input_ids=ids, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
-            decode(run, cache, first)
+            decode(subject, run, cache, first, steps)
 
         return work
 

@@ -6,7 +6,7 @@ rollout's own seed, so the same key has the same prompt and the same random numb
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -109,7 +109,7 @@ class Selection:
         if self.role_names is not None:
             chosen = [bank.role(name) for name in self.role_names if name != bank.default.name]
         else:
-            chosen = _spread(others, self.n_roles)
+            chosen = spread(others, self.n_roles)
         return [bank.default, *chosen]
 
     def traits(self, bank: Bank) -> list[Trait]:
@@ -120,7 +120,7 @@ class Selection:
             raise KnownError("this bank has no traits; they are in its traits.jsonl, or in the packaged bank")
         if self.trait_names is not None:
             return [bank.trait(name) for name in self.trait_names]
-        return _spread(list(bank.traits), self.n_traits)
+        return spread(list(bank.traits), self.n_traits)
 
     def poles(self, bank: Bank) -> list[Role]:
         """The chosen traits' poles, positive and negative in turn."""
@@ -166,7 +166,8 @@ def with_scores(rollouts: Iterable[Rollout], scores: dict[str, int | None]) -> l
     return [replace(rollout, score=scores.get(rollout.key)) for rollout in rollouts]
 
 
-def _spread(items: list[Chosen], count: int | None) -> list[Chosen]:
+def spread(items: Sequence[Chosen], count: int | None) -> list[Chosen]:
+    """An even spread of `count` over the items, in their order; all of them where there are no more, or for None."""
     count = len(items) if count is None else min(count, len(items))
     return [items[i * len(items) // count] for i in range(count)]
 

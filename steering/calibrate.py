@@ -15,7 +15,7 @@ from typing import Any
 from personaxis.persona.axis import Axis, Cap, PersonaSpace
 from personaxis.persona.bank import Bank
 from personaxis.persona.errors import KnownError
-from personaxis.persona.rollouts import Rollout
+from personaxis.persona.rollouts import Rollout, spread
 from personaxis.persona.sampler import Sampling
 from personaxis.steering.control import fired_shares, random_cap
 from personaxis.steering.floors import Projections
@@ -58,7 +58,7 @@ def halves_of(
     """The two halves: every other one of the lowest roles, and every other question of the benign answers."""
     roles = lowest_roles(axis, space, bank, settings.roles)
     requests = identity_requests(bank, roles, settings.prompts, model_name, settings.seed)
-    chosen = _spread(sorted(benign, key=lambda text: text.key), settings.answers)
+    chosen = spread(sorted(benign, key=lambda text: text.key), settings.answers)
     by_role = halved(requests, lambda request: request.key.split("/", 1)[0])
     by_question = halved(chosen, lambda text: text.question)
     if not all(by_question):
@@ -271,8 +271,3 @@ def _examples(trial: Trial, arms: Mapping[str, Plan]) -> list[dict[str, str]]:
             said = {"role": role, "question": request.messages[-1]["content"]}
             found[role] = said | {AS_IT_IS: plain[place], "capped": capped[place]}
     return list(found.values())
-
-
-def _spread(items: Sequence[Rollout], count: int) -> list[Rollout]:
-    count = min(count, len(items))
-    return [items[i * len(items) // count] for i in range(count)]

@@ -14,7 +14,7 @@ from personaxis.persona.errors import KnownError
 from personaxis.persona.fitted import axis_stem
 from personaxis.persona.options import ModelOptions
 from personaxis.persona.progress import progress, say
-from personaxis.persona.rollouts import Rollout, read_rollouts, without_poles
+from personaxis.persona.rollouts import Rollout, read_rollouts, spread, without_poles
 from personaxis.persona.run import open_run, versions
 from personaxis.persona.sampler import Sampling
 from personaxis.persona.store import write_json
@@ -67,6 +67,8 @@ def calibrated(
         mixed = [*spread(default, MIXED), *spread(roles, MIXED)]
         asked_for = halves[CHOOSE].requests if settings.steps else ()
         wanted = wanted_texts(subject, chat, chosen_bank, asked_for, settings.seed) if asked_for else []
+        if asked_for and not wanted:
+            say("no floors by gradient: the default never calls itself an assistant when asked who it is")
         cap, content = calibrate(trial, along, places, mixed, wanted, settings, extra)
         caps_folder(run / "axis").mkdir(exist_ok=True)
         saved = caps_folder(run / "axis") / name
@@ -120,9 +122,3 @@ def _read(subject: Subject, axis: Axis, default: list[Rollout], roles: list[Roll
     said = {name: len(values) for name, values in places.means.items()}
     say(f"floors from {said['default']} default and {said['roles']} role answers")
     return places
-
-
-def spread(items: Sequence[Rollout], count: int) -> list[Rollout]:
-    """An even spread over the items."""
-    count = min(count, len(items))
-    return [items[i * len(items) // count] for i in range(count)]

@@ -9,7 +9,7 @@ floors of the layers before already on, at which the cap itself fires; of prompt
 floor for each.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -21,9 +21,10 @@ from torch.nn.functional import normalize
 
 from personaxis.persona.axis import Cap
 from personaxis.persona.rollouts import Rollout
-from personaxis.persona.sampler import batch_end, batch_tokens, pad
+from personaxis.persona.sampler import batch_tokens
 from personaxis.persona.subject import Subject, residual
-from personaxis.steering.steer import Plan, Steering, steered
+from personaxis.steering.steer import Plan, steered
+from personaxis.steering.texts import Texts, batches
 
 CPU_TOKENS, GPU_TOKENS = 2048, 65536  # most padded tokens a batch
 
@@ -59,13 +60,12 @@ def _sides(subject: Subject, cap: Cap, texts: Sequence[Rollout]) -> dict[str, Bo
     """The phases for which the cap has floors of their own, and which of all tokens they take."""
     told, kept = [], []
     for batch in _batches(subject, texts):
-        starts, lengths = _spans(batch)
-        at = torch.arange(int(lengths.max()))
-        real = at < lengths[:, None]
-        told.append((at >= starts[:, None])[real])
-        kept.append(((at > 0) | (not cap.spare_first)).expand_as(real)[real])
-    answer, taken = torch.cat(told), torch.cat(kept)
-    masks = {"prompt": ~answer & taken, "answer": answer & taken, "both": taken}
+        real, taken = batch.real, torch.ones_like(batch.real)
+        taken[:, 0] = not cap.spare_first
+        told.append(batch.answer[real])
+        kept.append(taken[real])
+    answer, every = torch.cat(told), torch.cat(kept)
+    masks = {"prompt": ~answer & every, "answer": answer & every, "both": every}
     return {side: masks[side] for side in ((cap.phase,) if cap.prompt_floor is None else ("prompt", "answer"))}
 
 
@@ -99,35 +99,13 @@ def _projections(
         for batch in _batches(subject, texts):
             with steered(subject, before) if before else nullcontext() as held:
                 if held is not None:
-                    _describe(held, batch)
-                subject.base(input_ids=_ids(subject, batch), use_cache=False)
-            lengths = _spans(batch)[1]
-            found.append(kept.pop()[torch.arange(int(lengths.max())) < lengths[:, None]])
+                    held.describe(batch.lengths, batch.starts)
+                subject.base(input_ids=batch.ids, use_cache=False)
+            found.append(kept.pop()[batch.real])
     finally:
         handle.remove()
     return torch.cat(found)
 
 
-def _batches(subject: Subject, texts: Sequence[Rollout]) -> list[list[Rollout]]:
-    ordered = sorted(texts, key=lambda text: -len(text.prompt_ids) - len(text.answer_ids))
-    lengths = [len(text.prompt_ids) + len(text.answer_ids) for text in ordered]
-    found, first, size = [], 0, batch_tokens(subject, CPU_TOKENS, GPU_TOKENS)
-    while first < len(ordered):
-        stop = batch_end(lengths, first, size)
-        found.append(ordered[first:stop])
-        first = stop
-    return found
-
-
-def _ids(subject: Subject, batch: Sequence[Rollout]) -> Tensor:
-    return pad([text.prompt_ids + text.answer_ids for text in batch], subject.device)
-
-
-def _spans(batch: Sequence[Rollout]) -> tuple[Tensor, Tensor]:
-    starts = torch.tensor([len(text.prompt_ids) for text in batch])
-    return starts, starts + torch.tensor([len(text.answer_ids) for text in batch])
-
-
-def _describe(held: Steering, batch: Sequence[Rollout]) -> None:
-    starts, lengths = _spans(batch)
-    held.describe(lengths, starts)
+def _batches(subject: Subject, texts: Sequence[Rollout]) -> Iterator[Texts]:
+    return batches(subject, texts, batch_tokens(subject, CPU_TOKENS, GPU_TOKENS))

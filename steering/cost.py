@@ -13,14 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from personaxis.persona.errors import KnownError
 from personaxis.persona.rollouts import Rollout
-from personaxis.persona.sampler import batch_end, pad
 from personaxis.persona.subject import Subject
 from personaxis.steering.arms import joined
 from personaxis.steering.steer import Plan, Tally, steered
+from personaxis.steering.texts import batches
 
 CPU_TOKENS, GPU_TOKENS = 1024, 8192  # padded tokens a batch: logits over the whole vocabulary are large
 SAMPLES = 2000  # of a bootstrap
@@ -83,16 +82,13 @@ def benign_costs(
     """
     if not texts:
         raise KnownError("there are no benign answers to measure a cost on")
-    texts = sorted(texts, key=lambda text: -len(text.prompt_ids) - len(text.answer_ids))
-    lengths = [len(text.prompt_ids) + len(text.answer_ids) for text in texts]
     tokens = GPU_TOKENS if subject.device.type == "cuda" else CPU_TOKENS
     before: list[float] = []
     sums: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
     tallies: dict[str, list[Tally]] = {name: [] for name in arms}
-    first = 0
-    while first < len(texts):
-        stop = batch_end(lengths, first, tokens)
-        batch = Texts(subject, texts[first:stop])
+    counts: list[int] = []
+    for batch in batches(subject, texts, tokens):
+        counts += [len(text.answer_ids) for text in batch.texts]
         plain = batch.log_probs(subject)
         before += batch.losses(plain)
         for name, plan in arms.items():
@@ -101,46 +97,11 @@ def benign_costs(
                 now = batch.log_probs(subject)
                 tallies[name].append(held.tally)
             sums[name] += zip(batch.losses(now), batch.divergences(plain, now), strict=True)
-            advance(stop - first)
-        first = stop
-    counts = np.array([len(text.answer_ids) for text in texts], dtype=float)
+            advance(len(batch.texts))
     costs = {}
     for name, pairs in sums.items():
         whole, (after, kl_sums) = joined(tallies[name]), np.array(pairs).T
         seen = whole.seen.sum(1).clamp(min=1)
         shares = (whole.fired.sum(1) / seen).numpy(), (whole.total.sum(1) / seen).numpy()
-        costs[name] = Cost(counts, np.array(before), after, kl_sums, *shares)
+        costs[name] = Cost(np.array(counts, dtype=float), np.array(before), after, kl_sums, *shares)
     return costs
-
-
-class Texts:
-    """A padded batch of texts and the places at which their answers' tokens are predicted."""
-
-    def __init__(self, subject: Subject, texts: Sequence[Rollout]) -> None:
-        self.ids = pad([text.prompt_ids + text.answer_ids for text in texts], subject.device)
-        self.starts = torch.tensor([len(text.prompt_ids) for text in texts])
-        self.lengths = self.starts + torch.tensor([len(text.answer_ids) for text in texts])
-        at = torch.arange(self.ids.shape[1])
-        inside = (at >= self.starts[:, None]) & (at < self.lengths[:, None])  # (B, T) tokens that are predicted
-        self.rows, self.columns = (places.to(subject.device) for places in inside.nonzero(as_tuple=True))
-        self.targets = self.ids[self.rows, self.columns]
-
-    def log_probs(self, subject: Subject) -> Tensor:
-        """Log-probabilities (M, V), fp32, at the M places before the answers' tokens."""
-        first = int(self.starts.min()) - 1
-        logits = subject.model(
-            input_ids=self.ids, use_cache=False, logits_to_keep=self.ids.shape[1] - first
-        ).logits  # (B, T - first, V)
-        return logits[self.rows, self.columns - 1 - first].float().log_softmax(-1)
-
-    def losses(self, log_probs: Tensor) -> list[float]:
-        """Summed loss of each text."""
-        return self._by_text(-log_probs.gather(1, self.targets[:, None])[:, 0])
-
-    def divergences(self, plain: Tensor, now: Tensor) -> list[float]:
-        """Summed KL(plain || now) of each text."""
-        return self._by_text((plain.exp() * (plain - now)).sum(-1))
-
-    def _by_text(self, values: Tensor) -> list[float]:
-        total = torch.zeros(len(self.ids), dtype=torch.float64, device=values.device)
-        return total.index_add_(0, self.rows, values.double()).tolist()

@@ -19,8 +19,9 @@ from torch import Tensor
 from personaxis.persona.axis import Axis, Cap
 from personaxis.persona.errors import KnownError
 from personaxis.persona.rollouts import Rollout
-from personaxis.persona.sampler import batch_end, batch_tokens, pad
+from personaxis.persona.sampler import batch_tokens
 from personaxis.persona.subject import Subject, residual
+from personaxis.steering.texts import Texts, batches
 
 POPULATIONS = ("default", "roles", "pooled")
 CPU_TOKENS, GPU_TOKENS = 2048, 65536  # most padded tokens a batch
@@ -104,25 +105,17 @@ def read_projections(
     for name, rollouts in populations.items():
         if not rollouts:
             raise KnownError(f"there are no answers of population {name!r} to take floors from")
-        order = sorted(range(len(rollouts)), key=lambda i: -len(rollouts[i].prompt_ids) - len(rollouts[i].answer_ids))
         found: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(rollouts)
-        lengths = [len(rollouts[i].prompt_ids) + len(rollouts[i].answer_ids) for i in order]
-        first, size = 0, batch_tokens(subject, CPU_TOKENS, GPU_TOKENS)
-        while first < len(order):
-            stop = batch_end(lengths, first, size)
-            chosen = order[first:stop]
-            for i, values in zip(chosen, _projected(subject, axis, [rollouts[i] for i in chosen]), strict=True):
-                found[i] = values
-            advance(stop - first)
-            first = stop
+        for batch in batches(subject, rollouts, batch_tokens(subject, CPU_TOKENS, GPU_TOKENS)):
+            for place, values in zip(batch.places, _projected(subject, axis, batch), strict=True):
+                found[place] = values
+            advance(len(batch.places))
         means[name] = torch.stack([answer.mean(0) for _, answer in found])
         prompts[name], tokens[name] = (torch.cat(parts) for parts in zip(*found, strict=True))
     return Projections(axis.layers, means, tokens, prompts)
 
 
-def _projected(
-    subject: Subject, axis: Axis, rollouts: Sequence[Rollout]
-) -> list[tuple[Float[Tensor, "P L"], Float[Tensor, "A L"]]]:
+def _projected(subject: Subject, axis: Axis, batch: Texts) -> list[tuple[Float[Tensor, "P L"], Float[Tensor, "A L"]]]:
     """Projections of each prompt's tokens but the first, and of its answer's."""
     kept: dict[int, Tensor] = {}
 
@@ -135,13 +128,12 @@ def _projected(
 
     handles = [subject.blocks[layer].register_forward_hook(keep(layer)) for layer in axis.layers]
     try:
-        ids = pad([rollout.prompt_ids + rollout.answer_ids for rollout in rollouts], subject.device)
-        subject.base(input_ids=ids, use_cache=False)
+        subject.base(input_ids=batch.ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
     whole = torch.stack([kept[layer] for layer in axis.layers], dim=-1)  # (B, T, L)
-    spans = [(len(r.prompt_ids), len(r.prompt_ids) + len(r.answer_ids)) for r in rollouts]
+    spans = zip(batch.starts.tolist(), batch.lengths.tolist(), strict=True)
     return [(whole[row, 1:start], whole[row, start:stop]) for row, (start, stop) in enumerate(spans)]
 
 

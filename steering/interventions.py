@@ -10,8 +10,8 @@ Four interventions are one step, with p = <h, v> for a unit vector v,
     Add         no floor, no ceiling, add = amount     moves along the direction, whatever p is
 
 so an engine needs one kernel for all of them, and what it needs is a `Step`: tensors that can travel anywhere. What is made
-along an axis spares the first token of a sequence unless told otherwise: it is an attention sink, and to move it costs more
-than all the rest (LOG.md).
+along an axis spares the first token of a sequence unless told otherwise: it is an attention sink, and to move it costs as
+much as all the rest (LOG.md).
 
     cap = cap_of(axis, layers=range(18, 24), level=0.5)          # floor: the median of the default's answers
     steps_of([cap, Ablate.along(other_axis, [20])])[20]          # what happens at layer 20, in order

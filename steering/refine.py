@@ -24,12 +24,12 @@ from torch import Tensor
 from personaxis.persona.axis import Axis, Cap
 from personaxis.persona.errors import KnownError
 from personaxis.persona.rollouts import Rollout
-from personaxis.persona.sampler import batch_end, batch_tokens
+from personaxis.persona.sampler import batch_tokens
 from personaxis.persona.subject import Subject, residual
 from personaxis.steering.act import Batch, act_plainly
-from personaxis.steering.cost import Texts
 from personaxis.steering.floors import Projections
 from personaxis.steering.tables import Table
+from personaxis.steering.texts import batches
 
 CPU_TOKENS, GPU_TOKENS = 1024, 8192  # padded tokens a batch: logits, and what the gradient needs of every layer
 START = (0.2, 0.1)  # quantiles of default tokens, of prompts and of answers, at which the floors begin
@@ -123,9 +123,9 @@ def _begin(places: Projections, layers: Sequence[int]) -> tuple[Float[Tensor, "2
 def _descend(subject: Subject, texts: Sequence[Rollout], now: list[Any], weight: float) -> float:
     """Add the gradient of `weight` times the texts' summed loss; return that number."""
     total = 0.0
-    for _, batch in _batches(subject, texts):
+    for batch in batches(subject, texts, batch_tokens(subject, CPU_TOKENS, GPU_TOKENS)):
         now[:] = [batch.lengths, batch.starts]
-        loss = -weight * batch.log_probs(subject).gather(1, batch.targets[:, None]).sum()
+        loss = weight * batch.token_losses(batch.log_probs(subject)).sum()
         loss.backward()
         total += float(loss.detach())
     return total
@@ -134,19 +134,8 @@ def _descend(subject: Subject, texts: Sequence[Rollout], now: list[Any], weight:
 def _losses(subject: Subject, texts: Sequence[Rollout]) -> dict[str, float]:
     """Each text's summed loss without floors, by its key."""
     found: dict[str, float] = {}
-    for own, batch in _batches(subject, texts):
-        found |= dict(zip((text.key for text in own), batch.losses(batch.log_probs(subject)), strict=True))
-    return found
-
-
-def _batches(subject: Subject, texts: Sequence[Rollout]) -> list[tuple[list[Rollout], Texts]]:
-    ordered = sorted(texts, key=lambda text: -len(text.prompt_ids) - len(text.answer_ids))
-    lengths = [len(text.prompt_ids) + len(text.answer_ids) for text in ordered]
-    found, first, size = [], 0, batch_tokens(subject, CPU_TOKENS, GPU_TOKENS)
-    while first < len(ordered):
-        stop = batch_end(lengths, first, size)
-        found.append((ordered[first:stop], Texts(subject, ordered[first:stop])))
-        first = stop
+    for batch in batches(subject, texts, batch_tokens(subject, CPU_TOKENS, GPU_TOKENS)):
+        found |= dict(zip((text.key for text in batch.texts), batch.losses(batch.log_probs(subject)), strict=True))
     return found
 
 

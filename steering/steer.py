@@ -101,7 +101,7 @@ class Steering(Follower):
 
     def begin(self, plans: Int[Tensor, " B"] | None = None) -> None:
         """Start a batch with an account of its own; `plans` is the plan that each row follows, -1 for none."""
-        self._rows, self._described = 0, False
+        self._rows = 0
         self._forwards, self._fires = 0, [0] * len(self.layers)
         self._done: list[tuple[int, Done]] = []
         self._left: list[tuple[list[int], list[tuple[int, ...]], list[int], Tensor]] = []
@@ -127,7 +127,7 @@ class Steering(Follower):
         self._starts.copy_(answer_from if answer_from is not None else self._starts.new_zeros(()))
         self._unsaid = opening is None
         self._opening.fill_(bool(opening))
-        self._now, self._described = self._batch(len(self._plans)), True
+        self._now = self._batch(len(self._plans))
 
     @property
     def tally(self) -> Tally:
