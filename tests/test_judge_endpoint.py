@@ -287,7 +287,7 @@ def test_ctrl_c_ends_a_run_at_once_although_requests_are_in_flight(serve, tmp_pa
 
     endpoint = serve(first_two_only)
     code = f"""
-import sys
+import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has none
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_judge_endpoint import *
 judge_rollouts(rollouts(20), bank(), EndpointJudge({endpoint.url!r}, "m", concurrency=2), Path("scores.jsonl"))
