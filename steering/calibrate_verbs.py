@@ -35,7 +35,7 @@ class SearchOptions:
     prompts: int | None = None
     "prompts a role: 2 (quick: 1)"
     answers: int | None = None
-    "benign answers, half and half: 60 (quick: 30)"
+    "benign answers, half and half: 60"
     max_new_tokens: int = 48
     "longest answer"
     temperature: float = 0.7

@@ -31,7 +31,7 @@ POPULATION = 400  # answers of each population whose projections are read
 MIXED = 24  # answers of each on which random caps are made to fire as often
 USUAL = {  # sizes of a search, quick or not
     False: {"roles": 50, "prompts": 2, "answers": 60, "steps": 120},
-    True: {"roles": 20, "prompts": 1, "answers": 30, "steps": 30},
+    True: {"roles": 20, "prompts": 1, "answers": 60, "steps": 30},
 }
 
 

@@ -6,7 +6,7 @@
 A floor enters the forward as h + v * max(floor - <h, v>, 0), so the loss of any text has a gradient with respect to it.
 Wanted texts are what the model says as the default when asked who it is, put after role prompts; benign ones are its own
 answers that a cap should leave alone. The floors descend on the loss of the first plus a price times the benign loss's rise;
-the price goes up while that rise is over the budget and down while it is under. A few dozen numbers are fitted, and nothing
+the price goes up while that rise is over the budget and down while it is under. They begin where the budget holds. A few dozen numbers are fitted, and nothing
 of the half that is reported on is seen.
 """
 
@@ -33,6 +33,7 @@ from personaxis.steering.texts import batches
 
 CPU_TOKENS, GPU_TOKENS = 1024, 8192  # padded tokens a batch: logits, and what the gradient needs of every layer
 START = (0.2, 0.1)  # quantiles of default tokens, of prompts and of answers, at which the floors begin
+LOWER = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)  # spreads by which they are lowered, until the budget holds
 KEPT = 0.25  # the floors are the mean over this last part of the descent
 
 
@@ -95,6 +96,10 @@ def fitted(
     with _frozen(subject), _floored(subject, axis, layers, lambda: start + moved * spreads) as now:
         with torch.no_grad():
             before = _losses(subject, benign)
+            for lower in LOWER:
+                moved.fill_(-lower)
+                if sum(_losses(subject, benign, now).values()) <= (1 + how.budget) * sum(before.values()):
+                    break
         for step in range(how.steps):
             ours = draws.sample(list(wanted), min(how.wanted, len(wanted)))
             theirs = draws.sample(list(benign), min(how.benign, len(benign)))
@@ -131,10 +136,12 @@ def _descend(subject: Subject, texts: Sequence[Rollout], now: list[Any], weight:
     return total
 
 
-def _losses(subject: Subject, texts: Sequence[Rollout]) -> dict[str, float]:
-    """Each text's summed loss without floors, by its key."""
+def _losses(subject: Subject, texts: Sequence[Rollout], now: list[Any] | None = None) -> dict[str, float]:
+    """Each text's summed loss by its key, with the floors that `now` belongs to or without any."""
     found: dict[str, float] = {}
     for batch in batches(subject, texts, batch_tokens(subject, CPU_TOKENS, GPU_TOKENS)):
+        if now is not None:
+            now[:] = [batch.lengths, batch.starts]
         found |= dict(zip((text.key for text in batch.texts), batch.losses(batch.log_probs(subject)), strict=True))
     return found
 

@@ -13,6 +13,7 @@ from personaxis.persona.axis import load_cap
 from personaxis.persona.cli import main
 from personaxis.persona.errors import KnownError
 from personaxis.persona.rollouts import Rollout
+from personaxis.persona.sampler import Prompt, Sampler, Sampling
 from personaxis.steering.control import fired_shares, random_cap
 from personaxis.steering.cost import benign_costs
 from personaxis.steering.floors import read_projections
@@ -204,6 +205,23 @@ def test_fitted_floors_make_the_wanted_texts_likelier_within_the_budget():
     assert Floors.from_json(floors.to_json()).cap(axis, 0.1).floor.tolist() == pytest.approx(
         (floors.floors[1] + 0.1 * floors.spreads[1]).tolist()
     )
+
+
+def test_floors_that_would_begin_over_the_budget_begin_lower(monkeypatch):
+    monkeypatch.setattr("personaxis.steering.refine.START", (0.9, 0.9))
+    subject = tiny_subject()
+    axis, made = axis_of(subject), texts(12)
+    written = Sampler(subject, frozenset(), Sampling(8, 0.0)).answers([Prompt(text.prompt_ids, 0) for text in made])
+    benign = [replace(made[answer.index], answer_ids=answer.ids) for answer in written]  # what it says itself
+    places = read_projections(subject, axis, {"default": benign, "roles": texts(12, start=20)})
+    how = Descent(budget=0.01, steps=1, rate=0.0)
+    high, low = (
+        fitted(subject, axis, (0, 1, 2), places, texts(12, start=20), benign, replace(how, budget=budget))
+        for budget in (100.0, 0.01)
+    )
+    assert (low.floors < high.floors).all()
+    costs = benign_costs(subject, benign, {"high": [high.cap(axis)], "low": [low.cap(axis)]})
+    assert costs["low"].more <= 0.01 + 1e-6 < costs["high"].more
 
 
 def test_names_of_candidates_and_windows_to_begin_with():
