@@ -2,8 +2,9 @@
 
     python benchmarks/capping.py --axis smollm2-135m --layers 16-23 --batches 1,64,512
 
-Three engines: transformers' static cache under torch.compile (fullgraph, CUDA graphs), this project's captured sampler, and
-plain eager decoding with an ordinary forward hook in place of ours. Prints tokens/s of both arms and the median of their
+Three engines: transformers' static cache under torch.compile (fullgraph, CUDA graphs), with its guards checked before each
+step and, as servers that compile do, without; this project's captured sampler; and plain eager decoding with an ordinary
+forward hook in place of ours. Prints tokens/s of both arms and the median of their
 paired ratios, and checks that the capped arm saw every token. On a CPU only the sampler and the plain way are run.
 """
 
@@ -108,12 +109,17 @@ def compiled(subject: Subject, cap: Cap, batch: int, steps: int, repeats: int) -
 
         capped()
         assert seen() == [PROMPT + steps - 1], "the compiled engine's account has not seen what was fed"
-        times = in_turn({"plain": plain, "capped": capped}, repeats)
+        arms = {"plain": plain, "capped": capped}
+        times = in_turn(arms, repeats)
+        with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
+            unguarded = in_turn(arms, repeats)
         assert seen() == [PROMPT + steps - 1], "the compiled engine's account has not seen what was fed"
         held.begin(torch.zeros(batch, dtype=torch.long))
         plain()
         assert not held._account.seen.any(), "the plain arm was steered"
     say("compiled", batch, batch * steps, times)
+    say("unguarded", batch, batch * steps, unguarded)
+    torch.compiler.reset()
 
 
 def sampled(subject: Subject, cap: Cap, batch: int, steps: int, repeats: int) -> None:
