@@ -13,9 +13,9 @@ if not torch.cuda.is_available():
 ROOT = Path(__file__).parent.parent
 # Triton reads its kernels' source, which the hook would wrap
 MODULES = [
-    f"personaxis.{path.parent.name}.{path.stem}"
+    ".".join(("personaxis", *path.relative_to(ROOT).with_suffix("").parts))
     for folder in ("persona", "analysis", "steering", "training")
-    for path in (ROOT / folder).glob("*.py")
+    for path in (ROOT / folder).rglob("*.py")
     if path.stem not in ("__init__", "kernels")
 ]
 install_import_hook(MODULES, "beartype.beartype")

@@ -27,6 +27,8 @@ CONFINED = {
         "analysis/figures_pareto.py",
         "analysis/page.py",
     },
+    "inspect_ai": {"steering/evals/inspect_model.py"},
+    "lm_eval": {"steering/evals/lm_eval_model.py"},
     "fastapi": set(),
     "vllm": set(),
 }

@@ -1,0 +1,1 @@
+"""Capped against uncapped: suites, judges, statistics, and the field's own harnesses."""
