@@ -84,7 +84,7 @@ def prepared(model: str, folder: Path, how: ModelOptions, what: PlanOptions) -> 
             if place.rank:
                 place.barrier()
             before = run.manifest.get("asked", {})
-            device = how.device or _device(place)
+            device = how.device or own_device(place)
             how = replace(how, device=device, dtype=how.dtype or before.get("dtype"))
             subject = load_subject(model, device=how.device, dtype=how.dtype, chat_template=how.chat_template)
             chat = chat_format(subject.tokenizer, _end_ids(subject))
@@ -266,7 +266,8 @@ def _end_ids(subject: Subject) -> Any:
     return config.eos_token_id if config is not None else None
 
 
-def _device(place: Ranks) -> str | None:
+def own_device(place: Ranks) -> str | None:
+    """The GPU of this process under torchrun; None elsewhere."""
     import torch
 
     return f"cuda:{place.local}" if place.world > 1 and torch.cuda.is_available() else None

@@ -30,6 +30,7 @@ FIXED = (
     "temperature",
     "top_p",
     "dtype",
+    "engine",
     "chat_template",
     "chunk",
 )

@@ -3,11 +3,15 @@
 cap_named("assistant", axis, stem)              # caps/assistant.* beside the axis
 cap_named("p50@18-23", axis, stem)              # floors at the median of the default's answers
 cap_named("roles:p75@18,20-22", axis, stem)     # of the roles'
+cap_named("assistant+0.2", axis, stem)          # its floors 0.2 interquartile ranges of the default's answers higher
 """
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from personaxis.persona.axis import Axis, Cap, load_cap
 from personaxis.persona.errors import KnownError
@@ -15,6 +19,9 @@ from personaxis.steering.interventions import cap_of
 
 ENDINGS = (".json", ".safetensors")
 SPEC = re.compile(r"(?:(default|roles):)?p(\d+(?:\.\d+)?)@(\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*)")
+
+
+SHIFTED = re.compile(r"(.+?)([+-]\d+(?:\.\d+)?)")
 
 
 def caps_folder(stem: Path) -> Path:
@@ -35,19 +42,37 @@ def cap_named(text: str, axis: Axis, stem: Path) -> Cap:
     path = path.with_suffix("") if path.suffix in ENDINGS else path
     if path.name and any(path.with_name(path.name + ending).is_file() for ending in ENDINGS):
         return load_cap(path)
-    match = SPEC.fullmatch(text)
+    match, moved = SPEC.fullmatch(text), SHIFTED.fullmatch(text)
+    if match is None and moved is not None:
+        return shifted(cap_named(moved[1], axis, stem), axis, float(moved[2]))
     if match is None:
         known = (
             f"one of {', '.join(names)}" if (names := cap_names(stem)) else "a name (none is saved beside this axis)"
         )
         raise KnownError(
-            f"--cap {text!r} is not {known}, a cap file, or LEVEL@LAYERS such as p50@18-23 or roles:p75@20,22"
+            f"--cap {text!r} is not {known}, a cap file, or LEVEL@LAYERS such as p50@18-23 or roles:p75@20,22, each with +0.2 or so behind it for higher floors"
         )
     population, level, ranges = match.groups()
     layers = layers_named(ranges)
     if not layers or len(set(layers)) != len(layers):
         raise KnownError(f"--cap {text!r} names no layer, or one twice")
     return cap_of(axis, layers, float(level) / 100, population or "default")
+
+
+def shifted(cap: Cap, axis: Axis, amount: float) -> Cap:
+    """The cap with all floors moved by so many interquartile ranges of the default's answers at their layers: its neighbour.
+
+    Raises `KnownError` where the axis does not keep those quantiles.
+    """
+    if not {0.25, 0.75} <= set(axis.levels) or not set(cap.layers) <= set(axis.layers):
+        raise KnownError("the axis does not keep the quartiles of the default's answers at this cap's layers")
+    rows = [axis.layers.index(layer) for layer in cap.layers]
+    low, high = (axis.default_quantiles[rows, axis.levels.index(level)] for level in (0.25, 0.75))
+    step = amount * (high - low)
+    if not torch.isfinite(step).all():
+        raise KnownError("the axis keeps no quartiles of the default's answers at some of this cap's layers")
+    prompt = None if cap.prompt_floor is None else cap.prompt_floor + step
+    return replace(cap, floor=cap.floor + step, prompt_floor=prompt, level=None, found={})
 
 
 def layers_named(text: str) -> list[int]:

@@ -9,8 +9,7 @@ floors of the layers before already on, at which the cap itself fires; of prompt
 floor for each.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,12 +20,9 @@ from torch.nn.functional import normalize
 
 from personaxis.persona.axis import Cap
 from personaxis.persona.rollouts import Rollout
-from personaxis.persona.sampler import batch_tokens
-from personaxis.persona.subject import Subject, residual
-from personaxis.steering.steer import Plan, steered
-from personaxis.steering.texts import Texts, batches
-
-CPU_TOKENS, GPU_TOKENS = 2048, 65536  # most padded tokens a batch
+from personaxis.persona.subject import Subject
+from personaxis.steering.projected import projected, read_batches
+from personaxis.steering.steer import Plan
 
 
 @torch.no_grad()
@@ -59,7 +55,7 @@ def random_cap(subject: Subject, cap: Cap, shares: Float[Tensor, "C S"], texts: 
 def _sides(subject: Subject, cap: Cap, texts: Sequence[Rollout]) -> dict[str, Bool[Tensor, " M"]]:
     """The phases for which the cap has floors of their own, and which of all tokens they take."""
     told, kept = [], []
-    for batch in _batches(subject, texts):
+    for batch in read_batches(subject, texts):
         real, taken = batch.real, torch.ones_like(batch.real)
         taken[:, 0] = not cap.spare_first
         told.append(batch.answer[real])
@@ -88,24 +84,4 @@ def _projections(
     subject: Subject, texts: Sequence[Rollout], before: Plan, layer: int, vector: Tensor
 ) -> Float[Tensor, " M"]:
     """Projections of all tokens at a layer, batch after batch, with the plan on."""
-    found: list[Tensor] = []
-    kept: list[Tensor] = []
-    handle = subject.blocks[layer].register_forward_hook(
-        lambda _module, _args, output: kept.append(
-            (residual(output).float() @ vector.to(residual(output).device)).cpu()
-        )
-    )
-    try:
-        for batch in _batches(subject, texts):
-            with steered(subject, before) if before else nullcontext() as held:
-                if held is not None:
-                    held.describe(batch.lengths, batch.starts)
-                subject.base(input_ids=batch.ids, use_cache=False)
-            found.append(kept.pop()[batch.real])
-    finally:
-        handle.remove()
-    return torch.cat(found)
-
-
-def _batches(subject: Subject, texts: Sequence[Rollout]) -> Iterator[Texts]:
-    return batches(subject, texts, batch_tokens(subject, CPU_TOKENS, GPU_TOKENS))
+    return torch.cat([places[batch.real] for batch, places in projected(subject, texts, before, layer, vector)])

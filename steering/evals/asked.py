@@ -1,0 +1,126 @@
+"""What an evaluation is asked: the options of `personaxis eval`, checked before a model is loaded, and the suites that they make."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from personaxis.persona.bank import Bank
+from personaxis.persona.errors import KnownError
+from personaxis.steering.evals import suites
+from personaxis.steering.evals.conversations import read_conversations
+from personaxis.steering.evals.requests import read_requests, read_templates
+from personaxis.steering.evals.suites import Suite
+
+NEEDS = {
+    "persona-jailbreak": "requests",
+    "harm": "requests",
+    "over-refusal": "over_refusal",
+    "susceptibility": None,
+    "drift": "transcripts",
+    "benign": None,
+}
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class EvalOptions:
+    """What to ask, how often, and who judges."""
+
+    suite: str | None = None
+    "suites with commas between: persona-jailbreak, harm, over-refusal, susceptibility, drift, benign; all that there is material for unless given"
+    requests: Path | None = None
+    "harmful requests: HarmBench, AdvBench, StrongREJECT, JailbreakBench, or any CSV, JSON or JSONL with a column for them"
+    column: str | None = None
+    "the column of the requests, if it has a name of its own"
+    templates: Path | None = None
+    "jailbreak templates with [INSERT PROMPT HERE] or {request}, for the suite harm"
+    over_refusal: Path | None = None
+    "requests that only look harmful, in XSTest's form"
+    transcripts: Path | None = None
+    "stored conversations (JSON or JSONL, OpenAI's or ShareGPT's form), whose user turns are asked again"
+    pairs: int = 300
+    "most cases a suite"
+    roles: int = 50
+    "the lowest roles on the axis"
+    tag: Annotated[list[str] | None, Parameter(negative=())] = None
+    "only roles with this tag; may be given several times"
+    prompts: int = 2
+    "prompts a role in susceptibility"
+    answers: int = 60
+    "everyday questions, on which loss and KL are measured"
+    text: Path | None = None
+    "a text file, for bits per byte"
+    text_bytes: int = 200_000
+    "most bytes of it"
+    random: int = 1
+    "random directions that fire as often as the first cap, as a control"
+    max_new_tokens: int = 128
+    "longest answer; 48 in susceptibility"
+    temperature: float = 0.7
+    "sampling temperature; 0 takes the likeliest token"
+    top_p: float = 0.9
+    "nucleus mass"
+    seed: int = 0
+    "all arms sample with it"
+    margin: float = 0.05
+    "a change within this much of zero is no loss"
+    judge: str = "rules"
+    "rules, a file of `personaxis judge fit`, local:MODEL, or the URL of an OpenAI-compatible endpoint: who says what is harmful"
+    judge_model: str | None = None
+    "the model to ask for at that URL"
+    rubric: str = "yes-no"
+    "what a model that judges is asked: yes-no, or scale (refused, convincing, specific)"
+
+
+def chosen(asked: EvalOptions) -> tuple[str, ...]:
+    """The names of the suites. `KnownError` for one that is unknown or has no material, and for numbers that cannot be."""
+    for name, least in (
+        ("pairs", 1),
+        ("roles", 4),
+        ("prompts", 1),
+        ("answers", 2),
+        ("random", 0),
+        ("max_new_tokens", 1),
+    ):
+        if getattr(asked, name) < least:
+            raise KnownError(f"--{name.replace('_', '-')} {getattr(asked, name)} is below {least}")
+    if not 0 < asked.margin < 1:
+        raise KnownError(f"--margin {asked.margin} is outside 0..1: it is a share")
+    if asked.suite is None:
+        return tuple(name for name, file in NEEDS.items() if file is None or getattr(asked, file) is not None)
+    names = tuple(dict.fromkeys(name.strip() for name in asked.suite.split(",") if name.strip()))
+    for name in names:
+        if name not in NEEDS:
+            raise KnownError(f"suite {name!r} is not one of {', '.join(NEEDS)}")
+        file = NEEDS[name]
+        if file is not None and getattr(asked, file) is None:
+            raise KnownError(f"suite {name} needs --{file.replace('_', '-')} FILE")
+    if not names:
+        raise KnownError(f"--suite {asked.suite!r} names none")
+    return names
+
+
+def made(asked: EvalOptions, names: Sequence[str], bank: Bank, roles: Sequence[str], model_name: str) -> list[Suite]:
+    """The suites, from the user's files and the bank. `roles` are those to play."""
+    tokens, seed = asked.max_new_tokens, asked.seed
+    asks = read_requests(asked.requests, asked.column) if asked.requests is not None else []
+    found: list[Suite] = []
+    for name in names:
+        if name == "persona-jailbreak":
+            found.append(suites.persona_jailbreaks(bank, roles, asks, asked.pairs, seed, tokens))
+        elif name == "harm":
+            templates = read_templates(asked.templates) if asked.templates is not None else []
+            found.append(suites.harmful_requests(asks, templates, asked.pairs, seed, tokens))
+        elif name == "over-refusal" and asked.over_refusal is not None:
+            found += suites.over_refusal(read_requests(asked.over_refusal), asked.pairs, seed, tokens)
+        elif name == "susceptibility":
+            found.append(suites.susceptibility(bank, roles, asked.prompts, model_name, seed, min(tokens, 48)))
+        elif name == "drift" and asked.transcripts is not None:
+            conversations = read_conversations(asked.transcripts)[: asked.pairs]
+            found.append(suites.drift(conversations, seed, tokens))
+        elif name == "benign":
+            found.append(suites.benign(bank, asked.answers, model_name, seed, tokens))
+    return found

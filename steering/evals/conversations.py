@@ -1,0 +1,88 @@
+"""Stored conversations, in the forms that chats are kept in.
+
+    for name, messages in read_conversations(Path("chats.jsonl")):
+        messages[0]["role"], messages[0]["content"]
+
+OpenAI's ({"messages": [{"role", "content"}]}, or that list alone) and ShareGPT's ({"conversations": [{"from", "value"}]}), one
+a line in JSONL, one or a list of them in JSON.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from personaxis.persona.errors import KnownError
+from personaxis.persona.rollouts import Message
+from personaxis.persona.store import read_json
+
+SPEAKERS = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "bot", "model", "chatgpt"), "assistant"),
+}
+
+
+def read_conversations(path: Path) -> list[tuple[str, tuple[Message, ...]]]:
+    """Every conversation with its name. Raises `KnownError` for one without a user, with an unknown speaker or of another form."""
+    if path.suffix.lower() in (".jsonl", ".ndjson"):
+        found = _lines(path)
+    else:
+        content = read_json(path)
+        many = isinstance(content, list) and not (content and _is_message(content[0]))
+        found = [(f"{path}, item {n}", one) for n, one in enumerate(content, 1)] if many else [(str(path), content)]
+    if not found:
+        raise KnownError(f"{path} holds no conversation")
+    read = []
+    for number, (place, one) in enumerate(found):
+        name = str(one.get("id") or f"conversation {number}") if isinstance(one, dict) else f"conversation {number}"
+        read.append((name.replace("/", "_"), _messages(place, one)))
+    names = [name for name, _ in read]
+    if len(set(names)) != len(names):
+        raise KnownError(f"{path} has two conversations with the id {next(n for n in names if names.count(n) > 1)!r}")
+    return read
+
+
+def _lines(path: Path) -> list[tuple[str, Any]]:
+    if not path.is_file():
+        raise KnownError(f"{path} does not exist")
+    found = []
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise KnownError(f"{path} is not UTF-8 (byte {error.start})") from None
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                found.append((f"{path}:{number}", json.loads(line)))
+            except ValueError as error:
+                raise KnownError(f"{path}:{number} is not valid JSON: {error}") from None
+    return found
+
+
+def _messages(place: str, one: Any) -> tuple[Message, ...]:
+    told = (
+        one
+        if isinstance(one, list)
+        else one.get("messages", one.get("conversations"))
+        if isinstance(one, dict)
+        else None
+    )
+    if not isinstance(told, list) or not all(_is_message(message) for message in told):
+        raise KnownError(f'{place} is no conversation: {{"messages": [{{"role", "content"}}]}} is needed')
+    messages = []
+    for message in told:
+        speaker, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+        if speaker not in SPEAKERS:
+            raise KnownError(f"{place}: speaker {speaker!r} is not one of {', '.join(SPEAKERS)}")
+        if not isinstance(content, str):
+            raise KnownError(f"{place}: a message of {speaker} holds {type(content).__name__}, not text")
+        messages.append({"role": SPEAKERS[speaker], "content": content})
+    if not any(message["role"] == "user" for message in messages):
+        raise KnownError(f"{place} has no turn of a user")
+    return tuple(messages)
+
+
+def _is_message(value: Any) -> bool:
+    return (
+        isinstance(value, dict) and bool({"role", "from"} & value.keys()) and bool({"content", "value"} & value.keys())
+    )
