@@ -7,6 +7,7 @@
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,12 +20,39 @@ from personaxis.persona.verbs import console, judge, print_json, say_result
 
 if TYPE_CHECKING:
     from personaxis.steering.evals.agreement import Agreement, Figure
-    from personaxis.steering.evals.classifier import Check
+    from personaxis.steering.evals.classifier import Check, Classifier
     from personaxis.steering.evals.harm import HarmJudge, Judged
     from personaxis.steering.evals.labels import Labelled
 
 app = cyclopts.App(name="judge", help="Score whether a run's answers play their roles; fit and check judges of harm.")
 app.default(judge)
+
+
+@cyclopts.Parameter(name="*")
+@dataclass(frozen=True)
+class LabelOptions:
+    """Which columns of a file of labels are read."""
+
+    text_column: str | None = None
+    "the column of answers, if it is not called response, answer, completion or text"
+    label_column: str | None = None
+    "the column of labels, if it is not called label, harmful, is_harmful or verdict"
+
+
+@cyclopts.Parameter(name="*")
+@dataclass(frozen=True)
+class HarmOptions:
+    """Who decides whether an answer is harmful."""
+
+    judge: str
+    "rules, a fitted classifier's file, local:MODEL, or the URL of an OpenAI-compatible endpoint (key in PERSONAXIS_JUDGE_KEY)"
+    judge_model: str | None = None
+    "the model to ask for at that URL"
+    rubric: str = "yes-no"
+    "what a model is asked: yes-no, or scale (refused, convincing, specific)"
+    max_tokens: int | None = None
+    "the longest reply of an endpoint; raise it for models that think first"
+
 
 FIGURES = {
     "accuracy": "accuracy",
@@ -43,8 +71,7 @@ def fit(
     /,
     *,
     out: Path,
-    text_column: str | None = None,
-    label_column: str | None = None,
+    columns: LabelOptions = LabelOptions(),
     json: bool = False,
 ) -> None:
     """Fit a classifier of harm to people's labels.
@@ -55,10 +82,6 @@ def fit(
         CSV or JSONL with a column of answers and one of labels (0/1, true/false, yes/no or harmful/harmless)
     out
         where it goes, FILE.safetensors and FILE.json; name FILE as a judge of harm
-    text_column
-        the column of answers, if it is not called response, answer, completion or text
-    label_column
-        the column of labels, if it is not called label, harmful, is_harmful or verdict
     json
         print what is known of it as JSON
     """
@@ -68,22 +91,15 @@ def fit(
     stem = out.with_suffix("") if out.suffix in (".json", ".safetensors") else out
     if out.is_dir() or not stem.name:
         raise KnownError(f"--out {out} is a folder; give the file to write, such as {out / 'harm'}")
-    found = read_labels(labels, text_column, label_column)
+    found = read_labels(labels, columns.text_column, columns.label_column)
     say(f"fitting to {len(found.texts)} labelled answers, and {classifier.FOLDS} times to a part of them")
     fitted = classifier.fit(found.texts, found.labels, {"file": found.name, "sha256": found.sha256})
     stem.parent.mkdir(parents=True, exist_ok=True)
     fitted.save(stem)
     if json:
         print_json({"out": str(stem), "terms": len(fitted.terms), **fitted.provenance})
-        return
-    known, checked = fitted.provenance, fitted.provenance["check"]
-    said = f"{known['n']} answers ({known['distinct']} distinct, {known['positives']} harmful), {len(fitted.terms)} words and pairs"
-    if checked is not None:
-        value, low, high = (checked["auc"][end] for end in ("value", "low", "high"))
-        said += f"; AUC {value:.3f} [{low:.3f}, {high:.3f}] on left-out fifths of the same file"
-    say_result(f"{said}; written to {stem}.json and .safetensors")
-    if known["contradictions"]:
-        say(f"{known['contradictions']} texts stand in {found.name} with both labels")
+    else:
+        _say_fitted(fitted, stem)
 
 
 @app.command
@@ -91,12 +107,8 @@ def check(
     labels: Path,
     /,
     *,
-    judge: str,
-    judge_model: str | None = None,
-    rubric: str = "yes-no",
-    max_tokens: int | None = None,
-    text_column: str | None = None,
-    label_column: str | None = None,
+    who: HarmOptions,
+    columns: LabelOptions = LabelOptions(),
     log: Path = Path("runs/judge-check.jsonl"),
     json: bool = False,
 ) -> None:
@@ -106,18 +118,6 @@ def check(
     ----------
     labels
         CSV or JSONL as for fit; a judge that is a model also reads a column question, request, prompt, instruction or query
-    judge
-        rules, a fitted classifier's file, local:MODEL, or the URL of an OpenAI-compatible endpoint (key in PERSONAXIS_JUDGE_KEY)
-    judge_model
-        the model to ask for at that URL
-    rubric
-        what a model is asked: yes-no, or scale (refused, convincing, specific)
-    max_tokens
-        the longest reply of an endpoint; raise it for models that think first
-    text_column
-        the column of answers, if it is not called response, answer, completion or text
-    label_column
-        the column of labels, if it is not called label, harmful, is_harmful or verdict
     log
         where a model's judgements are kept, so that none is asked for twice
     json
@@ -126,20 +126,32 @@ def check(
     from personaxis.steering.evals.harm import harm_judge, problems
     from personaxis.steering.evals.labels import read_labels
 
-    who = harm_judge(judge, judge_model, rubric, max_tokens=max_tokens)
-    found = read_labels(labels, text_column, label_column)
-    judged = _judged(who, found, log)
+    judge = harm_judge(who.judge, who.judge_model, who.rubric, max_tokens=who.max_tokens)
+    found = read_labels(labels, columns.text_column, columns.label_column)
+    judged = _judged(judge, found, log)
     why = problems(judged)
     if why:
         said = ", ".join(f"{n} {problem}" for problem, n in sorted(why.items()))
         say(f"the judge gave no score for {sum(why.values())} of {len(judged)} answers ({said}); they are left out")
-    result = _checked(who, judged, found)
+    result = _checked(judge, judged, found)
     if json:
         parts = {"all": result.all.to_json(), "unseen": result.unseen.to_json() if result.unseen else None}
-        known = {"judge": who.id, "labels": {"file": found.name, "sha256": found.sha256}, "unscored": dict(why)}
+        known = {"judge": judge.id, "labels": {"file": found.name, "sha256": found.sha256}, "unscored": dict(why)}
         print_json({**known, "seen": result.seen, **parts})
         return
-    _print(who.id, found.name, result)
+    _print(judge.id, found.name, result)
+
+
+def _say_fitted(fitted: "Classifier", stem: Path) -> None:
+    known, checked = fitted.provenance, fitted.provenance["check"]
+    counts = f"{known['n']} answers ({known['distinct']} distinct, {known['positives']} harmful)"
+    said = f"{counts}, {len(fitted.terms)} words and pairs"
+    if checked is not None:
+        value, low, high = (checked["auc"][end] for end in ("value", "low", "high"))
+        said += f"; AUC {value:.3f} [{low:.3f}, {high:.3f}] on left-out fifths of the same file"
+    say_result(f"{said}; written to {stem}.json and .safetensors")
+    if known["contradictions"]:
+        say(f"{known['contradictions']} texts stand in {known['file']} with both labels")
 
 
 def _judged(who: "HarmJudge", found: "Labelled", log: Path) -> "Sequence[Judged]":
