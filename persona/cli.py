@@ -15,7 +15,10 @@ from personaxis.persona.errors import KnownError
 VERBS = {
     "axis": ("personaxis.analysis.verbs:axis", "The Assistant Axis of a checkpoint, end to end, with a report."),
     "rollout": ("personaxis.persona.verbs:rollout", "Sample answers under role prompts into a run folder."),
-    "judge": ("personaxis.persona.verbs:judge", "Score whether a run's answers play their roles."),
+    "judge": (
+        "personaxis.steering.evals.judge_verbs:app",  # itself, and its commands fit and check
+        "Score whether a run's answers play their roles; fit and check judges of harm.",
+    ),
     "record": ("personaxis.persona.verbs:record", "Record a run's activations."),
     "fit": ("personaxis.analysis.verbs:fit", "Fit axis and persona space to a run's activations."),
     "report": ("personaxis.analysis.verbs:report", "Write a fitted run's report.html."),
