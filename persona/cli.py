@@ -25,6 +25,7 @@ VERBS = {
         "personaxis.steering.calibrate_verbs:susceptibility",
         "Who a model says it is under role prompts.",
     ),
+    "lm-eval": ("personaxis.steering.evals.lm_eval_verb:lm_eval", "The lm-eval harness's tasks, capped and uncapped."),
     "roles": ("personaxis.persona.bank_verbs:roles", "List, search, show, check and export a role bank."),
     "spans": ("personaxis.persona.verbs:spans", "Show which tokens a chat template gives to whom."),
     "show": ("personaxis.persona.verbs:show", "Print any artefact or run folder as JSON."),

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from personaxis.persona.errors import KnownError
-from personaxis.persona.store import read_lines
 
 TEMPLATES = ("doc_to_text", "doc_to_target", "doc_to_choice")
 LENGTHS = (
@@ -41,7 +40,7 @@ def load_tasks(names: Sequence[str], data: Mapping[str, Path], folder: Path | No
     Raises `KnownError` for names that are not there, data that cannot be read, and columns that a task needs and they lack.
     """
     require_lm_eval()
-    _require_asked(names, data, folder)
+    require_asked(names, data, folder)
     manager = _manager(names, folder)
     unknown = [name for name in names if name not in manager.task_index]
     if unknown:
@@ -63,12 +62,13 @@ def local_rows(file: str, splits: Sequence[str], **_: Any) -> Any:
     """The rows of a JSONL file as a dataset under each of `splits`. Called by lm-eval, by the name in `READER`."""
     import datasets
 
-    rows = read_lines(Path(file))
+    rows = read_rows(Path(file))
     columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(key for row in rows for key in row)}
     return datasets.DatasetDict({split: datasets.Dataset.from_dict(columns) for split in splits})
 
 
-def _require_asked(names: Sequence[str], data: Mapping[str, Path], folder: Path | None) -> None:
+def require_asked(names: Sequence[str], data: Mapping[str, Path], folder: Path | None) -> None:
+    """Raises `KnownError` for what can be seen to be wrong before anything is loaded."""
     if not names:
         raise KnownError("no task is named: give lm-eval's names with commas between, such as ifeval,gsm8k")
     if folder is not None and not folder.is_dir():
@@ -78,9 +78,30 @@ def _require_asked(names: Sequence[str], data: Mapping[str, Path], folder: Path 
             raise KnownError(f"--data {name}={file} is for a task that is not asked for ({', '.join(names)})")
         if not file.is_file():
             raise KnownError(f"--data {name}={file}: the file does not exist")
-        rows = read_lines(file)
-        if not rows or not all(isinstance(row, dict) for row in rows):
-            raise KnownError(f"--data {name}={file} {'has lines that are not JSON objects' if rows else 'is empty'}: it must hold one JSON object a line")  # fmt: skip
+        if not read_rows(file):
+            raise KnownError(f"--data {name}={file} is empty: it must hold one JSON object a line")
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a user's JSONL file, which may lack its last newline. Raises `KnownError` with the line's number."""
+    rows = []
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise KnownError(f"{file} is not UTF-8 text: {error}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise KnownError(f"{file}:{number} is not valid JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise KnownError(
+                f"{file}:{number} is a JSON {type(row).__name__}, not an object: it must be one object a line"
+            )
+        rows.append(row)
+    return rows
 
 
 def _manager(names: Sequence[str], folder: Path | None) -> Any:
@@ -106,7 +127,7 @@ def _pointed(name: str, base: Path | None, file: Path, place: Path) -> Path:
     config = _config(Path(base)) if base is not None else {}
     if "class" in config or not isinstance(config.get("task"), str) or "output_type" not in config:
         raise KnownError(f"--data {name}={file}: {name} is no plain YAML task of its own; name one of its tasks, or write a YAML into --tasks-folder")  # fmt: skip
-    columns = {key for row in read_lines(file) for key in row}
+    columns = {key for row in read_rows(file) for key in row}
     missing = sorted(_columns_needed(config) - columns)
     if missing:
         raise KnownError(f"--data {name}={file} has no column {missing[0]!r}, which the task {name} needs; it has {', '.join(sorted(columns))}")  # fmt: skip
