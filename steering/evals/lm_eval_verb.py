@@ -1,0 +1,155 @@
+"""The verb of EleutherAI's lm-eval harness: its tasks capped and uncapped, through one loaded model.
+
+personaxis lm-eval smollm2-135m ifeval --axis smollm2-135m --data ifeval=ifeval.jsonl --limit 100
+"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cyclopts import Parameter
+from rich.table import Table
+from rich.text import Text
+
+from personaxis.persona.errors import KnownError
+from personaxis.persona.options import ModelOptions
+from personaxis.persona.verbs import Model, console, print_json, run_folder, say_result
+
+AS_IT_IS = "as it is"
+LEVEL = 0.05  # of an adjusted p
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class TaskOptions:
+    """How to run the tasks."""
+
+    tasks_folder: Path | None = None
+    "a folder with task YAMLs of your own"
+    data: list[str] = field(default_factory=list)
+    "TASK=FILE.jsonl: rows in place of the ones that a built-in task would download; may be given several times"
+    limit: int | None = None
+    "samples a task; all unless given"
+    fewshot: int | None = None
+    "examples in each prompt, in place of the task's own number"
+    max_new_tokens: int | None = None
+    "bounds every answer; the task's own length unless given"
+    raw: bool = False
+    "prompts as they are, without the chat template (lm-eval's own default)"
+    margin: float = 0.02
+    "the largest change that counts as none, in the metric's own unit"
+    out: Path | None = None
+    "where answers and results go, runs/MODEL/evals unless given; the same command goes on from what is there"
+
+
+def lm_eval(
+    model: Model,
+    tasks: str,
+    /,
+    *,
+    axis: str,
+    cap: list[str] | None = None,
+    force: bool = False,
+    asked: TaskOptions = TaskOptions(),
+    how: ModelOptions = ModelOptions(),
+    json: bool = False,
+) -> None:
+    """Run tasks of the lm-eval harness as the model is and with every cap, and compare them sample by sample.
+
+    Parameters
+    ----------
+    tasks
+        lm-eval's task names with commas between: ifeval,gsm8k
+    axis
+        a run folder, an axis file, or smollm2-135m for the axis that comes with it
+    cap
+        a cap by name, file or LEVEL@LAYERS, "assistant" unless given; may be given several times
+    force
+        use an axis of the same model in another weight format
+    json
+        print everything as JSON, every sample with its answers and scores
+    """
+    from personaxis.steering.evals.lm_eval_tasks import require_asked, require_lm_eval
+    from personaxis.steering.verbs import loaded
+
+    require_lm_eval()
+    names, files, caps = _split(tasks), _files(asked.data), cap or ["assistant"]
+    require_asked(names, files, asked.tasks_folder)
+    wrong = [name for name in caps if caps.count(name) > 1 or name == AS_IT_IS]
+    if wrong:
+        raise KnownError(f"--cap {wrong[0]!r} is given twice, or is the name of the uncapped arm")
+    folder = asked.out or run_folder(model, None) / "evals"
+    content = _run(lambda: loaded(model, how, axis, caps, force=force), caps, names, files, folder, asked)
+    print_json(content) if json else _print(content, folder)
+
+
+def _run(
+    load: Any, caps: list[str], names: list[str], files: dict[str, Path], folder: Path, asked: TaskOptions
+) -> dict[str, Any]:
+    from personaxis.steering.evals.lm_eval_run import Asked, run_tasks
+
+    settings = Asked(asked.limit, not asked.raw, asked.fewshot, asked.max_new_tokens, asked.margin)  # before the model
+    held = load()
+    arms = {AS_IT_IS: []} | {name: [own] for name, own in zip(caps, held.caps, strict=True)}
+    return run_tasks(
+        held.subject,
+        held.chat,
+        arms,
+        names,
+        data=files,
+        folder=folder,
+        tasks_folder=asked.tasks_folder,
+        **asdict(settings),
+    )
+
+
+def _split(text: str) -> list[str]:
+    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def _files(given: list[str]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for one in given:
+        task, mark, file = one.partition("=")
+        if not (task and mark and file):
+            raise KnownError(f"--data {one!r} is not TASK=FILE.jsonl")
+        found[task.strip()] = Path(file)
+    return found
+
+
+def _print(content: dict[str, Any], folder: Path) -> None:
+    out = console()
+    table = Table("task", "metric", "arm", "value", "change [95%]", "p (Holm)", "no loss p", "fired")
+    for name, task in content["tasks"].items():
+        for metric, told in task["metrics"].items():
+            for arm, row in told["arms"].items():
+                fired = task["account"][arm]["share"]
+                table.add_row(name, metric, arm, _value(row), *_changed(row), "" if fired is None else f"{fired:.0%}")
+    out.print(table)
+    sizes = ", ".join(f"{name} {task['n']}" for name, task in content["tasks"].items())
+    margin = content["asked"]["margin"]
+    say_result(
+        f"samples: {sizes}; intervals are bootstraps over them; no loss: two one-sided tests against ±{margin:g}"
+    )
+    for note in [*content["notes"], *_never_fired(content)]:
+        out.print(Text(f"warning: {note}", style="yellow"))
+    say_result(f"every answer: {folder / 'lm_eval.json'}")
+
+
+def _value(row: dict[str, Any]) -> str:
+    return f"{row['value']:.3f}" if isinstance(row["value"], int | float) else str(row["value"])
+
+
+def _changed(row: dict[str, Any]) -> tuple[str, str, str]:
+    """Change, its p, and that of no loss; where it is not significant, also what so many samples would have shown."""
+    if "change" not in row:
+        return "", "", ""
+    low, high = row["interval"]
+    shown = "" if row["p_holm"] < LEVEL else f" (would show {row['smallest']:.3f})"
+    return f"{row['change']:+.3f} [{low:+.3f}, {high:+.3f}]{shown}", f"{row['p_holm']:.2g}", f"{row['tost_p']:.2g}"
+
+
+def _never_fired(content: dict[str, Any]) -> list[str]:
+    arms = [arm for arm in content["arms"] if arm != AS_IT_IS]
+    accounts = {arm: [task["account"][arm]["fired"] for task in content["tasks"].values()] for arm in arms}
+    return [f"the cap {arm} never fired: every token stayed above its floor" for arm in arms if not sum(accounts[arm])]
