@@ -25,6 +25,10 @@ VERBS = {
         "personaxis.steering.calibrate_verbs:susceptibility",
         "Who a model says it is under role prompts.",
     ),
+    "inspect": (
+        "personaxis.steering.evals.inspect_verb:inspect",
+        "A task of Inspect with and without a cap, compared.",
+    ),
     "roles": ("personaxis.persona.bank_verbs:roles", "List, search, show, check and export a role bank."),
     "spans": ("personaxis.persona.verbs:spans", "Show which tokens a chat template gives to whom."),
     "show": ("personaxis.persona.verbs:show", "Print any artefact or run folder as JSON."),
