@@ -41,7 +41,7 @@ from personaxis.persona.errors import KnownError
 
 MAX_TOKENS, TEMPERATURE, TOP_P = 512, 0.7, 0.9
 CPU_BATCH, GPU_BATCH = 32, 256
-GATHER = 0.01  # seconds to wait for more calls, again as long as more come
+GATHER = 0.03  # seconds to wait for more calls, again as long as more come
 ARGUMENTS = "axis, cap, device, dtype, chat_template, force, batch"
 HONOURED = {"max_tokens", "temperature", "top_p", "seed", "stop_seqs", "num_choices"}
 # Inspect's own business, or of no consequence to a model without tools, thoughts and a network

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cyclopts import Parameter
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from personaxis.persona.errors import KnownError
@@ -163,8 +163,10 @@ def _require_one(task: str) -> None:
 
 def _print(found: dict[str, Any]) -> None:
     before, after = found["arms"]
-    table = Table("scorer", before["name"], after["name"], "change", "95%", "p (Holm)", "pairs")
-    rows = {**found["scorers"], f"projection, layer {found['layer']}": found["projection"]}
+    said = f"projection: of an answer's tokens at layer {found['layer']}, before the cap's step"
+    interval_column = Column("95%", no_wrap=True)
+    table = Table("scorer", before["name"], after["name"], "change", interval_column, "p (Holm)", "pairs", caption=said)
+    rows = {**found["scorers"], "projection": found["projection"]}
     for name, row in rows.items():
         if not row["n"]:
             table.add_row(Text(name), "", "", "", "", "", "0")
