@@ -30,6 +30,10 @@ VERBS = {
     ),
     "eval": ("personaxis.steering.evals.eval_verb:eval_", "Evaluate a model capped against uncapped."),
     "lm-eval": ("personaxis.steering.evals.lm_eval_verb:lm_eval", "The lm-eval harness's tasks, capped and uncapped."),
+    "inspect": (
+        "personaxis.steering.evals.inspect_verb:inspect",
+        "A task of Inspect with and without a cap, compared.",
+    ),
     "roles": ("personaxis.persona.bank_verbs:roles", "List, search, show, check and export a role bank."),
     "spans": ("personaxis.persona.verbs:spans", "Show which tokens a chat template gives to whom."),
     "show": ("personaxis.persona.verbs:show", "Print any artefact or run folder as JSON."),
