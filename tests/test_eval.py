@@ -200,6 +200,27 @@ def test_fewer_pairs_than_roles_are_refused(tiny_run, tmp_path, material, capsys
     assert "--pairs 3 is fewer than the 4 roles" in refused(capsys, asked)
 
 
+def test_tasks_of_the_harness_run_in_every_arm(tiny_run, tmp_path):
+    row = {"key": 1, "prompt": "Write in lower case.", "instruction_id_list": ["change_case:english_lowercase"]}
+    (tmp_path / "ifeval.jsonl").write_text("".join(json.dumps(row | {"key": n, "kwargs": [{}]}) + "\n" for n in (1, 2)))
+    asked = [
+        "--suite",
+        "benign",
+        "--tasks",
+        "ifeval",
+        "--data",
+        f"ifeval={tmp_path / 'ifeval.jsonl'}",
+        "--task-limit",
+        "2",
+    ]
+    main(told(tiny_run, tmp_path / "e", *asked))
+    content = read_json(tmp_path / "e" / "eval.json")
+    arms = content["capability"]["tasks"]["tasks"]["ifeval"]["metrics"]["prompt_level_strict_acc"]["arms"]
+    assert set(arms) == {"as it is", "p75@0-2", "random 1"}
+    assert "prompt_level_strict_acc" in (tmp_path / "e" / "eval.html").read_text()
+    assert len(read_json(tmp_path / "e" / "tasks" / "lm_eval.json")["tasks"]["ifeval"]["samples"]) == 2
+
+
 def test_a_loop_is_seen():
     def said(ids):
         return Said("k", "a", 0, 0, (1,), ids, "", "end", 0.0, 0.0)

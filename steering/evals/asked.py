@@ -55,6 +55,14 @@ class EvalOptions:
     "a text file, for bits per byte"
     text_bytes: int = 200_000
     "most bytes of it"
+    tasks: str | None = None
+    "tasks of the lm-eval harness with commas between, such as ifeval,gsm8k"
+    data: Annotated[list[str] | None, Parameter(negative=())] = None
+    "TASK=FILE.jsonl: rows of a task from a file, without a hub; may be given several times"
+    task_limit: int | None = None
+    "most samples a task"
+    task_tokens: int | None = None
+    "longest answer in a task; the task's own unless given"
     random: int = 1
     "random directions that fire as often as the first cap, as a control"
     max_new_tokens: int = 128

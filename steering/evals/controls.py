@@ -3,7 +3,7 @@
     for name, cap in controls(bench, suites, {"assistant": cap}, count=1):
         name                                                   # "random 1"
 
-They are matched, layer by layer, to the first cap's fired shares on answers of the model as it is, from all suites alike, and
+They are matched, layer by layer, to the first cap's fired shares on answers of the model as it is, half of them everyday ones, and
 kept in the folder so that an interrupted evaluation goes on with the same ones.
 """
 
@@ -43,10 +43,11 @@ def controls(bench: Bench, suites: Sequence[Suite], caps: Mapping[str, Cap], cou
 
 
 def _texts(bench: Bench, suites: Sequence[Suite]) -> list[Rollout]:
-    """Answers of the model as it is to a few first turns of every suite; they are cases' own answers, made once."""
+    """Answers of the model as it is to a few first turns of the first suite and the last; they are the cases' own answers."""
     texts: list[Rollout] = []
-    for suite in suites:
-        cases = [replace(case, later=()) for case in spread(suite.cases, max(MATCHED // len(suites), 4))]
+    sources = {suite.name: suite for suite in (suites[0], suites[-1])}.values()
+    for suite in sources:
+        cases = [replace(case, later=()) for case in spread(suite.cases, MATCHED // len(sources))]
         part = replace(suite, cases=tuple(cases))
         texts += [
             text for text in rollouts_of(part, answered(bench, part, {AS_IT_IS: []}), AS_IT_IS) if text.answer_ids

@@ -51,30 +51,33 @@ def eval_(
     from personaxis.steering.evals.evaluate import evaluate
     from personaxis.steering.evals.page import write_eval_page
 
-    caps = cap or ["assistant"]
+    folder = out or run_folder(model, None).with_name(run_folder(model, None).name + "-eval")
+    content = evaluate(model, how, axis, _caps(cap), asked, folder, bank, force=force)
+    if content is not None:
+        write_eval_page(folder / "eval.html", content, show_answers=show_answers)
+        print_json({name: value for name, value in content.items() if name != "pairs"}) if json else _print(
+            content, folder
+        )
+
+
+def _caps(given: list[str] | None) -> list[str]:
+    caps = given or ["assistant"]
     if len(set(caps)) != len(caps):
         raise KnownError(f"--cap {next(name for name in caps if caps.count(name) > 1)!r} is given twice")
-    usual = run_folder(model, None)
-    folder = out or usual.with_name(usual.name + "-eval")
-    content = evaluate(model, how, axis, caps, asked, folder, bank, force=force)
-    if content is None:
-        return
-    write_eval_page(folder / "eval.html", content, show_answers=show_answers)
-    if json:
-        print_json({name: value for name, value in content.items() if name != "pairs"})
-        return
-    _print(content)
-    say_result(f"every answer: {folder / 'eval.json'}")
-    say_result(f"page: {folder / 'eval.html'}")
+    return caps
 
 
-def _print(content: dict[str, Any]) -> None:
+def _print(content: dict[str, Any], folder: Path) -> None:
     out = console()
     for name, suite in content["suites"].items():
         out.print(_table(name, suite, content["arms"]))
     out.print(_costs(content))
+    if "tasks" in content["capability"]:
+        out.print(_tasks(content))
     for warning in content["warnings"]:
         out.print(Text(f"note: {warning}", style="yellow"))
+    say_result(f"every answer: {folder / 'eval.json'}")
+    say_result(f"page: {folder / 'eval.html'}")
 
 
 def _table(name: str, suite: dict[str, Any], arms: list[str]) -> Table:
@@ -124,3 +127,24 @@ def _costs(content: dict[str, Any]) -> Table:
             f"{text['bits_per_byte']:.4f}" if text else "",
         )
     return table
+
+
+def _tasks(content: dict[str, Any]) -> Table:
+    table = Table(title="tasks of lm-eval", title_justify="left")
+    for title in ("task", "metric", *content["arms"]):
+        table.add_column(Text(title))
+    for name, task in content["capability"]["tasks"]["tasks"].items():
+        for metric, told in task["metrics"].items():
+            cells = [_task_cell(told["arms"].get(arm, {})) for arm in content["arms"]]
+            table.add_row(Text(f"{name} ({task['n']})"), Text(metric), *cells)
+    return table
+
+
+def _task_cell(row: dict[str, Any]) -> str:
+    if not isinstance(row.get("value"), int | float):
+        return ""
+    text = f"{row['value']:.3f}"
+    if "change" not in row:
+        return text
+    shown = "" if row["p_holm"] < SIGNIFICANT else f"\n(could show {row['smallest']:.3f})"
+    return f"{text}\n{row['change']:+.3f} [{row['interval'][0]:+.3f}, {row['interval'][1]:+.3f}]{shown}"

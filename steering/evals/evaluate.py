@@ -26,6 +26,9 @@ from personaxis.steering.evals.asked import EvalOptions, chosen, made
 from personaxis.steering.evals.capability import measured
 from personaxis.steering.evals.controls import controls
 from personaxis.steering.evals.harm import HarmJudge, harm_judge, judge_all
+from personaxis.steering.evals.lm_eval_run import run_tasks
+from personaxis.steering.evals.lm_eval_tasks import require_lm_eval
+from personaxis.steering.evals.lm_eval_verb import data_files, task_names
 from personaxis.steering.evals.result import AS_IT_IS, finite, pairs, suite_result, warnings
 from personaxis.steering.evals.suites import Suite
 from personaxis.steering.evals.verdicts import to_judge, verdicts
@@ -66,6 +69,9 @@ def evaluate(
     names, judge = chosen(asked), harm_judge(asked.judge, asked.judge_model, asked.rubric)
     known = load_bank(bank)
     place = ranks()
+    if asked.tasks:
+        require_lm_eval()
+        data_files(asked.data or [])
     with open_run(folder, create=True, rank=place.rank) as run:
         try:
             if place.rank:
@@ -141,11 +147,34 @@ def _run(work: Work, judge: HarmJudge) -> dict[str, Any] | None:
         "asked": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(work.asked).items()},
         "versions": versions(),
     }
+    if work.asked.tasks:
+        content["capability"]["tasks"] = _tasks(work, arms)
     content["warnings"] = warnings(content)
     told = {suite.name: pairs(suite, answers[suite.name], found[suite.name], names) for suite in work.suites}
     content = finite(content | {"pairs": [row for rows in told.values() for row in rows]})
     write_json(work.run.folder / "eval.json", content)
     return content
+
+
+def _tasks(work: Work, arms: Mapping[str, Plan]) -> dict[str, Any]:
+    """Tasks of lm-eval in all arms, without their samples, which are in tasks/lm_eval.json."""
+    folder = work.run.folder / "tasks"
+    folder.mkdir(exist_ok=True)
+    found = run_tasks(
+        work.bench.subject,
+        work.bench.chat,
+        arms,
+        task_names(work.asked.tasks or ""),
+        data=data_files(work.asked.data or []),
+        folder=folder,
+        limit=work.asked.task_limit,
+        max_new_tokens=work.asked.task_tokens,
+        margin=work.asked.margin,
+    )
+    tasks = {
+        name: {key: value for key, value in task.items() if key != "samples"} for name, task in found["tasks"].items()
+    }
+    return {**found, "tasks": tasks}
 
 
 def _judged(work: Work, judge: HarmJudge, answers: Mapping[str, Answers]) -> dict[tuple[str, str], float | None]:

@@ -73,7 +73,7 @@ def lm_eval(
     from personaxis.steering.verbs import loaded
 
     require_lm_eval()
-    names, files, caps = _split(tasks), _files(asked.data), cap or ["assistant"]
+    names, files, caps = task_names(tasks), data_files(asked.data), cap or ["assistant"]
     require_asked(names, files, asked.tasks_folder)
     wrong = [name for name in caps if caps.count(name) > 1 or name == AS_IT_IS]
     if wrong:
@@ -103,11 +103,11 @@ def _run(
     )
 
 
-def _split(text: str) -> list[str]:
+def task_names(text: str) -> list[str]:
     return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
-def _files(given: list[str]) -> dict[str, Path]:
+def data_files(given: list[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for one in given:
         task, mark, file = one.partition("=")
