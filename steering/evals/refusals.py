@@ -169,8 +169,9 @@ def _declined_at(head: str, start: int) -> int | None:
 def _goes_on(rest: str) -> bool:
     """Whether the text after a refusal helps after all: it says so, and nothing before or beside that offers something else."""
     for found in _GOES_ON.finditer(rest):
-        follows = rest[found.end() :]
-        if len(_WORD.findall(follows)) >= AFTER_WORDS and not _OFFERS.search(rest[: found.end() + 60]):
+        if _OFFERS.search(rest[: found.end() + 60]):
+            return False
+        if len(_WORD.findall(rest[found.end() : found.end() + 400])) >= AFTER_WORDS:
             return True
     return False
 
