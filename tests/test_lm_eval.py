@@ -73,7 +73,7 @@ def place(tmp_path_factory):
     (folder / "tasks").mkdir()
     rows = [
         {"question": f"{word}, or not?", "choices": ["yes", "no", "a sea"], "gold": i % 3, "answer": "x", "text": f"{word} and so on"}
-        for i, word in enumerate(("ship", "sail", "storm", "harbour", "rope", "deck"))
+        for i, word in enumerate(("ship", "sail", "storm", "harbour"))
     ]  # fmt: skip
     for name, text in zip(NAMES, (CHOICE, WRITE, WHOLE), strict=True):
         (folder / "tasks" / f"{name}.yaml").write_text(text)
@@ -205,13 +205,13 @@ def test_a_strong_cap_changes_values_and_accounts_for_its_tokens(subject, place)
     found = run(subject, place, arms)
     for name in NAMES:
         task = found["tasks"][name]
-        assert task["n"] == len(task["samples"]) == 6
+        assert task["n"] == len(task["samples"]) == 4
         assert task["account"]["as it is"]["seen"] == 0
         assert task["account"]["strong"]["fired"] == task["account"]["strong"]["seen"] > 0
         assert any(one["arms"]["strong"] != one["arms"]["as it is"] for one in task["samples"])
     acc = found["tasks"]["tiny_choice"]["metrics"]["acc"]["arms"]
     scores = [[one["arms"][arm]["scores"]["acc"] for one in found["tasks"]["tiny_choice"]["samples"]] for arm in arms]
-    assert acc["strong"]["change"] == pytest.approx(sum(scores[1]) / 6 - sum(scores[0]) / 6)
+    assert acc["strong"]["change"] == pytest.approx(sum(scores[1]) / 4 - sum(scores[0]) / 4)
     whole = found["tasks"]["tiny_whole"]["metrics"]["byte_perplexity"]["arms"]["as it is"]
     assert whole["mean"] == pytest.approx(torch.tensor(whole["value"]).log().item(), abs=1e-5)  # nats a byte
     assert json.loads(json.dumps(found, allow_nan=False)) == found
@@ -231,9 +231,9 @@ def test_an_interrupted_run_goes_on_and_asks_nothing_twice(subject, place, tmp_p
     before = read_lines(tmp_path / "answers.jsonl")
     again = run(subject, place, arms, folder=tmp_path)
     rows = read_lines(tmp_path / "answers.jsonl")
-    assert len(before) == 2 * (18 + 6)
-    assert len({row["key"] for row in rows}) == len(rows) == 2 * (18 + 6 + 6)
-    assert again["tasks"]["tiny_choice"]["account"]["capped"]["reused"] == 18
+    assert len(before) == 2 * (12 + 4)
+    assert len({row["key"] for row in rows}) == len(rows) == 2 * (12 + 4 + 4)
+    assert again["tasks"]["tiny_choice"]["account"]["capped"]["reused"] == 12
     for name in NAMES:
         assert again["tasks"][name]["samples"] == whole["tasks"][name]["samples"]
         assert again["tasks"][name]["account"]["capped"]["fired"] == whole["tasks"][name]["account"]["capped"]["fired"]
@@ -295,6 +295,14 @@ def test_changes_are_paired_over_samples_and_adjusted_over_metrics():
     assert outcome_of("text") is None
 
 
+def test_samples_that_never_differ_prove_no_more_than_their_number():
+    rows = {arm: {"value": 0.0} for arm in ("plain", "capped")}
+    tasks = {"t": {"n": 3, "metrics": {"acc": {"arms": rows}}}}
+    compare_arms(tasks, "plain", {"t": {"acc": {arm: dict.fromkeys(range(3), (0.0, 1.0)) for arm in rows}}}, 0.02)
+    assert (rows["capped"]["p"], rows["capped"]["tost_p"]) == (1.0, pytest.approx(0.98**3))
+    assert rows["capped"]["interval"] == pytest.approx([-0.632, 0.632], abs=1e-3)
+
+
 def test_sign_flips_find_a_shift_and_none_where_there_is_none():
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(60, generator=generator).double().numpy()
@@ -310,14 +318,14 @@ def told(place, *more, tasks="tiny_choice"):
 
 def test_the_verb_prints_a_table_and_keeps_every_answer(place, tmp_path, capsys):
     data = f"tiny_choice={place / 'tiny_choice.jsonl'}"
-    main(told(place, "--data", data, "--limit", "4", "--out", str(tmp_path / "out")))
+    main(told(place, "--data", data, "--limit", "3", "--out", str(tmp_path / "out")))
     shown = capsys.readouterr().out
-    for word in ("tiny_choice", "acc", "as it is", "p75@0-1", "samples: tiny_choice 4"):
+    for word in ("tiny_choice", "acc", "as it is", "p75@0-1", "tiny_choice, 3 samples", "fired: p75@0-1"):
         assert word in shown
-    main(told(place, "--data", data, "--limit", "4", "--out", str(tmp_path / "out"), "--json"))
+    main(told(place, "--data", data, "--limit", "3", "--out", str(tmp_path / "out"), "--json"))
     found = json.loads(capsys.readouterr().out)
     assert found == json.loads((tmp_path / "out" / "lm_eval.json").read_text())
-    assert found["tasks"]["tiny_choice"]["account"]["p75@0-1"]["reused"] == 12
+    assert found["tasks"]["tiny_choice"]["account"]["p75@0-1"]["reused"] == 9
 
 
 @pytest.mark.parametrize(

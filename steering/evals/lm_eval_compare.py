@@ -6,7 +6,9 @@ bytes. With S samples and N counts in all, a sample's part of the mean is its su
 sum of all over N (in nats a word or byte for perplexities, whose `value` is an exponential), and samples are their own clusters.
 
 `p` is of McNemar's exact test where parts are 0 or 1, else of random sign flips, adjusted (Holm) over tasks, metrics and arms in
-`p_holm`; `tost_p` is of two one-sided tests against the margin; `smallest` is the change that so many samples show with a power of 80%.
+`p_holm`; `tost_p` is of two one-sided tests against the margin; `smallest` is the change that so many samples show with a power of
+80%. Where no sample of a metric between 0 and 1 differs there is no scatter to go by: with a share d of samples that differ, n
+samples show none with probability (1 - d)^n, which at d = margin is `tost_p`, and at 5% gives the interval and `smallest`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,13 +40,17 @@ def compare_arms(
     tested: list[dict[str, Any]] = []
     for name, task in tasks.items():
         for metric, told in task["metrics"].items():
-            parts = {arm: _parts(list(own.values())) for arm, own in outcomes[name].get(metric, {}).items()}
+            scored = outcomes[name].get(metric, {})
+            parts = {arm: _parts(list(own.values())) for arm, own in scored.items()}
+            is_share = all(one is not None and 0 <= one[0] <= one[1] for own in scored.values() for one in own.values())
             for arm, row in told["arms"].items():
                 own, before = parts.get(arm), parts.get(first)
                 row["mean"] = None if own is None else float(own.mean())
                 row["n"] = task["n"]
                 if arm != first and own is not None and before is not None and len(own) == len(before):
-                    row |= _change(before, own, margin)
+                    row |= (
+                        _same(len(own), margin) if is_share and (own == before).all() else _change(before, own, margin)
+                    )
                     tested.append(row)
     for row, p in zip(tested, holm([row["p"] for row in tested]), strict=True):
         row["p_holm"] = p
@@ -69,6 +75,14 @@ def _change(before: NDArray[np.float64], after: NDArray[np.float64], margin: flo
     return {
         "change": found.value, "interval": [found.low, found.high], "p": flip_p(change) if found.p != found.p else found.p,
         "tost_p": no_loss(draws, found.value, margin), "smallest": found.smallest,
+    }  # fmt: skip
+
+
+def _same(n: int, margin: float) -> dict[str, Any]:
+    """What n samples say of which none differs."""
+    least = float(1 - 0.05 ** (1 / n))
+    return {
+        "change": 0.0, "interval": [-least, least], "p": 1.0, "tost_p": float((1 - margin) ** n), "smallest": least
     }  # fmt: skip
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from cyclopts import Parameter
-from rich.table import Table
+from rich.box import SIMPLE_HEAD
+from rich.table import Column, Table
 from rich.text import Text
 
 from personaxis.persona.errors import KnownError
@@ -119,17 +120,20 @@ def data_files(given: list[str]) -> dict[str, Path]:
 
 def _print(content: dict[str, Any], folder: Path) -> None:
     out = console()
-    table = Table("task", "metric", "arm", "value", "change [95%]", "p (Holm)", "no loss p", "fired")
     for name, task in content["tasks"].items():
+        table = Table(
+            Column("metric", overflow="fold"), Column("arm", overflow="fold", min_width=len(AS_IT_IS)), "value", "change [95%]", "p", "shows",
+            "no loss", title=Text(f"{name}, {task['n']} samples"), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0),
+        )  # fmt: skip
         for metric, told in task["metrics"].items():
             for arm, row in told["arms"].items():
-                fired = task["account"][arm]["share"]
-                table.add_row(name, metric, arm, _value(row), *_changed(row), "" if fired is None else f"{fired:.0%}")
-    out.print(table)
-    sizes = ", ".join(f"{name} {task['n']}" for name, task in content["tasks"].items())
-    margin = content["asked"]["margin"]
+                table.add_row(Text(metric), Text(arm), _value(row), *map(Text, _changed(row)))
+        out.print(table)
+        shares = {arm: one["share"] for arm, one in task["account"].items() if one["share"] is not None}
+        say_result("fired: " + ", ".join(f"{arm} {share:.1%}" for arm, share in shares.items()))
     say_result(
-        f"samples: {sizes}; intervals are bootstraps over them; no loss: two one-sided tests against ±{margin:g}"
+        "intervals are bootstraps over samples; p is adjusted over all rows (Holm); shows: the least change that so many samples would have "
+        f"shown; no loss: p of two one-sided tests against ±{content['asked']['margin']:g}"
     )
     for note in [*content["notes"], *_never_fired(content)]:
         out.print(Text(f"warning: {note}", style="yellow"))
@@ -140,13 +144,13 @@ def _value(row: dict[str, Any]) -> str:
     return f"{row['value']:.3f}" if isinstance(row["value"], int | float) else str(row["value"])
 
 
-def _changed(row: dict[str, Any]) -> tuple[str, str, str]:
-    """Change, its p, and that of no loss; where it is not significant, also what so many samples would have shown."""
+def _changed(row: dict[str, Any]) -> tuple[str, str, str, str]:
+    """Change with its interval, p; where that is not significant, the least that would have been; p of no loss."""
     if "change" not in row:
-        return "", "", ""
+        return "", "", "", ""
     low, high = row["interval"]
-    shown = "" if row["p_holm"] < LEVEL else f" (would show {row['smallest']:.3f})"
-    return f"{row['change']:+.3f} [{low:+.3f}, {high:+.3f}]{shown}", f"{row['p_holm']:.2g}", f"{row['tost_p']:.2g}"
+    least = "" if row["p_holm"] < LEVEL else f"±{row['smallest']:.3f}"
+    return f"{row['change']:+.3f} [{low:.3f}, {high:.3f}]", f"{row['p_holm']:.2g}", least, f"{row['tost_p']:.2g}"
 
 
 def _never_fired(content: dict[str, Any]) -> list[str]:
