@@ -8,14 +8,14 @@ import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 from rich.table import Column, Table
 from rich.text import Text
 
 from personaxis.persona.errors import KnownError
-from personaxis.persona.options import ModelOptions
+from personaxis.persona.options import ModelOptions, given
 from personaxis.persona.progress import say
 from personaxis.persona.verbs import console, print_json, say_result
 
@@ -48,7 +48,7 @@ def inspect(
     *,
     axis: str | None = None,
     cap: str = "assistant",
-    compare: tuple[Path, Path] | None = None,
+    compare: Annotated[tuple[Path, Path] | None, Parameter(negative=())] = None,
     force: bool = False,
     asked: TaskOptions = TaskOptions(),
     how: ModelOptions = ModelOptions(),
@@ -106,10 +106,11 @@ def run_arms(
     if cap in ("", "none"):
         raise KnownError("--cap none leaves nothing to compare: name the cap of the second arm")
     answerer = Answerer(loaded(model, how, axis, [cap], force=force))
+    given_how = {name: value for name, value in given(how).items() if value is not None}
     arms = {}
     for name in (None, cap):
         api = PersonaxisAPI(model_name=model, axis=axis, cap=name, answerer=answerer)
-        arms[name] = Model(api, GenerateConfig(), {"axis": axis, "cap": name or "none"})
+        arms[name] = Model(api, GenerateConfig(), {"axis": axis, "cap": name or "none", **given_how})
     logs = []
     for name, arm in arms.items():
         say(f"{task}: {'capped' if name else 'as it is'}")
@@ -164,18 +165,20 @@ def _require_one(task: str) -> None:
 def _print(found: dict[str, Any]) -> None:
     before, after = found["arms"]
     said = f"projection: of an answer's tokens at layer {found['layer']}, before the cap's step"
-    interval_column = Column("95%", no_wrap=True)
-    table = Table("scorer", before["name"], after["name"], "change", interval_column, "p (Holm)", "pairs", caption=said)
+    is_plain = [not arm["cap"] for arm in (before, after)]
+    arms = ("as it is", "capped") if is_plain == [True, False] else (before["name"], after["name"])
+    scorer, interval = Column("scorer", overflow="fold", min_width=10), Column("95%", no_wrap=True)
+    table = Table(scorer, *arms, "change", interval, "p (Holm)", "pairs", caption=said)
     rows = {**found["scorers"], "projection": found["projection"]}
     for name, row in rows.items():
         if not row["n"]:
             table.add_row(Text(name), "", "", "", "", "", "0")
             continue
         change = row["change"]
-        interval = Text(f"[{change['low']:+.2f}, {change['high']:+.2f}]")
+        reach = Text(f"[{change['low']:+.2f}, {change['high']:+.2f}]")
         p = f"{change['p']:.2g} ({row['p_holm']:.2g})" if "p_holm" in row else ""
         means = (f"{row[arm]:.3f}" for arm in ("before", "after"))
-        table.add_row(Text(name), *means, f"{change['value']:+.3f}", interval, p, str(row["n"]))
+        table.add_row(Text(name), *means, f"{change['value']:+.3f}", reach, p, str(row["n"]))
     out = console()
     out.print(table)
     for name, row in found["scorers"].items():
