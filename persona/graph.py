@@ -7,6 +7,7 @@ chunk every few steps, at moments that depend on the chunk alone, so that a chun
 an answer happens while the GPU works on the next steps.
 """
 
+import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -110,7 +111,8 @@ class GraphSampler(Sampler):
             follower = follower or self._nobody
             follower.start(prompts)
             if self._steps is None or not self._steps.serves(slots, length, follower):
-                self._steps = None  # frees the old cache first
+                self._steps = None
+                _free()
                 self._steps = Steps(self, slots, length, follower)
             yield from self._steps.run(prompts)
 
@@ -250,6 +252,13 @@ class Steps:
     def _state(self) -> list[Tensor]:
         own = [self.tokens, self.positions, self.seeds, self.steps, self.written, self.running, self.ended]
         return own + self.follower.state()
+
+
+def _free() -> None:
+    """Give back the caches of steps that nobody holds: they and their sampler refer to each other, and each is of the card's size."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def fitting_slots(subject: Subject, length: int) -> int:

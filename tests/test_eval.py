@@ -210,8 +210,8 @@ def test_tasks_of_the_harness_run_in_every_arm(tiny_run, tmp_path):
         "ifeval",
         "--data",
         f"ifeval={tmp_path / 'ifeval.jsonl'}",
-        "--task-limit",
-        "2",
+        "--task-tokens",
+        "6",
     ]
     main(told(tiny_run, tmp_path / "e", *asked))
     content = read_json(tmp_path / "e" / "eval.json")
