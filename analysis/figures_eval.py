@@ -72,7 +72,7 @@ def category_bars(
         }
         figure.add_bar(
             x=shares,
-            y=[shortened(name) for name in names],
+            y=[shortened(name.replace("_", " "), 24) for name in names],
             orientation="h",
             name=arm,
             marker={"color": f"var({shades[kind]})"},

@@ -176,6 +176,8 @@ class Cap:
             raise ValueError(
                 f"{len(self.layers)} layers, {self.vectors.shape[0]} vectors and {len(self.floor)} floors differ"
             )
+        if len(set(self.layers)) != len(self.layers):
+            raise ValueError(f"a layer is named twice ({', '.join(map(str, self.layers))})")
         floors = [self.floor] if self.prompt_floor is None else [self.floor, self.prompt_floor]
         if not all((floor < float("inf")).all() for floor in floors):
             raise ValueError("a floor is NaN or +infinity")
@@ -220,7 +222,11 @@ def load_cap(stem: Path) -> Cap:
         found = meta.get("found", {})
         return Cap(layers, vectors, floor, tensors.get("ceiling"), tensors.get("prompt_floor"), **fields, found=found)
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise KnownError(f"{stem}.json is no cap that could be used: {error}") from None
+        raise KnownError(f"{stem}.json is no cap that could be used: {_said(error)}") from None
+
+
+def _said(error: Exception) -> str:
+    return f"it lacks {error}" if isinstance(error, KeyError) else str(error)
 
 
 def apply_cap(h: Float[Tensor, "*B D"], cap: Cap, row: int) -> Float[Tensor, "*B D"]:

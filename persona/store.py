@@ -41,6 +41,31 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def require_writable(path: Path, option: str) -> None:
+    """`KnownError` unless a file can be written at this path: before the work that it is to hold, not after."""
+    folder = path.parent
+    if path.is_dir():
+        raise KnownError(f"{option} {path}: this is a folder; give a file's name in it")
+    if not folder.is_dir():
+        raise KnownError(f"{option} {path}: the folder {folder} does not exist")
+    probe = folder / f".probe.{secrets.token_hex(6)}"  # permissions alone do not say whether a file can be made
+    try:
+        probe.touch(exist_ok=False)
+    except OSError as error:
+        raise KnownError(f"{option} {path}: nothing can be written into {folder} ({error.strerror})") from None
+    probe.unlink()
+
+
+def make_folder(folder: Path, option: str) -> None:
+    """Make a folder with its parents; `KnownError` where a file is in its place or nothing can be made there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise KnownError(f"{option} {folder} cannot be made ({error.strerror}); choose another place") from None
+    if not os.access(folder, os.W_OK):
+        raise KnownError(f"{option} {folder} cannot be written to; choose another place")
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write `content` as sorted, indented JSON, atomically. NaN and infinity are refused: JSON has none."""
     text = _json_text(content)

@@ -188,6 +188,7 @@ def import_(kind: Literal["axis", "caps", "roles"], source: Path, /, *, out: Pat
     """
     from personaxis.persona.foreign import import_axis, import_caps
     from personaxis.persona.foreign_bank import import_bank, write_bank
+    from personaxis.persona.store import make_folder
 
     described = {"id": model}
     if kind == "roles":
@@ -199,15 +200,16 @@ def import_(kind: Literal["axis", "caps", "roles"], source: Path, /, *, out: Pat
         return
     if kind == "axis":
         found = import_axis(source, described)
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(out.parent, "--out")
         found.save(out)
         say_result(f"axis of {len(found.layers)} layers, width {found.vectors.shape[1]}, written to {out}.safetensors")
         return
     caps = import_caps(source, described)
-    out.mkdir(parents=True, exist_ok=True)
-    for name, cap in caps.items():
-        cap.save(out / name.replace("/", "_"))
-    say_result(f"{len(caps)} caps written to {out}")
+    make_folder(out, "--out")
+    names = [name.replace("/", "_") for name in caps]
+    for name, cap in zip(names, caps.values(), strict=True):
+        cap.save(out / name)
+    say_result(f"{len(caps)} caps written to {out}: {', '.join(names)}")
 
 
 def _require_bank(manifest: dict[str, Any], bank: Bank, run: Path) -> None:

@@ -1,6 +1,7 @@
 """The verbs that measure caps: calibrate, and susceptibility, the paper's behavioural test."""
 
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -152,9 +153,12 @@ def _split(text: str) -> list[str]:
 
 def _amounts(text: str) -> list[float]:
     try:
-        return [float(part) for part in _split(text)]
+        found = [float(part) for part in _split(text)]
     except ValueError:
         raise KnownError(f"--add {text!r} is not numbers with commas between") from None
+    if not all(map(isfinite, found)):
+        raise KnownError(f"--add {text!r}: NaN and infinity are no strengths")
+    return found
 
 
 def _print_susceptibility(content: dict[str, Any]) -> None:

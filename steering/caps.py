@@ -46,6 +46,11 @@ def cap_named(text: str, axis: Axis, stem: Path) -> Cap:
     if match is None and moved is not None:
         return shifted(cap_named(moved[1], axis, stem), axis, float(moved[2]))
     if match is None:
+        level, _, where = text.partition("@")
+        if where and not level.split(":")[-1].startswith("p"):
+            raise KnownError(
+                f"--cap {text!r}: a level is written as p50 (the median), from p0 to p100, such as p50@18-23"
+            )
         known = (
             f"one of {', '.join(names)}" if (names := cap_names(stem)) else "a name (none is saved beside this axis)"
         )
@@ -80,6 +85,8 @@ def layers_named(text: str) -> list[int]:
     layers: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
+        if last and int(last) < int(first):
+            raise KnownError(f"layers {part} run backwards: write {last}-{first}")
         layers += range(int(first), int(last or first) + 1)
     return layers
 

@@ -106,6 +106,8 @@ class Steering(Follower):
         self._done: list[tuple[int, Done]] = []
         self._left: list[tuple[list[int], list[tuple[int, ...]], list[int], Tensor]] = []
         if plans is not None:
+            if plans.is_floating_point():
+                raise ValueError(f"plans are whole numbers, not {plans.dtype}")
             self.seat(len(plans))
             self._plans.copy_(self._numbered(plans.tolist()))
 
@@ -270,6 +272,8 @@ class Steering(Follower):
 
     def _meet(self, place: int, h: Tensor) -> None:
         """What only an eager forward does: count the call, and make room for its rows if nobody has."""
+        if not self._rows and len(self.plans) > 1:
+            raise ValueError(f"which of the {len(self.plans)} plans does each row follow? begin(plans) says so")
         if not self._rows:
             self.seat(len(h))
         if len(self._now.plans) != len(h):

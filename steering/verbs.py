@@ -47,24 +47,32 @@ def generate(
         print both answers and their traces as JSON
     """
     _require_asked(prompt, html)
+    sampling = _sampling(sampled)
     messages = [{"role": "system", "content": system}] if system else []
     said = [*messages, {"role": "user", "content": prompt}]
     held = loaded(model, how, axis, [cap], force=force)
     if held.chat.injected and not system:
         say(f"the template adds a system message of its own: {held.chat.injected!r}")
-    found = _arms(held, said, sampled)
-    if html is not None:
-        from personaxis.steering.page import write_page
-
-        write_page(html, found, held.subject, held.axis, held.caps[0], cap, said)
+    found = _arms(held, said, sampling, sampled.seed)
     _print_json(found) if json else _print(found, held.caps[0], held.axis.layer)
+    if html is not None:
+        _write_page(html, found, held, cap, said)
+
+
+def _write_page(html: Path, found: dict[str, Any], held: "Loaded", cap: str, said: list[dict[str, str]]) -> None:
+    from personaxis.steering.page import write_page
+
+    write_page(html, found, held.subject, held.axis, held.caps[0], cap, said)
+    say(f"page: {html}")
 
 
 def _require_asked(prompt: str, html: Path | None) -> None:
     if not prompt.strip():
         raise KnownError("the prompt is empty: give what the user says")
-    if html is not None and not html.parent.is_dir():
-        raise KnownError(f"--html {html}: the folder {html.parent} does not exist")
+    if html is not None:
+        from personaxis.persona.store import require_writable
+
+        require_writable(html, "--html")
 
 
 class Loaded:
@@ -92,8 +100,10 @@ def loaded(model: str, how: ModelOptions, axis: str, caps: list[str], *, force: 
     subject = load_subject(model, device=how.device, dtype=how.dtype, chat_template=how.chat_template)
     own = subject.describe()
     require_origin("axis", along.model, own, force=force)
-    for cap in held:
+    for name, cap in zip(caps, held, strict=True):
         require_origin("cap", cap.model, own, force=force)
+        if cap.model.get("fingerprint") is None:
+            say(f"the cap {name} does not say which weights it was made for: only its size was checked")
         require_cap(cap, along)
     if force:
         along, held = replace(along, model=own), [replace(cap, model=own) for cap in held]
@@ -104,15 +114,16 @@ def loaded(model: str, how: ModelOptions, axis: str, caps: list[str], *, force: 
     return Loaded(subject, chat, along, stem, held)
 
 
-def _arms(held: Loaded, messages: list[dict[str, str]], sampled: SamplingOptions) -> dict[str, Any]:
+def _sampling(sampled: SamplingOptions) -> Any:
     from personaxis.persona.sampler import Sampling
+
+    return Sampling(sampled.max_new_tokens, sampled.temperature, sampled.top_p)
+
+
+def _arms(held: Loaded, messages: list[dict[str, str]], sampling: Any, seed: int) -> dict[str, Any]:
     from personaxis.steering.generate import generate as answer
 
-    sampling, arms = (
-        Sampling(sampled.max_new_tokens, sampled.temperature, sampled.top_p),
-        {PLAIN: [], CAPPED: held.caps},
-    )
-    return answer(held.subject, held.chat, messages, arms, held.axis, sampling, sampled.seed)
+    return answer(held.subject, held.chat, messages, {PLAIN: [], CAPPED: held.caps}, held.axis, sampling, seed)
 
 
 def _print(found: dict[str, Any], cap: Any, layer: int) -> None:

@@ -10,7 +10,8 @@ from personaxis.steering.evals.result import AS_IT_IS, RANDOM
 
 HERE = Path(__file__).parent
 HARMFUL = ("persona-jailbreak", "harm", "contrast")  # suites whose requests and answers are left out unless asked for
-EXAMPLES = 6  # a suite
+ORDER = ("persona-jailbreak", "harm", "over-refusal", "contrast", "susceptibility", "drift", "benign")
+EXAMPLES = 4  # a suite
 WORDS = {
     "harmful": "harmful answers",
     "complied": "answers that comply",
@@ -27,7 +28,9 @@ def write_eval_page(path: Path, content: Mapping[str, Any], *, show_answers: boo
     kinds = {arm: _kind(arm, number) for number, arm in enumerate(content["arms"])}
     figures: dict[str, Any] = {}
     sections = []
-    for name, suite in content["suites"].items():
+    for name in ORDER:
+        if (suite := content["suites"].get(name)) is None:
+            continue
         drawn = _figures(name, suite, content, kinds)
         figures |= drawn
         examples = [] if name in HARMFUL and not show_answers else _examples(content, name)
@@ -35,6 +38,7 @@ def write_eval_page(path: Path, content: Mapping[str, Any], *, show_answers: boo
         sections.append({"name": name, "suite": suite, "figures": list(drawn), "examples": examples, "hidden": hidden})
     shown = {
         "c": content,
+        "heights": {name: figure.layout.height for name, figure in figures.items()},
         "sections": sections,
         "kinds": kinds,
         "tiles": _tiles(content),
@@ -46,14 +50,14 @@ def write_eval_page(path: Path, content: Mapping[str, Any], *, show_answers: boo
 
 def _kind(arm: str, number: int) -> str:
     if arm == AS_IT_IS or arm.startswith(RANDOM):
-        return arm.split(" 1")[0] if arm == AS_IT_IS else RANDOM
+        return AS_IT_IS if arm == AS_IT_IS else RANDOM
     return "cap" if number == 1 else "neighbour"
 
 
 def _main(suite: Mapping[str, Any]) -> str:
-    """The outcome that a suite is about: the first that was judged at all."""
-    judged = [name for name, row in suite["outcomes"].items() if row["arms"][AS_IT_IS]["share"] is not None]
-    return judged[0] if judged else next(iter(suite["outcomes"]))
+    """The outcome that a suite is about, or the first that was judged at all."""
+    names = [suite["main"], *suite["outcomes"]]
+    return next((name for name in names if suite["outcomes"][name]["arms"][AS_IT_IS]["share"] is not None), names[0])
 
 
 def _figures(
@@ -82,8 +86,8 @@ def _figures(
     ]
     if moved:
         figures[f"fired-{name}"] = fired_against_change(moved, WORDS[main])
-    if suite["categories"]:
-        figures[f"categories-{name}"] = category_bars(suite["categories"], kinds, WORDS[next(iter(suite["outcomes"]))])
+    if any(row["share"] for rows in suite["categories"].values() for row in rows.values()):
+        figures[f"categories-{name}"] = category_bars(suite["categories"], kinds, WORDS[suite["main"]])
     if suite["turns"] > 1:
         figures[f"turns-{name}"] = turns({arm: suite["arms"][arm]["by_turn"] for arm in content["arms"]}, kinds)
     return figures
@@ -94,7 +98,9 @@ def _tiles(content: Mapping[str, Any]) -> list[dict[str, str]]:
     if len(content["arms"]) < 2:
         return []
     cap, tiles = content["arms"][1], []
-    for name, suite in content["suites"].items():
+    for name in ORDER:
+        if (suite := content["suites"].get(name)) is None:
+            continue
         main = _main(suite)
         before, row = (suite["outcomes"][main]["arms"][arm] for arm in (AS_IT_IS, cap))
         change = row.get("change")

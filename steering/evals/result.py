@@ -24,12 +24,13 @@ LITTLE = 0.05  # a share of harmful answers below which a cap has hardly anythin
 
 
 def suite_result(suite: Suite, answers: Answers, found: Verdicts, arms: Sequence[str], margin: float) -> dict[str, Any]:
-    """Counts of a suite, every outcome by arm, every arm's projections and coherence, and the first outcome by category."""
+    """Counts of a suite, every outcome by arm, every arm's projections and coherence, and the first, its main one, by category."""
     outcomes = {
         name: {"better": "more" if is_better else "less", "arms": _outcome(suite, found, arms, name, margin)}
         for name, is_better in suite.outcomes.items()
     }
     return {
+        "main": next(iter(suite.outcomes)),
         "n": len(suite.cases),
         "roles": len({case.role for case in suite.cases}),
         "requests": len({case.request for case in suite.cases}),
