@@ -59,11 +59,14 @@ def paired_change(
     change = other - one
     if not np.isfinite(change).all():
         raise ValueError("an outcome is not finite: leave pairs out that were not judged, in both arms")
+    fewest = min(len(set(roles)), len(set(requests)))
+    is_binary = bool(np.isin(np.concatenate([one, other]), (0.0, 1.0)).all())
+    if is_binary and not change.any():  # no scatter, and yet n pairs do not show that none would ever differ
+        least = none_differ(len(change))
+        return Change(0.0, -least, least, 1.0, least, len(change), fewest)
     draws = cluster_draws(change, roles, requests, seed)
     low, high = np.quantile(draws, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
-    is_binary = np.isin(np.concatenate([one, other]), (0.0, 1.0)).all()
     p = mcnemar(int((change < 0).sum()), int((change > 0).sum())) if is_binary else float("nan")
-    fewest = min(len(set(roles)), len(set(requests)))
     return Change(float(change.mean()), float(low), float(high), p, smallest_shown(change), len(change), fewest)
 
 
@@ -110,14 +113,20 @@ def holm(p: Sequence[float]) -> list[float]:
     return [float(value) for value in adjusted]
 
 
-def no_loss(draws: NDArray[np.float64], value: float, margin: float) -> float:
+def none_differ(n: int) -> float:
+    """The share of pairs that may differ (95%) where none of n did: with a share d, none does with probability (1 - d)^n."""
+    return float(1 - (1 - LEVEL) ** (1 / n))
+
+
+def no_loss(draws: NDArray[np.float64], value: float, margin: float, n: int) -> float:
     """p of two one-sided tests that the mean lies within ±margin: small where both larger losses and gains are ruled out.
 
-    `draws` are `cluster_draws` of the change and `value` its mean; their spread stands for the standard error.
+    `draws` are `cluster_draws` of the change of n pairs and `value` its mean; their spread stands for the standard error. Where no
+    pair differs it is the probability of that if a share of `margin` did.
     """
     error = float(draws.std(ddof=1))
     if error == 0:
-        return 0.0 if abs(value) < margin else 1.0
+        return float((1 - margin) ** n) if abs(value) < margin else 1.0
     return float(max(stats.norm.sf((value + margin) / error), stats.norm.cdf((value - margin) / error)))
 
 

@@ -225,10 +225,10 @@ GOOD = "text,label\n" + "a,1\nb,0\n" * 10
 BAD = {
     b"": "is empty",
     b" \n\n": "is empty",
-    b"[1]": "is one JSON list",
-    b"words,label\na,1\n": r":1 has no text column .* its columns: words, label; name one with --text-column",
-    b"text,marks\na,1\n": r":1 has no label column .*--label-column",
-    b"text,answer,label\na,b,1\n": r":1 has several text columns: text, answer",
+    b"[1]": "item 1 is a int; an object",
+    b"words,label\na,1\n": r":2 has no text column .* its columns: words, label; name one with --text-column",
+    b"text,marks\na,1\n": r":2 has no label column .*--label-column",
+    b"text,answer,label\na,b,1\n": r":2 has several text columns: text, answer",
     b"text,text,label\na,b,1\n": "the column 'text' twice",
     GOOD.encode() + b"c,maybe\n": r":22: label 'maybe' is not 0/1",
     GOOD.encode() + b"c\n": r":22: 1 fields where the header has 2",
@@ -240,7 +240,7 @@ BAD = {
     b'{"text": "a", "label": 1}\n{"text": "a"}\n': r":2 has no 'label'",
     b'{"text": "a", "label": 1}\n{"text": 3, "label": 1}\n': r":2: 'text' is a int, not text",
     b'{"text": "a", "label": 1}\n{"text"\n': ":2 is not valid JSON",
-    b'{"text": "a", "label": 1}\n[]\n': ":2 is a list; an object a line",
+    b'{"text": "a", "label": 1}\n[]\n': ":2 is a list; an object is",
 }  # fmt: skip
 
 

@@ -67,18 +67,18 @@ def test_without_a_difference_the_tests_are_rarely_significant():
     labels = [str(i) for i in range(200)]
     for _ in range(10):  # too few pairs to show that nothing is lost
         change = (generator.random(200) < 0.3).astype(float) - (generator.random(200) < 0.3)
-        assert no_loss(cluster_draws(change, labels, labels), float(change.mean()), 0.02) > 0.05
+        assert no_loss(cluster_draws(change, labels, labels), float(change.mean()), 0.02, len(change)) > 0.05
 
 
 def test_no_loss_is_shown_by_many_pairs_and_never_where_there_is_one():
     generator = np.random.default_rng(1)
     small = generator.normal(0.0, 0.3, 2000)
     labels = [str(i) for i in range(2000)]
-    assert no_loss(cluster_draws(small, labels, labels), float(small.mean()), 0.05) < 1e-6
+    assert no_loss(cluster_draws(small, labels, labels), float(small.mean()), 0.05, len(small)) < 1e-6
     lost = small - 0.1
-    assert no_loss(cluster_draws(lost, labels, labels), float(lost.mean()), 0.05) > 0.99
-    assert no_loss(np.zeros(10), 0.0, 0.05) == 0
-    assert no_loss(np.zeros(10), 0.06, 0.05) == 1
+    assert no_loss(cluster_draws(lost, labels, labels), float(lost.mean()), 0.05, len(lost)) > 0.99
+    assert no_loss(np.zeros(10), 0.0, 0.05, 100) == pytest.approx(0.95**100)
+    assert no_loss(np.zeros(10), 0.06, 0.05, 100) == 1
 
 
 def test_outcomes_that_cannot_be_paired_are_refused():
@@ -95,3 +95,11 @@ def test_a_change_of_scores_has_no_mcnemar():
     assert found.value == pytest.approx(0.1)
     assert found.to_json()["p"] is None
     assert found.clusters == 2
+
+
+def test_pairs_of_which_none_differs_do_not_prove_that_none_would():
+    labels = [str(n) for n in range(60)]
+    found = paired_change([1.0] * 60, [1.0] * 60, labels, labels)
+    assert found.value == 0
+    assert (1 - found.high) ** 60 == pytest.approx(0.05)  # of so many pairs none differs by chance once in twenty
+    assert (found.low, found.smallest, found.p) == (-found.high, found.high, 1)

@@ -50,16 +50,16 @@ def test_the_fields_own_forms_are_read(tmp_path, name, content, id, text, catego
         ("gone.csv", None, "does not exist"),
         ("empty.csv", "", "is empty"),
         ("header.csv", "prompt,id\n", "no row"),
-        ("other.csv", "words,number\nhello,1\n", "no column for the request"),
-        ("mixed.csv", b"prompt\nTie a kn\xc3\xb6t\nTie a kn\xf6t\n", "mixed.csv:3 is not UTF-8 (byte 0xf6)"),
+        ("other.csv", "words,number\nhello,1\n", "has no request column"),
+        ("mixed.csv", b"prompt\nTie a kn\xc3\xb6t\nTie a kn\xf6t\n", "mixed.csv:3 is not UTF-8 at byte 27 (0xf6)"),
         ("twice.csv", "id,prompt\n1,a\n2,b\n1,c\n", "twice.csv:4 has the id '1' of"),
         ("hole.csv", "prompt,id\n,1\n", "hole.csv:2 has no request"),
         ("label.csv", "prompt,label\nhello,perhaps\n", "label 'perhaps'"),
-        ("long.csv", "prompt\na,b\n", "more fields"),
+        ("long.csv", "prompt\na,b\n", "2 fields where the header has 1"),
         ("bad.jsonl", '{"prompt": "a"}\n{"prompt"\n', "bad.jsonl:2 is not valid JSON"),
-        ("number.jsonl", "3\n", "is a JSON int"),
-        ("table.xlsx", "PK", ".xlsx"),
-        ("same.csv", "prompt,prompt\na,b\n", "two columns"),
+        ("number.jsonl", "{}\n3\n", "number.jsonl:2 is a int"),
+        ("table.xlsx", b"PK\x03\x04\xf0\x9f", "is not UTF-8"),
+        ("same.csv", "prompt,prompt\na,b\n", "the column 'prompt' twice"),
     ],
 )
 def test_a_file_that_is_none_is_refused_with_its_place(tmp_path, name, content, told):
@@ -78,8 +78,8 @@ def test_a_hundred_thousand_rows_are_read_and_a_text_is_kept_once(tmp_path):
 
 def test_a_column_with_a_name_of_its_own(tmp_path):
     path = written(tmp_path / "own.csv", "words,number\nhello,1\n")
-    assert read_requests(path, "Words")[0].text == "hello"
-    with pytest.raises(KnownError, match="looked for 'letters', found words, number"):
+    assert read_requests(path, "words")[0].text == "hello"
+    with pytest.raises(KnownError, match="no column 'letters'; its columns: words, number"):
         read_requests(path, "letters")
 
 

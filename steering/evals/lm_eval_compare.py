@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from personaxis.analysis.paired import cluster_draws, holm, no_loss, paired_change
+from personaxis.analysis.paired import cluster_draws, holm, no_loss, none_differ, paired_change
 
 Outcome = tuple[float, float]  # sum, count
 FLIPS = 10_000
@@ -74,13 +74,13 @@ def _change(before: NDArray[np.float64], after: NDArray[np.float64], margin: flo
     draws = cluster_draws(change, samples, samples)
     return {
         "change": found.value, "interval": [found.low, found.high], "p": flip_p(change) if found.p != found.p else found.p,
-        "tost_p": no_loss(draws, found.value, margin), "smallest": found.smallest,
+        "tost_p": no_loss(draws, found.value, margin, len(change)), "smallest": found.smallest,
     }  # fmt: skip
 
 
 def _same(n: int, margin: float) -> dict[str, Any]:
     """What n samples say of which none differs."""
-    least = float(1 - 0.05 ** (1 / n))
+    least = none_differ(n)
     return {
         "change": 0.0, "interval": [-least, least], "p": 1.0, "tost_p": float((1 - margin) ** n), "smallest": least
     }  # fmt: skip

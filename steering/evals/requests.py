@@ -37,7 +37,7 @@ def read_requests(path: Path, text_column: str | None = None) -> list[Ask]:
     Raises `KnownError` for a missing column, an id that stands for two texts, an empty request, or an unknown label.
     """
     rows = read_rows(path)
-    text_name = column(path, rows, TEXT, "the request", text_column)
+    text_name = column(rows, TEXT, "request", "--column", text_column)
     names = {str(name).strip().lower(): str(name) for name in rows[0][1]}
     id_name = next((names[name] for name in IDS if name in names), None)
     places: dict[str, str] = {}
@@ -56,7 +56,7 @@ def read_requests(path: Path, text_column: str | None = None) -> list[Ask]:
 def read_templates(path: Path) -> list[str]:
     """Jailbreak templates, each with a hole for the request (`[INSERT PROMPT HERE]`, `{request}`). Raises `KnownError` for one without."""
     rows = read_rows(path)
-    name = column(path, rows, ("text", "template", "prompt"), "the template")
+    name = column(rows, ("text", "template", "prompt"), "template")
     templates = [(place, str(row.get(name) or "")) for place, row in rows]
     for place, template in templates:
         if not any(hole in template for hole in HOLE):

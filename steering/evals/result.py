@@ -97,7 +97,7 @@ def paired(both: Sequence[tuple[float, float, Case]], margin: float) -> dict[str
     roles, requests = [case.role for *_, case in both], [case.request for *_, case in both]
     change = paired_change(before, after, roles, requests)
     differences = np.array(after) - np.array(before)
-    tost = no_loss(cluster_draws(differences, roles, requests), float(differences.mean()), margin)
+    tost = no_loss(cluster_draws(differences, roles, requests), float(differences.mean()), margin, len(both))
     return {**change.to_json(), "no_loss": tost, "margin": margin}
 
 
