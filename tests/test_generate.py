@@ -142,9 +142,9 @@ def test_a_sparkline_shows_means_between_its_bounds():
         ("", "a cap file, or LEVEL@LAYERS"),
         ("p50", "a cap file, or LEVEL"),
         ("p50@", "a cap file, or LEVEL"),
-        ("q50@1", "a cap file, or LEVEL"),
+        ("q50@1", "a level is written as p50"),
         ("p50@1,1", "names no layer, or one twice"),
-        ("p50@2-1", "names no layer"),
+        ("p50@2-1", "run backwards: write 1-2"),
         ("p50@0-9", "layer 3 is not in this axis"),
         ("p33@0", "level 0.33 is not kept"),
         ("p150@0", "level 1.5 is outside 0..1"),
@@ -220,3 +220,21 @@ def test_an_axis_of_another_model_is_refused_by_the_verb(place, tmp_path, capsys
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "this axis came from" in error
+
+
+@pytest.mark.parametrize(("place", "said"), [("", "this is a folder"), ("none/x.html", "does not exist")])
+def test_a_page_that_cannot_be_written_is_refused_before_anything_is_loaded(tmp_path, capsys, place, said):
+    with pytest.raises(SystemExit) as stopped:
+        main(["generate", "no-such-model", "Hello", "--axis", "none", "--html", str(tmp_path / place)])
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_neighbour_has_its_floors_by_interquartile_ranges_higher(tmp_path):
+    axis = axis_of(tiny_subject())
+    cap, higher, lower = (named(f"p50@0-2{end}", axis, tmp_path / "axis") for end in ("", "+0.5", "-0.5"))
+    quartiles = [axis.default_quantiles[:, axis.levels.index(level)] for level in (0.25, 0.75)]
+    assert torch.allclose(higher.floor - cap.floor, (quartiles[1] - quartiles[0])[:3] / 2)
+    assert torch.allclose(cap.floor - lower.floor, higher.floor - cap.floor)
+    with pytest.raises(KnownError, match="'nothing' is not"):
+        named("nothing+0.5", axis, tmp_path / "axis")

@@ -264,7 +264,7 @@ def test_a_task_with_tools_ends_with_that_line(place):
     [
         ({}, "Give -M axis=RUN"),
         ({"axis": "nowhere"}, "no axis at nowhere"),
-        ({"axis": "RUN", "cap": "firm"}, "'firm' is not a name"),
+        ({"axis": "RUN", "cap": "firm"}, "'firm' is not"),
         ({"axis": "RUN", "caps": "firm"}, "-M caps is not one of axis, cap"),
         ({"axis": "RUN", "batch": 0}, "-M batch=0"),
     ],
