@@ -8,8 +8,8 @@ from test_stages import write_bank
 
 from personaxis.persona.bank import load_bank
 from personaxis.persona.errors import KnownError
+from personaxis.steering.conversations import read_conversations
 from personaxis.steering.evals.asked import EvalOptions, chosen
-from personaxis.steering.evals.conversations import read_conversations
 from personaxis.steering.evals.requests import Ask, filled, read_requests, read_templates
 from personaxis.steering.evals.suites import harmful_requests, over_refusal, persona_jailbreaks
 

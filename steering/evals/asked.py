@@ -9,8 +9,8 @@ from cyclopts import Parameter
 
 from personaxis.persona.bank import Bank
 from personaxis.persona.errors import KnownError
+from personaxis.steering.conversations import read_conversations
 from personaxis.steering.evals import suites
-from personaxis.steering.evals.conversations import read_conversations
 from personaxis.steering.evals.requests import read_requests, read_templates
 from personaxis.steering.evals.suites import Suite
 

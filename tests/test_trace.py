@@ -1,0 +1,98 @@
+"""Traces of stored conversations: whose tokens are whose, what is left out, and the verb."""
+
+import json
+
+import pytest
+import torch
+from families import tiny_subject
+from test_steering import axis_of
+from test_susceptibility import refused
+
+from personaxis.persona.chat import chat_format
+from personaxis.persona.cli import main
+from personaxis.persona.errors import KnownError
+from personaxis.steering.traced import traced
+
+
+def chat(*answers):
+    messages = [{"role": "user", "content": "Hello there"}]
+    for answer in answers:
+        messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": "And then?"}]
+    return messages
+
+
+def test_a_turn_is_the_mean_over_its_answers_tokens_in_one_reading_of_the_whole():
+    subject = tiny_subject()
+    axis, form = axis_of(subject), chat_format(subject.tokenizer)
+    conversations = [("long", chat("I am here.", "Then nothing.", "So it goes.")), ("short", chat("Hi."))]
+    long, short = traced(subject, form, axis, conversations)
+    assert [len(one.turns) for one in (long, short)] == [3, 1]
+    assert (long.left_out, short.left_out) == (0, 0)
+    for one in (long, short):
+        ids = torch.tensor([one.spans.ids])
+        kept = []
+        handle = subject.blocks[axis.layer].register_forward_hook(
+            lambda _m, _a, output, kept=kept: kept.append(output if isinstance(output, torch.Tensor) else output[0])
+        )
+        with torch.no_grad():
+            subject.model(input_ids=ids)
+        handle.remove()
+        places = kept[0][0].float() @ axis.at(axis.layer)
+        assert torch.allclose(one.projection, places, atol=1e-4)
+        for turn in one.turns:
+            assert turn.projection == pytest.approx(float(places[turn.start : turn.stop].mean()), abs=1e-4)
+
+
+def test_turns_beyond_the_context_are_left_out_and_counted():
+    subject = tiny_subject()
+    room = subject.model.config.max_position_embeddings
+    axis, form = axis_of(subject), chat_format(subject.tokenizer)
+    (one,) = traced(subject, form, axis, [("long", chat("Hi.", "word " * room, "Bye."))])
+    assert (len(one.turns), one.left_out) == (1, 2)
+    with pytest.raises(KnownError, match=rf"long has no answer of an assistant that fits into the {room} tokens"):
+        traced(subject, form, axis, [("long", chat("word " * room))])
+    with pytest.raises(KnownError, match="has no answer of an assistant: there"):
+        traced(subject, form, axis, [("none", chat())])
+
+
+@pytest.fixture
+def files(tmp_path):
+    calm = [{"messages": chat(f"I am calm {n}.", f"Still {n}.", "Yes.")} for n in range(24)]
+    (tmp_path / "calm.jsonl").write_text("".join(json.dumps(one) + "\n" for one in calm))
+    odd = chat(*["xq zz 9 !! xq zz 9 !!" for _ in range(6)])
+    (tmp_path / "odd.json").write_text(json.dumps({"id": "odd", "messages": odd}))
+    return tmp_path
+
+
+def told(tiny_run, files, *more):
+    how = ["--device", "cpu", "--dtype", "float32"]
+    return ["trace", str(tiny_run / "tiny"), str(files / "odd.json"), "--axis", str(tiny_run / "run"), *how, *more]
+
+
+def test_the_verb_says_z_of_every_turn_and_alarms_only_where_they_are_calibrated(tiny_run, files, capsys):
+    main(told(tiny_run, files, "--json"))
+    content = json.loads(capsys.readouterr().out)
+    (one,) = content["conversations"]
+    assert content["alarm"] is None
+    assert len(one["turns"]) == 6
+    assert all("alarm" not in turn for turn in one["turns"])
+    assert len(one["projection"]) == len(one["ids"])
+    baseline = content["baseline"]
+    for turn in one["turns"]:
+        assert turn["z"] == pytest.approx((turn["projection"] - baseline["mean"]) / baseline["spread"])
+    for rule in ("cusum", "several"):
+        main(told(tiny_run, files, "--calm", str(files / "calm.jsonl"), "--rule", rule, "--json"))
+        content = json.loads(capsys.readouterr().out)
+        assert content["alarm"]["n"] == 24
+        assert content["alarm"]["false_alarms"] <= 0.05
+        assert all(isinstance(turn["alarm"], bool) for turn in content["conversations"][0]["turns"])
+    main(told(tiny_run, files, "--calm", str(files / "calm.jsonl")))
+    assert "of 24 calm conversations" in " ".join(capsys.readouterr().out.split())
+
+
+def test_what_cannot_be_traced_is_refused_in_one_line(tiny_run, files, capsys):
+    (files / "few.jsonl").write_text(json.dumps(chat("Hi.", "Ho.")) + "\n")
+    assert "1 default conversations; 20" in refused(capsys, told(tiny_run, files, "--calm", str(files / "few.jsonl")))
+    assert "outside 0..1" in refused(capsys, told(tiny_run, files, "--false-alarms", "2"))
+    (files / "odd.json").write_text("{}")
+    assert "is no conversation" in refused(capsys, told(tiny_run, files))
