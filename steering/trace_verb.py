@@ -71,7 +71,7 @@ def _read(
 
 
 def _content(axis: Any, found: list[Any], still: list[Any], name: str, rate: float) -> dict[str, Any]:
-    from personaxis.analysis.drift import Cusum, Several, baseline_of, calibrated, watch
+    from personaxis.analysis.drift import Cusum, Several, baseline_of, calibrated
     from personaxis.analysis.drift import false_alarms as counted
 
     conversations = [[turn.projection for turn in one.turns] for one in still]
@@ -88,35 +88,28 @@ def _content(axis: Any, found: list[Any], still: list[Any], name: str, rate: flo
         }
     else:
         baseline, rule, alarm = _of_axis(axis), None, None
-    rows = []
-    for one in found:
-        places = [turn.projection for turn in one.turns]
-        states = list(watch(rule, baseline, places)) if rule is not None else [None] * len(places)
-        turns = [
-            {
-                "message": turn.message,
-                "tokens": [turn.start, turn.stop],
-                "projection": turn.projection,
-                "z": baseline.z(turn.projection),
-            }
-            | ({} if state is None else {"alarm": state.alarm, "raised": state.raised})
-            for turn, state in zip(one.turns, states, strict=True)
-        ]
-        rows.append(
-            {
-                "name": one.name,
-                "turns": turns,
-                "left_out": one.left_out,
-                "ids": list(one.spans.ids),
-                "projection": one.projection.tolist(),
-            }
-        )
+    rows = [_row(one, rule, baseline) for one in found]
     told = {
         "mean": baseline.mean,
         "spread": baseline.spread,
         "of": "calm conversations" if still else "the axis's default answers",
     }
     return {"layer": axis.layer, "model": axis.model, "baseline": told, "alarm": alarm, "conversations": rows}
+
+
+def _row(one: Any, rule: Any, baseline: Any) -> dict[str, Any]:
+    """A conversation's turns with their z and, where there is a rule, the alarm's state."""
+    from personaxis.analysis.drift import watch
+
+    places = [turn.projection for turn in one.turns]
+    states = list(watch(rule, baseline, places)) if rule is not None else [None] * len(places)
+    turns = []
+    for turn, state in zip(one.turns, states, strict=True):
+        told = {"message": turn.message, "tokens": [turn.start, turn.stop], "projection": turn.projection}
+        alarm = {} if state is None else {"alarm": state.alarm, "raised": state.raised}
+        turns.append({**told, "z": baseline.z(turn.projection), **alarm})
+    tokens = {"ids": list(one.spans.ids), "projection": one.projection.tolist()}
+    return {"name": one.name, "turns": turns, "left_out": one.left_out, **tokens}
 
 
 def _of_axis(axis: Any) -> Any:
