@@ -1,20 +1,22 @@
 """Stored conversations, in the forms that chats are kept in.
 
-    for name, messages in read_conversations(Path("chats.jsonl")):
-        messages[0]["role"], messages[0]["content"]
+    for one in read_conversations(Path("chats.jsonl")):
+        one.name, one.domain, one.messages[0]["role"], one.messages[0]["content"]
 
 OpenAI's ({"messages": [{"role", "content"}]}, or that list alone) and ShareGPT's ({"conversations": [{"from", "value"}]}), one
-a line in JSONL, one or a list of them in JSON.
+a line in JSONL, one or a list of them in JSON. `SCRIPTS` are our own: what users say in eight turns of talk about coding, writing,
+themselves (as to a therapist) and the philosophy of AI, ten conversations each; nobody answers in them yet.
 """
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from personaxis.persona.errors import KnownError
 from personaxis.persona.rollouts import Message
 from personaxis.persona.store import read_json
 
+SCRIPTS = Path(__file__).parent / "scripts.jsonl"
 SPEAKERS = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
@@ -22,8 +24,16 @@ SPEAKERS = {
 }
 
 
-def read_conversations(path: Path) -> list[tuple[str, tuple[Message, ...]]]:
-    """Every conversation with its name. Raises `KnownError` for one without a user, with an unknown speaker or of another form."""
+class Conversation(NamedTuple):
+    """What was said, by whom, under which name; `domain` is what it is about, "" where the file does not say."""
+
+    name: str
+    messages: tuple[Message, ...]
+    domain: str = ""
+
+
+def read_conversations(path: Path) -> list[Conversation]:
+    """Every conversation of a file. Raises `KnownError` for one without a user, with an unknown speaker or of another form."""
     if path.suffix.lower() in (".jsonl", ".ndjson"):
         found = _lines(path)
     else:
@@ -34,9 +44,10 @@ def read_conversations(path: Path) -> list[tuple[str, tuple[Message, ...]]]:
         raise KnownError(f"{path} holds no conversation")
     read = []
     for number, (place, one) in enumerate(found):
-        name = str(one.get("id") or f"conversation {number}") if isinstance(one, dict) else f"conversation {number}"
-        read.append((name.replace("/", "_"), _messages(place, one)))
-    names = [name for name, _ in read]
+        about = one if isinstance(one, dict) else {}
+        name = str(about.get("id") or f"conversation {number}").replace("/", "_")
+        read.append(Conversation(name, _messages(place, one), str(about.get("domain") or "")))
+    names = [one.name for one in read]
     if len(set(names)) != len(names):
         raise KnownError(f"{path} has two conversations with the id {next(n for n in names if names.count(n) > 1)!r}")
     return read

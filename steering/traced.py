@@ -1,6 +1,6 @@
 """Where a stored conversation lies along an axis, token by token and turn by turn.
 
-    (one,) = traced(subject, chat, axis, [("chat", messages)])
+    (one,) = traced(subject, chat, axis, [Conversation("chat", messages)])
     [turn.projection for turn in one.turns]          # mean over each answer's tokens at the axis's layer
 
 One forward reads a whole conversation, several of them in a batch; whose a token is comes from the template's own spans. What
@@ -16,9 +16,10 @@ from torch import Tensor
 from personaxis.persona.axis import Axis
 from personaxis.persona.chat import ChatFormat
 from personaxis.persona.errors import KnownError
-from personaxis.persona.rollouts import Message, Rollout
+from personaxis.persona.rollouts import Rollout
 from personaxis.persona.spans import Spans, conversation_spans
 from personaxis.persona.subject import Subject
+from personaxis.steering.conversations import Conversation
 from personaxis.steering.projected import projected
 
 
@@ -48,7 +49,7 @@ def traced(
     subject: Subject,
     chat: ChatFormat,
     axis: Axis,
-    conversations: Sequence[tuple[str, Sequence[Message]]],
+    conversations: Sequence[Conversation],
     advance: Callable[[int], None] = lambda _: None,
 ) -> list[Traced]:
     """All conversations in their order; `advance` counts them.
@@ -57,9 +58,9 @@ def traced(
     """
     axis.require_model(subject.describe())
     room = getattr(subject.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    spans = [conversation_spans(chat, list(messages)) for _, messages in conversations]
+    spans = [conversation_spans(chat, list(one.messages)) for one in conversations]
     texts = []
-    for (name, _), own in zip(conversations, spans, strict=True):
+    for (name, *_), own in zip(conversations, spans, strict=True):
         ids = own.ids[:room]
         if not any(span.speaker == "assistant" and span.stop <= len(ids) for span in own.spans):
             fits = f" that fits into the {room} tokens of {subject.id}" if len(own.ids) > len(ids) else ""
@@ -71,8 +72,8 @@ def traced(
             found[place] = places[row, : int(batch.lengths[row])]
         advance(len(batch.places))
     return [
-        _with_turns(name, own, axis.layer, found[place])
-        for place, ((name, _), own) in enumerate(zip(conversations, spans, strict=True))
+        _with_turns(one.name, own, axis.layer, found[place])
+        for place, (one, own) in enumerate(zip(conversations, spans, strict=True))
     ]
 
 

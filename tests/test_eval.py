@@ -110,7 +110,8 @@ def test_the_page_is_whole_and_hides_harmful_answers(done, tiny_run, material):
     assert not any(row["messages"][-1]["content"] in page for row in hidden)
     assert "left out here" in page
     assert "gain-persona-jailbreak" in page
-    assert "turns-drift" in page
+    assert "turns-drift-all" in page
+    assert [row["n"] for row in content["suites"]["drift"]["trajectories"]["all"]["as it is"]] == [1, 1, 1]
 
 
 def test_a_second_run_answers_nothing_again_and_says_the_same(done, tiny_run, material, monkeypatch, capsys):

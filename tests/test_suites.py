@@ -128,11 +128,10 @@ def test_safe_and_unsafe_requests_are_two_suites():
 )
 def test_conversations_in_the_forms_that_there_are(tmp_path, content):
     path = written(tmp_path / "chat.json", json.dumps(content))
-    ((_, messages),) = read_conversations(path)
-    assert messages == ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"})
+    (one,) = read_conversations(path)
+    assert one.messages == ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"})
     line = json.dumps(content[0] if isinstance(content, list) and "conversations" in content[0] else content)
-    ((_, of_lines),) = read_conversations(written(tmp_path / "chat.jsonl", f"{line}\n\n"))
-    assert of_lines == messages
+    assert read_conversations(written(tmp_path / "chat.jsonl", f"{line}\n\n"))[0].messages == one.messages
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Traces of stored conversations: whose tokens are whose, what is left out, and the verb."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from test_susceptibility import refused
 from personaxis.persona.chat import chat_format
 from personaxis.persona.cli import main
 from personaxis.persona.errors import KnownError
+from personaxis.steering.conversations import SCRIPTS, Conversation, read_conversations
 from personaxis.steering.traced import traced
 
 
@@ -21,10 +23,14 @@ def chat(*answers):
     return messages
 
 
+def talk(name, *answers):
+    return Conversation(name, tuple(chat(*answers)))
+
+
 def test_a_turn_is_the_mean_over_its_answers_tokens_in_one_reading_of_the_whole():
     subject = tiny_subject()
     axis, form = axis_of(subject), chat_format(subject.tokenizer)
-    conversations = [("long", chat("I am here.", "Then nothing.", "So it goes.")), ("short", chat("Hi."))]
+    conversations = [talk("long", "I am here.", "Then nothing.", "So it goes."), talk("short", "Hi.")]
     long, short = traced(subject, form, axis, conversations)
     assert [len(one.turns) for one in (long, short)] == [3, 1]
     assert (long.left_out, short.left_out) == (0, 0)
@@ -47,12 +53,12 @@ def test_turns_beyond_the_context_are_left_out_and_counted():
     subject = tiny_subject()
     room = subject.model.config.max_position_embeddings
     axis, form = axis_of(subject), chat_format(subject.tokenizer)
-    (one,) = traced(subject, form, axis, [("long", chat("Hi.", "word " * room, "Bye."))])
+    (one,) = traced(subject, form, axis, [talk("long", "Hi.", "word " * room, "Bye.")])
     assert (len(one.turns), one.left_out) == (1, 2)
     with pytest.raises(KnownError, match=rf"long has no answer of an assistant that fits into the {room} tokens"):
-        traced(subject, form, axis, [("long", chat("word " * room))])
+        traced(subject, form, axis, [talk("long", "word " * room)])
     with pytest.raises(KnownError, match="has no answer of an assistant: there"):
-        traced(subject, form, axis, [("none", chat())])
+        traced(subject, form, axis, [talk("none")])
 
 
 @pytest.fixture
@@ -96,3 +102,12 @@ def test_what_cannot_be_traced_is_refused_in_one_line(tiny_run, files, capsys):
     assert "outside 0..1" in refused(capsys, told(tiny_run, files, "--false-alarms", "2"))
     (files / "odd.json").write_text("{}")
     assert "is no conversation" in refused(capsys, told(tiny_run, files))
+
+
+def test_our_own_scripts_are_forty_conversations_of_eight_turns_in_four_domains():
+    scripts = read_conversations(SCRIPTS)
+    assert Counter(one.domain for one in scripts) == dict.fromkeys(("coding", "writing", "therapy", "philosophy"), 10)
+    assert all([message["role"] for message in one.messages] == ["user"] * 8 for one in scripts)
+    said = [message["content"] for one in scripts for message in one.messages]
+    assert len(set(said)) == len(said)
+    assert all(20 <= len(text) <= 600 and text == text.strip() for text in said)

@@ -9,12 +9,13 @@ from cyclopts import Parameter
 
 from personaxis.persona.bank import Bank
 from personaxis.persona.errors import KnownError
-from personaxis.steering.conversations import read_conversations
+from personaxis.persona.rollouts import spread
+from personaxis.steering.conversations import SCRIPTS, read_conversations
 from personaxis.steering.evals import suites
 from personaxis.steering.evals.requests import read_requests, read_templates
 from personaxis.steering.evals.suites import Suite
 
-NEEDS = {
+NEEDS = {  # the option whose file a suite is made of; drift has scripts of its own, which it takes only when it is named
     "persona-jailbreak": "requests",
     "harm": "requests",
     "over-refusal": "over_refusal",
@@ -40,7 +41,7 @@ class EvalOptions:
     over_refusal: Path | None = None
     "requests that only look harmful, in XSTest's form"
     transcripts: Path | None = None
-    "stored conversations (JSON or JSONL, OpenAI's or ShareGPT's form), whose user turns are asked again"
+    "stored conversations (JSON or JSONL, OpenAI's or ShareGPT's form), whose user turns are asked again; --suite drift takes our own scripts without them"
     pairs: int = 300
     "most cases a suite"
     roles: int = 50
@@ -104,7 +105,7 @@ def chosen(asked: EvalOptions) -> tuple[str, ...]:
         if name not in NEEDS:
             raise KnownError(f"suite {name!r} is not one of {', '.join(NEEDS)}")
         file = NEEDS[name]
-        if file is not None and getattr(asked, file) is None:
+        if name != "drift" and file is not None and getattr(asked, file) is None:
             raise KnownError(f"suite {name} needs --{file.replace('_', '-')} FILE")
     if not names:
         raise KnownError(f"--suite {asked.suite!r} names none")
@@ -126,9 +127,9 @@ def made(asked: EvalOptions, names: Sequence[str], bank: Bank, roles: Sequence[s
             found += suites.over_refusal(read_requests(asked.over_refusal), asked.pairs, seed, tokens)
         elif name == "susceptibility":
             found.append(suites.susceptibility(bank, roles, asked.prompts, model_name, seed, min(tokens, 48)))
-        elif name == "drift" and asked.transcripts is not None:
-            conversations = read_conversations(asked.transcripts)[: asked.pairs]
-            found.append(suites.drift(conversations, seed, tokens))
+        elif name == "drift":
+            conversations = read_conversations(asked.transcripts or SCRIPTS)
+            found.append(suites.drift(spread(conversations, asked.pairs), seed, tokens))
         elif name == "benign":
             found.append(suites.benign(bank, asked.answers, model_name, seed, tokens))
     return found

@@ -88,8 +88,8 @@ def _figures(
         figures[f"fired-{name}"] = fired_against_change(moved, WORDS[main])
     if any(row["share"] for rows in suite["categories"].values() for row in rows.values()):
         figures[f"categories-{name}"] = category_bars(suite["categories"], kinds, WORDS[suite["main"]])
-    if suite["turns"] > 1:
-        figures[f"turns-{name}"] = turns({arm: suite["arms"][arm]["by_turn"] for arm in content["arms"]}, kinds)
+    for domain, by_arm in suite["trajectories"].items():
+        figures[f"turns-{name}-{domain}"] = turns({arm: by_arm[arm] for arm in content["arms"]}, kinds)
     return figures
 
 

@@ -39,6 +39,7 @@ def suite_result(suite: Suite, answers: Answers, found: Verdicts, arms: Sequence
         "outcomes": outcomes,
         "arms": {arm: _arm(suite, answers, arm) for arm in arms},
         "categories": _categories(suite, found, arms),
+        "trajectories": _trajectories(suite, answers, arms),
     }
 
 
@@ -114,8 +115,6 @@ def _arm(suite: Suite, answers: Answers, arm: str) -> dict[str, Any]:
     }
     if arm != AS_IT_IS:
         row["projection_change"] = _moved(suite, answers, arm)
-    if any(case.later for case in suite.cases):
-        row["by_turn"] = _by_turn(own)
     return row
 
 
@@ -134,6 +133,22 @@ def _moved(suite: Suite, answers: Answers, arm: str) -> dict[str, Any] | None:
         return None
     one, other, own = zip(*both, strict=True)
     return paired_change(one, other, [case.role for case in own], [case.request for case in own]).to_json()
+
+
+def _trajectories(suite: Suite, answers: Answers, arms: Sequence[str]) -> dict[str, Any]:
+    """Of conversations of several turns: mean projection by domain, arm and turn."""
+    if not any(case.later for case in suite.cases):
+        return {}
+    domains: dict[str, set[str]] = {}
+    for case in suite.cases:
+        domains.setdefault(case.category or "all", set()).add(case.key)
+    return {
+        domain: {
+            arm: _by_turn([said for (whose, key, _), said in answers.items() if whose == arm and key in keys])
+            for arm in arms
+        }
+        for domain, keys in domains.items()
+    }
 
 
 def _by_turn(own: Sequence[Said]) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from math import lcm
 from personaxis.persona.bank import Bank
 from personaxis.persona.errors import KnownError
 from personaxis.persona.rollouts import Message, role_messages, seed_of, spread
+from personaxis.steering.conversations import Conversation
 from personaxis.steering.evals.requests import Ask, filled
 from personaxis.steering.identity import QUESTIONS
 
@@ -141,15 +142,15 @@ def benign(bank: Bank, answers: int, model_name: str, seed: int, tokens: int) ->
     return Suite("benign", {"refused": False, "degenerate": False}, tuple(cases), tokens)
 
 
-def drift(conversations: Sequence[tuple[str, Sequence[Message]]], seed: int, tokens: int) -> Suite:
+def drift(conversations: Sequence[Conversation], seed: int, tokens: int) -> Suite:
     """User turns of stored conversations, asked again one after the other; every arm answers into its own conversation."""
     cases = []
-    for name, messages in conversations:
+    for name, messages, domain in conversations:
         system = [dict(one) for one in messages[:1] if one["role"] == "system"]
         users = [one["content"] for one in messages if one["role"] == "user"]
         key = f"{name}/0/drift/0"
         first = (*system, {"role": "user", "content": users[0]})
-        cases.append(Case(key, NOBODY, name, "", first, seed_of(key, seed), tuple(users[1:])))
+        cases.append(Case(key, NOBODY, name, domain, first, seed_of(key, seed), tuple(users[1:])))
     return Suite("drift", {"refused": False, "degenerate": False}, _unique(cases), tokens)
 
 
