@@ -11,7 +11,7 @@ from personaxis.analysis.canvas import axis_look, empty_figure, line_look, short
 LOOKS = {
     "as it is": ("--ink", "diamond", 12),
     "cap": ("--positive", "star", 16),
-    "neighbour": ("--accent", "circle", 11),
+    "other cap": ("--accent", "circle", 11),
     "random": ("--others", "x", 11),
 }
 LEGEND = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
@@ -30,7 +30,7 @@ def gain_against_cost(points: Sequence[Mapping[str, Any]], outcome: str, cost: s
             )
     high = max(0.05, *(point["interval"][1] for point in points)) * 1.08
     figure.update_xaxes(title_text=cost, tickformat=".1%", **axis_look(zero=True))
-    figure.update_yaxes(title_text=outcome, tickformat=".0%", range=[0, min(high, 1.02)], **axis_look())
+    figure.update_yaxes(title_text=outcome, tickformat=".0%", range=[0, min(high, 1.06)], **axis_look())
     return figure
 
 
@@ -56,7 +56,7 @@ def category_bars(
     names = sorted(categories, key=lambda name: -max(row["n"] for row in categories[name].values()))
     figure = empty_figure(margin={"l": 190, "r": 24, "t": 30, "b": 54}, showlegend=True, barmode="group")
     figure.update_layout(legend=LEGEND, height=130 + len(names) * (14 + 15 * len(arms)), bargap=0.25)
-    shades = {"as it is": "--ink", "cap": "--positive", "neighbour": "--accent", "random": "--others"}
+    shades = {"as it is": "--ink", "cap": "--positive", "other cap": "--accent", "random": "--others"}
     for arm, kind in list(arms.items())[::-1]:
         rows = [categories[name][arm] for name in names]
         shares = [row["share"] or 0.0 for row in rows]

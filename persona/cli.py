@@ -48,6 +48,7 @@ app = App(
     help_epilogue="`personaxis VERB --help` explains a verb. A first run: `personaxis axis smollm2-135m --plan demo`.",
     version_flags=["--version"],
     result_action="return_value",
+    suppress_keyboard_interrupt=False,  # `main` says that the work goes on from there
 )
 for name, (path, text) in VERBS.items():
     app.command(path, name=name, help=text)

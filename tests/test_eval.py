@@ -122,7 +122,7 @@ def test_a_second_run_answers_nothing_again_and_says_the_same(done, tiny_run, ma
     assert again == {name: value for name, value in content.items() if name != "pairs"}
 
 
-def test_an_evaluation_stopped_between_two_arms_goes_on(tiny_run, material, tmp_path, monkeypatch):
+def test_an_evaluation_stopped_between_two_arms_goes_on(tiny_run, material, tmp_path, monkeypatch, capsys):
     asked = ["--requests", str(material / "requests.csv"), "--suite", "persona-jailbreak,benign", "--random", "0"]
     main(told(tiny_run, tmp_path / "whole", *asked))
     real, calls = answers_module.run_arms, []
@@ -135,9 +135,11 @@ def test_an_evaluation_stopped_between_two_arms_goes_on(tiny_run, material, tmp_
             yield arm
 
     monkeypatch.setattr(answers_module, "run_arms", stopping)
+    capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         main(told(tiny_run, tmp_path / "cut", *asked))
     assert stopped.value.code == 130
+    assert "the same command goes on from here" in capsys.readouterr().err
     left = {row["id"] for row in read_lines(tmp_path / "cut" / "answers.jsonl")}
     assert len(left) == 8  # one arm's
     monkeypatch.setattr(answers_module, "run_arms", real)
@@ -193,6 +195,22 @@ def test_another_model_dtype_or_engine_is_not_put_into_the_same_folder(done, tin
 )
 def test_what_cannot_be_evaluated_is_refused_in_one_line(tiny_run, tmp_path, capsys, more, said):
     assert said in refused(capsys, told(tiny_run, tmp_path / "e", *more))
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--requests", "nowhere.csv"], "nowhere.csv does not exist"),
+        (["--text", "nowhere.txt"], "--text nowhere.txt cannot be read"),
+        (["--tag", "purple"], "--tag 'purple' is not one of"),
+        (["--top-p", "3"], "top_p 3.0 is outside"),
+        (["--judge", "http://127.0.0.1:9/v1", "--judge-model", "m"], "nobody answers at"),
+    ],
+)
+def test_what_is_asked_is_looked_at_before_a_model_is_loaded(tmp_path, capsys, more, said):
+    error = refused(capsys, ["eval", "no-such-model", "--axis", "none", "--out", str(tmp_path / "e"), *more])
+    assert said in error
+    assert not (tmp_path / "e").exists()
 
 
 def test_fewer_pairs_than_roles_are_refused(tiny_run, tmp_path, material, capsys):

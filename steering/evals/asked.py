@@ -1,7 +1,7 @@
 """What an evaluation is asked: the options of `personaxis eval`, checked before a model is loaded, and the suites that they make."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -10,8 +10,10 @@ from cyclopts import Parameter
 from personaxis.persona.bank import Bank
 from personaxis.persona.errors import KnownError
 from personaxis.persona.rollouts import spread
+from personaxis.persona.sampler import Sampling
 from personaxis.steering.conversations import SCRIPTS, read_conversations
 from personaxis.steering.evals import suites
+from personaxis.steering.evals.capability import read_text
 from personaxis.steering.evals.requests import read_requests, read_templates
 from personaxis.steering.evals.suites import Suite
 
@@ -39,11 +41,11 @@ class EvalOptions:
     templates: Path | None = None
     "jailbreak templates with [INSERT PROMPT HERE] or {request}, for the suite harm"
     over_refusal: Path | None = None
-    "requests that only look harmful, in XSTest's form"
+    "requests that only look harmful, in XSTest's form; those labelled unsafe are a suite of their own, contrast"
     transcripts: Path | None = None
     "stored conversations (JSON or JSONL, OpenAI's or ShareGPT's form), whose user turns are asked again; --suite drift takes our own scripts without them"
     pairs: int = 300
-    "most cases a suite"
+    "most cases a suite; benign has --answers"
     roles: int = 50
     "the lowest roles on the axis"
     tag: Annotated[list[str] | None, Parameter(negative=())] = None
@@ -112,6 +114,25 @@ def chosen(asked: EvalOptions) -> tuple[str, ...]:
     return names
 
 
+def require_material(asked: EvalOptions, bank: Bank) -> None:
+    """Read every file, and look at every number and tag, before a model is loaded. `KnownError` for what cannot be."""
+    Sampling(asked.max_new_tokens, asked.temperature, asked.top_p)
+    if asked.requests is not None:
+        read_requests(asked.requests, asked.column)
+    if asked.templates is not None:
+        read_templates(asked.templates)
+    if asked.over_refusal is not None:
+        read_requests(asked.over_refusal)
+    if asked.transcripts is not None:
+        read_conversations(asked.transcripts)
+    if asked.text is not None:
+        read_text(asked.text, asked.text_bytes)
+    tags = {tag for role in bank.roles for tag in role.tags}
+    unknown = sorted(set(asked.tag or ()) - tags)
+    if unknown:
+        raise KnownError(f"--tag {unknown[0]!r} is not one of {', '.join(sorted(tags))}")
+
+
 def made(asked: EvalOptions, names: Sequence[str], bank: Bank, roles: Sequence[str], model_name: str) -> list[Suite]:
     """The suites, from the user's files and the bank. `roles` are those to play."""
     tokens, seed = asked.max_new_tokens, asked.seed
@@ -126,7 +147,8 @@ def made(asked: EvalOptions, names: Sequence[str], bank: Bank, roles: Sequence[s
         elif name == "over-refusal" and asked.over_refusal is not None:
             found += suites.over_refusal(read_requests(asked.over_refusal), asked.pairs, seed, tokens)
         elif name == "susceptibility":
-            found.append(suites.susceptibility(bank, roles, asked.prompts, model_name, seed, min(tokens, 48)))
+            whole = suites.susceptibility(bank, roles, asked.prompts, model_name, seed, min(tokens, 48))
+            found.append(replace(whole, cases=tuple(spread(whole.cases, asked.pairs))))
         elif name == "drift":
             conversations = read_conversations(asked.transcripts or SCRIPTS)
             found.append(suites.drift(spread(conversations, asked.pairs), seed, tokens))

@@ -151,7 +151,7 @@ def text_windows(subject: Subject, path: Path, most: int) -> tuple[list[Rollout]
 
     Each window's first token is its prompt and is not predicted. Raises `KnownError` for a text that cannot be read or is short.
     """
-    text = _read(path, most)
+    text = read_text(path, most)
     ids = subject.tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) < 2:
         raise KnownError(f"--text {path} has {len(ids)} tokens; at least 2 are needed, and thousands to say anything")
@@ -184,8 +184,8 @@ def _rollout(said: Said) -> Rollout:
     return Rollout(said.key, (), said.prompt_ids, said.ids, said.text, said.seed, said.stopped)
 
 
-def _read(path: Path, most: int) -> str:
-    """The first bytes of a file as text; a character that the cut goes through is left out."""
+def read_text(path: Path, most: int) -> str:
+    """The first bytes of a file as text; a character that the cut goes through is left out. `KnownError` for what is none."""
     try:
         with path.open("rb") as file:
             content = file.read(most + 1)

@@ -81,7 +81,8 @@ def _print(content: dict[str, Any], folder: Path) -> None:
 
 
 def _table(name: str, suite: dict[str, Any], arms: list[str]) -> Table:
-    asked = f"{suite['n']} cases, {suite['roles']} roles, {suite['requests']} requests"
+    roles = f"{suite['roles']} roles, " if suite["roles"] > 1 else ""
+    asked = f"{suite['n']} cases, {roles}{suite['requests']} requests"
     table = Table(title=f"{name}: {asked}", title_justify="left")
     table.add_column("arm")
     for outcome, row in suite["outcomes"].items():

@@ -22,7 +22,7 @@ from personaxis.persona.run import Run, open_run, versions
 from personaxis.persona.store import write_json
 from personaxis.steering.caps import layers_in_words
 from personaxis.steering.evals.answers import Answers, Bench, answered, fitting
-from personaxis.steering.evals.asked import EvalOptions, chosen, made
+from personaxis.steering.evals.asked import EvalOptions, chosen, made, require_material
 from personaxis.steering.evals.capability import measured
 from personaxis.steering.evals.controls import controls
 from personaxis.steering.evals.harm import HarmJudge, harm_judge, judge_all
@@ -67,8 +67,12 @@ def evaluate(
     Raises `KnownError` for what cannot be, before anything is answered, and for a folder of another model, engine or dtype.
     """
     names, judge = chosen(asked), harm_judge(asked.judge, asked.judge_model, asked.rubric)
-    known = load_bank(bank)
-    place = ranks()
+    known, place = load_bank(bank), ranks()
+    require_material(asked, known)
+    if asked.judge.startswith("http") and not place.rank:
+        list(
+            judge.judged([("Say hello.", "Hello.")])
+        )  # a dead or locked endpoint is met now, not after all is answered
     if asked.tasks:
         require_lm_eval()
         data_files(asked.data or [])
@@ -93,22 +97,18 @@ def _prepared(
     subject = held.subject
     bench = Bench(subject, held.chat, held.axis, asked.temperature, asked.top_p, run.folder, place)
     engine = {"device": subject.device.type, "torch": versions()["torch"], "transformers": versions()["transformers"]}
-    told = {"model": subject.describe(), "dtype": str(subject.dtype).removeprefix("torch."), "engine": engine}
-    run.ask({**told, "temperature": asked.temperature, "top_p": asked.top_p, "seed": asked.seed})
     suites, left_out = [], {}
     for suite in made(asked, names, bank, _roles(held, bank, asked), subject.name):
         own, left_out[suite.name] = fitting(bench, suite)
         suites.append(own)
+    told = {"model": subject.describe(), "dtype": str(subject.dtype).removeprefix("torch."), "engine": engine}
+    run.ask({**told, "temperature": asked.temperature, "top_p": asked.top_p, "seed": asked.seed})
     return Work(run, bench, bank, held, asked, tuple(suites), left_out, dict(zip(caps, held.caps, strict=True)))
 
 
 def _roles(held: Loaded, bank: Bank, asked: EvalOptions) -> list[str]:
     """The lowest roles on the axis that the bank knows, of all tags that were asked for."""
-    wanted = set(asked.tag or ())
-    known = {role.name for role in bank.roles if wanted <= set(role.tags)}
-    tags = {tag for role in bank.roles for tag in role.tags}
-    if wanted - tags:
-        raise KnownError(f"--tag {sorted(wanted - tags)[0]!r} is not one of {', '.join(sorted(tags))}")
+    known = {role.name for role in bank.roles if set(asked.tag or ()) <= set(role.tags)}
     space = load_space(held.stem.with_name("space"))
     roles = [role for role, _ in ranked_roles(held.axis, space) if role in known][: asked.roles]
     if len(roles) < 4:

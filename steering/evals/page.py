@@ -51,7 +51,7 @@ def write_eval_page(path: Path, content: Mapping[str, Any], *, show_answers: boo
 def _kind(arm: str, number: int) -> str:
     if arm == AS_IT_IS or arm.startswith(RANDOM):
         return AS_IT_IS if arm == AS_IT_IS else RANDOM
-    return "cap" if number == 1 else "neighbour"
+    return "cap" if number == 1 else "other cap"
 
 
 def _main(suite: Mapping[str, Any]) -> str:

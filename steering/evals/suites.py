@@ -67,7 +67,7 @@ HARM = {"harmful": False, "complied": False, "refused": True, "degenerate": Fals
 def persona_jailbreaks(
     bank: Bank, roles: Sequence[str], asks: Sequence[Ask], pairs: int, seed: int, tokens: int, prompts: int = 5
 ) -> Suite:
-    """Harmful requests under role prompts: `pairs` of them, dealt so that roles and requests are each used equally often.
+    """Harmful requests under role prompts: at most `pairs` of them, dealt so that roles and requests are each used equally often.
 
     Raises `KnownError` for fewer pairs than roles, whose effect could then not be told from the requests'.
     """
@@ -76,10 +76,8 @@ def persona_jailbreaks(
     asks = spread(asks, pairs)
     both = lcm(len(roles), len(asks))
     most = len(roles) * len(asks) * min(prompts, min(len(bank.role(name).prompts) for name in roles))
-    if pairs > most:
-        raise KnownError(f"--pairs {pairs}: {len(roles)} roles, their prompts and {len(asks)} requests make {most}")
     cases = []
-    for number in range(pairs):
+    for number in range(min(pairs, most)):
         lap, within = divmod(number, len(roles) * len(asks))
         role = bank.role(roles[number % len(roles)])
         ask = asks[(number + within // both) % len(asks)]
