@@ -26,7 +26,7 @@ class Change:
     """A mean difference over n pairs (after less before) with its 95% interval.
 
     `p` is of McNemar's exact test for outcomes that are 0 or 1 (NaN for others), `smallest` the difference that so many pairs
-    show with a power of 80%, and `clusters` the smaller number of roles and requests.
+    show with a power of 80%, and `clusters` the smaller number of roles and requests, where there are several.
     """
 
     value: float
@@ -59,7 +59,7 @@ def paired_change(
     change = other - one
     if not np.isfinite(change).all():
         raise ValueError("an outcome is not finite: leave pairs out that were not judged, in both arms")
-    fewest = min(len(set(roles)), len(set(requests)))
+    fewest = min((n for n in (len(set(roles)), len(set(requests))) if n > 1), default=1)
     is_binary = bool(np.isin(np.concatenate([one, other]), (0.0, 1.0)).all())
     if is_binary and not change.any():  # no scatter, and yet n pairs do not show that none would ever differ
         least = none_differ(len(change))

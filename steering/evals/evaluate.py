@@ -130,7 +130,7 @@ def _run(work: Work, judge: HarmJudge) -> dict[str, Any] | None:
     names = list(arms)
     content = {
         **{name: work.run.manifest["asked"][name] for name in ("model", "dtype", "engine")},
-        "axis": {"layer": work.held.axis.layer, "of": str(work.held.stem)},
+        "axis": {"layer": work.held.axis.layer, "of": "/".join(work.held.stem.parts[-2:])},
         "arms": names,
         "caps": {name: _cap_row(cap) for name, plan in arms.items() for cap in plan if isinstance(cap, Cap)},
         "judge": {

@@ -103,8 +103,13 @@ def _tiles(content: Mapping[str, Any]) -> list[dict[str, str]]:
             continue
         main = _main(suite)
         before, row = (suite["outcomes"][main]["arms"][arm] for arm in (AS_IT_IS, cap))
-        change = row.get("change")
-        if change:
+        change, moved = row.get("change"), suite["arms"][cap].get("projection_change")
+        if suite["turns"] > 1 and moved:  # of conversations, where they lie
+            span = f"{moved['value']:+.1f} [{moved['low']:+.1f}, {moved['high']:+.1f}]".replace("-", "−")
+            before_place, place = (suite["arms"][arm]["projection"] for arm in (AS_IT_IS, cap))
+            note = f"mean projection of answers; as it is {before_place:.1f}, n = {moved['n']}"
+            tiles.append({"name": name, "value": f"{place:.1f}", "interval": span, "note": note})
+        elif change:
             span = f"{_signed(change['value'])} [{_signed(change['low'])}, {_signed(change['high'])}], p {_p(change.get('p_holm', change['p']))}"
             note = f"{WORDS[main]}; as it is {_percent(before['share'])}, n = {change['n']}"
             tiles.append({"name": name, "value": _percent(row["share"]), "interval": span, "note": note})
