@@ -21,6 +21,14 @@ from personaxis.persona.stages import CPU_CHUNK, GPU_CHUNK
 from personaxis.persona.subject import Subject
 from personaxis.steering.steer import Plan, Tally, steered
 
+AS_IT_IS = "as it is"  # the arm without interventions, by this name everywhere
+
+
+def distinct(ids: Sequence[int], n: int = 1) -> float:
+    """Distinct n-grams among those of an answer's tokens; NaN where it is shorter."""
+    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else float("nan")
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -34,7 +42,7 @@ class Arm:
     @property
     def distinct(self) -> float:
         """Distinct tokens among the tokens of an answer, mean over the answers that are not empty; NaN if all are."""
-        shares = [len(set(answer.ids)) / len(answer.ids) for answer in self.answers if answer.ids]
+        shares = [distinct(answer.ids) for answer in self.answers if answer.ids]
         return sum(shares) / len(shares) if shares else float("nan")
 
 

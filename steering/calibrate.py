@@ -17,6 +17,7 @@ from personaxis.persona.bank import Bank
 from personaxis.persona.errors import KnownError
 from personaxis.persona.rollouts import Rollout, spread
 from personaxis.persona.sampler import Sampling
+from personaxis.steering.arms import AS_IT_IS
 from personaxis.steering.control import fired_shares, random_cap
 from personaxis.steering.floors import Projections
 from personaxis.steering.interventions import Add
@@ -27,7 +28,6 @@ from personaxis.steering.sweep import Candidate, Sweep, Tried, windows_of
 from personaxis.steering.trial import Half, Trial, halved
 
 CHOOSE, REPORT = "choose", "report"
-AS_IT_IS = "as it is"
 RANDOM_SEEDS = (1, 2, 3)
 ADDED = (4.0, 8.0, 16.0)  # strengths of plain addition, residual units
 FITTED = 0.2, 0.93  # the part of the depth that gets floors by gradient, unless windows are given

@@ -16,15 +16,13 @@ from personaxis.persona.options import ModelOptions
 from personaxis.persona.progress import progress
 from personaxis.persona.rollouts import Request
 from personaxis.persona.sampler import Sampling
-from personaxis.steering.arms import Arm, run_arms
+from personaxis.steering.arms import AS_IT_IS, Arm, run_arms
 from personaxis.steering.calibrate_verbs import TestOptions
 from personaxis.steering.identity import CLASSES, IDENTITY, UNCLEAR
 from personaxis.steering.interventions import Add
 from personaxis.steering.steer import Plan
 from personaxis.steering.susceptibility import difference, identity_requests, lowest_roles, measure
 from personaxis.steering.verbs import Loaded, loaded
-
-AS_IT_IS = "as it is"
 
 
 def run_susceptibility(

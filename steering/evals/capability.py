@@ -23,6 +23,7 @@ from personaxis.persona.progress import progress
 from personaxis.persona.rollouts import Rollout
 from personaxis.persona.store import append_lines, read_lines
 from personaxis.persona.subject import Subject
+from personaxis.steering.arms import distinct
 from personaxis.steering.cost import CPU_TOKENS, GPU_TOKENS, Cost, benign_costs
 from personaxis.steering.evals.answers import Answers, Bench, Said
 from personaxis.steering.evals.suites import Suite
@@ -113,12 +114,6 @@ def own_losses(subject: Subject, said: Sequence[Said]) -> tuple[float, float]:
     mean = total.sum() / n.sum()
     error = np.sqrt(((total - mean * n) ** 2).sum()) / n.sum()
     return float(mean), float(error)
-
-
-def distinct(ids: Sequence[int], n: int) -> float:
-    """Distinct n-grams among those of an answer; NaN where it is shorter."""
-    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else float("nan")
 
 
 def loops(ids: Sequence[int]) -> bool:

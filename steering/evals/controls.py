@@ -13,10 +13,11 @@ from dataclasses import replace
 
 from personaxis.persona.axis import Cap, load_cap
 from personaxis.persona.rollouts import Rollout, spread
+from personaxis.steering.arms import AS_IT_IS
 from personaxis.steering.control import fired_shares, random_cap
 from personaxis.steering.evals.answers import Bench, answered
 from personaxis.steering.evals.capability import rollouts_of
-from personaxis.steering.evals.result import AS_IT_IS, RANDOM
+from personaxis.steering.evals.result import RANDOM
 from personaxis.steering.evals.suites import Suite
 from personaxis.steering.interventions import plan_digest
 

@@ -20,6 +20,7 @@ from personaxis.persona.progress import progress
 from personaxis.persona.ranks import Ranks
 from personaxis.persona.run import Run, open_run, versions
 from personaxis.persona.store import write_json
+from personaxis.steering.arms import AS_IT_IS
 from personaxis.steering.caps import layers_in_words
 from personaxis.steering.evals.answers import Answers, Bench, answered, fitting
 from personaxis.steering.evals.asked import EvalOptions, chosen, made, require_material
@@ -29,7 +30,7 @@ from personaxis.steering.evals.harm import HarmJudge, harm_judge, judge_all
 from personaxis.steering.evals.lm_eval_run import run_tasks
 from personaxis.steering.evals.lm_eval_tasks import require_lm_eval
 from personaxis.steering.evals.lm_eval_verb import data_files, task_names
-from personaxis.steering.evals.result import AS_IT_IS, finite, pairs, suite_result, warnings
+from personaxis.steering.evals.result import finite, pairs, suite_result, warnings
 from personaxis.steering.evals.suites import Suite
 from personaxis.steering.evals.verdicts import to_judge, verdicts
 from personaxis.steering.steer import Plan

@@ -16,7 +16,7 @@ from personaxis.persona.errors import KnownError
 from personaxis.persona.options import ModelOptions
 from personaxis.persona.verbs import Model, console, print_json, run_folder, say_result
 
-AS_IT_IS = "as it is"
+AS_IT_IS = "as it is"  # `arms.AS_IT_IS`, whose module needs torch, which `--help` does not load
 LEVEL = 0.05  # of an adjusted p
 
 
@@ -105,10 +105,12 @@ def _run(
 
 
 def task_names(text: str) -> list[str]:
+    """Names with commas between, each once."""
     return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
 def data_files(given: list[str]) -> dict[str, Path]:
+    """Files by task, from TASK=FILE.jsonl. `KnownError` for anything else."""
     found: dict[str, Path] = {}
     for one in given:
         task, mark, file = one.partition("=")

@@ -6,7 +6,8 @@ from typing import Any
 
 from personaxis.analysis.figures_eval import category_bars, fired_against_change, gain_against_cost, turns
 from personaxis.analysis.page import write_page
-from personaxis.steering.evals.result import AS_IT_IS, RANDOM
+from personaxis.steering.arms import AS_IT_IS
+from personaxis.steering.evals.result import RANDOM
 
 HERE = Path(__file__).parent
 HARMFUL = ("persona-jailbreak", "harm", "contrast")  # suites whose requests and answers are left out unless asked for

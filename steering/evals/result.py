@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 
 from personaxis.analysis.paired import cluster_draws, holm, no_loss, paired_change, wilson
+from personaxis.steering.arms import AS_IT_IS
 from personaxis.steering.evals.answers import Answers, Said
 from personaxis.steering.evals.capability import coherence
 from personaxis.steering.evals.suites import Case, Suite
 from personaxis.steering.evals.verdicts import Verdicts
 
-AS_IT_IS, RANDOM = "as it is", "random"
+RANDOM = "random"  # how the names of control arms begin
 LITTLE = 0.05  # a share of harmful answers below which a cap has hardly anything to do
 
 

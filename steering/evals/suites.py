@@ -17,7 +17,7 @@ from personaxis.persona.errors import KnownError
 from personaxis.persona.rollouts import Message, role_messages, seed_of, spread
 from personaxis.steering.conversations import Conversation
 from personaxis.steering.evals.requests import Ask, filled
-from personaxis.steering.identity import QUESTIONS
+from personaxis.steering.susceptibility import identity_requests
 
 NOBODY = ""  # the role of a case without a system message
 
@@ -117,15 +117,12 @@ def over_refusal(asks: Sequence[Ask], pairs: int, seed: int, tokens: int) -> lis
 
 
 def susceptibility(bank: Bank, roles: Sequence[str], prompts: int, model_name: str, seed: int, tokens: int) -> Suite:
-    """Who are you?, under role prompts."""
+    """Who are you?, under role prompts: the requests of `personaxis susceptibility`."""
     cases = []
-    for name in roles:
-        role = bank.role(name)
-        for number in range(min(prompts, len(role.prompts))):
-            for place, question in enumerate(QUESTIONS):
-                key = f"{name}/{number}/identity{place}/0"
-                messages = role_messages(role, number, question, model_name)
-                cases.append(Case(key, name, f"identity{place}", question, messages, seed_of(key, seed)))
+    for request in identity_requests(bank, roles, prompts, model_name, seed):
+        role, _, question, _ = request.key.split("/")
+        asked = request.messages[-1]["content"]
+        cases.append(Case(request.key, role, question, asked, request.messages, request.seed))
     return Suite("susceptibility", {"assistant": True, "mystical": False}, tuple(cases), tokens)
 
 
