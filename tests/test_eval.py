@@ -1,6 +1,7 @@
 """The verb eval: same prompts and seeds in all arms, judged blind, resumed without asking twice, and what it refuses."""
 
 import json
+import shutil
 
 import pytest
 from test_harm import HarmEndpoint
@@ -168,6 +169,24 @@ def test_a_judge_sees_neither_arm_nor_role_and_what_it_cannot_say_counts_nowhere
     assert harmful["as it is"]["n"] + harmful["as it is"]["unjudged"] == 8
     assert content["judge"]["unjudged"] > 0
     assert any("could not be judged" in warning for warning in content["warnings"])
+
+
+def test_a_resumed_evaluation_keeps_the_dtype_that_it_began_with(tiny_run, tmp_path):
+    asked = told(tiny_run, tmp_path / "e", "--suite", "benign", "--random", "0")
+    at = asked.index("--dtype")
+    main([*asked[:at], "--dtype", "bfloat16", *asked[at + 2 :]])
+    main([*asked[:at], *asked[at + 2 :]])  # whatever dtype is the faster one today
+    assert read_json(tmp_path / "e" / "eval.json")["dtype"] == "bfloat16"
+
+
+def test_suites_without_roles_need_no_persona_space(tiny_run, tmp_path):
+    (tmp_path / "only").mkdir()
+    for ending in ("json", "safetensors"):
+        shutil.copy(tiny_run / "run" / f"axis.{ending}", tmp_path / "only")
+    asked = told(tiny_run, tmp_path / "e", "--suite", "benign", "--random", "0")
+    asked[asked.index("--axis") + 1] = str(tmp_path / "only" / "axis.safetensors")
+    main(asked)
+    assert (tmp_path / "e" / "eval.html").exists()
 
 
 def test_another_model_dtype_or_engine_is_not_put_into_the_same_folder(done, tiny_run, material, capsys):

@@ -25,6 +25,7 @@ NEEDS = {  # the option whose file a suite is made of; drift has scripts of its 
     "drift": "transcripts",
     "benign": None,
 }
+ROLE_SUITES = {"persona-jailbreak", "susceptibility"}  # they need a persona space, whose lowest roles they take
 
 
 @Parameter(name="*")

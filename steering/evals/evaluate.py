@@ -23,7 +23,7 @@ from personaxis.persona.store import write_json
 from personaxis.steering.arms import AS_IT_IS
 from personaxis.steering.caps import layers_in_words
 from personaxis.steering.evals.answers import Answers, Bench, answered, fitting
-from personaxis.steering.evals.asked import EvalOptions, chosen, made, require_material
+from personaxis.steering.evals.asked import ROLE_SUITES, EvalOptions, chosen, made, require_material
 from personaxis.steering.evals.capability import measured
 from personaxis.steering.evals.controls import controls
 from personaxis.steering.evals.harm import HarmJudge, harm_judge, judge_all
@@ -71,9 +71,8 @@ def evaluate(
     known, place = load_bank(bank), ranks()
     require_material(asked, known)
     if asked.judge.startswith("http") and not place.rank:
-        list(
-            judge.judged([("Say hello.", "Hello.")])
-        )  # a dead or locked endpoint is met now, not after all is answered
+        # a dead or locked endpoint is met now, not after all is answered
+        list(judge.judged([("Say hello.", "Hello.")]))
     if asked.tasks:
         require_lm_eval()
         data_files(asked.data or [])
@@ -81,7 +80,10 @@ def evaluate(
         try:
             if place.rank:
                 place.barrier()  # until the first one has said in run.json what is evaluated
-            how = replace(how, device=how.device or own_device(place))
+            dtype = how.dtype or run.manifest.get("asked", {}).get(
+                "dtype"
+            )  # what it was begun with, not what is faster now
+            how = replace(how, device=how.device or own_device(place), dtype=dtype)
             held = loaded(model, how, axis, list(caps), force=force)
             work = _prepared(run, place, held, known, asked, names, caps)
             if not place.rank:
@@ -99,7 +101,8 @@ def _prepared(
     bench = Bench(subject, held.chat, held.axis, asked.temperature, asked.top_p, run.folder, place)
     engine = {"device": subject.device.type, "torch": versions()["torch"], "transformers": versions()["transformers"]}
     suites, left_out = [], {}
-    for suite in made(asked, names, bank, _roles(held, bank, asked), subject.name):
+    roles = _roles(held, bank, asked) if ROLE_SUITES & set(names) else []
+    for suite in made(asked, names, bank, roles, subject.name):
         own, left_out[suite.name] = fitting(bench, suite)
         suites.append(own)
     told = {"model": subject.describe(), "dtype": str(subject.dtype).removeprefix("torch."), "engine": engine}
