@@ -126,6 +126,7 @@ const answerOf = (value) => {
     fired: number(value.fired),
     alarm: value.alarm === true,
     raised: value.raised === true,
+    drift: ["calm", "drifting"].includes(value.drift) ? value.drift : null,
     ended: ["stop", "length", "you"].includes(value.ended) ? value.ended : null,
     problem: typeof value.problem === "string" ? value.problem.slice(0, 500) : null,
   });

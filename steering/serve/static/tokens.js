@@ -16,10 +16,11 @@ export const scaleOf = (axis) => {
 };
 
 const spanOf = (token, scale) => {
-  const span = el("span", { class: token.fired ? "t fired" : "t" }, token.text);
+  const space = token.text.trim() === "" ? "" : token.text.match(/^\s*/)[0]; // stays bare, so that no colour hangs at a line's end
+  const span = el("span", { class: token.fired ? "t fired" : "t" }, space, el("b", {}, token.text.slice(space.length)));
   if (token.projection !== null) {
     const away = Math.min(Math.max((token.projection - scale.middle) / scale.reach, -1), 1);
-    span.style.setProperty("--side", away < 0 ? "var(--others)" : "var(--positive)");
+    span.style.setProperty("--side", away < 0 ? "var(--token-low)" : "var(--token-high)");
     span.style.setProperty("--depth", `${Math.round(Math.abs(away) * DEEPEST)}%`);
   }
   return span;
@@ -94,6 +95,6 @@ export const scaleLegend = (scale) => {
   return [
     el("i", { role: "img", "aria-label": `Colours run from ${fixed(scale.low, 0)} (${poles[1]}) over ${fixed(scale.middle, 0)} to ${fixed(scale.high, 0)} (${poles[0]})` }),
     el("p", { class: "scale-words" }, el("span", {}, `${fixed(scale.low, 0)} ${poles[1]}`), el("span", {}, fixed(scale.middle, 0)), el("span", {}, `${poles[0]} ${fixed(scale.high, 0)}`)),
-    el("p", { class: "note" }, "Each token’s projection before the cap’s step. ", el("span", { class: "t fired sample" }, "Underlined"), ": changed by the cap at one layer or more."),
+    el("p", { class: "note" }, "Each token’s projection before the cap’s step. ", el("span", { class: "t fired sample" }, el("b", {}, "Underlined")), ": changed by the cap at one layer or more."),
   ];
 };

@@ -51,20 +51,21 @@ const answerOf = (turn, answer, side, last, { acts, places }) => {
     "div",
     { class: `answer ${answer.cap === null ? "plain" : "capped"}${aside ? " aside" : ""}`, id: `answer-${turn.answers.indexOf(answer)}-of-${places.size}` },
     (pair || answer.cap !== null) && el("p", { class: "who" }, el("i", { "aria-hidden": "true" }), name, aside && el("small", {}, "set aside")),
-    text, problem, facts,
-    el("div", { class: "acts" }, copy,
+    text, problem,
+    el("div", { class: "below" }, facts, el("div", { class: "acts" }, copy,
       last && side === (turn.kept ?? 0) && button("Try again", acts.again),
-      last && pair && turn.kept !== side && button("Go on from this answer", () => acts.keep(side))),
+      last && pair && turn.kept !== side && button("Go on from this answer", () => acts.keep(side)))),
   ); // prettier-ignore
   places.set(answer, { article, text, facts, problem });
   return article;
 };
 
 const factsOf = (answer) => {
-  if (answer.projection === null || answer.live) return [];
-  const facts = [{ text: `projection ${fixed(answer.projection)}` }];
+  if (answer.live) return [];
+  const facts = answer.projection === null ? [] : [{ text: `projection ${fixed(answer.projection)}` }];
   if (answer.z !== null) facts.push({ text: `z ${signed(answer.z)}` });
-  if (answer.cap !== null && answer.ended !== "you") facts.push({ text: answer.acted ? `cap acted on ${percent(answer.fired)}` : "cap at rest" });
+  if (answer.acted) facts.push({ text: `cap acted on ${percent(answer.fired)}` });
+  else if (answer.cap !== null && answer.z !== null && answer.drift !== null) facts.push({ text: "cap at rest" });
   if (answer.raised) facts.push({ text: "drift alarm", alarm: true });
   if (ENDS[answer.ended]) facts.push({ text: ENDS[answer.ended] });
   return facts;
