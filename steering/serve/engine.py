@@ -38,7 +38,7 @@ UNCAPPED = "as it is"  # the digest of no plan
 
 
 class Busy(KnownError):
-    """As many requests wait as may."""
+    """As many requests wait as may, or the engine is ending."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ class Engine:
         finally:
             self._closing.set()
             for ticket in [*self.waiting, *self._running.values(), *([self._opened] if self._opened else [])]:
-                self._told.append((ticket, Ended("cancelled")))
+                self._told.append((ticket, Ended("error", Busy("the server is ending"))))
             self._flush()
 
     def _guarded(self, part: Callable[[], None]) -> None:

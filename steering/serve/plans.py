@@ -21,7 +21,7 @@ import torch
 from personaxis.persona.axis import Axis, Cap
 from personaxis.persona.errors import KnownError
 from personaxis.persona.subject import Subject
-from personaxis.steering.caps import SPEC, layers_in_words, layers_named, require_cap, shifted
+from personaxis.steering.caps import SPEC, cap_names, layers_in_words, layers_named, require_cap, shifted
 from personaxis.steering.interventions import Intervention, cap_of, plan_digest
 from personaxis.steering.steer import Steering
 
@@ -145,12 +145,13 @@ class Plans:
         return _wanted(f"{name}{amount:+g}", shifted(self.caps[name].cap, self.axis, float(amount)))
 
 
-def named_caps(axis: Axis, stem: Path, extra: Sequence[str]) -> dict[str, Cap]:
-    """All caps that are saved beside an axis, and others by name, file or level (at start: these may be paths)."""
-    from personaxis.steering.caps import cap_named, cap_names
-
-    names = dict.fromkeys([*cap_names(stem), *extra])
-    return {Path(name).stem if "@" not in name else name: cap_named(name, axis, stem) for name in names}
+def cap_labels(stem: Path, extra: Sequence[str]) -> dict[str, str]:
+    """Labels of all caps that are saved beside an axis, and of others, and what `cap_named` takes for each (at start: maybe a path)."""
+    texts = dict.fromkeys([*cap_names(stem), *extra])
+    return {
+        text if "@" in text else Path(text).name.removesuffix(".json").removesuffix(".safetensors"): text
+        for text in texts
+    }
 
 
 def _wanted(name: str, cap: Cap) -> Wanted:

@@ -70,7 +70,7 @@ class Rows:
         self.watching, self.steering = watching, steering
         followers = Followers(steering, watching)
         self.decoder = Decoder(subject, slots + 1, length, followers)
-        followers.seat(slots + 1)
+        followers.seat(slots + 2)  # one for the reading slot, one for texts that are scored
         self.followers, self.rows = followers, list[Row]()
         device = subject.device
         self.tokens, self.positions, self.seeds, self.steps = (
@@ -144,6 +144,24 @@ class Rows:
             (row, self._stepped(row, int(told[0][at]), told[1][at], int(told[2][at]), likely.get(at)))
             for at, row in enumerate(self.rows)
         ]
+
+    def scored(self, prompt: Prompt, most: int) -> list[tuple[float | None, dict[int, float]]]:
+        """Log-probabilities of a text's own tokens and the likeliest at each place, with the plan on. The first has none."""
+        slot, device = self.slots + 1, self.subject.device
+        self.followers.enter([slot], [prompt])
+        self.steering.only(self._acting([Row(prompt, 1.0, 1.0)]))
+        ids = torch.tensor([prompt.ids], device=device)
+        self.followers.reading(torch.tensor([slot], device=device), torch.tensor([len(prompt.ids)], device=device))
+        logits = self.subject.model(input_ids=ids, use_cache=False).logits[0, :-1]
+        self.watching.taken()
+        found: list[tuple[float | None, dict[int, float]]] = [(None, {})]
+        for first in range(0, len(logits), 256):
+            scores = logits[first : first + 256].float().log_softmax(-1)
+            own = scores.gather(1, ids[0, first + 1 : first + 1 + len(scores), None])[:, 0].tolist()
+            values, places = scores.topk(most)
+            best = [dict(zip(*pair, strict=True)) for pair in zip(places.tolist(), values.tolist(), strict=True)]
+            found += zip(own, best, strict=True)
+        return found
 
     def leave(self, row: Row) -> None:
         """The row is through, or given up: the last one moves into its slot."""
