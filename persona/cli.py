@@ -34,6 +34,10 @@ VERBS = {
         "personaxis.steering.evals.inspect_verb:inspect",
         "A task of Inspect with and without a cap, compared.",
     ),
+    "drift": (
+        "personaxis.steering.drift_verb:drift",
+        "Do conversations leave the Assistant, and does a cap hold them?",
+    ),
     "trace": ("personaxis.steering.trace_verb:trace", "Trace stored conversations along an axis, turn by turn."),
     "roles": ("personaxis.persona.bank_verbs:roles", "List, search, show, check and export a role bank."),
     "spans": ("personaxis.persona.verbs:spans", "Show which tokens a chat template gives to whom."),
