@@ -4,11 +4,13 @@
         one.name, one.domain, one.messages[0]["role"], one.messages[0]["content"]
 
 OpenAI's ({"messages": [{"role", "content"}]}, or that list alone) and ShareGPT's ({"conversations": [{"from", "value"}]}), one
-a line in JSONL, one or a list of them in JSON. `SCRIPTS` are our own: what users say in eight turns of talk about coding, writing,
+a line in JSONL, one or a list of them in JSON; and a transcript in plain text (.txt, .md), in which every message begins on a line
+of its own with "User:" or "Assistant:". `SCRIPTS` are our own: what users say in eight turns of talk about coding, writing,
 themselves (as to a therapist) and the philosophy of AI, ten conversations each; nobody answers in them yet.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +22,13 @@ SCRIPTS = Path(__file__).parent / "scripts.jsonl"
 SPEAKERS = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "bot", "model", "chatgpt"), "assistant"),
+    **dict.fromkeys(("assistant", "gpt", "bot", "model", "chatgpt", "ai"), "assistant"),
 }
+PLAIN = (".txt", ".md")
+# fewer names than SPEAKERS has: a line of an answer may well begin with "Model:"
+SAYS = re.compile(
+    r"^[ \t]*\**(system|user|human|assistant|ai|chatgpt)(?:\**[ \t]*:|:\**)\**", re.IGNORECASE | re.MULTILINE
+)
 
 
 class Conversation(NamedTuple):
@@ -36,6 +43,8 @@ def read_conversations(path: Path) -> list[Conversation]:
     """Every conversation of a file. Raises `KnownError` for one without a user, with an unknown speaker or of another form."""
     if path.suffix.lower() in (".jsonl", ".ndjson"):
         found = _lines(path)
+    elif path.suffix.lower() in PLAIN:
+        found = [(str(path), {"id": path.stem, "messages": _spoken(path)})]
     else:
         content = read_json(path)
         many = isinstance(content, list) and not (content and _is_message(content[0]))
@@ -53,15 +62,33 @@ def read_conversations(path: Path) -> list[Conversation]:
     return read
 
 
-def _lines(path: Path) -> list[tuple[str, Any]]:
+def _text(path: Path) -> str:
     if not path.is_file():
         raise KnownError(f"{path} does not exist")
-    found = []
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise KnownError(f"{path} is not UTF-8 (byte {error.start})") from None
-    for number, line in enumerate(lines, 1):
+
+
+def _spoken(path: Path) -> list[Message]:
+    """The messages of a transcript in plain text."""
+    text = _text(path)
+    marks = list(SAYS.finditer(text))
+    if not marks or text[: marks[0].start()].strip():
+        raise KnownError(
+            f'{path} does not begin with who speaks: write "User: ..." and "Assistant: ..." on lines of their own'
+        )
+    ends = [mark.start() for mark in marks[1:]] + [len(text)]
+    return [
+        {"role": SPEAKERS[mark[1].lower()], "content": text[mark.end() : end].strip()}
+        for mark, end in zip(marks, ends, strict=True)
+    ]
+
+
+def _lines(path: Path) -> list[tuple[str, Any]]:
+    found = []
+    for number, line in enumerate(_text(path).splitlines(), 1):
         if line.strip():
             try:
                 found.append((f"{path}:{number}", json.loads(line)))

@@ -33,11 +33,11 @@ def trace(
     Parameters
     ----------
     transcript
-        conversations in OpenAI's or ShareGPT's form, JSON or JSONL
+        conversations in OpenAI's or ShareGPT's form, JSON or JSONL, or one as plain text (.txt: "User: ...", "Assistant: ...")
     axis
         a run folder, an axis file, or smollm2-135m for the axis that comes with it
     calm
-        conversations of this model that do not drift, at least 20, on which the alarm is calibrated; without them there are z but no alarms
+        a calm.json of `personaxis drift`, or at least 40 conversations of this model that do not drift: the alarm is calibrated on one half and its false alarms are counted in the other. Unless given, the calm.json beside the axis; without one there are z but no alarms
     rule
         what raises an alarm: cusum (a small drift that lasts) or several (two of three turns far below)
     false_alarms
@@ -49,80 +49,51 @@ def trace(
     """
     if not 0 < false_alarms < 1:
         raise KnownError(f"--false-alarms {false_alarms} is outside 0..1: it is a share of conversations")
-    content = _content(*_read(model, how, axis, transcript, calm, force), rule, false_alarms)
+    content = _content(*_read(model, how, axis, transcript, calm, rule, false_alarms, force))
     print_json(content) if json else _print(content)
 
 
 def _read(
-    model: str, how: ModelOptions, axis: str, transcript: Path, calm: Path | None, force: bool
-) -> tuple[Any, list[Any], list[Any]]:
-    """The axis, and what was traced: the transcript and the calm conversations."""
+    model: str, how: ModelOptions, axis: str, transcript: Path, calm: Path | None, rule: str, rate: float, force: bool
+) -> tuple[Any, list[Any], Any]:
+    """The axis, what was traced, and how it is watched. What can be wrong without a model is found before one is loaded."""
+    from personaxis.persona.axis import load_axis
+    from personaxis.persona.fitted import axis_stem
+    from personaxis.steering.calm import is_calm, watcher_of
     from personaxis.steering.conversations import read_conversations
-    from personaxis.steering.traced import traced
+    from personaxis.steering.traced import calm_of, require_calm, traced
     from personaxis.steering.verbs import loaded
 
     told = read_conversations(transcript)
-    quiet = read_conversations(calm) if calm is not None else []
+    quiet = read_conversations(calm) if calm is not None and not is_calm(calm) else []
+    stem = axis_stem(axis)
+    if quiet:
+        require_calm(quiet)
+    else:
+        watcher = watcher_of(load_axis(stem), stem, calm, rule, rate)
     held = loaded(model, how, axis, [], force=force)
     with progress("reading", len(told) + len(quiet)) as advance:
         found = traced(held.subject, held.chat, held.axis, told, advance)
-        still = traced(held.subject, held.chat, held.axis, quiet, advance) if quiet else []
-    return held.axis, found, still
+        if quiet:
+            watcher = calm_of(held.subject, held.chat, held.axis, quiet, advance).watcher(rule, rate)
+    return held.axis, found, watcher
 
 
-def _content(axis: Any, found: list[Any], still: list[Any], name: str, rate: float) -> dict[str, Any]:
-    from personaxis.analysis.drift import Cusum, Several, baseline_of, calibrated
-    from personaxis.analysis.drift import false_alarms as counted
-
-    conversations = [[turn.projection for turn in one.turns] for one in still]
-    if still:
-        baseline = baseline_of([value for one in conversations for value in one])
-        rule = calibrated(Cusum() if name == "cusum" else Several(), conversations, baseline, rate)
-        seen = counted(rule, baseline, conversations)
-        alarm = {
-            "rule": name,
-            "limit": rule.limit,
-            "false_alarms": seen.share,
-            "interval": list(seen.interval),
-            "n": seen.n,
-        }
-    else:
-        baseline, rule, alarm = _of_axis(axis), None, None
-    rows = [_row(one, rule, baseline) for one in found]
-    told = {
-        "mean": baseline.mean,
-        "spread": baseline.spread,
-        "of": "calm conversations" if still else "the axis's default answers",
-    }
-    return {"layer": axis.layer, "model": axis.model, "baseline": told, "alarm": alarm, "conversations": rows}
+def _content(axis: Any, found: list[Any], watcher: Any) -> dict[str, Any]:
+    rows = [_row(one, watcher) for one in found]
+    return {"layer": axis.layer, "model": axis.model, **watcher.describe(), "conversations": rows}
 
 
-def _row(one: Any, rule: Any, baseline: Any) -> dict[str, Any]:
+def _row(one: Any, watcher: Any) -> dict[str, Any]:
     """A conversation's turns with their z and, where there is a rule, the alarm's state."""
-    from personaxis.analysis.drift import watch
-
-    places = [turn.projection for turn in one.turns]
-    states = list(watch(rule, baseline, places)) if rule is not None else [None] * len(places)
-    turns = []
-    for turn, state in zip(one.turns, states, strict=True):
+    monitor, turns = watcher.monitor(), []
+    for turn in one.turns:
+        state = None if monitor is None else monitor.turn(turn.projection)
         told = {"message": turn.message, "tokens": [turn.start, turn.stop], "projection": turn.projection}
         alarm = {} if state is None else {"alarm": state.alarm, "raised": state.raised}
-        turns.append({**told, "z": baseline.z(turn.projection), **alarm})
+        turns.append({**told, "z": watcher.baseline.z(turn.projection), **alarm})
     tokens = {"ids": list(one.spans.ids), "projection": one.projection.tolist()}
     return {"name": one.name, "turns": turns, "left_out": one.left_out, **tokens}
-
-
-def _of_axis(axis: Any) -> Any:
-    """The default's answers as the axis keeps them: median, and interquartile range as a standard deviation."""
-    from personaxis.analysis.drift import Baseline
-
-    row = axis.default_quantiles[axis.layers.index(axis.layer)]
-    if not {0.25, 0.5, 0.75} <= set(axis.levels):
-        raise KnownError(
-            "the axis keeps no quartiles of the default's answers; give --calm conversations in their place"
-        )
-    low, middle, high = (float(row[axis.levels.index(level)]) for level in (0.25, 0.5, 0.75))
-    return Baseline(middle, (high - low) / 1.349, 0)
 
 
 def _print(content: dict[str, Any]) -> None:
@@ -147,7 +118,7 @@ def _print(content: dict[str, Any]) -> None:
     )
     if alarm is not None:
         low, high = alarm["interval"]
-        out.print(Text(f"{alarm['rule']} above {alarm['limit']:.2f}: raised in {alarm['false_alarms']:.0%} [{low:.0%}, {high:.0%}] of {alarm['n']} calm conversations", style="dim"))  # fmt: skip
+        out.print(Text(f"{alarm['rule']} above {alarm['limit']:.2f}: raised in {alarm['false_alarms']:.0%} [{low:.0%}, {high:.0%}] of {alarm['n']} calm conversations that it was not calibrated on", style="dim"))  # fmt: skip
 
 
 def _gauge(z: float) -> str:

@@ -19,6 +19,7 @@ from personaxis.persona.errors import KnownError
 from personaxis.persona.rollouts import Rollout
 from personaxis.persona.spans import Spans, conversation_spans
 from personaxis.persona.subject import Subject
+from personaxis.steering.calm import Calm, CalmConversation
 from personaxis.steering.conversations import Conversation
 from personaxis.steering.projected import projected
 
@@ -75,6 +76,27 @@ def traced(
         _with_turns(one.name, own, axis.layer, found[place])
         for place, (one, own) in enumerate(zip(conversations, spans, strict=True))
     ]
+
+
+def calm_of(
+    subject: Subject,
+    chat: ChatFormat,
+    axis: Axis,
+    conversations: Sequence[Conversation],
+    advance: Callable[[int], None] = lambda _: None,
+) -> Calm:
+    """Stored conversations that do not drift, as what an alarm is calibrated on. Raises like `traced`."""
+    found = traced(subject, chat, axis, conversations, advance)
+    rows = [
+        CalmConversation(one.name, told.domain, tuple(turn.projection for turn in one.turns))
+        for one, told in zip(found, conversations, strict=True)
+    ]
+    return Calm(tuple(rows), {"how": "stored conversations, read again"})
+
+
+def require_calm(conversations: Sequence[Conversation]) -> None:
+    """`KnownError` for too few of them, before a model is loaded to read them."""
+    Calm(tuple(CalmConversation(one.name, one.domain, ()) for one in conversations), {}).require_enough()
 
 
 def _with_turns(name: str, spans: Spans, layer: int, projection: Tensor) -> Traced:

@@ -34,7 +34,7 @@ AXIS: dict[str, Any] = {
         "assistant": {"layers": "8-26", "floor": -22.0, "prompt_floor": -30.0, "level": None, "population": "fitted", "phase": "both"},
         "firm": {"layers": "8-26", "floor": -9.0, "prompt_floor": -12.0, "level": None, "population": "fitted", "phase": "both"},
     },
-    "default_cap": None, "default_mode": "always", "context": 2048, "slots": 32, "max_tokens": 1024, "needs_key": False,
+    "default_cap": None, "default_mode": "always", "context": 2048, "slots": 32, "max_tokens": 1024, "temperature": 0.7, "top_p": 0.9, "needs_key": False,
 }  # fmt: skip
 ANSWERS = (
     "That is a good place to begin. You can open the file with a with statement, go through its lines one by one, and add up what you find. If a line is empty, skip it; if a number cannot be read, say which line it was.",

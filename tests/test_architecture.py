@@ -23,6 +23,7 @@ CONFINED = {
         "analysis/canvas.py",
         "analysis/figures.py",
         "analysis/figures_curve.py",
+        "analysis/figures_drift.py",
         "analysis/figures_eval.py",
         "analysis/figures_traits.py",
         "analysis/figures_pareto.py",

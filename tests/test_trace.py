@@ -1,17 +1,22 @@
 """Traces of stored conversations: whose tokens are whose, what is left out, and the verb."""
 
 import json
+import shutil
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from families import tiny_subject
+from test_calm import calm_conversations
 from test_steering import axis_of
 from test_susceptibility import refused
 
+from personaxis.persona.axis import load_axis
 from personaxis.persona.chat import chat_format
 from personaxis.persona.cli import main
 from personaxis.persona.errors import KnownError
+from personaxis.steering.calm import save_calm
 from personaxis.steering.conversations import SCRIPTS, Conversation, read_conversations
 from personaxis.steering.traced import traced
 
@@ -63,7 +68,7 @@ def test_turns_beyond_the_context_are_left_out_and_counted():
 
 @pytest.fixture
 def files(tmp_path):
-    calm = [{"messages": chat(f"I am calm {n}.", f"Still {n}.", "Yes.")} for n in range(24)]
+    calm = [{"messages": chat(f"I am calm {n}.", f"Still {n}.", "Yes.")} for n in range(48)]
     (tmp_path / "calm.jsonl").write_text("".join(json.dumps(one) + "\n" for one in calm))
     odd = chat(*["xq zz 9 !! xq zz 9 !!" for _ in range(6)])
     (tmp_path / "odd.json").write_text(json.dumps({"id": "odd", "messages": odd}))
@@ -90,18 +95,53 @@ def test_the_verb_says_z_of_every_turn_and_alarms_only_where_they_are_calibrated
         main(told(tiny_run, files, "--calm", str(files / "calm.jsonl"), "--rule", rule, "--json"))
         content = json.loads(capsys.readouterr().out)
         assert content["alarm"]["n"] == 24
-        assert content["alarm"]["false_alarms"] <= 0.05
+        assert 0 <= content["alarm"]["interval"][0] <= content["alarm"]["false_alarms"] <= 0.5
         assert all(isinstance(turn["alarm"], bool) for turn in content["conversations"][0]["turns"])
     main(told(tiny_run, files, "--calm", str(files / "calm.jsonl")))
-    assert "of 24 calm conversations" in " ".join(capsys.readouterr().out.split())
+    assert "of 24 calm conversations that it was not calibrated on" in " ".join(capsys.readouterr().out.split())
 
 
 def test_what_cannot_be_traced_is_refused_in_one_line(tiny_run, files, capsys):
     (files / "few.jsonl").write_text(json.dumps(chat("Hi.", "Ho.")) + "\n")
-    assert "1 default conversations; 20" in refused(capsys, told(tiny_run, files, "--calm", str(files / "few.jsonl")))
+    assert "1 calm conversations: 1 to calibrate" in refused(
+        capsys, told(tiny_run, files, "--calm", str(files / "few.jsonl"))
+    )
     assert "outside 0..1" in refused(capsys, told(tiny_run, files, "--false-alarms", "2"))
     (files / "odd.json").write_text("{}")
     assert "is no conversation" in refused(capsys, told(tiny_run, files))
+
+
+def test_a_calm_json_beside_the_axis_is_found_and_one_of_another_axis_is_refused(tiny_run, files, capsys, tmp_path):
+    run = shutil.copytree(tiny_run / "run", tmp_path / "beside")
+    axis = load_axis(run / "axis")
+    calm = calm_conversations(axis)
+    save_calm(run / "calm.json", axis, axis.model, calm, {})
+    asked = [*told(tiny_run, files), "--json"]
+    asked[asked.index("--axis") + 1] = str(run)
+    main(asked)
+    beside = json.loads(capsys.readouterr().out)
+    assert (beside["alarm"]["n"], beside["baseline"]["of"]) == (20, "calm conversations")
+    main([*told(tiny_run, files, "--calm", str(run / "calm.json")), "--json"])
+    assert json.loads(capsys.readouterr().out) == beside
+    other = replace(axis, vectors=-axis.vectors)
+    save_calm(run / "calm.json", other, axis.model, calm, {})
+    assert "along another direction" in refused(capsys, asked)
+
+
+def test_a_transcript_in_plain_text_is_a_conversation(tmp_path):
+    path = tmp_path / "told.txt"
+    path.write_text("User: Who are you?\nReally.\n\n**Assistant:** I am:\n\nModel: none.\nhuman: And then?\n")
+    (one,) = read_conversations(path)
+    assert one.name == "told"
+    assert [(message["role"], message["content"]) for message in one.messages] == [
+        ("user", "Who are you?\nReally."),
+        ("assistant", "I am:\n\nModel: none."),
+        ("user", "And then?"),
+    ]
+    for text in ("Once upon a time", "Once.\nUser: Hello"):
+        path.write_text(text)
+        with pytest.raises(KnownError, match="does not begin with who speaks"):
+            read_conversations(path)
 
 
 def test_our_own_scripts_are_forty_conversations_of_eight_turns_in_four_domains():

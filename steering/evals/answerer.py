@@ -8,7 +8,6 @@ Rows of one batch may be capped or not. What was answered is read once more, in 
 projection of an answer's tokens at the axis's layer, before the cap's step, and the share of tokens that the cap changed.
 """
 
-import hashlib
 from bisect import bisect_left
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -24,6 +23,7 @@ from personaxis.persona.graph import fastest_sampler
 from personaxis.persona.record import CPU_TOKENS, GPU_TOKENS
 from personaxis.persona.sampler import Answer, Prompt, Sampler, Sampling, batch_end, batch_tokens, pad
 from personaxis.persona.subject import residual
+from personaxis.steering.calm import direction_of
 from personaxis.steering.steer import steered
 from personaxis.steering.verbs import Loaded
 
@@ -76,9 +76,8 @@ class Answerer:
     def describe(self) -> dict[str, Any]:
         """What makes two logs comparable: the model, its dtype, and the direction that projections are on."""
         subject, axis = self.held.subject, self.held.axis
-        direction = hashlib.sha256(axis.at(axis.layer).numpy().tobytes()).hexdigest()[:16]
         dtype = str(subject.dtype).removeprefix("torch.")
-        return {"model": subject.describe(), "dtype": dtype, "layer": axis.layer, "direction": direction}
+        return {"model": subject.describe(), "dtype": dtype, "layer": axis.layer, "direction": direction_of(axis)}
 
     @torch.no_grad()
     def answers(self, asked: Sequence[Asked]) -> list[Answered]:

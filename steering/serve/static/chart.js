@@ -46,7 +46,7 @@ const domain = ({ series, axis, floor }) => {
   const values = series.flatMap((one) => one.points.map((point) => point.value));
   const { mean, spread } = axis.baseline ?? {};
   if (Number.isFinite(mean)) values.push(mean - WIDE * spread, mean + WIDE * spread);
-  for (const rows of [axis.quantiles?.roles, axis.quantiles?.default]) if (rows?.length) values.push(at(axis, rows, 0.05), at(axis, rows, 0.95));
+  for (const name of ["roles", "default"]) if (hasQuantiles(axis, name)) values.push(at(axis, name, 0.05), at(axis, name, 0.95));
   let [low, high] = [Math.min(...values), Math.max(...values)];
   if (!Number.isFinite(low)) [low, high] = [-1, 1];
   const reach = high - low || 1;
@@ -54,9 +54,12 @@ const domain = ({ series, axis, floor }) => {
   return [low - 0.06 * (high - low || 1), high + 0.06 * (high - low || 1)];
 };
 
+// Whether the axis keeps quantiles of answers under roles, or of the default's.
+export const hasQuantiles = ({ quantiles }, name) => quantiles?.[name]?.length > 0 && quantiles[name].every(Number.isFinite);
+
 // A quantile of the axis at a level that it keeps, or the nearest one.
-export const at = (axis, row, level) => {
-  const { levels } = axis.quantiles;
+export const at = (axis, name, level) => {
+  const { levels, [name]: row } = axis.quantiles;
   let best = 0;
   for (const [place, one] of levels.entries()) if (Math.abs(one - level) < Math.abs(levels[best] - level)) best = place;
   return row[best];
@@ -75,7 +78,7 @@ const picture = (box, drawn, onpick) => {
   const { series, axis, floor } = drawn;
   const [width, height] = [box.clientWidth, box.clientHeight];
   const [low, high] = domain(drawn);
-  const strips = axis.quantiles?.roles?.length && axis.quantiles?.default?.length && width >= 300;
+  const strips = hasQuantiles(axis, "roles") && hasQuantiles(axis, "default") && width >= 300;
   const [left, right, top, bottom] = [48, strips ? width - 80 : width - 12, 20, height - 22];
   const turns = Math.max(SHORTEST, ...series.flatMap((one) => one.points.map((point) => point.turn + 1)));
   const x = (turn) => left + ((right - left) * (turn + 0.5)) / turns;
@@ -137,7 +140,7 @@ const floorLine = (floor, series, { left, right, bottom, y, x, low, high }) => {
 const reference = (axis, right, bottom, y) =>
   [["roles", "others"], ["default", "positive"]].flatMap(([name, side], place) => {
     const middle = right + 22 + 38 * place;
-    const [least, lower, half, upper, most] = [0.05, 0.25, 0.5, 0.75, 0.95].map((level) => y(at(axis, axis.quantiles[name], level)));
+    const [least, lower, half, upper, most] = [0.05, 0.25, 0.5, 0.75, 0.95].map((level) => y(at(axis, name, level)));
     const title = svg("title", {}, `Answers ${name === "roles" ? "under role prompts" : "without a role"}: 5 to 95%, the middle half, the median`);
     return [
       svg("g", { class: `reference ${side}` }, title,

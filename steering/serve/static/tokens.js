@@ -1,15 +1,16 @@
 // An answer's tokens: one span each, its colour from a fixed scale, so that the same shade means the same place in every answer.
 
 import { el, fixed, hideTip, showTip, signed } from "./dom.js";
-import { at } from "./chart.js";
+import { at, hasQuantiles } from "./chart.js";
 
 const DEEPEST = 62; // percent of the side's colour at either end
 
 // The middle is the baseline's mean. Either end is as far from it as the outermost of: the lower quartile of answers under roles,
 // the default's 5 and 95%. Both sides have one reach, so that equal depth is equal distance.
 export const scaleOf = (axis) => {
-  const { quantiles, baseline } = axis;
-  const places = quantiles ? [at(axis, quantiles.roles, 0.25), at(axis, quantiles.default, 0.05), at(axis, quantiles.default, 0.95)] : [];
+  const { baseline } = axis;
+  const wanted = [["roles", 0.25], ["default", 0.05], ["default", 0.95]]; // prettier-ignore
+  const places = wanted.filter(([name]) => hasQuantiles(axis, name)).map(([name, level]) => at(axis, name, level));
   const middle = baseline?.mean ?? 0;
   const reach = Math.max(...places.map((place) => Math.abs(place - middle)), baseline ? 2 * baseline.spread : 0) || 1;
   return { middle, reach, low: middle - reach, high: middle + reach, axis };
