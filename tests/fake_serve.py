@@ -108,6 +108,9 @@ def answer_to(request: dict[str, Any], text: str | None) -> tuple[list[dict[str,
         fired = chance.randint(1, 9) if floor is not None and place < floor + 8 else 0
         tokens.append({"id": number, "text": piece, "projection": round(place, 3), "fired": fired})
     mean = sum(token["projection"] for token in tokens) / len(tokens) if tokens else None
+    most = request.get("max_tokens", 10**6)
+    if most < len(tokens):  # the last one was said, and never read
+        tokens = [*tokens[: most - 1], {**tokens[most - 1], "projection": None, "fired": 0}]
     zs[-1] = (mean - BASELINE["mean"]) / BASELINE["spread"] if mean is not None else 0.0
     turns = []
     for place, z, (on, raised) in zip([*before, len(messages)], zs, alarms(zs), strict=True):
@@ -202,8 +205,10 @@ class Answering(BaseHTTPRequestHandler):
 
     def _stream(self, request: dict[str, Any], behaviour: Behaviour) -> None:
         tokens, persona = answer_to(request, behaviour.text)
+        if behaviour.axis["alarm"] is None:
+            persona["drift"] = {"state": None}
         self._event({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]})
-        for number, token in enumerate(tokens):
+        for number, (token, before) in enumerate(zip(tokens, [None, *tokens], strict=False)):
             if number == behaviour.cut_after:
                 return
             if number == behaviour.break_after:
@@ -212,9 +217,10 @@ class Answering(BaseHTTPRequestHandler):
                 )
             time.sleep(behaviour.delay)
             delta = {"index": 0, "delta": {"content": token["text"]}, "finish_reason": None}
-            self._event({"choices": [delta], "persona": {"tokens": [token]}})
-        self._event({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
-        self._event({"choices": [], "persona": persona})
+            # a token's place is known when the next one is made
+            self._event({"choices": [delta], "persona": {"tokens": [before] if before else []}})
+        ended = "length" if tokens and tokens[-1]["projection"] is None else "stop"
+        self._event({"choices": [{"index": 0, "delta": {}, "finish_reason": ended}], "persona": persona})
         self.wfile.write(b"data: [DONE]\n\n")
 
     def _event(self, chunk: dict[str, Any]) -> None:

@@ -85,7 +85,7 @@ def visit(browser, desk, fake):
 
     yield open_page
     for page in opened:
-        hit = page.evaluate("[localStorage.clear(), window.hit][1]")
+        hit = page.evaluate("[document.getElementById('keep').checked = false, localStorage.clear(), window.hit][2]")
         page.close()
         assert hit is None, "a script of a text ran"
     assert wrong == []
@@ -127,6 +127,9 @@ def test_an_answer_streams_and_its_point_moves_with_it(visit, fake):
     live = page.locator("#chart .point.live")
     expect(live).to_have_count(1)
     expect(page.locator(".answer.live .tokens")).to_contain_text("tired")
+    expect(
+        page.locator(".answer.live .t").nth(4)
+    ).to_be_attached()  # measured tokens, while the newest word is still bare
     first = live.get_attribute("data-value")
     expect(live).not_to_have_attribute("data-value", first)
     settled(page)
@@ -328,6 +331,11 @@ def test_conversations_of_other_forms_are_read_and_traced_with_the_next_answer(v
     page.get_by_role("button", name="Answer it").click()
     settled(page)
     expect(page.locator(".tokens")).to_contain_text("good place")
+    script = (
+        "text => { const data = new DataTransfer(); data.items.add(new File([text], 'dropped.json')); return data; }"
+    )
+    page.dispatch_event("main", "drop", {"dataTransfer": page.evaluate_handle(script, json.dumps(share))})
+    expect(page.locator(".tokens")).to_have_text(["Hello"])
 
 
 def test_files_that_are_no_conversation_are_refused_in_one_line(visit, tmp_path):
@@ -363,6 +371,20 @@ def test_a_conversation_stays_in_the_browser_unless_that_is_not_wanted(visit):
     assert page.evaluate("localStorage.getItem('personaxis.conversation')") is None
     page.click("#clear")
     expect(page.locator(".user")).to_have_count(0)
+
+
+def test_an_answer_in_the_middle_is_kept_when_the_page_goes(visit, fake):
+    page = visit()
+    fake.behaviour.delay = 0.04
+    page.fill("#say", "Go on")
+    page.press("#say", "Enter")
+    expect(page.locator(".tokens")).to_contain_text("good place")
+    page.reload()
+    expect(page.locator(".tokens")).to_contain_text("good place")
+    expect(page.get_by_role("button", name=re.compile("Retry|Try again")).first).to_be_visible()
+    fake.behaviour.axis["layer"] = 3
+    page.reload()
+    expect(page.locator("#line")).to_contain_text("Saved with smollm2-135m, layer 21")
 
 
 def test_the_keyboard_alone_is_enough(visit):
@@ -404,6 +426,12 @@ def test_tokens_are_coloured_by_projection_and_underlined_where_the_cap_acted(vi
     expect(page.locator("#scale")).to_contain_text("role-play")
     token.locator("b").hover()
     expect(page.locator("#tip")).to_have_text(re.compile(r"projection .*z .*changed by the cap at \d of 19 layers"))
+    page.click("#how summary")
+    page.fill("#max_tokens", "3")
+    say(page, "Briefly")
+    expect(page.locator(".facts").last).to_contain_text("cut short")
+    page.locator("#turns .tokens").last.locator(".t").last.hover()
+    expect(page.locator("#tip")).to_have_text("not measured: the answer was cut here")
 
 
 def test_text_is_never_markup(visit, fake):
@@ -534,7 +562,9 @@ def test_a_key_is_asked_for_where_the_server_wants_one(visit, fake):
     fake.behaviour.key = "right"
     page = visit(ready=False)
     for key in ("wrong", "right"):
-        page.keyboard.press("Escape")
+        expect(page.locator("#key")).to_be_focused()
+        for _ in range(3):
+            page.keyboard.press("Escape")
         page.fill("#key", key)
         page.press("#key", "Enter")
         if key == "wrong":
@@ -561,12 +591,14 @@ def test_the_page_waits_for_a_server_that_is_not_there_yet(visit, fake):
 
 
 def test_without_caps_or_an_alarm_the_page_offers_neither(visit, fake):
-    fake.behaviour.axis.update(caps={}, alarm=None)
+    fake.behaviour.axis.update(caps={}, alarm=None, quantiles={"levels": [], "default": [], "roles": []})
     page = visit()
     expect(page.locator("#cap")).to_be_disabled()
     expect(page.locator("#compare")).to_be_disabled()
     say(page, "Hello")
-    expect(page.locator("#readouts")).to_contain_text("no alarm calibrated")
+    expect(page.locator("#explain")).to_contain_text("No alarm is calibrated")
+    expect(page.locator("#state")).to_have_text("The last answer lies within the band.")
+    expect(page.locator("#readouts")).not_to_contain_text("Drift")
 
 
 def test_the_pages_files_are_short_and_hold_nothing_that_its_policy_forbids():

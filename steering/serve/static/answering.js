@@ -38,6 +38,7 @@ export const stream = async (conversation, turn, answer, side, { axis, sampling,
     answer.live = false;
     answer.projection ??= runningMean(answer.tokens); // stopped before the server could sum up
     answer.z ??= zOf(axis, answer.projection);
+    answer.acted ||= answer.tokens.some((token) => token.fired > 0);
     changed(answer);
   }
 };

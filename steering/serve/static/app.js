@@ -128,14 +128,14 @@ const ask = async (turn, answers) => {
   draw();
   at("log").scrollTop = at("log").scrollHeight;
   const how = { axis, sampling: chosen.sampling, signal: mine.signal, changed };
-  let denied = false;
+  let ends = [];
   try {
-    const ends = await Promise.all(answers.map((answer) => stream(conversation, turn, answer, turn.answers.indexOf(answer), how)));
-    denied = ends.includes("denied");
+    ends = await Promise.all(answers.map((answer) => stream(conversation, turn, answer, turn.answers.indexOf(answer), how)));
   } finally {
     if (stopper === mine) endRound();
   }
-  if (denied) return askForKey(true).then(again);
+  if (!conversation.turns.includes(turn)) return; // another conversation has taken its place
+  if (ends.includes("denied")) return askForKey(true).then(again);
   speak(answers.map((answer) => answer.problem ?? `Answer complete, projection ${fixed(answer.projection)}${answer.raised ? ", the drift alarm was raised" : ""}.`).join(" "));
 };
 
@@ -250,6 +250,8 @@ const goTo = (turn) => {
   const article = at(`turn-${turn}`);
   article?.scrollIntoView({ block: "start" });
   article?.focus({ preventScroll: true });
+  article?.classList.add("found");
+  setTimeout(() => article?.classList.remove("found"), 1400);
 };
 
 // ---- the field and the keys
@@ -288,6 +290,8 @@ const startKeys = () => {
     if (event.key.toLowerCase() === "k" && (event.ctrlKey || event.metaKey)) (event.preventDefault(), at("say").focus());
   });
   at("stop").addEventListener("click", stop);
+  // Escape as a key, since a browser lets a second one close the dialog whatever is said to "cancel"
+  at("ask-key").addEventListener("keydown", (event) => event.key === "Escape" && event.preventDefault());
   at("ask-key").addEventListener("cancel", (event) => event.preventDefault());
   for (const [button, target] of [["menu", "actions"], ["strip", "panel-body"]]) {
     at(button).addEventListener("click", () => toggle(button, target, at(button).getAttribute("aria-expanded") !== "true"));
@@ -309,6 +313,7 @@ const startKeeping = () => {
   const empty = () => replaceBy(newConversation(), conversation.turns.length ? "A new conversation. The one before is gone from this page." : null);
   at("clear").addEventListener("click", () => (empty(), forget()));
   at("new").addEventListener("click", () => (empty(), at("say").focus()));
+  addEventListener("pagehide", keepHere); // also in the middle of an answer
   at("save").addEventListener("click", () => download(conversation, axis));
 };
 
@@ -338,7 +343,8 @@ const start = async () => {
   panel = newPanel(axis, scale, goTo);
   watchTokens(at("turns"), (cap) => countLayers(axis.caps?.[cap]?.layers), scale, speak);
   startEmpty();
-  conversation = remembered(axis) ?? newConversation();
+  const { conversation: known, remark } = remembered(axis);
+  conversation = known ?? newConversation();
   at("system").value = conversation.system;
   startKeeping();
   startControls(axis, () => {
@@ -351,6 +357,7 @@ const start = async () => {
   startFiles(axis, { loaded: load, refused: (message) => showLine(message) });
   at("send").disabled = false;
   draw();
+  showLine(remark);
   if (conversation.turns.length) at("log").scrollTop = at("log").scrollHeight;
   if (conversation.turns.some((turn) => turn.user !== null && showsDistress(turn.user))) notice();
   if (matchMedia("(hover: hover)").matches) at("say").focus(); // on a phone the keyboard would cover the page

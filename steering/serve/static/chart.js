@@ -51,7 +51,7 @@ const domain = ({ series, axis, floor }) => {
   if (!Number.isFinite(low)) [low, high] = [-1, 1];
   const reach = high - low || 1;
   if (floor !== null && floor > low - reach / 2 && floor < high + reach / 2) [low, high] = [Math.min(low, floor), Math.max(high, floor)];
-  return [low - 0.06 * (high - low || 1), high + 0.06 * (high - low || 1)];
+  return [low - 0.04 * (high - low || 1), high + 0.05 * (high - low || 1)];
 };
 
 // Whether the axis keeps quantiles of answers under roles, or of the default's.
@@ -68,7 +68,7 @@ export const at = (axis, name, level) => {
 const ticks = (low, high, most) => {
   const rough = (high - low) / most;
   const unit = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].find((times) => times * unit >= rough) * unit;
+  const step = [1, 2, 2.5, 5, 10].find((times) => times * unit >= rough) * unit;
   const found = [];
   for (let value = Math.ceil(low / step) * step; value <= high; value += step) found.push(Number(value.toPrecision(12)));
   return found;
@@ -82,7 +82,7 @@ const picture = (box, drawn, onpick) => {
   const [left, right, top, bottom] = [48, strips ? width - 80 : width - 12, 20, height - 22];
   const turns = Math.max(SHORTEST, ...series.flatMap((one) => one.points.map((point) => point.turn + 1)));
   const x = (turn) => left + ((right - left) * (turn + 0.5)) / turns;
-  const y = (value) => bottom - ((bottom - top) * (value - low)) / (high - low);
+  const y = (value) => bottom - 18 - ((bottom - 18 - top) * (value - low)) / (high - low); // the name of the lower pole stands below
   const root = svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "group", "aria-label": "Projection of each answer; the arrow keys go from answer to answer, Enter to its text" });
   root.append(...grid(axis, { left, right, top, bottom, low, high, y, x, turns }));
   if (axis.baseline) root.append(...band(axis.baseline, left, right, y));
@@ -108,7 +108,7 @@ const grid = (axis, { left, right, top, bottom, low, high, y, x, turns }) => {
     ...numbers.map((turn) => svg("text", { class: "tick", x: x(turn), y: bottom + 16, "text-anchor": "middle" }, String(turn + 1))),
     svg("line", { class: "base", x1: left, x2: right, y1: bottom, y2: bottom }),
     svg("text", { class: "pole up", x: left, y: 12 }, `↑ ${axis.poles[0]}`),
-    svg("text", { class: "pole down", x: left + 6, y: bottom - 8 }, `↓ ${axis.poles[1]}`),
+    svg("text", { class: "pole down", x: left + 6, y: bottom - 9 }, `↓ ${axis.poles[1]}`),
     svg("text", { class: "tick", x: left - 8, y: bottom + 16, "text-anchor": "end" }, "answer"),
   ];
 };

@@ -1,7 +1,7 @@
 // Beside the chat: where the conversation lies, in a chart, in words and in numbers.
 
 import { chartTable, newChart } from "./chart.js";
-import { answerOn, CAPPED, PLAIN, runningMean, sidesOf, trajectories, zOf } from "./conversation.js";
+import { answerOn, CAPPED, runningMean, sidesOf, trajectories, zOf } from "./conversation.js";
 import { at, el, fixed, percent, signed } from "./dom.js";
 import { scaleLegend } from "./tokens.js";
 
@@ -16,7 +16,7 @@ export const newPanel = (axis, scale, onpick) => {
       chart.draw(series, axis, floor);
       const words = stateOf(conversation, axis);
       at("state").replaceChildren(...words.map(({ text, alarm }) => el("span", { class: alarm ? "alarmed" : null }, text)));
-      at("strip-state").textContent = shortState(conversation);
+      at("strip-state").textContent = shortState(conversation, axis);
       at("legend").replaceChildren(...legend(conversation, axis, cap, floor));
       at("readouts").replaceChildren(readouts(conversation, axis, cap));
       at("table").replaceChildren(chartTable(series, series.length > 1));
@@ -24,9 +24,10 @@ export const newPanel = (axis, scale, onpick) => {
   };
 };
 
-const explanation = ({ layer, poles, model, baseline }) =>
+const explanation = ({ layer, poles, model, baseline, alarm }) =>
   `Each point is one answer: the mean projection of its tokens at layer ${layer} of ${model.n_layers}, before any cap’s step, onto the axis from “${poles[1]}” to “${poles[0]}”.` +
-  (baseline ? ` The band is where ${baseline.of} lie (mean ± 2 spreads); z counts spreads from their mean, so an answer far below zero has left the model’s default character.` : "");
+  (baseline ? ` The band is where ${baseline.of} lie (mean ± 2 spreads); z counts spreads from their mean, so an answer far below zero has left the model’s default character.` : "") +
+  (alarm ? ` The alarm is raised in ${percent(alarm.false_alarms)} of calm conversations.` : " No alarm is calibrated on this server.");
 
 const floorOf = (conversation, axis, cap) => {
   if (cap) return axis.caps[cap]?.floor ?? null;
@@ -41,8 +42,8 @@ const sideName = (side) => (side === CAPPED ? "Capped" : "As it is");
 const stateOf = (conversation, axis) => {
   const sides = sidesOf(conversation);
   return sides.map((side) => {
-    const { text, alarm } = stateOn(conversation, axis, side);
-    return { text: sides.length > 1 ? `${sideName(side)}: ${text[0].toLowerCase()}${text.slice(1)}` : text, alarm };
+    const { text, long, alarm } = stateOn(conversation, axis, side);
+    return { text: sides.length > 1 ? `${sideName(side)}: ${text[0].toLowerCase()}${text.slice(1)}` : (long ?? text), alarm };
   });
 };
 
@@ -61,14 +62,19 @@ const stateOn = (conversation, axis, side) => {
   }
   if (judged) return { text: "Calm." };
   if (last.z === null) return { text: `Last answer at ${fixed(last.projection)}.` };
-  return { text: last.z < -2 ? "The last answer lies below the band." : last.z > 2 ? "The last answer lies above the band." : "The last answer lies within the band." };
+  const place = last.z < -2 ? "Below" : last.z > 2 ? "Above" : "Within";
+  return { text: `${place} the band.`, long: `The last answer lies ${place.toLowerCase()} the band.` };
 };
 
-const shortState = (conversation) => {
-  const last = answersOn(conversation, PLAIN).at(-1);
-  if (!last) return "";
-  if (last.live) return fixed(runningMean(last.tokens));
-  return `${last.z === null ? fixed(last.projection) : `z ${signed(last.z)}`}${last.alarm ? ", drifting" : ""}`;
+// Beside the closed panel's name.
+const shortState = (conversation, axis) => {
+  const lasts = sidesOf(conversation).map((side) => answersOn(conversation, side).at(-1));
+  if (!lasts.every(Boolean)) return "";
+  const said = lasts.map((last) => {
+    const z = zOf(axis, last.live ? runningMean(last.tokens) : last.projection);
+    return z === null ? "–" : signed(z);
+  });
+  return `z ${said.join(", capped ")}${lasts[0].alarm ? ", drifting" : ""}`;
 };
 
 const legend = (conversation, axis, cap, floor) => {
@@ -94,9 +100,9 @@ const readouts = (conversation, axis, cap) => {
   const rows = [
     ["Projection", (last) => fixed(place(last))],
     ["z", (last) => (z(last) === null ? "–" : signed(z(last)))],
-    ...(capped ? [["Floor", (last) => fixed(last.floor ?? (last.live && last.cap ? axis.caps[last.cap]?.floor : null))], ["Changed by the cap", (last) => percent(last.fired)]] : []),
-    ["Drift", (last) => (axis.alarm ? (last.drift ?? "–") : "no alarm calibrated")],
+    ...(capped ? [["Floor", (last) => fixed(last.floor ?? (last.live && last.cap ? axis.caps[last.cap]?.floor : null))], ["Changed by the cap", (last) => percent(last.fired), "share of tokens times capped layers"]] : []),
+    ...(axis.alarm ? [["Drift", (last) => last.drift ?? "–"]] : []),
   ];
   const head = sides.length > 1 && el("thead", {}, el("tr", {}, el("td"), ...sides.map((side) => el("th", { scope: "col" }, sideName(side)))));
-  return el("table", { class: "readouts" }, el("caption", {}, conversation.turns.length ? "The last answer" : "The next answer"), head, el("tbody", {}, ...rows.map(([name, show]) => el("tr", {}, el("th", { scope: "row" }, name), ...value(show)))));
+  return el("table", { class: "readouts" }, el("caption", {}, conversation.turns.length ? "The last answer" : "The next answer"), head, el("tbody", {}, ...rows.map(([name, show, title]) => el("tr", {}, el("th", { scope: "row", title }, name), ...value(show)))));
 };

@@ -2,6 +2,7 @@
 
 import { el, fixed, hideTip, showTip, signed } from "./dom.js";
 import { at, hasQuantiles } from "./chart.js";
+import { zOf } from "./conversation.js";
 
 const DEEPEST = 62; // percent of the side's colour at either end
 
@@ -27,29 +28,29 @@ const spanOf = (token, scale) => {
   return span;
 };
 
-// Text of an answer into a box. Tokens are used where they spell the text; otherwise the text stands alone.
+// Text of an answer into a box. A token's place is known only when the model has read it, so the last words may come before their
+// colour; where the tokens do not spell the text, it stands alone.
 export const fillTokens = (box, answer, scale) => {
-  const spelled = answer.tokens.length > 0 && answer.tokens.map((token) => token.text).join("") === answer.text;
-  if (!spelled) {
-    box.replaceChildren(answer.text);
-    box.tokens = null;
-    return;
-  }
-  // while it streams only the new ones are added
-  const before = box.tokens && answer.tokens.length >= box.tokens.length && box.tokens.first === answer.tokens[0] ? box.tokens.length : 0;
-  if (before === 0) box.replaceChildren();
-  box.append(...answer.tokens.slice(before).map((token) => spanOf(token, scale)));
-  box.tokens = { first: answer.tokens[0], length: answer.tokens.length };
+  const { text, tokens } = answer;
+  const spelled = tokens.map((token) => token.text).join("");
+  const count = spelled !== "" && text.startsWith(spelled) ? tokens.length : 0;
+  const shown = box.shown ?? { first: null, count: 0 };
+  box.rest?.remove();
+  const from = shown.first === tokens[0] && shown.count <= count ? shown.count : 0; // while it streams only what is new is added
+  if (from === 0) box.replaceChildren();
+  box.append(...tokens.slice(from, count).map((token) => spanOf(token, scale)));
+  box.rest = count < tokens.length || spelled.length < text.length ? document.createTextNode(count ? text.slice(spelled.length) : text) : null;
+  if (box.rest) box.append(box.rest);
+  box.shown = { first: tokens[0], count };
   box.answer = answer;
 };
 
 const tell = (box, span, layersOf, scale) => {
   const place = [...box.children].indexOf(span);
   const token = box.answer?.tokens[place];
-  if (!token || token.projection === null) return null;
-  const { baseline } = scale.axis;
-  const z = baseline ? `, z ${signed((token.projection - baseline.mean) / baseline.spread)}` : "";
-  const lines = [`projection ${fixed(token.projection)}${z}`];
+  if (!token) return null;
+  const z = zOf(scale.axis, token.projection);
+  const lines = [token.projection === null ? "not measured: the answer was cut here" : `projection ${fixed(token.projection)}${z === null ? "" : `, z ${signed(z)}`}`];
   if (token.fired) {
     const all = layersOf(box.answer.cap);
     lines.push(`changed by the cap at ${token.fired}${all ? ` of ${all}` : ""} layer${token.fired === 1 && !all ? "" : "s"}`);
@@ -76,7 +77,7 @@ export const watchTokens = (root, layersOf, scale, speak) => {
   root.addEventListener("keydown", (event) => {
     const box = event.target.closest?.(".tokens");
     const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-    if (!box || step === undefined || !box.tokens || event.altKey || event.metaKey || event.ctrlKey) return;
+    if (!box || step === undefined || !box.shown?.count || event.altKey || event.metaKey || event.ctrlKey) return;
     event.preventDefault();
     const spans = [...box.children].filter((span) => span.textContent !== "");
     const here = spans.indexOf(current);
