@@ -458,6 +458,20 @@ def test_text_is_never_markup(visit, fake):
         file_of({"messages": [{"role": "user", "content": PAYLOAD}, {"role": "assistant", "content": PAYLOAD}]}),
     )
     expect(page.locator(".tokens")).to_have_text([PAYLOAD])
+    answer = {
+        "content": PAYLOAD,
+        "cap": PAYLOAD,
+        "projection": 1.0,
+        "problem": PAYLOAD,
+        "per_token": [{"text": PAYLOAD, "projection": 1.0, "fired": 1}],
+    }
+    place = {"format": 1, "fingerprint": axis["model"]["fingerprint"], "layer": 21, "poles": axis["poles"]}
+    told = [{"role": "user", "content": PAYLOAD}, {"role": "assistant", "content": PAYLOAD}]
+    page.set_input_files(
+        "#file", file_of({"messages": told, "personaxis": {**place, "turns": [{"user": PAYLOAD, "answers": [answer]}]}})
+    )
+    expect(page.locator(".who")).to_have_text(f"Cap “{PAYLOAD}”")
+    expect(page.locator("#turns .t")).to_have_text([PAYLOAD])
     page.set_input_files("#file", file_of({"messages": [{"role": PAYLOAD, "content": "x"}], "__proto__": {"hit": 1}}))
     expect(page.locator("#line")).to_contain_text("its role is not one of")
     assert page.locator("main img, main script, #tip img, header img").count() == 0
