@@ -35,6 +35,11 @@ VERBS = {
         "personaxis.steering.evals.inspect_verb:inspect",
         "A task of Inspect with and without a cap, compared.",
     ),
+    "serve": (
+        "personaxis.steering.serve.serve_verb:serve",
+        "An OpenAI-compatible server, and a page, with every conversation's persona measured.",
+    ),
+    "chat": ("personaxis.steering.serve.chat_verb:chat", "Talk to a model in the terminal, and see where it stands."),
     "drift": (
         "personaxis.steering.drift_verb:drift",
         "Do conversations leave the Assistant, and does a cap hold them?",

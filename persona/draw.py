@@ -21,31 +21,49 @@ def draw(
     logits: Float[Tensor, "B V"],
     seeds: Int[Tensor, " B"],
     steps: Int[Tensor, " B"],
-    temperature: float,
-    top_p: float,
+    temperature: float | Float[Tensor, " B"],
+    top_p: float | Float[Tensor, " B"],
 ) -> Int[Tensor, " B"]:
-    """One token id per row. `seeds` are in [0, 2**62), `steps` count the row's tokens; temperature 0 is the argmax."""
+    """One token id per row. `seeds` are in [0, 2**62), `steps` count the row's tokens; temperature 0 is the argmax.
+
+    Temperature and top_p are one number for all rows, or one a row.
+    """
+    if isinstance(temperature, Tensor):
+        greedy = temperature == 0
+        if not logits.is_cuda and bool(greedy.all()):  # on a GPU it would wait for the answer
+            return logits.argmax(-1)
+        drawn = _drawn(logits, row_noise(seeds, steps), temperature.masked_fill(greedy, 1.0), top_p)
+        return torch.where(greedy, logits.argmax(-1), drawn)
     if temperature == 0:
         return logits.argmax(-1)
+    return _drawn(logits, row_noise(seeds, steps), temperature, top_p)
+
+
+def _drawn(logits: Tensor, noise: Tensor, temperature: float | Tensor, top_p: float | Tensor) -> Tensor:
     if logits.is_cuda:
         from personaxis.persona.kernels import draw_on_gpu
 
-        return draw_on_gpu(logits, row_noise(seeds, steps), temperature, top_p)
-    return draw_plainly(logits, row_noise(seeds, steps), temperature, top_p)
+        return draw_on_gpu(logits, noise, temperature, top_p)
+    return draw_plainly(logits, noise, temperature, top_p)
 
 
 def draw_plainly(
-    logits: Float[Tensor, "B V"], noise: Int[Tensor, " B"], temperature: float, top_p: float
+    logits: Float[Tensor, "B V"],
+    noise: Int[Tensor, " B"],
+    temperature: float | Float[Tensor, " B"],
+    top_p: float | Float[Tensor, " B"],
 ) -> Int[Tensor, " B"]:
     """The same in plain torch, for CPUs and as the kernel's reference."""
-    scaled = logits.float() / temperature
+    scaled = logits.float() / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
+    top_p = top_p[:, None] if isinstance(top_p, Tensor) else top_p
     total = scaled.logsumexp(-1, keepdim=True)
     values, ids = scaled.topk(min(FIRST_TRY, scaled.shape[1]), dim=-1)
     chosen, whole = _choose(values, ids, total, noise, top_p)
     if not whole.all():
         rows = (~whole).nonzero()[:, 0]
         values, ids = scaled[rows].sort(-1, descending=True)
-        chosen[rows] = _choose(values, ids, total[rows], noise[rows], top_p)[0]
+        reach = top_p[rows] if isinstance(top_p, Tensor) else top_p
+        chosen[rows] = _choose(values, ids, total[rows], noise[rows], reach)[0]
     return chosen
 
 
@@ -63,7 +81,7 @@ def gumbel(noise: Int[Tensor, "#B #K"], ids: Int[Tensor, "#B #K"]) -> Float[Tens
     return -torch.log(-torch.log(uniform))
 
 
-def _choose(values: Tensor, ids: Tensor, total: Tensor, noise: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+def _choose(values: Tensor, ids: Tensor, total: Tensor, noise: Tensor, top_p: float | Tensor) -> tuple[Tensor, Tensor]:
     """Draw from descending `values` (B, K); the second result says whether they held the whole nucleus."""
     mass = (values - total).exp().cumsum(-1)
     reached = mass >= top_p

@@ -165,10 +165,14 @@ def _threshold(
 @triton.jit
 def _draw(
     logits, noise, out, stride, vocabulary, inverse_temperature, top_p, reach,
-    SHIFT: tl.constexpr, BLOCK: tl.constexpr,
+    SHIFT: tl.constexpr, BLOCK: tl.constexpr, BY_ROW: tl.constexpr,
 ):  # fmt: skip
-    """One program per row: the nucleus's threshold, then Gumbel-max above it."""
+    """One program per row: the nucleus's threshold, then Gumbel-max above it. BY_ROW: the three numbers are one a row."""
     row = tl.program_id(0)
+    if BY_ROW:
+        inverse_temperature = tl.load(inverse_temperature + row)
+        top_p = tl.load(top_p + row)
+        reach = tl.load(reach + row)
     line = logits + row.to(tl.int64) * stride
     at = tl.arange(0, BLOCK)
     high = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -197,7 +201,10 @@ EMPTY_BITS = {torch.bfloat16: 16, torch.float16: 13}  # low bits of a float32 th
 
 
 def draw_on_gpu(
-    logits: Float[Tensor, "B V"], noise: Int[Tensor, " B"], temperature: float, top_p: float
+    logits: Float[Tensor, "B V"],
+    noise: Int[Tensor, " B"],
+    temperature: float | Float[Tensor, " B"],
+    top_p: float | Float[Tensor, " B"],
 ) -> Int[Tensor, " B"]:
     """`personaxis.persona.draw.draw_plainly` in one kernel: some ten passes over a row that stays in the cache.
 
@@ -207,9 +214,18 @@ def draw_on_gpu(
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     out = torch.empty(rows, dtype=torch.long, device=logits.device)
-    reach = math.log(vocabulary / (1 - top_p)) + 1 if top_p < 1 else math.inf
+    by_row = isinstance(temperature, Tensor) or isinstance(top_p, Tensor)
+    if by_row:
+        temperature, top_p = (
+            value if isinstance(value, Tensor) else logits.new_full((rows,), value, dtype=torch.float32)
+            for value in (temperature, top_p)
+        )
+        reach: float | Tensor = (vocabulary / (1 - top_p)).log() + 1  # infinite for top_p 1
+    else:
+        assert isinstance(top_p, float)
+        reach = math.log(vocabulary / (1 - top_p)) + 1 if top_p < 1 else math.inf
     _draw[(rows,)](
         logits, noise, out, logits.stride(0), vocabulary, 1.0 / temperature, top_p, reach,
-        SHIFT=EMPTY_BITS.get(logits.dtype, 0), BLOCK=4096, num_warps=8,
+        SHIFT=EMPTY_BITS.get(logits.dtype, 0), BLOCK=4096, BY_ROW=by_row, num_warps=8,
     )  # fmt: skip
     return out

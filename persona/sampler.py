@@ -76,8 +76,9 @@ class Follower:
     def enter(self, slots: Sequence[int], prompts: Sequence[Prompt]) -> None:
         """These prompts take these slots."""
 
-    def reading(self, slots: Tensor, lengths: Tensor) -> None:
-        """The next forward reads prompts into `slots` (n,): `lengths` (n,) tokens of each, the rest is padding."""
+    def reading(self, slots: Tensor, lengths: Tensor, opening: bool = True) -> None:
+        """The next forward reads prompts into `slots` (n,): `lengths` (n,) tokens of each, the rest is padding. `opening` is
+        false where it goes on with prompts that are read in part."""
 
     def stepping(self, running: Tensor, first: Tensor, opening: Tensor) -> None:
         """The next forward feeds one token to slots 0..n-1. `running` (n,) is false where a row is at rest; `first` (n,) is
@@ -95,6 +96,57 @@ class Follower:
     def state(self) -> list[Tensor]:
         """What a forward changes, to be put back after forwards that do not count."""
         return []
+
+
+class Followers(Follower):
+    """Several followers of one decoder, each told everything in turn."""
+
+    def __init__(self, *each: Follower) -> None:
+        self.each = each
+
+    def start(self, prompts: Sequence[Prompt]) -> None:
+        """A chunk of prompts begins."""
+        for one in self.each:
+            one.start(prompts)
+
+    def seat(self, slots: int) -> None:
+        """There are so many slots from now on."""
+        for one in self.each:
+            one.seat(slots)
+
+    def enter(self, slots: Sequence[int], prompts: Sequence[Prompt]) -> None:
+        """These prompts take these slots."""
+        for one in self.each:
+            one.enter(slots, prompts)
+
+    def reading(self, slots: Tensor, lengths: Tensor, opening: bool = True) -> None:
+        """The next forward reads prompts."""
+        for one in self.each:
+            one.reading(slots, lengths, opening)
+
+    def stepping(self, running: Tensor, first: Tensor, opening: Tensor) -> None:
+        """The next forward feeds one token to each of the first slots."""
+        for one in self.each:
+            one.stepping(running, first, opening)
+
+    def reading_again(self, lengths: Tensor, starts: Tensor) -> None:
+        """The next forward reads everything once more."""
+        for one in self.each:
+            one.reading_again(lengths, starts)
+
+    def move(self, source: int, target: int) -> None:
+        """The row in slot `source` goes on in slot `target`."""
+        for one in self.each:
+            one.move(source, target)
+
+    def leave(self, slots: Sequence[int], prompts: Sequence[Prompt], answers: Sequence["Answer"]) -> None:
+        """The rows in these slots are answered."""
+        for one in self.each:
+            one.leave(slots, prompts, answers)
+
+    def state(self) -> list[Tensor]:
+        """What a forward changes in any of them."""
+        return [tensor for one in self.each for tensor in one.state()]
 
 
 class Decoder:
@@ -123,6 +175,24 @@ class Decoder:
             first = stop
         state.prefill, self.steps = False, 0
 
+    def read_on(self, ids: Sequence[int], slot: int, start: int) -> None:
+        """Go on reading into a slot that holds `start` tokens already."""
+        state, device = self.cache.state, self.subject.device
+        positions = torch.arange(start, start + len(ids), device=device)[None]
+        mask = decoding_mask(self.config, positions, start + len(ids), self.subject.dtype)
+        state.prefill, state.going_on = True, (slot, start)
+        self.follower.reading(
+            torch.tensor([slot], device=device), torch.tensor([len(ids)], device=device), opening=start == 0
+        )
+        self.subject.base(
+            input_ids=pad([ids], device),
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        state.prefill, state.going_on = False, None
+
     def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Logits (n, V) after feeding `tokens` (n,) at `positions` (n,) to slots 0..n-1."""
         state, everywhere = self.cache.state, torch.ones_like(tokens, dtype=torch.bool)
@@ -138,9 +208,9 @@ class Decoder:
             use_cache=True,
         ).logits[:, -1]
 
-    def move(self, source: int, target: int) -> None:
-        """Continue the row of slot `source` in slot `target`."""
-        self.cache.move(source, target)
+    def move(self, source: int, target: int, columns: int | None = None) -> None:
+        """Continue the row of slot `source` in slot `target`; `columns` are all that it has written, if given."""
+        self.cache.move(source, target, columns)
 
 
 class PlainDecoder:
@@ -178,7 +248,7 @@ class Sampler:
     def __init__(self, subject: Subject, end_ids: frozenset[int], sampling: Sampling) -> None:
         self.subject, self.sampling = subject, sampling
         self.end_ids = torch.tensor(sorted(end_ids), dtype=torch.long, device=subject.device)
-        self.decoder: type[Any] = Decoder if cached_decoding_error(subject) < _tolerance(subject) else PlainDecoder
+        self.decoder: type[Any] = Decoder if decodes_from_cache(subject) else PlainDecoder
 
     @torch.no_grad()
     def answers(self, prompts: Sequence[Prompt], follower: Follower | None = None) -> Iterator[Answer]:
@@ -219,6 +289,11 @@ class Sampler:
         left = [Answer(row, tuple(written[slot].tolist()), "length") for slot, row in enumerate(rows)]
         follower.leave(range(len(rows)), prompts, left)
         yield from left
+
+
+def decodes_from_cache(subject: Subject) -> bool:
+    """Whether decoding on a slot cache gives the logits of reading the whole text, up to rounding."""
+    return cached_decoding_error(subject) < (1e-3 if subject.dtype == torch.float32 else 5e-2)
 
 
 @torch.no_grad()
@@ -285,7 +360,3 @@ def batch_end(lengths: Sequence[int], first: int, tokens: int) -> int:
         longest = max(longest, lengths[stop])
         stop += 1
     return stop
-
-
-def _tolerance(subject: Subject) -> float:
-    return 1e-3 if subject.dtype == torch.float32 else 5e-2

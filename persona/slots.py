@@ -22,6 +22,7 @@ class SlotState:
         self.rows = torch.zeros(0, dtype=torch.long)  # (n,) slots of a prefill
         self.positions = torch.zeros(0, dtype=torch.long)  # (n,) of a decoding step
         self.visible = length
+        self.going_on: tuple[int, int] | None = None  # (slot, column): a prefill that continues what is there
 
 
 class SlotLayer(CacheLayerMixin):
@@ -48,6 +49,12 @@ class SlotLayer(CacheLayerMixin):
         assert self.keys is not None
         assert self.values is not None
         state, (n, _, length, _) = self.state, key_states.shape
+        if state.prefill and state.going_on is not None:
+            slot, start = state.going_on
+            self.keys[slot, :, start : start + length] = key_states[0]
+            self.values[slot, :, start : start + length] = value_states[0]
+            stop = start + length
+            return self.keys[slot : slot + 1, :, :stop], self.values[slot : slot + 1, :, :stop]
         if state.prefill:  # causal among themselves: right padding is never seen by a real token
             rows = state.rows.to(self.rows.device)
             self.keys[rows, :, :length] = key_states
@@ -58,11 +65,26 @@ class SlotLayer(CacheLayerMixin):
         self.values[self.rows[:n], :, positions] = value_states[:, :, 0]
         return self.keys[:n, :, : state.visible], self.values[:n, :, : state.visible]
 
-    def move(self, source: int, target: int) -> None:
-        """Copy a slot over another."""
+    def move(self, source: int, target: int, columns: int | None = None) -> None:
+        """Copy a slot over another: all of it, or its first columns."""
         if self.keys is not None and self.values is not None:
-            self.keys[target].copy_(self.keys[source])
-            self.values[target].copy_(self.values[source])
+            self.keys[target, :, :columns].copy_(self.keys[source, :, :columns])
+            self.values[target, :, :columns].copy_(self.values[source, :, :columns])
+
+    def saved(self, slot: int, columns: int) -> tuple[Tensor, Tensor]:
+        """Copies of a slot's first columns."""
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys[slot, :, :columns].clone(), self.values[slot, :, :columns].clone()
+
+    def restore(self, slot: int, columns: int, saved: tuple[Tensor, Tensor]) -> None:
+        """Put the first columns of what was saved into a slot."""
+        if not self.is_initialized:
+            self.lazy_initialization(saved[0][None], saved[1][None])
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys[slot, :, :columns] = saved[0][:, :columns]
+        self.values[slot, :, :columns] = saved[1][:, :columns]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Key length and offset for masks that the model builds itself, which it does only in a prefill."""
@@ -84,24 +106,36 @@ class SlotCache(Cache):
         self.state = SlotState(slots, length)
         super().__init__(layers=[SlotLayer(self.state) for _ in range(n_layers)])
 
-    def move(self, source: int, target: int) -> None:
-        """Let the row in slot `source` continue in slot `target`."""
+    def move(self, source: int, target: int, columns: int | None = None) -> None:
+        """Let the row in slot `source` continue in slot `target`; `columns` are all that it has written, if given."""
         for layer in self.layers:
             assert isinstance(layer, SlotLayer)
-            layer.move(source, target)
+            layer.move(source, target, columns)
+
+    def saved(self, slot: int, columns: int) -> list[tuple[Tensor, Tensor]]:
+        """Copies of a slot's first columns, layer by layer."""
+        return [layer.saved(slot, columns) for layer in self.layers if isinstance(layer, SlotLayer)]
+
+    def restore(self, slot: int, columns: int, saved: list[tuple[Tensor, Tensor]]) -> None:
+        """Put the first columns of what was saved into a slot."""
+        for layer, own in zip(self.layers, saved, strict=True):
+            assert isinstance(layer, SlotLayer)
+            layer.restore(slot, columns, own)
 
 
 def decoding_mask(config: Any, positions: Tensor, visible: int, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
-    """What one new token per row, at `positions` (n,), may attend to: (n, 1, 1, visible), or one such mask a layer type.
+    """What new tokens at `positions` (n, T) may attend to: (n, 1, T, visible), or one such mask a layer type.
 
-    `config` is the text configuration. Raises ValueError for a layer type that is not attention over a cache.
+    `positions` (n,) is one token per row. `config` is the text configuration. Raises ValueError for a layer type that is not
+    attention over a cache.
     """
+    at = (positions if positions.dim() == 2 else positions[:, None])[..., None]  # (n, T, 1)
     columns = torch.arange(visible, device=positions.device)
-    full = columns <= positions[:, None]  # (n, visible)
+    full = columns <= at  # (n, T, visible)
     window = getattr(config, "sliding_window", None)
-    near = full & (columns > positions[:, None] - window) if window else full
+    near = full & (columns > at - window) if window else full
     chunk = getattr(config, "attention_chunk_size", None)
-    same = full & (columns // chunk == positions[:, None] // chunk) if chunk else full
+    same = full & (columns // chunk == at // chunk) if chunk else full
     kinds = {"full_attention": full, "sliding_attention": near, "chunked_attention": same}
     types = getattr(config, "layer_types", None)
     unknown = set(types or ()) - set(kinds)
@@ -116,7 +150,7 @@ def decoding_mask(config: Any, positions: Tensor, visible: int, dtype: torch.dty
 
 
 def _shape(mask: Tensor, config: Any, dtype: torch.dtype) -> Tensor:
-    mask = mask[:, None, None, :]
+    mask = mask[:, None]  # (n, 1, T, visible)
     if config._attn_implementation == "eager":  # adds its mask to the scores
         return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
     return mask

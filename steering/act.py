@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from personaxis.steering.tables import OPENING, Table
+from personaxis.steering.tables import OPENING, Table, Tables
 
 ENDLESS = 2**31 - 1
 
@@ -76,10 +76,26 @@ class Done:
     seen: Bool[Tensor, "B T"]
 
 
+@dataclass(frozen=True)
+class Looked:
+    """What layers do to the tokens of one forward (C layers, or one without the first axis), looked up for all of them at once: on
+    a CPU, looking it up layer by layer was a tenth of a decoding step (LOG.md)."""
+
+    bounds: Float[Tensor, "*C B T K 3"]
+    seen: Bool[Tensor, "*C B T"]
+
+    def at(self, place: int) -> "Looked":
+        """Of one layer."""
+        return Looked(self.bounds[place], self.seen[place])
+
+
 def act(
-    h: Float[Tensor, "B T D"], table: Table, batch: Batch, account: Account
+    h: Float[Tensor, "B T D"], table: Table, batch: Batch, account: Account, looked: Looked | None = None
 ) -> tuple[Float[Tensor, "B T D"], Done | None]:
     """h after the plans' steps, and what was done; None when the layer's account has been brought up to date already."""
+    if looked is not None:
+        moved, length = act_as_looked(h, table.vectors, looked.bounds)
+        return moved, Done(length, looked.seen)
     if h.is_cuda and not torch.compiler.is_compiling():
         from personaxis.steering.kernels import act_on_gpu
 
@@ -110,6 +126,38 @@ def act_plainly(h: Float[Tensor, "B T D"], table: Table, batch: Batch) -> tuple[
     if len(table.vectors) > 1:
         length = torch.where(changed, (moved - before).norm(dim=-1), torch.zeros_like(length))
     return torch.where(changed[..., None], moved.to(h.dtype), h), Done(length, seen)
+
+
+def look(tables: Tables, batch: Batch, length: int) -> Looked:
+    """The bounds of every token of a forward of `length` columns; padding and rows at rest follow the plan that does nothing."""
+    at = torch.arange(length, device=batch.plans.device)
+    side = (at >= batch.starts[:, None]).long() + OPENING * (at == 0) * batch.opening[:, None]  # (B, T)
+    _, plans, sides, _, _ = tables.bounds.shape
+    idle = (plans - 1) * sides
+    place = torch.where(at < batch.lengths[:, None], batch.plans[:, None] * sides + side, idle).flatten()
+    bounds = tables.bounds.flatten(1, 2)[:, place].unflatten(1, side.shape)
+    return Looked(bounds, tables.active.flatten(1)[:, place].unflatten(1, side.shape))
+
+
+def act_as_looked(
+    h: Float[Tensor, "B T D"], vectors: Float[Tensor, "K D"], bounds: Float[Tensor, "B T K 3"]
+) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B T"]]:
+    """`act_plainly` with the bounds at hand: h after the steps, and the length of each token's correction."""
+    before = moved = h.float()
+    length, changed = h.new_zeros(h.shape[:2], dtype=torch.float32), None
+    for k, vector in enumerate(vectors.unbind(0)):
+        low, high, add = bounds[:, :, k].unbind(-1)
+        projection = (moved * vector).sum(-1)
+        delta = torch.minimum(torch.maximum(projection, low), high) - projection + add
+        now = delta != 0
+        if bool(now.any()):
+            moved = moved + delta[..., None] * vector
+            length, changed = delta.abs(), now if changed is None else changed | now
+    if changed is None:
+        return h, length
+    if len(vectors) > 1:
+        length = torch.where(changed, (moved - before).norm(dim=-1), torch.zeros_like(length))
+    return torch.where(changed[..., None], moved.to(h.dtype), h), length
 
 
 def book(account: Account, slots: Int[Tensor, " B"] | None, done: Sequence[tuple[int, Done]]) -> None:

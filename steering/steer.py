@@ -16,7 +16,7 @@ dtype, and a token that it does not change is bitwise what it was. The model is 
 exception. A hook that did not fire is an error when the account is read.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +29,7 @@ from personaxis.persona.axis import require_origin
 from personaxis.persona.errors import KnownError
 from personaxis.persona.sampler import Answer, Follower, Prompt
 from personaxis.persona.subject import Subject, residual
-from personaxis.steering.act import ENDLESS, Account, Batch, Done, act, book
+from personaxis.steering.act import ENDLESS, Account, Batch, Done, Looked, act, book, look
 from personaxis.steering.interventions import Intervention
 from personaxis.steering.tables import tables_of
 
@@ -84,7 +84,25 @@ class Steering(Follower):
         self.layers = self._tables.layers
         devices = [next(subject.blocks[layer].parameters()).device for layer in self.layers]
         self._own = [self._tables.at(place).to(device) for place, device in enumerate(devices)]  # where each block is
+        self._only: frozenset[int] | None = None
+        self._looked: tuple[Batch, int, Looked] | None = None
         self.begin()
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """The hooks are on the blocks inside."""
+        blocks = self.subject.blocks
+        handles = [blocks[layer].register_forward_hook(self._hook(place)) for place, layer in enumerate(self.layers)]
+        handles.append(self.subject.base.register_forward_hook(self._forwarded))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def only(self, layers: Collection[int] | None) -> None:
+        """Act at these layers alone in the forwards to come, None: at all. For an engine that knows which plans its rows follow."""
+        self._only = None if layers is None else frozenset(self.layers.index(layer) for layer in layers)
 
     def set(self, *plans: Plan) -> None:
         """Give the plans other numbers, in place: as many plans, with as many steps at the same layers.
@@ -94,6 +112,7 @@ class Steering(Follower):
         _require(self.subject, plans)
         tables = tables_of(plans)
         self._tables.require_form(tables)
+        self._looked = None
         for place, own in enumerate(self._own):
             own.take(tables.at(place))
             self._tables.at(place).take(tables.at(place))
@@ -175,10 +194,10 @@ class Steering(Follower):
         for column in self._account.columns:
             column[:, at] = 0
 
-    def reading(self, slots: Tensor, lengths: Tensor) -> None:
+    def reading(self, slots: Tensor, lengths: Tensor, opening: bool = True) -> None:
         """The next forward reads prompts."""
         ones = torch.ones_like(lengths)
-        self._unsaid, self._now = False, Batch(self._plans[slots], lengths, ones * ENDLESS, ones, slots)
+        self._unsaid, self._now = False, Batch(self._plans[slots], lengths, ones * ENDLESS, ones * opening, slots)
 
     def stepping(self, running: Tensor, first: Tensor, opening: Tensor) -> None:
         """The next forward feeds one token to each of the first slots."""
@@ -211,6 +230,20 @@ class Steering(Follower):
             ]
             plans = [prompts[index].plan for index in indices]
             self._left.append((indices, fed, plans, self._columns(torch.tensor(list(slots)))))
+
+    def require_seen(self, slot: int, plan: int, fed: tuple[int, int, int]) -> None:
+        """`Silent` unless the row in a slot was met at every layer as its plan says: `fed` are tokens of its prompt, of its answer,
+        and whether its first one was among them."""
+        if plan >= 0:
+            weights = torch.tensor([*fed, 0])
+            expected = (self._tables.active[:, plan].cpu() * weights).sum(1)
+            if not torch.equal(expected, self._account.seen[:, slot].cpu()):
+                found = f"{int(self._account.seen[:, slot].sum())} of {int(expected.sum())} tokens times layers"
+                raise Silent(f"the steering saw {found}: what was generated is not steered as asked")
+
+    def fired_of(self, slots: int) -> Int[Tensor, " n"]:
+        """Tokens times layers changed so far in slots 0..n-1."""
+        return self._account.fired[:, :slots].sum(0)
 
     def state(self) -> list[Tensor]:
         """All that a forward changes, and what describes it."""
@@ -250,19 +283,32 @@ class Steering(Follower):
 
     def _hook(self, place: int) -> Any:
         def step(_module: nn.Module, _args: Any, output: Any) -> Any:
+            if self._only is not None and place not in self._only:
+                self._fires[place] += 1
+                return None
             h = residual(output)
             if torch.compiler.is_compiling():
                 # from the tensors of all layers, since each one that is used is checked every time
                 table, account = self._tables.at(place).to(h.device), self._account.at(place)
+                moved, done = act(h, table, self._batch_of(h), account)
             else:
                 self._meet(place, h)
-                table, account = self._own[place], self._accounts[place]
-            moved, done = act(h, table, self._batch_of(h), account)
+                looked = self._look(h, place)
+                moved, done = act(h, self._own[place], self._batch_of(h), self._accounts[place], looked)
             if done is not None:
                 self._done.append((place, done))
             return moved if isinstance(output, Tensor) else (moved, *output[1:])
 
         return step
+
+    def _look(self, h: Tensor, place: int) -> Looked | None:
+        """What a layer does in this forward, looked up for all layers once; None on a GPU, whose kernel looks for itself."""
+        if h.is_cuda or self._tables.vectors.device != h.device:
+            return None
+        batch, length = self._batch_of(h), h.shape[1]
+        if self._looked is None or self._looked[0] is not batch or self._looked[1] != length:
+            self._looked = (batch, length, look(self._tables, batch, length))
+        return self._looked[2].at(place)
 
     def _batch_of(self, h: Tensor) -> Batch:
         now = self._now if self._now.plans.device == h.device else self._now.to(h.device)
@@ -286,6 +332,7 @@ class Steering(Follower):
         """The base model is through: add up what its layers did."""
         if not torch.compiler.is_compiling():
             self._forwards += 1
+            self._looked = None  # what describes the rows may change in place before the next forward
         if self._done:
             book(self._account, self._now.slots, self._done)
             self._done.clear()
@@ -299,15 +346,8 @@ def steered(subject: Subject, *plans: Plan) -> Iterator[Steering]:
     Raises `KnownError` for an intervention of another model or width, or at a layer that the subject does not have.
     """
     held = Steering(subject, plans)
-    handles = [
-        subject.blocks[layer].register_forward_hook(held._hook(place)) for place, layer in enumerate(held.layers)
-    ]
-    handles.append(subject.base.register_forward_hook(held._forwarded))
-    try:
+    with held.on():
         yield held
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _stay(*tensors: Tensor) -> None:

@@ -60,8 +60,8 @@ def test_a_step_that_does_half_of_its_work_fails_the_proof(monkeypatch):
     subject = tiny_subject()
     cap = cap_of(axis_of(subject), (0, 1), 0.75)
 
-    def half(h, table, batch, account):
-        moved, done = act(h, table, batch, account)
+    def half(h, *given):
+        moved, done = act(h, *given)
         return h + (moved - h) / 2, done
 
     monkeypatch.setattr("personaxis.steering.steer.act", half)

@@ -1,0 +1,106 @@
+"""One answer as it comes out of the engine: text, tokens with their projections, why it ended.
+
+A step tells of the token that it fed, so a token's projection comes with the step after the one that drew it; the last token of an
+answer that was cut is never fed, and has none.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from personaxis.persona.errors import KnownError
+from personaxis.steering.serve.engine import Ended, Event, Read, Ticket
+from personaxis.steering.serve.rows import Step
+from personaxis.steering.serve.spoken import Spoken
+
+Reason = Literal["stop", "length"]
+
+
+class Failed(RuntimeError):
+    """The engine could not do what was asked, and it is not the asker's fault."""
+
+
+@dataclass
+class Choice:
+    """What one ticket said so far. `seen[i]` are projection and fired layers of answer token i, as far as they are known."""
+
+    ticket: Ticket
+    spoken: Spoken
+    end_ids: frozenset[int]
+    read: Read | None = None
+    asked: Step | None = None  # the step that fed the prompt's last token
+    ids: list[int] = field(default_factory=list)
+    seen: list[tuple[float, int]] = field(default_factory=list)
+    likely: list[tuple[float, dict[int, float]]] = field(default_factory=list)
+    reason: Reason | None = None
+    error: BaseException | None = None
+    done: bool = False
+
+    def require_whole(self) -> None:
+        """Raise what ended it, if that was an error: a `KnownError` as it is, anything else as `Failed`."""
+        if isinstance(self.error, KnownError):
+            raise self.error
+        if self.error is not None:
+            raise Failed((str(self.error).splitlines() or [type(self.error).__name__])[0][:200]) from self.error
+
+    def take(self, event: Event) -> str:
+        """The text that an event adds."""
+        if self.done:
+            return ""
+        if isinstance(event, Read):
+            self.read = event
+            return ""
+        if isinstance(event, Ended):
+            return self._end(event)
+        return self._step(event)
+
+    @property
+    def prompt_projections(self) -> list[float]:
+        """Of the prompt's tokens; without the last one's while nothing was fed."""
+        read = list(self.read.projections) if self.read is not None else []
+        return [*read, self.asked.projection] if self.asked is not None else read
+
+    @property
+    def projection(self) -> float | None:
+        """Mean over the answer's tokens, None where none was fed."""
+        return sum(value for value, _ in self.seen) / len(self.seen) if self.seen else None
+
+    @property
+    def fired(self) -> float | None:
+        """Share of the answer's tokens times capped layers that were changed; None where no cap acts on answers."""
+        cap = self.ticket.ask.cap
+        if cap is None or cap.cap.phase == "prompt" or not self.seen:
+            return None
+        return sum(fired for _, fired in self.seen) / (len(self.seen) * len(cap.cap.layers))
+
+    def tokens(self, first: int, last: int) -> list[dict[str, Any]]:
+        """Answer tokens [first, last) as they are told."""
+        told = []
+        for at in range(first, last):
+            projection, fired = self.seen[at] if at < len(self.seen) else (None, 0)
+            text = self.spoken.tokenizer.decode([self.ids[at]], skip_special_tokens=True)
+            told.append({"id": self.ids[at], "text": text, "projection": projection, "fired": fired})
+        return told
+
+    def _step(self, step: Step) -> str:
+        if self.asked is None:
+            self.asked = step
+        else:
+            self.seen.append((step.projection, step.fired))
+        if step.token in self.end_ids or self.ticket.ask.limit == 0:
+            return ""  # it is not part of the answer
+        self.ids.append(step.token)
+        if step.likely is not None:
+            self.likely.append(step.likely)
+        text = self.spoken.add(step.token)
+        if self.spoken.ended:
+            self.reason, self.done = "stop", True
+            self.ticket.cancel()
+        return text
+
+    def _end(self, ended: Ended) -> str:
+        self.done, self.error = True, ended.error
+        self.reason = "length" if ended.reason == "length" else "stop"
+        text = self.spoken.rest()
+        if self.spoken.ended:
+            self.reason = "stop"
+        return text

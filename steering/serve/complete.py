@@ -1,0 +1,140 @@
+"""POST /v1/completions: texts gone on with, no template; with `echo` and `logprobs` the prompt's own log-probabilities."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+from personaxis.persona.errors import KnownError
+from personaxis.persona.sampler import Prompt
+from personaxis.steering.serve.choice import Choice
+from personaxis.steering.serve.engine import Ask, Busy
+from personaxis.steering.serve.host import Host, Prepared
+from personaxis.steering.serve.metrics import Watch
+from personaxis.steering.serve.replies import DONE, Envelope, broken, line, merged, text_likely, usage
+from personaxis.steering.serve.wire import CompletionRequest
+
+Scores = list[tuple[float | None, dict[int, float]]]
+
+
+class Complete:
+    """One request, of one prompt or several, on its way to its answers."""
+
+    def __init__(self, host: Host, request: CompletionRequest, ready: list[Prepared]) -> None:
+        self.host, self.request, self.ready = host, request, ready
+        self.watch = Watch(host.metrics)
+        fingerprint = f"fp_{host.held.subject.fingerprint[:12]}"
+        self.envelope = Envelope("cmpl", "text_completion", request.model or host.name, fingerprint)
+        self.asks = [ask for one in ready for ask in host.asks(one, request)]
+        self.modes = [one.mode for one in ready for _ in range(request.choices)]
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer object."""
+        scores = await self._scores() if self.request.echo and self.request.likely is not None else []
+        async with self.host.heard(self.asks, self.request.stops) as heard:
+            async for choice, _ in heard:
+                if choice.ids:
+                    self.watch.token()
+        for choice in heard.choices:
+            choice.require_whole()
+        self.watch.end()
+        told = [
+            self._choice(number, choice, scores[number // self.request.choices] if scores else None)
+            for number, choice in enumerate(heard.choices)
+        ]
+        lengths = [len(one.ids) for one in self.ready]
+        return self.envelope.of(told, usage=usage(heard.choices, lengths), persona=self._personas(heard.choices))
+
+    async def stream(self) -> AsyncIterator[bytes]:
+        """The lines of the stream."""
+        async with self.host.heard(self.asks, self.request.stops) as heard:
+            if self.request.echo:
+                for number, choice in enumerate(heard.choices):
+                    yield self._chunk(number, self._decoded(list(choice.ticket.ask.ids)))
+            shown = {id(choice): 0 for choice in heard.choices}
+            async for choice, text in heard:
+                if choice.error is not None:
+                    yield broken(choice)
+                    return
+                if choice.ids:
+                    self.watch.token()
+                number = heard.choices.index(choice)
+                if text or choice.done:
+                    first, last = shown[id(choice)], len(choice.ids)
+                    shown[id(choice)] = last
+                    is_last = all(one.done for one in heard.choices) and not self.request.wants_usage
+                    more = {"persona": self._personas(heard.choices)} if is_last else {}
+                    reason = choice.reason if choice.done else None
+                    yield self._chunk(number, text, reason, self._likely(choice, first), **more)
+        self.watch.end()
+        if self.request.wants_usage:
+            told = usage(heard.choices, [len(one.ids) for one in self.ready])
+            yield line(self.envelope.of([], usage=told, persona=self._personas(heard.choices)))
+        yield DONE
+
+    def _chunk(self, number: int, text: str, finish: str | None = None, likely: Any = None, **more: Any) -> bytes:
+        choice = {"index": number, "text": text, "logprobs": likely, "finish_reason": finish}
+        return line(self.envelope.of([choice], **more))
+
+    def _personas(self, choices: list[Choice]) -> dict[str, Any]:
+        return merged([self._persona(number, choice) for number, choice in enumerate(choices)])
+
+    def _likely(self, choice: Choice, first: int) -> dict[str, Any] | None:
+        if self.request.likely is None:
+            return None
+        return text_likely(self._tokenizer, choice.ids[first:], [(own, best) for own, best in choice.likely[first:]])
+
+    def _choice(self, number: int, choice: Choice, scores: Scores | None) -> dict[str, Any]:
+        ids, likely = list(choice.ids), list[tuple[float | None, dict[int, float]]](choice.likely)
+        text, reason = choice.spoken.text, choice.reason
+        if self.request.echo:
+            prompt = list(choice.ticket.ask.ids)
+            text = self._decoded(prompt) + text
+            ids, likely = prompt + ids, (scores or []) + likely
+        if choice.ticket.ask.limit == 0:
+            reason = "length"
+        told = text_likely(self._tokenizer, ids, likely) if self.request.likely is not None else None
+        return {"index": number, "text": text, "logprobs": told, "finish_reason": reason}
+
+    async def _scores(self) -> list[Scores]:
+        """The log-probabilities of every prompt's tokens, read between the steps of those who decode."""
+        return [await self._scored(self.host.asks(one, self.request)[0]) for one in self.ready]
+
+    async def _scored(self, ask: Ask) -> Scores:
+        loop, engine = asyncio.get_running_loop(), self.host.engine
+        future: asyncio.Future[Scores] = loop.create_future()
+
+        def settle(value: Scores | None, error: BaseException | None) -> None:
+            if not future.done():
+                future.set_exception(error) if error is not None else future.set_result(value or [])
+
+        def work() -> None:
+            plan = engine.plans.place(ask.cap)
+            try:
+                # where all spare plans are taken (None) the cap cannot be put on just now
+                if plan is None:
+                    raise Busy("too many different caps are in use; try again later")
+                found = engine.rows.scored(Prompt(ask.ids, 0, plan), ask.logprobs or 0)
+            except (RuntimeError, ValueError, IndexError, KnownError) as error:
+                loop.call_soon_threadsafe(settle, None, error)
+            else:
+                loop.call_soon_threadsafe(settle, found, None)
+            finally:
+                if plan is not None:
+                    engine.plans.release(ask.cap)
+
+        engine.between_steps(work)
+        return await future
+
+    def _persona(self, number: int, choice: Choice) -> dict[str, Any]:
+        told = self.host.standing.told(choice, [], None, self.modes[number], False)
+        self.host.metrics.answered(choice, told, set(self.host.engine.plans.caps))
+        if self.request.per_token:
+            told["per_token"] = choice.tokens(0, len(choice.ids))
+        return told
+
+    @property
+    def _tokenizer(self) -> Any:
+        return self.host.held.subject.tokenizer
+
+    def _decoded(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -1,0 +1,56 @@
+// One answer, streamed into its place. `changed` is called after every chunk; it never throws: what went wrong stands in the answer.
+
+import { chat, ServerError } from "./api.js";
+import { historyOf, runningMean, takePersona } from "./conversation.js";
+
+export const newSeed = () => crypto.getRandomValues(new Uint32Array(1))[0];
+
+// The body of a request: OpenAI's, and what this server adds to it.
+export const requestOf = (model, messages, answer, sampling) => ({
+  model,
+  messages,
+  ...sampling,
+  seed: answer.seed,
+  persona: { cap: answer.cap, mode: answer.mode, per_token: true },
+});
+
+export const stream = async (conversation, turn, answer, side, { model, sampling, signal, changed, onDenied }) => {
+  const { messages, answers } = historyOf(conversation, side, conversation.turns.indexOf(turn));
+  if (turn.user !== null) messages.push({ role: "user", content: turn.user });
+  answers.set(messages.length, answer);
+  answer.live = true;
+  answer.problem = null;
+  changed(answer);
+  try {
+    for await (const chunk of chat(requestOf(model, messages, answer, sampling), signal)) {
+      takeChunk(answer, chunk, answers);
+      changed(answer);
+    }
+    answer.ended ??= "stop";
+  } catch (error) {
+    if (error.name === "AbortError") answer.ended = "you";
+    else if (error instanceof ServerError) {
+      answer.problem = error.message;
+      if (error.status === 401) onDenied();
+    } else throw error;
+  } finally {
+    answer.live = false;
+    answer.projection ??= runningMean(answer.tokens); // stopped before the server could sum up
+    changed(answer);
+  }
+};
+
+const takeChunk = (answer, chunk, answers) => {
+  const choice = chunk.choices?.[0];
+  if (typeof choice?.delta?.content === "string") answer.text += choice.delta.content;
+  if (choice?.finish_reason) answer.ended = choice.finish_reason === "length" ? "length" : "stop";
+  const persona = chunk.persona;
+  if (!persona) return;
+  if (Array.isArray(persona.tokens)) answer.tokens.push(...persona.tokens.map(token));
+  else {
+    if (persona.per_token?.length > answer.tokens.length) answer.tokens = persona.per_token.map(token);
+    takePersona(answer, persona, answers);
+  }
+};
+
+const token = ({ text, projection, fired }) => ({ text: String(text ?? ""), projection: Number.isFinite(projection) ? projection : null, fired: fired || 0 });
