@@ -52,6 +52,8 @@ class ReplayOptions:
     "nucleus mass"
     seed: int = 0
     "all arms sample with it"
+    calm: Path | None = None
+    "a calm.json, on which an alarm is calibrated; unless given the one beside the axis. With an alarm there is an arm whose cap acts only while it is on"
 
 
 def replay(
@@ -62,7 +64,6 @@ def replay(
     cap: str,
     asked: ReplayOptions,
     folder: Path,
-    calm: Path | None = None,
     *,
     force: bool = False,
 ) -> dict[str, Any]:
@@ -71,7 +72,7 @@ def replay(
         raise KnownError(f"--turns {asked.turns} is below 1")
     sampling = Sampling(asked.max_new_tokens, asked.temperature, asked.top_p)
     told, stem = read_conversations(chats), axis_stem(axis)
-    watcher = watcher_of(load_axis(stem), stem, calm)
+    watcher = watcher_of(load_axis(stem), stem, asked.calm)
     with open_run(folder, create=True) as run:
         how = replace(how, dtype=how.dtype or run.manifest.get("asked", {}).get("dtype"))
         held = loaded(model, how, axis, [cap], force=force)
@@ -85,7 +86,8 @@ def replay(
         with progress("turns", sum(min(len(talk.users), turns) for talk in talks) * len(arms)) as advance:
             said = had(stage, talks, arms, turns, advance)
         content = finite(_content(held, watcher, told, talks, said, [arm.name for arm in arms], stage))
-        content |= {"cap": cap, "asked": asdict(asked)}
+        given = asdict(asked) | {"calm": None if asked.calm is None else str(asked.calm)}
+        content |= {"cap": cap, "asked": given}
         write_json(folder / "replay.json", content)
         return content
 

@@ -22,7 +22,6 @@ def replay(
     *,
     axis: str,
     cap: str = "assistant",
-    calm: Path | None = None,
     out: Path | None = None,
     html: Path | None = None,
     force: bool = False,
@@ -40,8 +39,6 @@ def replay(
         a run folder, an axis file, or smollm2-135m for the axis that comes with it
     cap
         a cap by name, file or LEVEL@LAYERS
-    calm
-        a calm.json, on which an alarm is calibrated; unless given the one beside the axis. With an alarm there is an arm whose cap acts only while it is on
     out
         the folder of the answers and of replay.json; runs/NAME-replay unless given
     html
@@ -58,16 +55,14 @@ def replay(
     if html is not None:
         require_writable(html, "--html")
     folder = out or run_folder(model, None).with_name(run_folder(model, None).name + "-replay")
-    content = ask(model, how, chats, axis, cap, asked, folder, calm, force=force)
-    print_json(content) if json else _print(content)
+    content = ask(model, how, chats, axis, cap, asked, folder, force=force)
+    print_json(content) if json else _print(content, folder)
     if html is not None:
         write_replay_page(html, content)
         say(f"page: {html}")
-    if not json:
-        say_result(f"every answer: {folder / 'replay.json'}")
 
 
-def _print(content: dict[str, Any]) -> None:
+def _print(content: dict[str, Any], folder: Path) -> None:
     out, arms = console(), content["arms"]
     for one in content["conversations"][:SHOWN]:
         table = Table(title=one["name"], title_justify="left")
@@ -94,6 +89,7 @@ def _print(content: dict[str, Any]) -> None:
             out.print(Text(f"{arm}: mean projection {row['value']:.1f} over {row['n']} answers{beside}"))
     baseline = content["baseline"]
     out.print(Text(f"layer {content['layer']}; z against {baseline['of']}: {baseline['mean']:.1f} ± {baseline['spread']:.1f}; * the alarm is on, + the cap acted", style="dim"))  # fmt: skip
+    say_result(f"every answer: {folder / 'replay.json'}")
 
 
 def _cell(row: dict[str, Any] | None) -> str:

@@ -57,10 +57,14 @@ def trace(
     content = _content(along, found, watcher)
     print_json(content) if json else _print(content)
     if html is not None:
-        from personaxis.steering.trace_page import write_trace_page
+        _write_page(html, content, found, told, along)
 
-        write_trace_page(html, content, found, told, along.poles)
-        say(f"page: {html}")
+
+def _write_page(html: Path, content: dict[str, Any], found: list[Any], told: list[Any], axis: Any) -> None:
+    from personaxis.steering.trace_page import write_trace_page
+
+    write_trace_page(html, content, found, told, axis.poles)
+    say(f"page: {html}")
 
 
 def _told(transcript: Path, html: Path | None) -> list[Any]:
