@@ -74,8 +74,10 @@ const keepHere = () => {
 
 const notice = () => {
   showNotice(at("notice"));
-  if (matchMedia("(max-width: 56rem)").matches) toggle("strip", "panel-body", false); // the words need the room
+  makeRoom();
 };
+// On a narrow page the chart folds away before what needs its room.
+const makeRoom = () => matchMedia("(max-width: 56rem)").matches && toggle("strip", "panel-body", false);
 
 // ---- asking
 
@@ -270,6 +272,7 @@ const startKeys = () => {
     if (event.key.toLowerCase() === "k" && (event.ctrlKey || event.metaKey)) (event.preventDefault(), at("say").focus());
   });
   at("stop").addEventListener("click", stop);
+  at("how").addEventListener("toggle", () => at("how").open && makeRoom());
   for (const [button, target] of [
     ["menu", "actions"],
     ["strip", "panel-body"],
