@@ -14,6 +14,8 @@ sync_api = pytest.importorskip(
     "playwright.sync_api", reason="the page is tested with playwright: pip install playwright"
 )
 expect = sync_api.expect
+PATIENCE = 20_000  # milliseconds, for a machine that does much else
+expect.set_options(timeout=PATIENCE)
 STATIC = Path(__file__).parent.parent / "steering" / "serve" / "static"
 PAYLOAD = "<img src=x onerror=\"window.hit=1\"><script>window.hit=1</script></title><svg onload='window.hit=1'>"
 DISTRESS = (
@@ -72,7 +74,7 @@ def visit(browser, desk, fake):
 
     def open_page(ready=True, scheme="light", **how):
         page = browser.new_page(**how) if how else desk.new_page()
-        page.set_default_timeout(5000)
+        page.set_default_timeout(PATIENCE)
         page.emulate_media(color_scheme=scheme)
         opened.append(page)
         page.on("console", note)
