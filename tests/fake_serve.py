@@ -1,7 +1,7 @@
 """A stand-in for `personaxis serve`: its wire contract, the page's files and headers, and answers that drift, without a model.
 
-    with FakeServe() as fake: fake.url, fake.requests, fake.behaviour
-    python tests/fake_serve.py 8377                                    # to look at the page by hand
+with FakeServe() as fake: fake.url, fake.requests, fake.behaviour
+python tests/fake_serve.py 8377                                    # to look at the page by hand
 """
 
 import json
@@ -91,7 +91,10 @@ def answer_to(request: dict[str, Any], text: str | None) -> tuple[list[dict[str,
     before = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
     role = any(message["role"] == "system" and "ghost" in message["content"] for message in messages)
     turn = len(before)
-    zs = [(planned(one, None if mode == "adaptive" else cap, role) - BASELINE["mean"]) / BASELINE["spread"] for one in range(turn + 1)]
+    zs = [
+        (planned(one, None if mode == "adaptive" else cap, role) - BASELINE["mean"]) / BASELINE["spread"]
+        for one in range(turn + 1)
+    ]
     acts = cap if mode == "always" or (turn and alarms(zs[:-1])[-1][0]) else None
     zs[-1] = (planned(turn, acts, role) - BASELINE["mean"]) / BASELINE["spread"]
     said = text if text is not None else (ANSWERS if acts is None else CAPPED)[turn % 5]
@@ -107,7 +110,16 @@ def answer_to(request: dict[str, Any], text: str | None) -> tuple[list[dict[str,
     zs[-1] = (mean - BASELINE["mean"]) / BASELINE["spread"] if mean is not None else 0.0
     turns = []
     for place, z, (on, raised) in zip([*before, len(messages)], zs, alarms(zs), strict=True):
-        turns.append({"message": place, "tokens": 40, "projection": BASELINE["mean"] + BASELINE["spread"] * z, "z": z, "alarm": on, "raised": raised})
+        turns.append(
+            {
+                "message": place,
+                "tokens": 40,
+                "projection": BASELINE["mean"] + BASELINE["spread"] * z,
+                "z": z,
+                "alarm": on,
+                "raised": raised,
+            }
+        )
     persona = {
         "layer": AXIS["layer"], "poles": AXIS["poles"], "projection": mean, "z": zs[-1] if tokens else None, "tokens": len(tokens),
         "cap": acts, "mode": mode, "floor": floor,
@@ -190,7 +202,9 @@ class Answering(BaseHTTPRequestHandler):
             if number == behaviour.cut_after:
                 return
             if number == behaviour.break_after:
-                return self._event({"error": {"message": "out of memory", "type": "server_error", "param": None, "code": None}})
+                return self._event(
+                    {"error": {"message": "out of memory", "type": "server_error", "param": None, "code": None}}
+                )
             time.sleep(behaviour.delay)
             delta = {"index": 0, "delta": {"content": token["text"]}, "finish_reason": None}
             self._event({"choices": [delta], "persona": {"tokens": [token]}})
@@ -210,7 +224,9 @@ class Answering(BaseHTTPRequestHandler):
         return False
 
     def _error(self, status: int, message: str) -> None:
-        self._json(status, {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}})
+        self._json(
+            status, {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}}
+        )
 
     def _json(self, status: int, content: Any) -> None:
         self._send(status, json.dumps(content).encode(), "application/json")
