@@ -7,12 +7,13 @@ import plotly.graph_objects as go
 
 from personaxis.analysis.canvas import CLEAR, axis_look, empty_figure, line_look
 
-# how an arm looks, in the order of the arms: colour, its soft kind, symbol, dash
-LOOKS = (
-    ("--ink", "--chance-soft", "diamond", "solid"),
-    ("--positive", "--positive-soft", "circle", "solid"),
-    ("--accent", "--accent-soft", "square", "dash"),
-)
+# how an arm looks: colour, its soft kind, symbol, dash
+LOOKS = {
+    "as it is": ("--ink", "--chance-soft", "diamond", "solid"),
+    "capped": ("--positive", "--positive-soft", "circle", "solid"),
+    "adaptive": ("--accent", "--accent-soft", "square", "dash"),
+}
+OTHER = ("--muted", "--chance-soft", "circle", "solid")
 LEGEND = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
 MARGIN = {"l": 64, "r": 24, "t": 16, "b": 54}
 
@@ -33,7 +34,7 @@ def trajectories(
 
 def differences(arms: Mapping[str, Sequence[Mapping[str, Any]]]) -> go.Figure:
     """How much higher an arm's answers lie than the model's own, by turn."""
-    figure = _lines(arms, "%{y:+.1f}", first=1)
+    figure = _lines(arms, "%{y:+.1f}")
     figure.update_yaxes(title_text="projection less that as it is", **axis_look(zero=True))
     return figure
 
@@ -72,12 +73,12 @@ def conversation(arms: Mapping[str, Sequence[Mapping[str, Any]]], baseline: Mapp
     return figure
 
 
-def _lines(arms: Mapping[str, Sequence[Mapping[str, Any]]], form: str, first: int = 0) -> go.Figure:
-    """A line with its band for each arm, from the look with number `first` on."""
+def _lines(arms: Mapping[str, Sequence[Mapping[str, Any]]], form: str) -> go.Figure:
+    """A line with its band for each arm."""
     figure = empty_figure(margin=MARGIN, showlegend=True)
     figure.update_layout(legend=LEGEND)
-    for number, (arm, rows) in enumerate(arms.items(), first):
-        colour, soft, symbol, dash = LOOKS[number % len(LOOKS)]
+    for arm, rows in arms.items():
+        colour, soft, symbol, dash = LOOKS.get(arm, OTHER)
         turns = [row["turn"] for row in rows]
         banded = [row for row in rows if row["low"] is not None]
         if banded:

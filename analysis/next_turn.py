@@ -6,8 +6,8 @@
 y = <features(message), w> + b with an L2 penalty. Features are hashed words and word pairs, weighted by TF-IDF, or the sentence
 embeddings that are given. R2 is out of fold: 1 - sum (y - predicted)^2 / sum (y - mean of the training fold)^2, so that knowing
 nothing is 0. Folds are of scripts, which are never in training and test at once; the penalty is chosen inside the training scripts
-in the same way, and so is what TF-IDF knows. Beside it stand what the mean of the message's domain would do, what is left once that
-is known, what shuffled targets give, and the ceiling: the share of variance that samples of one and the same message have in common.
+in the same way, and so is what TF-IDF knows. Beside it stand what the mean of the message's domain would do, what the message adds to
+that (a ridge on what the domain's mean leaves, against that mean), what shuffled targets give, and the ceiling: the share of variance that samples of one and the same message have in common.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from personaxis.analysis.trajectories import script_weights
 
 FOLDS, INNER = 5, 4
-ALPHAS = tuple(float(alpha) for alpha in 10.0 ** np.arange(-2, 5))
+ALPHAS = tuple(float(alpha) for alpha in 10.0 ** np.arange(-3, 5))
 FEATURES = 2**12
 SHUFFLES = 20
 FEWEST = 8  # scripts
@@ -85,14 +85,16 @@ def _result(rows: _Rows, embed: Callable[[Sequence[str]], Array] | None) -> dict
     draw = np.random.default_rng(0)
     shuffled = [draw.permutation(len(rows.targets)) for _ in range(SHUFFLES)]
     targets = np.stack([rows.targets, *(rows.targets[order] for order in shuffled)], axis=1)  # (M, 1 + S)
-    told, nothing, domain, alphas = _out_of_fold(rows, targets, features)
+    told, alphas = _out_of_fold(rows, targets, features, _nothing)
+    added, _ = _out_of_fold(rows, targets[:, :1], features, _domain)
+    nothing, domain = _means(rows, targets, _nothing), _means(rows, targets[:, :1], _domain)[:, 0]
     true = rows.targets
     r2 = _R2(rows)
     chance = [r2.value(targets[:, s], told[:, s], nothing[:, s]) for s in range(1, SHUFFLES + 1)]
     return {
         **r2.told(true, told[:, 0], nothing[:, 0]),
         "domain": r2.told(true, domain, nothing[:, 0]),
-        "beyond_domain": r2.told(true, told[:, 0], domain),
+        "beyond_domain": r2.told(true, added[:, 0], domain),
         "shuffled": {"mean": float(np.mean(chance)), "highest": float(np.max(chance)), "n": SHUFFLES},
         "ceiling": r2.ceiling(),
         "alphas": alphas,
@@ -103,41 +105,67 @@ def _result(rows: _Rows, embed: Callable[[Sequence[str]], Array] | None) -> dict
     }
 
 
-def _out_of_fold(rows: _Rows, targets: Array, features: Array | None) -> tuple[Array, Array, Array, list[float]]:
-    """Predictions (M, S) for every target, the training means (M, S), the domains' training means (M,), and each fold's penalty."""
-    told, nothing, domain = np.zeros_like(targets), np.zeros_like(targets), np.zeros(len(targets))
-    fold, alphas = _fold(rows.scripts, rows.domains, FOLDS), []
-    for number in range(FOLDS):
-        test, train = np.flatnonzero(fold == number), np.flatnonzero(fold != number)
+def _nothing(rows: _Rows, targets: Array, fit: Places, test: Places) -> Array:
+    """What to expect of the test rows (n, S) where nothing is known of them: the training rows' mean."""
+    return np.repeat(np.average(targets[fit], axis=0, weights=rows.weights[fit])[None], len(test), axis=0)
+
+
+def _domain(rows: _Rows, targets: Array, fit: Places, test: Places) -> Array:
+    """The same where their domain is known."""
+    found, domains = _nothing(rows, targets, fit, test), np.asarray(rows.domains)
+    for domain in np.unique(domains[test]):
+        same = fit[domains[fit] == domain]
+        if len(same):
+            found[domains[test] == domain] = np.average(targets[same], axis=0, weights=rows.weights[same])
+    return found
+
+
+Expected = Callable[[_Rows, Array, Places, Places], Array]
+
+
+def _parts(rows: _Rows) -> list[tuple[Places, Places]]:
+    """Training and test rows of each fold."""
+    fold = _fold(rows.scripts, rows.domains, FOLDS)
+    return [(np.flatnonzero(fold != number), np.flatnonzero(fold == number)) for number in range(FOLDS)]
+
+
+def _means(rows: _Rows, targets: Array, expected: Expected) -> Array:
+    """What is expected of every row (M, S) by the training rows of its fold."""
+    found = np.zeros_like(targets)
+    for train, test in _parts(rows):
+        found[test] = expected(rows, targets, train, test)
+    return found
+
+
+def _out_of_fold(rows: _Rows, targets: Array, features: Array | None, expected: Expected) -> tuple[Array, list[float]]:
+    """Predictions (M, S) for every target, and each fold's penalty for the first."""
+    told, alphas = np.zeros_like(targets), []
+    for train, test in _parts(rows):
         inner = _fold([rows.scripts[i] for i in train], [rows.domains[i] for i in train], INNER)
         errors = np.zeros((len(ALPHAS), targets.shape[1]))
         for part in range(INNER):
             held, fit = train[inner == part], train[inner != part]
-            for place, guess in enumerate(_ridge(rows, targets, features, fit, held, ALPHAS)):
+            for place, guess in enumerate(_ridge(rows, targets, features, expected, fit, held)):
                 errors[place] += (rows.weights[held, None] * (targets[held] - guess) ** 2).sum(0)
         best = errors.argmin(0)  # (S,)
-        guesses = _ridge(rows, targets, features, train, test, ALPHAS)
+        guesses = _ridge(rows, targets, features, expected, train, test)
         told[test] = np.stack([guesses[alpha][:, s] for s, alpha in enumerate(best)], axis=1)
         alphas.append(ALPHAS[int(best[0])])
-        nothing[test] = np.average(targets[train], axis=0, weights=rows.weights[train])
-        for i in test:
-            same = [j for j in train if rows.domains[j] == rows.domains[i]]
-            own = np.average(targets[same, 0], weights=rows.weights[same]) if same else nothing[i, 0]
-            domain[i] = own
-    return told, nothing, domain, alphas
+    return told, alphas
 
 
 def _ridge(
-    rows: _Rows, targets: Array, features: Array | None, fit: Places, test: Places, alphas: Sequence[float]
+    rows: _Rows, targets: Array, features: Array | None, expected: Expected, fit: Places, test: Places
 ) -> list[Array]:
-    """Predictions for the test rows (n, S) by penalty."""
+    """Predictions for the test rows (n, S) by penalty: what is expected, and a ridge on what that leaves."""
     from sklearn.linear_model import Ridge
 
     seen, new = _features(rows.texts, features, fit, test)
+    left, base = targets[fit] - expected(rows, targets, fit, fit), expected(rows, targets, fit, test)
     found = []
-    for alpha in alphas:
-        model = Ridge(alpha=alpha).fit(seen, targets[fit], sample_weight=rows.weights[fit])
-        found.append(np.asarray(model.predict(new)))
+    for alpha in ALPHAS:
+        model = Ridge(alpha=alpha).fit(seen, left, sample_weight=rows.weights[fit])
+        found.append(base + np.asarray(model.predict(new)).reshape(base.shape))
     return found
 
 

@@ -30,6 +30,7 @@ VERBS = {
     ),
     "eval": ("personaxis.steering.evals.eval_verb:eval_", "Evaluate a model capped against uncapped."),
     "lm-eval": ("personaxis.steering.evals.lm_eval_verb:lm_eval", "The lm-eval harness's tasks, capped and uncapped."),
+    "replay": ("personaxis.steering.replay_verb:replay", "Ask stored conversations again with a cap off and on."),
     "inspect": (
         "personaxis.steering.evals.inspect_verb:inspect",
         "A task of Inspect with and without a cap, compared.",

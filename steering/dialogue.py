@@ -326,6 +326,7 @@ def _sampled(stage: Stage, rows: Sequence[_Row]) -> tuple[list[Answer], list[flo
     together = [list(range(len(rows)))]
     if not stage.on_gpu:  # where every hooked layer costs
         together = [[place for place, own in enumerate(digests) if own == digest] for digest in dict.fromkeys(digests)]
+    sampler = stage.sampler  # built before anything is steered: its own forwards know nothing of rows and plans
     answers: dict[int, Answer] = {}
     fired: list[float | None] = [None] * len(rows)
     for places in together:
@@ -336,7 +337,7 @@ def _sampled(stage: Stage, rows: Sequence[_Row]) -> tuple[list[Answer], list[flo
         ]
         acting = steered(stage.subject, *(plans[digest] for digest in on)) if on else nullcontext()
         with acting as held:
-            for answer in stage.sampler.answers(prompts, held):
+            for answer in sampler.answers(prompts, held):
                 answers[places[answer.index]] = answer
             if held is not None:
                 tally = held.tally

@@ -8,7 +8,7 @@ calm.json; the alarm of the adaptive arm is calibrated on those given, else on t
 case alarms in those very domains are counted in the scripts alone that did not set the limit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from personaxis.persona.options import ModelOptions
 from personaxis.persona.progress import progress, say
 from personaxis.persona.run import Run, open_run, versions
 from personaxis.persona.store import append_lines, atomic, write_json
+from personaxis.persona.subject import Subject
 from personaxis.steering.arms import AS_IT_IS
 from personaxis.steering.calm import CALM, Calm, CalmConversation, Watcher, is_calm, load_calm, save_calm, watcher_of
 from personaxis.steering.caps import cap_names, layers_in_words
@@ -61,7 +62,7 @@ def study(
 
             embed = embedder(asked.embedding, "cpu")
         held = loaded(model, how, axis, names, force=force)
-        _ask(run, held, asked)
+        require_engine(run, held.subject, asdict(asked))
         stage = Stage(held.subject, held.chat, held.axis, asked.sampling, folder / "turns.jsonl", user)
         said, arms = _first_arms(stage, held, talks, asked.turns)
         own = _keep_calm(stage, said, asked, folder)
@@ -90,13 +91,11 @@ def _fitted_on(calm: Calm) -> frozenset[str]:
     return frozenset(one.script for one in calm.halves()[0])
 
 
-def _ask(run: Run, held: Loaded, asked: DriftOptions) -> None:
-    """Refuse a folder of another model, engine or sampling."""
-    subject = held.subject
+def require_engine(run: Run, subject: Subject, sampled: Mapping[str, Any]) -> None:
+    """`KnownError` for a folder of another model, engine or sampling: its answers would be another's."""
     engine = {"device": subject.device.type, "torch": versions()["torch"], "transformers": versions()["transformers"]}
     told = {"model": subject.describe(), "dtype": str(subject.dtype).removeprefix("torch."), "engine": engine}
-    sampled = {name: getattr(asked, name) for name in ("seed", "max_new_tokens", "temperature", "top_p")}
-    run.ask(told | sampled)
+    run.ask(told | {name: sampled[name] for name in ("seed", "max_new_tokens", "temperature", "top_p")})
 
 
 def _first_arms(stage: Stage, held: Loaded, talks: Sequence[Talk], turns: int) -> tuple[Said, list[Arm]]:

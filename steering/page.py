@@ -35,7 +35,7 @@ def write_page(
         "low": low,
         "high": high,
         "floor": floor,
-        "floor_place": None if floor is None else 100 * _place(floor, low, high),
+        "floor_place": None if floor is None else 100 * placed(floor, low, high),
         "cap": {
             "name": name,
             "layers": layers_in_words(cap.layers),
@@ -67,7 +67,7 @@ def _tokens(trace: Trace, subject: Subject, first: int, last: int, low: float, h
     fired, moved = trace.fired.tolist(), trace.corrections.sum(0).tolist()
     found = []
     for at in range(first, last):
-        place = _place(float(trace.projection[at]), low, high)
+        place = placed(float(trace.projection[at]), low, high)
         side = "positive" if place >= 0.5 else "others"
         said = f"projection {float(trace.projection[at]):.1f}"
         if fired[at]:
@@ -78,5 +78,6 @@ def _tokens(trace: Trace, subject: Subject, first: int, last: int, low: float, h
     return found
 
 
-def _place(value: float, low: float, high: float) -> float:
+def placed(value: float, low: float, high: float) -> float:
+    """Where a value lies between two others, from 0 to 1."""
     return min(max((value - low) / ((high - low) or 1.0), 0.0), 1.0)

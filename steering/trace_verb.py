@@ -24,6 +24,7 @@ def trace(
     calm: Path | None = None,
     rule: Literal["cusum", "several"] = "cusum",
     false_alarms: float = 0.05,
+    html: Path | None = None,
     force: bool = False,
     how: ModelOptions = ModelOptions(),
     json: bool = False,
@@ -42,6 +43,8 @@ def trace(
         what raises an alarm: cusum (a small drift that lasts) or several (two of three turns far below)
     false_alarms
         the share of calm conversations that may raise one
+    html
+        write a page here with the conversations, their turns and tokens coloured, and their trajectories (20 at most)
     force
         use an axis of the same model in another weight format
     json
@@ -49,12 +52,33 @@ def trace(
     """
     if not 0 < false_alarms < 1:
         raise KnownError(f"--false-alarms {false_alarms} is outside 0..1: it is a share of conversations")
-    content = _content(*_read(model, how, axis, transcript, calm, rule, false_alarms, force))
+    told = _told(transcript, html)
+    along, found, watcher = _read(model, how, axis, told, calm, rule, false_alarms, force)
+    content = _content(along, found, watcher)
     print_json(content) if json else _print(content)
+    if html is not None:
+        _write_page(html, content, found, told, along)
+
+
+def _write_page(html: Path, content: dict[str, Any], found: list[Any], told: list[Any], axis: Any) -> None:
+    from personaxis.steering.trace_page import write_trace_page
+
+    write_trace_page(html, content, found, told, axis.poles)
+    say(f"page: {html}")
+
+
+def _told(transcript: Path, html: Path | None) -> list[Any]:
+    """The conversations, once it is sure that a page can be written."""
+    from personaxis.persona.store import require_writable
+    from personaxis.steering.conversations import read_conversations
+
+    if html is not None:
+        require_writable(html, "--html")
+    return read_conversations(transcript)
 
 
 def _read(
-    model: str, how: ModelOptions, axis: str, transcript: Path, calm: Path | None, rule: str, rate: float, force: bool
+    model: str, how: ModelOptions, axis: str, told: list[Any], calm: Path | None, rule: str, rate: float, force: bool
 ) -> tuple[Any, list[Any], Any]:
     """The axis, what was traced, and how it is watched. What can be wrong without a model is found before one is loaded."""
     from personaxis.persona.axis import load_axis
@@ -64,7 +88,6 @@ def _read(
     from personaxis.steering.traced import calm_of, require_calm, traced
     from personaxis.steering.verbs import loaded
 
-    told = read_conversations(transcript)
     quiet = read_conversations(calm) if calm is not None and not is_calm(calm) else []
     stem = axis_stem(axis)
     if quiet:

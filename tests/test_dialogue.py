@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from test_steering import axis_of
 from personaxis.analysis.drift import Baseline, FalseAlarms, Several
 from personaxis.persona.chat import chat_format
 from personaxis.persona.errors import KnownError
+from personaxis.persona.graph import GraphSampler
 from personaxis.persona.rollouts import Rollout
 from personaxis.persona.sampler import Sampling
 from personaxis.steering import dialogue
@@ -95,6 +97,21 @@ def test_an_adaptive_arm_is_the_model_as_it_is_until_its_alarm_and_capped_while_
     assert not Arm("a", [cap], watcher(level + 0.1)).acts(heard)
     with pytest.raises(ValueError, match="no calibrated alarm"):
         Arm("a", [cap], Watcher(Baseline(0.0, 1.0, 9), "tests")).acts(heard)
+
+
+def test_capped_and_uncapped_rows_of_one_batch_are_what_they_are_apart(subject, tmp_path, monkeypatch):
+    stage = stage_of(subject, tmp_path)
+    (tmp_path / "gpu").mkdir()
+    arms = [Arm(PLAIN), Arm("capped", [firm(stage)]), Arm("adaptive", [firm(stage)], watcher(0.0, mean=1e6))]
+    apart = had(stage, TALKS, arms, 3)
+    # as on a GPU, but without a graph: all rows of a turn share the batches of a sampler that refills its slots
+    monkeypatch.setattr(Stage, "on_gpu", True)
+    monkeypatch.setattr(dialogue, "fastest_sampler", partial(GraphSampler, slots=4))
+    together = had(stage_of(subject, tmp_path / "gpu"), TALKS, arms, 3)
+    assert together.keys() == apart.keys()
+    for key, one in together.items():
+        assert (one.ids, one.acted, one.fired) == (apart[key].ids, apart[key].acted, apart[key].fired)
+        assert one.projection == pytest.approx(apart[key].projection, abs=1e-4)
 
 
 def test_a_study_that_was_killed_goes_on_to_the_same_log(subject, tmp_path, monkeypatch):

@@ -126,6 +126,18 @@ def test_without_enough_calm_conversations_there_is_no_alarm_and_a_page_all_the_
     assert "Not computed" in (tmp_path / "few" / "drift.html").read_text()
 
 
+def test_an_axis_without_caps_is_studied_as_the_model_is(tiny_run, scripts, tmp_path, capsys):
+    asked = told(tiny_run, scripts, tmp_path / "plain", "--domains", "therapy", "--json")
+    del asked[asked.index("--cap") : asked.index("--cap") + 2]
+    main(asked)
+    content = json.loads(capsys.readouterr().out)
+    assert content["arms"] == ARMS[:1]
+    assert (content["cap"], content["cost"]) == (None, None)
+    assert "the axis's default answers" in content["watch"]["baseline"]["of"]
+    assert not (tmp_path / "plain" / "calm.json").exists()
+    assert 'data-figure="differences"' not in (tmp_path / "plain" / "drift.html").read_text()
+
+
 def test_what_cannot_be_studied_is_refused_in_one_line_before_a_model_is_loaded(tiny_run, scripts, tmp_path, capsys):
     def says(*more):
         asked = ["drift", str(tmp_path / "no model"), "--axis", str(tiny_run / "run"), "--scripts", str(scripts)]

@@ -30,6 +30,7 @@ const showLine = (text, action = null) => {
   if (action) line.append(" ", el("button", { type: "button", class: "quiet", onclick: () => (showLine(null), action.act()) }, action.name));
 };
 
+// A key must be given: without one the page can do nothing, so Escape does not close the question.
 const askForKey = (wrong) => {
   at("key-wrong").hidden = !wrong;
   at("key-wrong").textContent = wrong ? "The server does not take this key." : "";
@@ -71,12 +72,18 @@ const changed = (answer) => {
   if (!pending.size) requestAnimationFrame(frame);
   pending.add(answer);
 };
-const frame = () => {
+const frame = () =>
+  following(() => {
+    for (const answer of pending) log.fill(answer);
+    pending.clear();
+    drawPanel();
+  });
+
+// Who reads at the end stays at the end; who has scrolled up is left there.
+const following = (act) => {
   const box = at("log");
   const follows = box.scrollHeight - box.scrollTop - box.clientHeight < 60;
-  for (const answer of pending) log.fill(answer);
-  pending.clear();
-  drawPanel();
+  act();
   if (follows) box.scrollTop = box.scrollHeight;
 };
 
@@ -91,6 +98,11 @@ const keepHere = () => {
   if (!at("keep").checked) return;
   if (conversation.turns.length || conversation.system) remember(conversation, axis);
   else forget();
+};
+
+const notice = () => {
+  showNotice(at("notice"));
+  if (matchMedia("(max-width: 56rem)").matches) toggle("strip", "panel-body", false); // the words need the room
 };
 
 // ---- asking
@@ -115,19 +127,22 @@ const ask = async (turn, answers) => {
   setBusy(true);
   draw();
   at("log").scrollTop = at("log").scrollHeight;
-  const how = { model: axis.model.name, sampling: chosen.sampling, signal: mine.signal, changed, onDenied: () => askForKey(true).then(() => answers.length === 1 && again()) };
+  const how = { axis, sampling: chosen.sampling, signal: mine.signal, changed };
+  let ends = [];
   try {
-    await Promise.all(answers.map((answer) => stream(conversation, turn, answer, turn.answers.indexOf(answer), how)));
+    ends = await Promise.all(answers.map((answer) => stream(conversation, turn, answer, turn.answers.indexOf(answer), how)));
   } finally {
     if (stopper === mine) endRound();
   }
+  if (!conversation.turns.includes(turn)) return; // another conversation has taken its place
+  if (ends.includes("denied")) return askForKey(true).then(again);
   speak(answers.map((answer) => answer.problem ?? `Answer complete, projection ${fixed(answer.projection)}${answer.raised ? ", the drift alarm was raised" : ""}.`).join(" "));
 };
 
 const endRound = () => {
   stopper = null;
   setBusy(false);
-  draw();
+  following(draw);
   keepHere();
 };
 
@@ -144,7 +159,7 @@ const send = async () => {
   } catch (error) {
     return showLine(error.message);
   }
-  if (showsDistress(text)) showNotice(at("notice"));
+  if (showsDistress(text)) notice();
   if (editing) {
     conversation.turns.pop();
     stopEditing();
@@ -213,7 +228,7 @@ const replaceBy = (next, said) => {
   keepHere();
   const undo = before.turns.length ? { name: "Undo", act: () => replaceBy(before, null) } : null;
   showLine(said, said ? undo : null);
-  if (conversation.turns.some((turn) => turn.user !== null && showsDistress(turn.user))) showNotice(at("notice"));
+  if (conversation.turns.some((turn) => turn.user !== null && showsDistress(turn.user))) notice();
 };
 
 const load = (next, remark) => {
@@ -235,6 +250,8 @@ const goTo = (turn) => {
   const article = at(`turn-${turn}`);
   article?.scrollIntoView({ block: "start" });
   article?.focus({ preventScroll: true });
+  article?.classList.add("found");
+  setTimeout(() => article?.classList.remove("found"), 1400);
 };
 
 // ---- the field and the keys
@@ -273,6 +290,9 @@ const startKeys = () => {
     if (event.key.toLowerCase() === "k" && (event.ctrlKey || event.metaKey)) (event.preventDefault(), at("say").focus());
   });
   at("stop").addEventListener("click", stop);
+  // Escape as a key, since a browser lets a second one close the dialog whatever is said to "cancel"
+  at("ask-key").addEventListener("keydown", (event) => event.key === "Escape" && event.preventDefault());
+  at("ask-key").addEventListener("cancel", (event) => event.preventDefault());
   for (const [button, target] of [["menu", "actions"], ["strip", "panel-body"]]) {
     at(button).addEventListener("click", () => toggle(button, target, at(button).getAttribute("aria-expanded") !== "true"));
   }
@@ -293,6 +313,7 @@ const startKeeping = () => {
   const empty = () => replaceBy(newConversation(), conversation.turns.length ? "A new conversation. The one before is gone from this page." : null);
   at("clear").addEventListener("click", () => (empty(), forget()));
   at("new").addEventListener("click", () => (empty(), at("say").focus()));
+  addEventListener("pagehide", keepHere); // also in the middle of an answer
   at("save").addEventListener("click", () => download(conversation, axis));
 };
 
@@ -322,7 +343,8 @@ const start = async () => {
   panel = newPanel(axis, scale, goTo);
   watchTokens(at("turns"), (cap) => countLayers(axis.caps?.[cap]?.layers), scale, speak);
   startEmpty();
-  conversation = remembered(axis) ?? newConversation();
+  const { conversation: known, remark } = remembered(axis);
+  conversation = known ?? newConversation();
   at("system").value = conversation.system;
   startKeeping();
   startControls(axis, () => {
@@ -335,9 +357,10 @@ const start = async () => {
   startFiles(axis, { loaded: load, refused: (message) => showLine(message) });
   at("send").disabled = false;
   draw();
-  at("log").scrollTop = at("log").scrollHeight;
-  if (conversation.turns.some((turn) => turn.user !== null && showsDistress(turn.user))) showNotice(at("notice"));
-  at("say").focus();
+  showLine(remark);
+  if (conversation.turns.length) at("log").scrollTop = at("log").scrollHeight;
+  if (conversation.turns.some((turn) => turn.user !== null && showsDistress(turn.user))) notice();
+  if (matchMedia("(hover: hover)").matches) at("say").focus(); // on a phone the keyboard would cover the page
 };
 
 // "8-26" or "3,5,8-10" in words that the server uses; null where it cannot be counted

@@ -33,7 +33,8 @@ export const toSaved = (conversation, axis, now = new Date()) => ({
 const placeOf = (axis) => ({ model: axis.model.id, fingerprint: axis.model.fingerprint ?? null, layer: axis.layer, poles: axis.poles });
 
 const toAnswer = (answer) => {
-  const { text, tokens, cap, mode, acted, seed, projection, z, floor, fired, alarm, raised, drift, ended, problem } = answer;
+  const { text, tokens, cap, mode, acted, seed, projection, z, floor, fired, alarm, raised, drift, problem } = answer;
+  const ended = answer.live ? "you" : answer.ended; // as if it had been stopped here
   return { content: text, cap, mode, acted, seed, projection, z, floor, fired, alarm, raised, drift, ended, problem, per_token: tokens };
 };
 
@@ -126,6 +127,7 @@ const answerOf = (value) => {
     fired: number(value.fired),
     alarm: value.alarm === true,
     raised: value.raised === true,
+    drift: ["calm", "drifting"].includes(value.drift) ? value.drift : null,
     ended: ["stop", "length", "you"].includes(value.ended) ? value.ended : null,
     problem: typeof value.problem === "string" ? value.problem.slice(0, 500) : null,
   });
@@ -165,9 +167,9 @@ export const forget = () => {
 export const remembered = (axis) => {
   try {
     const text = localStorage.getItem(HERE);
-    return text === null ? null : fromSaved(text, axis).conversation;
+    return text === null ? { conversation: null, remark: null } : fromSaved(text, axis);
   } catch {
-    return null;
+    return { conversation: null, remark: null };
   }
 };
 

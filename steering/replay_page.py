@@ -1,0 +1,41 @@
+"""The page of `personaxis replay --html`: the stored answers, the model's own now, and the capped ones, turn by turn."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from personaxis.analysis.figures_drift import conversation
+from personaxis.analysis.page import write_page
+from personaxis.steering.drift_page import shaded, span_of
+
+HERE = Path(__file__).parent
+MOST = 20  # conversations on one page
+
+
+def write_replay_page(path: Path, content: Mapping[str, Any]) -> None:
+    """Write the page of replay.json's content."""
+    rows = content["conversations"][:MOST]
+    figures = {
+        f"turns-{number}": conversation(
+            {arm: [{**told, "turn": int(turn)} for turn, told in own.items()] for arm, own in row["arms"].items()},
+            content["baseline"],
+        )
+        for number, row in enumerate(rows)
+    }
+    shown = {
+        "c": content,
+        "conversations": [_conversation(row, content["arms"]) for row in rows],
+        "more": len(content["conversations"]) - len(rows),
+    }
+    write_page(path, HERE / "replay.html.jinja", shown, figures, {"span": span_of})
+
+
+def _conversation(row: Mapping[str, Any], arms: list[str]) -> dict[str, Any]:
+    """Its turns as columns; an adaptive arm, which is one of the other two in every answer, has none of its own."""
+    columns = [arm for arm in arms[:3] if arm in row["arms"]]
+    turns = []
+    for number, user in enumerate(row["users"], 1):
+        cells = [row["arms"][arm].get(str(number)) for arm in columns]
+        if any(cells):
+            turns.append({"asked": [user], "cells": [shaded(cell) if cell else None for cell in cells]})
+    return {"name": row["name"], "domain": row["domain"], "arms": columns, "turns": turns, "cut": row["cut_short"]}
