@@ -8,7 +8,8 @@ read once, at the start, and found by their names.
 
 import asyncio
 import mimetypes
-from collections.abc import AsyncIterator, Awaitable, Callable
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -51,6 +52,7 @@ STREAMED = {
         "content": {"text/event-stream": {"schema": {"type": "string"}}},
     }
 }
+BRANCH = re.compile(r"str|constrained-str|list\[.*|CapBy\w+")  # of a union, in the place of a mistake
 GONE = 499  # the status that is logged for a client who left
 Answer = TypeVar("Answer")
 
@@ -248,12 +250,8 @@ def _answer_errors(app: FastAPI, host: Host) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"][1:])
-        if first["type"] == "json_invalid":
-            return reply(400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', 'malformed')}")
-        message = str(first["msg"]).removeprefix("Value error, ")
-        return reply(400, f"{place}: {message}" if place else message, param=place[:200] or None)
+        place, message = _mistake(error.errors())
+        return reply(400, f"{place}: {message}" if place else message, param=place or None)
 
     @app.exception_handler(KnownError)
     async def known(_request: Request, error: KnownError) -> Response:
@@ -278,6 +276,23 @@ def _answer_errors(app: FastAPI, host: Host) -> None:
     async def failed(_request: Request, error: RuntimeError) -> Response:
         text = (str(error).splitlines() or [type(error).__name__])[0][:200]
         return reply(500, f"the engine failed: {text}", "server_error")
+
+    @app.exception_handler(Exception)
+    async def bug(_request: Request, _error: Exception) -> Response:
+        """Its traceback is in the server's log."""
+        return reply(500, "an error of the server itself; its log says more", "server_error")
+
+
+def _mistake(errors: Sequence[Any]) -> tuple[str, str]:
+    """Where the first mistake is, and what it is. Of a union every branch complains: the one that fits best is told."""
+    about = [error for error in errors if error["loc"][:2] == errors[0]["loc"][:2]]
+    first = max(about, key=lambda error: (not error["type"].endswith("_type"), len(error["loc"])))
+    if first["type"] == "json_invalid":
+        return "", f"the body is not valid JSON: {first.get('ctx', {}).get('error', 'malformed')}"
+    if first["loc"] == ("body",) and first["type"] in ("model_attributes_type", "missing"):
+        return "", "the body must be a JSON object, sent with content-type application/json"
+    names = [str(part) for part in first["loc"][1:] if not BRANCH.fullmatch(str(part))]
+    return ".".join(names)[:200], str(first["msg"]).removeprefix("Value error, ")
 
 
 def _document(app: FastAPI) -> None:
