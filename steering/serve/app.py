@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from personaxis.persona.errors import KnownError
@@ -53,6 +53,7 @@ STREAMED = {
     }
 }
 BRANCH = re.compile(r"str|constrained-str|list\[.*|CapBy\w+")  # of a union, in the place of a mistake
+MISFIT = re.compile(r".*_type|missing|extra_forbidden")  # mistakes that say that another branch was meant
 GONE = 499  # the status that is logged for a client who left
 Answer = TypeVar("Answer")
 
@@ -115,7 +116,7 @@ def _telling(app: FastAPI, host: Host, needs_key: bool) -> None:
         """What is loaded: model, axis, caps, baseline, alarm, limits."""
         return JSONResponse(_loaded(host, needs_key))
 
-    @app.get("/metrics", response_model=None, responses=REFUSALS)
+    @app.get("/metrics", response_model=None, response_class=PlainTextResponse, responses=REFUSALS)
     async def metrics() -> Response:
         """For Prometheus."""
         text = host.metrics.text(host.engine.running, host.engine.queued)
@@ -286,7 +287,7 @@ def _answer_errors(app: FastAPI, host: Host) -> None:
 def _mistake(errors: Sequence[Any]) -> tuple[str, str]:
     """Where the first mistake is, and what it is. Of a union every branch complains: the one that fits best is told."""
     about = [error for error in errors if error["loc"][:2] == errors[0]["loc"][:2]]
-    first = max(about, key=lambda error: (not error["type"].endswith("_type"), len(error["loc"])))
+    first = max(about, key=lambda error: (not MISFIT.fullmatch(error["type"]), len(error["loc"])))
     if first["type"] == "json_invalid":
         return "", f"the body is not valid JSON: {first.get('ctx', {}).get('error', 'malformed')}"
     if first["loc"] == ("body",) and first["type"] in ("model_attributes_type", "missing"):
