@@ -15,8 +15,6 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-import torch
-
 from personaxis.persona.options import ModelOptions
 from personaxis.steering.serve.engine import Ask, Ended, Engine, Room
 from personaxis.steering.serve.rows import Step
@@ -61,7 +59,7 @@ class Clock:
 def blind(engine: Engine) -> Engine:
     """The same engine without a hook on the model; what it then tells of projections means nothing."""
     engine.watching.on = nullcontext
-    engine.watching.taken = lambda: [torch.zeros(engine.room.slots + 1, 1)]
+    engine.rows._read_projections = lambda lengths: [[0.0] * length for length in lengths]
     engine.plans.steering.on = nullcontext
     return engine
 
