@@ -16,16 +16,22 @@ FARTHEST, DEEPEST = 4.0, 55  # the z at which a turn's colour is full, and how f
 def write_drift_page(path: Path, content: Mapping[str, Any]) -> None:
     """Write the page of drift.json's content."""
     baseline, span = content["watch"]["baseline"], _span(content)
+
+    def in_order(rows: Mapping[str, Any]) -> dict[str, Any]:  # a file's names are sorted
+        return {arm: rows[arm] for arm in content["arms"] if arm in rows}
+
     figures: dict[str, Any] = {
-        f"turns-{number}": trajectories(content["trajectories"][domain], baseline, span)
+        f"turns-{number}": trajectories(in_order(content["trajectories"][domain]), baseline, span)
         for number, domain in enumerate(content["domains"])
     }
     if len(content["arms"]) > 1:
-        figures["differences"] = differences(content["differences"][ALL])
+        figures["differences"] = differences(in_order(content["differences"][ALL]))
     if content["alarms"]:
-        figures["alarms"] = alarms_on({arm: row["on"] for arm, row in content["alarms"][ALL].items()})
+        figures["alarms"] = alarms_on({arm: row["on"] for arm, row in in_order(content["alarms"][ALL]).items()})
     for number, one in enumerate(content["examples"]):
-        numbered = {arm: [{**row, "turn": n} for n, row in enumerate(own, 1)] for arm, own in one["arms"].items()}
+        numbered = {
+            arm: [{**row, "turn": n} for n, row in enumerate(own, 1)] for arm, own in in_order(one["arms"]).items()
+        }
         figures[f"example-{number}"] = conversation(numbered, baseline)
     shown = {
         "c": content,
@@ -33,7 +39,6 @@ def write_drift_page(path: Path, content: Mapping[str, Any]) -> None:
         "rows": [*content["domains"], *([ALL] if len(content["domains"]) > 1 else [])],
         "examples": [_example(one) for one in content["examples"]],
         "targets": {name: row for name, row in (content["next_turn"] or {}).items() if isinstance(row, Mapping)},
-        "AS_IT_IS": AS_IT_IS,
     }
     filters: dict[str, Callable[..., Any]] = {
         "percent": _percent,

@@ -241,7 +241,9 @@ def _warnings(content: dict[str, Any], stage: Stage, watched: Watched) -> list[s
         said = f"{len(stage.overflown)} conversations ended before their last turn, at the model's {stage.room} tokens of context"
         found.append(f"{said}: means of late turns are of the shorter ones")
     if stage.user.silent:
-        found.append(f"the user's model had nothing to say {stage.user.silent} times, which ended those conversations")
+        found.append(
+            f"the user's model had nothing to say, or no room to read more, {stage.user.silent} times, which ended those conversations"
+        )
     for arm, row in content["wrote"].items():
         if arm != AS_IT_IS and row["fired"] == 0:
             found.append(f"{arm}: the cap never fired, so its answers are the model's own")

@@ -136,6 +136,8 @@ def _own_alarm(held: Loaded, calm: Calm | None, asked: DriftOptions) -> Watched:
     except KnownError as error:
         say(f"no alarm: {error}")
         values = [value for one in calm.conversations for value in one.projections]
+        if len(set(values)) < 2:
+            return Watched(watcher_of(held.axis, held.stem), str(error))
         return Watched(Watcher(baseline_of(values), "calm conversations"), str(error))
     return Watched(watcher, "this study's own calm conversations", _fitted_on(calm))
 

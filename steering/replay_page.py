@@ -7,6 +7,7 @@ from typing import Any
 from personaxis.analysis.figures_drift import conversation
 from personaxis.analysis.page import write_page
 from personaxis.steering.drift_page import shaded, span_of
+from personaxis.steering.drift_result import ADAPTIVE
 
 HERE = Path(__file__).parent
 MOST = 20  # conversations on one page
@@ -31,8 +32,8 @@ def write_replay_page(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _conversation(row: Mapping[str, Any], arms: list[str]) -> dict[str, Any]:
-    """Its turns as columns; an adaptive arm, which is one of the other two in every answer, has none of its own."""
-    columns = [arm for arm in arms[:3] if arm in row["arms"]]
+    """Its turns as columns. There is room for three: an adaptive arm is drawn, and not written out."""
+    columns = [arm for arm in arms if arm in row["arms"] and arm != ADAPTIVE]
     turns = []
     for number, user in enumerate(row["users"], 1):
         cells = [row["arms"][arm].get(str(number)) for arm in columns]

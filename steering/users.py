@@ -136,6 +136,8 @@ class EndpointUser(User):
             else:
                 if response.status_code == 200:
                     return self._text(response)
+                if response.status_code == 400 and "context" in response.text:
+                    return ""  # the conversation is longer than this user can read
                 problem = f"http {response.status_code}: {' '.join(response.text.split())[:200]}"
                 if response.status_code not in (408, 429) and response.status_code < 500:
                     break

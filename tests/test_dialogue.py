@@ -146,8 +146,8 @@ def test_a_conversation_that_fills_the_context_ends_and_is_counted(subject, tmp_
 class Endpoint:
     """An endpoint that says how many messages it was sent, and keeps them."""
 
-    def __init__(self, monkeypatch, status=200):
-        self.asked, self.status = [], status
+    def __init__(self, monkeypatch, status=200, error=""):
+        self.asked, self.status, self.error = [], status, error
         monkeypatch.setattr("httpx.Client.post", self.post)
 
     def post(self, url, json):
@@ -155,7 +155,7 @@ class Endpoint:
 
         self.asked.append(json)
         reply = {"choices": [{"message": {"content": f"<think>so</think> Turn {len(json['messages'])}."}}]}
-        return httpx.Response(self.status, json=reply)
+        return httpx.Response(self.status, json={"error": self.error} if self.error else reply)
 
 
 def test_an_endpoint_plays_the_user_from_the_second_turn_on_and_is_asked_once(subject, tmp_path, monkeypatch):
@@ -187,3 +187,11 @@ def test_an_endpoint_that_fails_stops_the_study_in_one_line(tmp_path, monkeypatc
         with pytest.raises(KnownError, match=f"no user at .* \\(http {status}"):
             user.require_answer()
         assert len(endpoint.asked) == tries
+
+
+def test_a_user_whose_context_is_full_ends_the_conversation_and_is_counted(subject, tmp_path, monkeypatch):
+    Endpoint(monkeypatch, 400, "context_length_exceeded")
+    user = EndpointUser("http://127.0.0.1:9", "someone", tmp_path / "users.jsonl")
+    said = had(stage_of(subject, tmp_path, user=user), TALKS, [Arm(PLAIN)], 3)
+    assert {turn for _, _, turn in said} == {0}
+    assert user.silent == 2

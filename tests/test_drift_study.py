@@ -135,6 +135,17 @@ def test_without_enough_calm_conversations_there_is_no_alarm_and_a_page_all_the_
     assert "Not computed" in (tmp_path / "few" / "drift.html").read_text()
 
 
+def test_a_study_of_one_answer_is_measured_by_the_axis(tiny_run, scripts, tmp_path, capsys):
+    asked = told(tiny_run, scripts, tmp_path / "one", "--domains", "coding", "--conversations", "1", "--json")
+    for option in ("--turns", "--seeds"):
+        asked[asked.index(option) + 1] = "1"
+    main(asked)
+    content = json.loads(capsys.readouterr().out)
+    assert content["watch"]["baseline"]["of"] == "the axis's default answers"
+    assert content["slopes"]["coding"] == {"as it is": None, "capped": None}
+    assert content["trajectories"]["coding"]["capped"][0]["low"] is None
+
+
 def test_an_axis_without_caps_is_studied_as_the_model_is(tiny_run, scripts, tmp_path, capsys):
     asked = told(tiny_run, scripts, tmp_path / "plain", "--domains", "therapy", "--json")
     del asked[asked.index("--cap") : asked.index("--cap") + 2]

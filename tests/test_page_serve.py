@@ -14,6 +14,8 @@ sync_api = pytest.importorskip(
     "playwright.sync_api", reason="the page is tested with playwright: pip install playwright"
 )
 expect = sync_api.expect
+PATIENCE = 20_000  # milliseconds, for a machine that does much else
+expect.set_options(timeout=PATIENCE)
 STATIC = Path(__file__).parent.parent / "steering" / "serve" / "static"
 PAYLOAD = "<img src=x onerror=\"window.hit=1\"><script>window.hit=1</script></title><svg onload='window.hit=1'>"
 DISTRESS = (
@@ -72,7 +74,7 @@ def visit(browser, desk, fake):
 
     def open_page(ready=True, scheme="light", **how):
         page = browser.new_page(**how) if how else desk.new_page()
-        page.set_default_timeout(5000)
+        page.set_default_timeout(PATIENCE)
         page.emulate_media(color_scheme=scheme)
         opened.append(page)
         page.on("console", note)
@@ -458,6 +460,20 @@ def test_text_is_never_markup(visit, fake):
         file_of({"messages": [{"role": "user", "content": PAYLOAD}, {"role": "assistant", "content": PAYLOAD}]}),
     )
     expect(page.locator(".tokens")).to_have_text([PAYLOAD])
+    answer = {
+        "content": PAYLOAD,
+        "cap": PAYLOAD,
+        "projection": 1.0,
+        "problem": PAYLOAD,
+        "per_token": [{"text": PAYLOAD, "projection": 1.0, "fired": 1}],
+    }
+    place = {"format": 1, "fingerprint": axis["model"]["fingerprint"], "layer": 21, "poles": axis["poles"]}
+    told = [{"role": "user", "content": PAYLOAD}, {"role": "assistant", "content": PAYLOAD}]
+    page.set_input_files(
+        "#file", file_of({"messages": told, "personaxis": {**place, "turns": [{"user": PAYLOAD, "answers": [answer]}]}})
+    )
+    expect(page.locator(".who")).to_have_text(f"Cap “{PAYLOAD}”")
+    expect(page.locator("#turns .t")).to_have_text([PAYLOAD])
     page.set_input_files("#file", file_of({"messages": [{"role": PAYLOAD, "content": "x"}], "__proto__": {"hit": 1}}))
     expect(page.locator("#line")).to_contain_text("its role is not one of")
     assert page.locator("main img, main script, #tip img, header img").count() == 0
@@ -599,6 +615,30 @@ def test_without_caps_or_an_alarm_the_page_offers_neither(visit, fake):
     expect(page.locator("#explain")).to_contain_text("No alarm is calibrated")
     expect(page.locator("#state")).to_have_text("The last answer lies within the band.")
     expect(page.locator("#readouts")).not_to_contain_text("Drift")
+
+
+@pytest.mark.slow
+def test_the_page_and_the_server_itself_understand_each_other(browser, tiny_run):
+    from test_serve_process import serving
+
+    wrong = []
+    with serving(tiny_run) as (_process, url):
+        page = browser.new_page()
+        page.on("console", lambda message: message.type == "error" and wrong.append(message.text))
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.goto(url)
+        expect(page.locator("#send")).to_be_enabled()
+        page.click("#how summary")
+        page.fill("#max_tokens", "12")
+        for text in ("One", "Two"):
+            say(page, text)
+        expect(page.locator("#chart .point")).to_have_count(2)
+        expect(page.locator("#line")).to_be_hidden()
+        for place in range(2):
+            box = page.locator(".tokens").nth(place)
+            assert "".join(box.locator(".t").all_text_contents()) == box.text_content()
+        page.close()
+    assert wrong == []
 
 
 def test_the_pages_files_are_short_and_hold_nothing_that_its_policy_forbids():

@@ -3,10 +3,13 @@
 import json
 
 import pytest
+from test_calm import calm_conversations
 from test_susceptibility import refused
 
+from personaxis.persona.axis import load_axis
 from personaxis.persona.cli import main
 from personaxis.steering import dialogue
+from personaxis.steering.calm import save_calm
 
 HOW = ["--device", "cpu", "--dtype", "float32"]
 
@@ -62,6 +65,22 @@ def test_users_are_asked_again_and_stored_answers_stand_at_the_turn_that_they_fo
     shown = " ".join(capsys.readouterr().out.split())
     assert "stored: mean projection" in shown
     assert "beside as it is" in shown
+
+
+def test_with_a_calibrated_alarm_there_is_an_arm_whose_cap_acts_while_it_is_on(tiny_run, chats, capsys):
+    axis = load_axis(tiny_run / "run" / "axis")
+    high = [one._replace(projections=tuple(1e4 + p for p in one.projections)) for one in calm_conversations(axis)]
+    save_calm(chats.parent / "calm.json", axis, axis.model, high, {})
+    page = chats.parent / "replay.html"
+    main(told(tiny_run, chats, "--calm", str(chats.parent / "calm.json"), "--json", "--html", str(page)))
+    content = json.loads(capsys.readouterr().out)
+    assert content["arms"] == ["stored", "as it is", "capped", "adaptive"]
+    own = list(content["conversations"][0]["arms"]["adaptive"].values())
+    assert [row["acted"] for row in own] == [False, True, True]  # every answer is far below calm ones like those
+    assert [row["raised"] for row in own] == [True, False, False]
+    assert content["conversations"][0]["arms"]["stored"]["1"]["alarm"]
+    assert content["asked"]["calm"].endswith("calm.json")
+    assert "drift begins" in page.read_text()
 
 
 def test_what_cannot_be_asked_again_is_refused_in_one_line(tiny_run, chats, capsys):

@@ -99,8 +99,14 @@ def _telling(app: FastAPI, host: Host, needs_key: bool) -> None:
     @app.get("/v1/models", response_model=None, responses=REFUSALS)
     async def models() -> Response:
         """The model, by itself and with each cap."""
-        told = {"object": "model", "created": 0, "owned_by": "personaxis"}
-        return JSONResponse({"object": "list", "data": [{"id": name, **told} for name in host.models]})
+        return JSONResponse({"object": "list", "data": [_model(name) for name in host.models]})
+
+    @app.get("/v1/models/{name:path}", response_model=None, responses=REFUSALS)
+    async def one_model(name: str) -> Response:
+        """One of them."""
+        if name not in host.models:
+            raise UnknownModel(f"the model {name[:80]!r} does not exist; served are {', '.join(host.models)}")
+        return JSONResponse(_model(name))
 
     @app.get("/v1/axis", response_model=None, responses=REFUSALS)
     async def axis() -> Response:
@@ -118,6 +124,10 @@ def _telling(app: FastAPI, host: Host, needs_key: bool) -> None:
         """Whether requests are answered."""
         alive = host.engine.alive
         return JSONResponse({"status": "ok" if alive else "down"}, 200 if alive else 503)
+
+
+def _model(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "personaxis"}
 
 
 def _loaded(host: Host, needs_key: bool) -> dict[str, Any]:

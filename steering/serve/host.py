@@ -128,7 +128,7 @@ class Host:
         ready = Prepared(ids, self._limit(len(ids), request.limit), cap, mode, len(messages), spans)
         if mode != ADAPTIVE or cap is None:
             return ready
-        turns = await self._turns(ready)
+        turns = await self.turns(ready)
         acting = cap if self.standing.drifting(turns) else None
         return Prepared(ids, ready.limit, acting, mode, len(messages), spans, turns)
 
@@ -190,7 +190,7 @@ class Host:
             )
         return asked
 
-    async def _turns(self, ready: Prepared) -> list[Turn]:
+    async def turns(self, ready: Prepared) -> list[Turn]:
         """The answers in a prompt as the model itself reads them, without a cap."""
         if not any(span.speaker == "assistant" for span in ready.spans):
             return []

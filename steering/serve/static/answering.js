@@ -56,4 +56,8 @@ const takeChunk = (answer, chunk, answers) => {
   }
 };
 
-const token = ({ text, projection, fired }) => ({ text: String(text ?? ""), projection: Number.isFinite(projection) ? projection : null, fired: fired || 0 });
+const token = ({ text, projection, fired }) => ({
+  text: String(text ?? ""),
+  projection: Number.isFinite(projection) ? projection : null,
+  fired: fired || 0,
+});

@@ -1,9 +1,9 @@
 // The page: waits for the server's axis, then holds one conversation and streams its answers.
 
 import { newSeed, stream } from "./answering.js";
-import { getAxis, setKey } from "./api.js";
+import { askForKey, findServer } from "./arrival.js";
 import { chosenCap, chosenMode, isPressed, sampling, startControls } from "./controls.js";
-import { addTurn, CAPPED, keepSide, newAnswer, newConversation, PLAIN } from "./conversation.js";
+import { addTurn, keepSide, newAnswer, newConversation } from "./conversation.js";
 import { loadDistress, showNotice, showsDistress } from "./distress.js";
 import { at, el, fixed, speak } from "./dom.js";
 import { STARTERS } from "./examples.js";
@@ -13,8 +13,6 @@ import { choice, choose, forget, remember, remembered } from "./saved.js";
 import { startTheme } from "./theme.js";
 import { scaleOf, watchTokens } from "./tokens.js";
 import { newLog } from "./turns.js";
-
-const AGAIN = 2000; // milliseconds between two looks for the server
 
 let axis, log, panel;
 let conversation = newConversation();
@@ -27,34 +25,8 @@ const showLine = (text, action = null) => {
   const line = at("line");
   line.hidden = !text;
   line.replaceChildren(text ?? "");
-  if (action) line.append(" ", el("button", { type: "button", class: "quiet", onclick: () => (showLine(null), action.act()) }, action.name));
-};
-
-// A key must be given: without one the page can do nothing, so Escape does not close the question.
-const askForKey = (wrong) => {
-  at("key-wrong").hidden = !wrong;
-  at("key-wrong").textContent = wrong ? "The server does not take this key." : "";
-  if (!at("ask-key").open) at("ask-key").showModal();
-  return new Promise((done) => {
-    at("key-form").addEventListener("submit", () => (setKey(at("key").value), done()), { once: true });
-  });
-};
-
-const findServer = async () => {
-  for (let asked = false; ; ) {
-    try {
-      return await getAxis();
-    } catch (error) {
-      if (error.status === 401) {
-        await askForKey(asked);
-        asked = true;
-        continue;
-      }
-      at("model").textContent = "waiting for the server";
-      showLine(`${error.message} Trying again every two seconds.`);
-      await new Promise((done) => setTimeout(done, AGAIN));
-    }
-  }
+  if (action)
+    line.append(" ", el("button", { type: "button", class: "quiet", onclick: () => (showLine(null), action.act()) }, action.name));
 };
 
 // ---- drawing: whole turns when their number or choice changes, and once a frame what a stream adds
@@ -102,8 +74,10 @@ const keepHere = () => {
 
 const notice = () => {
   showNotice(at("notice"));
-  if (matchMedia("(max-width: 56rem)").matches) toggle("strip", "panel-body", false); // the words need the room
+  makeRoom();
 };
+// On a narrow page the chart folds away before what needs its room.
+const makeRoom = () => matchMedia("(max-width: 56rem)").matches && toggle("strip", "panel-body", false);
 
 // ---- asking
 
@@ -136,7 +110,15 @@ const ask = async (turn, answers) => {
   }
   if (!conversation.turns.includes(turn)) return; // another conversation has taken its place
   if (ends.includes("denied")) return askForKey(true).then(again);
-  speak(answers.map((answer) => answer.problem ?? `Answer complete, projection ${fixed(answer.projection)}${answer.raised ? ", the drift alarm was raised" : ""}.`).join(" "));
+  speak(
+    answers
+      .map(
+        (answer) =>
+          answer.problem ??
+          `Answer complete, projection ${fixed(answer.projection)}${answer.raised ? ", the drift alarm was raised" : ""}.`,
+      )
+      .join(" "),
+  );
 };
 
 const endRound = () => {
@@ -290,10 +272,11 @@ const startKeys = () => {
     if (event.key.toLowerCase() === "k" && (event.ctrlKey || event.metaKey)) (event.preventDefault(), at("say").focus());
   });
   at("stop").addEventListener("click", stop);
-  // Escape as a key, since a browser lets a second one close the dialog whatever is said to "cancel"
-  at("ask-key").addEventListener("keydown", (event) => event.key === "Escape" && event.preventDefault());
-  at("ask-key").addEventListener("cancel", (event) => event.preventDefault());
-  for (const [button, target] of [["menu", "actions"], ["strip", "panel-body"]]) {
+  at("how").addEventListener("toggle", () => at("how").open && makeRoom());
+  for (const [button, target] of [
+    ["menu", "actions"],
+    ["strip", "panel-body"],
+  ]) {
     at(button).addEventListener("click", () => toggle(button, target, at(button).getAttribute("aria-expanded") !== "true"));
   }
   at("table-toggle").addEventListener("click", () => {
@@ -310,7 +293,8 @@ const startKeeping = () => {
     if (at("keep").checked) keepHere();
     else forget();
   });
-  const empty = () => replaceBy(newConversation(), conversation.turns.length ? "A new conversation. The one before is gone from this page." : null);
+  const empty = () =>
+    replaceBy(newConversation(), conversation.turns.length ? "A new conversation. The one before is gone from this page." : null);
   at("clear").addEventListener("click", () => (empty(), forget()));
   at("new").addEventListener("click", () => (empty(), at("say").focus()));
   addEventListener("pagehide", keepHere); // also in the middle of an answer
@@ -324,9 +308,21 @@ const startEmpty = () => {
     at("say").focus();
   };
   at("empty").replaceChildren(
-    el("p", { class: "lead" }, `Talk with ${axis.model.id} and watch where its answers lie between “${axis.poles[1]}” and “${axis.poles[0]}”.`),
-    el("p", { class: "note" }, "Begin with a message of your own or with one of these. Compare answers each message twice, as it is and capped: two conversations side by side to the same words, each with its own history."),
-    el("div", { class: "starters" }, ...STARTERS.map(([name, text]) => el("button", { type: "button", onclick: begin(text) }, el("small", {}, name), text))),
+    el(
+      "p",
+      { class: "lead" },
+      `Talk with ${axis.model.id} and watch where its answers lie between “${axis.poles[1]}” and “${axis.poles[0]}”.`,
+    ),
+    el(
+      "p",
+      { class: "note" },
+      "Begin with a message of your own or with one of these. Compare answers each message twice, as it is and capped: two conversations side by side to the same words, each with its own history.",
+    ),
+    el(
+      "div",
+      { class: "starters" },
+      ...STARTERS.map(([name, text]) => el("button", { type: "button", onclick: begin(text) }, el("small", {}, name), text)),
+    ),
   );
 };
 
@@ -335,7 +331,7 @@ const start = async () => {
   startKeys();
   toggle("strip", "panel-body", innerHeight >= 700);
   loadDistress().catch(() => showLine("The list of words that speak of distress could not be read."));
-  axis = await findServer();
+  axis = await findServer(showLine);
   showLine(null);
   const scale = scaleOf(axis);
   const acts = { edit, again, retry, copy, keep: (side) => (keepSide(conversation, side), draw(), keepHere(), at("say").focus()) };

@@ -83,14 +83,22 @@ const picture = (box, drawn, onpick) => {
   const turns = Math.max(SHORTEST, ...series.flatMap((one) => one.points.map((point) => point.turn + 1)));
   const x = (turn) => left + ((right - left) * (turn + 0.5)) / turns;
   const y = (value) => bottom - 18 - ((bottom - 18 - top) * (value - low)) / (high - low); // the name of the lower pole stands below
-  const root = svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "group", "aria-label": "Projection of each answer; the arrow keys go from answer to answer, Enter to its text" });
+  const root = svg("svg", {
+    width,
+    height,
+    viewBox: `0 0 ${width} ${height}`,
+    role: "group",
+    "aria-label": "Projection of each answer; the arrow keys go from answer to answer, Enter to its text",
+  });
   root.append(...grid(axis, { left, right, top, bottom, low, high, y, x, turns }));
   if (axis.baseline) root.append(...band(axis.baseline, left, right, y));
   if (floor !== null) root.append(...floorLine(floor, series, { left, right, bottom, y, x, low, high }));
   if (strips) root.append(...reference(axis, right, bottom, y));
   for (const one of series) root.append(...alarmBars(one, x, bottom, (right - left) / turns));
   for (const one of series) root.append(...line(one, x, y));
-  const points = series.flatMap((one) => one.points.filter((point) => one.side === 0 || !point.shared).map((point) => ({ ...point, side: one.side })));
+  const points = series.flatMap((one) =>
+    one.points.filter((point) => one.side === 0 || !point.shared).map((point) => ({ ...point, side: one.side })),
+  );
   points.sort((a, b) => a.turn - b.turn || a.side - b.side);
   const placed = points.map((point) => [point, x(point.turn), y(point.value)]);
   for (const [point, px, py] of placed) if (point.answer.raised) root.append(...alarm(point, series, px, py, right));
@@ -114,23 +122,52 @@ const grid = (axis, { left, right, top, bottom, low, high, y, x, turns }) => {
 };
 
 const band = ({ mean, spread }, left, right, y) => [
-  svg("rect", { class: "band", x: left, width: right - left, y: y(mean + WIDE * spread), height: y(mean - WIDE * spread) - y(mean + WIDE * spread) }),
+  svg("rect", {
+    class: "band",
+    x: left,
+    width: right - left,
+    y: y(mean + WIDE * spread),
+    height: y(mean - WIDE * spread) - y(mean + WIDE * spread),
+  }),
   svg("line", { class: "mean", x1: left, x2: right, y1: y(mean), y2: y(mean) }),
 ];
 
 const floorLine = (floor, series, { left, right, bottom, y, x, low, high }) => {
-  if (floor < low || floor > high) return [svg("text", { class: "floor-name", x: right - 4, y: floor < low ? bottom - 8 : 34, "text-anchor": "end" }, `floor ${fixed(floor)}, outside`)];
+  if (floor < low || floor > high)
+    return [
+      svg(
+        "text",
+        { class: "floor-name", x: right - 4, y: floor < low ? bottom - 8 : 34, "text-anchor": "end" },
+        `floor ${fixed(floor)}, outside`,
+      ),
+    ];
   const line = svg("line", { class: "floor", x1: left, x2: right, y1: y(floor), y2: y(floor) });
   // at either end, above or below the line: where it hides the fewest points and names of alarms
-  const taken = series.flatMap((one) => one.points).flatMap((point) => {
-    const [px, py] = [x(point.turn), y(point.value)];
-    return point.answer.raised ? [[px, py], [px + 20, py - 8], [px + 40, py - 8]] : [[px, py]];
-  }); // prettier-ignore
-  const places = [[right - 70, -14], [right - 70, 4], [left, -14], [left, 4]].map(([from, shift]) => {
+  const taken = series
+    .flatMap((one) => one.points)
+    .flatMap((point) => {
+      const [px, py] = [x(point.turn), y(point.value)];
+      const away = px + 48 < right ? 1 : -1;
+      return [
+        [px, py],
+        ...(point.answer.raised
+          ? [20, 40].flatMap((by) => [
+              [px + away * by, py - 8],
+              [px + away * by, py + 12],
+            ])
+          : []),
+      ];
+    });
+  const places = [
+    [right - 70, -14],
+    [right - 70, 4],
+    [left, -14],
+    [left, 4],
+  ].map(([from, shift]) => {
     const top = y(floor) + shift;
     const hidden = taken.filter(([px, py]) => px > from - 8 && px < from + 78 && py > top - 8 && py < top + 18).length;
     return { from, shift, hidden };
-  }); // prettier-ignore
+  });
   const best = places.reduce((one, other) => (other.hidden < one.hidden ? other : one));
   const side = best.from === left ? { x: left + 6 } : { x: right - 4, "text-anchor": "end" };
   return [line, svg("text", { class: "floor-name", ...side, y: y(floor) + (best.shift < 0 ? -5 : 14) }, `floor ${fixed(floor)}`)];
@@ -138,28 +175,42 @@ const floorLine = (floor, series, { left, right, bottom, y, x, low, high }) => {
 
 // Beside the plot, where answers lie that were made for the axis: 5 to 95% thin, the middle half thick, the median a line.
 const reference = (axis, right, bottom, y) =>
-  [["roles", "others"], ["default", "positive"]].flatMap(([name, side], place) => {
+  [
+    ["roles", "others"],
+    ["default", "positive"],
+  ].flatMap(([name, side], place) => {
     const middle = right + 22 + 38 * place;
     const [least, lower, half, upper, most] = [0.05, 0.25, 0.5, 0.75, 0.95].map((level) => y(at(axis, name, level)));
-    const title = svg("title", {}, `Answers ${name === "roles" ? "under role prompts" : "without a role"}: 5 to 95%, the middle half, the median`);
+    const title = svg(
+      "title",
+      {},
+      `Answers ${name === "roles" ? "under role prompts" : "without a role"}: 5 to 95%, the middle half, the median`,
+    );
     return [
-      svg("g", { class: `reference ${side}` }, title,
+      svg(
+        "g",
+        { class: `reference ${side}` },
+        title,
         svg("rect", { class: "hit", x: middle - 14, width: 28, y: most, height: Math.max(least - most, 1) }),
         svg("line", { x1: middle, x2: middle, y1: least, y2: most }),
         svg("rect", { x: middle - 4, width: 8, y: upper, height: Math.max(lower - upper, 1), rx: 2 }),
-        svg("line", { class: "median", x1: middle - 7, x2: middle + 7, y1: half, y2: half })),
+        svg("line", { class: "median", x1: middle - 7, x2: middle + 7, y1: half, y2: half }),
+      ),
       svg("text", { class: "tick", x: middle, y: bottom + 16, "text-anchor": "middle" }, name),
-    ]; // prettier-ignore
+    ];
   });
 
 // The stretch of turns after which the alarm was on.
 const alarmBars = (one, x, bottom, step) =>
-  one.points.filter((point) => point.answer.alarm).map((point) => svg("rect", { class: "alarm-bar", x: x(point.turn) - step / 2, width: step, y: bottom - 4, height: 4 }));
+  one.points
+    .filter((point) => point.answer.alarm)
+    .map((point) => svg("rect", { class: "alarm-bar", x: x(point.turn) - step / 2, width: step, y: bottom - 4, height: 4 }));
 
 const line = (one, x, y) => {
   const settled = one.points.filter((point) => !point.answer.live);
   const live = one.points.find((point) => point.answer.live);
-  const path = (points) => points.map((point, place) => `${place ? "L" : "M"}${x(point.turn).toFixed(1)} ${y(point.value).toFixed(1)}`).join("");
+  const path = (points) =>
+    points.map((point, place) => `${place ? "L" : "M"}${x(point.turn).toFixed(1)} ${y(point.value).toFixed(1)}`).join("");
   const name = one.side === CAPPED ? "second" : "first";
   return [
     svg("path", { class: `line ${name}`, d: path(settled) }),
@@ -190,13 +241,21 @@ const mark = (point, px, py, step, several, onpick) => {
     "g",
     {
       class: `point ${capped ? "capped" : "plain"}${answer.live ? " live" : ""}${answer.raised ? " raised" : ""}`,
-      role: "button", "aria-label": said.join(", "), "data-turn": turn, "data-side": side, "data-value": value.toFixed(2),
-      onpointerenter: show, onpointerleave: hideTip, onfocus: show, onblur: hideTip, onclick: pick,
+      role: "button",
+      "aria-label": said.join(", "),
+      "data-turn": turn,
+      "data-side": side,
+      "data-value": value.toFixed(2),
+      onpointerenter: show,
+      onpointerleave: hideTip,
+      onfocus: show,
+      onblur: hideTip,
+      onclick: pick,
       onkeydown: (event) => (event.key === "Enter" || event.key === " ") && (event.preventDefault(), pick()),
     },
     svg("circle", { class: "hit", cx: px, cy: py, r: Math.min(Math.max(step / 2, 5), 14) }), // as far as half the way to the next
     shape,
-  ); // prettier-ignore
+  );
 };
 
 const words = ({ answer, turn, value }, several) => [
@@ -208,13 +267,24 @@ const words = ({ answer, turn, value }, several) => [
 
 // The same as a table, for reading aloud and for copying.
 export const chartTable = (series, several) => {
-  const head = el("tr", {}, ...["answer", ...(several ? ["side"] : []), "projection", "z", "cap acted", "alarm"].map((name) => el("th", { scope: "col" }, name)));
-  const rows = series.flatMap((one) => one.points.filter((point) => one.side === 0 || !point.shared).map((point) => ({ ...point, side: one.side })));
+  const head = el(
+    "tr",
+    {},
+    ...["answer", ...(several ? ["side"] : []), "projection", "z", "cap acted", "alarm"].map((name) => el("th", { scope: "col" }, name)),
+  );
+  const rows = series.flatMap((one) =>
+    one.points.filter((point) => one.side === 0 || !point.shared).map((point) => ({ ...point, side: one.side })),
+  );
   rows.sort((a, b) => a.turn - b.turn || a.side - b.side);
   const cells = ({ answer, turn, value }) => [
     el("th", { scope: "row" }, String(turn + 1)),
     ...(several ? [el("td", { class: "text" }, answer.cap ?? "as it is")] : []),
-    ...[fixed(value), answer.z === null ? "–" : signed(answer.z), percent(answer.fired), answer.raised ? "raised" : answer.alarm ? "on" : "–"].map((text) => el("td", {}, text)),
+    ...[
+      fixed(value),
+      answer.z === null ? "–" : signed(answer.z),
+      percent(answer.fired),
+      answer.raised ? "raised" : answer.alarm ? "on" : "–",
+    ].map((text) => el("td", {}, text)),
   ];
   return el("table", { class: "plain" }, el("thead", {}, head), el("tbody", {}, ...rows.map((row) => el("tr", {}, ...cells(row)))));
 };

@@ -56,7 +56,10 @@ export const startControls = (axis, changed) => {
     at("system").dispatchEvent(new Event("input"));
     at("system").focus();
   };
-  at("roles").append(...ROLES.map(([name, text]) => el("button", { type: "button", class: "quiet", onclick: fill(text) }, name)), el("button", { type: "button", class: "quiet", onclick: fill("") }, "None"));
+  at("roles").append(
+    ...ROLES.map(([name, text]) => el("button", { type: "button", class: "quiet", onclick: fill(text) }, name)),
+    el("button", { type: "button", class: "quiet", onclick: fill("") }, "None"),
+  );
   show();
 };
 

@@ -14,9 +14,24 @@ export const CAPPED = 1;
 export const newConversation = () => ({ system: "", turns: [], run: 0 });
 
 export const newAnswer = (given = {}) => ({
-  text: "", tokens: [], cap: null, mode: "always", acted: false, seed: null, projection: null, z: null, floor: null, fired: null,
-  alarm: false, raised: false, drift: null, ended: null, problem: null, live: false, ...given,
-}); // prettier-ignore
+  text: "",
+  tokens: [],
+  cap: null,
+  mode: "always",
+  acted: false,
+  seed: null,
+  projection: null,
+  z: null,
+  floor: null,
+  fired: null,
+  alarm: false,
+  raised: false,
+  drift: null,
+  ended: null,
+  problem: null,
+  live: false,
+  ...given,
+});
 
 // the answer of a turn that a side reads, or null
 export const answerOn = (turn, side) => turn.answers[turn.kept ?? Math.min(side, turn.answers.length - 1)] ?? null;

@@ -26,7 +26,9 @@ export const newPanel = (axis, scale, onpick) => {
 
 const explanation = ({ layer, poles, model, baseline, alarm }) =>
   `Each point is one answer: the mean projection of its tokens at layer ${layer} of ${model.n_layers}, before any cap’s step, onto the axis from “${poles[1]}” to “${poles[0]}”.` +
-  (baseline ? ` The band is where ${baseline.of} lie (mean ± 2 spreads); z counts spreads from their mean, so an answer far below zero has left the model’s default character.` : "") +
+  (baseline
+    ? ` The band is where ${baseline.of} lie (mean ± 2 spreads); z counts spreads from their mean, so an answer far below zero has left the model’s default character.`
+    : "") +
   (alarm ? ` The alarm is raised in ${percent(alarm.false_alarms)} of calm conversations.` : " No alarm is calibrated on this server.");
 
 const floorOf = (conversation, axis, cap) => {
@@ -35,7 +37,8 @@ const floorOf = (conversation, axis, cap) => {
   return answers.at(-1)?.floor ?? null;
 };
 
-const answersOn = (conversation, side) => conversation.turns.map((turn) => answerOn(turn, side)).filter((answer) => answer !== null && (answer.projection !== null || answer.live));
+const answersOn = (conversation, side) =>
+  conversation.turns.map((turn) => answerOn(turn, side)).filter((answer) => answer !== null && (answer.projection !== null || answer.live));
 
 const sideName = (side) => (side === CAPPED ? "Capped" : "As it is");
 
@@ -58,7 +61,13 @@ const stateOn = (conversation, axis, side) => {
   const judged = answers.findLast((answer) => answer.drift !== null); // one that was stopped is not
   if (judged?.drift === "drifting") {
     const since = answers.findLastIndex((answer) => answer.raised);
-    return { text: since < 0 ? "Drifting." : `Drifting since answer ${1 + conversation.turns.findIndex((turn) => answerOn(turn, side) === answers[since])}.`, alarm: true };
+    return {
+      text:
+        since < 0
+          ? "Drifting."
+          : `Drifting since answer ${1 + conversation.turns.findIndex((turn) => answerOn(turn, side) === answers[since])}.`,
+      alarm: true,
+    };
   }
   if (judged) return { text: "Calm." };
   if (last.z === null) return { text: `Last answer at ${fixed(last.projection)}.` };
@@ -100,9 +109,21 @@ const readouts = (conversation, axis, cap) => {
   const rows = [
     ["Projection", (last) => fixed(place(last))],
     ["z", (last) => (z(last) === null ? "–" : signed(z(last)))],
-    ...(capped ? [["Floor", (last) => fixed(last.floor ?? (last.live && last.cap ? axis.caps[last.cap]?.floor : null))], ["Changed by the cap", (last) => percent(last.fired), "share of tokens times capped layers"]] : []),
+    ...(capped
+      ? [
+          ["Floor", (last) => fixed(last.floor ?? (last.live && last.cap ? axis.caps[last.cap]?.floor : null))],
+          ["Changed by the cap", (last) => percent(last.fired), "share of tokens times capped layers"],
+        ]
+      : []),
     ...(axis.alarm ? [["Drift", (last) => last.drift ?? "–"]] : []),
   ];
-  const head = sides.length > 1 && el("thead", {}, el("tr", {}, el("td"), ...sides.map((side) => el("th", { scope: "col" }, sideName(side)))));
-  return el("table", { class: "readouts" }, el("caption", {}, conversation.turns.length ? "The last answer" : "The next answer"), head, el("tbody", {}, ...rows.map(([name, show, title]) => el("tr", {}, el("th", { scope: "row", title }, name), ...value(show)))));
+  const head =
+    sides.length > 1 && el("thead", {}, el("tr", {}, el("td"), ...sides.map((side) => el("th", { scope: "col" }, sideName(side)))));
+  return el(
+    "table",
+    { class: "readouts" },
+    el("caption", {}, conversation.turns.length ? "The last answer" : "The next answer"),
+    head,
+    el("tbody", {}, ...rows.map(([name, show, title]) => el("tr", {}, el("th", { scope: "row", title }, name), ...value(show)))),
+  );
 };

@@ -6,11 +6,15 @@ import { zOf } from "./conversation.js";
 
 const DEEPEST = 62; // percent of the side's colour at either end
 
-// The middle is the baseline's mean. Either end is as far from it as the outermost of: the lower quartile of answers under roles,
-// the default's 5 and 95%. Both sides have one reach, so that equal depth is equal distance.
+// The middle is the baseline's mean. Either end is as far from it as the outermost of: the lowest tenth of answers under roles,
+// the default's 5 and 95% (with roles' lower quartile an answer in a role was one flat shade). Both sides have one reach, so that equal depth is equal distance.
 export const scaleOf = (axis) => {
   const { baseline } = axis;
-  const wanted = [["roles", 0.25], ["default", 0.05], ["default", 0.95]]; // prettier-ignore
+  const wanted = [
+    ["roles", 0.1],
+    ["default", 0.05],
+    ["default", 0.95],
+  ];
   const places = wanted.filter(([name]) => hasQuantiles(axis, name)).map(([name, level]) => at(axis, name, level));
   const middle = baseline?.mean ?? 0;
   const reach = Math.max(...places.map((place) => Math.abs(place - middle)), baseline ? 2 * baseline.spread : 0) || 1;
@@ -39,7 +43,8 @@ export const fillTokens = (box, answer, scale) => {
   const from = shown.first === tokens[0] && shown.count <= count ? shown.count : 0; // while it streams only what is new is added
   if (from === 0) box.replaceChildren();
   box.append(...tokens.slice(from, count).map((token) => spanOf(token, scale)));
-  box.rest = count < tokens.length || spelled.length < text.length ? document.createTextNode(count ? text.slice(spelled.length) : text) : null;
+  box.rest =
+    count < tokens.length || spelled.length < text.length ? document.createTextNode(count ? text.slice(spelled.length) : text) : null;
   if (box.rest) box.append(box.rest);
   box.shown = { first: tokens[0], count };
   box.answer = answer;
@@ -50,7 +55,11 @@ const tell = (box, span, layersOf, scale) => {
   const token = box.answer?.tokens[place];
   if (!token) return null;
   const z = zOf(scale.axis, token.projection);
-  const lines = [token.projection === null ? "not measured: the answer was cut here" : `projection ${fixed(token.projection)}${z === null ? "" : `, z ${signed(z)}`}`];
+  const lines = [
+    token.projection === null
+      ? "not measured: the answer was cut here"
+      : `projection ${fixed(token.projection)}${z === null ? "" : `, z ${signed(z)}`}`,
+  ];
   if (token.fired) {
     const all = layersOf(box.answer.cap);
     lines.push(`changed by the cap at ${token.fired}${all ? ` of ${all}` : ""} layer${token.fired === 1 && !all ? "" : "s"}`);
@@ -95,8 +104,23 @@ export const watchTokens = (root, layersOf, scale, speak) => {
 export const scaleLegend = (scale) => {
   const { poles } = scale.axis;
   return [
-    el("i", { role: "img", "aria-label": `Colours run from ${fixed(scale.low, 0)} (${poles[1]}) over ${fixed(scale.middle, 0)} to ${fixed(scale.high, 0)} (${poles[0]})` }),
-    el("p", { class: "scale-words" }, el("span", {}, `${fixed(scale.low, 0)} ${poles[1]}`), el("span", {}, fixed(scale.middle, 0)), el("span", {}, `${poles[0]} ${fixed(scale.high, 0)}`)),
-    el("p", { class: "note" }, "Each token’s projection before the cap’s step. ", el("span", { class: "t fired sample" }, el("b", {}, "Underlined")), ": changed by the cap at one layer or more."),
+    el("i", {
+      role: "img",
+      "aria-label": `Colours run from ${fixed(scale.low, 0)} (${poles[1]}) over ${fixed(scale.middle, 0)} to ${fixed(scale.high, 0)} (${poles[0]})`,
+    }),
+    el(
+      "p",
+      { class: "scale-words" },
+      el("span", {}, `${fixed(scale.low, 0)} ${poles[1]}`),
+      el("span", {}, fixed(scale.middle, 0)),
+      el("span", {}, `${poles[0]} ${fixed(scale.high, 0)}`),
+    ),
+    el(
+      "p",
+      { class: "note" },
+      "Each token’s projection before the cap’s step. ",
+      el("span", { class: "t fired sample" }, el("b", {}, "Underlined")),
+      ": changed by the cap at one layer or more.",
+    ),
   ];
 };
