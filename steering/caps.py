@@ -19,6 +19,7 @@ from personaxis.steering.interventions import cap_of
 
 ENDINGS = (".json", ".safetensors")
 SPEC = re.compile(r"(?:(default|roles):)?p(\d+(?:\.\d+)?)@(\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*)")
+MOST_DIGITS = 5  # of a layer's number
 
 
 SHIFTED = re.compile(r"(.+?)([+-]\d+(?:\.\d+)?)")
@@ -81,12 +82,14 @@ def shifted(cap: Cap, axis: Axis, amount: float) -> Cap:
 
 
 def layers_named(text: str) -> list[int]:
-    """Layers in words: "18-20,23" is 18, 19, 20 and 23."""
+    """Layers in words: "18-20,23" is 18, 19, 20 and 23. Raises `KnownError` for ranges that run backwards or beyond any model."""
     layers: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
         if last and int(last) < int(first):
             raise KnownError(f"layers {part} run backwards: write {last}-{first}")
+        if len(last or first) > MOST_DIGITS:  # before a list of so many is made: texts come over the network too
+            raise KnownError(f"layers {part[:40]}: no model has so many")
         layers += range(int(first), int(last or first) + 1)
     return layers
 

@@ -129,7 +129,7 @@ def _print(content: dict[str, Any]) -> None:
             start, stop = turn["tokens"]
             state = "drift begins" if turn.get("raised") else "drifting" if turn.get("alarm") else ""
             cells = (str(number), str(stop - start), f"{turn['projection']:.1f}", f"{turn['z']:+.1f}")
-            table.add_row(*cells, Text(_gauge(turn["z"]), style="cyan"), Text(state, style="yellow"))
+            table.add_row(*cells, Text(gauge(turn["z"]), style="cyan"), Text(state, style="yellow"))
         out.print(table)
         if one["left_out"]:
             say(f"{one['name']}: {one['left_out']} turns are beyond the model's context and were not read")
@@ -144,10 +144,10 @@ def _print(content: dict[str, Any]) -> None:
         out.print(Text(f"{alarm['rule']} above {alarm['limit']:.2f}: raised in {alarm['false_alarms']:.0%} [{low:.0%}, {high:.0%}] of {alarm['n']} calm conversations that it was not calibrated on", style="dim"))  # fmt: skip
 
 
-def _gauge(z: float) -> str:
+def gauge(z: float, bars: int = BARS) -> str:
     """A mark on a line from -WIDE to +WIDE, with the default's mean in the middle."""
-    place = round((min(max(z, -WIDE), WIDE) + WIDE) / (2 * WIDE) * BARS)
-    line = ["─"] * (BARS + 1)
-    line[BARS // 2] = "┼"
+    place = round((min(max(z, -WIDE), WIDE) + WIDE) / (2 * WIDE) * bars)
+    line = ["─"] * (bars + 1)
+    line[bars // 2] = "┼"
     line[place] = "●"
     return "".join(line)

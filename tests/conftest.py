@@ -45,3 +45,13 @@ def tiny_run(tmp_path_factory):
     )
     main(["axis", str(folder / "tiny"), "--bank", str(bank), "--out", str(folder / "run"), *how.split()])
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_server(tiny_run, tmp_path_factory):
+    """The real server around the tiny model, with the caps `held` and `firm`, in a thread (serving.Served)."""
+    from serving import axis_folder, served, tiny_host
+
+    folder = axis_folder(tiny_run, tmp_path_factory.mktemp("served"))
+    with served(tiny_host(tiny_run, folder)) as server:
+        yield server

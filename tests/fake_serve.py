@@ -34,7 +34,7 @@ AXIS: dict[str, Any] = {
         "assistant": {"layers": "8-26", "floor": -22.0, "prompt_floor": -30.0, "level": None, "population": "fitted", "phase": "both"},
         "firm": {"layers": "8-26", "floor": -9.0, "prompt_floor": -12.0, "level": None, "population": "fitted", "phase": "both"},
     },
-    "default_cap": None, "default_mode": "always", "context": 2048, "slots": 32, "max_tokens": 1024, "needs_key": False,
+    "default_cap": None, "default_mode": "always", "context": 2048, "slots": 32, "max_tokens": 1024, "temperature": 0.7, "top_p": 0.9, "needs_key": False,
 }  # fmt: skip
 ANSWERS = (
     "That is a good place to begin. You can open the file with a with statement, go through its lines one by one, and add up what you find. If a line is empty, skip it; if a number cannot be read, say which line it was.",
@@ -62,6 +62,7 @@ class Behaviour:
     cut_after: int | None = None  # tokens, then the connection ends
     text: str | None = None  # said instead of the usual
     key: str | None = None
+    starting: bool = False  # the model is still being loaded
     axis: dict[str, Any] = field(default_factory=lambda: json.loads(json.dumps(AXIS)))
 
 
@@ -107,6 +108,9 @@ def answer_to(request: dict[str, Any], text: str | None) -> tuple[list[dict[str,
         fired = chance.randint(1, 9) if floor is not None and place < floor + 8 else 0
         tokens.append({"id": number, "text": piece, "projection": round(place, 3), "fired": fired})
     mean = sum(token["projection"] for token in tokens) / len(tokens) if tokens else None
+    most = request.get("max_tokens", 10**6)
+    if most < len(tokens):  # the last one was said, and never read
+        tokens = [*tokens[: most - 1], {**tokens[most - 1], "projection": None, "fired": 0}]
     zs[-1] = (mean - BASELINE["mean"]) / BASELINE["spread"] if mean is not None else 0.0
     turns = []
     for place, z, (on, raised) in zip([*before, len(messages)], zs, alarms(zs), strict=True):
@@ -162,6 +166,7 @@ class FakeServe:
 class Answering(BaseHTTPRequestHandler):
     """Files, the axis, and answers as server-sent events."""
 
+    protocol_version = "HTTP/1.1"
     serve: FakeServe
 
     def log_message(self, *_args: Any) -> None:
@@ -170,7 +175,9 @@ class Answering(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path.split("?")[0]
         if path == "/v1/axis":
-            if self._allowed():
+            if self.serve.behaviour.starting:
+                self._error(503, "the model is being loaded")
+            elif self._allowed():
                 self._json(200, self.serve.behaviour.axis)
             return
         name = "index.html" if path == "/" else path.removeprefix("/static/")
@@ -189,6 +196,7 @@ class Answering(BaseHTTPRequestHandler):
             return self._error(behaviour.status, f"all slots are busy <b>({behaviour.status})</b>")
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Connection", "close")
         self.end_headers()
         try:
             self._stream(request, behaviour)
@@ -197,8 +205,10 @@ class Answering(BaseHTTPRequestHandler):
 
     def _stream(self, request: dict[str, Any], behaviour: Behaviour) -> None:
         tokens, persona = answer_to(request, behaviour.text)
+        if behaviour.axis["alarm"] is None:
+            persona["drift"] = {"state": None}
         self._event({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]})
-        for number, token in enumerate(tokens):
+        for number, (token, before) in enumerate(zip(tokens, [None, *tokens], strict=False)):
             if number == behaviour.cut_after:
                 return
             if number == behaviour.break_after:
@@ -207,9 +217,10 @@ class Answering(BaseHTTPRequestHandler):
                 )
             time.sleep(behaviour.delay)
             delta = {"index": 0, "delta": {"content": token["text"]}, "finish_reason": None}
-            self._event({"choices": [delta], "persona": {"tokens": [token]}})
-        self._event({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
-        self._event({"choices": [], "persona": persona})
+            # a token's place is known when the next one is made
+            self._event({"choices": [delta], "persona": {"tokens": [before] if before else []}})
+        ended = "length" if tokens and tokens[-1]["projection"] is None else "stop"
+        self._event({"choices": [{"index": 0, "delta": {}, "finish_reason": ended}], "persona": persona})
         self.wfile.write(b"data: [DONE]\n\n")
 
     def _event(self, chunk: dict[str, Any]) -> None:
@@ -237,6 +248,8 @@ class Answering(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Content-Security-Policy", POLICY)
         self.send_header("X-Content-Type-Options", "nosniff")
+        if self.path.startswith("/static/"):
+            self.send_header("Cache-Control", "max-age=60")
         self.end_headers()
         self.wfile.write(body)
 

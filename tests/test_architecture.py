@@ -31,7 +31,7 @@ CONFINED = {
     },
     "inspect_ai": {"steering/evals/inspect_model.py"},
     "lm_eval": {"steering/evals/lm_eval_model.py"},
-    "fastapi": set(),
+    "fastapi": {"steering/serve/app.py"},
     "vllm": set(),
 }
 FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))

@@ -89,6 +89,22 @@ def test_the_kernel_draws_what_the_plain_twin_draws(triton_interpreter):
             assert torch.equal(draw_on_gpu(logits, noise, 0.7, top_p), draw_plainly(logits, noise, 0.7, top_p))
 
 
+def test_rows_with_numbers_of_their_own_draw_what_they_would_draw_alone(triton_interpreter):
+    from personaxis.persona.kernels import draw_on_gpu
+
+    torch.manual_seed(4)
+    logits = torch.randn(6, 500) * 3
+    seeds, steps = torch.randint(0, 2**62, (6,)), torch.arange(6)
+    temperature, top_p = torch.tensor([0.7, 0.0, 1.0, 2.0, 0.0, 0.3]), torch.tensor([0.9, 0.9, 1.0, 0.5, 0.1, 0.0])
+    drawn = draw(logits, seeds, steps, temperature, top_p)
+    for row in range(6):
+        one = slice(row, row + 1)
+        assert drawn[one] == draw(logits[one], seeds[one], steps[one], float(temperature[row]), float(top_p[row]))
+    noise, warm = row_noise(seeds, steps), temperature.clamp(min=0.3)
+    assert torch.equal(draw_on_gpu(logits, noise, warm, top_p), draw_plainly(logits, noise, warm, top_p))
+    assert torch.equal(draw(logits, seeds, steps, torch.zeros(6), top_p), logits.argmax(-1))
+
+
 def test_the_span_sum_kernel_equals_its_plain_twin(triton_interpreter):
     from personaxis.persona.kernels import span_sum_on_gpu
     from personaxis.persona.record import span_sum_plainly

@@ -8,14 +8,15 @@ read once, at the start, and found by their names.
 
 import asyncio
 import mimetypes
-from collections.abc import AsyncIterator, Awaitable, Callable
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from personaxis.persona.errors import KnownError
@@ -51,6 +52,8 @@ STREAMED = {
         "content": {"text/event-stream": {"schema": {"type": "string"}}},
     }
 }
+BRANCH = re.compile(r"str|constrained-str|list\[.*|CapBy\w+")  # of a union, in the place of a mistake
+MISFIT = re.compile(r".*_type|missing|extra_forbidden")  # mistakes that say that another branch was meant
 GONE = 499  # the status that is logged for a client who left
 Answer = TypeVar("Answer")
 
@@ -99,15 +102,21 @@ def _telling(app: FastAPI, host: Host, needs_key: bool) -> None:
     @app.get("/v1/models", response_model=None, responses=REFUSALS)
     async def models() -> Response:
         """The model, by itself and with each cap."""
-        told = {"object": "model", "created": 0, "owned_by": "personaxis"}
-        return JSONResponse({"object": "list", "data": [{"id": name, **told} for name in host.models]})
+        return JSONResponse({"object": "list", "data": [_model(name) for name in host.models]})
+
+    @app.get("/v1/models/{name:path}", response_model=None, responses=REFUSALS)
+    async def one_model(name: str) -> Response:
+        """One of them."""
+        if name not in host.models:
+            raise UnknownModel(f"the model {name[:80]!r} does not exist; served are {', '.join(host.models)}")
+        return JSONResponse(_model(name))
 
     @app.get("/v1/axis", response_model=None, responses=REFUSALS)
     async def axis() -> Response:
         """What is loaded: model, axis, caps, baseline, alarm, limits."""
         return JSONResponse(_loaded(host, needs_key))
 
-    @app.get("/metrics", response_model=None, responses=REFUSALS)
+    @app.get("/metrics", response_model=None, response_class=PlainTextResponse, responses=REFUSALS)
     async def metrics() -> Response:
         """For Prometheus."""
         text = host.metrics.text(host.engine.running, host.engine.queued)
@@ -118,6 +127,10 @@ def _telling(app: FastAPI, host: Host, needs_key: bool) -> None:
         """Whether requests are answered."""
         alive = host.engine.alive
         return JSONResponse({"status": "ok" if alive else "down"}, 200 if alive else 503)
+
+
+def _model(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "personaxis"}
 
 
 def _loaded(host: Host, needs_key: bool) -> dict[str, Any]:
@@ -238,12 +251,8 @@ def _answer_errors(app: FastAPI, host: Host) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"][1:])
-        if first["type"] == "json_invalid":
-            return reply(400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', 'malformed')}")
-        message = str(first["msg"]).removeprefix("Value error, ")
-        return reply(400, f"{place}: {message}" if place else message, param=place[:200] or None)
+        place, message = _mistake(error.errors())
+        return reply(400, f"{place}: {message}" if place else message, param=place or None)
 
     @app.exception_handler(KnownError)
     async def known(_request: Request, error: KnownError) -> Response:
@@ -268,6 +277,23 @@ def _answer_errors(app: FastAPI, host: Host) -> None:
     async def failed(_request: Request, error: RuntimeError) -> Response:
         text = (str(error).splitlines() or [type(error).__name__])[0][:200]
         return reply(500, f"the engine failed: {text}", "server_error")
+
+    @app.exception_handler(Exception)
+    async def bug(_request: Request, _error: Exception) -> Response:
+        """Its traceback is in the server's log."""
+        return reply(500, "an error of the server itself; its log says more", "server_error")
+
+
+def _mistake(errors: Sequence[Any]) -> tuple[str, str]:
+    """Where the first mistake is, and what it is. Of a union every branch complains: the one that fits best is told."""
+    about = [error for error in errors if error["loc"][:2] == errors[0]["loc"][:2]]
+    first = max(about, key=lambda error: (not MISFIT.fullmatch(error["type"]), len(error["loc"])))
+    if first["type"] == "json_invalid":
+        return "", f"the body is not valid JSON: {first.get('ctx', {}).get('error', 'malformed')}"
+    if first["loc"] == ("body",) and first["type"] in ("model_attributes_type", "missing"):
+        return "", "the body must be a JSON object, sent with content-type application/json"
+    names = [str(part) for part in first["loc"][1:] if not BRANCH.fullmatch(str(part))]
+    return ".".join(names)[:200], str(first["msg"]).removeprefix("Value error, ")
 
 
 def _document(app: FastAPI) -> None:

@@ -31,6 +31,7 @@ class Choice:
     ids: list[int] = field(default_factory=list)
     seen: list[tuple[float, int]] = field(default_factory=list)
     likely: list[tuple[float, dict[int, float]]] = field(default_factory=list)
+    closing: tuple[int, tuple[float, dict[int, float]] | None] | None = None  # the token that ended it, in no text
     reason: Reason | None = None
     error: BaseException | None = None
     done: bool = False
@@ -86,7 +87,10 @@ class Choice:
             self.asked = step
         else:
             self.seen.append((step.projection, step.fired))
-        if step.token in self.end_ids or self.ticket.ask.limit == 0:
+        if self.ticket.ask.limit == 0:
+            return ""
+        if step.token in self.end_ids:
+            self.closing = step.token, step.likely
             return ""  # it is not part of the answer
         self.ids.append(step.token)
         if step.likely is not None:

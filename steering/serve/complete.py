@@ -92,6 +92,10 @@ class Complete:
             ids, likely = prompt + ids, (scores or []) + likely
         if choice.ticket.ask.limit == 0:
             reason = "length"
+        if choice.closing is not None and choice.closing[1] is not None:
+            # log-probabilities have the token that ended it too, as other servers': harnesses that ask for one token to score a
+            # prompt count on it
+            ids, likely = [*ids, choice.closing[0]], [*likely, choice.closing[1]]
         told = text_likely(self._tokenizer, ids, likely) if self.request.likely is not None else None
         return {"index": number, "text": text, "logprobs": told, "finish_reason": reason}
 

@@ -28,12 +28,13 @@ from personaxis.persona.graph import slot_attention_on
 from personaxis.persona.sampler import Prompt, decodes_from_cache
 from personaxis.persona.subject import Subject
 from personaxis.steering.serve.plans import Plans, Wanted
-from personaxis.steering.serve.prefixes import FEWEST, Prefixes
+from personaxis.steering.serve.prefixes import FEWEST, Prefix, Prefixes
 from personaxis.steering.serve.rows import Row, Rows, Step, fitting
 from personaxis.steering.serve.watching import Watching
 
 log = logging.getLogger(__name__)
 PIECE_CPU, PIECE_GPU = 256, 4096  # tokens of a prompt read between two steps of those who decode
+WORTH = 256  # tokens that are worth not being read again, whatever their share of the prompt
 UNCAPPED = "as it is"  # the digest of no plan
 
 
@@ -53,7 +54,7 @@ class Room:
 
 @dataclass(frozen=True)
 class Ask:
-    """A prompt and how to answer it. `limit` 0 only reads it. `reuse` false reads all of it, whatever is kept."""
+    """A prompt and how to answer it. `limit` 0 only reads it."""
 
     ids: tuple[int, ...]
     seed: int = 0
@@ -103,7 +104,7 @@ Post = Callable[[Sequence[tuple[Ticket, Event]]], None]
 
 
 class Engine:
-    """The thread that owns a subject, and what is asked of it. `watch` and `caps` may be left out to see what they cost."""
+    """The thread that owns a subject, and what is asked of it."""
 
     def __init__(
         self,
@@ -225,32 +226,35 @@ class Engine:
             self._leave(ticket, Ended("cancelled"))
 
     def _read(self) -> None:
-        """Read one piece of what waits: the next of a long prompt, or some short ones whole; in turns if there are both."""
+        """Read a piece of what waits: on with a long prompt, then short ones and conversations that go on, in their order."""
         piece = self._piece()
+        left, whole = piece, list[Ticket]()
         if self._opened is not None:
-            self._read_on(self._opened, piece)
-        whole: list[Ticket] = []
+            left -= self._read_on(self._opened, piece)
         while self.waiting and self.rows.free - (self._opened is not None) > len(whole):
             ticket = self.waiting[0]
             if ticket.row is None and not self._seat(ticket):
                 break
             assert ticket.row is not None
-            short = len(ticket.ask.ids) <= piece and ticket.ask.limit > 0
-            found = self.prefixes.longest(self._digest(ticket), ticket.ask.ids)
-            if found is None and short:
+            found = self._known(ticket)
+            if found is None and len(ticket.ask.ids) <= piece and ticket.ask.limit > 0:
                 if fitting([*(one.row for one in whole if one.row), ticket.row], piece) <= len(whole):
                     break
                 whole.append(ticket)
-            elif self._opened is None:
+            elif self._opened is None and left > 0:
                 self._opened = ticket
                 self.rows.open(ticket.row, *(found or (None, 0)))
-                self.waiting.popleft()
-                break
+                left -= self._read_on(ticket, left)
             else:
                 break
             self.waiting.popleft()
         if whole:
             self._read_whole(whole)
+
+    def _known(self, ticket: Ticket) -> tuple[Prefix, int] | None:
+        """What was said before, where it is worth a row of its own: prompts that share a system message are read together faster."""
+        found = self.prefixes.longest(self._digest(ticket), ticket.ask.ids)
+        return found if found is not None and found[1] >= min(len(ticket.ask.ids) // 2, WORTH) else None
 
     def _seat(self, ticket: Ticket) -> bool:
         """Find its plan; False while none is free."""
@@ -265,13 +269,16 @@ class Engine:
         self.rows.read(rows)
         self._told += [(ticket, _read_of(row)) for row, ticket in zip(rows, tickets, strict=True)]
 
-    def _read_on(self, ticket: Ticket, piece: int) -> None:
-        assert ticket.row is not None
-        if not self.rows.read_part(ticket.row, piece):
-            return
-        self._opened = None
-        self._running[ticket.row] = ticket
-        self._told.append((ticket, _read_of(ticket.row)))
+    def _read_on(self, ticket: Ticket, most: int) -> int:
+        """Read on in the reading slot; how many tokens that were."""
+        row = ticket.row
+        assert row is not None
+        before = row.fed
+        if self.rows.read_part(row, most):
+            self._opened = None
+            self._running[row] = ticket
+            self._told.append((ticket, _read_of(row)))
+        return row.fed - before
 
     def _step(self) -> None:
         if not self._running:

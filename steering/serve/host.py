@@ -128,7 +128,7 @@ class Host:
         ready = Prepared(ids, self._limit(len(ids), request.limit), cap, mode, len(messages), spans)
         if mode != ADAPTIVE or cap is None:
             return ready
-        turns = await self._turns(ready)
+        turns = await self.turns(ready)
         acting = cap if self.standing.drifting(turns) else None
         return Prepared(ids, ready.limit, acting, mode, len(messages), spans, turns)
 
@@ -136,6 +136,10 @@ class Host:
         """A text to go on with, as it is: no template. Raises `KnownError` for one that cannot be."""
         cap, mode = self.wanted(request)
         if isinstance(prompt, str):
+            try:
+                prompt.encode()
+            except UnicodeEncodeError as error:
+                raise KnownError(f"the prompt is not valid Unicode text: {error.reason} at {error.start}") from None
             ids = tuple(self.held.subject.tokenizer(prompt, verbose=False)["input_ids"])
         else:
             size = self.held.subject.model.get_input_embeddings().weight.shape[0]
@@ -143,7 +147,9 @@ class Host:
             if wrong is not None:
                 raise KnownError(f"token {wrong} is not in the vocabulary of {size}")
             ids = tuple(prompt)
-        limit = 0 if request.limit == 0 else self._limit(len(ids), request.limit)
+        if not ids:
+            raise KnownError("an empty prompt: there is nothing to go on with")
+        limit = self._limit(len(ids), request.limit)
         return Prepared(ids, limit, None if mode == ADAPTIVE else cap, mode)
 
     def asks(self, ready: Prepared, request: Sampled) -> list[Ask]:
@@ -180,7 +186,7 @@ class Host:
     def _limit(self, read: int, asked: int | None) -> int:
         """Most tokens of the answer."""
         room = self.settings.room.length
-        if read >= room:
+        if read > room or (read == room and asked != 0):
             raise TooLong(f"this model's context is {room} tokens here and the prompt has {read}; shorten it")
         if asked is None:
             return min(self.settings.max_tokens, room - read)
@@ -190,7 +196,7 @@ class Host:
             )
         return asked
 
-    async def _turns(self, ready: Prepared) -> list[Turn]:
+    async def turns(self, ready: Prepared) -> list[Turn]:
         """The answers in a prompt as the model itself reads them, without a cap."""
         if not any(span.speaker == "assistant" for span in ready.spans):
             return []

@@ -8,6 +8,7 @@ from typing import Any
 
 from personaxis.persona.errors import KnownError
 from personaxis.steering.serve.choice import Choice, Failed
+from personaxis.steering.serve.spoken import UNFINISHED
 
 DONE = b"data: [DONE]\n\n"
 
@@ -93,14 +94,20 @@ def text_likely(
     return {
         "tokens": tokens,
         "token_logprobs": [own for own, _ in likely],
-        "top_logprobs": [
-            {tokenizer.decode([id]): value for id, value in best.items()} if own is not None else None
-            for own, best in likely
-        ],
+        "top_logprobs": [_by_text(tokenizer, best) if own is not None else None for own, best in likely],
         "text_offset": offsets,
     }
 
 
+def _by_text(tokenizer: Any, best: dict[int, float]) -> dict[str, float]:
+    """The likeliest tokens by their texts; of several with one text (parts of characters are all "\ufffd") the likeliest."""
+    found: dict[str, float] = {}
+    for id, value in best.items():
+        found.setdefault(tokenizer.decode([id]), value)
+    return found
+
+
 def _token(choice: Choice, id: int, value: float) -> dict[str, Any]:
     text = choice.spoken.tokenizer.decode([id])
-    return {"token": text, "logprob": value, "bytes": list(text.encode("utf-8", "surrogatepass"))}
+    whole = UNFINISHED not in text  # of part of a character the bytes are not known
+    return {"token": text, "logprob": value, "bytes": list(text.encode("utf-8", "surrogatepass")) if whole else None}

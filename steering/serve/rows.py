@@ -221,7 +221,7 @@ class Rows:
         self.steps[at], self.running[at] = 0, True
         self.rows += rows
 
-    def _of(self, values: Sequence[float]) -> Tensor:
+    def _of(self, values: Sequence[float] | Sequence[int]) -> Tensor:
         return torch.tensor(values, device=self.subject.device)
 
     def _move(self, row: Row, slot: int) -> None:

@@ -52,6 +52,11 @@ class Server(uvicorn.Server):
 def serve(app: Any, host: Host, address: str, port: int) -> None:
     """Listen until told to stop. Raises OSError where the address cannot be had."""
     _raise_file_limit()
+    server_of(app, host, address, port).run()
+
+
+def server_of(app: Any, host: Host, address: str, port: int) -> Server:
+    """The server, not yet listening; port 0 is any that is free."""
     config = uvicorn.Config(
         app,
         host=address,
@@ -65,7 +70,7 @@ def serve(app: Any, host: Host, address: str, port: int) -> None:
         timeout_graceful_shutdown=CUT,
         h11_max_incomplete_event_size=64 * 1024,
     )
-    Server(config, host).run()
+    return Server(config, host)
 
 
 def _raise_file_limit() -> None:

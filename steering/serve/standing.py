@@ -59,7 +59,7 @@ class Standing:
         listed = list(turns)
         if message is not None and projection is not None:
             listed.append(Turn(message, len(choice.seen), projection))
-        shown = self._watched(listed)
+        shown = self.watched(listed)
         if held and shown and shown[-1]["alarm"] is False:
             shown[-1] |= {"alarm": True, "raised": False}
         last = shown[-1] if shown else {}
@@ -82,7 +82,7 @@ class Standing:
         """Baseline and alarm as plain numbers."""
         return self.watcher.describe()
 
-    def _watched(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    def watched(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
         """Turns with their z and, where a rule is calibrated, the alarm's state."""
         rule, baseline = self.watcher.rule, self.watcher.baseline
         places = [turn.projection for turn in turns]

@@ -181,6 +181,12 @@ class CompletionRequest(Sampled):
             raise ValueError("suffix is not supported; leave it out")
         return value
 
+    @model_validator(mode="after")
+    def _scored_whole(self) -> "CompletionRequest":
+        if self.stream and self.echo and self.logprobs is not None:
+            raise ValueError("echo with logprobs does not stream; leave stream out")
+        return self
+
     @property
     def limit(self) -> int | None:
         """Most tokens of an answer; OpenAI's default."""

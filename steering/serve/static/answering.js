@@ -1,7 +1,8 @@
-// One answer, streamed into its place. `changed` is called after every chunk; it never throws: what went wrong stands in the answer.
+// One answer, streamed into its place. `changed` is called after every chunk; what goes wrong stands in the answer;
+// "denied" is returned where the server wants another key.
 
 import { chat, ServerError } from "./api.js";
-import { historyOf, runningMean, takePersona } from "./conversation.js";
+import { historyOf, runningMean, takePersona, zOf } from "./conversation.js";
 
 export const newSeed = () => crypto.getRandomValues(new Uint32Array(1))[0];
 
@@ -14,7 +15,7 @@ export const requestOf = (model, messages, answer, sampling) => ({
   persona: { cap: answer.cap, mode: answer.mode, per_token: true },
 });
 
-export const stream = async (conversation, turn, answer, side, { model, sampling, signal, changed, onDenied }) => {
+export const stream = async (conversation, turn, answer, side, { axis, sampling, signal, changed }) => {
   const { messages, answers } = historyOf(conversation, side, conversation.turns.indexOf(turn));
   if (turn.user !== null) messages.push({ role: "user", content: turn.user });
   answers.set(messages.length, answer);
@@ -22,20 +23,22 @@ export const stream = async (conversation, turn, answer, side, { model, sampling
   answer.problem = null;
   changed(answer);
   try {
-    for await (const chunk of chat(requestOf(model, messages, answer, sampling), signal)) {
+    for await (const chunk of chat(requestOf(axis.model.name, messages, answer, sampling), signal)) {
       takeChunk(answer, chunk, answers);
       changed(answer);
     }
     answer.ended ??= "stop";
   } catch (error) {
-    if (error.name === "AbortError") answer.ended = "you";
+    if (error.name === "AbortError") answer.ended ??= "you";
     else if (error instanceof ServerError) {
       answer.problem = error.message;
-      if (error.status === 401) onDenied();
+      if (error.status === 401) return "denied";
     } else throw error;
   } finally {
     answer.live = false;
     answer.projection ??= runningMean(answer.tokens); // stopped before the server could sum up
+    answer.z ??= zOf(axis, answer.projection);
+    answer.acted ||= answer.tokens.some((token) => token.fired > 0);
     changed(answer);
   }
 };
@@ -53,4 +56,8 @@ const takeChunk = (answer, chunk, answers) => {
   }
 };
 
-const token = ({ text, projection, fired }) => ({ text: String(text ?? ""), projection: Number.isFinite(projection) ? projection : null, fired: fired || 0 });
+const token = ({ text, projection, fired }) => ({
+  text: String(text ?? ""),
+  projection: Number.isFinite(projection) ? projection : null,
+  fired: fired || 0,
+});

@@ -1,9 +1,9 @@
 // The page: waits for the server's axis, then holds one conversation and streams its answers.
 
 import { newSeed, stream } from "./answering.js";
-import { getAxis, setKey } from "./api.js";
+import { askForKey, findServer } from "./arrival.js";
 import { chosenCap, chosenMode, isPressed, sampling, startControls } from "./controls.js";
-import { addTurn, CAPPED, keepSide, newAnswer, newConversation, PLAIN } from "./conversation.js";
+import { addTurn, keepSide, newAnswer, newConversation } from "./conversation.js";
 import { loadDistress, showNotice, showsDistress } from "./distress.js";
 import { at, el, fixed, speak } from "./dom.js";
 import { STARTERS } from "./examples.js";
@@ -13,8 +13,6 @@ import { choice, choose, forget, remember, remembered } from "./saved.js";
 import { startTheme } from "./theme.js";
 import { scaleOf, watchTokens } from "./tokens.js";
 import { newLog } from "./turns.js";
-
-const AGAIN = 2000; // milliseconds between two looks for the server
 
 let axis, log, panel;
 let conversation = newConversation();
@@ -27,33 +25,8 @@ const showLine = (text, action = null) => {
   const line = at("line");
   line.hidden = !text;
   line.replaceChildren(text ?? "");
-  if (action) line.append(" ", el("button", { type: "button", class: "quiet", onclick: () => (showLine(null), action.act()) }, action.name));
-};
-
-const askForKey = (wrong) => {
-  at("key-wrong").hidden = !wrong;
-  at("key-wrong").textContent = wrong ? "The server does not take this key." : "";
-  if (!at("ask-key").open) at("ask-key").showModal();
-  return new Promise((done) => {
-    at("key-form").addEventListener("submit", () => (setKey(at("key").value), done()), { once: true });
-  });
-};
-
-const findServer = async () => {
-  for (let asked = false; ; ) {
-    try {
-      return await getAxis();
-    } catch (error) {
-      if (error.status === 401) {
-        await askForKey(asked);
-        asked = true;
-        continue;
-      }
-      at("model").textContent = "waiting for the server";
-      showLine(`${error.message} Trying again every two seconds.`);
-      await new Promise((done) => setTimeout(done, AGAIN));
-    }
-  }
+  if (action)
+    line.append(" ", el("button", { type: "button", class: "quiet", onclick: () => (showLine(null), action.act()) }, action.name));
 };
 
 // ---- drawing: whole turns when their number or choice changes, and once a frame what a stream adds
@@ -71,12 +44,18 @@ const changed = (answer) => {
   if (!pending.size) requestAnimationFrame(frame);
   pending.add(answer);
 };
-const frame = () => {
+const frame = () =>
+  following(() => {
+    for (const answer of pending) log.fill(answer);
+    pending.clear();
+    drawPanel();
+  });
+
+// Who reads at the end stays at the end; who has scrolled up is left there.
+const following = (act) => {
   const box = at("log");
   const follows = box.scrollHeight - box.scrollTop - box.clientHeight < 60;
-  for (const answer of pending) log.fill(answer);
-  pending.clear();
-  drawPanel();
+  act();
   if (follows) box.scrollTop = box.scrollHeight;
 };
 
@@ -92,6 +71,13 @@ const keepHere = () => {
   if (conversation.turns.length || conversation.system) remember(conversation, axis);
   else forget();
 };
+
+const notice = () => {
+  showNotice(at("notice"));
+  makeRoom();
+};
+// On a narrow page the chart folds away before what needs its room.
+const makeRoom = () => matchMedia("(max-width: 56rem)").matches && toggle("strip", "panel-body", false);
 
 // ---- asking
 
@@ -115,19 +101,30 @@ const ask = async (turn, answers) => {
   setBusy(true);
   draw();
   at("log").scrollTop = at("log").scrollHeight;
-  const how = { model: axis.model.name, sampling: chosen.sampling, signal: mine.signal, changed, onDenied: () => askForKey(true).then(() => answers.length === 1 && again()) };
+  const how = { axis, sampling: chosen.sampling, signal: mine.signal, changed };
+  let ends = [];
   try {
-    await Promise.all(answers.map((answer) => stream(conversation, turn, answer, turn.answers.indexOf(answer), how)));
+    ends = await Promise.all(answers.map((answer) => stream(conversation, turn, answer, turn.answers.indexOf(answer), how)));
   } finally {
     if (stopper === mine) endRound();
   }
-  speak(answers.map((answer) => answer.problem ?? `Answer complete, projection ${fixed(answer.projection)}${answer.raised ? ", the drift alarm was raised" : ""}.`).join(" "));
+  if (!conversation.turns.includes(turn)) return; // another conversation has taken its place
+  if (ends.includes("denied")) return askForKey(true).then(again);
+  speak(
+    answers
+      .map(
+        (answer) =>
+          answer.problem ??
+          `Answer complete, projection ${fixed(answer.projection)}${answer.raised ? ", the drift alarm was raised" : ""}.`,
+      )
+      .join(" "),
+  );
 };
 
 const endRound = () => {
   stopper = null;
   setBusy(false);
-  draw();
+  following(draw);
   keepHere();
 };
 
@@ -144,7 +141,7 @@ const send = async () => {
   } catch (error) {
     return showLine(error.message);
   }
-  if (showsDistress(text)) showNotice(at("notice"));
+  if (showsDistress(text)) notice();
   if (editing) {
     conversation.turns.pop();
     stopEditing();
@@ -213,7 +210,7 @@ const replaceBy = (next, said) => {
   keepHere();
   const undo = before.turns.length ? { name: "Undo", act: () => replaceBy(before, null) } : null;
   showLine(said, said ? undo : null);
-  if (conversation.turns.some((turn) => turn.user !== null && showsDistress(turn.user))) showNotice(at("notice"));
+  if (conversation.turns.some((turn) => turn.user !== null && showsDistress(turn.user))) notice();
 };
 
 const load = (next, remark) => {
@@ -235,6 +232,8 @@ const goTo = (turn) => {
   const article = at(`turn-${turn}`);
   article?.scrollIntoView({ block: "start" });
   article?.focus({ preventScroll: true });
+  article?.classList.add("found");
+  setTimeout(() => article?.classList.remove("found"), 1400);
 };
 
 // ---- the field and the keys
@@ -273,7 +272,11 @@ const startKeys = () => {
     if (event.key.toLowerCase() === "k" && (event.ctrlKey || event.metaKey)) (event.preventDefault(), at("say").focus());
   });
   at("stop").addEventListener("click", stop);
-  for (const [button, target] of [["menu", "actions"], ["strip", "panel-body"]]) {
+  at("how").addEventListener("toggle", () => at("how").open && makeRoom());
+  for (const [button, target] of [
+    ["menu", "actions"],
+    ["strip", "panel-body"],
+  ]) {
     at(button).addEventListener("click", () => toggle(button, target, at(button).getAttribute("aria-expanded") !== "true"));
   }
   at("table-toggle").addEventListener("click", () => {
@@ -290,9 +293,11 @@ const startKeeping = () => {
     if (at("keep").checked) keepHere();
     else forget();
   });
-  const empty = () => replaceBy(newConversation(), conversation.turns.length ? "A new conversation. The one before is gone from this page." : null);
+  const empty = () =>
+    replaceBy(newConversation(), conversation.turns.length ? "A new conversation. The one before is gone from this page." : null);
   at("clear").addEventListener("click", () => (empty(), forget()));
   at("new").addEventListener("click", () => (empty(), at("say").focus()));
+  addEventListener("pagehide", keepHere); // also in the middle of an answer
   at("save").addEventListener("click", () => download(conversation, axis));
 };
 
@@ -303,9 +308,21 @@ const startEmpty = () => {
     at("say").focus();
   };
   at("empty").replaceChildren(
-    el("p", { class: "lead" }, `Talk with ${axis.model.id} and watch where its answers lie between “${axis.poles[1]}” and “${axis.poles[0]}”.`),
-    el("p", { class: "note" }, "Begin with a message of your own or with one of these. Compare answers each message twice, as it is and capped: two conversations side by side to the same words, each with its own history."),
-    el("div", { class: "starters" }, ...STARTERS.map(([name, text]) => el("button", { type: "button", onclick: begin(text) }, el("small", {}, name), text))),
+    el(
+      "p",
+      { class: "lead" },
+      `Talk with ${axis.model.id} and watch where its answers lie between “${axis.poles[1]}” and “${axis.poles[0]}”.`,
+    ),
+    el(
+      "p",
+      { class: "note" },
+      "Begin with a message of your own or with one of these. Compare answers each message twice, as it is and capped: two conversations side by side to the same words, each with its own history.",
+    ),
+    el(
+      "div",
+      { class: "starters" },
+      ...STARTERS.map(([name, text]) => el("button", { type: "button", onclick: begin(text) }, el("small", {}, name), text)),
+    ),
   );
 };
 
@@ -314,7 +331,7 @@ const start = async () => {
   startKeys();
   toggle("strip", "panel-body", innerHeight >= 700);
   loadDistress().catch(() => showLine("The list of words that speak of distress could not be read."));
-  axis = await findServer();
+  axis = await findServer(showLine);
   showLine(null);
   const scale = scaleOf(axis);
   const acts = { edit, again, retry, copy, keep: (side) => (keepSide(conversation, side), draw(), keepHere(), at("say").focus()) };
@@ -322,7 +339,8 @@ const start = async () => {
   panel = newPanel(axis, scale, goTo);
   watchTokens(at("turns"), (cap) => countLayers(axis.caps?.[cap]?.layers), scale, speak);
   startEmpty();
-  conversation = remembered(axis) ?? newConversation();
+  const { conversation: known, remark } = remembered(axis);
+  conversation = known ?? newConversation();
   at("system").value = conversation.system;
   startKeeping();
   startControls(axis, () => {
@@ -335,9 +353,10 @@ const start = async () => {
   startFiles(axis, { loaded: load, refused: (message) => showLine(message) });
   at("send").disabled = false;
   draw();
-  at("log").scrollTop = at("log").scrollHeight;
-  if (conversation.turns.some((turn) => turn.user !== null && showsDistress(turn.user))) showNotice(at("notice"));
-  at("say").focus();
+  showLine(remark);
+  if (conversation.turns.length) at("log").scrollTop = at("log").scrollHeight;
+  if (conversation.turns.some((turn) => turn.user !== null && showsDistress(turn.user))) notice();
+  if (matchMedia("(hover: hover)").matches) at("say").focus(); // on a phone the keyboard would cover the page
 };
 
 // "8-26" or "3,5,8-10" in words that the server uses; null where it cannot be counted

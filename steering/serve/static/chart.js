@@ -46,17 +46,20 @@ const domain = ({ series, axis, floor }) => {
   const values = series.flatMap((one) => one.points.map((point) => point.value));
   const { mean, spread } = axis.baseline ?? {};
   if (Number.isFinite(mean)) values.push(mean - WIDE * spread, mean + WIDE * spread);
-  for (const rows of [axis.quantiles?.roles, axis.quantiles?.default]) if (rows?.length) values.push(at(axis, rows, 0.05), at(axis, rows, 0.95));
+  for (const name of ["roles", "default"]) if (hasQuantiles(axis, name)) values.push(at(axis, name, 0.05), at(axis, name, 0.95));
   let [low, high] = [Math.min(...values), Math.max(...values)];
   if (!Number.isFinite(low)) [low, high] = [-1, 1];
   const reach = high - low || 1;
   if (floor !== null && floor > low - reach / 2 && floor < high + reach / 2) [low, high] = [Math.min(low, floor), Math.max(high, floor)];
-  return [low - 0.06 * (high - low || 1), high + 0.06 * (high - low || 1)];
+  return [low - 0.04 * (high - low || 1), high + 0.05 * (high - low || 1)];
 };
 
+// Whether the axis keeps quantiles of answers under roles, or of the default's.
+export const hasQuantiles = ({ quantiles }, name) => quantiles?.[name]?.length > 0 && quantiles[name].every(Number.isFinite);
+
 // A quantile of the axis at a level that it keeps, or the nearest one.
-export const at = (axis, row, level) => {
-  const { levels } = axis.quantiles;
+export const at = (axis, name, level) => {
+  const { levels, [name]: row } = axis.quantiles;
   let best = 0;
   for (const [place, one] of levels.entries()) if (Math.abs(one - level) < Math.abs(levels[best] - level)) best = place;
   return row[best];
@@ -65,7 +68,7 @@ export const at = (axis, row, level) => {
 const ticks = (low, high, most) => {
   const rough = (high - low) / most;
   const unit = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].find((times) => times * unit >= rough) * unit;
+  const step = [1, 2, 2.5, 5, 10].find((times) => times * unit >= rough) * unit;
   const found = [];
   for (let value = Math.ceil(low / step) * step; value <= high; value += step) found.push(Number(value.toPrecision(12)));
   return found;
@@ -75,25 +78,35 @@ const picture = (box, drawn, onpick) => {
   const { series, axis, floor } = drawn;
   const [width, height] = [box.clientWidth, box.clientHeight];
   const [low, high] = domain(drawn);
-  const strips = axis.quantiles?.roles?.length && axis.quantiles?.default?.length && width >= 300;
-  const [left, right, top, bottom] = [42, strips ? width - 78 : width - 12, 22, height - 30];
+  const strips = hasQuantiles(axis, "roles") && hasQuantiles(axis, "default") && width >= 300;
+  const [left, right, top, bottom] = [48, strips ? width - 80 : width - 12, 20, height - 22];
   const turns = Math.max(SHORTEST, ...series.flatMap((one) => one.points.map((point) => point.turn + 1)));
   const x = (turn) => left + ((right - left) * (turn + 0.5)) / turns;
-  const y = (value) => bottom - ((bottom - top) * (value - low)) / (high - low);
-  const root = svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "group", "aria-label": "Projection of each answer; the arrow keys go from answer to answer, Enter to its text" });
-  root.append(...grid(axis, { left, right, top, bottom, low, high, y, x, turns, height }));
+  const y = (value) => bottom - 18 - ((bottom - 18 - top) * (value - low)) / (high - low); // the name of the lower pole stands below
+  const root = svg("svg", {
+    width,
+    height,
+    viewBox: `0 0 ${width} ${height}`,
+    role: "group",
+    "aria-label": "Projection of each answer; the arrow keys go from answer to answer, Enter to its text",
+  });
+  root.append(...grid(axis, { left, right, top, bottom, low, high, y, x, turns }));
   if (axis.baseline) root.append(...band(axis.baseline, left, right, y));
-  if (floor !== null) root.append(...floorLine(floor, { left, right, top, bottom, y, low, high }));
+  if (floor !== null) root.append(...floorLine(floor, series, { left, right, bottom, y, x, low, high }));
   if (strips) root.append(...reference(axis, right, bottom, y));
   for (const one of series) root.append(...alarmBars(one, x, bottom, (right - left) / turns));
   for (const one of series) root.append(...line(one, x, y));
-  const points = series.flatMap((one) => one.points.filter((point) => one.side === 0 || !point.shared).map((point) => ({ ...point, side: one.side })));
+  const points = series.flatMap((one) =>
+    one.points.filter((point) => one.side === 0 || !point.shared).map((point) => ({ ...point, side: one.side })),
+  );
   points.sort((a, b) => a.turn - b.turn || a.side - b.side);
-  root.append(...points.map((point) => mark(point, x(point.turn), y(point.value), turns, series.length > 1, onpick)));
+  const placed = points.map((point) => [point, x(point.turn), y(point.value)]);
+  for (const [point, px, py] of placed) if (point.answer.raised) root.append(...alarm(point, series, px, py, right));
+  root.append(...placed.map(([point, px, py]) => mark(point, px, py, (right - left) / turns, series.length > 1, onpick)));
   return root;
 };
 
-const grid = (axis, { left, right, top, bottom, low, high, y, x, turns, height }) => {
+const grid = (axis, { left, right, top, bottom, low, high, y, x, turns }) => {
   const every = Math.ceil(turns / Math.max(4, Math.floor((right - left) / 30)));
   const numbers = [...Array(turns).keys()].filter((turn) => turn % every === 0);
   const labels = ticks(low, high, Math.max(3, Math.floor((bottom - top) / 48)));
@@ -103,48 +116,101 @@ const grid = (axis, { left, right, top, bottom, low, high, y, x, turns, height }
     ...numbers.map((turn) => svg("text", { class: "tick", x: x(turn), y: bottom + 16, "text-anchor": "middle" }, String(turn + 1))),
     svg("line", { class: "base", x1: left, x2: right, y1: bottom, y2: bottom }),
     svg("text", { class: "pole up", x: left, y: 12 }, `↑ ${axis.poles[0]}`),
-    svg("text", { class: "pole down", x: left + 6, y: bottom - 8 }, `↓ ${axis.poles[1]}`),
-    svg("text", { class: "tick", x: 2, y: height - 3 }, "answer"),
+    svg("text", { class: "pole down", x: left + 6, y: bottom - 9 }, `↓ ${axis.poles[1]}`),
+    svg("text", { class: "tick", x: left - 8, y: bottom + 16, "text-anchor": "end" }, "answer"),
   ];
 };
 
 const band = ({ mean, spread }, left, right, y) => [
-  svg("rect", { class: "band", x: left, width: right - left, y: y(mean + WIDE * spread), height: y(mean - WIDE * spread) - y(mean + WIDE * spread) }),
+  svg("rect", {
+    class: "band",
+    x: left,
+    width: right - left,
+    y: y(mean + WIDE * spread),
+    height: y(mean - WIDE * spread) - y(mean + WIDE * spread),
+  }),
   svg("line", { class: "mean", x1: left, x2: right, y1: y(mean), y2: y(mean) }),
 ];
 
-const floorLine = (floor, { left, right, bottom, y, low, high }) => {
-  if (floor < low || floor > high) return [svg("text", { class: "floor-name", x: right - 4, y: floor < low ? bottom - 8 : 34, "text-anchor": "end" }, `floor ${fixed(floor)}, outside`)];
-  return [
-    svg("line", { class: "floor", x1: left, x2: right, y1: y(floor), y2: y(floor) }),
-    svg("text", { class: "floor-name", x: right - 4, y: y(floor) - 5, "text-anchor": "end" }, `floor ${fixed(floor)}`),
-  ];
+const floorLine = (floor, series, { left, right, bottom, y, x, low, high }) => {
+  if (floor < low || floor > high)
+    return [
+      svg(
+        "text",
+        { class: "floor-name", x: right - 4, y: floor < low ? bottom - 8 : 34, "text-anchor": "end" },
+        `floor ${fixed(floor)}, outside`,
+      ),
+    ];
+  const line = svg("line", { class: "floor", x1: left, x2: right, y1: y(floor), y2: y(floor) });
+  // at either end, above or below the line: where it hides the fewest points and names of alarms
+  const taken = series
+    .flatMap((one) => one.points)
+    .flatMap((point) => {
+      const [px, py] = [x(point.turn), y(point.value)];
+      const away = px + 48 < right ? 1 : -1;
+      return [
+        [px, py],
+        ...(point.answer.raised
+          ? [20, 40].flatMap((by) => [
+              [px + away * by, py - 8],
+              [px + away * by, py + 12],
+            ])
+          : []),
+      ];
+    });
+  const places = [
+    [right - 70, -14],
+    [right - 70, 4],
+    [left, -14],
+    [left, 4],
+  ].map(([from, shift]) => {
+    const top = y(floor) + shift;
+    const hidden = taken.filter(([px, py]) => px > from - 8 && px < from + 78 && py > top - 8 && py < top + 18).length;
+    return { from, shift, hidden };
+  });
+  const best = places.reduce((one, other) => (other.hidden < one.hidden ? other : one));
+  const side = best.from === left ? { x: left + 6 } : { x: right - 4, "text-anchor": "end" };
+  return [line, svg("text", { class: "floor-name", ...side, y: y(floor) + (best.shift < 0 ? -5 : 14) }, `floor ${fixed(floor)}`)];
 };
 
 // Beside the plot, where answers lie that were made for the axis: 5 to 95% thin, the middle half thick, the median a line.
 const reference = (axis, right, bottom, y) =>
-  [["roles", "others"], ["default", "positive"]].flatMap(([name, side], place) => {
-    const middle = right + 21 + 37 * place;
-    const [least, lower, half, upper, most] = [0.05, 0.25, 0.5, 0.75, 0.95].map((level) => y(at(axis, axis.quantiles[name], level)));
-    const title = svg("title", {}, `Answers ${name === "roles" ? "under role prompts" : "without a role"}: 5 to 95%, the middle half, the median`);
+  [
+    ["roles", "others"],
+    ["default", "positive"],
+  ].flatMap(([name, side], place) => {
+    const middle = right + 22 + 38 * place;
+    const [least, lower, half, upper, most] = [0.05, 0.25, 0.5, 0.75, 0.95].map((level) => y(at(axis, name, level)));
+    const title = svg(
+      "title",
+      {},
+      `Answers ${name === "roles" ? "under role prompts" : "without a role"}: 5 to 95%, the middle half, the median`,
+    );
     return [
-      svg("g", { class: `reference ${side}` }, title,
+      svg(
+        "g",
+        { class: `reference ${side}` },
+        title,
         svg("rect", { class: "hit", x: middle - 14, width: 28, y: most, height: Math.max(least - most, 1) }),
         svg("line", { x1: middle, x2: middle, y1: least, y2: most }),
         svg("rect", { x: middle - 4, width: 8, y: upper, height: Math.max(lower - upper, 1), rx: 2 }),
-        svg("line", { class: "median", x1: middle - 7, x2: middle + 7, y1: half, y2: half })),
+        svg("line", { class: "median", x1: middle - 7, x2: middle + 7, y1: half, y2: half }),
+      ),
       svg("text", { class: "tick", x: middle, y: bottom + 16, "text-anchor": "middle" }, name),
-    ]; // prettier-ignore
+    ];
   });
 
 // The stretch of turns after which the alarm was on.
 const alarmBars = (one, x, bottom, step) =>
-  one.points.filter((point) => point.answer.alarm).map((point) => svg("rect", { class: "alarm-bar", x: x(point.turn) - step / 2, width: step, y: bottom - 4 + 0 * one.side, height: 4 }));
+  one.points
+    .filter((point) => point.answer.alarm)
+    .map((point) => svg("rect", { class: "alarm-bar", x: x(point.turn) - step / 2, width: step, y: bottom - 4, height: 4 }));
 
 const line = (one, x, y) => {
   const settled = one.points.filter((point) => !point.answer.live);
   const live = one.points.find((point) => point.answer.live);
-  const path = (points) => points.map((point, place) => `${place ? "L" : "M"}${x(point.turn).toFixed(1)} ${y(point.value).toFixed(1)}`).join("");
+  const path = (points) =>
+    points.map((point, place) => `${place ? "L" : "M"}${x(point.turn).toFixed(1)} ${y(point.value).toFixed(1)}`).join("");
   const name = one.side === CAPPED ? "second" : "first";
   return [
     svg("path", { class: `line ${name}`, d: path(settled) }),
@@ -152,10 +218,19 @@ const line = (one, x, y) => {
   ].filter(Boolean);
 };
 
-const mark = (point, px, py, turns, several, onpick) => {
+// A ring, and its name where the line is not: right above or left below a falling line, the other way round for a rising one.
+const alarm = (point, series, px, py, right) => {
+  const before = series[point.side]?.points.findLast((one) => one.turn < point.turn);
+  const falling = !before || before.value > point.value;
+  const room = px + 48 < right;
+  const label = { x: px + (room ? 13 : -13), y: py + (falling === room ? -7 : 16), "text-anchor": room ? "start" : "end" };
+  return [svg("circle", { class: "ring", cx: px, cy: py, r: 10 }), svg("text", { class: "alarm-name", ...label }, "alarm")];
+};
+
+const mark = (point, px, py, step, several, onpick) => {
   const { answer, turn, side, value } = point;
   const capped = answer.cap !== null;
-  const size = turns > 24 ? 3 : 5;
+  const size = step < 14 ? 3 : 5;
   const said = words(point, several);
   const shape = capped
     ? svg("rect", { class: "dot", x: px - size, y: py - size, width: 2 * size, height: 2 * size, transform: `rotate(45 ${px} ${py})` })
@@ -166,15 +241,21 @@ const mark = (point, px, py, turns, several, onpick) => {
     "g",
     {
       class: `point ${capped ? "capped" : "plain"}${answer.live ? " live" : ""}${answer.raised ? " raised" : ""}`,
-      role: "button", "aria-label": said.join(", "), "data-turn": turn, "data-side": side, "data-value": value.toFixed(2),
-      onpointerenter: show, onpointerleave: hideTip, onfocus: show, onblur: hideTip, onclick: pick,
+      role: "button",
+      "aria-label": said.join(", "),
+      "data-turn": turn,
+      "data-side": side,
+      "data-value": value.toFixed(2),
+      onpointerenter: show,
+      onpointerleave: hideTip,
+      onfocus: show,
+      onblur: hideTip,
+      onclick: pick,
       onkeydown: (event) => (event.key === "Enter" || event.key === " ") && (event.preventDefault(), pick()),
     },
-    svg("circle", { class: "hit", cx: px, cy: py, r: 14 }),
-    answer.raised && svg("circle", { class: "ring", cx: px, cy: py, r: 10 }),
-    answer.raised && svg("text", { class: "alarm-name", x: px, y: py + (py > 48 ? -16 : 26), "text-anchor": "middle" }, "alarm"),
+    svg("circle", { class: "hit", cx: px, cy: py, r: Math.min(Math.max(step / 2, 5), 14) }), // as far as half the way to the next
     shape,
-  ); // prettier-ignore
+  );
 };
 
 const words = ({ answer, turn, value }, several) => [
@@ -186,13 +267,24 @@ const words = ({ answer, turn, value }, several) => [
 
 // The same as a table, for reading aloud and for copying.
 export const chartTable = (series, several) => {
-  const head = el("tr", {}, ...["answer", ...(several ? ["side"] : []), "projection", "z", "cap acted", "alarm"].map((name) => el("th", { scope: "col" }, name)));
-  const rows = series.flatMap((one) => one.points.filter((point) => one.side === 0 || !point.shared).map((point) => ({ ...point, side: one.side })));
+  const head = el(
+    "tr",
+    {},
+    ...["answer", ...(several ? ["side"] : []), "projection", "z", "cap acted", "alarm"].map((name) => el("th", { scope: "col" }, name)),
+  );
+  const rows = series.flatMap((one) =>
+    one.points.filter((point) => one.side === 0 || !point.shared).map((point) => ({ ...point, side: one.side })),
+  );
   rows.sort((a, b) => a.turn - b.turn || a.side - b.side);
   const cells = ({ answer, turn, value }) => [
     el("th", { scope: "row" }, String(turn + 1)),
     ...(several ? [el("td", { class: "text" }, answer.cap ?? "as it is")] : []),
-    ...[fixed(value), answer.z === null ? "–" : signed(answer.z), percent(answer.fired), answer.raised ? "raised" : answer.alarm ? "on" : "–"].map((text) => el("td", {}, text)),
+    ...[
+      fixed(value),
+      answer.z === null ? "–" : signed(answer.z),
+      percent(answer.fired),
+      answer.raised ? "raised" : answer.alarm ? "on" : "–",
+    ].map((text) => el("td", {}, text)),
   ];
   return el("table", { class: "plain" }, el("thead", {}, head), el("tbody", {}, ...rows.map((row) => el("tr", {}, ...cells(row)))));
 };

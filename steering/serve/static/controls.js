@@ -30,7 +30,7 @@ export const startControls = (axis, changed) => {
   const adaptive = at("mode").querySelector('[value="adaptive"]');
   adaptive.disabled = !axis.alarm;
   if (!axis.alarm) adaptive.title = "needs an alarm calibrated on calm conversations";
-  at("max_tokens").max = axis.max_tokens;
+  for (const id of ["temperature", "top_p", "max_tokens"]) at(id).placeholder = axis[id] ?? "the server’s";
   const show = () => {
     at("mode-label").hidden = !chosenCap();
     at("how-now").textContent = summary();
@@ -56,7 +56,10 @@ export const startControls = (axis, changed) => {
     at("system").dispatchEvent(new Event("input"));
     at("system").focus();
   };
-  at("roles").append(...ROLES.map(([name, text]) => el("button", { type: "button", class: "quiet", onclick: fill(text) }, name)), el("button", { type: "button", class: "quiet", onclick: fill("") }, "None"));
+  at("roles").append(
+    ...ROLES.map(([name, text]) => el("button", { type: "button", class: "quiet", onclick: fill(text) }, name)),
+    el("button", { type: "button", class: "quiet", onclick: fill("") }, "None"),
+  );
   show();
 };
 

@@ -2,7 +2,7 @@
 //
 //   turn   = { user: text | null, answers: [answer] | [answer, answer], kept: null | 0 | 1, run }
 //   answer = { text, tokens: [{ text, projection, fired }], cap, mode, acted, seed, projection, z, floor, fired, alarm, raised, drift, ended, problem, live }
-//            `cap` is what was asked for, `acted` whether it did; `ended` is "stop", "length", "you" (stopped by the user) or null
+//            `cap` is what was asked for, `acted` whether it did; `drift` is "calm", "drifting" or null (not said); `ended` is "stop", "length", "you" (stopped by the user) or null
 //
 // Each side reads its own history: its own answers where there are two, the only one where there is one. `kept` says that both go
 // on from one of the two; the other stays to be read and is no longer part of what the model sees. `run` numbers the stretches
@@ -14,9 +14,24 @@ export const CAPPED = 1;
 export const newConversation = () => ({ system: "", turns: [], run: 0 });
 
 export const newAnswer = (given = {}) => ({
-  text: "", tokens: [], cap: null, mode: "always", acted: false, seed: null, projection: null, z: null, floor: null, fired: null,
-  alarm: false, raised: false, drift: null, ended: null, problem: null, live: false, ...given,
-}); // prettier-ignore
+  text: "",
+  tokens: [],
+  cap: null,
+  mode: "always",
+  acted: false,
+  seed: null,
+  projection: null,
+  z: null,
+  floor: null,
+  fired: null,
+  alarm: false,
+  raised: false,
+  drift: null,
+  ended: null,
+  problem: null,
+  live: false,
+  ...given,
+});
 
 // the answer of a turn that a side reads, or null
 export const answerOn = (turn, side) => turn.answers[turn.kept ?? Math.min(side, turn.answers.length - 1)] ?? null;
@@ -64,7 +79,8 @@ export const addTurn = (conversation, user, compare) => {
 
 // What the server said of an answer and, where this page does not know them (a loaded conversation), of those before it.
 export const takePersona = (answer, persona, answers) => {
-  for (const key of ["projection", "z", "floor", "fired", "drift"]) answer[key] = persona[key] ?? null;
+  for (const key of ["projection", "z", "floor", "fired"]) answer[key] = persona[key] ?? null;
+  answer.drift = persona.drift?.state ?? null;
   answer.acted = typeof persona.cap === "string"; // an adaptive cap may rest
   for (const turn of persona.turns ?? []) {
     const known = answers.get(turn.message);
@@ -92,3 +108,5 @@ export const runningMean = (tokens) => {
   const values = tokens.map((token) => token.projection).filter(Number.isFinite);
   return values.length ? values.reduce((sum, value) => sum + value, 0) / values.length : null;
 };
+
+export const zOf = ({ baseline }, value) => (baseline && value !== null ? (value - baseline.mean) / baseline.spread : null);

@@ -12,7 +12,10 @@ export const loadDistress = async () => {
 
 export const showsDistress = (text) => {
   if (!list) return false;
-  let plain = text.toLowerCase().replace(/[\u2018\u2019\u02bc]/g, "'").replace(/\s+/g, " ");
+  let plain = text
+    .toLowerCase()
+    .replace(/[\u2018\u2019\u02bc]/g, "'")
+    .replace(/\s+/g, " ");
   for (const pattern of list.except) plain = plain.replace(pattern, " ");
   return list.patterns.some((pattern) => pattern.test(plain));
 };

@@ -23,8 +23,10 @@ export const fixed = (value, digits = 1) => {
   const text = Math.abs(value).toFixed(digits);
   return value < 0 && Number(text) !== 0 ? `−${text}` : text;
 };
-export const signed = (value, digits = 1) => (value > 0 && Number(value.toFixed(digits)) !== 0 ? `+${fixed(value, digits)}` : fixed(value, digits));
-export const percent = (share) => (share === null || share === undefined ? "–" : `${share > 0 && share < 0.005 ? "<1" : Math.round(100 * share)}%`);
+export const signed = (value, digits = 1) =>
+  value > 0 && Number(value.toFixed(digits)) !== 0 ? `+${fixed(value, digits)}` : fixed(value, digits);
+export const percent = (share) =>
+  share === null || share === undefined ? "–" : `${share > 0 && share < 0.005 ? "<1" : Math.round(100 * share)}%`;
 
 // one tooltip for tokens and points; it never takes the pointer or the focus
 export const showTip = (lines, box) => {

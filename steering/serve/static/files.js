@@ -6,7 +6,10 @@ import { FileError, fromSaved, LARGEST, toSaved } from "./saved.js";
 export const download = (conversation, axis) => {
   const now = new Date();
   const blob = new Blob([JSON.stringify(toSaved(conversation, axis, now), null, 1)], { type: "application/json" });
-  const link = el("a", { href: URL.createObjectURL(blob), download: `conversation-${now.toISOString().slice(0, 19).replace(/[:T]/g, "-")}.json` });
+  const link = el("a", {
+    href: URL.createObjectURL(blob),
+    download: `conversation-${now.toISOString().slice(0, 19).replace(/[:T]/g, "-")}.json`,
+  });
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 };
@@ -15,7 +18,8 @@ export const startFiles = (axis, { loaded, refused }) => {
   const take = async (file) => {
     if (!file) return;
     try {
-      if (file.size > LARGEST) throw new FileError(`This file has ${Math.round(file.size / 2 ** 20)} MiB; at most ${LARGEST / 2 ** 20} are read.`);
+      if (file.size > LARGEST)
+        throw new FileError(`This file has ${Math.round(file.size / 2 ** 20)} MiB; at most ${LARGEST / 2 ** 20} are read.`);
       const { conversation, remark } = fromSaved(await file.text(), axis);
       loaded(conversation, remark);
     } catch (error) {

@@ -1,7 +1,7 @@
 // Beside the chat: where the conversation lies, in a chart, in words and in numbers.
 
 import { chartTable, newChart } from "./chart.js";
-import { answerOn, CAPPED, PLAIN, runningMean, sidesOf, trajectories } from "./conversation.js";
+import { answerOn, CAPPED, runningMean, sidesOf, trajectories, zOf } from "./conversation.js";
 import { at, el, fixed, percent, signed } from "./dom.js";
 import { scaleLegend } from "./tokens.js";
 
@@ -16,17 +16,20 @@ export const newPanel = (axis, scale, onpick) => {
       chart.draw(series, axis, floor);
       const words = stateOf(conversation, axis);
       at("state").replaceChildren(...words.map(({ text, alarm }) => el("span", { class: alarm ? "alarmed" : null }, text)));
-      at("strip-state").textContent = shortState(conversation);
+      at("strip-state").textContent = shortState(conversation, axis);
       at("legend").replaceChildren(...legend(conversation, axis, cap, floor));
-      at("readouts").replaceChildren(readouts(conversation, axis));
+      at("readouts").replaceChildren(readouts(conversation, axis, cap));
       at("table").replaceChildren(chartTable(series, series.length > 1));
     },
   };
 };
 
-const explanation = ({ layer, poles, model, baseline }) =>
+const explanation = ({ layer, poles, model, baseline, alarm }) =>
   `Each point is one answer: the mean projection of its tokens at layer ${layer} of ${model.n_layers}, before any cap’s step, onto the axis from “${poles[1]}” to “${poles[0]}”.` +
-  (baseline ? ` The band is where ${baseline.of} lie (mean ± 2 spreads); z counts spreads from their mean, so an answer far below zero has left the model’s default character.` : "");
+  (baseline
+    ? ` The band is where ${baseline.of} lie (mean ± 2 spreads); z counts spreads from their mean, so an answer far below zero has left the model’s default character.`
+    : "") +
+  (alarm ? ` The alarm is raised in ${percent(alarm.false_alarms)} of calm conversations.` : " No alarm is calibrated on this server.");
 
 const floorOf = (conversation, axis, cap) => {
   if (cap) return axis.caps[cap]?.floor ?? null;
@@ -34,15 +37,16 @@ const floorOf = (conversation, axis, cap) => {
   return answers.at(-1)?.floor ?? null;
 };
 
-const answersOn = (conversation, side) => conversation.turns.map((turn) => answerOn(turn, side)).filter((answer) => answer !== null && (answer.projection !== null || answer.live));
+const answersOn = (conversation, side) =>
+  conversation.turns.map((turn) => answerOn(turn, side)).filter((answer) => answer !== null && (answer.projection !== null || answer.live));
 
 const sideName = (side) => (side === CAPPED ? "Capped" : "As it is");
 
 const stateOf = (conversation, axis) => {
   const sides = sidesOf(conversation);
   return sides.map((side) => {
-    const { text, alarm } = stateOn(conversation, axis, side);
-    return { text: sides.length > 1 ? `${sideName(side)}: ${text[0].toLowerCase()}${text.slice(1)} ` : text, alarm };
+    const { text, long, alarm } = stateOn(conversation, axis, side);
+    return { text: sides.length > 1 ? `${sideName(side)}: ${text[0].toLowerCase()}${text.slice(1)}` : (long ?? text), alarm };
   });
 };
 
@@ -54,20 +58,32 @@ const stateOn = (conversation, axis, side) => {
     const mean = runningMean(last.tokens);
     return { text: mean === null ? "Answering." : `Answering: ${fixed(mean)} so far.` };
   }
-  if (last.alarm) {
+  const judged = answers.findLast((answer) => answer.drift !== null); // one that was stopped is not
+  if (judged?.drift === "drifting") {
     const since = answers.findLastIndex((answer) => answer.raised);
-    return { text: since < 0 ? "Drifting." : `Drifting since answer ${1 + conversation.turns.findIndex((turn) => answerOn(turn, side) === answers[since])}.`, alarm: true };
+    return {
+      text:
+        since < 0
+          ? "Drifting."
+          : `Drifting since answer ${1 + conversation.turns.findIndex((turn) => answerOn(turn, side) === answers[since])}.`,
+      alarm: true,
+    };
   }
-  if (axis.alarm) return { text: "Calm." };
+  if (judged) return { text: "Calm." };
   if (last.z === null) return { text: `Last answer at ${fixed(last.projection)}.` };
-  return { text: last.z < -2 ? "The last answer lies below the band." : last.z > 2 ? "The last answer lies above the band." : "The last answer lies within the band." };
+  const place = last.z < -2 ? "Below" : last.z > 2 ? "Above" : "Within";
+  return { text: `${place} the band.`, long: `The last answer lies ${place.toLowerCase()} the band.` };
 };
 
-const shortState = (conversation) => {
-  const last = answersOn(conversation, PLAIN).at(-1);
-  if (!last) return "";
-  if (last.live) return fixed(runningMean(last.tokens));
-  return `${last.z === null ? fixed(last.projection) : `z ${signed(last.z)}`}${last.alarm ? ", drifting" : ""}`;
+// Beside the closed panel's name.
+const shortState = (conversation, axis) => {
+  const lasts = sidesOf(conversation).map((side) => answersOn(conversation, side).at(-1));
+  if (!lasts.every(Boolean)) return "";
+  const said = lasts.map((last) => {
+    const z = zOf(axis, last.live ? runningMean(last.tokens) : last.projection);
+    return z === null ? "–" : signed(z);
+  });
+  return `z ${said.join(", capped ")}${lasts[0].alarm ? ", drifting" : ""}`;
 };
 
 const legend = (conversation, axis, cap, floor) => {
@@ -83,18 +99,31 @@ const legend = (conversation, axis, cap, floor) => {
   ].filter(Boolean);
 };
 
-const readouts = (conversation, axis) => {
+const readouts = (conversation, axis, cap) => {
   const sides = sidesOf(conversation);
   const lasts = sides.map((side) => answersOn(conversation, side).at(-1));
   const value = (show) => lasts.map((last) => el("td", {}, last ? show(last) : "–"));
-  const drift = (last) => (!axis.alarm ? "no alarm calibrated" : last.alarm ? "drifting" : last.live ? "–" : "calm");
+  const place = (last) => (last.live ? runningMean(last.tokens) : last.projection);
+  const z = (last) => zOf(axis, place(last));
+  const capped = lasts.some((last) => last?.acted) || cap !== null;
   const rows = [
-    ["Projection", (last) => fixed(last.live ? runningMean(last.tokens) : last.projection)],
-    ["z", (last) => (last.z === null ? "–" : signed(last.z))],
-    ["Floor", (last) => fixed(last.floor)],
-    ["Cap acted on", (last) => (last.fired === null ? "–" : `${percent(last.fired)} of tokens × layers`)],
-    ["Drift", drift],
+    ["Projection", (last) => fixed(place(last))],
+    ["z", (last) => (z(last) === null ? "–" : signed(z(last)))],
+    ...(capped
+      ? [
+          ["Floor", (last) => fixed(last.floor ?? (last.live && last.cap ? axis.caps[last.cap]?.floor : null))],
+          ["Changed by the cap", (last) => percent(last.fired), "share of tokens times capped layers"],
+        ]
+      : []),
+    ...(axis.alarm ? [["Drift", (last) => last.drift ?? "–"]] : []),
   ];
-  const head = sides.length > 1 && el("thead", {}, el("tr", {}, el("td"), ...sides.map((side) => el("th", { scope: "col" }, sideName(side)))));
-  return el("table", { class: "readouts" }, el("caption", { class: "unseen" }, "The last answer"), head, el("tbody", {}, ...rows.map(([name, show]) => el("tr", {}, el("th", { scope: "row" }, name), ...value(show)))));
+  const head =
+    sides.length > 1 && el("thead", {}, el("tr", {}, el("td"), ...sides.map((side) => el("th", { scope: "col" }, sideName(side)))));
+  return el(
+    "table",
+    { class: "readouts" },
+    el("caption", {}, conversation.turns.length ? "The last answer" : "The next answer"),
+    head,
+    el("tbody", {}, ...rows.map(([name, show, title]) => el("tr", {}, el("th", { scope: "row", title }, name), ...value(show)))),
+  );
 };

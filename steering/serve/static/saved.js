@@ -7,10 +7,17 @@ export const LARGEST = 8 * 1024 * 1024; // bytes of a file
 const LONGEST = 400000; // characters of a message
 const MOST = 2000; // messages
 const SPEAKERS = {
-  system: "system", developer: "system",
-  user: "user", human: "user", prompter: "user",
-  assistant: "assistant", gpt: "assistant", bot: "assistant", model: "assistant", chatgpt: "assistant",
-}; // prettier-ignore
+  system: "system",
+  developer: "system",
+  user: "user",
+  human: "user",
+  prompter: "user",
+  assistant: "assistant",
+  gpt: "assistant",
+  bot: "assistant",
+  model: "assistant",
+  chatgpt: "assistant",
+};
 
 export class FileError extends Error {}
 
@@ -33,7 +40,8 @@ export const toSaved = (conversation, axis, now = new Date()) => ({
 const placeOf = (axis) => ({ model: axis.model.id, fingerprint: axis.model.fingerprint ?? null, layer: axis.layer, poles: axis.poles });
 
 const toAnswer = (answer) => {
-  const { text, tokens, cap, mode, acted, seed, projection, z, floor, fired, alarm, raised, drift, ended, problem } = answer;
+  const { text, tokens, cap, mode, acted, seed, projection, z, floor, fired, alarm, raised, drift, problem } = answer;
+  const ended = answer.live ? "you" : answer.ended; // as if it had been stopped here
   return { content: text, cap, mode, acted, seed, projection, z, floor, fired, alarm, raised, drift, ended, problem, per_token: tokens };
 };
 
@@ -66,7 +74,11 @@ const withStored = (messages, stored, axis) => {
   conversation.turns = list(stored.turns, "turns").map(turn);
   conversation.run = Math.max(0, ...conversation.turns.map((one) => one.run));
   const same = JSON.stringify(historyOf(conversation, PLAIN).messages) === JSON.stringify(messages);
-  if (!same) return { conversation: fromMessages(messages), remark: "The messages of this file were changed after it was saved, so its stored projections are left out." };
+  if (!same)
+    return {
+      conversation: fromMessages(messages),
+      remark: "The messages of this file were changed after it was saved, so its stored projections are left out.",
+    };
   const place = placeOf(axis);
   const here = ["fingerprint", "layer"].every((name) => stored[name] === place[name]) && String(stored.poles) === String(place.poles);
   if (!here) {
@@ -82,7 +94,8 @@ const message = (value, place) => {
   const where = `message ${place + 1}`;
   if (!isMessage(value)) throw new FileError(`${where} has no role.`);
   const speaker = value.role ?? value.from;
-  if (typeof speaker !== "string" || !Object.hasOwn(SPEAKERS, speaker)) throw new FileError(`${where}: its role is not one of ${Object.keys(SPEAKERS).join(", ")}.`);
+  if (typeof speaker !== "string" || !Object.hasOwn(SPEAKERS, speaker))
+    throw new FileError(`${where}: its role is not one of ${Object.keys(SPEAKERS).join(", ")}.`);
   return { role: SPEAKERS[speaker], content: string(value.content ?? value.value, where) };
 };
 
@@ -91,7 +104,8 @@ const fromMessages = (messages) => {
   for (const [place, { role, content }] of messages.entries()) {
     const last = conversation.turns.at(-1);
     if (role === "system") {
-      if (place > 0) throw new FileError(`message ${place + 1} is a system prompt after the beginning; the page has one, at the beginning.`);
+      if (place > 0)
+        throw new FileError(`message ${place + 1} is a system prompt after the beginning; the page has one, at the beginning.`);
       conversation.system = content;
     } else if (role === "user") conversation.turns.push({ user: content, answers: [], kept: null, run: 0 });
     else {
@@ -108,7 +122,12 @@ const turn = (value) => {
   const answers = list(value?.answers ?? [], "answers").map(answerOf);
   if (answers.length > 2) throw new FileError("A turn of this file has more than two answers.");
   const kept = answers.length > 1 && (value.kept === 0 || value.kept === 1) ? value.kept : null;
-  return { user: value.user === null ? null : string(value.user, "a message"), answers, kept, run: Number.isInteger(value.run) && value.run >= 0 ? value.run : 0 };
+  return {
+    user: value.user === null ? null : string(value.user, "a message"),
+    answers,
+    kept,
+    run: Number.isInteger(value.run) && value.run >= 0 ? value.run : 0,
+  };
 };
 
 const answerOf = (value) => {
@@ -126,12 +145,17 @@ const answerOf = (value) => {
     fired: number(value.fired),
     alarm: value.alarm === true,
     raised: value.raised === true,
+    drift: ["calm", "drifting"].includes(value.drift) ? value.drift : null,
     ended: ["stop", "length", "you"].includes(value.ended) ? value.ended : null,
     problem: typeof value.problem === "string" ? value.problem.slice(0, 500) : null,
   });
 };
 
-const tokenOf = (value) => ({ text: string(value?.text, "a token"), projection: number(value.projection), fired: number(value.fired) ?? 0 });
+const tokenOf = (value) => ({
+  text: string(value?.text, "a token"),
+  projection: number(value.projection),
+  fired: number(value.fired) ?? 0,
+});
 const number = (value) => (Number.isFinite(value) ? value : null);
 const list = (value, name) => {
   if (!Array.isArray(value)) throw new FileError(`The ${name} of this file are not a list.`);
@@ -165,9 +189,9 @@ export const forget = () => {
 export const remembered = (axis) => {
   try {
     const text = localStorage.getItem(HERE);
-    return text === null ? null : fromSaved(text, axis).conversation;
+    return text === null ? { conversation: null, remark: null } : fromSaved(text, axis);
   } catch {
-    return null;
+    return { conversation: null, remark: null };
   }
 };
 

@@ -4,7 +4,7 @@ import { el, fixed, percent, signed } from "./dom.js";
 import { CAPPED, isLeftOut, PLAIN } from "./conversation.js";
 import { fillTokens } from "./tokens.js";
 
-const ENDS = { length: "cut at the token limit", you: "stopped by you" };
+const ENDS = { length: "cut short", you: "stopped by you" };
 
 export const newLog = (box, scale, acts) => {
   const places = new Map(); // answer -> its boxes, to be filled while it streams
@@ -18,8 +18,17 @@ export const newLog = (box, scale, acts) => {
     if (!place) return;
     place.article.classList.toggle("live", answer.live);
     fillTokens(place.text, answer, scale);
-    if (answer.text === "") place.text.append(el("em", {}, answer.live ? "…" : answer.problem ? "" : answer.ended === "you" ? "stopped before its first token" : "an empty answer"));
-    place.facts.replaceChildren(...factsOf(answer).map((fact) => el("span", { class: fact.alarm ? "alarmed" : null }, fact.text)));
+    if (answer.text === "")
+      place.text.append(
+        el(
+          "em",
+          {},
+          answer.live ? "…" : answer.problem ? "" : answer.ended === "you" ? "stopped before its first token" : "an empty answer",
+        ),
+      );
+    place.facts.replaceChildren(
+      ...factsOf(answer).map((fact) => el("span", { class: fact.alarm ? "alarmed" : null, title: fact.title }, fact.text)),
+    );
     place.problem.hidden = !answer.problem;
     place.problem.firstChild.textContent = answer.problem ? `${answer.problem} ` : "";
   };
@@ -29,13 +38,43 @@ export const newLog = (box, scale, acts) => {
 const turnOf = (conversation, turn, number, context) => {
   const last = number === conversation.turns.length - 1;
   const { acts } = context;
-  const said = turn.user === null ? null : el("div", { class: "user" },
-    el("p", { class: "text" }, turn.user),
-    last && el("div", { class: "acts" }, el("button", { type: "button", class: "quiet", onclick: acts.edit }, "Edit"))); // prettier-ignore
+  const said =
+    turn.user === null
+      ? null
+      : el(
+          "div",
+          { class: "user" },
+          el("p", { class: "text" }, turn.user),
+          last && el("div", { class: "acts" }, el("button", { type: "button", class: "quiet", onclick: acts.edit }, "Edit")),
+        );
   const answers = turn.answers.map((answer, side) => answerOf(turn, answer, side, last, context));
-  const unanswered = !answers.length && last && el("p", { class: "problem" }, "This message has no answer yet. ", el("button", { type: "button", class: "quiet", onclick: acts.again }, "Answer it"));
-  const out = !last && isLeftOut(turn, PLAIN) && isLeftOut(turn, CAPPED) && el("p", { class: "note" }, "Left out: the model does not see this message.");
-  return el("article", { class: `turn${answers.length > 1 ? " pair" : ""}${out ? " out" : ""}`, id: `turn-${number}`, tabindex: -1, "aria-label": `Turn ${number + 1}` }, said, el("div", { class: "answers" }, ...answers), unanswered, out);
+  const unanswered =
+    !answers.length &&
+    last &&
+    el(
+      "p",
+      { class: "problem" },
+      "This message has no answer yet. ",
+      el("button", { type: "button", class: "quiet", onclick: acts.again }, "Answer it"),
+    );
+  const out =
+    !last &&
+    isLeftOut(turn, PLAIN) &&
+    isLeftOut(turn, CAPPED) &&
+    el("p", { class: "note" }, "Left out: the model does not see this message.");
+  return el(
+    "article",
+    {
+      class: `turn${answers.length > 1 ? " pair" : ""}${out ? " out" : ""}`,
+      id: `turn-${number}`,
+      tabindex: -1,
+      "aria-label": `Turn ${number + 1}`,
+    },
+    said,
+    el("div", { class: "answers" }, ...answers),
+    unanswered,
+    out,
+  );
 };
 
 const answerOf = (turn, answer, side, last, { acts, places }) => {
@@ -44,28 +83,46 @@ const answerOf = (turn, answer, side, last, { acts, places }) => {
   const name = answer.cap === null ? "As it is" : `Cap “${answer.cap}”${answer.mode === "adaptive" ? ", only while drifting" : ""}`;
   const text = el("p", { class: "tokens", tabindex: 0, "aria-label": `${name}, answer` });
   const facts = el("p", { class: "facts" });
-  const problem = el("p", { class: "problem", role: "alert", hidden: true }, "", el("button", { type: "button", class: "quiet", onclick: () => acts.retry(turn, side) }, "Retry"));
+  const problem = el(
+    "p",
+    { class: "problem", role: "alert", hidden: true },
+    "",
+    el("button", { type: "button", class: "quiet", onclick: () => acts.retry(turn, side) }, "Retry"),
+  );
   const button = (label, act) => el("button", { type: "button", class: "quiet", onclick: act }, label);
   const copy = button("Copy", () => acts.copy(answer, copy));
   const article = el(
     "div",
-    { class: `answer ${answer.cap === null ? "plain" : "capped"}${aside ? " aside" : ""}`, id: `answer-${turn.answers.indexOf(answer)}-of-${places.size}` },
-    (pair || answer.cap !== null) && el("p", { class: "who" }, el("i", { "aria-hidden": "true" }), name, aside && el("small", {}, "set aside")),
-    text, problem, facts,
-    el("div", { class: "acts" }, copy,
-      last && side === (turn.kept ?? 0) && button("Try again", acts.again),
-      last && pair && turn.kept !== side && button("Go on from this answer", () => acts.keep(side))),
-  ); // prettier-ignore
+    { class: `answer ${answer.cap === null ? "plain" : "capped"}${aside ? " aside" : ""}` },
+    (pair || answer.cap !== null) &&
+      el("p", { class: "who" }, el("i", { "aria-hidden": "true" }), name, aside && el("small", {}, "set aside")),
+    text,
+    problem,
+    el(
+      "div",
+      { class: "below" },
+      facts,
+      el(
+        "div",
+        { class: "acts" },
+        copy,
+        last && side === (turn.kept ?? 0) && button("Try again", acts.again),
+        last && pair && turn.kept !== side && button("Go on from this answer", () => acts.keep(side)),
+      ),
+    ),
+  );
   places.set(answer, { article, text, facts, problem });
   return article;
 };
 
 const factsOf = (answer) => {
-  if (answer.projection === null || answer.live) return [];
-  const facts = [{ text: `projection ${fixed(answer.projection)}` }];
+  if (answer.live) return [];
+  const facts = answer.projection === null ? [] : [{ text: `projection ${fixed(answer.projection)}` }];
   if (answer.z !== null) facts.push({ text: `z ${signed(answer.z)}` });
-  if (answer.cap !== null && answer.ended !== "you") facts.push({ text: answer.acted ? `cap acted on ${percent(answer.fired)}` : "cap at rest" });
+  if (answer.acted) facts.push({ text: answer.fired === null ? "cap acted" : `cap acted on ${percent(answer.fired)}` });
+  else if (answer.cap !== null && answer.z !== null && answer.drift !== null) facts.push({ text: "cap at rest" });
   if (answer.raised) facts.push({ text: "drift alarm", alarm: true });
-  if (ENDS[answer.ended]) facts.push({ text: ENDS[answer.ended] });
+  if (ENDS[answer.ended])
+    facts.push({ text: ENDS[answer.ended], title: answer.ended === "length" ? "The answer reached the most tokens allowed" : null });
   return facts;
 };
