@@ -76,7 +76,8 @@ def benign_costs(
     arms: Mapping[str, Plan],
     advance: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Cost]:
-    """Read all texts as the model is and in every arm (each with an intervention); `advance` counts readings of texts.
+    """Read all texts as the model is and in every arm (each with an intervention); sums are in the texts' order, and `advance` counts
+    readings of texts.
 
     Raises `KnownError` when there are no texts.
     """
@@ -87,7 +88,9 @@ def benign_costs(
     sums: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
     tallies: dict[str, list[Tally]] = {name: [] for name in arms}
     counts: list[int] = []
+    places: list[int] = []
     for batch in batches(subject, texts, tokens):
+        places += batch.places
         counts += [len(text.answer_ids) for text in batch.texts]
         plain = batch.log_probs(subject)
         before += batch.losses(plain)
@@ -98,10 +101,10 @@ def benign_costs(
                 tallies[name].append(held.tally)
             sums[name] += zip(batch.losses(now), batch.divergences(plain, now), strict=True)
             advance(len(batch.texts))
-    costs = {}
+    costs, order = {}, np.argsort(places)  # batches come longest first
     for name, pairs in sums.items():
-        whole, (after, kl_sums) = joined(tallies[name]), np.array(pairs).T
+        whole, (after, kl_sums) = joined(tallies[name]), np.array(pairs)[order].T
         seen = whole.seen.sum(1).clamp(min=1)
         shares = (whole.fired.sum(1) / seen).numpy(), (whole.total.sum(1) / seen).numpy()
-        costs[name] = Cost(np.array(counts, dtype=float), np.array(before), after, kl_sums, *shares)
+        costs[name] = Cost(np.array(counts, dtype=float)[order], np.array(before)[order], after, kl_sums, *shares)
     return costs

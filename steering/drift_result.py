@@ -8,7 +8,7 @@ import numpy as np
 
 from personaxis.analysis.next_turn import Turn, predicted
 from personaxis.analysis.paired import wilson
-from personaxis.analysis.trajectories import Values, alarms, band, mean_of, slope
+from personaxis.analysis.trajectories import Values, alarms, band, mean_of, script_weights, slope
 from personaxis.persona.rollouts import Rollout, spread
 from personaxis.steering.arms import AS_IT_IS, distinct
 from personaxis.steering.calm import Watcher
@@ -63,7 +63,7 @@ def result(
         "next_turn": _next_turn(table, every[ALL], embed, asked),
         "examples": _examples(table, names, domains, watched),
     }
-    return finite(content | {"warnings": _warnings(content, stage, watched)})
+    return finite(content | {"warnings": _warnings(content, stage, watched, asked.false_alarms)})
 
 
 class _Table:
@@ -167,21 +167,18 @@ def _cost(stage: Stage, table: _Table, arms: Sequence[Arm], asked: DriftOptions)
     if capped is None or not whole:
         return None
     texts = spread(whole, GPU_READ if stage.on_gpu else CPU_READ)
-    met = [table.said.get((ADAPTIVE, one.conversation, one.turn)) for one in texts]
-    sums = []  # of loss, before and after, where the adaptive arm's cap was on and where not
-    for is_on in (True, False):
-        own = [
-            table.rollout(stage, one)
-            for one, other in zip(texts, met, strict=True)
-            if (other is not None and other.acted) == is_on
-        ]
-        cost = benign_costs(stage.subject, own, {CAPPED: capped.plan})[CAPPED] if own else None
-        sums.append([(0.0, 0.0)] if cost is None else list(zip(cost.before, cost.after, strict=True)))
-    on, off = (np.array(part) for part in sums)
-    before, after = on[:, 0].sum() + off[:, 0].sum(), on[:, 1].sum() + off[:, 1].sum()
-    found: dict[str, Any] = {"n": len(texts), CAPPED: float(after / before - 1)}
+    cost = benign_costs(stage.subject, [table.rollout(stage, one) for one in texts], {CAPPED: capped.plan})[CAPPED]
+    weights = script_weights([one.script for one in texts])
+
+    def more(after: Values) -> dict[str, float]:
+        draws = np.quantile((weights @ after) / (weights @ cost.before) - 1, (0.025, 0.975))
+        return {"value": float(after.sum() / cost.before.sum() - 1), "low": float(draws[0]), "high": float(draws[1])}
+
+    found: dict[str, Any] = {"n": len(texts), CAPPED: more(cost.after)}
     if any(arm.name == ADAPTIVE for arm in arms):
-        found[ADAPTIVE] = float((on[:, 1].sum() + off[:, 0].sum()) / before - 1)
+        met = [table.said.get((ADAPTIVE, one.conversation, one.turn)) for one in texts]
+        was_on = np.array([one is not None and one.acted for one in met])
+        found[ADAPTIVE] = more(np.where(was_on, cost.after, cost.before))
     return found
 
 
@@ -228,13 +225,20 @@ def _turns(own: Sequence[Spoken], watcher: Watcher) -> list[dict[str, Any]]:
     return rows
 
 
-def _warnings(content: dict[str, Any], stage: Stage, watched: Watched) -> list[str]:
+def _warnings(content: dict[str, Any], stage: Stage, watched: Watched, rate: float) -> list[str]:
     """What a reader must know before believing the numbers."""
     found = []
     if watched.watcher.rule is None:
         found.append(f"no alarm is calibrated ({watched.source}), so there is no adaptive arm and no count of alarms")
     elif watched.fitted_on:
         found.append(f"{len(watched.fitted_on)} scripts set the alarm's limit: their alarms are left out")
+    seen = watched.watcher.false_alarms
+    if seen is not None and seen.interval[0] > rate:
+        low, high = seen.interval
+        found.append(
+            f"{rate:.0%} of calm conversations were to raise an alarm, and {seen.share:.0%} [{low:.0%}, {high:.0%}] of those with other "
+            "scripts do: scripts differ, and more of them are needed to set the limit"
+        )
     if content["scripts"] < 20:
         found.append(f"intervals are over {content['scripts']} scripts in all: few, so they are rather too narrow")
     if stage.overflown:

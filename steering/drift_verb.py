@@ -106,7 +106,7 @@ def _wrote(content: dict[str, Any]) -> Table:
         shares = (f"{row[name]:.0%}" for name in ("acted", "fired"))
         told = [(row[name]["share"], row[name]["interval"]) for name in ("degenerate", "loops")]
         broken = [_span(share, low, high, ".0%") for share, (low, high) in told]
-        more = f"{cost[arm]:+.1%}" if arm in cost else ""
+        more = _span(cost[arm]["value"], cost[arm]["low"], cost[arm]["high"], "+.1%") if arm in cost else ""
         table.add_row(Text(arm), str(row["answers"]), *shares, *broken, f"{row['tokens']:.0f}", more)
     return table
 

@@ -80,7 +80,10 @@ def test_a_study_has_three_arms_whose_alarm_is_calibrated_on_its_own_calm_conver
     assert (wrote["as it is"]["acted"], wrote["capped"]["acted"]) == (0, 1)
     assert 0 < wrote["adaptive"]["acted"] < 1
     assert wrote["capped"]["fired"] > 0
-    assert content["cost"]["n"] == 24
+    cost = content["cost"]
+    assert cost["n"] == 24
+    assert cost["capped"]["low"] <= cost["capped"]["value"] <= cost["capped"]["high"]
+    assert abs(cost["adaptive"]["value"]) <= abs(cost["capped"]["value"])
     assert content["next_turn"]["projection"]["scripts"] == 25
     axis = load_axis(tiny_run / "run" / "axis")
     calm = load_calm(study / "calm.json", axis)
