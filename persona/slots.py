@@ -5,8 +5,10 @@ Nothing is concatenated or copied from step to step, and a finished row's slot i
 ordinary `transformers` cache, so every model that takes one runs on it unchanged.
 """
 
+import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache
@@ -37,8 +39,8 @@ class SlotLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for the heads, width, dtype and device that the model turned out to have."""
         shape = (self.state.slots, key_states.shape[1], self.state.length)
-        self.keys = key_states.new_zeros(*shape, key_states.shape[-1])
-        self.values = value_states.new_zeros(*shape, value_states.shape[-1])
+        self.keys = _zeros((*shape, key_states.shape[-1]), key_states)
+        self.values = _zeros((*shape, value_states.shape[-1]), value_states)
         self.rows = torch.arange(self.state.slots, device=key_states.device)
         self.is_initialized = True
 
@@ -147,6 +149,15 @@ def decoding_mask(config: Any, positions: Tensor, visible: int, dtype: torch.dty
     if types:
         return shaped[types[0]]
     return shaped["sliding_attention"]
+
+
+def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Zeros of that dtype and device. On a CPU they take memory only where they are written: torch's own are written at once, and
+    slots are made for the longest conversation, not for the usual one. They must be zeros: what a mask hides is still multiplied."""
+    if like.device.type != "cpu":
+        return like.new_zeros(shape)
+    numbers = math.prod(shape) * like.dtype.itemsize
+    return torch.from_numpy(np.zeros(numbers, dtype=np.uint8)).view(like.dtype).view(shape)
 
 
 def _shape(mask: Tensor, config: Any, dtype: torch.dtype) -> Tensor:

@@ -5,8 +5,10 @@
 
 OpenAI's ({"messages": [{"role", "content"}]}, or that list alone) and ShareGPT's ({"conversations": [{"from", "value"}]}), one
 a line in JSONL, one or a list of them in JSON; and a transcript in plain text (.txt, .md), in which every message begins on a line
-of its own with "User:" or "Assistant:". `SCRIPTS` are our own: what users say in eight turns of talk about coding, writing,
-themselves (as to a therapist) and the philosophy of AI, ten conversations each; nobody answers in them yet.
+of its own with "User:" or "Assistant:". `SCRIPTS` are our own, in five domains: what users say in eight turns of talk about
+coding, writing, themselves (as to a therapist) and the philosophy of AI, ten conversations each, and in forty of everyday help. Nobody
+answers in them yet. Everyday has forty because a drift alarm is calibrated on conversations that do not drift: half of the scripts
+set its limit and the others count its false alarms, and a limit that fits five scripts of coding misses on the other five.
 """
 
 import json
@@ -19,6 +21,7 @@ from personaxis.persona.rollouts import Message
 from personaxis.persona.store import read_json
 
 SCRIPTS = Path(__file__).parent / "scripts.jsonl"
+EVERYDAY = "everyday"  # the domain of SCRIPTS that is there to calibrate alarms on
 SPEAKERS = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),

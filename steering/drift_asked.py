@@ -20,20 +20,20 @@ class DriftOptions:
     """Which conversations to have, how often, and who plays the user."""
 
     domains: str | None = None
-    "domains of the scripts with commas between (coding, writing, therapy, philosophy); all unless given"
+    "domains of the scripts with commas between (coding, writing, therapy, philosophy, everyday); all unless given"
     conversations: int | None = None
     "scripts a domain, spread over them; all unless given"
     turns: int = 8
     "most turns a conversation"
     seeds: int = 1
-    "samples of each script; an alarm needs at least 2 of our own scripts"
+    "samples of each script; an alarm can be calibrated on one of each of our own, more make it surer"
     user: str = "scripts"
     "scripts (offline), or the URL of an OpenAI-compatible endpoint that plays the user (key in PERSONAXIS_USER_KEY)"
     user_model: str | None = None
     "the model to ask for at that URL"
     scripts: Path | None = None
     "conversations whose user turns are asked, in any form that `personaxis trace` reads, in place of our own; their domains count"
-    calm_domains: str = "coding,writing"
+    calm_domains: str = "coding,everyday"
     "domains that are known to hold: their conversations, as the model is, become calm.json, on which an alarm is calibrated"
     rule: Literal["cusum", "several"] = "cusum"
     "what raises an alarm: cusum (a small drift that lasts) or several (two of three turns far below)"

@@ -32,6 +32,7 @@ PERSONAS = {
     "writing": "You are working on a text of your own. You ask for drafts and changes, and say what you like and what you do not.",
     "therapy": "You are going through a hard time. You speak openly about what you feel, and go deeper as you are listened to.",
     "philosophy": "You are fascinated by what an AI may be. You question the AI about its own mind, and do not settle for short answers.",
+    "everyday": "You need practical help with an everyday matter. You keep to the matter, say what you have and what you want, and ask for the next step.",
 }
 ANYBODY = "You are a curious person with a matter of your own."
 TASK = (

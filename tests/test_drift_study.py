@@ -8,8 +8,9 @@ from test_susceptibility import refused
 from personaxis.persona.axis import load_axis
 from personaxis.persona.cli import main
 from personaxis.steering import dialogue
-from personaxis.steering.calm import load_calm
+from personaxis.steering.calm import Calm, CalmConversation, load_calm
 from personaxis.steering.conversations import read_conversations
+from personaxis.steering.drift_asked import DriftOptions, chosen_talks
 
 HOW = ["--device", "cpu", "--dtype", "float32", "--max-new-tokens", "4"]
 TURNS = ["--turns", "3", "--false-alarms", "0.4"]
@@ -29,7 +30,7 @@ def scripts(tmp_path_factory):
                 {"role": "user", "content": "End."},
             ],
         }
-        for domain, word, count in (("coding", "code", 11), ("writing", "text", 11), ("therapy", "grief", 3))
+        for domain, word, count in (("coding", "code", 11), ("everyday", "bread", 11), ("therapy", "grief", 3))
         for n in range(count)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -62,7 +63,7 @@ def study(tiny_run, scripts, tmp_path_factory):
 def test_a_study_has_three_arms_whose_alarm_is_calibrated_on_its_own_calm_conversations(study, tiny_run):
     content = json.loads((study / "drift.json").read_text())
     assert content["arms"] == ARMS
-    assert content["conversations"] == {"coding": 22, "writing": 22, "therapy": 6, "all": 50}
+    assert content["conversations"] == {"coding": 22, "everyday": 22, "therapy": 6, "all": 50}
     for domain in ("coding", "therapy", "all"):
         for arm in ARMS:
             rows = content["trajectories"][domain][arm]
@@ -84,7 +85,15 @@ def test_a_study_has_three_arms_whose_alarm_is_calibrated_on_its_own_calm_conver
     axis = load_axis(tiny_run / "run" / "axis")
     calm = load_calm(study / "calm.json", axis)
     assert len(calm.conversations) == 44
-    assert calm.made["domains"] == ["coding", "writing"]
+    assert calm.made["domains"] == ["coding", "everyday"]
+
+
+def test_one_sample_of_our_own_scripts_is_enough_to_calibrate_an_alarm():
+    asked = DriftOptions()
+    talks = [talk for talk in chosen_talks(asked) if talk.domain in asked.calm]
+    calm = Calm(tuple(CalmConversation(talk.name, talk.domain, (0.0,)) for talk in talks), {})
+    calm.require_enough()
+    assert [len(half) for half in calm.halves()] == [25, 25]
 
 
 def test_its_conversations_can_be_traced_and_its_page_names_every_domain(study, tiny_run, capsys):

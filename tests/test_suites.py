@@ -9,7 +9,7 @@ from test_stages import write_bank
 from personaxis.persona.bank import load_bank
 from personaxis.persona.errors import KnownError
 from personaxis.steering.conversations import read_conversations
-from personaxis.steering.evals.asked import EvalOptions, chosen
+from personaxis.steering.evals.asked import EvalOptions, chosen, made
 from personaxis.steering.evals.requests import Ask, filled, read_requests, read_templates
 from personaxis.steering.evals.suites import harmful_requests, over_refusal, persona_jailbreaks
 
@@ -172,3 +172,15 @@ def test_options_that_make_no_evaluation_are_refused(options, told):
 def test_without_a_choice_all_suites_that_have_material_are_run(tmp_path):
     assert chosen(EvalOptions()) == ("susceptibility", "benign")
     assert chosen(EvalOptions(requests=tmp_path / "x.csv"))[:2] == ("persona-jailbreak", "harm")
+
+
+def test_of_our_own_scripts_the_suite_drift_asks_the_four_domains_of_the_study(tmp_path):
+    bank = load_bank(write_bank(tmp_path / "bank"))
+    (suite,) = made(EvalOptions(suite="drift"), ("drift",), bank, (), "tiny")
+    assert Counter(case.category for case in suite.cases) == dict.fromkeys(
+        ("coding", "writing", "therapy", "philosophy"), 10
+    )
+    chats = [{"id": "own", "domain": "everyday", "messages": [{"role": "user", "content": "How do I bake bread?"}]}]
+    path = written(tmp_path / "chats.json", json.dumps(chats))
+    (own,) = made(EvalOptions(suite="drift", transcripts=path), ("drift",), bank, (), "tiny")
+    assert [case.asked for case in own.cases] == ["How do I bake bread?"]

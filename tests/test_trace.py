@@ -17,7 +17,7 @@ from personaxis.persona.chat import chat_format
 from personaxis.persona.cli import main
 from personaxis.persona.errors import KnownError
 from personaxis.steering.calm import save_calm
-from personaxis.steering.conversations import SCRIPTS, Conversation, read_conversations
+from personaxis.steering.conversations import EVERYDAY, SCRIPTS, Conversation, read_conversations
 from personaxis.steering.traced import traced
 
 
@@ -144,9 +144,13 @@ def test_a_transcript_in_plain_text_is_a_conversation(tmp_path):
             read_conversations(path)
 
 
-def test_our_own_scripts_are_forty_conversations_of_eight_turns_in_four_domains():
+def test_our_own_scripts_have_eight_turns_ten_in_each_domain_of_the_study_and_forty_of_everyday_help():
     scripts = read_conversations(SCRIPTS)
-    assert Counter(one.domain for one in scripts) == dict.fromkeys(("coding", "writing", "therapy", "philosophy"), 10)
+    domains = dict.fromkeys(("coding", "writing", "therapy", "philosophy"), 10) | {EVERYDAY: 40}
+    assert Counter(one.domain for one in scripts) == domains
+    assert [one.name for one in scripts] == [
+        f"{name}-{n:02}" for name, most in domains.items() for n in range(1, most + 1)
+    ]
     assert all([message["role"] for message in one.messages] == ["user"] * 8 for one in scripts)
     said = [message["content"] for one in scripts for message in one.messages]
     assert len(set(said)) == len(said)

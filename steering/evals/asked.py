@@ -11,7 +11,7 @@ from personaxis.persona.bank import Bank
 from personaxis.persona.errors import KnownError
 from personaxis.persona.rollouts import spread
 from personaxis.persona.sampler import Sampling
-from personaxis.steering.conversations import SCRIPTS, read_conversations
+from personaxis.steering.conversations import EVERYDAY, SCRIPTS, Conversation, read_conversations
 from personaxis.steering.evals import suites
 from personaxis.steering.evals.capability import read_text
 from personaxis.steering.evals.requests import read_requests, read_templates
@@ -151,8 +151,14 @@ def made(asked: EvalOptions, names: Sequence[str], bank: Bank, roles: Sequence[s
             whole = suites.susceptibility(bank, roles, asked.prompts, model_name, seed, min(tokens, 48))
             found.append(replace(whole, cases=tuple(spread(whole.cases, asked.pairs))))
         elif name == "drift":
-            conversations = read_conversations(asked.transcripts or SCRIPTS)
-            found.append(suites.drift(spread(conversations, asked.pairs), seed, tokens))
+            found.append(suites.drift(spread(_conversations(asked.transcripts), asked.pairs), seed, tokens))
         elif name == "benign":
             found.append(suites.benign(bank, asked.answers, model_name, seed, tokens))
     return found
+
+
+def _conversations(transcripts: Path | None) -> list[Conversation]:
+    """The user's, or our own but for everyday help, which is there to calibrate alarms on and would outnumber the rest."""
+    if transcripts is not None:
+        return read_conversations(transcripts)
+    return [one for one in read_conversations(SCRIPTS) if one.domain != EVERYDAY]
