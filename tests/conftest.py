@@ -47,7 +47,7 @@ def tiny_run(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # not longer: other tests start processes, which forks of many threads take ill
 def tiny_server(tiny_run, tmp_path_factory):
     """The real server around the tiny model, with the caps `held` and `firm`, in a thread (serving.Served)."""
     from serving import axis_folder, served, tiny_host

@@ -31,9 +31,9 @@ def axis_folder(tiny_run, folder, *, calm=False):
     return folder
 
 
-def tiny_host(tiny_run, folder, room=ROOM, **hold):
+def tiny_host(tiny_run, folder, room=ROOM, how=HOW, **hold):
     """A host, its engine not yet started."""
-    return make_host(str(tiny_run / "tiny"), HOW, str(folder), HoldOptions(**{"max_tokens": 12, **hold}), room)
+    return make_host(str(tiny_run / "tiny"), how, str(folder), HoldOptions(**{"max_tokens": 12, **hold}), room)
 
 
 class Served:

@@ -9,6 +9,8 @@ import httpx
 import openai
 import pytest
 import torch
+from openai.types import Completion, Model
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from personaxis.persona.chat import chat_format
 from personaxis.persona.sampler import Sampling
@@ -133,6 +135,35 @@ def test_several_prompts_are_several_choices_and_a_completion_streams(client):
     assert [choice.index for choice in whole.choices] == [0, 1, 2]
     chunks = client.completions.create(model="tiny", prompt="A ship", max_tokens=4, temperature=0, stream=True)
     assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[1].text
+
+
+def test_every_object_is_what_openais_own_types_require(tiny_server):
+    """Strictly: the client itself takes almost anything."""
+
+    def post(route, **body):
+        answer = httpx.post(f"{tiny_server.v1}/{route}", json={"max_tokens": 3, "seed": 0, **body})
+        assert answer.status_code == 200
+        return answer
+
+    def streamed(kind, answer):
+        lines = [line.removeprefix("data: ") for line in answer.text.split("\n") if line]
+        assert lines.pop() == "[DONE]"
+        return [kind.model_validate_json(line, strict=True) for line in lines]
+
+    told = {"logprobs": True, "top_logprobs": 2, "n": 2, "persona": {"cap": "held", "per_token": True}}
+    usage = {"stream": True, "stream_options": {"include_usage": True}}
+    ChatCompletion.model_validate_json(post("chat/completions", messages=TALK, **told).text, strict=True)
+    chunks = streamed(ChatCompletionChunk, post("chat/completions", messages=TALK, **told, **usage))
+    assert [
+        sum(bool(c.choices and c.choices[0].index == i and c.choices[0].finish_reason) for c in chunks) for i in (0, 1)
+    ] == [1, 1]
+    seen = [
+        token for chunk in chunks for choice in chunk.choices if choice.logprobs for token in choice.logprobs.content
+    ]
+    assert len(seen) == 6  # every token's log-probability is told once
+    Completion.model_validate_json(post("completions", prompt=["A", "B"], logprobs=2).text, strict=True)
+    for one in httpx.get(f"{tiny_server.v1}/models").json()["data"]:
+        Model.model_validate(one, strict=True)
 
 
 def test_the_models_are_the_model_and_its_caps(client):

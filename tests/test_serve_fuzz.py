@@ -3,6 +3,7 @@
 import hmac
 import json
 import socket
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -18,7 +19,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
     unsupported_method,
 )
-from serving import ROOM, axis_folder, served, tiny_host
+from serving import HOW, ROOM, axis_folder, served, tiny_host
 
 from personaxis.steering.serve.guard import MOST_BODY
 
@@ -49,7 +50,7 @@ SAFE = {
 def small(tiny_run, tmp_path_factory):
     """A server with a short context, so that no answer is long."""
     folder = axis_folder(tiny_run, tmp_path_factory.mktemp("fuzzed"))
-    host = tiny_host(tiny_run, folder, room=type(ROOM)(slots=16, context=64, prefix_mib=4), max_tokens=2)
+    host = tiny_host(tiny_run, folder, room=replace(ROOM, slots=16, context=64), max_tokens=2)
     with served(host) as server:
         yield server
 
@@ -182,7 +183,7 @@ def require_refused(answer, *statuses):
 
 
 def require_alive(server):
-    answer = sent(server, "chat/completions", said(an_unknown_field={"is": ["accepted"]}))
+    answer = sent(server, "chat/completions", said(temperature=0, an_unknown_field={"is": ["accepted"]}))
     assert answer.status_code == 200, answer.text
     assert answer.json()["usage"]["completion_tokens"] >= 1
 
@@ -285,3 +286,15 @@ def test_a_key_is_compared_in_constant_time_and_its_lack_is_one_answer(tiny_run,
             require_refused(httpx.get(server.url + path), 401)
         assert httpx.get(f"{server.url}/healthz").json() == {"status": "ok"}
         assert sent(server, "chat/completions", said(), authorization="Bearer a key of ours").status_code == 200
+
+
+def test_messages_that_a_template_refuses_are_one_line(tiny_run, tmp_path):
+    turns = "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('turns must alternate') }}{% endif %}{{ m['content'] }}{% endfor %}"
+    (tmp_path / "strict.jinja").write_text(turns)
+    how = replace(HOW, chat_template=tmp_path / "strict.jinja")
+    with served(tiny_host(tiny_run, axis_folder(tiny_run, tmp_path / "run"), how=how, max_tokens=2)) as server:
+        twice = [{"role": "user", "content": "Hi"}, {"role": "user", "content": "Ho"}]
+        error = require_refused(sent(server, "chat/completions", said(messages=twice)), 400)
+        assert "turns must alternate" in error["message"]
+        require_refused(sent(server, "chat/completions", said(messages=twice, stream=True)), 400)
+        require_alive(server)
