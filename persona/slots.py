@@ -5,10 +5,11 @@ Nothing is concatenated or copied from step to step, and a finished row's slot i
 ordinary `transformers` cache, so every model that takes one runs on it unchanged.
 """
 
+import contextlib
 import math
+import mmap
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache
@@ -152,12 +153,16 @@ def decoding_mask(config: Any, positions: Tensor, visible: int, dtype: torch.dty
 
 
 def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Zeros of that dtype and device. On a CPU they take memory only where they are written: torch's own are written at once, and
-    slots are made for the longest conversation, not for the usual one. They must be zeros: what a mask hides is still multiplied."""
+    """Zeros of that dtype and device. On a CPU they take memory only where they are written: slots are made for the longest
+    conversation, not for the usual one, and torch's own zeros are written at once. They must be zeros: what a mask hides is
+    still multiplied. Huge pages are declined, since one token of a slot would take 2 MiB."""
     if like.device.type != "cpu":
         return like.new_zeros(shape)
-    numbers = math.prod(shape) * like.dtype.itemsize
-    return torch.from_numpy(np.zeros(numbers, dtype=np.uint8)).view(like.dtype).view(shape)
+    memory = mmap.mmap(-1, math.prod(shape) * like.dtype.itemsize)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(memory, dtype=like.dtype).view(shape)
 
 
 def _shape(mask: Tensor, config: Any, dtype: torch.dtype) -> Tensor:

@@ -34,7 +34,8 @@ from personaxis.steering.serve.watching import Watching
 
 log = logging.getLogger(__name__)
 PIECE_CPU, PIECE_GPU = 256, 4096  # tokens of a prompt read between two steps of those who decode
-WORTH = 256  # tokens that are worth not being read again, whatever their share of the prompt
+CROWD = 4
+WORTH = 128  # tokens that are worth not being read again where others wait
 UNCAPPED = "as it is"  # the digest of no plan
 
 
@@ -252,9 +253,10 @@ class Engine:
             self._read_whole(whole)
 
     def _known(self, ticket: Ticket) -> tuple[Prefix, int] | None:
-        """What was said before, where it is worth a row of its own: prompts that share a system message are read together faster."""
+        """What was said before, where it is worth a forward of its own: prompts are read together faster than one by one."""
         found = self.prefixes.longest(self._digest(ticket), ticket.ask.ids)
-        return found if found is not None and found[1] >= min(len(ticket.ask.ids) // 2, WORTH) else None
+        alone = len(self.waiting) == 1 and not self._running
+        return found if found is not None and (alone or found[1] >= WORTH) else None
 
     def _seat(self, ticket: Ticket) -> bool:
         """Find its plan; False while none is free."""
@@ -316,9 +318,11 @@ class Engine:
             self.post(told)
 
     def _piece(self) -> int:
-        """Tokens to read at once: few while others decode."""
+        """Tokens to read at once: few while others decode, more while more wait than decode."""
+        if not self._running:
+            return self.rows.reads_at_once
         small = PIECE_CPU if self.subject.device.type == "cpu" else PIECE_GPU
-        return small if self._running else self.rows.reads_at_once
+        return small if len(self.waiting) <= len(self._running) else CROWD * small
 
     @staticmethod
     def _digest(ticket: Ticket) -> str:
