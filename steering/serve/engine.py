@@ -166,6 +166,8 @@ class Engine:
             raise Busy("the engine is not running")
         ticket = Ticket(ask, owner)
         self._asked.put(ticket)
+        if not self.alive:  # it ended meanwhile, and nobody may look at what is asked any more
+            raise Busy("the server is ending")
         return ticket
 
     def between_steps(self, work: Callable[[], None]) -> None:
@@ -190,7 +192,9 @@ class Engine:
                     self._flush()
         finally:
             self._closing.set()
-            for ticket in [*self.waiting, *self._running.values(), *([self._opened] if self._opened else [])]:
+            asked = [self._asked.get() for _ in range(self._asked.qsize())]
+            late = [one for one in asked if isinstance(one, Ticket)]
+            for ticket in [*late, *self.waiting, *self._running.values(), *([self._opened] if self._opened else [])]:
                 self._told.append((ticket, Ended("error", Busy("the server is ending"))))
             self._flush()
 
