@@ -1,6 +1,7 @@
 """Shape annotations are checked in the tests: every jaxtyping signature of the package runs under beartype here."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -29,9 +30,16 @@ def triton_interpreter():
         pytest.skip("there is a GPU: test_gpu.py runs the kernels themselves")
 
 
+@pytest.fixture(scope="module")
+def tiny_run(whole_run, tmp_path_factory):
+    """A folder with a tiny model ("tiny"), a bank of six roles ("bank") and a whole run over them ("run"), for one file's tests: what
+    they put beside the run is not found by another file's."""
+    return shutil.copytree(whole_run, tmp_path_factory.mktemp("tiny") / "own")
+
+
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory):
-    """A folder with a tiny model ("tiny"), a bank of six roles ("bank") and a whole run over them ("run")."""
+def whole_run(tmp_path_factory):
+    """The same, made once and left as it is."""
     from families import save_tiny
     from test_stages import write_bank
 
