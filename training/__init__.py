@@ -1,1 +1,1 @@
-"""Making small models. Nothing is here yet."""
+"""Making small models: GPTs that are ordinary checkpoints, and subjects of everything else here."""
