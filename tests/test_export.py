@@ -13,7 +13,7 @@ from personaxis.persona.cli import main
 from personaxis.persona.errors import KnownError
 from personaxis.persona.subject import load_subject, subject_from_bridge
 from personaxis.training.export import end_tokens, export, load_exported
-from personaxis.training.gpt import Shape
+from personaxis.training.shape import Shape
 
 SHAPE = Shape(vocabulary=320, depth=3, width=32, heads=4, kv_heads=2, head_width=8, inner=48, context=64)
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from personaxis.training.gpt import GPT, Shape
+from personaxis.training.gpt import GPT
 from personaxis.training.loss import linear_cross_entropy
+from personaxis.training.shape import Shape
 
 SHAPE = Shape(vocabulary=97, depth=3, width=32, heads=4, kv_heads=2, head_width=8, inner=48, context=64)
 

@@ -25,7 +25,8 @@ from personaxis.persona.chat import chat_format
 from personaxis.persona.errors import KnownError
 from personaxis.persona.store import make_folder, read_json, write_json
 from personaxis.persona.subject import quiet_transformers
-from personaxis.training.gpt import GPT, Shape
+from personaxis.training.gpt import GPT
+from personaxis.training.shape import Shape
 
 TOKENIZER_FILES = (
     "tokenizer.json",
