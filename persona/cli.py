@@ -45,6 +45,7 @@ VERBS = {
         "Do conversations leave the Assistant, and does a cap hold them?",
     ),
     "trace": ("personaxis.steering.trace_verb:trace", "Trace stored conversations along an axis, turn by turn."),
+    "train": ("personaxis.training.verbs:app", "Make a small model of one's own: `train tokenizer`."),
     "plan": (
         "personaxis.training.plan_verb:plan",
         "What training a GPT of some depth takes: size, tokens, memory, hours, cost.",

@@ -202,8 +202,17 @@ def test_the_verb_refuses_what_it_does_not_know(option, value, capsys):
 
 
 def test_the_verb_says_how_far_a_corpus_goes(tmp_path, capsys):
-    pytest.importorskip("personaxis.training.corpus")
     for number in range(8):
         (tmp_path / f"{number}.txt").write_text(f"{number} All the world is a stage.\n" * 4000)
     main(["plan", "--depth", "4", "--tokens", "1000000", "--corpus", str(tmp_path)])
-    assert "the corpus is too small: it is read" in " ".join(capsys.readouterr().out.split())
+    told = " ".join(capsys.readouterr().out.split())
+    assert "896,000 bytes, about 208,372 tokens: the corpus is too small: it is read 4.8 times" in told
+    main(["plan", "--depth", "4", "--tokens", "100000", "--corpus", str(tmp_path), "--json"])
+    assert json.loads(capsys.readouterr().out)["corpus"] == {"bytes": 896_000, "tokens": 208_372}
+
+
+def test_the_verb_refuses_a_corpus_without_text(tmp_path, capsys):
+    (tmp_path / "blank.txt").write_text(" \n" * 9)
+    with pytest.raises(SystemExit):
+        main(["plan", "--depth", "4", "--corpus", str(tmp_path)])
+    assert "no text to train on" in capsys.readouterr().err

@@ -7,13 +7,17 @@ import pytest
 import torch
 from families import tokenizer
 from test_gpt import lively
+from test_tokenizer import write_corpus
 from transformers import AutoModelForCausalLM
 
+from personaxis.persona.chat import chat_format
 from personaxis.persona.cli import main
 from personaxis.persona.errors import KnownError
 from personaxis.persona.subject import load_subject, subject_from_bridge
+from personaxis.training.corpus import Corpus
 from personaxis.training.export import end_tokens, export, load_exported
 from personaxis.training.shape import Shape
+from personaxis.training.tokenizer import BOS, END, make_tokenizer
 
 SHAPE = Shape(vocabulary=320, depth=3, width=32, heads=4, kv_heads=2, head_width=8, inner=48, context=64)
 
@@ -61,6 +65,20 @@ def test_it_comes_back_bit_for_bit_and_can_be_trained_on(exported):
         assert one.requires_grad
     ids = ids_of(1, 9)
     assert torch.equal(again(ids), model(ids))
+
+
+def test_a_tokenizer_trained_here_goes_along_with_its_template_and_ends(tmp_path, capsys):
+    corpus = Corpus.open(write_corpus(tmp_path / "texts"), held_share=0.2)
+    make_tokenizer(corpus, tmp_path / "tokenizer", vocabulary=310, quiet=True)
+    export(lively(SHAPE), tmp_path / "tokenizer", tmp_path / "model")
+    subject = load_subject(str(tmp_path / "model"), device="cpu", dtype="float32")
+    end = subject.tokenizer.convert_tokens_to_ids(END)
+    assert subject.model.generation_config.eos_token_id == [end]
+    format = chat_format(subject.tokenizer, subject.model.generation_config.eos_token_id)
+    assert format.end_ids == {end}
+    assert format.prompt_ids([{"role": "user", "content": "Who?"}])[0] == subject.tokenizer.convert_tokens_to_ids(BOS)
+    main(["self-test", str(tmp_path / "model"), "--device", "cpu", "--dtype", "float32", "--json"])
+    assert all(check["passed"] for check in json.loads(capsys.readouterr().out))
 
 
 def test_a_bf16_export_rounds_once(exported, tmp_path):

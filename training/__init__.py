@@ -1,1 +1,1 @@
-"""Making small models: GPTs that are ordinary checkpoints, and subjects of everything else here."""
+"""Making small models of one's own: texts to tokens so far."""

@@ -95,7 +95,11 @@ def _bytes_of(corpus: Path) -> int:
     """UTF-8 bytes of the training side of a corpus, all of it read once."""
     from personaxis.training.corpus import Corpus
 
-    return Corpus.open(corpus).scan().train.bytes
+    texts = Corpus.open(corpus)  # not scan(): a plan can be made before anything is chosen to be held out
+    size = sum(len(piece.text.encode()) for piece in texts.pieces() if not texts.holds_out(piece))
+    if size == 0:
+        raise KnownError(f"--corpus {corpus} has no text to train on")
+    return size
 
 
 def _print(made: Plan, mfu: float, size: int | None) -> None:
@@ -155,5 +159,5 @@ def _time(seconds: float) -> str:
     return f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
-def _gigabytes(size: float) -> str:
+def _gigabytes(size: int | float) -> str:
     return f"{size / 1e9:,.1f} GB"
