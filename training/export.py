@@ -5,9 +5,7 @@
     load_exported(out)                           # the GPT again, bit for bit
 
 Weights are copied under the names that they have, with `model.` before all but the head; nothing is transposed, folded or
-rescaled, so an fp32 export is the model. llama.cpp's converter has the architecture (`Qwen3ForCausalLM`) and every tensor's
-name, but knows a BPE only by a hash of the ids that it gives to a test text, which no tokenizer trained here can be among:
-it stops with "BPE pre-tokenizer was not recognized" until that hash is added to its `get_vocab_base_pre`.
+rescaled, so an fp32 export is the model. For llama.cpp `training/gguf_file.py` makes one file of such a folder.
 """
 
 import json

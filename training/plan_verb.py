@@ -9,7 +9,7 @@ from rich.table import Table
 
 from personaxis.persona.errors import KnownError
 from personaxis.persona.verbs import console, print_json, say_result
-from personaxis.training.dial import BYTES_A_TOKEN, CHIPS, Chip, Plan, flops_a_token, plan_of, repeats
+from personaxis.training.dial import BYTES_A_TOKEN, CHIPS, Chip, Plan, flops_a_token, memory_for, plan_of, repeats
 
 
 @Parameter(name="*")
@@ -122,7 +122,8 @@ def _rows(made: Plan) -> list[tuple[str, str]]:
     heads = f"{shape.heads} heads of {shape.head_width}, {shape.kv_heads} of keys and values"
     parts = ("weights", "gradients", "optimizer", "activations", "logits")
     held = ", ".join(f"{name} {getattr(memory, name) / 1e9:,.1f}" for name in parts)
-    again = ", blocks computed again in the backward pass" if made.checkpointing else ""
+    again = memory_for(shape, made.micro_batch, checkpointing=True, bytes=made.chip.bytes, gpus=made.gpus).total
+    how = "computed again in the backward pass" if made.checkpointing else f"kept; computed again {_gigabytes(again)}"
     return [
         ("shape", f"width {shape.width}, {heads}, inner {shape.inner}, context {shape.context}"),
         ("parameters", f"{millions[0]} M: matrices {millions[1]}, embedding {millions[2]}, head {millions[2]}"),
@@ -138,7 +139,7 @@ def _rows(made: Plan) -> list[tuple[str, str]]:
         ),
         ("FLOPs", f"{flops_a_token(shape) / 1e6:,.0f} M a token, {flops_a_token(shape) * made.tokens:.2e} in all"),
         ("memory", f"{_gigabytes(memory.total)} a GPU of {_gigabytes(made.chip.memory)}, estimated: {held}"),
-        ("micro-batch", f"{made.micro_batch} sequences, {made.accumulation} a step and GPU{again}"),
+        ("micro-batch", f"{made.micro_batch} sequences, {made.accumulation} a step and GPU, blocks' insides {how}"),
     ]
 
 
