@@ -26,6 +26,7 @@ from personaxis.training.documents import ALLOWED, Piece, Source, kind_of, read_
 # Characters of the longest piece, about 15,000 tokens: several contexts long, and a file without a newline still streams.
 PIECE = 1 << 16
 HELD_SHARE = 0.01
+APART = "/held-out/"  # before the names of texts held out by path: no name in a folder begins with a slash
 READING = 1  # goes into the digest: raise it when the same files are cut, split or ordered in another way
 
 Side = Literal["train", "held-out"]
@@ -125,7 +126,7 @@ class Corpus:
     def holds_out(self, piece: Piece) -> bool:
         """Whether a piece is for validation only."""
         if self.held_out_sources:
-            return piece.document.startswith("held-out/")
+            return piece.document.startswith(APART)
         return share_of(f"{piece.document}#{piece.number}" if self.one_text else piece.document) < self.held_share
 
     def pieces(self, *, quiet: bool = True) -> Iterator[Piece]:
@@ -217,7 +218,7 @@ def _fault(piece: Piece) -> Literal["nul", "blank"] | None:
 
 def _sources(path: Path, option: str) -> tuple[Source, ...]:
     """The readable files of a path in the order of their hashed names."""
-    prefix = "held-out/" if option == "--held-out" else ""
+    prefix = APART if option == "--held-out" else ""
     if path.is_file():
         if kind_of(path.name) is None:
             raise KnownError(f"{option} {path} cannot be read as documents; allowed: {ALLOWED}")

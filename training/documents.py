@@ -178,7 +178,7 @@ def _decoded(file: io.BufferedIOBase) -> Iterator[tuple[str, bool]]:
 
 
 def _encodable(text: str) -> tuple[str, bool]:
-    """JSON can name half a surrogate pair, which is no character."""
+    """Half a surrogate pair is no character: JSON can name one, and bytes that are no UTF-8 were read as such."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -235,7 +235,7 @@ def _json_rows(source: Source, file: io.BufferedIOBase, column: str) -> Iterator
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode("utf-8", "replace"))
+            row = json.loads(line.decode("utf-8", "surrogateescape"))  # `_encodable` finds what is no UTF-8
         except (ValueError, RecursionError) as error:
             raise KnownError(f"{where} is not valid JSON: {error}") from None
         if not isinstance(row, dict) or column not in row:
