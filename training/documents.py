@@ -127,7 +127,7 @@ class _Frames(io.RawIOBase):
     """A .zst file as a stream. zstandard's own reader ends quietly where a frame is cut short; this one does not."""
 
     def __init__(self, path: Path) -> None:
-        self._new = _needed("zstandard", path).ZstdDecompressor().decompressobj
+        self._new = _needed("zstandard", path).ZstdDecompressor(max_window_size=1 << 31).decompressobj
         self._file, self._ready = path.open("rb"), b""
         self._frame: Any = None
 
