@@ -164,7 +164,8 @@ def test_a_scan_counts_sides_and_what_is_wrong(tmp_path):
     assert (scan.nul, scan.invalid, scan.blank, scan.cut) == (1, 1, 2, 1)
     assert scan.train.documents + scan.held_out.documents == 42
     assert scan.train.pieces + scan.held_out.pieces == 43
-    kept = [piece for piece in corpus.pieces() if not corpus.holds_out(piece)]
+    kept = list(corpus.pieces("train"))
+    assert kept == [piece for piece in corpus.pieces() if not corpus.holds_out(piece)]
     assert scan.train.bytes == sum(len(piece.text.encode()) for piece in kept)
     assert "1 pieces with NUL bytes left out" in scan.notes()
 
@@ -188,7 +189,7 @@ def test_the_order_of_files_is_that_of_their_hashed_names(tmp_path):
 def test_held_out_files_are_taken_out_of_the_corpus(tmp_path):
     folder = books(tmp_path / "books")
     corpus = Corpus.open(folder, held_out=folder / "book3.txt")
-    held = [piece.document for piece in corpus.pieces() if corpus.holds_out(piece)]
+    held = [piece.document for piece in corpus.pieces("held-out")]
     assert held == ["/held-out/book3.txt"]
     assert corpus.scan().train.documents == 39
     (folder / "copy.txt").write_bytes((folder / "book3.txt").read_bytes())

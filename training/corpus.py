@@ -129,9 +129,10 @@ class Corpus:
             return piece.document.startswith(APART)
         return share_of(f"{piece.document}#{piece.number}" if self.one_text else piece.document) < self.held_share
 
-    def pieces(self, *, quiet: bool = True) -> Iterator[Piece]:
-        """Every piece that can be trained on or validated on, in order; documents held out by path come last."""
-        return (piece for piece in self._read("reading", quiet) if _fault(piece) is None)
+    def pieces(self, side: Side | None = None, *, quiet: bool = True) -> Iterator[Piece]:
+        """Every piece of a side, or of both, in order; documents held out by path come last."""
+        found = (piece for piece in self._read("reading", quiet, side) if _fault(piece) is None)
+        return (piece for piece in found if side is None or self.holds_out(piece) == (side == "held-out"))
 
     def scan(self, *, quiet: bool = True) -> Scan:
         """Read everything once and count. Raises `KnownError` if a side has no text."""
@@ -163,9 +164,7 @@ class Corpus:
         share = min(budget / scan.train.bytes, 1.0)
         met = taken = 0
         text = None
-        for piece in self.pieces():
-            if self.holds_out(piece):
-                continue
+        for piece in self.pieces("train"):
             text = piece.text
             length = len(text.encode())
             met += length
@@ -175,16 +174,17 @@ class Corpus:
         if not taken and text is not None:
             yield text
 
-    def _read(self, what: str, quiet: bool) -> Iterator[Piece]:
-        total = len(self.sources) + len(self.held_out_sources)
-        with progress(what, total, "characters", quiet=quiet) as advance:
-            for sources in (self.sources, self.held_out_sources):
-                for source in sources:
-                    units = 0
-                    for piece in read_pieces(source, column=self.column, size=self.size):
-                        units += len(piece.text)
-                        yield piece
-                    advance(1, units)
+    def _read(self, what: str, quiet: bool, side: Side | None = None) -> Iterator[Piece]:
+        sources = self.sources + self.held_out_sources
+        if self.held_out_sources and side is not None:
+            sources = self.sources if side == "train" else self.held_out_sources
+        with progress(what, len(sources), "characters", quiet=quiet) as advance:
+            for source in sources:
+                units = 0
+                for piece in read_pieces(source, column=self.column, size=self.size):
+                    units += len(piece.text)
+                    yield piece
+                advance(1, units)
 
     def _require_text(self, scan: Scan) -> None:
         found = scan.train.documents + scan.held_out.documents

@@ -104,7 +104,7 @@ def make_tokenizer(
     if not quiet:
         say(f"training on {min(sample, scan.train.bytes) / 1e6:,.1f} of {scan.train.bytes / 1e6:,.1f} MB")
     tokenizer = train_tokenizer(corpus.sample(scan, sample), vocabulary)
-    found = compression(tokenizer, (piece for piece in corpus.pieces() if corpus.holds_out(piece)))
+    found = compression(tokenizer, corpus.pieces("held-out"))
     return _save(tokenizer, out, {"asked": asked, "scan": scan.record(), "held_out": asdict(found)})
 
 
