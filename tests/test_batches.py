@@ -12,7 +12,7 @@ from personaxis.persona.errors import KnownError
 from personaxis.training import tokens as tokens_module
 from personaxis.training.batches import Batches, document_index, held_out_rows
 from personaxis.training.corpus import Corpus
-from personaxis.training.tokenizer import encode, load_tokenizer, make_tokenizer
+from personaxis.training.tokenizer import encode, load_tokenizer, make_tokenizer, token_bytes
 from personaxis.training.tokens import Stream, make_tokens, open_tokens, verify
 
 SMALL = 2000  # bytes of text in a shard
@@ -51,6 +51,7 @@ def test_tokens_are_every_piece_after_its_mark(made):
         expected = [[0, *ids] for ids in encode(tokenizer, texts)]
         assert stream.read(0, len(stream)).tolist() == [id for ids in expected for id in ids]
         assert stream.starts().tolist() == np.cumsum([0, *map(len, expected[:-1])]).tolist()
+        assert token_bytes(tokenizer)[stream.read(0, len(stream))].sum() == stream.bytes
         assert (stream.documents, stream.bytes) == (len(texts), sum(len(text.encode()) for text in texts))
     assert len(tokens.train.shards) > 2
     assert tokens.train.shards[0].dtype == np.uint16

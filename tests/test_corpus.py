@@ -78,11 +78,12 @@ def test_a_parquet_table_gives_its_rows(tmp_path, suffix):
         texts_of(path, column="body")
 
 
-@pytest.mark.parametrize("suffix", [*PACK, ".tar"])
+@pytest.mark.parametrize("suffix", [*PACK, ".tar", ".tar.xz", ".tar.gz", ".tar.zst", ".tar.bz2"])
 def test_a_file_cut_short_is_an_error_and_not_a_shorter_document(tmp_path, suffix):
     text = "".join(f"line {number}\n" for number in range(20_000)).encode()
-    packed = tar_of({"a.txt": text}) if suffix == ".tar" else PACK[suffix](text)
-    path = tmp_path / ("a.tar" if suffix == ".tar" else f"a.txt{suffix}")
+    whole = tar_of({"a.txt": text, "b.txt": text}) if ".tar" in suffix else text
+    packed = PACK.get(suffix.removeprefix(".tar"), bytes)(whole)
+    path = tmp_path / (f"a{suffix}" if ".tar" in suffix else f"a.txt{suffix}")
     path.write_bytes(packed[: len(packed) * 2 // 3])
     with pytest.raises(KnownError, match="damaged or cut short"):
         texts_of(path)
@@ -128,6 +129,8 @@ def test_characters_cut_by_a_chunk_are_whole_and_bad_bytes_are_counted(tmp_path)
     assert [(p.text, p.invalid) for p in pieces_of(tmp_path / "bad.txt")] == [("caf\ufffd au lait", True)]
     (tmp_path / "end.txt").write_bytes(b"caf\xc3")
     assert [(p.text, p.invalid) for p in pieces_of(tmp_path / "end.txt")] == [("caf\ufffd", True)]
+    (tmp_path / "bad.jsonl").write_bytes(b'{"text": "caf\xe9"}')
+    assert [(p.text, p.invalid) for p in pieces_of(tmp_path / "bad.jsonl")] == [("caf\ufffd", True)]
     (tmp_path / "half.jsonl").write_text('{"text": "a\\ud83d b"}\n{"text": "\\ud83d\\ude00"}\n')
     assert [(p.text, p.invalid) for p in pieces_of(tmp_path / "half.jsonl")] == [("a\ufffd b", True), ("😀", False)]
 
@@ -161,7 +164,8 @@ def test_a_scan_counts_sides_and_what_is_wrong(tmp_path):
     assert (scan.nul, scan.invalid, scan.blank, scan.cut) == (1, 1, 2, 1)
     assert scan.train.documents + scan.held_out.documents == 42
     assert scan.train.pieces + scan.held_out.pieces == 43
-    kept = [piece for piece in corpus.pieces() if not corpus.holds_out(piece)]
+    kept = list(corpus.pieces("train"))
+    assert kept == [piece for piece in corpus.pieces() if not corpus.holds_out(piece)]
     assert scan.train.bytes == sum(len(piece.text.encode()) for piece in kept)
     assert "1 pieces with NUL bytes left out" in scan.notes()
 
@@ -185,8 +189,8 @@ def test_the_order_of_files_is_that_of_their_hashed_names(tmp_path):
 def test_held_out_files_are_taken_out_of_the_corpus(tmp_path):
     folder = books(tmp_path / "books")
     corpus = Corpus.open(folder, held_out=folder / "book3.txt")
-    held = [piece.document for piece in corpus.pieces() if corpus.holds_out(piece)]
-    assert held == ["held-out/book3.txt"]
+    held = [piece.document for piece in corpus.pieces("held-out")]
+    assert held == ["/held-out/book3.txt"]
     assert corpus.scan().train.documents == 39
     (folder / "copy.txt").write_bytes((folder / "book3.txt").read_bytes())
     with pytest.raises(KnownError, match=r"copy\.txt is held out and trained on"):

@@ -85,6 +85,7 @@ def test_the_special_tokens_come_first_and_every_byte_is_there(made, auto):
     assert [tokenizer.token_to_id(token) for token in SPECIAL] == [0, 1, 2, 3]
     assert tokenizer.get_vocab_size() == len(auto) == VOCABULARY
     assert (auto.bos_token, auto.eos_token, auto.pad_token) == (BOS, END, "<|pad|>")
+    assert json.loads(tokenizer.to_str())["model"]["ignore_merges"]
     sizes = token_bytes(tokenizer)
     assert sizes[:4].tolist() == [0, 0, 0, 0]
     assert (sizes == 1).sum() == 256

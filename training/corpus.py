@@ -26,6 +26,7 @@ from personaxis.training.documents import ALLOWED, Piece, Source, kind_of, read_
 # Characters of the longest piece, about 15,000 tokens: several contexts long, and a file without a newline still streams.
 PIECE = 1 << 16
 HELD_SHARE = 0.01
+APART = "/held-out/"  # before the names of texts held out by path: no name in a folder begins with a slash
 READING = 1  # goes into the digest: raise it when the same files are cut, split or ordered in another way
 
 Side = Literal["train", "held-out"]
@@ -125,12 +126,13 @@ class Corpus:
     def holds_out(self, piece: Piece) -> bool:
         """Whether a piece is for validation only."""
         if self.held_out_sources:
-            return piece.document.startswith("held-out/")
+            return piece.document.startswith(APART)
         return share_of(f"{piece.document}#{piece.number}" if self.one_text else piece.document) < self.held_share
 
-    def pieces(self, *, quiet: bool = True) -> Iterator[Piece]:
-        """Every piece that can be trained on or validated on, in order; documents held out by path come last."""
-        return (piece for piece in self._read("reading", quiet) if _fault(piece) is None)
+    def pieces(self, side: Side | None = None, *, quiet: bool = True) -> Iterator[Piece]:
+        """Every piece of a side, or of both, in order; documents held out by path come last."""
+        found = (piece for piece in self._read("reading", quiet, side) if _fault(piece) is None)
+        return (piece for piece in found if side is None or self.holds_out(piece) == (side == "held-out"))
 
     def scan(self, *, quiet: bool = True) -> Scan:
         """Read everything once and count. Raises `KnownError` if a side has no text."""
@@ -162,9 +164,7 @@ class Corpus:
         share = min(budget / scan.train.bytes, 1.0)
         met = taken = 0
         text = None
-        for piece in self.pieces():
-            if self.holds_out(piece):
-                continue
+        for piece in self.pieces("train"):
             text = piece.text
             length = len(text.encode())
             met += length
@@ -174,16 +174,17 @@ class Corpus:
         if not taken and text is not None:
             yield text
 
-    def _read(self, what: str, quiet: bool) -> Iterator[Piece]:
-        total = len(self.sources) + len(self.held_out_sources)
-        with progress(what, total, "characters", quiet=quiet) as advance:
-            for sources in (self.sources, self.held_out_sources):
-                for source in sources:
-                    units = 0
-                    for piece in read_pieces(source, column=self.column, size=self.size):
-                        units += len(piece.text)
-                        yield piece
-                    advance(1, units)
+    def _read(self, what: str, quiet: bool, side: Side | None = None) -> Iterator[Piece]:
+        sources = self.sources + self.held_out_sources
+        if self.held_out_sources and side is not None:
+            sources = self.sources if side == "train" else self.held_out_sources
+        with progress(what, len(sources), "characters", quiet=quiet) as advance:
+            for source in sources:
+                units = 0
+                for piece in read_pieces(source, column=self.column, size=self.size):
+                    units += len(piece.text)
+                    yield piece
+                advance(1, units)
 
     def _require_text(self, scan: Scan) -> None:
         found = scan.train.documents + scan.held_out.documents
@@ -217,7 +218,7 @@ def _fault(piece: Piece) -> Literal["nul", "blank"] | None:
 
 def _sources(path: Path, option: str) -> tuple[Source, ...]:
     """The readable files of a path in the order of their hashed names."""
-    prefix = "held-out/" if option == "--held-out" else ""
+    prefix = APART if option == "--held-out" else ""
     if path.is_file():
         if kind_of(path.name) is None:
             raise KnownError(f"{option} {path} cannot be read as documents; allowed: {ALLOWED}")

@@ -127,7 +127,7 @@ class _Frames(io.RawIOBase):
     """A .zst file as a stream. zstandard's own reader ends quietly where a frame is cut short; this one does not."""
 
     def __init__(self, path: Path) -> None:
-        self._new = _needed("zstandard", path).ZstdDecompressor().decompressobj
+        self._new = _needed("zstandard", path).ZstdDecompressor(max_window_size=1 << 31).decompressobj
         self._file, self._ready = path.open("rb"), b""
         self._frame: Any = None
 
@@ -178,7 +178,7 @@ def _decoded(file: io.BufferedIOBase) -> Iterator[tuple[str, bool]]:
 
 
 def _encodable(text: str) -> tuple[str, bool]:
-    """JSON can name half a surrogate pair, which is no character."""
+    """Half a surrogate pair is no character: JSON can name one, and bytes that are no UTF-8 were read as such."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -235,7 +235,7 @@ def _json_rows(source: Source, file: io.BufferedIOBase, column: str) -> Iterator
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode("utf-8", "replace"))
+            row = json.loads(line.decode("utf-8", "surrogateescape"))  # `_encodable` finds what is no UTF-8
         except (ValueError, RecursionError) as error:
             raise KnownError(f"{where} is not valid JSON: {error}") from None
         if not isinstance(row, dict) or column not in row:
