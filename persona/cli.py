@@ -45,6 +45,11 @@ VERBS = {
         "Do conversations leave the Assistant, and does a cap hold them?",
     ),
     "trace": ("personaxis.steering.trace_verb:trace", "Trace stored conversations along an axis, turn by turn."),
+    "train": ("personaxis.training.verbs:app", "Make a small model of one's own: `train tokenizer`."),
+    "plan": (
+        "personaxis.training.plan_verb:plan",
+        "What training a GPT of some depth takes: size, tokens, memory, hours, cost.",
+    ),
     "roles": ("personaxis.persona.bank_verbs:roles", "List, search, show, check and export a role bank."),
     "spans": ("personaxis.persona.verbs:spans", "Show which tokens a chat template gives to whom."),
     "show": ("personaxis.persona.verbs:show", "Print any artefact or run folder as JSON."),

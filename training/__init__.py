@@ -1,1 +1,1 @@
-"""Making small models. Nothing is here yet."""
+"""Making small models of one's own: texts to tokens so far."""

@@ -1,0 +1,78 @@
+"""A GGUF file written here says what the folder says."""
+
+import shutil
+
+import gguf
+import pytest
+import torch
+from families import tokenizer
+from test_gpt import lively
+from test_tokenizer import CHAT, write_corpus
+
+from personaxis.persona.errors import KnownError
+from personaxis.persona.subject import load_subject
+from personaxis.training.corpus import Corpus
+from personaxis.training.export import export, load_exported
+from personaxis.training.gguf_file import plain_template, write_gguf
+from personaxis.training.shape import Shape
+from personaxis.training.tokenizer import TEMPLATE, make_tokenizer
+
+# heads of 128, as transformers' reader takes for granted
+SHAPE = Shape(vocabulary=320, depth=2, width=64, heads=2, kv_heads=1, head_width=128, inner=96, context=64)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gguf")
+    make_tokenizer(
+        Corpus.open(write_corpus(folder / "texts"), held_share=0.2), folder / "tokenizer", vocabulary=310, quiet=True
+    )
+    return export(lively(SHAPE), folder / "tokenizer", folder / "model")
+
+
+@pytest.mark.parametrize(("format", "close"), [("f32", 1e-4), ("bf16", 0.3), ("f16", 0.05)])
+def test_transformers_reads_the_same_model_from_it(exported, tmp_path, monkeypatch, format, close):
+    monkeypatch.setenv("PERSONAXIS_CACHE", str(tmp_path / "cache"))
+    path = write_gguf(exported, tmp_path / "model.gguf", format)
+    subject = load_subject(str(path), device="cpu", dtype="float32")
+    ids = torch.randint(310, (2, 20), generator=torch.Generator().manual_seed(0))
+    wanted = load_exported(exported)(ids)
+    assert wanted.std() > 0.5
+    assert (subject.model(ids).logits - wanted).abs().max() < close
+    assert subject.weights.lower().endswith(format)
+
+
+def test_its_tokenizer_and_fields_are_those_of_the_folder(exported, tmp_path):
+    reader = gguf.GGUFReader(write_gguf(exported, tmp_path / "model.gguf"))
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    assert fields["general.architecture"] == "qwen3"
+    assert fields["qwen3.attention.head_count_kv"] == 1
+    assert fields["qwen3.attention.key_length"] == 128
+    assert fields["tokenizer.ggml.pre"] == "smaug-bpe"
+    tokens = fields["tokenizer.ggml.tokens"]
+    assert len(tokens) == SHAPE.vocabulary
+    assert tokens[:4] == ["<|bos|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
+    assert tokens[319] == "[PAD319]"
+    assert fields["tokenizer.ggml.eos_token_id"] == 2
+    assert len(reader.tensors) == 3 + 11 * SHAPE.depth
+
+
+def test_its_template_renders_the_same_conversation(exported):
+    auto = load_subject(str(exported), device="cpu", dtype="float32").tokenizer
+    whole = auto.apply_chat_template(CHAT, tokenize=False)
+    assert "generation" not in plain_template(TEMPLATE).replace("add_generation_prompt", "")
+    assert auto.apply_chat_template(CHAT, tokenize=False, chat_template=plain_template(TEMPLATE)) == whole
+
+
+def test_other_tokenizers_formats_and_files_that_are_there_are_refused(exported, tmp_path):
+    with pytest.raises(KnownError, match="'q4' is not one of f32, bf16, f16"):
+        write_gguf(exported, tmp_path / "model.gguf", "q4")
+    (tmp_path / "there.gguf").touch()
+    with pytest.raises(KnownError, match="already there"):
+        write_gguf(exported, tmp_path / "there.gguf")
+    tokenizer().save_pretrained(tmp_path / "bytes")
+    shutil.copytree(exported, tmp_path / "other")
+    shutil.copyfile(tmp_path / "bytes" / "tokenizer.json", tmp_path / "other" / "tokenizer.json")
+    with pytest.raises(KnownError, match="was not trained here"):
+        write_gguf(tmp_path / "other", tmp_path / "model.gguf")
+    assert not (tmp_path / "model.gguf").exists()
