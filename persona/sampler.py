@@ -164,7 +164,7 @@ class Decoder:
         """Fill slots (0.. unless given) with all but the last token of each prompt, in batches."""
         slots, state, first = slots or range(len(prompts)), self.cache.state, 0
         tokens = batch_tokens(self.subject, CPU_TOKENS, GPU_TOKENS)
-        state.prefill = True
+        state.prefill, state.going_on = True, None
         while first < len(prompts):
             stop = batch_end([len(ids) for ids in prompts], first, tokens)
             batch = pad([ids[:-1] or ids for ids in prompts[first:stop]], self.subject.device)
@@ -184,14 +184,16 @@ class Decoder:
         self.follower.reading(
             torch.tensor([slot], device=device), torch.tensor([len(ids)], device=device), opening=start == 0
         )
-        self.subject.base(
-            input_ids=pad([ids], device),
-            position_ids=positions,
-            attention_mask=mask,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        state.prefill, state.going_on = False, None
+        try:
+            self.subject.base(
+                input_ids=pad([ids], device),
+                position_ids=positions,
+                attention_mask=mask,
+                past_key_values=self.cache,
+                use_cache=True,
+            )
+        finally:
+            state.prefill, state.going_on = False, None
 
     def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Logits (n, V) after feeding `tokens` (n,) at `positions` (n,) to slots 0..n-1."""

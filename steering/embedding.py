@@ -22,9 +22,12 @@ def embedder(name: str, device: str) -> Callable[[Sequence[str]], np.ndarray]:
     """A function from texts (N) to unit rows (N, D). Raises `KnownError` for a model that cannot be loaded."""
     from transformers import AutoModel, AutoTokenizer
 
+    from personaxis.persona.subject import quiet_transformers
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model: Any = AutoModel.from_pretrained(name).to(device).eval()
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(name)
+            model: Any = AutoModel.from_pretrained(name).to(device).eval()
     except (OSError, ValueError) as error:
         raise KnownError(f"--embedding {name} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
     if tokenizer.pad_token is None:

@@ -100,6 +100,11 @@ class Steering(Follower):
             for handle in handles:
                 handle.remove()
 
+    def forget(self) -> None:
+        """A forward failed half-way: what its layers did is of no account."""
+        self._done.clear()
+        self._looked = None
+
     def only(self, layers: Collection[int] | None) -> None:
         """Act at these layers alone in the forwards to come, None: at all. For an engine that knows which plans its rows follow."""
         self._only = None if layers is None else frozenset(self.layers.index(layer) for layer in layers)
@@ -334,8 +339,8 @@ class Steering(Follower):
             self._forwards += 1
             self._looked = None  # what describes the rows may change in place before the next forward
         if self._done:
-            book(self._account, self._now.slots, self._done)
-            self._done.clear()
+            done, self._done = self._done, []
+            book(self._account, self._now.slots, done)
 
 
 @contextmanager

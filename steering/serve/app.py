@@ -93,7 +93,7 @@ def _talking(app: FastAPI, host: Host) -> None:
     @app.post("/v1/completions", response_model=None, responses={**REFUSALS, **STREAMED})  # type: ignore[dict-item]
     async def complete(asked: CompletionRequest, request: Request) -> Response:
         """Go on with texts."""
-        ready = [host.prepared_text(asked, prompt) for prompt in asked.prompts]
+        ready = [await host.prepared_text(asked, prompt) for prompt in asked.prompts]
         run = Complete(host, asked, ready)
         return await _sent(host, "completions", bool(asked.stream), run.stream, run.whole, request)
 
@@ -199,19 +199,23 @@ async def _sent(
     request: Request,
 ) -> Response:
     if as_stream:
+        pieces = stream()
+        first = await anext(pieces)  # it submits: what is refused can still have its status
         host.metrics.requests.labels(route, "200").inc()
         return StreamingResponse(
-            _counted(host, stream()), media_type="text/event-stream", headers={"x-accel-buffering": "no"}
+            _counted(host, first, pieces), media_type="text/event-stream", headers={"x-accel-buffering": "no"}
         )
     content = await _unless_gone(whole(), request)
     host.metrics.requests.labels(route, "200").inc()
     return JSONResponse(content)
 
 
-async def _counted(host: Host, stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+async def _counted(host: Host, first: bytes, stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     """The stream; a client who leaves early is counted, and the generator closed, which cancels the work."""
     whole = False
     try:
+        if first:
+            yield first
         async for piece in stream:
             yield piece
         whole = True

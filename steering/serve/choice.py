@@ -19,10 +19,11 @@ class Failed(RuntimeError):
     """The engine could not do what was asked, and it is not the asker's fault."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Choice:
     """What one ticket said so far. `seen[i]` are projection and fired layers of answer token i, as far as they are known."""
 
+    number: int
     ticket: Ticket
     spoken: Spoken
     end_ids: frozenset[int]

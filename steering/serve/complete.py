@@ -30,7 +30,7 @@ class Complete:
     async def whole(self) -> dict[str, Any]:
         """The answer object."""
         scores = await self._scores() if self.request.echo and self.request.likely is not None else []
-        async with self.host.heard(self.asks, self.request.stops) as heard:
+        async with self.host.heard(self.asks, self.request.stops, goes_on=True) as heard:
             async for choice, _ in heard:
                 if choice.ids:
                     self.watch.token()
@@ -46,7 +46,8 @@ class Complete:
 
     async def stream(self) -> AsyncIterator[bytes]:
         """The lines of the stream."""
-        async with self.host.heard(self.asks, self.request.stops) as heard:
+        async with self.host.heard(self.asks, self.request.stops, goes_on=True) as heard:
+            yield b""  # everything is submitted
             if self.request.echo:
                 for number, choice in enumerate(heard.choices):
                     yield self._chunk(number, self._decoded(list(choice.ticket.ask.ids)))
@@ -57,11 +58,11 @@ class Complete:
                     return
                 if choice.ids:
                     self.watch.token()
-                number = heard.choices.index(choice)
+                number = choice.number
                 if text or choice.done:
                     first, last = shown[id(choice)], len(choice.ids)
                     shown[id(choice)] = last
-                    is_last = all(one.done for one in heard.choices) and not self.request.wants_usage
+                    is_last = not heard.open and not self.request.wants_usage
                     more = {"persona": self._personas(heard.choices)} if is_last else {}
                     reason = choice.reason if choice.done else None
                     yield self._chunk(number, text, reason, self._likely(choice, first), **more)
@@ -112,13 +113,15 @@ class Complete:
                 future.set_exception(error) if error is not None else future.set_result(value or [])
 
         def work() -> None:
-            plan = engine.plans.place(ask.cap)
+            plan = None
             try:
+                plan = engine.plans.place(ask.cap)
                 # where all spare plans are taken (None) the cap cannot be put on just now
                 if plan is None:
                     raise Busy("too many different caps are in use; try again later")
                 found = engine.rows.scored(Prompt(ask.ids, 0, plan), ask.logprobs or 0)
             except (RuntimeError, ValueError, IndexError, KnownError) as error:
+                engine.rows.forget()
                 loop.call_soon_threadsafe(settle, None, error)
             else:
                 loop.call_soon_threadsafe(settle, found, None)
@@ -127,7 +130,11 @@ class Complete:
                     engine.plans.release(ask.cap)
 
         engine.between_steps(work)
-        return await future
+        while not future.done():
+            await asyncio.wait({future}, timeout=1.0)
+            if not future.done() and not engine.alive:
+                raise Busy("the server is ending")
+        return future.result()
 
     def _persona(self, number: int, choice: Choice) -> dict[str, Any]:
         told = self.host.standing.told(choice, [], None, self.modes[number], False)

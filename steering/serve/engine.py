@@ -31,6 +31,7 @@ from personaxis.steering.serve.plans import Plans, Wanted
 from personaxis.steering.serve.prefixes import FEWEST, Prefix, Prefixes
 from personaxis.steering.serve.rows import Row, Rows, Step, fitting
 from personaxis.steering.serve.watching import Watching
+from personaxis.steering.steer import Silent
 
 log = logging.getLogger(__name__)
 PIECE_CPU, PIECE_GPU = 256, 4096  # tokens of a prompt read between two steps of those who decode
@@ -124,6 +125,7 @@ class Engine:
         self.plans = Plans(axis, subject, caps)
         self.watching = Watching(subject, axis.layer, axis.at(axis.layer))
         self.rows = Rows(subject, room.slots, room.length, self.watching, self.plans.steering)
+        self.rows.usual |= {tuple(sorted(one.cap.layers)) for one in self.plans.caps.values()}
         self.prefixes = Prefixes(room.prefixes)
         self.waiting: deque[Ticket] = deque()
         self._opened: Ticket | None = None  # whose prompt is in the reading slot
@@ -160,16 +162,22 @@ class Engine:
             raise KnownError(
                 f"{len(ask.ids)} tokens to read and {ask.limit} to write are more than the {self.room.length} of the context"
             )
-        if self.queued >= self.room.waiting:
-            raise Busy(f"{self.queued} requests are waiting, which is the most; try again later")
-        if not self.alive:
-            raise Busy("the engine is not running")
+        self._require_room()
         ticket = Ticket(ask, owner)
         self._asked.put(ticket)
+        if not self.alive:  # it ended meanwhile, and nobody may look at what is asked any more
+            raise Busy("the server is ending")
         return ticket
 
+    def _require_room(self) -> None:
+        if not self.alive:
+            raise Busy("the engine is not running")
+        if self.queued >= self.room.waiting:
+            raise Busy(f"{self.queued} requests are waiting, which is the most; try again later")
+
     def between_steps(self, work: Callable[[], None]) -> None:
-        """Do something with the model in the engine's thread, where nobody decodes meanwhile."""
+        """Do something with the model in the engine's thread, where nobody decodes meanwhile. Raises `Busy` as `submit` does."""
+        self._require_room()
         self._asked.put(work)
 
     def close(self, wait: float = 10.0) -> None:
@@ -190,7 +198,9 @@ class Engine:
                     self._flush()
         finally:
             self._closing.set()
-            for ticket in [*self.waiting, *self._running.values(), *([self._opened] if self._opened else [])]:
+            asked = [self._asked.get() for _ in range(self._asked.qsize())]
+            late = [one for one in asked if isinstance(one, Ticket)]
+            for ticket in [*late, *self.waiting, *self._running.values(), *([self._opened] if self._opened else [])]:
                 self._told.append((ticket, Ended("error", Busy("the server is ending"))))
             self._flush()
 
@@ -203,7 +213,7 @@ class Engine:
             for ticket in [*self._running.values(), *([self._opened] if self._opened else [])]:
                 self._leave(ticket, Ended("error", error), keep=False)
             self.prefixes.clear()
-            self.watching.taken()
+            self.rows.forget()
             if self.subject.device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -227,40 +237,71 @@ class Engine:
             self._leave(ticket, Ended("cancelled"))
 
     def _read(self) -> None:
-        """Read a piece of what waits: on with a long prompt, then short ones and conversations that go on, in their order."""
+        """Read a piece of what waits: on with a long prompt, then short ones and conversations that go on, in their order.
+
+        Who waits for a spare plan is passed by those who do not.
+        """
         piece = self._piece()
-        left, whole = piece, list[Ticket]()
+        left, whole, parked = piece, list[Ticket](), list[Ticket]()
         if self._opened is not None:
             left -= self._read_on(self._opened, piece)
-        while self.waiting and self.rows.free - (self._opened is not None) > len(whole):
-            ticket = self.waiting[0]
-            if ticket.row is None and not self._seat(ticket):
-                break
-            assert ticket.row is not None
-            found = self._known(ticket)
-            if found is None and len(ticket.ask.ids) <= piece and ticket.ask.limit > 0:
-                if fitting([*(one.row for one in whole if one.row), ticket.row], piece) <= len(whole):
+        try:
+            while self.waiting and self.rows.free - (self._opened is not None) > len(whole):
+                ticket = self.waiting.popleft()
+                if ticket.row is None and not self._seat(ticket):
+                    parked.append(ticket)
+                    continue
+                found = self._known(ticket)
+                if (
+                    found is None
+                    and len(ticket.ask.ids) <= piece
+                    and ticket.ask.limit > 0
+                    and self._fits(whole, ticket, piece)
+                ):
+                    whole.append(ticket)
+                elif (
+                    self._opened is None
+                    and left > 0
+                    and (found is not None or len(ticket.ask.ids) > piece or not ticket.ask.limit)
+                ):
+                    self._opened = ticket
+                    left -= self._open(ticket, found, left)
+                else:
+                    self.waiting.appendleft(ticket)
                     break
-                whole.append(ticket)
-            elif self._opened is None and left > 0:
-                self._opened = ticket
-                self.rows.open(ticket.row, *(found or (None, 0)))
-                left -= self._read_on(ticket, left)
-            else:
-                break
-            self.waiting.popleft()
+        except (RuntimeError, ValueError, IndexError, KnownError):
+            self.waiting.extendleft(reversed(whole))  # seated, not read: they go on in the next round
+            raise
+        finally:
+            self.waiting.extendleft(reversed(parked))
         if whole:
             self._read_whole(whole)
+
+    @staticmethod
+    def _fits(whole: Sequence[Ticket], ticket: Ticket, piece: int) -> bool:
+        rows = [one.row for one in (*whole, ticket) if one.row is not None]
+        return fitting(rows, piece) > len(whole)
+
+    def _open(self, ticket: Ticket, found: tuple[Prefix, int] | None, most: int) -> int:
+        assert ticket.row is not None
+        self.rows.open(ticket.row, *(found or (None, 0)))
+        return self._read_on(ticket, most)
 
     def _known(self, ticket: Ticket) -> tuple[Prefix, int] | None:
         """What was said before, where it is worth a forward of its own: prompts are read together faster than one by one."""
         found = self.prefixes.longest(self._digest(ticket), ticket.ask.ids)
-        alone = len(self.waiting) == 1 and not self._running
+        alone = not self.waiting and not self._running
         return found if found is not None and (alone or found[1] >= WORTH) else None
 
     def _seat(self, ticket: Ticket) -> bool:
-        """Find its plan; False while none is free."""
-        ask, plan = ticket.ask, self.plans.place(ticket.ask.cap)
+        """Find its plan; False while none is free. What cannot be put on ends its own request alone."""
+        ask = ticket.ask
+        try:
+            plan = self.plans.place(ask.cap)
+        except (ValueError, KnownError) as error:
+            self._told.append((ticket, Ended("error", error)))
+            ticket.cancelled = True
+            return False
         if plan is not None:
             ticket.row = Row(Prompt(ask.ids, ask.seed, plan), ask.temperature, ask.top_p, ask.logprobs)
         return plan is not None
@@ -301,9 +342,7 @@ class Engine:
         row = ticket.row
         if row is not None:
             if keep and row.fed:
-                self.rows.require_steered(row)
-                if self.prefixes.room and row.fed >= FEWEST:
-                    self.prefixes.keep(self.rows.saved(row, self._digest(ticket)))
+                ended = self._kept(ticket, row, ended)
             if row in self._running:
                 del self._running[row]
                 self.rows.leave(row)
@@ -311,6 +350,24 @@ class Engine:
         if ticket is self._opened:
             self._opened = None
         self._told.append((ticket, ended))
+
+    def _kept(self, ticket: Ticket, row: Row, ended: Ended) -> Ended:
+        """Keep what was said, and how the row ends: with an error where its cap was not on.
+
+        Of a cap whose floors differ between prompts and answers only the prompt is kept: as part of the next prompt the answer is
+        another matter than when it was spoken, and a conversation must not depend on what is kept.
+        """
+        columns = row.fed if ticket.ask.cap is None or ticket.ask.cap.is_even else min(row.fed, len(row.prompt.ids))
+        try:
+            self.rows.require_steered(row)
+            if self.prefixes.room and columns >= FEWEST:
+                self.prefixes.keep(self.rows.saved(row, self._digest(ticket), columns))
+        except Silent as error:
+            return Ended("error", error)
+        except RuntimeError:  # no memory for it
+            log.exception("what was said is not kept")
+            self.prefixes.clear()
+        return ended
 
     def _flush(self) -> None:
         if self._told:

@@ -26,8 +26,9 @@ from personaxis.steering.serve.standing import Standing, Turn
 from personaxis.steering.serve.wire import SEEDS, ChatRequest, CompletionRequest, Sampled
 from personaxis.steering.verbs import Loaded
 
+COLDEST = 1e-5  # a temperature below it is 0: logits divided by it would overflow
 ADAPTIVE, ALWAYS = "adaptive", "always"
-LONG = 20_000  # characters beyond which tokenising leaves the event loop
+LONG, MANY = 20_000, 20  # characters, and messages, beyond which reading a prompt leaves the event loop
 
 
 class UnknownModel(KnownError):
@@ -123,17 +124,24 @@ class Host:
         """A conversation ready to be answered. Raises `KnownError` for one that cannot be."""
         cap, mode = self.wanted(request)
         messages = [message.plain for message in request.messages]
-        long = sum(len(message["content"]) for message in messages) > LONG
+        long = len(messages) > MANY or sum(len(message["content"]) for message in messages) > LONG
         ids, spans = await asyncio.to_thread(self._read, messages) if long else self._read(messages)
         ready = Prepared(ids, self._limit(len(ids), request.limit), cap, mode, len(messages), spans)
         if mode != ADAPTIVE or cap is None:
             return ready
         turns = await self.turns(ready)
-        acting = cap if self.standing.drifting(turns) else None
+        answered = any(message["role"] == "assistant" and message["content"].strip() for message in messages)
+        unread = answered and not any(span.speaker == "assistant" for span in spans)
+        acting = cap if unread or self.standing.drifting(turns) else None  # where answers cannot be read it holds
         return Prepared(ids, ready.limit, acting, mode, len(messages), spans, turns)
 
-    def prepared_text(self, request: CompletionRequest, prompt: str | list[int]) -> Prepared:
+    async def prepared_text(self, request: CompletionRequest, prompt: str | list[int]) -> Prepared:
         """A text to go on with, as it is: no template. Raises `KnownError` for one that cannot be."""
+        if len(prompt) > LONG:
+            return await asyncio.to_thread(self._prepared_text, request, prompt)
+        return self._prepared_text(request, prompt)
+
+    def _prepared_text(self, request: CompletionRequest, prompt: str | list[int]) -> Prepared:
         cap, mode = self.wanted(request)
         if isinstance(prompt, str):
             try:
@@ -156,6 +164,7 @@ class Host:
         """One for each answer that a request wants."""
         seed = secrets.randbelow(SEEDS) if request.seed is None else request.seed
         temperature = self.settings.temperature if request.temperature is None else request.temperature
+        temperature = 0.0 if temperature < COLDEST else temperature
         top_p = self.settings.top_p if request.top_p is None else request.top_p
         likely = request.likely if isinstance(request, ChatRequest | CompletionRequest) else None
         return [
@@ -164,9 +173,11 @@ class Host:
         ]
 
     @asynccontextmanager
-    async def heard(self, asks: Sequence[Ask], stops: tuple[str, ...] = ()) -> AsyncIterator["Heard"]:
-        """The answers as they come; what is not done when it is left is cancelled."""
-        heard = Heard(self, asks, stops)
+    async def heard(
+        self, asks: Sequence[Ask], stops: tuple[str, ...] = (), *, goes_on: bool = False
+    ) -> AsyncIterator["Heard"]:
+        """The answers as they come; what is not done when it is left is cancelled. `goes_on`: they continue the prompt's text."""
+        heard = Heard(self, asks, stops, goes_on=goes_on)
         try:
             yield heard
         finally:
@@ -174,14 +185,18 @@ class Host:
 
     def _read(self, messages: list[dict[str, str]]) -> tuple[tuple[int, ...], tuple[Any, ...]]:
         """Ids of the prompt, and the spans of the answers in it; none where they cannot be told apart without guessing."""
-        if any(message["role"] == "assistant" for message in messages):
+        ids = tuple(self.held.chat.prompt_ids(messages))
+        fits = (
+            len(ids) < self.settings.room.length
+        )  # what does not is refused, and finding spans takes longer than reading
+        if fits and any(message["role"] == "assistant" for message in messages):
             try:
                 found = prompt_spans(self.held.chat, messages)
             except SpanError:
                 pass
             else:
                 return found.ids, found.spans
-        return tuple(self.held.chat.prompt_ids(messages)), ()
+        return ids, ()
 
     def _limit(self, read: int, asked: int | None) -> int:
         """Most tokens of the answer."""
@@ -216,24 +231,27 @@ class Host:
 class Heard:
     """The answers to some asks: an iterator of (choice, the text that it gained)."""
 
-    def __init__(self, host: Host, asks: Sequence[Ask], stops: tuple[str, ...]) -> None:
+    def __init__(self, host: Host, asks: Sequence[Ask], stops: tuple[str, ...], *, goes_on: bool = False) -> None:
         self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self.choices: list[Choice] = []
+        self.open = len(asks)  # answers that are not done
         try:
             for number, ask in enumerate(asks):
                 ticket = host.engine.submit(ask, owner=(self._queue, number))
-                spoken = Spoken(host.held.subject.tokenizer, stops)
-                self.choices.append(Choice(ticket, spoken, host.held.chat.end_ids))
+                spoken = Spoken(host.held.subject.tokenizer, stops, ask.ids if goes_on else ())
+                self.choices.append(Choice(number, ticket, spoken, host.held.chat.end_ids))
         except KnownError:
             self.cancel()
             raise
 
     async def __aiter__(self) -> AsyncIterator[tuple[Choice, str]]:
-        while not all(choice.done for choice in self.choices):
+        while self.open:
             number, event = await self._queue.get()
             choice = self.choices[number]
             if not choice.done:
-                yield choice, choice.take(event)
+                text = choice.take(event)
+                self.open -= choice.done
+                yield choice, text
 
     def cancel(self) -> None:
         """Give up what is not done."""

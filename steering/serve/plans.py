@@ -38,6 +38,11 @@ class Wanted:
     cap: Cap
     digest: str
 
+    @property
+    def is_even(self) -> bool:
+        """Whether a token is capped alike in a prompt and in an answer."""
+        return self.cap.phase == "both" and self.cap.prompt_floor is None
+
     def floor_at(self, layer: int) -> float | None:
         """The floor for answers at a layer, None where it has none."""
         return self.cap.floor_of(self.cap.layers.index(layer), "answer") if layer in self.cap.layers else None
@@ -83,8 +88,12 @@ class Plans:
             free = [place for place, one in enumerate(self._spares) if one is None or not self._used[one.digest]]
             if not free:
                 return None
-            self._spares[free[0]] = wanted
-            self.steering.set(*self._plans())
+            before, self._spares[free[0]] = self._spares[free[0]], wanted
+            try:
+                self.steering.set(*self._plans())
+            except (ValueError, KnownError):
+                self._spares[free[0]] = before
+                raise
             number = len(self.caps) + free[0]
         self._used[wanted.digest] += 1
         return number
@@ -93,12 +102,6 @@ class Plans:
         """One row less follows it."""
         if wanted is not None:
             self._used[wanted.digest] -= 1
-
-    @property
-    def acting(self) -> tuple[int, ...]:
-        """Layers at which any row's plan does something."""
-        known = [*self.caps.values(), *(one for one in self._spares if one is not None)]
-        return tuple(sorted({layer for one in known if self._used[one.digest] > 0 for layer in one.cap.layers}))
 
     def describe(self) -> dict[str, dict[str, Any]]:
         """The named caps, for people and programs."""
@@ -124,7 +127,8 @@ class Plans:
                 f"cap {text[:80]!r} is not loaded (there are: {known}), nor LEVEL@LAYERS such as p50@18-23"
             )
         population, level, ranges = match.groups()
-        layers = layers_named(ranges) if len(ranges) < 200 else []
+        last = max(int(number) for number in re.findall(r"\d+", ranges))
+        layers = layers_named(ranges) if last < self.n_layers and len(ranges) < 200 else []
         wrong = [layer for layer in layers if layer not in self.axis.layers]
         if not layers or wrong or len(set(layers)) != len(layers):
             held = layers_in_words(self.axis.layers)
@@ -142,7 +146,10 @@ class Plans:
             raise KnownError("persona.cap.shift is a number from -10 to 10 (interquartile ranges)")
         if amount == 0:
             return self.caps[name]
-        return _wanted(f"{name}{amount:+g}", shifted(self.caps[name].cap, self.axis, float(amount)))
+        try:
+            return _wanted(f"{name}{amount:+g}", shifted(self.caps[name].cap, self.axis, float(amount)))
+        except ValueError as error:  # a floor above its ceiling
+            raise KnownError(f"cap {name!r} cannot be moved by {amount:g}: {error}") from None
 
 
 def cap_labels(stem: Path, extra: Sequence[str]) -> dict[str, str]:

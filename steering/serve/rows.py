@@ -14,6 +14,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -81,7 +82,15 @@ class Rows:
         self.logits = torch.zeros(0)
         self.reads_at_once = batch_tokens(subject, CPU_TOKENS, GPU_TOKENS)
         self._graphs: dict[tuple[int, tuple[int, ...]], tuple[Callable[[], None], Tensor]] = {}
+        self.usual: set[tuple[int, ...]] = {()}  # layers that have graphs of their own
         self._sizes = sorted({1, 2, 4, *range(8, slots, 8), slots})
+
+    def forget(self) -> None:
+        """A forward failed half-way: nothing of it goes on."""
+        state = self.decoder.cache.state
+        state.prefill, state.going_on = False, None
+        self.steering.forget()
+        self.watching.taken()
 
     @property
     def free(self) -> int:
@@ -129,6 +138,11 @@ class Rows:
         n, acting = len(self.rows), self._acting(self.rows)
         self.steering.only(acting)
         if self.subject.device.type == "cuda":
+            if acting not in self.usual:
+                acting = (
+                    self.steering.layers
+                )  # one graph for all caps that requests describe: idle plans change nothing
+                self.steering.only(acting)
             size = next(size for size in self._sizes if size >= n)
             if (size, acting) not in self._graphs:
                 self._graphs[size, acting] = self._captured(size)
@@ -178,12 +192,10 @@ class Rows:
         self.running[len(self.rows)] = False
         self.positions[len(self.rows)] = 0
 
-    def saved(self, row: Row, digest: str) -> Prefix:
-        """What was fed to a row, to go on from later."""
-        import numpy as np
-
-        ids = np.asarray(row.ids[: row.fed], dtype=np.int64)
-        return Prefix(digest, ids, tuple(row.projections), self.decoder.cache.saved(row.slot, row.fed))
+    def saved(self, row: Row, digest: str, columns: int) -> Prefix:
+        """The first tokens that were fed to a row, to go on from later."""
+        ids = np.asarray(row.ids[:columns], dtype=np.int64)
+        return Prefix(digest, ids, tuple(row.projections[:columns]), self.decoder.cache.saved(row.slot, columns))
 
     def require_steered(self, row: Row) -> None:
         """`Silent` unless every token that was fed to a row was met by its plan, layer by layer."""

@@ -5,6 +5,7 @@ spoken.add(4093), spoken.add(11), ...          # text that is safe to show, ofte
 spoken.ended, spoken.rest()                    # whether a stop text came; what was held back at the end
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 KEPT = 8  # tokens that are decoded together: what one of them shows may depend on those before it
@@ -12,13 +13,16 @@ UNFINISHED = "\ufffd"  # what a tokenizer shows for part of a character
 
 
 class Spoken:
-    """An answer's text. Held back are parts of a character, and the beginnings of stop texts."""
+    """An answer's text. Held back are parts of a character, and the beginnings of stop texts.
 
-    def __init__(self, tokenizer: Any, stops: tuple[str, ...] = ()) -> None:
+    `before` are tokens that it goes on from: some tokenizers write a first token's blank only where something is before it.
+    """
+
+    def __init__(self, tokenizer: Any, stops: tuple[str, ...] = (), before: Sequence[int] = ()) -> None:
         self.tokenizer, self.stops = tokenizer, stops
         self.text, self.ended = "", False  # what was given out; whether a stop text came
-        self._ids: list[int] = []
-        self._shown = 0  # of `_ids`, those whose text was taken
+        self._ids = list(before)[-KEPT:]
+        self._shown = len(self._ids)  # of `_ids`, those whose text was taken
         self._held = ""
 
     def add(self, id: int) -> str:

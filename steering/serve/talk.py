@@ -54,11 +54,12 @@ class Talk:
                     return
                 if choice.ids:
                     self.watch.token()
-                number = heard.choices.index(choice)
+                number = choice.number
                 if text or (self.request.per_token and len(choice.seen) > told[id(choice)][1]):
                     yield self._text(number, choice, text, told)
                 if choice.done:
-                    yield self._finish(number, heard.choices)
+                    is_last = not heard.open and not self.request.wants_usage
+                    yield self._finish(choice, told[id(choice)][0], heard.choices if is_last else [])
         self.watch.end()
         if self.request.wants_usage:
             yield self._usage(heard.choices)
@@ -79,12 +80,12 @@ class Talk:
         choice = {"index": number, "delta": delta, "logprobs": likely, "finish_reason": finish}
         return line(self.envelope.of([choice], **usage_field, **more))
 
-    def _finish(self, number: int, choices: list[Choice]) -> bytes:
-        """The line that ends an answer. The last of them carries the persona object, unless the line with the usage follows: a line
-        without choices that nobody asked for breaks loops over `choices[0]`."""
-        is_last = all(choice.done for choice in choices) and not self.request.wants_usage
-        more = {"persona": self._personas(choices)} if is_last else {}
-        return self._chunk(number, {}, finish=choices[number].reason, **more)
+    def _finish(self, choice: Choice, shown: int, told: list[Choice]) -> bytes:
+        """The line that ends an answer, with the log-probabilities of tokens that showed no text. The last of them carries the persona
+        object, unless the line with the usage follows: a line without choices that nobody asked for breaks loops over `choices[0]`."""
+        more = {"persona": self._personas(told)} if told else {}
+        rest = chat_likely(choice, shown, len(choice.ids)) if shown < len(choice.ids) else None
+        return self._chunk(choice.number, {}, finish=choice.reason, likely=rest, **more)
 
     def _usage(self, choices: list[Choice]) -> bytes:
         told = usage(choices, [len(self.ready.ids)])

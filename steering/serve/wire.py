@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 MOST_STOPS, MOST_CHOICES, MOST_LIKELY = 16, 16, 20
+MOST_ANSWERS = 512
 LONGEST_STOP = 200  # characters
 SEEDS = 2**62
 
@@ -64,7 +65,7 @@ class Persona(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
     cap: Annotated[str, Field(max_length=200)] | CapByLevel | CapByName | None = None
     mode: Literal["always", "adaptive"] | None = None
-    per_token: bool = False
+    per_token: bool | None = None
 
     @property
     def asked(self) -> Any:
@@ -104,10 +105,18 @@ class Sampled(BaseModel):
             raise ValueError("penalties are not supported; leave it out or give 0")
         return value
 
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _no_empty_stop(cls, value: Any) -> Any:
+        """Clients send "" for none."""
+        if isinstance(value, list):
+            return [one for one in value if one != ""] or None
+        return value if value != "" else None
+
     @field_validator("logit_bias")
     @classmethod
     def _no_bias(cls, value: dict[str, float] | None) -> dict[str, float] | None:
-        if value:
+        if value and any(value.values()):
             raise ValueError("logit_bias is not supported; leave it out")
         return value
 
@@ -129,7 +138,7 @@ class Sampled(BaseModel):
     @property
     def per_token(self) -> bool:
         """Whether every token's projection is told."""
-        return self.persona is not None and self.persona.per_token
+        return self.persona is not None and bool(self.persona.per_token)
 
 
 class ChatRequest(Sampled):
@@ -141,11 +150,12 @@ class ChatRequest(Sampled):
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELY)] | None = None
     tools: list[Any] | None = None
     tool_choice: Any = None
+    functions: list[Any] | None = None
     response_format: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _plain_text(self) -> "ChatRequest":
-        if self.tools:
+        if self.tools or self.functions or self.tool_choice not in (None, "none", "auto"):
             raise ValueError("tools are not supported; leave them out")
         if self.response_format is not None and self.response_format.get("type", "text") != "text":
             raise ValueError("response_format other than text is not supported; leave it out")
@@ -173,6 +183,7 @@ class CompletionRequest(Sampled):
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELY)] | None = None
     suffix: str | None = None
+    best_of: int | None = None
 
     @field_validator("suffix")
     @classmethod
@@ -182,9 +193,13 @@ class CompletionRequest(Sampled):
         return value
 
     @model_validator(mode="after")
-    def _scored_whole(self) -> "CompletionRequest":
+    def _possible(self) -> "CompletionRequest":
         if self.stream and self.echo and self.logprobs is not None:
             raise ValueError("echo with logprobs does not stream; leave stream out")
+        if self.best_of is not None and self.best_of != self.choices:
+            raise ValueError("best_of is not supported; leave it out")
+        if len(self.prompts) * self.choices > MOST_ANSWERS:
+            raise ValueError(f"prompts times n are more than {MOST_ANSWERS}")
         return self
 
     @property
