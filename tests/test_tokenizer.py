@@ -42,6 +42,10 @@ CHAT = [
 ]
 
 
+def document(piece):
+    return piece.document
+
+
 def write_corpus(folder):
     """Thirty small documents, made here."""
     folder.mkdir()
@@ -147,21 +151,21 @@ def test_the_same_texts_give_the_same_tokenizer(made, tmp_path):
 def test_compression_is_bytes_over_tokens_with_its_interval(made):
     tokenizer = load_tokenizer(made / "tokenizer")
     pieces = [Piece("a", 0, "The sailor. "), Piece("a", 1, "é"), Piece("b", 0, "The storm saw the captain.")]
-    found = compression(tokenizer, pieces)
+    found = compression(tokenizer, pieces, document)
     tokens = sum(len(ids) for ids in encode(tokenizer, [piece.text for piece in pieces]))
     assert (found.documents, found.bytes, found.tokens) == (2, 40, tokens)
     assert found.bytes_per_token == pytest.approx(40 / tokens, abs=1e-4)
     low, high = found.interval
     assert low < found.bytes_per_token < high
-    assert compression(tokenizer, pieces[:1]).interval is None
-    assert compression(tokenizer, pieces, most=1).documents == 2  # batches are not cut
+    assert compression(tokenizer, pieces[:1], document).interval is None
+    assert compression(tokenizer, pieces, document, most=1).documents == 2  # batches are not cut
 
 
 def test_a_tokenizer_that_loses_text_is_refused(made):
     tokenizer = load_tokenizer(made / "tokenizer")
     tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     with pytest.raises(KnownError, match=r"does not give back x\.txt \(piece 3\): at character 0 ' the' became 'the'"):
-        compression(tokenizer, [Piece("x.txt", 3, " the")])
+        compression(tokenizer, [Piece("x.txt", 3, " the")], document)
 
 
 def test_too_little_text_for_a_vocabulary_says_how_much_it_is_enough_for():

@@ -15,7 +15,7 @@ import json
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import islice
@@ -114,7 +114,7 @@ def make_tokenizer(
     tokenizer = train_tokenizer(corpus.sample(scan, sample), vocabulary, left_out)
     if left_out and not quiet:
         say(f"note: {left_out['characters']:,} characters in stretches of {WORD} without a blank were not trained on")
-    found = compression(tokenizer, corpus.pieces("held-out"))
+    found = compression(tokenizer, corpus.pieces("held-out"), corpus.unit)
     return _save(
         tokenizer, out, {"asked": asked, "scan": scan.record(), "left_out": dict(left_out), "held_out": asdict(found)}
     )
@@ -185,8 +185,13 @@ def short_words(texts: Iterable[str], left_out: Counter[str], most: int = WORDLE
         yield text[start:]
 
 
-def compression(tokenizer: Tokenizer, pieces: Iterable[Piece], most: int = CHECKED) -> Compression:
-    """Bytes per token over pieces, up to `most` bytes. Raises `KnownError` if one does not come back as it was."""
+def compression(
+    tokenizer: Tokenizer, pieces: Iterable[Piece], unit: Callable[[Piece], str], most: int = CHECKED
+) -> Compression:
+    """Bytes per token over pieces, up to `most` bytes; `unit` names a piece's document.
+
+    Raises `KnownError` if a piece does not come back as it was.
+    """
     sizes: dict[str, list[int]] = {}  # of each document: bytes, tokens
     read = 0
     for batch in batches(pieces, BATCH):
@@ -195,7 +200,7 @@ def compression(tokenizer: Tokenizer, pieces: Iterable[Piece], most: int = CHECK
         for piece, ids, back in zip(batch, encoded, decoded, strict=True):
             if back != piece.text:
                 raise KnownError(_difference(piece, back))
-            size = sizes.setdefault(piece.document, [0, 0])
+            size = sizes.setdefault(unit(piece), [0, 0])
             size[0] += len(piece.text.encode())
             size[1] += len(ids)
             read += len(piece.text.encode())
