@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from personaxis.training.tokenizer import (
     encode,
     load_tokenizer,
     make_tokenizer,
+    short_words,
     token_bytes,
     train_tokenizer,
 )
@@ -38,6 +40,10 @@ CHAT = [
     {"role": "user", "content": "\nAnd 2 more?"},
     {"role": "assistant", "content": " Yes."},
 ]
+
+
+def document(piece):
+    return piece.document
 
 
 def write_corpus(folder):
@@ -145,26 +151,39 @@ def test_the_same_texts_give_the_same_tokenizer(made, tmp_path):
 def test_compression_is_bytes_over_tokens_with_its_interval(made):
     tokenizer = load_tokenizer(made / "tokenizer")
     pieces = [Piece("a", 0, "The sailor. "), Piece("a", 1, "é"), Piece("b", 0, "The storm saw the captain.")]
-    found = compression(tokenizer, pieces)
+    found = compression(tokenizer, pieces, document)
     tokens = sum(len(ids) for ids in encode(tokenizer, [piece.text for piece in pieces]))
     assert (found.documents, found.bytes, found.tokens) == (2, 40, tokens)
     assert found.bytes_per_token == pytest.approx(40 / tokens, abs=1e-4)
     low, high = found.interval
     assert low < found.bytes_per_token < high
-    assert compression(tokenizer, pieces[:1]).interval is None
-    assert compression(tokenizer, pieces, most=1).documents == 2  # batches are not cut
+    assert compression(tokenizer, pieces[:1], document).interval is None
+    assert compression(tokenizer, pieces, document, most=1).documents == 2  # batches are not cut
 
 
 def test_a_tokenizer_that_loses_text_is_refused(made):
     tokenizer = load_tokenizer(made / "tokenizer")
     tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     with pytest.raises(KnownError, match=r"does not give back x\.txt \(piece 3\): at character 0 ' the' became 'the'"):
-        compression(tokenizer, [Piece("x.txt", 3, " the")])
+        compression(tokenizer, [Piece("x.txt", 3, " the")], document)
 
 
 def test_too_little_text_for_a_vocabulary_says_how_much_it_is_enough_for():
     with pytest.raises(KnownError, match=r"for (\d+) tokens only, not for 5000; give --vocabulary \d+ or more text"):
         train_tokenizer(["the sailor saw the sailor"] * 3, 5000)
+
+
+def test_text_without_blanks_is_cut_for_the_trainer_and_other_text_is_not():
+    """The trainer took 20 s for one megabyte of letters: its time grows with the square of a word's length."""
+    words, letters, left_out = "some words\n" * 300, "acgt" * 500, Counter()
+    assert list(short_words([words, letters, ""], left_out)) == [words, *([letters[:256]] * 7), letters[1792:], ""]
+    parted = list(short_words([words + letters + words], left_out))
+    assert "".join(parted) == words + letters + words
+    assert max(len(word) for part in parted for word in part.split()) < 512
+    assert not left_out
+    some = list(short_words([words, letters, words], left_out, most=600))
+    assert some == [words, letters[:256], letters[256:512], "", "", "", "", "", letters[1792:], words]
+    assert left_out == {"characters": 5 * 256}
 
 
 def test_the_verb_makes_a_tokenizer_once_and_refuses_what_does_not_fit(made, tmp_path, capsys):

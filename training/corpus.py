@@ -127,7 +127,11 @@ class Corpus:
         """Whether a piece is for validation only."""
         if self.held_out_sources:
             return piece.document.startswith(APART)
-        return share_of(f"{piece.document}#{piece.number}" if self.one_text else piece.document) < self.held_share
+        return share_of(self.unit(piece)) < self.held_share
+
+    def unit(self, piece: Piece) -> str:
+        """The name of what a piece belongs to when sides are split and documents are counted."""
+        return f"{piece.document}#{piece.number}" if self.one_text else piece.document
 
     def pieces(self, side: Side | None = None, *, quiet: bool = True) -> Iterator[Piece]:
         """Every piece of a side, or of both, in order; documents held out by path come last."""
@@ -146,7 +150,7 @@ class Corpus:
                 scan.cut, cut = scan.cut + 1, piece.document
             if fault is None:
                 amount = scan.side("held-out" if self.holds_out(piece) else "train")
-                unit = f"{piece.document}#{piece.number}" if self.one_text else piece.document
+                unit = self.unit(piece)
                 amount.documents += unit != last
                 amount.pieces += 1
                 amount.bytes += len(piece.text.encode())

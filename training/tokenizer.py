@@ -14,7 +14,8 @@ import hashlib
 import json
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import islice
@@ -37,6 +38,12 @@ BYTES = 256
 LARGEST = 1 << 20
 SAMPLE = 1_000_000_000  # bytes; counts of words hardly change after that
 CHECKED = 1 << 26  # bytes of held-out text that are read back
+# Characters without a blank after which the trainer is given a new text: its time grows with the square of a word's length
+# (1 MB of letters without a blank: 20 s for 140 merges). No token that is worth having is longer.
+WORD = 256
+WORDLESS = (
+    1 << 25
+)  # characters of such text that it is given at most: every distinct word is kept, at 80 bytes a character
 BATCH = 64  # pieces encoded at once, over all cores
 
 # How text is parted into words. Alternatives are tried from left to right.
@@ -103,9 +110,14 @@ def make_tokenizer(
     scan = corpus.scan(quiet=quiet)
     if not quiet:
         say(f"training on {min(sample, scan.train.bytes) / 1e6:,.1f} of {scan.train.bytes / 1e6:,.1f} MB")
-    tokenizer = train_tokenizer(corpus.sample(scan, sample), vocabulary)
-    found = compression(tokenizer, corpus.pieces("held-out"))
-    return _save(tokenizer, out, {"asked": asked, "scan": scan.record(), "held_out": asdict(found)})
+    left_out: Counter[str] = Counter()
+    tokenizer = train_tokenizer(corpus.sample(scan, sample), vocabulary, left_out)
+    if left_out and not quiet:
+        say(f"note: {left_out['characters']:,} characters in stretches of {WORD} without a blank were not trained on")
+    found = compression(tokenizer, corpus.pieces("held-out"), corpus.unit)
+    return _save(
+        tokenizer, out, {"asked": asked, "scan": scan.record(), "left_out": dict(left_out), "held_out": asdict(found)}
+    )
 
 
 def require_vocabulary(vocabulary: int) -> None:
@@ -117,8 +129,12 @@ def require_vocabulary(vocabulary: int) -> None:
         )
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
-    """A byte-level BPE with exactly `vocabulary` tokens. Raises `KnownError` if the texts do not have so many."""
+def train_tokenizer(texts: Iterable[str], vocabulary: int, left_out: Counter[str] | None = None) -> Tokenizer:
+    """A byte-level BPE with exactly `vocabulary` tokens. Raises `KnownError` if the texts do not have so many.
+
+    `left_out` is told what `short_words` leaves out.
+    """
+    left_out = Counter() if left_out is None else left_out
     tokenizer = Tokenizer(models.BPE(ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -135,7 +151,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.encode_special_tokens = True
-    tokenizer.train_from_iterator(batches(texts, BATCH), trainer)
+    tokenizer.train_from_iterator(batches(short_words(texts, left_out), BATCH), trainer)
     size = tokenizer.get_vocab_size()
     if size < vocabulary:
         raise KnownError(
@@ -148,8 +164,34 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     return tokenizer
 
 
-def compression(tokenizer: Tokenizer, pieces: Iterable[Piece], most: int = CHECKED) -> Compression:
-    """Bytes per token over pieces, up to `most` bytes. Raises `KnownError` if one does not come back as it was."""
+def short_words(texts: Iterable[str], left_out: Counter[str], most: int = WORDLESS) -> Iterator[str]:
+    """The texts, cut after `WORD` characters without a blank (counted from multiples of `WORD`).
+
+    Of what is cut off so, `most` characters are given and the rest is left out and counted, as "characters".
+    """
+    for text in texts:
+        start = 0
+        for stop in range(WORD, len(text), WORD):
+            block = text[stop - WORD : stop]
+            if " " in block or any(map(str.isspace, block)):
+                continue
+            if most >= WORD:
+                yield text[start:stop]
+                most -= WORD
+            else:
+                yield text[start : stop - WORD]
+                left_out["characters"] += WORD
+            start = stop
+        yield text[start:]
+
+
+def compression(
+    tokenizer: Tokenizer, pieces: Iterable[Piece], unit: Callable[[Piece], str], most: int = CHECKED
+) -> Compression:
+    """Bytes per token over pieces, up to `most` bytes; `unit` names a piece's document.
+
+    Raises `KnownError` if a piece does not come back as it was.
+    """
     sizes: dict[str, list[int]] = {}  # of each document: bytes, tokens
     read = 0
     for batch in batches(pieces, BATCH):
@@ -158,7 +200,7 @@ def compression(tokenizer: Tokenizer, pieces: Iterable[Piece], most: int = CHECK
         for piece, ids, back in zip(batch, encoded, decoded, strict=True):
             if back != piece.text:
                 raise KnownError(_difference(piece, back))
-            size = sizes.setdefault(piece.document, [0, 0])
+            size = sizes.setdefault(unit(piece), [0, 0])
             size[0] += len(piece.text.encode())
             size[1] += len(ids)
             read += len(piece.text.encode())
