@@ -21,6 +21,7 @@ from schemathesis.specs.openapi.checks import (
 )
 from serving import HOW, ROOM, axis_folder, served, tiny_host
 
+from personaxis.steering.serve.engine import Busy
 from personaxis.steering.serve.guard import MOST_BODY
 
 # left out: positive_data_acceptance and missing_required_header (a schema cannot say what fits the context, which caps are
@@ -298,3 +299,28 @@ def test_messages_that_a_template_refuses_are_one_line(tiny_run, tmp_path):
         assert "turns must alternate" in error["message"]
         require_refused(sent(server, "chat/completions", said(messages=twice, stream=True)), 400)
         require_alive(server)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("route", ["chat/completions", "completions"])
+def test_where_too_many_wait_a_stream_is_refused_with_a_status_too(small, monkeypatch, route, stream):
+    """A stream used to begin with 200 and end at once, which no client tries again."""
+
+    def submit(*_given, **_named):
+        raise Busy("too many are waiting")
+
+    monkeypatch.setattr(small.host.engine, "submit", submit)
+    body = {"messages": [{"role": "user", "content": "Hi"}]} if route.startswith("chat") else {"prompt": "Hi"}
+    answer = sent(small, route, json.dumps({**body, "stream": stream}).encode())
+    assert require_refused(answer, 503)["code"] == "overloaded"
+    assert answer.headers["retry-after"] == "1"
+
+
+def test_an_engine_that_ended_answers_nobody_and_leaves_nobody_waiting(tiny_run, tmp_path):
+    host = tiny_host(tiny_run, axis_folder(tiny_run, tmp_path / "axis"))
+    with served(host) as server:
+        host.end()
+        host.engine._thread.join(10)
+        for asked in ({"prompt": "Hi"}, {"prompt": "Hi", "echo": True, "logprobs": 1, "max_tokens": 1}):
+            answer = sent(server, "completions", json.dumps(asked).encode())
+            assert require_refused(answer, 503)["type"] == "server_error"
