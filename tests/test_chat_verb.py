@@ -24,6 +24,14 @@ from personaxis.steering.traced import traced
 HOLD = {"temperature": 0.0, "max_tokens": 10}
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Ctrl-C as a terminal has it: where tests run in the background of a shell it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def place(tiny_run, tmp_path_factory):
     """A loop and a host in it, whose answers are greedy; no alarm is calibrated."""
