@@ -95,8 +95,12 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_files(made, tmp_path, mon
 
 
 def test_finished_tokens_are_not_made_again(made, monkeypatch):
+    before = {path.name: path.stat().st_mtime_ns for path in (made / "tokens").iterdir()}
     monkeypatch.setattr(tokens_module, "encode", None)
     make_tokens(corpus_of(made), made / "tokenizer", made / "tokens", shard=SMALL, quiet=True)
+    assert {
+        path.name: path.stat().st_mtime_ns for path in (made / "tokens").iterdir() if path.suffix == ".npy"
+    }.items() <= before.items()
 
 
 def test_tokens_of_another_tokenizer_or_corpus_are_found_out(made, tmp_path):

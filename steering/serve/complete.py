@@ -22,8 +22,7 @@ class Complete:
     def __init__(self, host: Host, request: CompletionRequest, ready: list[Prepared]) -> None:
         self.host, self.request, self.ready = host, request, ready
         self.watch = Watch(host.metrics)
-        fingerprint = f"fp_{host.held.subject.fingerprint[:12]}"
-        self.envelope = Envelope("cmpl", "text_completion", request.model or host.name, fingerprint)
+        self.envelope = Envelope("cmpl", "text_completion", request.model or host.name, host.fingerprint)
         self.asks = [ask for one in ready for ask in host.asks(one, request)]
         self.modes = [one.mode for one in ready for _ in range(request.choices)]
 
@@ -31,18 +30,13 @@ class Complete:
         """The answer object."""
         scores = await self._scores() if self.request.echo and self.request.likely is not None else []
         async with self.host.heard(self.asks, self.request.stops, goes_on=True) as heard:
-            async for choice, _ in heard:
-                if choice.ids:
-                    self.watch.token()
-        for choice in heard.choices:
-            choice.require_whole()
-        self.watch.end()
+            choices = await heard.whole(self.watch)
         told = [
             self._choice(number, choice, scores[number // self.request.choices] if scores else None)
-            for number, choice in enumerate(heard.choices)
+            for number, choice in enumerate(choices)
         ]
         lengths = [len(one.ids) for one in self.ready]
-        return self.envelope.of(told, usage=usage(heard.choices, lengths), persona=self._personas(heard.choices))
+        return self.envelope.of(told, usage=usage(choices, lengths), persona=self._personas(choices))
 
     async def stream(self) -> AsyncIterator[bytes]:
         """The lines of the stream."""

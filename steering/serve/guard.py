@@ -97,6 +97,7 @@ class _Body:
         self._receive, self._size = receive, 0
 
     async def receive(self) -> Message:
+        """The next part of the body. Raises HTTPException (413) beyond the limit."""
         message = await self._receive()
         self._size += len(message.get("body", b""))
         if self._size > MOST_BODY:

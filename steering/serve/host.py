@@ -19,7 +19,7 @@ from personaxis.persona.spans import SpanError, prompt_spans
 from personaxis.steering.calm import Watcher
 from personaxis.steering.serve.choice import Choice
 from personaxis.steering.serve.engine import Ask, Engine, Event, Room, Ticket
-from personaxis.steering.serve.metrics import Metrics
+from personaxis.steering.serve.metrics import Metrics, Watch
 from personaxis.steering.serve.plans import NONE, Wanted
 from personaxis.steering.serve.spoken import Spoken
 from personaxis.steering.serve.standing import Standing, Turn
@@ -77,6 +77,7 @@ class Host:
         self.standing = Standing(held.axis, watcher)
         self.name = held.subject.name
         self.metrics = Metrics(self.name)
+        self.fingerprint = f"fp_{held.subject.fingerprint[:12]}"  # of answers: other weights, another one
         self.engine = Engine(held.subject, held.chat.end_ids, held.axis, caps, settings.room, self._post)
         self.cap = self.engine.plans.wanted(settings.cap)  # a wrong name fails here, at the start
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -252,6 +253,16 @@ class Heard:
                 text = choice.take(event)
                 self.open -= choice.done
                 yield choice, text
+
+    async def whole(self, watch: Watch) -> list[Choice]:
+        """All answers, when the last has ended. Raises what ended one with an error."""
+        async for choice, _ in self:
+            if choice.ids:
+                watch.token()
+        for choice in self.choices:
+            choice.require_whole()
+        watch.end()
+        return self.choices
 
     def cancel(self) -> None:
         """Give up what is not done."""

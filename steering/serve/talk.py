@@ -17,18 +17,12 @@ class Talk:
         self.host, self.request, self.ready = host, request, ready
         self.watch = Watch(host.metrics)
         kind = "chat.completion.chunk" if request.stream else "chat.completion"
-        fingerprint = f"fp_{host.held.subject.fingerprint[:12]}"
-        self.envelope = Envelope("chatcmpl", kind, request.model or host.name, fingerprint)
+        self.envelope = Envelope("chatcmpl", kind, request.model or host.name, host.fingerprint)
 
     async def whole(self) -> dict[str, Any]:
         """The answer object. Leaving it early cancels the work."""
         async with self.host.heard(self.host.asks(self.ready, self.request), self.request.stops) as heard:
-            async for choice, _ in heard:
-                if choice.ids:
-                    self.watch.token()
-        for choice in heard.choices:
-            choice.require_whole()
-        self.watch.end()
+            choices = await heard.whole(self.watch)
         told = [
             {
                 "index": number,
@@ -36,11 +30,9 @@ class Talk:
                 "logprobs": chat_likely(choice, 0, len(choice.ids)),
                 "finish_reason": choice.reason,
             }
-            for number, choice in enumerate(heard.choices)
+            for number, choice in enumerate(choices)
         ]
-        return self.envelope.of(
-            told, usage=usage(heard.choices, [len(self.ready.ids)]), persona=self._personas(heard.choices)
-        )
+        return self.envelope.of(told, usage=usage(choices, [len(self.ready.ids)]), persona=self._personas(choices))
 
     async def stream(self) -> AsyncIterator[bytes]:
         """The lines of the stream, ending with `data: [DONE]`, or with an error object."""
