@@ -11,7 +11,7 @@ MAY_IMPORT = {
     "persona": {"persona"},
     "analysis": {"analysis", "persona"},
     "steering": {"steering", "analysis", "persona"},
-    "training": {"training", "persona"},
+    "training": {"training", "analysis", "persona"},
 }
 # packages that are slow or heavy to import are met at module level in these files only
 CONFINED = {
