@@ -83,7 +83,7 @@ def plan_for(asked: argparse.Namespace, arm: dict[str, float], vocabulary: int, 
 def measured(stepper: Stepper) -> dict[str, float | int]:
     """One run from fresh weights: its speed, the last losses."""
     plan = stepper.plan
-    stepper.speed(1)  # compiles
+    stepper.speed()  # compiles
     stepper.model.initialise(0)
     stepper.optimizer.forget()
     wait_for(stepper.device)

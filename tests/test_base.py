@@ -79,9 +79,7 @@ def test_checkpoints_stand_at_powers_of_two_and_two_can_be_gone_on_from(whole):
     found = checkpoints_in(whole[0])
     assert [one.step for one in found] == [0, 1, 2, 4, 8, 16, 32, 39]
     assert [one.step for one in found if one.resumes] == [32, 39]
-    assert torch.equal(
-        load_exported(found[-1].path).lm_head.weight, load_exported(whole[0] / "model").lm_head.weight
-    )
+    assert torch.equal(load_exported(found[-1].path).lm_head.weight, load_exported(whole[0] / "model").lm_head.weight)
 
 
 def test_a_finished_run_is_taken_as_it_is(whole, books):
@@ -203,9 +201,7 @@ def broken(monkeypatch, at, error=None):
     monkeypatch.setattr(stepping.Stepper, "step", spoiled)
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(
-    whole, books, tmp_path, monkeypatch
-):
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(whole, books, tmp_path, monkeypatch):
     broken(monkeypatch, at=9)
     with pytest.raises(KnownError, match=r"the loss is nan at step 10: stopped; the last good .*step-000008"):
         train_base(again(whole, books, tmp_path / "run"))

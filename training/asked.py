@@ -54,6 +54,8 @@ class Tuning:
     "rows at once on one GPU; changes memory, not the result"
     recompute: bool = False
     "compute the blocks' insides again in the backward pass: less memory, a third more time"
+    fp8: bool = False
+    "multiply the blocks' matrices in 8 bits: worth it on Hopper GPUs for widths of 1,500 and more"
     keep: Literal["log", "last"] = "log"
     "checkpoints to keep: log (step 0, powers of two, the last) or last"
     seed: int = 0

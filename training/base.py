@@ -64,6 +64,8 @@ def require_sensible(asked: BaseAsked) -> None:
     tuning, length = asked.tuning, asked.length
     if not 0 < tuning.rate_scale < 100:
         raise KnownError(f"--rate-scale {tuning.rate_scale} is no factor for rates (1 leaves them as they are)")
+    if tuning.fp8 and asked.device == "cpu":
+        raise KnownError("--fp8 is for GPUs that multiply 8 bits (Hopper and later), not for --device cpu")
     if tuning.micro_batch is not None and tuning.micro_batch < 1:
         raise KnownError(f"--micro-batch {tuning.micro_batch}: give 1 row or more")
     plan_of(
@@ -110,6 +112,7 @@ def _facts(asked: BaseAsked, tokens: Tokens) -> dict[str, Any]:
         "tokens": asked.length.tokens,
         "minutes": asked.length.minutes,
         "rate_scale": asked.tuning.rate_scale,
+        "fp8": asked.tuning.fp8,
         "seed": asked.tuning.seed,
         "corpus": tokens.corpus,
         "tokenizer": tokens.tokenizer,
@@ -141,7 +144,7 @@ def _train(asked: BaseAsked, run: Run, tokens: Tokens, place: Ranks, device: tor
         checkpointing=asked.tuning.recompute or plan.checkpointing,
     )
     compute = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = GPT(plan.shape, compute=compute, checkpointing=plan.checkpointing)
+    model = GPT(plan.shape, compute=compute, checkpointing=plan.checkpointing, fp8=asked.tuning.fp8)
     model = model.initialise(asked.tuning.seed).to(device)
     source = BooksSource(Batches(tokens.train, plan.shape.context, plan.batch // plan.shape.context, asked.tuning.seed))
     stepper = Stepper(model, source, plan, place, device)

@@ -23,12 +23,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from personaxis.training.fp8 import fp8_product
 from personaxis.training.loss import linear_cross_entropy
 from personaxis.training.shape import Shape
 
 
 class Linear(nn.Linear):
     """A matrix without bias, kept in its own dtype and multiplied in that of its input: fp32 masters, bf16 products."""
+
+    fp8 = False
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
@@ -37,7 +40,15 @@ class Linear(nn.Linear):
         """Left empty: `GPT.initialise` or a checkpoint fills it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return at_once(x, self)[0]
+
+
+def at_once(x: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
+    """Several matrices' outputs by one product: larger tiles, and one gradient to x instead of a sum of some."""
+    weights = [linear.weight for linear in linears]
+    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+    together = fp8_product(x, weight) if linears[0].fp8 else F.linear(x, weight.to(x.dtype))
+    return together.split([linear.weight.shape[0] for linear in linears], dim=-1)
 
 
 class Norm(nn.Module):
@@ -67,10 +78,12 @@ class Attention(nn.Module):
         self.k_norm = Norm(shape.head_width, shape.eps)
 
     def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], mask: Any) -> Tensor:
-        heads = (*x.shape[:2], -1, self.head_width)
-        q = rotated(self.q_norm(self.q_proj(x).view(heads)), turn).transpose(1, 2)  # (B, H, T, W)
-        k = rotated(self.k_norm(self.k_proj(x).view(heads)), turn).transpose(1, 2)  # (B, K, T, W)
-        v = self.v_proj(x).view(heads).transpose(1, 2)  # (B, K, T, W)
+        q, k, v = (
+            part.unflatten(-1, (-1, self.head_width)) for part in at_once(x, self.q_proj, self.k_proj, self.v_proj)
+        )
+        q = rotated(self.q_norm(q), turn).transpose(1, 2)  # (B, H, T, W)
+        k = rotated(self.k_norm(k), turn).transpose(1, 2)  # (B, K, T, W)
+        v = v.transpose(1, 2)  # (B, K, T, W)
         return self.o_proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))  # -> (B, T, D)
 
 
@@ -84,7 +97,8 @@ class MLP(nn.Module):
         self.down_proj = Linear(shape.inner, shape.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = at_once(x, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -106,10 +120,18 @@ class GPT(nn.Module):
     """The model. Its parameters are empty until `initialise` or a checkpoint fills them.
 
     `compute` is the dtype of residual stream and products, whatever dtype the parameters have; `checkpointing` keeps
-    only the blocks' inputs for the backward pass and computes the rest again.
+    only the blocks' inputs for the backward pass and computes the rest again; `fp8` makes the products of the blocks'
+    matrices, not of the head, in 8 bits (training/fp8.py).
     """
 
-    def __init__(self, shape: Shape, *, compute: torch.dtype = torch.float32, checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        *,
+        compute: torch.dtype = torch.float32,
+        checkpointing: bool = False,
+        fp8: bool = False,
+    ) -> None:
         super().__init__()
         self.shape, self.compute, self.checkpointing = shape, compute, checkpointing
         # from empty: nn.Embedding would fill it from the global generator
@@ -123,6 +145,9 @@ class GPT(nn.Module):
         # Not tied to the embedding: they want scales a thousand times apart at the start (1 and 0.001) and learning
         # rates fifty times apart, and an embedding of its own costs memory but no FLOPs.
         self.lm_head = Linear(shape.width, shape.vocabulary)
+        for module in self.layers.modules():
+            if isinstance(module, Linear):
+                module.fp8 = fp8
 
     @torch.no_grad()
     def initialise(self, seed: int) -> "GPT":

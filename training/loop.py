@@ -11,6 +11,7 @@ import math
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ from personaxis.training.stepping import Heard, Stepper
 from personaxis.training.world import wait_for
 
 EVERY = 600.0  # seconds between checkpoints that are not for keeps
+SPAN = 20  # steps whose mean speed is told
 EVALUATIONS = 10  # over a run, the last one not counted
 
 
@@ -75,7 +77,7 @@ class Loop:
     evaluations: int = EVALUATIONS
     clock: Clock = field(default_factory=Clock)
     _saved: float = 0.0
-    _heard_at: float | None = None
+    _heard: deque[float] = field(default_factory=lambda: deque(maxlen=SPAN))
     _asked_to_stop: bool = False
 
     @property
@@ -136,10 +138,11 @@ class Loop:
         loss, norm = heard.wait()
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise self._broken(step, loss, norm)
-        seconds, before = self.clock.read(), self._heard_at
-        self._heard_at = seconds
+        seconds = self.clock.read()
+        self._heard.append(seconds)
         batch = self.stepper.source.rows * self.stepper.source.context
-        speed = batch / max(seconds - before, 1e-9) if before is not None else None
+        spans = len(self._heard) - 1
+        speed = spans * batch / max(seconds - self._heard[0], 1e-9) if spans else None
         self.write(
             {
                 "kind": "step",

@@ -43,7 +43,8 @@ def polar(x: Float[Tensor, "N A B"]) -> Float[Tensor, "N A B"]:
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
     for a, b, c in POLAR:
         square = x @ x.mT
-        x = a * x + (b * square + c * (square @ square)) @ x
+        both = torch.baddbmm(square, square, square, beta=b, alpha=c)  # b x² + c x⁴: the sum is the product's own
+        x = torch.baddbmm(x, both, x, beta=a)
     return x.mT if tall else x
 
 

