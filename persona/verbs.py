@@ -15,13 +15,15 @@ from personaxis.persona.bank import Bank
 from personaxis.persona.errors import KnownError
 from personaxis.persona.options import JudgeOptions, ModelOptions, PlanOptions
 
-MODEL_HELP = "a packaged name (smollm2-135m), a local folder, a .gguf file or a hub id"
+MODEL_HELP = "a packaged name (smollm2-135m), a local folder, a training run, a .gguf file or a hub id"
 Model = Annotated[str, Parameter(help=MODEL_HELP)]
 
 
 def run_folder(model: str, out: Path | None) -> Path:
-    """Where a model's run goes unless told: runs/NAME."""
-    return out or Path("runs") / (Path(model).stem if model.endswith(".gguf") else Path(model).name)
+    """Where a model's run goes unless told: runs/NAME, with the checkpoint's name behind that of a training run."""
+    from personaxis.persona.trained import run_name
+
+    return out or Path("runs") / (Path(model).stem if model.endswith(".gguf") else run_name(model))
 
 
 def rollout(
