@@ -90,8 +90,8 @@ def record(run: Path, /, *, how: ModelOptions = ModelOptions()) -> None:
 
     place = ranks()
     with open_run(run, rank=place.rank) as folder:
-        asked = folder.manifest.get("asked")
-        if not asked:
+        asked = folder.manifest.get("asked", {})
+        if "model_name" not in asked:
             raise KnownError(f"{run} has no run.json with rollouts; make them first with `personaxis rollout`")
         how = replace(how, dtype=how.dtype or asked["dtype"])
         subject = load_subject(asked["model_name"], device=how.device, dtype=how.dtype, chat_template=how.chat_template)

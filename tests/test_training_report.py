@@ -1,0 +1,201 @@
+"""The report of a training run, at every stage of it: what it says is what the record says."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+from test_report import XSS
+from training_runs import a_training_run
+
+from personaxis.analysis.figures_training import MOST, smoothed, training_figures
+from personaxis.analysis.training_record import read_record
+from personaxis.analysis.training_report import RULES, spread, write_training_report
+from personaxis.persona.cli import main
+from personaxis.persona.errors import KnownError
+from personaxis.training.dial import CHIPS, plan_of
+
+
+def page_of(folder):
+    return write_training_report(folder).read_text(encoding="utf-8")
+
+
+def text_of(html):
+    """What a reader sees, on one line."""
+    bare = re.sub(r"<(script|style)\b.*?</\1>", "", html, flags=re.S)
+    return " ".join(re.sub(r"<[^>]+>", " ", bare).split())
+
+
+def drawn(html):
+    return json.loads(re.search(r'<script type="application/json" id="figures">(.*?)</script>', html, re.S)[1])
+
+
+def rows_in(folder, name="metrics"):
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+def write_rows(folder, rows):
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return a_training_run(tmp_path_factory.mktemp("runs") / "books-d12")
+
+
+def test_the_summary_of_a_finished_run_says_what_its_last_rows_say(finished):
+    rows = rows_in(finished)
+    last = [row for row in rows if row["kind"] == "step"][-1]
+    held = [row for row in rows if row["kind"] == "held-out"][-1]
+    html = page_of(finished)
+    text = text_of(html)
+    assert f"{held['bits_per_byte']:.4f} bits per byte on held-out text, after {last['step']} steps" in text
+    assert f"{last['seconds']:.0f} s of training" in text
+    assert "of the peak" in text
+    assert "tokens 94,765,056 what 3 minutes hold" in text
+    assert "Checkpoints that are kept, each an ordinary model folder: steps 0, 64, 128, 256, 512." in text
+    assert "resumed went on from the checkpoint of this step; it had been at 402" in text
+    assert set(drawn(html)) == {"loss", "held-out", "rate", "gradient", "speed"}
+    assert all(f'data-figure="{name}"' in html for name in drawn(html))
+
+
+def test_samples_are_shown_from_the_first_to_the_last_step_and_the_rest_is_there(finished):
+    text = text_of(page_of(finished))
+    samples = rows_in(finished, "samples")
+    prompts = list(dict.fromkeys(row["prompt"] for row in samples))
+    assert len(prompts) == 4
+    for prompt in prompts:
+        assert " ".join(prompt.split()) in text
+    assert text.count("9 more steps") == 4
+    assert text.count("and there, of a Sunday, the bells were heard.") == sum("bells" in row["text"] for row in samples)
+
+
+def test_a_page_can_be_written_before_the_first_step_and_while_the_run_goes_on(tmp_path):
+    begun = page_of(a_training_run(tmp_path / "begun", done=0.0))
+    assert "Nothing has been trained yet" in text_of(begun)
+    assert drawn(begun) == {}
+    assert "0.02 · √(batch / 524,288)" in begun
+    under_way = text_of(page_of(a_training_run(tmp_path / "under-way", done=0.41)))
+    assert re.search(r"Step 395 of 964 \(41%\): 1\.\d{4} bits per byte on held-out text \(at step 320\)", under_way)
+    assert re.search(r"about \d+ s left", under_way)
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "run.json").write_text('{"kind": "training"}')
+    write_rows(tmp_path / "bare", [{"kind": "step", "step": 1, "loss": 3.0}])
+    assert "a training loss of 3.000 nats a token, after 1 steps" in text_of(page_of(tmp_path / "bare"))
+
+
+def test_tuning_is_told_in_losses_and_without_the_rules_for_base_models(tmp_path):
+    run = a_training_run(tmp_path / "tuned", minutes=0.6, tuned=True, parent={"folder": "runs/books/model"})
+    text = text_of(page_of(run))
+    assert "tuned from runs/books/model" in text
+    assert re.search(r"\d\.\d{4} nats a token on held-out text, after \d+ steps", text)
+    assert RULES["matrices"] not in text
+    assert "bits per byte on held-out" not in text
+
+
+def test_a_loss_that_was_no_number_and_the_reason_for_a_stop_stand_at_the_top(tmp_path):
+    run = a_training_run(tmp_path / "broken", done=0.1)
+    rows = [*rows_in(run), {"kind": "step", "step": 97, "loss": None, "tokens": 1, "seconds": 30.0, "rate": 1.0}]
+    write_rows(run, [*rows, {"kind": "event", "step": 97, "what": "stopped", "text": "the loss is nan at step 97"}])
+    text = text_of(page_of(run))
+    assert "Note. Step 97: the loss is nan at step 97." in text
+    assert "Note. The loss of step 97 was not a finite number." in text
+    write_rows(run, [*rows, {"kind": "held-out", "step": 97, "bits_per_byte": None, "loss": None, "bytes": 1}])
+    assert "held-out text 1." in text_of(page_of(run))  # the last that was one
+
+
+def test_evaluations_on_a_part_are_marked_and_not_compared_with_those_on_all(finished, tmp_path):
+    html = page_of(finished)
+    symbols = drawn(html)["held-out"]["data"][0]["marker"]["symbol"]
+    assert symbols == ["circle-open"] * (len(symbols) - 1) + ["circle"]
+    assert "evaluated on the beginning of the held-out text only" in html
+    run = a_training_run(tmp_path / "under-way", done=0.41)
+    rows = rows_in(run)
+    held = [row for row in rows if row["kind"] == "held-out"]
+    held[-1]["bits_per_byte"] = held[-2]["bits_per_byte"] + 0.1  # it was better one before
+    write_rows(run, rows)
+    html = page_of(run)
+    assert f"lowest {held[-2]['bits_per_byte']:.4f} at step {held[-2]['step']}" in text_of(html)
+    assert "Open circles" not in html
+
+
+def test_nobodys_text_can_run(tmp_path):
+    run = a_training_run(tmp_path / "foreign", done=0.1, command=f"personaxis train base {XSS}", parent=XSS)
+    (run / "samples.jsonl").write_text(json.dumps({"step": 0, "prompt": XSS, "text": XSS + "\ud800"}) + "\n")
+    rows = [*rows_in(run), {"kind": "event", "step": 96, "what": XSS, "text": XSS}]
+    write_rows(run, rows)
+    html = page_of(run)
+    assert "<img src=x" not in html
+    assert "alert(1)</script>" not in html
+    assert html.count("&lt;img src=x") > 5
+
+
+def test_the_rules_that_the_page_tells_are_those_that_the_dial_goes_by():
+    for depth, minutes in ((4, 30.0), (12, 3.0), (20, 60.0)):
+        plan = plan_of(depth, minutes=minutes, chip=CHIPS["h200"])
+        known = {"batch": plan.batch, "width": plan.shape.width, "sqrt": math.sqrt}
+        for name, field in (("matrices", "matrix_rate"), ("embedding", "embedding_rate"), ("head", "head_rate"), ("gains", "gain_rate")):  # fmt: skip
+            formula = RULES[name].replace(",", "").replace("·", "*").replace("√", "sqrt")
+            assert eval(formula, known) == pytest.approx(getattr(plan, field)), name
+        formula = RULES["batch"].split(", at most")[0].replace(",", "").replace("·", "*").replace("^", "**")
+        wanted = eval(formula, {"tokens": plan.tokens})
+        assert abs(plan.batch - min(wanted, plan.tokens / 400)) <= 8 * plan.shape.context
+        assert plan.warmup == max(10, plan.steps // 50)
+        assert plan.decay == round(0.6 * plan.steps)
+
+
+def test_smoothing_keeps_a_line_and_the_first_value():
+    steps = np.arange(1.0, 1001.0)
+    assert smoothed(steps, np.full(1000, 2.5)) == pytest.approx(2.5)
+    line = smoothed(steps, 3 * steps)
+    assert line[0] == 3.0
+    assert line[500] == pytest.approx(3 * 501)
+    drawn = np.random.default_rng(0).standard_normal(1000)
+    assert smoothed(steps, drawn)[100:].std() < 0.35
+
+
+def test_a_long_run_is_drawn_from_few_points_with_its_ends(tmp_path):
+    run = a_training_run(tmp_path / "long", done=0.01)
+    rows = [{"kind": "step", "step": n, "loss": 10 / n**0.1, "tokens_a_second": 5.0} for n in range(1, 20_001)]
+    write_rows(run, rows)
+    loss = training_figures(read_record(run))["loss"]
+    assert len(loss.data[1].x) <= MOST
+    assert (loss.data[1].x[0], loss.data[1].x[-1]) == (1, 20_000)
+
+
+def test_shown_steps_are_the_first_two_the_last_and_spread_between():
+    assert spread([0, 5], 5) == [0, 5]
+    assert spread(list(range(0, 1001, 100)), 5) == [0, 100, 200, 500, 1000]
+    assert spread([0, *(2**n for n in range(13))], 5) == [0, 1, 32, 256, 4096]
+
+
+def test_the_verb_report_writes_it_also_while_the_run_holds_its_lock(tmp_path, capsys):
+    import fcntl
+
+    run = a_training_run(tmp_path / "mine", done=0.1)
+    with (run / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        main(["report", str(run)])
+    assert f"report: {run / 'report.html'}" in capsys.readouterr().err
+    assert "training report" in (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_training_run_is_no_run_of_rollouts(tmp_path, tiny_run, capsys):
+    run = a_training_run(tmp_path / "mine", done=0.1)
+    before = (run / "run.json").read_text()
+    for command, words in (
+        (["record", run], "no run.json with rollouts"),
+        (["fit", run], "activations"),
+        (["judge", run], "no rollouts"),
+        (
+            ["axis", tiny_run / "tiny", "--out", run, "--device", "cpu", "--plan", "demo"],
+            "is a training run, whose own",
+        ),
+    ):
+        with pytest.raises(SystemExit):
+            main([str(part) for part in command])
+        assert words in capsys.readouterr().err
+    assert (run / "run.json").read_text() == before
+    with pytest.raises(KnownError, match="not the folder of a training run"):
+        write_training_report(tmp_path)
