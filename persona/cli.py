@@ -50,6 +50,10 @@ VERBS = {
         "personaxis.training.plan_verb:plan",
         "What training a GPT of some depth takes: size, tokens, memory, hours, cost.",
     ),
+    "export": (
+        "personaxis.training.export_verb:export",
+        "A trained model as a Hugging Face folder or a GGUF file.",
+    ),
     "roles": ("personaxis.persona.bank_verbs:roles", "List, search, show, check and export a role bank."),
     "spans": ("personaxis.persona.verbs:spans", "Show which tokens a chat template gives to whom."),
     "show": ("personaxis.persona.verbs:show", "Print any artefact or run folder as JSON."),
