@@ -26,6 +26,22 @@ def run_folder(model: str, out: Path | None) -> Path:
     return out or Path("runs") / (Path(model).stem if model.endswith(".gguf") else run_name(model))
 
 
+def axis_of(model: str, axis: str | None) -> str:
+    """The axis that was named, else the one that comes with the model or that `personaxis axis MODEL` has made of it."""
+    from personaxis.persona.fitted import fitted_names
+
+    if axis is not None:
+        return axis
+    if model in fitted_names():
+        return model
+    folder = run_folder(model, None)
+    if not (folder / "axis.json").is_file():
+        raise KnownError(
+            f"{model} has no axis in {folder} yet: make it (personaxis axis {model}), or name another with --axis"
+        )
+    return str(folder)
+
+
 def rollout(
     model: Model, /, *, out: Path | None = None, how: ModelOptions = ModelOptions(), what: PlanOptions = PlanOptions()
 ) -> None:

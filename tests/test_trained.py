@@ -63,6 +63,9 @@ def test_the_axis_of_a_run_is_that_of_a_checkpoint_and_goes_on_with_it(
         f"axis mine --bank {tiny_run / 'bank'} --device cpu --dtype float32 --judge none --keep all --max-new-tokens 4"
     )
     main([*how.split(), "--samples", "4", "--replicates", "4"])
+    capsys.readouterr()
+    main([*["chat", "mine", "--message", "Hello", "--max-tokens", "4"], "--device", "cpu", "--dtype", "float32"])
+    assert "projection" in capsys.readouterr().out
     record = json.loads((tmp_path / "runs" / "mine-step-000016" / "run.json").read_text())
     assert record["asked"]["model_name"] == record["asked"]["model"]["id"] == str(run / "checkpoints" / "step-000016")
     capsys.readouterr()
