@@ -3,9 +3,11 @@
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
+from playwright.sync_api import sync_playwright
 from test_report import XSS
 from training_runs import a_training_run
 
@@ -168,6 +170,28 @@ def test_shown_steps_are_the_first_two_the_last_and_spread_between():
     assert spread([0, 5], 5) == [0, 5]
     assert spread(list(range(0, 1001, 100)), 5) == [0, 100, 200, 500, 1000]
     assert spread([0, *(2**n for n in range(13))], 5) == [0, 1, 32, 256, 4096]
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1280, "light")])
+def test_in_a_browser_nothing_is_refused_nothing_overflows_and_the_axes_change_over_and_back(finished, width, scheme):
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("the page is tested in Debian's chromium: apt-get install chromium")
+    path, wrong = write_training_report(finished), []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.goto(path.as_uri())
+        kinds = []
+        for _ in range(3):
+            kinds.append(page.evaluate("document.querySelector('.chart.loss')._fullLayout.xaxis.type"))
+            page.get_by_role("button", name="Logarithmic axes").click()
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        browser.close()
+    assert kinds == ["linear", "log", "linear"]
+    assert wrong == []
 
 
 def test_the_verb_report_writes_it_also_while_the_run_holds_its_lock(tmp_path, capsys):
