@@ -34,8 +34,7 @@ def generate(
     prompt
         what the user says
     axis
-        a run folder, an axis file, or smollm2-135m for the axis that comes with it; the one that `personaxis axis MODEL` made,
-        unless given
+        a run folder, an axis file, or smollm2-135m; the one that `personaxis axis MODEL` made or that comes with it unless given
     cap
         a cap saved beside the axis (`personaxis calibrate` makes one), a cap file, or LEVEL@LAYERS: p50@18-23, roles:p75@20,22
     system

@@ -12,8 +12,9 @@ from test_report import XSS
 from training_runs import a_training_run
 
 from personaxis.analysis.figures_training import MOST, smoothed, training_figures
+from personaxis.analysis.training_plan import plan_table
 from personaxis.analysis.training_record import read_record
-from personaxis.analysis.training_report import RULES, spread, write_training_report
+from personaxis.analysis.training_report import spread, write_training_report
 from personaxis.persona.cli import main
 from personaxis.persona.errors import KnownError
 from personaxis.training.dial import CHIPS, plan_of
@@ -77,7 +78,7 @@ def test_a_page_can_be_written_before_the_first_step_and_while_the_run_goes_on(t
     begun = page_of(a_training_run(tmp_path / "begun", done=0.0))
     assert "Nothing has been trained yet" in text_of(begun)
     assert drawn(begun) == {}
-    assert "0.02 · √(batch / 524,288)" in begun
+    assert "· √(batch / 524,288)" in begun
     under_way = text_of(page_of(a_training_run(tmp_path / "under-way", done=0.41)))
     assert re.search(r"Step 395 of 964 \(41%\): 1\.\d{4} bits per byte on held-out text \(at step 320\)", under_way)
     assert re.search(r"about \d+ s left", under_way)
@@ -88,11 +89,23 @@ def test_a_page_can_be_written_before_the_first_step_and_while_the_run_goes_on(t
 
 
 def test_tuning_is_told_in_losses_and_without_the_rules_for_base_models(tmp_path):
-    run = a_training_run(tmp_path / "tuned", minutes=0.6, tuned=True, parent={"folder": "runs/books/model"})
+    run = a_training_run(tmp_path / "tuned", minutes=0.6, tuned=True, parent={"path": "runs/books/model"})
+    fit = {"loss": 3.1, "low": 3.0, "high": 3.2, "perplexity": 22.0, "tokens": 4000, "conversations": 50}
+    rows = rows_in(run)
+    held = [row for row in rows if row["kind"] == "held-out"]
+    held[0]["sources"] = {"all": {**fit, "loss": 9.0, "low": None}}
+    held[-1]["sources"] = {"all": fit, "roles.jsonl": {**fit, "loss": 2.5}}
+    write_rows(run, rows)
+    words = {"value": 41.5, "low": 39.9, "high": 43.2, "n": 200}
+    measures = {"teacher": {"all": {"words": words, "chance": 0.1}}, "after": {"all": {"words": words}}}
+    (run / "style.json").write_text(json.dumps({"kind": "style", "questions": 200, "measures": measures}))
     text = text_of(page_of(run))
     assert "tuned from runs/books/model" in text
     assert re.search(r"\d\.\d{4} nats a token on held-out text, after \d+ steps", text)
-    assert RULES["matrices"] not in text
+    assert "· √(batch / 524,288)" not in text
+    assert "all 9.000 3.100 [3.000, 3.200] 50 4,000 roles.jsonl · 2.500" in text
+    assert "Answers to 200 held-out questions" in text
+    assert "measure teacher tuned words 41.5 [39.9, 43.2] 41.5 [39.9, 43.2] chance 0.10 ·" in text
     assert "bits per byte on held-out" not in text
 
 
@@ -134,17 +147,28 @@ def test_nobodys_text_can_run(tmp_path):
 
 
 def test_the_rules_that_the_page_tells_are_those_that_the_dial_goes_by():
+    told = []
     for depth, minutes in ((4, 30.0), (12, 3.0), (20, 60.0)):
         plan = plan_of(depth, minutes=minutes, chip=CHIPS["h200"])
-        known = {"batch": plan.batch, "width": plan.shape.width, "sqrt": math.sqrt}
-        for name, field in (("matrices", "matrix_rate"), ("embedding", "embedding_rate"), ("head", "head_rate"), ("gains", "gain_rate")):  # fmt: skip
-            formula = RULES[name].replace(",", "").replace("·", "*").replace("√", "sqrt")
+        table = {name: rule for name, _, rule in plan_table(plan.to_json(), {"rate_scale": 1.0}, is_base=True)}
+        names = {"matrices": "matrix_rate", "embedding": "embedding_rate", "head": "head_rate", "gains": "gain_rate"}
+        known = {"batch": plan.batch, "width": plan.shape.width, "sqrt": math.sqrt, "tokens": plan.tokens}
+        for name, field in names.items():
+            formula = table[f"rate of {name}"].replace(",", "").replace("·", "*").replace("√", "sqrt")
             assert eval(formula, known) == pytest.approx(getattr(plan, field)), name
-        formula = RULES["batch"].split(", at most")[0].replace(",", "").replace("·", "*").replace("^", "**")
-        wanted = eval(formula, {"tokens": plan.tokens})
-        assert abs(plan.batch - min(wanted, plan.tokens / 400)) <= 8 * plan.shape.context
-        assert plan.warmup == max(10, plan.steps // 50)
-        assert plan.decay == round(0.6 * plan.steps)
+        told.append([table[f"rate of {name}"] for name in names])
+        formula = table["batch"].split(", at most")[0].replace(",", "").replace("·", "*").replace("^", "**")
+        assert abs(plan.batch - min(eval(formula, known), plan.tokens / 400)) <= 8 * plan.shape.context
+        assert "straight down over the last 60%" in table["schedule"]
+    assert told[0] == told[1] == told[2]  # constants are constants
+
+
+def test_rates_and_batches_that_were_asked_for_are_told_as_such():
+    plan = plan_of(4, minutes=30.0, chip=CHIPS["h200"]).scaled(0.5)
+    table = {name: rule for name, _, rule in plan_table(plan.to_json(), {"rate_scale": 0.5, "batch": 7}, is_base=True)}
+    plain = {name: rule for name, _, rule in plan_table(plan_of(4).to_json(), {}, is_base=True)}
+    assert table["rate of head"] == plain["rate of head"] + ", times 0.5 as asked"
+    assert table["batch"] == "as asked"
 
 
 def test_smoothing_keeps_a_line_and_the_first_value():

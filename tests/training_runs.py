@@ -105,6 +105,6 @@ if __name__ == "__main__":
     a_training_run(at / "begun", done=0.0)
     a_training_run(at / "first-steps", done=0.003)
     a_training_run(at / "on-a-laptop", depth=4, minutes=4, chip="cpu")
-    a_training_run(at / "tuned", depth=12, minutes=0.6, tuned=True, parent={"folder": "runs/victorian-d12/model"})
+    a_training_run(at / "tuned", depth=12, minutes=0.6, tuned=True, parent={"path": "runs/victorian-d12/model"})
     for folder in sorted(at.iterdir()):
         print(write_training_report(folder))

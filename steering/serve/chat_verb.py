@@ -37,8 +37,7 @@ def chat(
     Parameters
     ----------
     axis
-        a run folder, an axis file, or smollm2-135m for the axis that comes with it; the one that `personaxis axis MODEL` made,
-        unless given
+        a run folder, an axis file, or smollm2-135m; the one that `personaxis axis MODEL` made or that comes with it unless given
     system
         a system prompt; none unless given
     message

@@ -34,8 +34,7 @@ def serve(
     Parameters
     ----------
     axis
-        a run folder, an axis file, or smollm2-135m for the axis that comes with it; the one that `personaxis axis MODEL` made,
-        unless given
+        a run folder, an axis file, or smollm2-135m; the one that `personaxis axis MODEL` made or that comes with it unless given
     host
         the address to listen on; another than this machine's own needs a key
     port
