@@ -70,10 +70,18 @@ def held_out_curve(record: Record) -> go.Figure:
     steps, values = _series(record.held_out, name)
     figure = empty_figure(margin={**MARGIN, "r": 64})
     sizes = [row.get("bytes") for row in record.held_out if row.get(name) is not None]
-    symbols = ["circle" if size == sizes[-1] else "circle-open" for size in sizes]
-    marker = {"size": 8, "color": "var(--accent)", "symbol": symbols, "line": {"width": 1.6, "color": "var(--accent)"}}
-    look = {"mode": "lines+markers", "line": line_look("--accent", 1.8), "marker": marker, "cliponaxis": False}
-    figure.add_scatter(x=steps, y=values, hovertemplate="step %{x:,}: %{y:.4f}<extra></extra>", **look)
+    whole = np.array([size == sizes[-1] for size in sizes])
+    # evaluations on a part and on all of the text are not joined: the step between them would not be the model's
+    for chosen, symbol in ((~whole, "circle-open"), (whole, "circle")):
+        marker = {
+            "size": 8,
+            "color": "var(--accent)",
+            "symbol": symbol,
+            "line": {"width": 1.6, "color": "var(--accent)"},
+        }
+        look = {"mode": "lines+markers", "line": line_look("--accent", 1.8), "marker": marker, "cliponaxis": False}
+        hover = "step %{x:,}: %{y:.4f}<extra></extra>"
+        figure.add_scatter(x=steps[chosen], y=values[chosen], hovertemplate=hover, **look)
     end = {"x": int(steps[-1]), "y": float(values[-1]), "text": f"<b>{values[-1]:.3f}</b>", "showarrow": False}
     figure.add_annotation(**end, xanchor="left", xshift=8, font={"color": "var(--ink)", "size": 14})
     later = values[1:] if len(values) > 2 else values  # a fresh model's value says nothing about the rest

@@ -1,5 +1,6 @@
 """The report of a training run, at every stage of it: what it says is what the record says."""
 
+import base64
 import json
 import math
 import re
@@ -32,6 +33,11 @@ def text_of(html):
 
 def drawn(html):
     return json.loads(re.search(r'<script type="application/json" id="figures">(.*?)</script>', html, re.S)[1])
+
+
+def values_in(array):
+    """Plotly's own form of an array of numbers."""
+    return np.frombuffer(base64.b64decode(array["bdata"]), array["dtype"]).tolist()
 
 
 def rows_in(folder, name="metrics"):
@@ -122,9 +128,12 @@ def test_a_loss_that_was_no_number_and_the_reason_for_a_stop_stand_at_the_top(tm
 
 def test_evaluations_on_a_part_are_marked_and_not_compared_with_those_on_all(finished, tmp_path):
     html = page_of(finished)
-    symbols = drawn(html)["held-out"]["data"][0]["marker"]["symbol"]
-    assert symbols == ["circle-open"] * (len(symbols) - 1) + ["circle"]
-    assert "evaluated on the beginning of the held-out text only" in html
+    parts, whole = drawn(html)["held-out"]["data"]
+    assert (parts["marker"]["symbol"], whole["marker"]["symbol"]) == ("circle-open", "circle")
+    held = [row for row in rows_in(finished) if row["kind"] == "held-out"]
+    assert values_in(whole["x"]) == [held[-1]["step"]]
+    assert values_in(parts["x"]) == [row["step"] for row in held[:-1]]
+    assert "Open circles are evaluations on the beginning of the held-out text" in html
     run = a_training_run(tmp_path / "under-way", done=0.41)
     rows = rows_in(run)
     held = [row for row in rows if row["kind"] == "held-out"]
