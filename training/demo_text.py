@@ -1,17 +1,20 @@
 """A small English text that is on every machine: Python's own documentation, for a first training run without a network.
 
-    write_demo_text(Path("runs/demo-train/text"))         # about 2 MB in 650 .txt documents, the same for one Python
+    write_demo(Path("runs/demo-train/data"))          # text/: 2 MB in 400 documents; chats.jsonl: 4,000 questions and answers
     python -m personaxis.training.demo_text FOLDER
 
 Topics are what `help("topics")` shows, written as prose about the language; to them come the docstrings of the standard library,
-a document for each module. Nothing is imported to read them.
+a document for each module. The conversations ask what a function or a class does, and answer with the first paragraph of its
+docstring. Nothing is imported to read them, and one Python gives the same every time.
 """
 
 import ast
+import json
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from personaxis.persona.errors import KnownError
 from personaxis.persona.progress import say
@@ -31,62 +34,94 @@ LEFT_OUT = {
 }
 FEWEST = 400  # characters of a module's docstrings that make a document
 LEAST = 500_000  # characters in all, below which nothing can be learned
+LONGEST = 240  # characters of an answer
 
 
-def write_demo_text(folder: Path) -> int:
-    """Write the documents into a folder, new or made before; returns their characters.
+class Said(NamedTuple):
+    """A docstring and what it is about; no name is the module itself."""
 
-    Raises `KnownError` where the folder holds other files or this Python has come without its documentation.
+    name: str
+    text: str
+    is_class: bool
+
+
+def write_demo(folder: Path) -> tuple[int, int]:
+    """Write text/*.txt and chats.jsonl into a folder, new or made before; returns characters of text and conversations.
+
+    Raises `KnownError` where the folder holds other texts or this Python has come without its documentation.
     """
-    texts = dict(_documents())
+    modules = dict(_modules())
+    texts = dict(_documents(modules))
     size = sum(map(len, texts.values()))
     if size < LEAST:
         raise KnownError(f"this Python ({sys.prefix}) has come without its documentation; give a --corpus of your own")
-    make_folder(folder, "the demo's text")
-    others = {path.name for path in folder.iterdir()} - set(texts)
+    make_folder(folder / "text", "the demo's folder")
+    others = {path.name for path in (folder / "text").iterdir()} - set(texts)
     if others:
-        raise KnownError(f"{folder} holds other files ({min(others)}); choose another folder")
+        raise KnownError(f"{folder / 'text'} holds other files ({min(others)}); choose another folder")
     for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
-    return size
+        (folder / "text" / name).write_text(text, encoding="utf-8")
+    chats = [{"messages": messages} for messages in _conversations(modules)]
+    lines = [json.dumps(chat, ensure_ascii=False) + "\n" for chat in chats]
+    (folder / "chats.jsonl").write_text("".join(lines), encoding="utf-8")
+    return size, len(lines)
 
 
-def _documents() -> Iterator[tuple[str, str]]:
-    """File names and texts, in order."""
-    from pydoc_data.topics import topics
-
-    for name, text in sorted(topics.items()):
-        yield f"topic-{name}.txt", text.strip() + "\n"
+def _modules() -> Iterator[tuple[str, list[Said]]]:
+    """Modules of the standard library and what their docstrings say, in order."""
     library = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(library.rglob("*.py")):
         parts = path.relative_to(library).with_suffix("").parts
         if LEFT_OUT.isdisjoint(parts):
-            text = "\n\n".join(_docstrings(path))
-            if len(text) >= FEWEST:
-                yield f"module-{'.'.join(parts)}.txt", text + "\n"
+            yield ".".join(parts).removesuffix(".__init__"), list(_said(path))
 
 
-def _docstrings(path: Path) -> Iterator[str]:
-    """A module's docstrings in the order of its source, each with the name that it is about, none twice."""
+def _documents(modules: Mapping[str, Sequence[Said]]) -> Iterator[tuple[str, str]]:
+    """File names and texts: topics, and modules with enough to say, nothing twice in one."""
+    from pydoc_data.topics import topics
+
+    for name, text in sorted(topics.items()):
+        yield f"topic-{name}.txt", text.strip() + "\n"
+    for module, told in modules.items():
+        known = {one.text: one for one in reversed(told)}  # the first that says it
+        parts = [f"{one.name}: {one.text}" if one.name else one.text for one in told if known[one.text] is one]
+        text = "\n\n".join(parts)
+        if len(text) >= FEWEST:
+            yield f"module-{module}.txt", text + "\n"
+
+
+def _conversations(modules: Mapping[str, Sequence[Said]]) -> Iterator[list[dict[str, str]]]:
+    """A question and an answer for every public function and class whose docstring begins with a sentence."""
+    for module, told in modules.items():
+        for one in told:
+            answer = " ".join(one.text.split("\n\n")[0].split())
+            if one.name and "._" not in f".{module}.{one.name}" and answer.endswith(".") and 20 <= len(answer) <= LONGEST:
+                asked = f"What is {module}.{one.name}?" if one.is_class else f"What does {module}.{one.name} do?"
+                yield [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+
+
+def _said(path: Path) -> Iterator[Said]:
+    """A module's docstrings in the order of its source."""
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):  # templates and other files that are no Python
         return
-    said = set()
-    for node in _defined(tree):
+    for name, node in _defined(tree, ""):
         text = ast.get_docstring(node)
-        if text and text not in said:
-            said.add(text)
-            yield text if isinstance(node, ast.Module) else f"{node.name}: {text}"
+        if text:
+            yield Said(name, text, isinstance(node, ast.ClassDef))
 
 
-def _defined(node: ast.AST) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
-    """A tree's module, classes and functions, as they follow one another in its source."""
+def _defined(node: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """A module, its classes and its functions with their names, as they follow one another in the source."""
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-        yield node
+        if not isinstance(node, ast.Module):
+            name = f"{name}.{node.name}" if name else node.name
+        yield name, node
     for child in ast.iter_child_nodes(node):
-        yield from _defined(child)
+        yield from _defined(child, name)
 
 
 if __name__ == "__main__":
-    say(f"{write_demo_text(Path(sys.argv[1])):,} characters in {sys.argv[1]}")
+    characters, chats = write_demo(Path(sys.argv[1]))
+    say(f"{characters:,} characters of text and {chats:,} conversations in {sys.argv[1]}")
