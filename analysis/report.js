@@ -70,6 +70,22 @@
   narrow.addEventListener("change", draw);
   paint();
 
+  // a figure with two kinds of axes: the page changes over and back
+  for (const change of document.querySelectorAll("[data-switch]")) {
+    const layout = figures[change.dataset.switch].layout;
+    change.hidden = false;
+    change.addEventListener("click", () => {
+      for (const [axis, other] of Object.entries(layout.meta)) {
+        layout.meta[axis] = Object.fromEntries(Object.keys(other).map((name) => [name, layout[axis][name]]));
+        Object.assign(layout[axis], other);
+      }
+      const pressed = change.getAttribute("aria-pressed") !== "true";
+      change.setAttribute("aria-pressed", pressed);
+      layout.uirevision = `keep ${pressed}`; // a zoom on one kind means nothing on the other
+      draw();
+    });
+  }
+
   const find = document.getElementById("find");
   if (find) find.closest("p").hidden = false;
   find?.addEventListener("input", () => {

@@ -74,17 +74,23 @@ def fit(run: Path, /, *, fitting: FitOptions = FitOptions(), json: bool = False)
 
 
 def report(run: Path, /) -> None:
-    """Write a fitted run's report.html again.
+    """Write the report.html of a fitted run again, or that of a training run at any moment.
 
     Parameters
     ----------
     run
-        a run folder with a fit
+        a run folder with a fit, or a training run
     """
     from personaxis.analysis.stages import FIT_VERSION
     from personaxis.persona.run import open_run
     from personaxis.persona.store import read_json
+    from personaxis.persona.trained import is_training_run
 
+    if is_training_run(run):  # which may be going on: its lock is not asked for
+        from personaxis.analysis.training_report import write_training_report
+
+        say(f"report: {write_training_report(run)}")
+        return
     with open_run(run):
         found = read_json(run / "fit.json")
         if found["asked"].get("version") != FIT_VERSION:

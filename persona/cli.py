@@ -21,7 +21,7 @@ VERBS = {
     ),
     "record": ("personaxis.persona.verbs:record", "Record a run's activations."),
     "fit": ("personaxis.analysis.verbs:fit", "Fit axis and persona space to a run's activations."),
-    "report": ("personaxis.analysis.verbs:report", "Write a fitted run's report.html."),
+    "report": ("personaxis.analysis.verbs:report", "Write the report.html of a fitted run or a training run."),
     "generate": ("personaxis.steering.verbs:generate", "Answer a prompt without and with a cap, side by side."),
     "calibrate": ("personaxis.steering.calibrate_verbs:calibrate", "Find the cap that buys most for what it may cost."),
     "susceptibility": (
@@ -49,6 +49,10 @@ VERBS = {
     "plan": (
         "personaxis.training.plan_verb:plan",
         "What training a GPT of some depth takes: size, tokens, memory, hours, cost.",
+    ),
+    "export": (
+        "personaxis.training.export_verb:export",
+        "A trained model as a Hugging Face folder or a GGUF file.",
     ),
     "roles": ("personaxis.persona.bank_verbs:roles", "List, search, show, check and export a role bank."),
     "spans": ("personaxis.persona.verbs:spans", "Show which tokens a chat template gives to whom."),

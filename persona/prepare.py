@@ -42,6 +42,7 @@ from personaxis.persona.stages import (
     planned,
 )
 from personaxis.persona.subject import Subject, load_subject
+from personaxis.persona.trained import is_training_run
 from personaxis.persona.traits import is_pole
 
 GATE_WARNING = 0.25  # a share of role-play that is surely below this is said aloud
@@ -87,6 +88,8 @@ def prepared(model: str, folder: Path, how: ModelOptions, what: PlanOptions) -> 
             device = how.device or own_device(place)
             how = replace(how, device=device, dtype=how.dtype or before.get("dtype"))
             subject = load_subject(model, device=how.device, dtype=how.dtype, chat_template=how.chat_template)
+            if is_training_run(Path(model)):
+                model = subject.id  # its newest checkpoint now, not the one that is newest when this run goes on
             chat = chat_format(subject.tokenizer, _end_ids(subject))
             on_gpu = subject.device.type == "cuda"
             chunk = what.chunk or before.get("chunk") or (GPU_CHUNK if on_gpu else CPU_CHUNK)

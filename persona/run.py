@@ -19,6 +19,7 @@ from typing import Any
 
 from personaxis.persona.errors import KnownError
 from personaxis.persona.store import read_json, write_json
+from personaxis.persona.trained import KIND
 
 # What must not change under a run: rollouts made with other values would be another population.
 FIXED = (
@@ -51,6 +52,8 @@ class Run:
 
     def ask(self, asked: dict[str, Any]) -> None:
         """Record what this call asks for. What makes a run one run (`FIXED`) must agree with what is there."""
+        if self.manifest.get("kind") == KIND:
+            raise KnownError(f"{self.folder} is a training run, whose own this folder stays; choose another with --out")
         before = self.manifest.get("asked", {})
         for name in FIXED:
             if name in before and name in asked and before[name] != asked[name]:

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from personaxis.persona.errors import KnownError
 from personaxis.persona.packaged import PACKAGED, gguf_folder, packaged_folder, weight_format
+from personaxis.persona.progress import say
+from personaxis.persona.trained import model_name, resolved
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ class Subject:
 
     @property
     def name(self) -> str:
-        """The last part of the id, for people and for the default prompt "You are {model}."."""
-        return Path(self.id).name
+        """For people and for the default prompt "You are {model}.": a training run's name, else the last part of the id."""
+        return model_name(Path(self.id))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -105,7 +107,7 @@ def load_subject(
     chat_template: Path | None = None,
     device_map: Any = None,
 ) -> Subject:
-    """Load a model by packaged name, local folder, `.gguf` file or hub id, and check it.
+    """Load a model by packaged name, local folder, training run, `.gguf` file or hub id, and check it.
 
     `device` None is the first GPU, else the CPU. `dtype` None is bf16 on a GPU and whatever this CPU multiplies
     faster; "auto" is the checkpoint's own. `chat_template` is a Jinja file that replaces the tokenizer's template.
@@ -115,6 +117,9 @@ def load_subject(
 
     target = _device_named(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with quiet_transformers(), _one_line(name):
+        asked, name = name, resolved(name)
+        if name != asked:
+            say(f"{asked} is a training run: the model is {name}")
         source = _source(name)
         config = _config(name, source)
         if isinstance(dtype, str) and dtype != "auto":
@@ -137,7 +142,7 @@ def load_tokenizer(name: str, chat_template: Path | None = None) -> Any:
     from transformers import AutoTokenizer
 
     with quiet_transformers(), _one_line(name):
-        tokenizer = AutoTokenizer.from_pretrained(_source(name))
+        tokenizer = AutoTokenizer.from_pretrained(_source(resolved(name)))
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template)
     return tokenizer

@@ -15,13 +15,31 @@ from personaxis.persona.bank import Bank
 from personaxis.persona.errors import KnownError
 from personaxis.persona.options import JudgeOptions, ModelOptions, PlanOptions
 
-MODEL_HELP = "a packaged name (smollm2-135m), a local folder, a .gguf file or a hub id"
+MODEL_HELP = "a packaged name (smollm2-135m), a local folder, a training run, a .gguf file or a hub id"
 Model = Annotated[str, Parameter(help=MODEL_HELP)]
 
 
 def run_folder(model: str, out: Path | None) -> Path:
-    """Where a model's run goes unless told: runs/NAME."""
-    return out or Path("runs") / (Path(model).stem if model.endswith(".gguf") else Path(model).name)
+    """Where a model's run goes unless told: runs/NAME, with the checkpoint's name behind that of a training run."""
+    from personaxis.persona.trained import run_name
+
+    return out or Path("runs") / (Path(model).stem if model.endswith(".gguf") else run_name(model))
+
+
+def axis_of(model: str, axis: str | None) -> str:
+    """The axis that was named, else the one that comes with the model or that `personaxis axis MODEL` has made of it."""
+    from personaxis.persona.fitted import fitted_names
+
+    if axis is not None:
+        return axis
+    if model in fitted_names():
+        return model
+    folder = run_folder(model, None)
+    if not (folder / "axis.json").is_file():
+        raise KnownError(
+            f"{model} has no axis in {folder} yet: make it (personaxis axis {model}), or name another with --axis"
+        )
+    return str(folder)
 
 
 def rollout(
@@ -88,8 +106,8 @@ def record(run: Path, /, *, how: ModelOptions = ModelOptions()) -> None:
 
     place = ranks()
     with open_run(run, rank=place.rank) as folder:
-        asked = folder.manifest.get("asked")
-        if not asked:
+        asked = folder.manifest.get("asked", {})
+        if "model_name" not in asked:
             raise KnownError(f"{run} has no run.json with rollouts; make them first with `personaxis rollout`")
         how = replace(how, dtype=how.dtype or asked["dtype"])
         subject = load_subject(asked["model_name"], device=how.device, dtype=how.dtype, chat_template=how.chat_template)

@@ -8,7 +8,7 @@ from rich.text import Text
 from personaxis.persona.errors import KnownError
 from personaxis.persona.options import ModelOptions, SamplingOptions
 from personaxis.persona.progress import say
-from personaxis.persona.verbs import Model, console, print_json
+from personaxis.persona.verbs import Model, axis_of, console, print_json
 
 PLAIN, CAPPED = "as it is", "capped"
 
@@ -18,7 +18,7 @@ def generate(
     prompt: str,
     /,
     *,
-    axis: str,
+    axis: str | None = None,
     cap: str = "assistant",
     system: str = "",
     html: Path | None = None,
@@ -34,7 +34,7 @@ def generate(
     prompt
         what the user says
     axis
-        a run folder, an axis file, or smollm2-135m for the axis that comes with it
+        a run folder, an axis file, or smollm2-135m; the one that `personaxis axis MODEL` made or that comes with it unless given
     cap
         a cap saved beside the axis (`personaxis calibrate` makes one), a cap file, or LEVEL@LAYERS: p50@18-23, roles:p75@20,22
     system
@@ -50,7 +50,7 @@ def generate(
     sampling = _sampling(sampled)
     messages = [{"role": "system", "content": system}] if system else []
     said = [*messages, {"role": "user", "content": prompt}]
-    held = loaded(model, how, axis, [cap], force=force)
+    held = loaded(model, how, axis_of(model, axis), [cap], force=force)
     if held.chat.injected and not system:
         say(f"the template adds a system message of its own: {held.chat.injected!r}")
     found = _arms(held, said, sampling, sampled.seed)

@@ -27,6 +27,7 @@ CONFINED = {
         "analysis/figures_eval.py",
         "analysis/figures_traits.py",
         "analysis/figures_pareto.py",
+        "analysis/figures_training.py",
         "analysis/page.py",
     },
     "inspect_ai": {"steering/evals/inspect_model.py"},

@@ -24,7 +24,7 @@ class Texts:
     """What to train on."""
 
     corpus: Path | None = None
-    "a folder or file: .txt, .jsonl, .parquet, tar archives of .txt; each plain or .gz, .xz, .zst, .bz2"
+    "a folder or file: .txt, .jsonl, .parquet, tar archives of .txt; each plain or packed; or hub:OWNER/NAME[/FOLDER][@REVISION]"
     held_out: Path | None = None
     "texts for validation instead of a share of the corpus; taken out of the corpus if they are in it"
     held_share: float = 0.01

@@ -20,11 +20,11 @@ from personaxis.persona.store import digest
 from personaxis.training.asked import BaseAsked
 from personaxis.training.batches import Batches
 from personaxis.training.chips import chip_of
-from personaxis.training.corpus import Corpus
 from personaxis.training.dial import Plan, plan_of, repeats, timed
 from personaxis.training.evaluate import fit_of
 from personaxis.training.finish import finish, require_same
 from personaxis.training.gpt import GPT
+from personaxis.training.hub import corpus_of
 from personaxis.training.line import Line
 from personaxis.training.loop import Loop
 from personaxis.training.meters import Meters
@@ -85,7 +85,7 @@ def _prepare(asked: BaseAsked) -> None:
         if not (tokenizer / TOKENIZER).is_file():
             raise KnownError("--tokenizer FOLDER is missing: the one that the tokens were made with")
         return
-    corpus = Corpus.open(texts.corpus, held_out=texts.held_out, held_share=texts.held_share, column=texts.text_column)
+    corpus = corpus_of(texts.corpus, held_out=texts.held_out, held_share=texts.held_share, column=texts.text_column)
     if texts.tokenizer is None:
         require_vocabulary(texts.vocabulary)
         make_tokenizer(corpus, tokenizer, vocabulary=texts.vocabulary)

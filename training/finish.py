@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from personaxis.analysis.training_report import write_training_report
 from personaxis.persona.errors import KnownError
 from personaxis.persona.run import Run
 from personaxis.training.checkpoints import checkpoints_in
@@ -42,6 +43,7 @@ def finish(run: Run, loop: Loop, folder: Path, more: dict[str, Any]) -> dict[str
         **more,
     }
     run.note(result=result)
+    write_training_report(folder)
     return result
 
 

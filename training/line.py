@@ -127,7 +127,7 @@ def _held_out(row: Mapping[str, Any]) -> str:
     return f"held out loss {row['loss']:.4f}"
 
 
-def in_words(seconds: float) -> str:
+def in_words(seconds: int | float) -> str:
     """8 s, 12 min, 3.4 h."""
     if seconds < 120:
         return f"{seconds:.0f} s"

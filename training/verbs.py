@@ -31,7 +31,8 @@ def tokenizer(
     Parameters
     ----------
     corpus
-        a folder or file: .txt, .jsonl, .parquet, tar archives of .txt; each plain or .gz, .xz, .zst, .bz2
+        a folder or file: .txt, .jsonl, .parquet, tar archives of .txt; each plain or .gz, .xz, .zst, .bz2; or a data set
+        of the hub, hub:OWNER/NAME[/FOLDER][@REVISION]
     out
         the folder to make; `AutoTokenizer.from_pretrained` reads it
     vocabulary
@@ -47,11 +48,11 @@ def tokenizer(
     json
         print the record as JSON
     """
-    from personaxis.training.corpus import Corpus
+    from personaxis.training.hub import corpus_of
     from personaxis.training.tokenizer import make_tokenizer, require_vocabulary
 
     require_vocabulary(vocabulary)
-    texts = Corpus.open(corpus, held_out=held_out, held_share=held_share, column=text_column)
+    texts = corpus_of(corpus, held_out=held_out, held_share=held_share, column=text_column)
     record = make_tokenizer(texts, out, vocabulary=vocabulary, sample=sample)
     if json:
         print_json(record)

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from personaxis.persona.errors import KnownError
 from personaxis.persona.options import ModelOptions
-from personaxis.persona.verbs import Model
+from personaxis.persona.verbs import Model, axis_of
 from personaxis.steering.serve.ready import HoldOptions, RoomOptions, make_host
 
 ROOM = RoomOptions(slots=2, prefix_mib=256)  # one answer at a time, two when they are compared
@@ -20,7 +20,7 @@ def chat(
     model: Model,
     /,
     *,
-    axis: str,
+    axis: str | None = None,
     system: str = "",
     message: Annotated[tuple[str, ...], Parameter(negative=(), allow_leading_hyphen=True)] = (),
     load: Path | None = None,
@@ -37,7 +37,7 @@ def chat(
     Parameters
     ----------
     axis
-        a run folder, an axis file, or smollm2-135m for the axis that comes with it
+        a run folder, an axis file, or smollm2-135m; the one that `personaxis axis MODEL` made or that comes with it unless given
     system
         a system prompt; none unless given
     message
@@ -57,7 +57,7 @@ def chat(
     from personaxis.steering.serve.kept import load_told
 
     told = load_told(load) if load is not None else Told(system)
-    host = make_host(model, how, axis, hold, replace(ROOM, context=context), force=force)
+    host = make_host(model, how, axis_of(model, axis), hold, replace(ROOM, context=context), force=force)
     failed = _talked(host, told, message, seed)
     if failed:
         raise KnownError(f"{failed} of the lines could not be done (see above)")

@@ -8,7 +8,7 @@ from rich.text import Text
 from personaxis.persona.errors import KnownError
 from personaxis.persona.options import ModelOptions
 from personaxis.persona.progress import say
-from personaxis.persona.verbs import Model, console
+from personaxis.persona.verbs import Model, axis_of, console
 from personaxis.steering.serve.ready import HoldOptions, RoomOptions, make_host
 
 KEY = "PERSONAXIS_API_KEY"
@@ -19,7 +19,7 @@ def serve(
     model: Model,
     /,
     *,
-    axis: str,
+    axis: str | None = None,
     host: str = "127.0.0.1",
     port: int = 8377,
     force: bool = False,
@@ -34,7 +34,7 @@ def serve(
     Parameters
     ----------
     axis
-        a run folder, an axis file, or smollm2-135m for the axis that comes with it
+        a run folder, an axis file, or smollm2-135m; the one that `personaxis axis MODEL` made or that comes with it unless given
     host
         the address to listen on; another than this machine's own needs a key
     port
@@ -44,7 +44,7 @@ def serve(
     """
     key = _key(host)
     _require_free(host, port)
-    served = make_host(model, how, axis, hold, room, force=force)
+    served = make_host(model, how, axis_of(model, axis), hold, room, force=force)
     from personaxis.steering.serve.app import make_app
     from personaxis.steering.serve.server import serve as listen
 
