@@ -24,7 +24,29 @@ from personaxis.training.export import load_exported
 from personaxis.training.meters import read_metrics
 from personaxis.training.tokens import open_tokens
 
-WORDS = "the old clock in the hall struck seven and nobody in the house was awake to hear it but the cat".split()
+WORDS = [
+    "the",
+    "old",
+    "clock",
+    "in",
+    "the",
+    "hall",
+    "struck",
+    "seven",
+    "and",
+    "nobody",
+    "in",
+    "the",
+    "house",
+    "was",
+    "awake",
+    "to",
+    "hear",
+    "it",
+    "but",
+    "the",
+    "cat",
+]
 
 
 def book(number, words=400):

@@ -95,7 +95,12 @@ def _conversations(modules: Mapping[str, Sequence[Said]]) -> Iterator[list[dict[
     for module, told in modules.items():
         for one in told:
             answer = " ".join(one.text.split("\n\n")[0].split())
-            if one.name and "._" not in f".{module}.{one.name}" and answer.endswith(".") and 20 <= len(answer) <= LONGEST:
+            if (
+                one.name
+                and "._" not in f".{module}.{one.name}"
+                and answer.endswith(".")
+                and 20 <= len(answer) <= LONGEST
+            ):
                 asked = f"What is {module}.{one.name}?" if one.is_class else f"What does {module}.{one.name} do?"
                 yield [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
 
