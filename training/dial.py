@@ -9,17 +9,27 @@ the head (the embedding is a lookup), and 12 · depth · heads · head width · 
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from personaxis.persona.errors import KnownError
+from personaxis.training.rates import (
+    Rates,
+    decay_for,
+    embedding_rate_for,
+    gain_rate_for,
+    head_rate_for,
+    matrix_rate_for,
+    momentum_at,
+    second_for,
+    warmup_for,
+    weight_decay_for,
+)
 from personaxis.training.shape import Shape
 
 DEPTHS = range(1, 49)  # 5 B parameters at 48: more than fits where every GPU holds all weights
 TOKENS_A_PARAMETER = 20  # Hoffmann et al. 2022 ("Chinchilla"), here on matrix parameters
 BYTES_A_TOKEN = 4.3  # of English at a vocabulary of 32,768: 443 MB of 19th-century books are 103 M tokens
-REFERENCE_BATCH = 2**19  # the batch, in tokens, and the width at which nanochat's learning rates below are tuned
-REFERENCE_WIDTH = 768
 PIECE = 4096  # tokens of the loss at once (training/loss.py)
 
 
@@ -113,45 +123,6 @@ def batch_for(tokens: int, context: int, gpus: int = 1) -> int:
     return max(1, round(wanted / unit)) * unit
 
 
-def rate_scale(batch: int) -> float:
-    """√(batch / 524,288): what keeps the noise of Adam's steps the same (Malladi et al. 2022). For Muon it is a habit."""
-    return (batch / REFERENCE_BATCH) ** 0.5
-
-
-def matrix_rate_for(batch: int) -> float:
-    """Muon's, 0.02 at the reference batch. No width in it: its steps have one spectral norm at any width (Bernstein 2025)."""
-    return 0.02 * rate_scale(batch)
-
-
-def embedding_rate_for(batch: int) -> float:
-    """AdamW's for the embedding, 0.2 at the reference batch. Input weights keep theirs over widths (Yang et al. 2022)."""
-    return 0.2 * rate_scale(batch)
-
-
-def head_rate_for(batch: int, width: int) -> float:
-    """AdamW's for the head, 0.004 · 768 / width: a step moves a logit by about rate · width (Yang et al. 2022, muP)."""
-    return 0.004 * rate_scale(batch) * REFERENCE_WIDTH / width
-
-
-def weight_decay_for(rate: float, steps: int) -> float:
-    """Muon's λ: the weights average over 1/(rate · λ) steps, 15% of the run (Wang and Aitchison 2024), and λ is at most 0.2.
-
-    The bound is for short runs: decay holds a matrix's spectral norm below 1/λ, which at 5 does not bind and at 1 would.
-    Embedding, head and gains are not decayed.
-    """
-    return min(0.2, 1 / (0.15 * rate * steps))
-
-
-def warmup_for(steps: int) -> int:
-    """2% of the steps, 10 at least, but never more than a quarter."""
-    return max(1, min(max(10, steps // 50), steps // 4))
-
-
-def decay_for(steps: int) -> int:
-    """The last 60% fall straight to zero: the longer the fall, the better (Hägele et al. 2024; Bergsma et al. 2025)."""
-    return max(1, round(0.6 * steps))
-
-
 def flops_a_token(shape: Shape) -> int:
     """Forward and backward, as counted at the top; recomputation does not count."""
     products = 6 * (shape.matrix_parameters + shape.embedding_parameters)
@@ -229,6 +200,7 @@ class Plan:
     head_rate: float
     gain_rate: float
     weight_decay: float
+    second: float
     chip: Chip
     gpus: int
     tokens_a_second: float
@@ -236,11 +208,35 @@ class Plan:
     checkpointing: bool
     fits: bool
 
+    @staticmethod
+    def from_json(record: dict[str, Any]) -> "Plan":
+        """The plan that `to_json` wrote. KeyError for a record of another version."""
+        known = {field.name: record[field.name] for field in fields(Plan)}
+        return Plan(**{**known, "shape": Shape(**known["shape"]), "chip": Chip(**known["chip"])})
+
+    def scaled(self, factor: float) -> "Plan":
+        """All rates times a factor."""
+        names = ("matrix_rate", "embedding_rate", "head_rate", "gain_rate")
+        return replace(self, **{name: factor * getattr(self, name) for name in names})
+
     def rate_at(self, step: int) -> float:
         """What multiplies every rate at a step, 0-based: up in a line, flat, and down in a line; never 0, never above 1."""
         up = (step + 1) / self.warmup
         down = (self.steps - step) / self.decay
         return max(0.0, min(1.0, up, down))
+
+    def rates_at(self, step: int) -> Rates:
+        """All of what a step goes by."""
+        share = self.rate_at(step)
+        return Rates(
+            matrix=share * self.matrix_rate,
+            embedding=share * self.embedding_rate,
+            head=share * self.head_rate,
+            gain=share * self.gain_rate,
+            decay=self.weight_decay,
+            momentum=momentum_at(step, self.steps),
+            second=self.second,
+        )
 
     @property
     def memory(self) -> Memory:
@@ -295,10 +291,12 @@ def plan_of(
     chip: Chip = CHIPS["h100"],
     gpus: int = 1,
     share_of_peak: float = 0.45,
+    speed: float | None = None,
 ) -> Plan:
     """Derive a run: for the compute-optimal horizon, or for `tokens`, or for what `minutes` hold at a share of the peak.
 
-    Batch, steps, rates, decay and schedule follow the horizon, whichever gave it. Raises `KnownError` for what makes no run.
+    `speed` is in tokens a second of all chips, where it has been measured. Batch, steps, rates, decay and schedule follow
+    the horizon, whichever gave it. Raises `KnownError` for what makes no run.
     """
     shape = shape_at(depth, vocabulary, context)
     if tokens is not None and minutes is not None:
@@ -307,7 +305,7 @@ def plan_of(
         raise KnownError(f"--mfu {share_of_peak} is not a share of the peak (0.45 is 45%)")
     if gpus < 1:
         raise KnownError(f"--gpus {gpus} is below 1")
-    speed = share_of_peak * chip.peak * gpus / flops_a_token(shape)
+    speed = speed or share_of_peak * chip.peak * gpus / flops_a_token(shape)
     asked, horizon = optimal_tokens(shape), f"compute-optimal, {TOKENS_A_PARAMETER} a matrix parameter"
     if tokens is not None:
         asked, horizon = tokens, "as asked"
@@ -337,8 +335,9 @@ def _derived(shape: Shape, horizon: str, steps: int, batch: int, chip: Chip, gpu
         matrix_rate=rate,
         embedding_rate=embedding_rate_for(batch),
         head_rate=head_rate_for(batch, shape.width),
-        gain_rate=0.004 * rate_scale(batch),
+        gain_rate=gain_rate_for(batch),
         weight_decay=weight_decay_for(rate, steps),
+        second=second_for(batch),
         chip=chip,
         gpus=gpus,
         tokens_a_second=speed,
@@ -346,6 +345,18 @@ def _derived(shape: Shape, horizon: str, steps: int, batch: int, chip: Chip, gpu
         checkpointing=checkpointing,
         fits=fits,
     )
+
+
+def timed(plan: Plan, minutes: float, speed: float) -> Plan:
+    """The same run with as many steps as some minutes hold at a measured speed; its batch stays."""
+    steps = int(60 * minutes * speed) // plan.batch
+    if steps < 1:
+        raise KnownError(
+            f"--minutes {minutes:g} is less than one step: at {speed:,.0f} tokens/s a batch of {plan.batch:,} takes "
+            f"{plan.batch / speed:,.1f} s; train for longer, or with a shorter --context"
+        )
+    derived = _derived(plan.shape, plan.horizon, steps, plan.batch, plan.chip, plan.gpus, speed)
+    return replace(derived, micro_batch=plan.micro_batch, checkpointing=plan.checkpointing)
 
 
 def repeats(tokens: int, corpus: int) -> str:

@@ -9,18 +9,8 @@ from rich.table import Table
 
 from personaxis.persona.errors import KnownError
 from personaxis.persona.verbs import console, print_json, say_result
+from personaxis.training.asked import Length
 from personaxis.training.dial import BYTES_A_TOKEN, CHIPS, Chip, Plan, flops_a_token, memory_for, plan_of, repeats
-
-
-@Parameter(name="*")
-@dataclass(frozen=True)
-class Length:
-    """How long to train; for the compute-optimal number of tokens unless given."""
-
-    tokens: int | None = None
-    "so many tokens"
-    minutes: float | None = None
-    "what these GPUs do in so many minutes"
 
 
 @Parameter(name="*")

@@ -8,8 +8,10 @@ from rich.table import Table
 
 from personaxis.persona.progress import say
 from personaxis.persona.verbs import console, print_json
+from personaxis.training.base_verb import base
 
-app = cyclopts.App(name="train", help="Make a model: its tokenizer from a corpus.")
+app = cyclopts.App(name="train", help="Make a model: its tokenizer from a corpus, the base model, the chat model.")
+app.command(base)
 
 
 @app.command

@@ -1,0 +1,202 @@
+"""A base model from a corpus: tokenizer, tokens, plan, steps, model folder. `train base` in one call.
+
+    train_base(BaseAsked(depth=12, out=Path("runs/books"), texts=Texts(corpus=Path("books")), length=Length(minutes=3)))
+
+    RUN/run.json  tokenizer/  tokens/  metrics.jsonl  samples.jsonl  checkpoints/step-*/  model/  report.html
+"""
+
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from personaxis.persona.errors import KnownError
+from personaxis.persona.progress import say
+from personaxis.persona.ranks import Ranks, ranks
+from personaxis.persona.run import Run, open_run, versions
+from personaxis.persona.store import digest
+from personaxis.training.asked import BaseAsked
+from personaxis.training.batches import Batches
+from personaxis.training.chips import chip_of
+from personaxis.training.corpus import Corpus
+from personaxis.training.dial import Plan, plan_of, repeats, timed
+from personaxis.training.evaluate import fit_of
+from personaxis.training.finish import finish, require_same
+from personaxis.training.gpt import GPT
+from personaxis.training.line import Line
+from personaxis.training.loop import Loop
+from personaxis.training.meters import Meters
+from personaxis.training.samples import Samples
+from personaxis.training.source import BooksSource
+from personaxis.training.stepping import Stepper
+from personaxis.training.tokenizer import load_tokenizer, make_tokenizer, require_vocabulary, token_bytes
+from personaxis.training.tokens import Tokens, make_tokens, open_tokens
+from personaxis.training.world import join
+
+TOKENIZER = "tokenizer.json"
+
+
+def train_base(asked: BaseAsked) -> dict[str, Any] | None:
+    """Train, or go on where the run was stopped. The result on rank 0, None on others.
+
+    Raises `KnownError` for whatever cannot be trained on, a folder that holds another run, and a loss that is no number.
+    """
+    place = ranks()
+    with open_run(asked.out, create=True, rank=place.rank) as run:
+        if run.manifest.get("kind", "training") != "training":
+            raise KnownError(f"--out {asked.out} holds a run of another kind; choose another folder")
+        device = join(place, asked.device)
+        if place.rank == 0:
+            _prepare(asked)
+        place.barrier()
+        tokens = open_tokens(_token_folder(asked), _tokenizer_folder(asked))
+        try:
+            return _train(asked, run, tokens, place, device)
+        finally:
+            place.close()
+
+
+def _prepare(asked: BaseAsked) -> None:
+    """Tokenizer and tokens, made unless they are there."""
+    texts, tokenizer, folder = asked.texts, _tokenizer_folder(asked), _token_folder(asked)
+    finished = (folder / "tokens.json").is_file()
+    if texts.corpus is None:
+        if not finished:
+            raise KnownError("--corpus PATH is missing: what shall it be trained on? (or --token-folder with finished tokens)")
+        if not (tokenizer / TOKENIZER).is_file():
+            raise KnownError("--tokenizer FOLDER is missing: the one that the tokens were made with")
+        return
+    corpus = Corpus.open(texts.corpus, held_out=texts.held_out, held_share=texts.held_share, column=texts.text_column)
+    if texts.tokenizer is None:
+        require_vocabulary(texts.vocabulary)
+        make_tokenizer(corpus, tokenizer, vocabulary=texts.vocabulary)
+    elif not (tokenizer / TOKENIZER).is_file():
+        raise KnownError(f"--tokenizer {tokenizer} has no {TOKENIZER}: not a tokenizer's folder")
+    make_tokens(corpus, tokenizer, folder)
+
+
+def _tokenizer_folder(asked: BaseAsked) -> Path:
+    return asked.texts.tokenizer or asked.out / "tokenizer"
+
+
+def _token_folder(asked: BaseAsked) -> Path:
+    return asked.texts.token_folder or asked.out / "tokens"
+
+
+def _facts(asked: BaseAsked, tokens: Tokens) -> dict[str, Any]:
+    """What makes a run this run: going on with other values would be another one."""
+    return {
+        "stage": "base",
+        "depth": asked.depth,
+        "context": asked.tuning.context,
+        "tokens": asked.length.tokens,
+        "minutes": asked.length.minutes,
+        "rate_scale": asked.tuning.rate_scale,
+        "seed": asked.tuning.seed,
+        "corpus": tokens.corpus,
+        "tokenizer": tokens.tokenizer,
+    }
+
+
+def _first_plan(asked: BaseAsked, tokens: Tokens, place: Ranks, device: torch.device) -> Plan:
+    """From the dial, before a speed is measured."""
+    tuning = asked.tuning
+    if not 0 < tuning.rate_scale < 100:
+        raise KnownError(f"--rate-scale {tuning.rate_scale} is no factor for rates (1 leaves them as they are)")
+    plan = plan_of(
+        asked.depth,
+        vocabulary=tokens.vocabulary,
+        context=tuning.context,
+        tokens=asked.length.tokens,
+        minutes=asked.length.minutes,
+        chip=chip_of(device),
+        gpus=place.world,
+    )
+    return plan
+
+
+def _train(asked: BaseAsked, run: Run, tokens: Tokens, place: Ranks, device: torch.device) -> dict[str, Any] | None:
+    facts, known = _facts(asked, tokens), run.manifest
+    require_same(asked.out, known.get("asked", {}), facts)
+    plan = Plan.from_json(known["plan"]) if "plan" in known else _first_plan(asked, tokens, place, device)
+    plan = replace(
+        plan,
+        micro_batch=asked.tuning.micro_batch or plan.micro_batch,
+        checkpointing=asked.tuning.recompute or plan.checkpointing,
+    )
+    compute = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = GPT(plan.shape, compute=compute, checkpointing=plan.checkpointing)
+    model = model.initialise(asked.tuning.seed).to(device)
+    source = BooksSource(Batches(tokens.train, plan.shape.context, plan.batch // plan.shape.context, asked.tuning.seed))
+    stepper = Stepper(model, source, plan, place, device)
+    plan = _timed(asked, stepper, fresh="plan" not in known)
+    stepper.plan = plan
+    _say_plan(plan, tokens, place)
+    content = {"kind": "training", "asked": facts, "plan": plan.to_json(), "versions": versions()}
+    run.note(**content)
+    with ExitStack() as stack:
+        loop = _loop(asked, stepper, tokens, stack)
+        loop.run()
+        if place.rank:
+            return None
+        return finish(run, loop, asked.out, {"epochs": source.batches.epochs(plan.steps)})
+
+
+def _timed(asked: BaseAsked, stepper: Stepper, *, fresh: bool) -> Plan:
+    """Compile; and where minutes were asked for, as many steps as they hold at the speed that is measured here."""
+    plan, minutes = stepper.plan, asked.length.minutes
+    measures = fresh and minutes is not None
+    if stepper.device.type == "cuda" or measures:
+        try:
+            speed = stepper.speed()
+        except torch.OutOfMemoryError:
+            raise stepper.out_of_memory() from None
+        if measures and minutes is not None:
+            plan = timed(plan, minutes, speed)
+    return plan.scaled(asked.tuning.rate_scale) if fresh else plan
+
+
+def _say_plan(plan: Plan, tokens: Tokens, place: Ranks) -> None:
+    if place.rank == 0:
+        shape = plan.shape
+        say(f"depth {shape.depth}, width {shape.width}: {shape.parameters / 1e6:,.1f} M parameters")
+        say(f"{plan.tokens:,} tokens in {plan.steps:,} steps of {plan.batch:,}: {repeats(plan.tokens, len(tokens.train))}")
+
+
+def _loop(asked: BaseAsked, stepper: Stepper, tokens: Tokens, stack: ExitStack) -> Loop:
+    place, plan, folder = stepper.ranks, stepper.plan, _tokenizer_folder(asked)
+    lengths = torch.from_numpy(token_bytes(load_tokenizer(folder))).to(stepper.device)
+    most = max(plan.tokens // 200, stepper.micro_batch * plan.shape.context * place.world)
+    first = place.rank == 0
+    meters = stack.enter_context(Meters(asked.out, tensorboard=asked.tensorboard, wandb=asked.wandb)) if first else None
+    line = stack.enter_context(Line(plan.steps)) if first else None
+    samples = Samples(asked.out, load_tokenizer(folder), tokens.held_out) if first else None
+
+    def evaluate(step: int) -> list[dict[str, Any]]:
+        whole = step == plan.steps
+        model, rows = stepper.model, stepper.micro_batch
+        fit = fit_of(model, tokens.held_out, lengths, plan.shape.context, rows, place, None if whole else most)
+        if samples is not None:
+            samples.write(model, step)
+        return [fit.row(step)]
+
+    def write(row: dict[str, Any]) -> None:
+        if meters is not None and line is not None:
+            meters.write(row)
+            line.show(row)
+
+    def cut(step: int) -> None:
+        if meters is not None and samples is not None:
+            meters.cut_after(step)
+            samples.cut_after(step)
+
+    def initialise() -> None:
+        stepper.model.initialise(asked.tuning.seed)
+
+    facts = {"tokenizer": digest(folder / TOKENIZER), "asked": _facts(asked, tokens)}
+    keep_all = asked.tuning.keep == "log"
+    return Loop(asked.out, stepper, folder, initialise, evaluate, write, cut, facts, keep_all)
+
+

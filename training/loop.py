@@ -1,0 +1,221 @@
+"""The loop: steps from the newest checkpoint to the last one, heard as they finish, with pauses to evaluate and to save.
+
+    Loop(folder, stepper, tokenizer, evaluate, meters).run()
+
+The same loop trains a base model and tunes a chat model; what differs is the source of rows and what is evaluated. A run
+that was stopped, or killed at any moment, goes on from its newest checkpoint with the very numbers it would have had
+(bit for bit on a CPU), since a step's rows and rates are functions of its number.
+"""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from personaxis.persona.errors import KnownError
+from personaxis.persona.store import read_json
+from personaxis.training.checkpoints import (
+    lasting,
+    load_optimizer,
+    load_weights,
+    newest,
+    prune,
+    save_checkpoint,
+)
+from personaxis.training.dial import Plan
+from personaxis.training.dial import utilisation as share_of_peak
+from personaxis.training.stepping import Heard, Stepper
+from personaxis.training.world import wait_for
+
+EVERY = 600.0  # seconds between checkpoints that are not for keeps
+EVALUATIONS = 10  # over a run, the last one not counted
+
+
+class Meter(Protocol):
+    """Where numbers go: a row of metrics.jsonl."""
+
+    def __call__(self, row: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class Clock:
+    """Seconds of training: pauses are not in it."""
+
+    seconds: float = 0.0
+    since: float | None = None
+
+    def start(self) -> None:
+        self.since = time.monotonic()
+
+    def read(self) -> float:
+        return self.seconds + (time.monotonic() - self.since if self.since is not None else 0.0)
+
+    def pause(self) -> None:
+        self.seconds, self.since = self.read(), None
+
+
+@dataclass
+class Loop:
+    """A run about to go on. `evaluate(step)` gives rows to write; it and `initialise` run on all ranks."""
+
+    folder: Path
+    stepper: Stepper
+    tokenizer: Path
+    initialise: Callable[[], None]
+    evaluate: Callable[[int], list[dict[str, Any]]]
+    write: Meter
+    cut: Callable[[int], None]
+    "forget what was written of later steps"
+    facts: dict[str, Any] = field(default_factory=dict)
+    "what state.json says of the run"
+    keep_all: bool = True
+    "whether checkpoints at powers of two are for keeps"
+    evaluations: int = EVALUATIONS
+    clock: Clock = field(default_factory=Clock)
+    _saved: float = 0.0
+    _heard_at: float | None = None
+    _asked_to_stop: bool = False
+
+    @property
+    def plan(self) -> Plan:
+        return self.stepper.plan
+
+    def run(self) -> int:
+        """Go on to the last step; returns the step that it went on from. Raises `KnownError` on a loss that is no number."""
+        start = self._begin()
+        waiting: tuple[int, Heard] | None = None
+        self._saved = time.monotonic()
+        with self._stoppable():
+            self.clock.start()
+            for number in range(start, self.plan.steps):
+                heard = self._step(number)
+                if waiting is not None:
+                    self._hear(*waiting)
+                waiting = number + 1, heard
+                if self._pauses_at(number + 1):
+                    self._hear(*waiting)
+                    waiting = None
+                    self._pause(number + 1)
+        return start
+
+    def _begin(self) -> int:
+        """Fill model and optimizer: fresh, or as the newest checkpoint has them."""
+        found, ranks = newest(self.folder), self.stepper.ranks
+        self.stepper.optimizer.forget()
+        self.stepper.optimizer.zero()
+        if found is None:
+            self.initialise()
+            self._pause(0)
+            return 0
+        load_weights(found, self.stepper.model)
+        state = load_optimizer(found)
+        self.stepper.optimizer.load(state)
+        facts = read_json(found.path / "state.json")
+        self.clock.seconds = facts["seconds"]
+        before = facts["world"]
+        text = f"going on from step {found.step:,} of {self.plan.steps:,}"
+        if before != ranks.world:
+            text += f"; {before} processes made it, {ranks.world} go on: the optimizer's state is shared out anew"
+        self.cut(found.step)
+        self.write({"kind": "event", "step": found.step, "what": "resumed", "text": text})
+        return found.step
+
+    def _step(self, number: int) -> Heard:
+        try:
+            return self.stepper.step(number)
+        except torch.OutOfMemoryError:
+            raise self.stepper.out_of_memory() from None
+
+    def _hear(self, step: int, heard: Heard) -> None:
+        loss, norm = heard.wait()
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise self._broken(step, loss, norm)
+        seconds, before = self.clock.read(), self._heard_at
+        self._heard_at = seconds
+        batch = self.stepper.source.rows * self.stepper.source.context
+        speed = batch / max(seconds - before, 1e-9) if before is not None else None
+        self.write(
+            {
+                "kind": "step",
+                "step": step,
+                "tokens": step * batch,
+                "loss": loss,
+                "rate": self.plan.rate_at(step - 1),
+                "gradient_norm": norm,
+                "seconds": seconds,
+                "tokens_a_second": speed,
+                "utilisation": self.utilisation(speed),
+            }
+        )
+
+    def utilisation(self, speed: float | None) -> float | None:
+        if speed is None or self.stepper.device.type != "cuda":
+            return None
+        return share_of_peak(speed, self.plan.shape, self.plan.chip, self.stepper.ranks.world)
+
+    def _broken(self, step: int, loss: float, norm: float) -> KnownError:
+        last = newest(self.folder)
+        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
+        good = f"the last good checkpoint is {last.path}" if last else "there is no checkpoint yet"
+        self.write({"kind": "event", "step": step, "what": "stopped", "text": f"{what} at step {step}"})
+        return KnownError(f"{what} at step {step}: stopped; {good}. Start a new run with a lower --rate-scale")
+
+    def _pauses_at(self, step: int) -> bool:
+        if self._asked_to_stop or step == self.plan.steps or (self.keep_all and lasting(step, self.plan.steps)):
+            return True
+        return self._evaluates_at(step) or self._due()
+
+    def _due(self) -> bool:
+        return self.stepper.ranks.world == 1 and time.monotonic() - self._saved > EVERY
+
+    def _evaluates_at(self, step: int) -> bool:
+        return step == self.plan.steps or step % max(1, self.plan.steps // self.evaluations) == 0
+
+    def _pause(self, step: int) -> None:
+        wait_for(self.stepper.device)
+        self.clock.pause()
+        if self._evaluates_at(step):
+            for row in self.evaluate(step):
+                self.write(row)
+        wanted = (self.keep_all and lasting(step, self.plan.steps)) or step == self.plan.steps
+        if wanted or self._asked_to_stop or self._due():
+            self._save(step)
+        if self._asked_to_stop and step < self.plan.steps:
+            raise KeyboardInterrupt
+        self.clock.start()
+
+    def _save(self, step: int) -> None:
+        state = self.stepper.optimizer.state()  # all ranks take part
+        ranks = self.stepper.ranks
+        if ranks.rank == 0:
+            facts = {**self.facts, "seconds": self.clock.read(), "world": ranks.world}
+            save_checkpoint(self.folder, step, self.stepper.model, state, self.tokenizer, facts)
+            prune(self.folder, self.plan.steps, self.keep_all)
+        ranks.barrier()
+        self._saved = time.monotonic()
+
+    @contextmanager
+    def _stoppable(self) -> Iterator[None]:
+        """Ctrl-C and a request to end finish the step, save, and stop; a second one stops at once."""
+        if self.stepper.ranks.world > 1 or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(*_: Any) -> None:
+            if self._asked_to_stop:
+                raise KeyboardInterrupt
+            self._asked_to_stop = True
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

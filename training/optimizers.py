@@ -1,0 +1,202 @@
+"""Muon for the blocks' matrices and AdamW for all else, each rank stepping its own share.
+
+    optimizer = Optimizer(model, ranks)
+    loss.backward()                             # gradients add up in the buffers
+    norm = optimizer.step(Rates(matrix=0.02, ...))
+    optimizer.state() / optimizer.load(state)   # by parameter, whole: another world size can go on with it
+
+Muon (Jordan et al. 2024): momentum, then the nearest semi-orthogonal matrix, so that a step has one spectral norm in every
+direction of the matrix. All matrices of one shape are one batch of products: 84 matrices of depth 12 are four batches.
+The orthogonal matrix comes from five steps of Polar Express (Amsel et al. 2025), whose odd polynomials are the best for
+singular values in [1/1000, 1]; rows (of a tall matrix; columns of a wide one) that keep getting large steps get smaller
+ones, with the norm of the whole kept (NorMuon, Li et al. 2025): an orthogonal matrix evens out one side only. Decay pulls
+only where the step goes that way too (Chen et al. 2025, cautious).
+"""
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from personaxis.persona.ranks import Ranks
+from personaxis.training.buckets import Bucket
+from personaxis.training.rates import Rates
+
+# a, b, c of x <- (a + b x² + c x⁴) x, one triple a step: the published ones, rescaled to be safe in bf16 by 2%
+POLAR = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+SLOW = 0.95  # how slowly Muon's row norms follow
+FIRST = 0.8  # AdamW's first moment: short, as the embedding of a rare word changes at its few meetings
+EPS = 1e-10
+
+
+def polar(x: Float[Tensor, "N A B"]) -> Float[Tensor, "N A B"]:
+    """The semi-orthogonal matrix nearest to each x, in x's dtype: singular values within 15% of 1, many at once."""
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x  # products of the shorter side
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
+    for a, b, c in POLAR:
+        square = x @ x.mT
+        x = a * x + (b * square + c * (square @ square)) @ x
+    return x.mT if tall else x
+
+
+def muon_step(
+    values: Float[Tensor, "N A B"],
+    gradients: Float[Tensor, "N A B"],
+    momentum: Float[Tensor, "N A B"],
+    lengths: Float[Tensor, "N L"],
+    rate: Tensor,
+    decay: Tensor,
+    inertia: Tensor,
+    dtype: torch.dtype,
+) -> None:
+    """One step of all matrices of a shape, in place. `lengths` are the mean squares of rows (tall) or columns (wide)."""
+    rows, columns = values.shape[-2:]
+    along = -1 if rows >= columns else -2
+    momentum.lerp_(gradients, 1 - inertia)
+    step = polar(gradients.lerp(momentum, inertia).to(dtype)).to(values.dtype)  # Nesterov
+    squares = step.square().mean(dim=along)  # (N, L)
+    lengths.lerp_(squares, 1 - SLOW)
+    scale = lengths.clamp_min(EPS).rsqrt()
+    kept = squares.sum(-1, keepdim=True) / (squares * scale.square()).sum(-1, keepdim=True).clamp_min(EPS)
+    step = step * (scale * kept.sqrt()).unsqueeze(along)
+    # a step moves each output by as much whatever the inputs: a tall matrix has longer outputs
+    rate = rate * max(1.0, rows / columns) ** 0.5
+    pull = values * (step * values > 0)
+    values.sub_(rate * (step + decay * pull))
+
+
+def adam_step(
+    values: Float[Tensor, "E"],
+    gradients: Float[Tensor, "E"],
+    first: Float[Tensor, "E"],
+    second: Float[Tensor, "E"],
+    rate: Tensor,
+    slowness: Tensor,
+    count: Tensor,
+) -> None:
+    """One step of AdamW without decay, in place; `count` is the number of this step, from 1."""
+    first.lerp_(gradients, 1 - FIRST)
+    second.lerp_(gradients.square(), 1 - slowness)
+    unbiased = (second / (1 - slowness**count)).sqrt() + EPS
+    values.sub_(rate / (1 - FIRST**count) * first / unbiased)
+
+
+class Optimizer:
+    """Both, over all parameters of a model, which become views of buffers. On a GPU steps are compiled and in bf16."""
+
+    def __init__(self, model: nn.Module, ranks: Ranks) -> None:
+        self.ranks, self.count = ranks, 0
+        kinds = _kinds(dict(model.named_parameters()))
+        self.matrices = [Bucket(group, next(iter(group.values())).numel(), ranks) for group in kinds.pop("matrix")]
+        self.others = {kind: Bucket(groups[0], 1, ranks) for kind, groups in kinds.items()}
+        self.device = next(model.parameters()).device
+        cuda = self.device.type == "cuda"
+        self._dtype = torch.bfloat16 if cuda else torch.float32
+        self._muon = torch.compile(muon_step, dynamic=False) if cuda else muon_step
+        self._adam = torch.compile(adam_step, dynamic=False) if cuda else adam_step
+        self._state: dict[str, Tensor] = {}
+        for number, bucket in enumerate(self.matrices):
+            rows, columns = next(iter(bucket.parameters.values())).shape
+            units = bucket.share // bucket.unit
+            self._state[f"momentum/{number}"] = torch.zeros(units, rows, columns, device=self.device)
+            self._state[f"lengths/{number}"] = torch.zeros(units, max(rows, columns), device=self.device)
+        for kind, bucket in self.others.items():
+            for moment in ("first", "second"):
+                self._state[f"{moment}/{kind}"] = torch.zeros(bucket.share, device=self.device)
+
+    def buckets(self) -> Iterator[Bucket]:
+        yield from self.others.values()
+        yield from self.matrices
+
+    def zero(self) -> None:
+        """Forget all gradients."""
+        for bucket in self.buckets():
+            bucket.gradients.zero_()
+
+    @torch.no_grad()
+    def step(self, rates: Rates) -> Tensor:
+        """Sum gradients over the ranks, step, share the result, and zero gradients. Returns this rank's Σ g² (a scalar).
+
+        All sums begin at once, so that a bucket steps while the next one's gradients travel.
+        """
+        self.count += 1
+        for bucket in self.buckets():
+            bucket.reduce()
+        squares = torch.zeros((), device=self.device)
+        for kind, bucket in self.others.items():
+            bucket.wait()
+            squares += bucket.my_gradients.square().sum()
+            self._step_others(kind, bucket, getattr(rates, kind), rates.second)
+            bucket.gather()
+        for number, bucket in enumerate(self.matrices):
+            bucket.wait()
+            squares += bucket.my_gradients.square().sum()
+            self._step_matrices(number, bucket, rates)
+            bucket.gather()
+        for bucket in self.buckets():
+            bucket.wait()
+        self.zero()
+        return squares
+
+    def _step_others(self, kind: str, bucket: Bucket, rate: float, second: float) -> None:
+        moments = (self._state[f"{moment}/{kind}"] for moment in ("first", "second"))
+        numbers = (torch.tensor(float(x)) for x in (rate, second, self.count))  # as tensors: nothing is compiled again
+        self._adam(bucket.my_values, bucket.my_gradients, *moments, *numbers)
+
+    def _step_matrices(self, number: int, bucket: Bucket, rates: Rates) -> None:
+        momentum = self._state[f"momentum/{number}"]
+        values, gradients = (x.view(momentum.shape) for x in (bucket.my_values, bucket.my_gradients))
+        numbers = (torch.tensor(x) for x in (rates.matrix, rates.decay, rates.momentum))
+        self._muon(values, gradients, momentum, self._state[f"lengths/{number}"], *numbers, dtype=self._dtype)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that is needed to go on, by parameter, on the CPU. All ranks must call it."""
+        found = {"count": torch.tensor(self.count)}
+        for name, bucket in self._of_state():
+            kind = name.split("/")[0]
+            whole = bucket.whole(self._state[name])
+            found |= {f"{parameter}/{kind}": value.to("cpu", copy=True) for parameter, value in whole.items()}
+        return found
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """The other way. KeyError for a state of other parameters."""
+        self.count = int(state["count"])
+        for name, bucket in self._of_state():
+            kind = name.split("/")[0]
+            bucket.part({parameter: state[f"{parameter}/{kind}"] for parameter in bucket.parameters}, self._state[name])
+
+    def forget(self) -> None:
+        """As new: all state zero."""
+        self.count = 0
+        for value in self._state.values():
+            value.zero_()
+
+    def _of_state(self) -> Iterator[tuple[str, Bucket]]:
+        for number, bucket in enumerate(self.matrices):
+            yield f"momentum/{number}", bucket
+            yield f"lengths/{number}", bucket
+        for kind, bucket in self.others.items():
+            yield f"first/{kind}", bucket
+            yield f"second/{kind}", bucket
+
+
+def _kinds(parameters: dict[str, nn.Parameter]) -> dict[str, list[dict[str, nn.Parameter]]]:
+    """Parameters by what steps them: matrices by shape, then embedding, head and gains."""
+    matrices: dict[tuple[int, ...], dict[str, nn.Parameter]] = {}
+    others: dict[str, dict[str, nn.Parameter]] = {"head": {}, "embedding": {}, "gain": {}}
+    for name, parameter in parameters.items():
+        if "_proj." in name:
+            matrices.setdefault(tuple(parameter.shape), {})[name] = parameter
+        elif name.startswith("lm_head."):
+            others["head"][name] = parameter
+        else:
+            others["gain" if "norm" in name else "embedding"][name] = parameter
+    return {"matrix": list(matrices.values()), **{kind: [group] for kind, group in others.items()}}

@@ -1,0 +1,83 @@
+"""Rates of learning and their schedule, each a function with its reason.
+
+    matrix_rate_for(batch), second_for(batch), momentum_at(step, steps)
+
+What came from elsewhere says from where; what nobody has measured here says so.
+"""
+
+from dataclasses import dataclass
+
+REFERENCE_BATCH = 2**19  # the batch, in tokens, and the width at which nanochat's learning rates below are tuned
+REFERENCE_WIDTH = 768
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one step goes by."""
+
+    matrix: float
+    embedding: float
+    head: float
+    gain: float
+    decay: float
+    "of matrices, times their rate"
+    momentum: float
+    second: float
+    "how slowly AdamW's second moment follows"
+
+
+def rate_scale(batch: int) -> float:
+    """√(batch / 524,288): what keeps the noise of Adam's steps the same (Malladi et al. 2022). For Muon it is a habit."""
+    return (batch / REFERENCE_BATCH) ** 0.5
+
+
+def matrix_rate_for(batch: int) -> float:
+    """Muon's, 0.02 at the reference batch. No width in it: its steps have one spectral norm at any width (Bernstein 2025)."""
+    return 0.02 * rate_scale(batch)
+
+
+def embedding_rate_for(batch: int) -> float:
+    """AdamW's for the embedding, 0.2 at the reference batch. Input weights keep theirs over widths (Yang et al. 2022)."""
+    return 0.2 * rate_scale(batch)
+
+
+def head_rate_for(batch: int, width: int) -> float:
+    """AdamW's for the head, 0.004 · 768 / width: a step moves a logit by about rate · width (Yang et al. 2022, muP)."""
+    return 0.004 * rate_scale(batch) * REFERENCE_WIDTH / width
+
+
+def weight_decay_for(rate: float, steps: int) -> float:
+    """Muon's λ: the weights average over 1/(rate · λ) steps, 15% of the run (Wang and Aitchison 2024), and λ is at most 0.2.
+
+    The bound is for short runs: decay holds a matrix's spectral norm below 1/λ, which at 5 does not bind and at 1 would.
+    Embedding, head and gains are not decayed.
+    """
+    return min(0.2, 1 / (0.15 * rate * steps))
+
+
+def gain_rate_for(batch: int) -> float:
+    """AdamW's for the gains of norms: as for a head of the reference width."""
+    return 0.004 * rate_scale(batch)
+
+
+def second_for(batch: int) -> float:
+    """How slowly AdamW's second moment follows: 0.95 at the reference batch, with one half-life in tokens at any.
+
+    Marek et al. 2025: small batches train as well as large ones once the memory spans as many tokens, and not before.
+    """
+    return 0.95 ** (batch / REFERENCE_BATCH)
+
+
+def momentum_at(step: int, steps: int) -> float:
+    """Muon's: from 0.85 to 0.95 over the first 300 steps, or the first third of a shorter run (Jordan et al. 2024)."""
+    return 0.85 + 0.1 * min(1.0, step / max(1, min(300, steps // 3)))
+
+
+def warmup_for(steps: int) -> int:
+    """2% of the steps, 10 at least, but never more than a quarter."""
+    return max(1, min(max(10, steps // 50), steps // 4))
+
+
+def decay_for(steps: int) -> int:
+    """The last 60% fall straight to zero: the longer the fall, the better (Hägele et al. 2024; Bergsma et al. 2025)."""
+    return max(1, round(0.6 * steps))

@@ -1,0 +1,125 @@
+"""One training step, on one process or many: micro-batches forward and backward, the sum over ranks, the optimizers.
+
+    stepper = Stepper(model, source, plan, ranks, device)
+    heard = stepper.step(0)         # launched, not awaited
+    loss, norm = heard.wait()       # mean nats per counted token over all ranks, √Σ g²
+
+On a GPU forward and backward are compiled into one graph each and run in bf16 over fp32 masters. A step's two numbers come
+back by an event of their own: asking for them does not wait for the step that was launched after it.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from personaxis.persona.errors import KnownError
+from personaxis.persona.ranks import Ranks
+from personaxis.training.dial import Plan
+from personaxis.training.gpt import GPT
+from personaxis.training.optimizers import Optimizer
+from personaxis.training.source import Rows, Source
+from personaxis.training.world import summed, wait_for
+
+# cuDNN's is the fastest on Hopper; what it does not take goes on to the next
+ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+@dataclass(frozen=True)
+class Heard:
+    """The numbers of a step, on their way."""
+
+    numbers: Tensor
+    event: Any
+
+    def wait(self) -> tuple[float, float]:
+        """Mean loss in nats and the norm of the gradient."""
+        if self.event is not None:
+            self.event.synchronize()
+        loss, squares = self.numbers.tolist()
+        return loss, squares**0.5
+
+
+class Stepper:
+    """What does steps. The model must be on `device`; its parameters become views of the optimizer's buffers.
+
+    Raises `KnownError` where the ranks cannot share a step's rows evenly.
+    """
+
+    def __init__(self, model: GPT, source: Source, plan: Plan, ranks: Ranks, device: torch.device) -> None:
+        self.model, self.source, self.plan, self.ranks, self.device = model, source, plan, ranks, device
+        self.share, self.micro_batch = shares(source.rows, plan.micro_batch, ranks.world)
+        self.optimizer = Optimizer(model, ranks)
+        cuda = device.type == "cuda"
+        self.forward = torch.compile(model, dynamic=False) if cuda else model
+
+    def step(self, number: int) -> Heard:
+        """Do step `number`, 0-based."""
+        counted = self.source.counted(number)
+        total = torch.zeros((), device=self.device)
+        with sdpa_kernel(ATTENTION, set_priority=True):
+            for rows in self._micro_batches(number):
+                loss = self.forward(rows.ids, rows.targets, None, rows.documents)
+                (loss / counted).backward()
+                total += loss.detach()
+        squares = self.optimizer.step(self.plan.rates_at(number))
+        return self._heard(summed(torch.stack([total / counted, squares]), self.ranks))
+
+    def speed(self, steps: int = 3) -> float:
+        """Compile, and measure tokens a second over some steps; the model and the optimizer are spoiled by it."""
+        self.step(0)
+        self.step(0)
+        wait_for(self.device)
+        start = time.monotonic()
+        for _ in range(steps):
+            self.step(0)
+        wait_for(self.device)
+        seconds = torch.tensor([(time.monotonic() - start) / steps], device=self.device)
+        mean = summed(seconds, self.ranks).item() / self.ranks.world  # one number on all ranks: it decides the plan
+        return self.source.rows * self.source.context / mean
+
+    def out_of_memory(self) -> KnownError:
+        """What to do about it."""
+        rows, context = self.micro_batch, self.plan.shape.context
+        if rows > 1:
+            fewer = max(n for n in range(1, rows) if self.share % n == 0)
+            hint = f"give --micro-batch {fewer}; the result is the same"
+        elif not self.model.checkpointing:
+            hint = "give --recompute, which takes a third longer; the result is the same"
+        else:
+            hint = f"give a --context below {context} or a lower --depth"
+        return KnownError(f"out of memory with {rows} rows of {context:,} tokens at once: {hint}")
+
+    def _micro_batches(self, number: int) -> Iterator[Rows]:
+        first = self.ranks.rank * self.share
+        for start in range(first, first + self.share, self.micro_batch):
+            rows = self.source.rows_at(number, start, self.micro_batch)
+            yield Rows(*(None if part is None else self._moved(part) for part in rows))
+
+    def _moved(self, part: Tensor) -> Tensor:
+        if self.device.type == "cuda":
+            return part.pin_memory().to(self.device, non_blocking=True)
+        return part.to(self.device)
+
+    def _heard(self, numbers: Tensor) -> Heard:
+        if self.device.type != "cuda":
+            return Heard(numbers, None)
+        here = torch.empty(2, pin_memory=True)
+        here.copy_(numbers, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return Heard(here, event)
+
+
+def shares(rows: int, micro_batch: int, world: int) -> tuple[int, int]:
+    """Rows of one rank, and how many of them at once: the largest divisor that is not above the plan's."""
+    if rows % world:
+        raise KnownError(
+            f"the {rows} rows of a step cannot be shared evenly by {world} processes; start as many as divide {rows}"
+        )
+    share = rows // world
+    return share, max(n for n in range(1, share + 1) if share % n == 0 and n <= max(micro_batch, 1))

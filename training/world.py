@@ -1,0 +1,45 @@
+"""The processes of a training run and the device of each: torchrun gives their places, NCCL or gloo carries what they share."""
+
+import torch
+from torch import Tensor
+
+from personaxis.persona.errors import KnownError
+from personaxis.persona.ranks import Ranks
+
+
+def join(ranks: Ranks, device: str | None = None) -> torch.device:
+    """This process's device: its own GPU if there is one; with several processes they are made one group.
+
+    Raises `KnownError` where a host has fewer GPUs than processes.
+    """
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if chosen.type == "cuda":
+        if ranks.local >= torch.cuda.device_count():
+            raise KnownError(
+                f"process {ranks.local} of this host has no GPU of its own: there are {torch.cuda.device_count()}; "
+                "give torchrun --nproc-per-node as many"
+            )
+        chosen = torch.device("cuda", ranks.local)
+        torch.cuda.set_device(chosen)
+    if ranks.world > 1:
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            both = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+            dist.init_process_group(both, device_id=chosen if chosen.type == "cuda" else None)
+    return chosen
+
+
+def summed(x: Tensor, ranks: Ranks) -> Tensor:
+    """x, in place the sum of all ranks' x."""
+    if ranks.world > 1:
+        import torch.distributed as dist
+
+        dist.all_reduce(x)
+    return x
+
+
+def wait_for(device: torch.device) -> None:
+    """Until the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
