@@ -228,7 +228,7 @@ def test_a_weight_is_times_or_a_share_and_a_bare_number_is_refused(tmp_path):
     (tmp_path / "a=2x").mkdir()
     assert part_of(str(tmp_path / "a=2x")).times == 1.0
     for asked in ("a.jsonl=0.3", "a.jsonl=0x", "a.jsonl=101%"):
-        with pytest.raises(KnownError, match="--data a.jsonl="):
+        with pytest.raises(KnownError, match=r"--data a\.jsonl="):
             part_of(asked)
 
 

@@ -45,7 +45,7 @@ def pack(lengths: Sequence[int] | Array, order: Iterable[int], context: int) -> 
             rows.append([])
             if len(open) == OPEN:
                 open.pop(0)
-        rows[row].append(int(number))
+        rows[row].append(number)
         if room > length:
             insort(open, (room - length, row))
     return rows
@@ -85,18 +85,10 @@ class ChatSource:
             raise ValueError(f"a conversation of {train.lengths.max()} tokens does not fit into a row of {context}")
         self.train, self.pad, self.seed = train, pad, seed
         self.times = np.ones(len(train)) if times is None else times
-        self._context, self._rows = context, rows
+        self.context, self.rows = context, rows
         self._offset = _offsets(self.times, np.random.default_rng([seed, 0]))
         self._firsts = [0]  # row at which each epoch begins
         self._epochs: OrderedDict[int, Epoch] = OrderedDict()
-
-    @property
-    def context(self) -> int:
-        return self._context
-
-    @property
-    def rows(self) -> int:
-        return self._rows
 
     def rows_at(self, step: int, first: int, count: int) -> Rows:
         shape = (count, self.context)
@@ -116,7 +108,7 @@ class ChatSource:
     def counted(self, step: int) -> int:
         return sum(self._row(step * self.rows + place)[1] for place in range(self.rows))
 
-    def rows_in(self, epochs: float) -> int:
+    def rows_in(self, epochs: int | float) -> int:
         """Rows of the first so many epochs, a part of one counted as part of its rows."""
         whole = int(epochs)
         self._reach(whole)
@@ -154,7 +146,7 @@ class ChatSource:
         drawn = np.random.default_rng([self.seed, 1 + number])
         copies = np.floor(self.times * (number + 1) + self._offset) - np.floor(self.times * number + self._offset)
         order = drawn.permutation(np.repeat(np.arange(len(self.train)), copies.astype(int)))
-        packed = pack(self.train.lengths, order, self.context)
+        packed = pack(self.train.lengths, order.tolist(), self.context)
         rows = [packed[place] for place in drawn.permutation(len(packed))]
         counted = np.array([self.train.counted[row].sum() for row in rows], np.int64)
         return Epoch(rows, int(self.train.lengths[order].sum()), counted)
