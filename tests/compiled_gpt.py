@@ -21,7 +21,8 @@ def main(device: str) -> None:
         for model in (plain, compiled):
             model(ids[:, :-1], ids[:, 1:], documents=packed).backward()
         for one, two in zip(plain.parameters(), traced.parameters(), strict=True):
-            torch.testing.assert_close(one.grad, two.grad, rtol=1e-3, atol=1e-3)
+            # by norm: on a GPU products may be TF32, and single entries of a sum that cancels are off by more
+            assert (one.grad - two.grad).norm() < 5e-3 * one.grad.norm(), one.shape
     print("one graph, the same gradients")
 
 

@@ -45,6 +45,8 @@ class Tuning:
 
     context: int | None = None
     "tokens that the model sees at once"
+    batch: int | None = None
+    "tokens of a step, over all GPUs; rates follow it"
     rate_scale: float = 1.0
     "all rates times this"
     micro_batch: int | None = None

@@ -1,8 +1,8 @@
 """A base model from a corpus: tokenizer, tokens, plan, steps, model folder. `train base` in one call.
 
-    train_base(BaseAsked(depth=12, out=Path("runs/books"), texts=Texts(corpus=Path("books")), length=Length(minutes=3)))
+train_base(BaseAsked(depth=12, out=Path("runs/books"), texts=Texts(corpus=Path("books")), length=Length(minutes=3)))
 
-    RUN/run.json  tokenizer/  tokens/  metrics.jsonl  samples.jsonl  checkpoints/step-*/  model/  report.html
+RUN/run.json  tokenizer/  tokens/  metrics.jsonl  samples.jsonl  checkpoints/step-*/  model/  report.html
 """
 
 from contextlib import ExitStack
@@ -64,7 +64,9 @@ def _prepare(asked: BaseAsked) -> None:
     finished = (folder / "tokens.json").is_file()
     if texts.corpus is None:
         if not finished:
-            raise KnownError("--corpus PATH is missing: what shall it be trained on? (or --token-folder with finished tokens)")
+            raise KnownError(
+                "--corpus PATH is missing: what shall it be trained on? (or --token-folder with finished tokens)"
+            )
         if not (tokenizer / TOKENIZER).is_file():
             raise KnownError("--tokenizer FOLDER is missing: the one that the tokens were made with")
         return
@@ -91,6 +93,7 @@ def _facts(asked: BaseAsked, tokens: Tokens) -> dict[str, Any]:
         "stage": "base",
         "depth": asked.depth,
         "context": asked.tuning.context,
+        "batch": asked.tuning.batch,
         "tokens": asked.length.tokens,
         "minutes": asked.length.minutes,
         "rate_scale": asked.tuning.rate_scale,
@@ -105,7 +108,7 @@ def _first_plan(asked: BaseAsked, tokens: Tokens, place: Ranks, device: torch.de
     tuning = asked.tuning
     if not 0 < tuning.rate_scale < 100:
         raise KnownError(f"--rate-scale {tuning.rate_scale} is no factor for rates (1 leaves them as they are)")
-    plan = plan_of(
+    return plan_of(
         asked.depth,
         vocabulary=tokens.vocabulary,
         context=tuning.context,
@@ -113,8 +116,8 @@ def _first_plan(asked: BaseAsked, tokens: Tokens, place: Ranks, device: torch.de
         minutes=asked.length.minutes,
         chip=chip_of(device),
         gpus=place.world,
+        batch=tuning.batch,
     )
-    return plan
 
 
 def _train(asked: BaseAsked, run: Run, tokens: Tokens, place: Ranks, device: torch.device) -> dict[str, Any] | None:
@@ -162,7 +165,9 @@ def _say_plan(plan: Plan, tokens: Tokens, place: Ranks) -> None:
     if place.rank == 0:
         shape = plan.shape
         say(f"depth {shape.depth}, width {shape.width}: {shape.parameters / 1e6:,.1f} M parameters")
-        say(f"{plan.tokens:,} tokens in {plan.steps:,} steps of {plan.batch:,}: {repeats(plan.tokens, len(tokens.train))}")
+        say(
+            f"{plan.tokens:,} tokens in {plan.steps:,} steps of {plan.batch:,}: {repeats(plan.tokens, len(tokens.train))}"
+        )
 
 
 def _loop(asked: BaseAsked, stepper: Stepper, tokens: Tokens, stack: ExitStack) -> Loop:
@@ -198,5 +203,3 @@ def _loop(asked: BaseAsked, stepper: Stepper, tokens: Tokens, stack: ExitStack) 
     facts = {"tokenizer": digest(folder / TOKENIZER), "asked": _facts(asked, tokens)}
     keep_all = asked.tuning.keep == "log"
     return Loop(asked.out, stepper, folder, initialise, evaluate, write, cut, facts, keep_all)
-
-

@@ -1,7 +1,6 @@
 """The verb `train base`: a corpus in, a model folder out."""
 
 from pathlib import Path
-
 from typing import Any
 
 from rich.table import Table

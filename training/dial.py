@@ -292,11 +292,13 @@ def plan_of(
     gpus: int = 1,
     share_of_peak: float = 0.45,
     speed: float | None = None,
+    batch: int | None = None,
 ) -> Plan:
     """Derive a run: for the compute-optimal horizon, or for `tokens`, or for what `minutes` hold at a share of the peak.
 
     `speed` is in tokens a second of all chips, where it has been measured. Batch, steps, rates, decay and schedule follow
-    the horizon, whichever gave it. Raises `KnownError` for what makes no run.
+    the horizon, whichever gave it; `batch` is in tokens, whole sequences for every GPU. Raises `KnownError` for what
+    makes no run.
     """
     shape = shape_at(depth, vocabulary, context)
     if tokens is not None and minutes is not None:
@@ -313,7 +315,10 @@ def plan_of(
         if not 0 < minutes < math.inf:
             raise KnownError(f"--minutes {minutes} is no time to train in")
         asked, horizon = int(60 * minutes * speed), f"what {minutes:g} minutes hold"
-    batch = batch_for(max(asked, 1), shape.context, gpus)
+    batch = batch_for(max(asked, 1), shape.context, gpus) if batch is None else batch
+    if batch < 1 or batch % (shape.context * gpus):
+        unit = shape.context * gpus
+        raise KnownError(f"--batch {batch}: give a multiple of {unit:,} tokens, one sequence for every GPU")
     if asked < batch:
         raise KnownError(
             f"{asked:,} tokens are less than one batch of {batch:,}; train for longer, or with a shorter --context"

@@ -224,11 +224,15 @@ def document_mask(documents: Int[Tensor, "B T"]) -> Any:
     if documents.is_cuda:
         from torch.nn.attention.flex_attention import create_block_mask
 
-        def visible(b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return (q >= k) & (documents[b, q] == documents[b, k])
-
         rows, length = documents.shape
-        return create_block_mask(visible, rows, None, length, length, device=str(documents.device))
+        return create_block_mask(
+            lambda b, _h, q, k: (q >= k) & (documents[b, q] == documents[b, k]),
+            rows,
+            None,
+            length,
+            length,
+            device=str(documents.device),
+        )
     same = documents[:, None, :, None] == documents[:, None, None, :]  # (B, 1, T, T)
     return same.tril()
 

@@ -99,8 +99,12 @@ class Loop:
                 if waiting is not None:
                     self._hear(*waiting)
                 waiting = number + 1, heard
-                if self._pauses_at(number + 1):
+                if heard.event is None:  # on a CPU it is there already
                     self._hear(*waiting)
+                    waiting = None
+                if self._pauses_at(number + 1):
+                    if waiting is not None:
+                        self._hear(*waiting)
                     waiting = None
                     self._pause(number + 1)
         return start

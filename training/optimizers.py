@@ -154,8 +154,9 @@ class Optimizer:
     def _step_matrices(self, number: int, bucket: Bucket, rates: Rates) -> None:
         momentum = self._state[f"momentum/{number}"]
         values, gradients = (x.view(momentum.shape) for x in (bucket.my_values, bucket.my_gradients))
-        numbers = (torch.tensor(x) for x in (rates.matrix, rates.decay, rates.momentum))
-        self._muon(values, gradients, momentum, self._state[f"lengths/{number}"], *numbers, dtype=self._dtype)
+        rate, decay, inertia = (torch.tensor(x) for x in (rates.matrix, rates.decay, rates.momentum))
+        lengths = self._state[f"lengths/{number}"]
+        self._muon(values, gradients, momentum, lengths, rate, decay, inertia, self._dtype)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that is needed to go on, by parameter, on the CPU. All ranks must call it."""

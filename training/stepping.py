@@ -98,7 +98,8 @@ class Stepper:
         first = self.ranks.rank * self.share
         for start in range(first, first + self.share, self.micro_batch):
             rows = self.source.rows_at(number, start, self.micro_batch)
-            yield Rows(*(None if part is None else self._moved(part) for part in rows))
+            documents = None if rows.documents is None else self._moved(rows.documents)
+            yield Rows(self._moved(rows.ids), self._moved(rows.targets), documents)
 
     def _moved(self, part: Tensor) -> Tensor:
         if self.device.type == "cuda":

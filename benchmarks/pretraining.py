@@ -1,0 +1,109 @@
+"""Rates, batch and speed of pretraining, arm beside arm in one process.
+
+    python benchmarks/pretraining.py TOKENS TOKENIZER --depth 12 --tokens 20000000 --arm matrix=2,others=2 --arm batch=131072
+
+An arm is what differs from the dial: batch (tokens), matrix, others, decay, second (factors of what the dial says; others are the
+rates of embedding, head and gains), tokens. Every arm starts from the same weights and reads the same text in the same
+order. Printed: bits per byte of the held-out text, tokens/s, the share of the chip's peak.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from personaxis.persona.ranks import Ranks
+from personaxis.training.batches import Batches
+from personaxis.training.chips import chip_of
+from personaxis.training.dial import Plan, plan_of, utilisation
+from personaxis.training.evaluate import fit_of
+from personaxis.training.gpt import GPT
+from personaxis.training.source import BooksSource
+from personaxis.training.stepping import Stepper, shares
+from personaxis.training.tokenizer import load_tokenizer, token_bytes
+from personaxis.training.tokens import open_tokens
+from personaxis.training.world import join, wait_for
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("token_folder", type=Path)
+    parser.add_argument("tokenizer", type=Path)
+    parser.add_argument("--depth", type=int, default=12)
+    parser.add_argument("--tokens", type=int, default=20_000_000)
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--micro-batch", type=int)
+    parser.add_argument("--arm", action="append", default=None)
+    parser.add_argument("--out", type=Path)
+    asked = parser.parse_args()
+    tokens = open_tokens(asked.token_folder, asked.tokenizer)
+    device, ranks = join(Ranks()), Ranks()
+    lengths = torch.from_numpy(token_bytes(load_tokenizer(asked.tokenizer))).to(device)
+    stepper = None
+    for text in asked.arm or [""]:
+        arm = {name: float(value) for name, value in (part.split("=") for part in text.split(",") if part)}
+        plan = plan_for(asked, arm, tokens.vocabulary, device)
+        source = BooksSource(Batches(tokens.train, plan.shape.context, plan.batch // plan.shape.context))
+        if stepper is None:
+            compute = torch.bfloat16 if device.type == "cuda" else torch.float32
+            model = GPT(plan.shape, compute=compute, checkpointing=plan.checkpointing).initialise(0).to(device)
+            stepper = Stepper(model, source, plan, ranks, device)
+        stepper.plan, stepper.source = plan, source
+        stepper.share, stepper.micro_batch = shares(source.rows, plan.micro_batch, 1)
+        row = measured(stepper)
+        fit = fit_of(stepper.model, tokens.held_out, lengths, plan.shape.context, min(16, stepper.micro_batch))
+        row = {"arm": text, "bits_per_byte": round(fit.bits_per_byte, 4), **row}
+        print(json.dumps(row), flush=True)
+        if asked.out:
+            with asked.out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def plan_for(asked: argparse.Namespace, arm: dict[str, float], vocabulary: int, device: torch.device) -> Plan:
+    """The dial's plan with an arm's changes."""
+    batch = int(arm.get("batch", asked.batch or 0)) or None
+    tokens = int(arm.get("tokens", asked.tokens))
+    plan = plan_of(asked.depth, vocabulary=vocabulary, tokens=tokens, chip=chip_of(device), batch=batch)
+    others = arm.get("others", 1.0)
+    return replace(
+        plan,
+        micro_batch=asked.micro_batch or plan.micro_batch,
+        matrix_rate=plan.matrix_rate * arm.get("matrix", 1.0),
+        embedding_rate=plan.embedding_rate * others * arm.get("embedding", 1.0),
+        head_rate=plan.head_rate * others * arm.get("head", 1.0),
+        gain_rate=plan.gain_rate * others,
+        weight_decay=plan.weight_decay * arm.get("decay", 1.0),
+        second=plan.second ** (1 / arm.get("second", 1.0)),
+    )
+
+
+def measured(stepper: Stepper) -> dict[str, float | int]:
+    """One run from fresh weights: its speed, the last losses."""
+    plan = stepper.plan
+    stepper.speed(1)  # compiles
+    stepper.model.initialise(0)
+    stepper.optimizer.forget()
+    wait_for(stepper.device)
+    start = time.monotonic()
+    heard = [stepper.step(number) for number in range(plan.steps)]
+    wait_for(stepper.device)
+    seconds = time.monotonic() - start
+    losses = [one.wait()[0] for one in heard]
+    speed = plan.tokens / seconds
+    memory = torch.cuda.max_memory_allocated() if stepper.device.type == "cuda" else 0
+    return {
+        "steps": plan.steps,
+        "batch": plan.batch,
+        "seconds": round(seconds, 2),
+        "tokens_a_second": round(speed),
+        "utilisation": round(utilisation(speed, plan.shape, plan.chip), 4),
+        "last_losses": round(sum(losses[-10:]) / len(losses[-10:]), 4),
+        "gigabytes": round(memory / 1e9, 1),
+    }
+
+
+if __name__ == "__main__":
+    main()
