@@ -274,21 +274,25 @@ def test_the_same_data_twice_is_refused(tmp_path):
 def test_no_question_is_on_both_sides_whoever_answers_it(tmp_path):
     rows = [{"persona": one, "question": f"{i}?", "answer": "I."} for one in ("witty", "caring") for i in range(100)]
     one, two = write(tmp_path / "one.jsonl", rows), write(tmp_path / "two.jsonl", rows[:50])
-    train, held = split(read_parts([str(one), str(two)], Faults()), 0.1)
+    sides = split(read_parts([str(one), str(two)], Faults()), 0.1)
+    train, held = sides.train, sides.held
     assert [len(a) + len(b) for a, b in zip(train, held, strict=True)] == [200, 50]
     asked = [{one.question for part in side for one in part} for side in (train, held)]
     assert not asked[0] & asked[1]
     assert 20 <= len(held[0]) <= 32
-    assert split(read_parts([str(one), str(two)], Faults()), 0.1) == (train, held)
+    assert asked[1] == sides.questions
+    assert split(read_parts([str(one), str(two)], Faults()), 0.1) == sides
 
 
 def test_held_out_roles_are_tuned_on_nowhere_and_are_a_source_of_their_own(tmp_path):
     rows = [{"persona": one, "question": f"{i}?", "answer": "I."} for one in ("witty", "caring") for i in range(10)]
     parts = read_parts([str(write(tmp_path / "a.jsonl", rows))], Faults())
-    train, held = split(parts, 0.1, ["witty"])
-    assert {one.style for one in train[0]} == {"caring"}
-    assert sum(one.source == "a, held-out roles" for one in held[0]) == 10
-    assert len(train[0]) == 9
+    sides = split(parts, 0.1, ["witty"])
+    assert {one.style for one in sides.train[0]} == {"caring"}
+    assert sum(one.source == "a, held-out roles" for one in sides.held[0]) == 10
+    assert len(sides.train[0]) == 9
+    assert sorted(one.style for one in sides.unmet) == ["caring", "witty"]
+    assert {one.style for one in sides.of_held_out_roles} == {"witty"}
     with pytest.raises(
         KnownError, match="--held-out-roles pirate is no role or persona of the data; there are caring, witty"
     ):

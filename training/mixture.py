@@ -1,7 +1,7 @@
 """Several sources of conversations in one: how often each is read, and which conversations are held out.
 
     parts = read_parts(["chats.jsonl", "roles.jsonl=2x", "runs/smollm2-135m=30%"], faults)
-    train, held_out = split(parts, 0.02)
+    sides = split(parts, 0.02)                        # sides.train, sides.held: lists of conversations, by part
     times_of(parts, (800_000, 90_000, 500_000))       # (1.0, 2.0, 0.84): 30% of the answers' tokens come from the third
 
 `=2x` is how many times an epoch reads a source; 0.5x reads another half of it in every epoch. `=30%` is its share of the
@@ -94,9 +94,26 @@ def read_parts(
     return read
 
 
-def split(
-    parts: Sequence[Part], share: float, apart: Sequence[str] = ()
-) -> tuple[list[list[Conversation]], list[list[Conversation]]]:
+@dataclass(frozen=True)
+class Sides:
+    """Conversations by part, and the questions that are held out."""
+
+    train: list[list[Conversation]]
+    held: list[list[Conversation]]
+    questions: frozenset[str]
+
+    @property
+    def unmet(self) -> list[Conversation]:
+        """Held-out conversations whose question no role answers in training."""
+        return [one for part in self.held for one in part if one.question in self.questions]
+
+    @property
+    def of_held_out_roles(self) -> list[Conversation]:
+        """What held-out roles say to questions that others answer in training."""
+        return [one for part in self.held for one in part if one.question not in self.questions]
+
+
+def split(parts: Sequence[Part], share: float, apart: Sequence[str] = ()) -> Sides:
     """Each part's conversations to train on, and those that are held out.
 
     Held out are whole questions (what the user says in all turns), by the hash of their words: those of each part until
@@ -110,11 +127,11 @@ def split(
     if unknown:
         some = ", ".join(sorted(styles - {""})[:8]) or "none"
         raise KnownError(f"--held-out-roles {unknown[0]} is no role or persona of the data; there are {some}")
-    questions = {
+    questions = frozenset(
         question
         for part in parts
         for question in _held_questions([one for one in part.conversations if one.style not in apart], share)
-    }
+    )
     train: list[list[Conversation]] = []
     held: list[list[Conversation]] = []
     for part in parts:
@@ -126,7 +143,7 @@ def split(
     if not any(train) or not any(held):
         side = "held out" if not any(held) else "left to train on"
         raise KnownError(f"no conversation is {side}: there are too few different questions; give more conversations")
-    return train, held
+    return Sides(train, held, questions)
 
 
 def _held_questions(conversations: Sequence[Conversation], share: float) -> set[str]:
