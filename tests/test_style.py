@@ -13,7 +13,7 @@ from personaxis.training import held_out as held_out_module
 from personaxis.training.chat_tokens import encoded
 from personaxis.training.conversations import Conversation, Faults
 from personaxis.training.held_out import HeldOut, interval
-from personaxis.training.replies import before_answer, one_of_each
+from personaxis.training.replies import before_answer, one_of_each, replied
 from personaxis.training.style import Answer, compare, measures, recogniser_of
 
 WORDS = {
@@ -192,3 +192,18 @@ def test_questions_are_shared_out_evenly_over_the_styles():
 def test_the_last_answer_is_what_is_asked_for():
     one = conversation(turns("a?", "b", "c?", "d", "e?", system="s"))
     assert before_answer(one) == list(one.messages[:4])
+
+
+def test_samples_are_what_each_prompt_alone_would_be_given(encoder):  # noqa: F811
+    """The likeliest tokens, to compare: at a low temperature draws are no draws."""
+    model = lively(replace(SHAPE, vocabulary=320))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(100)
+    prompts = [list(range(5, 5 + length)) for length in (3, 9, 5)]
+    found = replied(model, prompts, 12, end=-1)
+    for prompt, ids in zip(prompts, found, strict=True):
+        assert ids == model.continued(torch.tensor([prompt]), 12)[0, len(prompt) :].tolist()
+    cut = replied(model, prompts, 12, end=found[1][4])
+    assert cut[1] == found[1][: found[1].index(found[1][4])]
+    assert len(replied(model, [list(range(100))], 12, end=-1)[0]) == 12
+    assert replied(model, [], 12, end=-1) == []

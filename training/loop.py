@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -38,6 +38,7 @@ EVERY = 600.0  # seconds between checkpoints that are not for keeps
 EVALUATIONS = 10  # over a run, the last one not counted
 
 
+@runtime_checkable
 class Meter(Protocol):
     """Where numbers go: a row of metrics.jsonl."""
 

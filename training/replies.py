@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from personaxis.persona.chat import chat_format
+from personaxis.persona.progress import say
 from personaxis.persona.rollouts import seed_of, spread
 from personaxis.persona.sampler import Prompt, Sampler, Sampling
 from personaxis.persona.store import append_lines, read_lines
@@ -22,10 +23,11 @@ from personaxis.training.conversations import Conversation
 from personaxis.training.corpus import share_of
 from personaxis.training.gpt import GPT
 from personaxis.training.meters import cut_after
-from personaxis.training.samples import LENGTH, PROMPTS, SAMPLES, sample_texts
+from personaxis.training.samples import LENGTH, PROMPTS, SAMPLES, TEMPERATURE
 from personaxis.training.style import Answer, compare, recogniser_of
+from personaxis.training.tokenizer import END
 
-LONGEST = 192  # tokens of an answer whose style is looked at
+LONGEST = 192  # tokens of an answer whose style is looked at, and never more than a quarter of the context
 CHUNK = 64  # answers that are generated at once
 
 
@@ -37,17 +39,17 @@ class Replies:
         self.asked = one_of_each(conversations, PROMPTS)
         self._written = {row["step"] for row in read_lines(self.path)}
 
-    def write(self, model: GPT, step: int, length: int = LENGTH) -> None:
+    def write(self, model: GPT, step: int) -> None:
         """Answer the same few prompts with the same draws as ever; nothing where this step's answers are there."""
         if step in self._written:
             return
+        length = min(LENGTH, model.shape.context // 4)
+        fronts = [before_answer(one) for one in self.asked]
+        written = replied(model, [self.encoder.prompt(front) for front in fronts], length, self.encoder.marks[END])
         rows = []
-        for one in self.asked:
-            front = before_answer(one)
-            prompt, generator = self.encoder.prompt(front), torch.Generator().manual_seed(0)
-            text = sample_texts(model, self.encoder.tokenizer, [prompt], length, generator)[0][1]
+        for front, ids in zip(fronts, written, strict=True):
             said = "\n".join(f"{message['role']}: {message['content']}" for message in front)
-            rows.append({"step": step, "prompt": said, "text": text})
+            rows.append({"step": step, "prompt": said, "text": self.encoder.tokenizer.decode(ids)})
         append_lines(self.path, rows, sync=False)
         self._written.add(step)
 
@@ -55,6 +57,33 @@ class Replies:
         """Forget later steps: the run goes on from this one."""
         cut_after(self.path, step)
         self._written = {row["step"] for row in read_lines(self.path)}
+
+
+@torch.no_grad()
+def replied(model: GPT, prompts: Sequence[Sequence[int]], length: int, end: int) -> list[list[int]]:
+    """At most `length` more ids of each prompt, up to `end`, by draws that are the same at every step and on every device.
+
+    Rows grow at their own ends, and what is behind those no token sees. Without a cache: for samples, not serving.
+    """
+    if not prompts:
+        return []
+    prompts = [prompt[-(model.shape.context - length) :] for prompt in prompts]
+    ends = torch.tensor([len(prompt) for prompt in prompts])  # on the CPU
+    ids = torch.zeros(len(prompts), int(ends.max()) + length, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = torch.tensor(prompt)
+    starts, rows, generator = ends.clone(), torch.arange(len(prompts)), torch.Generator().manual_seed(0)
+    ended = torch.zeros(len(prompts), dtype=torch.bool)
+    for _ in range(length):
+        h = model.residuals(ids[:, : int(ends.max())].to(model.lm_head.weight.device))[rows, ends - 1]  # (B, D)
+        logits = model.lm_head(h).float().cpu()  # (B, V)
+        new = torch.multinomial((logits / TEMPERATURE).softmax(-1), 1, generator=generator)[:, 0]
+        ended |= new == end
+        ids[rows, ends] = new
+        ends = torch.where(ended, ends, ends + 1)
+        if ended.all():
+            break
+    return [ids[row, starts[row] : ends[row]].tolist() for row in range(len(prompts))]
 
 
 def before_answer(one: Conversation) -> list[dict[str, str]]:
@@ -89,9 +118,12 @@ def style_of(
     The classifier learns from the conversations in training and from what held-out roles say to questions of theirs.
     """
     context = data.source.context
-    length = min(LONGEST, context // 2)
+    length = min(LONGEST, context // 4)
     fits = [one for one in data.sides.unmet if len(encoder.prompt(before_answer(one))) + length <= context]
     chosen = one_of_each(fits, count)
+    if not chosen:
+        say(f"no style to look at: no held-out question leaves {length} tokens of the context for an answer")
+        models = {}
     recogniser = recogniser_of([*data.train, *data.sides.of_held_out_roles])
     answers = {"teacher": [_answer(one, one.answers[-1], True) for one in chosen]}
     for who, folder in models.items():
