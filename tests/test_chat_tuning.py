@@ -57,7 +57,7 @@ def refused(capsys, *arguments):
 @pytest.fixture(scope="module")
 def tuned(base, data, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "tuned"
-    tune(base, out, "--epochs", "3", "--rate-scale", "3", data=[data])
+    tune(base, out, "--epochs", "2", "--rate-scale", "5", data=[data])
     return out
 
 
@@ -72,7 +72,7 @@ def test_tuning_learns_the_answers_and_leaves_a_model_folder(base, tuned):
     assert after["all"]["conversations"] == found["data"]["held_out"] >= 6
     assert found["kind"] == "training"
     assert found["parent"]["sha256"] == parent_of(base).weights
-    assert found["result"]["epochs"] == pytest.approx(3, abs=0.2)
+    assert found["result"]["epochs"] == pytest.approx(2, abs=0.2)
     model = load_exported(tuned / "model")
     assert model.shape == TINY
     assert not torch.equal(model.lm_head.weight, load_exported(base).lm_head.weight)
@@ -108,7 +108,7 @@ def test_every_step_and_the_style_are_told_of(tuned):
 
 def test_the_same_command_on_a_finished_run_changes_nothing(base, data, tuned, capsys):
     before = {path: path.read_bytes() for path in tuned.rglob("*.jsonl")}
-    tune(base, tuned, "--epochs", "3", "--rate-scale", "3", data=[data])
+    tune(base, tuned, "--epochs", "2", "--rate-scale", "5", data=[data])
     assert {path: path.read_bytes() for path in tuned.rglob("*.jsonl") if "metrics" not in path.name} == {
         path: text for path, text in before.items() if "metrics" not in path.name
     }
@@ -123,16 +123,16 @@ def test_it_goes_on_from_a_checkpoint_to_the_same_numbers(base, data, tuned, tmp
     shutil.rmtree(again / "model")
     shutil.rmtree(checkpoints_in(again)[-1].path)
     assert checkpoints_in(again)[-1].step < len(losses(tuned))
-    tune(base, again, "--epochs", "3", "--rate-scale", "3", data=[data])
+    tune(base, again, "--epochs", "2", "--rate-scale", "5", data=[data])
     assert losses(again) == losses(tuned)
     assert (again / "model" / "model.safetensors").read_bytes() == (tuned / "model" / "model.safetensors").read_bytes()
 
 
 def test_a_run_goes_on_with_nothing_else_than_it_began_with(base, data, tuned, tmp_path, capsys):
     other = write(tmp_path / "other.jsonl", [{"prompt": f"{i}?", "response": "I."} for i in range(9)])
-    common = [base, "--out", tuned, *QUICK, "--rate-scale", "3"]
-    assert "holds a run with epochs 3.0, not 2.0" in refused(capsys, *common, "--data", data, "--epochs", "2")
-    assert "holds a run with data" in refused(capsys, *common, "--data", other, "--epochs", "3")
+    common = [base, "--out", tuned, *QUICK, "--rate-scale", "5"]
+    assert "holds a run with epochs 2.0, not 3.0" in refused(capsys, *common, "--data", data, "--epochs", "3")
+    assert "holds a run with data" in refused(capsys, *common, "--data", other, "--epochs", "2")
 
 
 def test_a_run_of_rollouts_is_data_and_roles_can_be_held_out(base, tmp_path):
@@ -143,6 +143,14 @@ def test_a_run_of_rollouts_is_data_and_roles_can_be_held_out(base, tmp_path):
     assert set(found["result"]["sources"]["after"]) == {"all", "rolled", "rolled, held-out roles"}
     assert found["result"]["sources"]["after"]["rolled, held-out roles"]["conversations"] == 12
     assert found["data"]["train"] + found["data"]["held_out"] == 36
+
+
+def test_minutes_are_kept_at_the_speed_that_is_measured(base, data, tmp_path):
+    tune(base, tmp_path / "run", "--minutes", "0.03", data=[data], style=0)
+    found = read_json(tmp_path / "run" / "run.json")
+    assert found["plan"]["horizon"] == "what 0.03 minutes hold"
+    assert 0.5 < found["plan"]["seconds"] < 2.5
+    assert len(losses(tmp_path / "run")) == found["plan"]["steps"]
 
 
 def test_a_checkpoint_of_a_run_and_a_run_itself_are_bases(tuned, data, tmp_path):

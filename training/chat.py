@@ -34,7 +34,7 @@ from personaxis.training.loop import Loop
 from personaxis.training.meters import Meters, read_metrics
 from personaxis.training.parent import Parent, parent_of
 from personaxis.training.replies import Replies, style_of
-from personaxis.training.stepping import Stepper
+from personaxis.training.stepping import Stepper, shares
 from personaxis.training.world import join
 
 
@@ -93,16 +93,26 @@ def _facts(work: Work) -> dict[str, Any]:
 
 def _first_plan(work: Work) -> Plan:
     """Before a speed is measured."""
-    length, source, chip, gpus = work.asked.length, work.data.source, chip_of(work.device), work.place.world
-    told = source.describe()
+    length, source = work.asked.length, work.data.source
     if length.minutes is not None:
-        rows = estimated_rows(length.minutes, work.parent.shape, chip, gpus)
-        horizon = f"what {length.minutes:g} minutes hold"
-    else:
-        epochs = EPOCHS if length.epochs is None else length.epochs
-        rows, horizon = source.rows_in(epochs), f"{epochs:g} epochs"
-    counted = round(rows * told["counted"] / told["rows"])
-    return chat_plan(work.parent.shape, rows=rows, counted=counted, chip=chip, gpus=gpus, horizon=horizon)
+        rows = estimated_rows(length.minutes, work.parent.shape, chip_of(work.device), work.place.world)
+        return _plan_for(work, rows, f"what {length.minutes:g} minutes hold")
+    epochs = EPOCHS if length.epochs is None else length.epochs
+    return _plan_for(work, source.rows_in(epochs), f"{epochs:g} epochs")
+
+
+def _plan_for(work: Work, rows: int, horizon: str, *, speed: float | None = None, unit: int | None = None) -> Plan:
+    told = work.data.source.describe()
+    return chat_plan(
+        work.parent.shape,
+        rows=rows,
+        counted=round(rows * told["counted"] / told["rows"]),
+        chip=chip_of(work.device),
+        gpus=work.place.world,
+        horizon=horizon,
+        unit=unit,
+        speed=speed,
+    )
 
 
 def _train(work: Work, run: Run) -> dict[str, Any] | None:
@@ -145,20 +155,19 @@ def _timed(work: Work, stepper: Stepper, *, fresh: bool) -> Plan:
             raise stepper.out_of_memory() from None
         if measures and minutes is not None:
             rows = max(source.rows, int(60 * minutes * speed / source.context))
-            told = source.describe()
-            counted = round(rows * told["counted"] / told["rows"])
-            made = chat_plan(
-                plan.shape,
-                rows=rows,
-                counted=counted,
-                chip=plan.chip,
-                gpus=plan.gpus,
-                horizon=plan.horizon,
-                rows_a_step=source.rows,
-                speed=speed,
+            plan = replace(
+                _plan_for(work, rows, plan.horizon, speed=speed, unit=_unit(stepper)),
+                micro_batch=plan.micro_batch,
+                checkpointing=plan.checkpointing,
             )
-            plan = replace(made, micro_batch=plan.micro_batch, checkpointing=plan.checkpointing)
+            source.rows = plan.batch // source.context
+            stepper.share, stepper.micro_batch = shares(source.rows, plan.micro_batch, work.place.world)
     return plan.scaled(work.asked.tuning.rate_scale) if fresh else plan
+
+
+def _unit(stepper: Stepper) -> int:
+    """What the rows of a step must be a multiple of: where a micro-batch is compiled, it stays as it is."""
+    return stepper.ranks.world * (stepper.micro_batch if stepper.device.type == "cuda" else 1)
 
 
 def _copy_tokenizer(work: Work) -> None:

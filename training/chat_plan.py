@@ -30,10 +30,10 @@ def batch_of(counted: int) -> float:
     return min(2**18 * (counted / 1e9) ** 0.383, counted / 400)
 
 
-def rows_of(rows: int, counted: int, gpus: int) -> int:
-    """Rows in a step when `counted` answers' tokens are spread over `rows` rows; as many on every GPU, one at least."""
+def rows_of(rows: int, counted: int, unit: int) -> int:
+    """Rows in a step when `counted` answers' tokens are spread over `rows` rows: a multiple of `unit`, once at least."""
     wanted = batch_of(counted) * rows / counted
-    return max(1, round(wanted / gpus)) * gpus
+    return max(1, round(wanted / unit)) * unit
 
 
 def estimated_rows(minutes: float, shape: Shape, chip: Chip, gpus: int) -> int:
@@ -49,11 +49,11 @@ def chat_plan(
     counted: int,
     chip: Chip = CHIPS["h100"],
     gpus: int = 1,
-    horizon: str = "",
-    rows_a_step: int | None = None,
+    unit: int | None = None,
     speed: float | None = None,
+    horizon: str = "",
 ) -> Plan:
-    """A run over `rows` rows with `counted` answers' tokens in them.
+    """A run over `rows` rows with `counted` answers' tokens in them; a step has a multiple of `unit` rows (`gpus` unless given).
 
     Rates are the dial's for such a batch, times `RELATIVE`; they rise over the usual warm-up, while AdamW's moments, which a
     base model does not hand on, settle, and fall straight to zero from there: a flat part would only read what is repeated
@@ -61,16 +61,16 @@ def chat_plan(
     """
     if rows < 1 or counted < 1:
         raise KnownError("there is nothing to tune on: no row of conversations in so little time or so few epochs")
-    rows_a_step = rows_a_step or rows_of(rows, counted, gpus)
-    steps, batch = max(1, round(rows / rows_a_step)), rows_a_step * shape.context
+    rows_a_step = rows_of(rows, counted, unit or gpus)
+    steps = max(1, round(rows / rows_a_step))
     learned = max(1, round(counted / rows * rows_a_step))  # answers' tokens in a batch
     warmup = warmup_for(steps)
     micro_batch, checkpointing, fits = micro_batch_for(shape, rows_a_step // gpus, chip, gpus)
     plan = Plan(
         shape=shape,
         horizon=horizon,
-        tokens=steps * batch,
-        batch=batch,
+        tokens=steps * rows_a_step * shape.context,
+        batch=rows_a_step * shape.context,
         steps=steps,
         warmup=warmup,
         decay=max(1, steps - warmup),
