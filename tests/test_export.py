@@ -99,7 +99,7 @@ def test_it_is_a_subject_whose_blocks_are_ours(exported):
     model(ids)
     subject.model(ids)
     for one, two in zip(ours, theirs, strict=True):
-        assert (one - two).abs().max() < 1e-5
+        assert (one - two).abs().max() < 1e-6 * max(10, one.abs().max())  # fp32's rounding: residuals here reach 20
 
 
 def test_the_self_test_passes_on_it(exported, capsys):

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from cyclopts import Parameter
 
@@ -53,7 +54,7 @@ class Tuning:
     "rows at once on one GPU; changes memory, not the result"
     recompute: bool = False
     "compute the blocks' insides again in the backward pass: less memory, a third more time"
-    keep: str = "log"
+    keep: Literal["log", "last"] = "log"
     "checkpoints to keep: log (step 0, powers of two, the last) or last"
     seed: int = 0
     "of the first weights and of the order of the text"

@@ -45,8 +45,9 @@ def train_base(asked: BaseAsked) -> dict[str, Any] | None:
     """
     place = ranks()
     with open_run(asked.out, create=True, rank=place.rank) as run:
-        if run.manifest.get("kind", "training") != "training":
+        if run.manifest and run.manifest.get("kind") != "training":
             raise KnownError(f"--out {asked.out} holds a run of another kind; choose another folder")
+        require_sensible(asked)
         device = join(place, asked.device)
         if place.rank == 0:
             _prepare(asked)
@@ -56,6 +57,18 @@ def train_base(asked: BaseAsked) -> dict[str, Any] | None:
             return _train(asked, run, tokens, place, device)
         finally:
             place.close()
+
+
+def require_sensible(asked: BaseAsked) -> None:
+    """What can be said before anything is read."""
+    tuning, length = asked.tuning, asked.length
+    if not 0 < tuning.rate_scale < 100:
+        raise KnownError(f"--rate-scale {tuning.rate_scale} is no factor for rates (1 leaves them as they are)")
+    if tuning.micro_batch is not None and tuning.micro_batch < 1:
+        raise KnownError(f"--micro-batch {tuning.micro_batch}: give 1 row or more")
+    plan_of(
+        asked.depth, context=tuning.context, tokens=length.tokens, minutes=length.minutes, batch=tuning.batch
+    )  # what makes no run
 
 
 def _prepare(asked: BaseAsked) -> None:
@@ -106,8 +119,6 @@ def _facts(asked: BaseAsked, tokens: Tokens) -> dict[str, Any]:
 def _first_plan(asked: BaseAsked, tokens: Tokens, place: Ranks, device: torch.device) -> Plan:
     """From the dial, before a speed is measured."""
     tuning = asked.tuning
-    if not 0 < tuning.rate_scale < 100:
-        raise KnownError(f"--rate-scale {tuning.rate_scale} is no factor for rates (1 leaves them as they are)")
     return plan_of(
         asked.depth,
         vocabulary=tokens.vocabulary,

@@ -116,6 +116,8 @@ class GPT(nn.Module):
         self.embed_tokens = nn.Embedding(
             shape.vocabulary, shape.width, _weight=torch.empty(shape.vocabulary, shape.width)
         )
+        self.turn: Tensor
+        self.register_buffer("turn", rotation(shape), persistent=False)
         self.layers = nn.ModuleList(Block(shape) for _ in range(shape.depth))
         self.norm = Norm(shape.width, shape.eps)
         # Not tied to the embedding: they want scales a thousand times apart at the start (1 and 0.001) and learning
@@ -158,7 +160,8 @@ class GPT(nn.Module):
         if ids.shape[1] > self.shape.context:
             raise ValueError(f"{ids.shape[1]} tokens do not fit into a context of {self.shape.context}")
         h = self.embed_tokens(ids).to(self.compute)  # (B, T, D)
-        turn = rotation(ids.shape[1], self.shape, ids.device)
+        cosine, sine = self.turn.view(torch.float32)[:, : ids.shape[1]]  # (T, 1, W) each
+        turn = cosine, sine
         mask = None if documents is None else document_mask(documents)
         for layer in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
@@ -200,16 +203,17 @@ class GPT(nn.Module):
         return ids
 
 
-def rotation(length: int, shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (T, 1, W) of position / base^(2i/W), in fp32; halves i and i + W/2 turn together.
+def rotation(shape: Shape) -> Tensor:
+    """Cosine and sine (2, T, 1, W) of position / base^(2i/W) for a whole context; halves i and i + W/2 turn together.
 
-    Made anew in every forward, which costs nothing beside it: a buffer would be rounded by `model.bfloat16()`, and bf16
-    cannot tell position 2,047 from 2,048.
+    A table, since a compiler makes cosines anew in every block, for every head: a tenth of a step's time. Given as the
+    int32 with the bits of the fp32 numbers: `model.bfloat16()` rounds every float buffer, and bf16 cannot tell position
+    2,047 from 2,048. On the CPU also where models are made on the meta device: a checkpoint does not hold it.
     """
-    steps = torch.arange(0, shape.head_width, 2, device=device, dtype=torch.float32) / shape.head_width
-    angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] / shape.rope_base**steps  # (T, W/2)
+    steps = torch.arange(0, shape.head_width, 2, device="cpu", dtype=torch.float32) / shape.head_width
+    angles = torch.arange(shape.context, device="cpu", dtype=torch.float32)[:, None] / shape.rope_base**steps
     angles = torch.cat([angles, angles], dim=-1)[:, None]  # (T, 1, W)
-    return angles.cos(), angles.sin()
+    return torch.stack([angles.cos(), angles.sin()]).view(torch.int32)
 
 
 def rotated(x: Float[Tensor, "B T H W"], turn: tuple[Tensor, Tensor]) -> Float[Tensor, "B T H W"]:

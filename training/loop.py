@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 
@@ -36,13 +36,6 @@ from personaxis.training.world import wait_for
 
 EVERY = 600.0  # seconds between checkpoints that are not for keeps
 EVALUATIONS = 10  # over a run, the last one not counted
-
-
-@runtime_checkable
-class Meter(Protocol):
-    """Where numbers go: a row of metrics.jsonl."""
-
-    def __call__(self, row: dict[str, Any]) -> None: ...
 
 
 @dataclass
@@ -71,7 +64,8 @@ class Loop:
     tokenizer: Path
     initialise: Callable[[], None]
     evaluate: Callable[[int], list[dict[str, Any]]]
-    write: Meter
+    write: Callable[[dict[str, Any]], None]
+    "where rows of metrics.jsonl go"
     cut: Callable[[int], None]
     "forget what was written of later steps"
     facts: dict[str, Any] = field(default_factory=dict)

@@ -53,18 +53,20 @@ class _InPieces(torch.autograd.Function):
         wants = ctx.needs_input_grad
         words = head.to(hidden.dtype)  # (V, D)
         total = torch.zeros((), dtype=weights.dtype, device=hidden.device)
-        to_hidden = torch.empty_like(hidden) if wants[0] else None
-        to_head = torch.zeros(head.shape, dtype=weights.dtype, device=head.device) if wants[1] else None
+        pieces, to_head = [], None
+        # nothing is changed in place: compiled by torch 2.11, what backward is given would be as it was before
         for start in range(0, hidden.shape[0], piece):
             part = slice(start, start + piece)
             logits = _product(hidden[part], words.T)  # (P, V)
             losses, gradient = piece_of_loss(logits, targets[part], weights[part])
-            total += losses
+            total = total + losses
             gradient = gradient.to(hidden.dtype)
-            if to_hidden is not None:
-                to_hidden[part] = gradient @ words
-            if to_head is not None:
-                to_head += _product(gradient.T, hidden[part])
+            if wants[0]:
+                pieces.append(gradient @ words)
+            if wants[1]:
+                more = _product(gradient.T, hidden[part])
+                to_head = more if to_head is None else to_head + more
+        to_hidden = torch.cat(pieces) if pieces else None
         ctx.save_for_backward(to_hidden, to_head)
         ctx.dtype = head.dtype
         return total
