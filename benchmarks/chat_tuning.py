@@ -18,7 +18,7 @@ import torch
 from personaxis.persona.ranks import Ranks
 from personaxis.training.chat_asked import Chats
 from personaxis.training.chat_data import ChatData, prepare
-from personaxis.training.chat_plan import chat_plan
+from personaxis.training.chat_plan import chat_plan, peaks_of
 from personaxis.training.chat_tokens import ChatEncoder
 from personaxis.training.checkpoints import Checkpoint, load_weights
 from personaxis.training.chips import chip_of
@@ -70,7 +70,8 @@ def plan_for(
     """The plan with an arm's changes."""
     rows, told = data.source.rows_in(arm.get("epochs", asked.epochs)), data.source.describe()
     counted = round(rows * told["counted"] / told["rows"])
-    plan = chat_plan(parent.shape, rows=rows, counted=counted, chip=chip_of(device))
+    peaks = peaks_of(parent.shape, parent.plan)
+    plan = chat_plan(parent.shape, peaks, rows=rows, counted=counted, chip=chip_of(device))
     if "batch" in arm:  # as if so many times more fitted into a step; rates stay
         wanted = max(1, round(arm["batch"] * plan.batch / parent.shape.context))
         steps = max(1, round(rows / wanted))

@@ -1,7 +1,8 @@
 """`train chat`, end to end on a tiny model: it learns what the assistant says, goes on where it stopped, and refuses plainly."""
 
 import json
-from dataclasses import replace
+import shutil
+from dataclasses import astuple, replace
 
 import pytest
 import torch
@@ -12,13 +13,12 @@ from test_style import said
 
 from personaxis.persona.cli import main
 from personaxis.persona.errors import KnownError
-from personaxis.persona.store import read_json, read_lines
-from personaxis.training.chat_plan import RELATIVE, batch_of, chat_plan, rows_of
+from personaxis.persona.store import read_json, read_lines, write_json
+from personaxis.training.chat_plan import RELATIVE, Peaks, batch_of, chat_plan, peaks_of, rows_of
 from personaxis.training.checkpoints import checkpoints_in
-from personaxis.training.dial import CHIPS
+from personaxis.training.dial import CHIPS, Plan, plan_of, shape_at
 from personaxis.training.export import export, load_exported
 from personaxis.training.parent import parent_of
-from personaxis.training.rates import matrix_rate_for
 
 TINY = replace(SHAPE, vocabulary=320, context=96)
 QUICK = ["--device", "cpu", "--held-share", "0.1"]
@@ -57,7 +57,7 @@ def refused(capsys, *arguments):
 @pytest.fixture(scope="module")
 def tuned(base, data, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "tuned"
-    tune(base, out, "--epochs", "2", "--rate-scale", "5", data=[data])
+    tune(base, out, "--epochs", "2", "--rate-scale", "1", data=[data])
     return out
 
 
@@ -108,7 +108,7 @@ def test_every_step_and_the_style_are_told_of(tuned):
 
 def test_the_same_command_on_a_finished_run_changes_nothing(base, data, tuned, capsys):
     before = {path: path.read_bytes() for path in tuned.rglob("*.jsonl")}
-    tune(base, tuned, "--epochs", "2", "--rate-scale", "5", data=[data])
+    tune(base, tuned, "--epochs", "2", "--rate-scale", "1", data=[data])
     assert {path: path.read_bytes() for path in tuned.rglob("*.jsonl") if "metrics" not in path.name} == {
         path: text for path, text in before.items() if "metrics" not in path.name
     }
@@ -116,21 +116,19 @@ def test_the_same_command_on_a_finished_run_changes_nothing(base, data, tuned, c
 
 
 def test_it_goes_on_from_a_checkpoint_to_the_same_numbers(base, data, tuned, tmp_path):
-    import shutil
-
     again = tmp_path / "again"
     shutil.copytree(tuned, again)
     shutil.rmtree(again / "model")
     shutil.rmtree(checkpoints_in(again)[-1].path)
     assert checkpoints_in(again)[-1].step < len(losses(tuned))
-    tune(base, again, "--epochs", "2", "--rate-scale", "5", data=[data])
+    tune(base, again, "--epochs", "2", "--rate-scale", "1", data=[data])
     assert losses(again) == losses(tuned)
     assert (again / "model" / "model.safetensors").read_bytes() == (tuned / "model" / "model.safetensors").read_bytes()
 
 
 def test_a_run_goes_on_with_nothing_else_than_it_began_with(base, data, tuned, tmp_path, capsys):
     other = write(tmp_path / "other.jsonl", [{"prompt": f"{i}?", "response": "I."} for i in range(9)])
-    common = [base, "--out", tuned, *QUICK, "--rate-scale", "5"]
+    common = [base, "--out", tuned, *QUICK, "--rate-scale", "1"]
     assert "holds a run with epochs 2.0, not 3.0" in refused(capsys, *common, "--data", data, "--epochs", "3")
     assert "holds a run with data" in refused(capsys, *common, "--data", other, "--epochs", "2")
 
@@ -189,19 +187,38 @@ def test_wrong_options_are_refused_in_one_line(base, data, tmp_path, capsys):
 # The plan
 
 
+PEAKS = Peaks(0.01, 0.1, 0.004, 0.002)
+
+
 def plan(rows=2000, counted=1_000_000, **how):
-    return chat_plan(TINY, rows=rows, counted=counted, chip=CHIPS["h100"], **how)
+    return chat_plan(TINY, PEAKS, rows=rows, counted=counted, chip=CHIPS["h100"], **how)
 
 
-def test_batch_and_rates_follow_the_answers_tokens():
+def test_the_batch_follows_the_answers_tokens_and_the_rates_the_base():
     made = plan()
     assert batch_of(1_000_000) == 2500
     assert made.batch == rows_of(2000, 1_000_000, 1) * TINY.context == 5 * TINY.context
     assert made.steps == 400
-    assert made.matrix_rate == pytest.approx(RELATIVE * matrix_rate_for(2500))
-    twice = plan(rows=4000)  # as many answers in twice the text: the same steps and rates
-    assert (twice.steps, twice.matrix_rate) == (made.steps, made.matrix_rate)
+    found = Peaks(made.matrix_rate, made.embedding_rate, made.head_rate, made.gain_rate)
+    assert found == Peaks(*(RELATIVE * value for value in astuple(PEAKS)))
+    twice = plan(rows=4000)  # as many answers in twice the text: the same steps
+    assert (twice.steps, twice.second) == (made.steps, made.second)
     assert twice.batch == 2 * made.batch
+
+
+def test_the_bases_rates_come_from_its_run_or_else_from_the_dial(tmp_path, base):
+    known = plan_of(4, vocabulary=320).to_json()
+    assert peaks_of(TINY, known).matrix == known["matrix_rate"]
+    assert peaks_of(shape_at(4, 320)).head == known["head_rate"]
+    run = tmp_path / "run"
+    shutil.copytree(base, run / "model")
+    shutil.copytree(base, run / "checkpoints" / "step-000001")
+    for stage, expected in (("base", known), ("chat", None)):
+        write_json(run / "run.json", {"kind": "training", "asked": {"stage": stage}, "plan": known})
+        for place in (run, run / "model", run / "checkpoints" / "step-000001"):
+            found = parent_of(place).plan
+            assert found == (expected and json.loads(json.dumps(expected)))
+    assert parent_of(base).plan is None
 
 
 def test_rates_rise_and_fall_straight_to_zero():
@@ -223,6 +240,4 @@ def test_gpus_share_a_step_evenly_and_the_least_run_has_a_step():
 
 
 def test_a_plan_is_read_back_as_it_was():
-    from personaxis.training.dial import Plan
-
     assert Plan.from_json(json.loads(json.dumps(plan().to_json()))) == plan()

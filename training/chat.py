@@ -21,7 +21,7 @@ from personaxis.persona.run import Run, open_run, versions
 from personaxis.persona.store import append_lines, digest, read_json, write_json
 from personaxis.training.chat_asked import ChatAsked
 from personaxis.training.chat_data import ChatData, prepare
-from personaxis.training.chat_plan import EPOCHS, chat_plan, estimated_rows
+from personaxis.training.chat_plan import EPOCHS, chat_plan, estimated_rows, peaks_of
 from personaxis.training.chat_tokens import ChatEncoder
 from personaxis.training.checkpoints import Checkpoint, load_weights
 from personaxis.training.chips import chip_of
@@ -105,6 +105,7 @@ def _plan_for(work: Work, rows: int, horizon: str, *, speed: float | None = None
     told = work.data.source.describe()
     return chat_plan(
         work.parent.shape,
+        peaks_of(work.parent.shape, work.parent.plan),
         rows=rows,
         counted=round(rows * told["counted"] / told["rows"]),
         chip=chip_of(work.device),

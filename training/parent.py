@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from personaxis.persona.errors import KnownError
 from personaxis.persona.store import digest, read_json
@@ -20,6 +21,8 @@ class Parent:
     shape: Shape
     weights: str
     "SHA-256"
+    plan: dict[str, Any] | None = None
+    "of the run that made the base model, where its run.json is at hand"
 
 
 def parent_of(base: Path) -> Parent:
@@ -40,4 +43,14 @@ def parent_of(base: Path) -> Parent:
     shape = shape_of(read_json(folder / "config.json"), folder)
     if not (folder / WEIGHTS).is_file():
         raise KnownError(f"{folder / WEIGHTS} does not exist; a checkpoint in several files must be saved as one first")
-    return Parent(folder, shape, digest(folder / WEIGHTS))
+    return Parent(folder, shape, digest(folder / WEIGHTS), _plan(base))
+
+
+def _plan(base: Path) -> dict[str, Any] | None:
+    """From the run's folder, or from that of a checkpoint or model in it."""
+    for folder in (base, base.resolve().parent, base.resolve().parent.parent):
+        if (folder / "run.json").is_file():
+            record = read_json(folder / "run.json")
+            found = record.get("plan") if record.get("asked", {}).get("stage") == "base" else None
+            return found if isinstance(found, dict) else None
+    return None
