@@ -7,6 +7,7 @@ import lzma
 import pytest
 
 from personaxis.persona.errors import KnownError
+from personaxis.persona.rollouts import read_rollouts
 from personaxis.training.conversations import Columns, Faults, read_conversations
 from personaxis.training.from_rollouts import Wanted, conversations_of_run, is_run
 from personaxis.training.mixture import part_of, read_parts, split, times_of
@@ -137,7 +138,9 @@ def test_files_that_cannot_be_read_are_refused_in_one_line(tmp_path):
     (tmp_path / "one.json").write_text('{"a": 1}')
     (tmp_path / "bad.jsonl").write_text(json.dumps(GOOD) + "\n{\n")
     (tmp_path / "text.txt").write_text("x")
+    (tmp_path / "folder").mkdir()
     reasons = {
+        "folder": "a folder without rollouts",
         "cut.jsonl.xz": "damaged or cut short",
         "lines.json": "one object a line is .jsonl",
         "one.json": "is one dict, not a list",
@@ -184,6 +187,15 @@ def test_a_runs_rollouts_are_conversations_with_the_role_as_style(tmp_path):
         "cut at the token limit": 1,
         "with an empty answer": 1,
     }
+
+
+def test_the_log_of_a_real_run_is_read(tiny_run):
+    faults = Faults()
+    found = conversations_of_run(tiny_run / "run", faults, Wanted(cut=True))
+    rollouts = read_rollouts(tiny_run / "run")
+    assert len(found) + sum(faults.counts.values()) == len(rollouts)
+    assert {one.style for one in found} == {one.role for one in rollouts}
+    assert {one.answers[-1] for one in found} <= {one.answer for one in rollouts}
 
 
 def test_a_least_score_drops_what_is_below_it_but_never_the_default(tmp_path):

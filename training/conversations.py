@@ -258,6 +258,8 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
     bare = path.name.lower()
     for ending in PACKED:
         bare = bare.removesuffix(ending)
+    if path.is_dir():
+        raise KnownError(f"--data {path} is a folder without rollouts; give a file ({ALLOWED}) or the folder of a run")
     if not path.is_file():
         raise KnownError(f"--data {path} does not exist; give a file ({ALLOWED}) or the folder of a run with rollouts")
     if not bare.endswith((".jsonl", ".json")):

@@ -76,7 +76,7 @@ def replied(model: GPT, prompts: Sequence[Sequence[int]], length: int, end: int)
     ended = torch.zeros(len(prompts), dtype=torch.bool)
     for _ in range(length):
         h = model.residuals(ids[:, : int(ends.max())].to(model.lm_head.weight.device))[rows, ends - 1]  # (B, D)
-        logits = model.lm_head(h).float().cpu()  # (B, V)
+        logits = model.lm_head(h.float()).cpu()  # (B, V)
         new = torch.multinomial((logits / TEMPERATURE).softmax(-1), 1, generator=generator)[:, 0]
         ended |= new == end
         ids[rows, ends] = new
