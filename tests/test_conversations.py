@@ -301,7 +301,7 @@ def test_held_out_roles_are_tuned_on_nowhere_and_are_a_source_of_their_own(tmp_p
     parts = read_parts([str(write(tmp_path / "a.jsonl", rows))], Faults())
     sides = split(parts, 0.1, ["witty"])
     assert {one.style for one in sides.train[0]} == {"caring"}
-    assert sum(one.source == "a, held-out roles" for one in sides.held[0]) == 10
+    assert sum(one.group == "a, held-out roles" for one in sides.held[0]) == 10
     assert len(sides.train[0]) == 9
     assert sorted(one.style for one in sides.unmet) == ["caring", "witty"]
     assert {one.style for one in sides.of_held_out_roles} == {"witty"}

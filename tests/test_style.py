@@ -119,6 +119,15 @@ def test_an_evaluation_in_between_reads_a_part_that_is_always_the_same(encoder, 
     assert between == {name: value for name, value in whole.items() if name != "sources"}
 
 
+def test_held_out_roles_are_a_source_of_their_own_and_not_in_all(encoder):  # noqa: F811
+    held = of_two_sources(encoder)
+    held.conversations = [replace(one, apart=one.source == "b") for one in held.conversations]
+    row = held.row(lively(replace(SHAPE, vocabulary=320)), 0, whole=True, most=0)
+    assert list(row["sources"]) == ["all", "a", "b, held-out roles"]
+    assert row["sources"]["all"] == row["sources"]["a"]
+    assert row["tokens"] == row["sources"]["a"]["tokens"]
+
+
 def test_an_interval_draws_whole_groups():
     values = np.repeat([0.0, 1.0], 50)
     low, high = interval(values, np.ones(100), ["a"] * 50 + ["b"] * 50)
@@ -157,6 +166,16 @@ def test_chance_is_dealt_within_a_source():
     found = compare({"teacher": held}, recogniser, frozenset())["teacher"]["all"]
     assert found["recognised"]["value"] > 0.9
     assert found["chance"] == pytest.approx(found["recognised"]["value"])
+
+
+def test_held_out_roles_are_apart_and_chance_is_dealt_among_all_roles_of_the_source():
+    recogniser = recogniser_of(TRAIN)
+    made = [replace(one, apart="pirate" in one.label) for one in teachers()]
+    found = compare({"teacher": made}, recogniser, frozenset())["teacher"]
+    assert list(found) == ["all", "house", "house, held-out roles"]
+    assert [found[group]["recognised"]["n"] for group in found] == [30, 30, 30]
+    assert found["house, held-out roles"]["chance"] == pytest.approx(0.5, abs=0.05)
+    assert found["all"] == found["house"]
 
 
 def test_one_style_or_none_has_nothing_to_recognise():

@@ -74,10 +74,15 @@ def _say_result(result: dict[str, Any], out: Path) -> None:
 
 
 def _say_style(style: dict[str, Any]) -> None:
-    """Teacher, untuned and tuned side by side, over all sources."""
-    measures = {who: found["all"] for who, found in style["measures"].items()}
-    if not measures:
+    """Teacher, untuned and tuned side by side: over all roles that were tuned on, and what became of the others."""
+    if not style["measures"]:
         return
+    measures = {who: dict(found["all"]) for who, found in style["measures"].items()}
+    for who, found in style["measures"].items():
+        for group in found:
+            if group.endswith("held-out roles"):
+                names = [name for name in ("recognised", "chance") if name in found[group]]
+                measures[who] |= {f"{name}: {group}": found[group][name] for name in names}
     table = Table(f"style, {style['questions']} questions", *measures, box=None, pad_edge=False)
     for name in measures["after"]:
         cells = [

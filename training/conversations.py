@@ -40,11 +40,13 @@ class Conversation:
     where: str
     "file and line, or rollout"
     source: str
-    "where it came from: what figures are given by"
+    "where it came from"
     style: str = ""
     "the persona or role that its system message asks for, by name; empty if nobody says"
     weight: float = 1.0
     "times that it is read in an epoch"
+    apart: bool = False
+    "whether its style is held out altogether"
 
     @cached_property
     def question(self) -> str:
@@ -55,6 +57,11 @@ class Conversation:
     def answers(self) -> list[str]:
         """What the assistant says."""
         return [message["content"] for message in self.messages if message["role"] == "assistant"]
+
+    @property
+    def group(self) -> str:
+        """Under which name its figures are given."""
+        return f"{self.source}, held-out roles" if self.apart else self.source
 
     @property
     def label(self) -> str:

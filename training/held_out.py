@@ -41,10 +41,11 @@ class HeldOut:
         self.conversations, self.tokens, self.ranks = conversations, tokens, ranks
 
     def row(self, model: GPT, step: int, *, whole: bool, most: int) -> dict[str, Any]:
-        """As it stands in metrics.jsonl: of about `most` tokens, always the same; with `whole` also `sources`, of all."""
-        count = len(self.tokens)
-        few = min(count, max(FEWEST, int(most * count / max(1, int(self.tokens.lengths.sum())))))
-        chosen = np.unique(np.linspace(0, count - 1, few).astype(int))
+        """As it stands in metrics.jsonl: of about `most` tokens, always the same, of roles that are tuned on; with `whole`
+        also `sources`, of all conversations."""
+        count, usual = len(self.tokens), self._usual
+        few = min(len(usual), max(FEWEST, int(most * len(usual) / max(1, int(self.tokens.lengths[usual].sum())))))
+        chosen = usual[np.unique(np.linspace(0, len(usual) - 1, few).astype(int))]
         numbers = np.arange(count) if whole else chosen
         nats = np.zeros(count)
         nats[numbers] = self.nats(model, numbers)
@@ -54,14 +55,20 @@ class HeldOut:
         return found | {"sources": self.fits(nats)} if whole else found
 
     def fits(self, nats: Float64[Array, "N"]) -> dict[str, dict[str, Any]]:
-        """What all conversations' nats amount to, under "all" and every source's name."""
-        sources = np.array([one.source for one in self.conversations], dtype=object)
+        """What the conversations' nats amount to, by source, held-out roles apart; under "all" without those."""
+        groups = np.array([one.group for one in self.conversations], dtype=object)
         found = {}
-        for source in ("all", *sorted(set(sources.tolist()))):
-            mine = np.flatnonzero((sources == source) | (source == "all"))
+        for source in ("all", *sorted(set(groups.tolist()))):
+            mine = self._usual if source == "all" else np.flatnonzero(groups == source)
             questions = [self.conversations[place].question for place in mine.tolist()]
             found[source] = _fit(nats[mine], self.tokens.counted[mine], questions)
         return found
+
+    @property
+    def _usual(self) -> Int64[Array, "M"]:
+        """Conversations of roles that are tuned on; all of them where there are no others."""
+        apart = np.array([one.apart for one in self.conversations])
+        return np.arange(len(apart)) if apart.all() else np.flatnonzero(~apart)
 
     @torch.no_grad()
     def nats(self, model: GPT, numbers: Int64[Array, "M"]) -> Float64[Array, "M"]:

@@ -118,7 +118,7 @@ def split(parts: Sequence[Part], share: float, apart: Sequence[str] = ()) -> Sid
 
     Held out are whole questions (what the user says in all turns), by the hash of their words: those of each part until
     `share` of its conversations are covered, and the same ones in all other parts, so that no question is on both sides
-    whoever answers it. So are all conversations in a style of `apart`, as a source of their own: roles that the model is not tuned on.
+    whoever answers it. So are all conversations in a style of `apart`: roles that the model is not tuned on.
     """
     if not 0 < share < 1:
         raise KnownError(f"--held-share {share} is not between 0 and 1 (0.02 holds out one conversation in 50)")
@@ -139,7 +139,7 @@ def split(parts: Sequence[Part], share: float, apart: Sequence[str] = ()) -> Sid
         rest = [one for one in part.conversations if not (one.style and one.style in apart)]
         train.append([one for one in rest if one.question not in questions])
         held.append([one for one in rest if one.question in questions])
-        held[-1] += [replace(one, source=f"{one.source}, held-out roles") for one in named]
+        held[-1] += [replace(one, apart=True) for one in named]
     if not any(train) or not any(held):
         side = "held out" if not any(held) else "left to train on"
         raise KnownError(f"no conversation is {side}: there are too few different questions; give more conversations")

@@ -145,7 +145,7 @@ def style_of(
 
 
 def _answer(one: Conversation, text: str, ended: bool) -> Answer:
-    return Answer(text, one.label, one.source, one.question, ended)
+    return Answer(text, one.label, one.source, one.question, ended, one.apart)
 
 
 def _generated(

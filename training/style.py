@@ -41,6 +41,13 @@ class Answer:
     source: str
     question: str
     ended: bool = True
+    apart: bool = False
+    "whether the model was not tuned on its role"
+
+    @property
+    def group(self) -> str:
+        """Under which name its figures are given."""
+        return f"{self.source}, held-out roles" if self.apart else self.source
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,8 @@ def recogniser_of(conversations: Sequence[Conversation]) -> Recogniser | None:
 def compare(
     answers: Mapping[str, Sequence[Answer]], recogniser: Recogniser | None, known: frozenset[str]
 ) -> dict[str, dict[str, Any]]:
-    """Every measure of everyone's answers, under "all" and every source. `known` are the texts that were tuned on."""
+    """Every measure of everyone's answers by source, held-out roles apart, and under "all" without those. `known` are the
+    texts that were tuned on."""
     return {who: _measured(listed, recogniser, known) for who, listed in answers.items() if listed}
 
 
@@ -93,31 +101,31 @@ def _measured(answers: Sequence[Answer], recogniser: Recogniser | None, known: f
     columns["ended"] = np.array([float(one.ended) for one in answers])
     columns["recited"] = np.array([float(one.text.strip() in known) for one in answers])
     guesses = np.array(recogniser.styles([one.text for one in answers]) if recogniser else [], dtype=object)
-    found = {}
-    for source in ["all", *sorted({one.source for one in answers})]:
-        mine = [place for place, one in enumerate(answers) if source in ("all", one.source)]
+    found: dict[str, dict[str, Any]] = {}
+    dealt = _dealt(answers, guesses) if recogniser else guesses
+    alone = all(one.apart for one in answers)
+    for group in ["all", *sorted({one.group for one in answers})]:
+        mine = [
+            place
+            for place, one in enumerate(answers)
+            if group == one.group or (group == "all" and (alone or not one.apart))
+        ]
         questions = [answers[place].question for place in mine]
-        found[source] = {name: _mean(column[mine], questions) for name, column in columns.items()}
-        if recogniser is not None:
-            found[source] |= _recognised([answers[place] for place in mine], guesses[mine], recogniser)
+        found[group] = {name: _mean(column[mine], questions) for name, column in columns.items()}
+        told = [place for place in mine if recogniser is not None and answers[place].label in recogniser.labels]
+        if told:
+            right = np.array([float(guesses[place] == answers[place].label) for place in told])
+            found[group]["recognised"] = _mean(right, [answers[place].question for place in told])
+            found[group]["chance"] = float(dealt[told].mean())
     return found
 
 
-def _recognised(answers: Sequence[Answer], guesses: Array, recogniser: Recogniser) -> dict[str, Any]:
-    """The share of answers in a style that is known, told right, and what the same guesses give when they are dealt anew."""
-    mine = [place for place, one in enumerate(answers) if one.label in recogniser.labels]
-    if not mine:
-        return {}
-    true = np.array([answers[place].label for place in mine], dtype=object)
-    right = (guesses[mine] == true).astype(float)
-    sources = np.array([answers[place].source for place in mine], dtype=object)
-    expected = 0.0
-    for source in set(sources.tolist()):
-        there = sources == source
-        said, meant = Counter(guesses[mine][there].tolist()), Counter(true[there].tolist())
-        expected += sum(count * said[label] for label, count in meant.items()) / int(there.sum())
-    questions = [answers[place].question for place in mine]
-    return {"recognised": _mean(right, questions), "chance": expected / len(mine)}
+def _dealt(answers: Sequence[Answer], guesses: Array) -> Array:
+    """How likely each answer's own style is among the guesses for its source: dealt at random, it would be right so often."""
+    said: dict[str, Counter[str]] = defaultdict(Counter)
+    for one, guess in zip(answers, guesses.tolist(), strict=True):
+        said[one.source][guess] += 1
+    return np.array([said[one.source][one.label] / said[one.source].total() for one in answers])
 
 
 def measures(texts: Sequence[str]) -> dict[str, Array]:
