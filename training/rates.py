@@ -33,17 +33,17 @@ def rate_scale(batch: int) -> float:
 
 def matrix_rate_for(batch: int) -> float:
     """Muon's, 0.02 at the reference batch. No width in it: its steps have one spectral norm at any width (Bernstein 2025)."""
-    return 0.02 * rate_scale(batch)
+    return 0.06 * rate_scale(batch)
 
 
 def embedding_rate_for(batch: int) -> float:
     """AdamW's for the embedding, 0.2 at the reference batch. Input weights keep theirs over widths (Yang et al. 2022)."""
-    return 0.2 * rate_scale(batch)
+    return 0.4 * rate_scale(batch)
 
 
 def head_rate_for(batch: int, width: int) -> float:
     """AdamW's for the head, 0.004 · 768 / width: a step moves a logit by about rate · width (Yang et al. 2022, muP)."""
-    return 0.004 * rate_scale(batch) * REFERENCE_WIDTH / width
+    return 0.008 * rate_scale(batch) * REFERENCE_WIDTH / width
 
 
 def weight_decay_for(rate: float, steps: int) -> float:
@@ -57,7 +57,7 @@ def weight_decay_for(rate: float, steps: int) -> float:
 
 def gain_rate_for(batch: int) -> float:
     """AdamW's for the gains of norms: as for a head of the reference width."""
-    return 0.004 * rate_scale(batch)
+    return 0.008 * rate_scale(batch)
 
 
 def second_for(batch: int) -> float:
