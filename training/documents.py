@@ -67,20 +67,27 @@ def read_pieces(source: Source, *, column: str, size: int) -> Iterator[Piece]:
     """
     kind = kind_of(source.name)
     assert kind, source
+    with opened(source.path) as file:
+        if kind == ".txt":
+            yield from _cut(source.name, _decoded(file), size)
+        elif kind == ".tar":
+            yield from _archive(source, file, size)
+        else:
+            rows = _json_rows(source, file, column) if kind == ".jsonl" else _parquet_rows(source, file, column)
+            for number, text in rows:
+                yield from _cut(f"{source.name}:{number}", iter([_encodable(text)]), size)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[io.BufferedIOBase]:
+    """A file's bytes, unpacked. While it is read, damage is a `KnownError`."""
     try:
-        with _opened(source.path) as file:
-            if kind == ".txt":
-                yield from _cut(source.name, _decoded(file), size)
-            elif kind == ".tar":
-                yield from _archive(source, file, size)
-            else:
-                rows = _json_rows(source, file, column) if kind == ".jsonl" else _parquet_rows(source, file, column)
-                for number, text in rows:
-                    yield from _cut(f"{source.name}:{number}", iter([_encodable(text)]), size)
-    except _damage(source.path) as error:
+        with _unpacking(path) as file:
+            yield file
+    except _damage(path) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the disk's trouble, not the file's
             raise
-        raise KnownError(f"{source.path} is damaged or cut short: {' '.join(str(error).split())}") from None
+        raise KnownError(f"{path} is damaged or cut short: {' '.join(str(error).split())}") from None
 
 
 def _damage(path: Path) -> tuple[type[Exception], ...]:
@@ -102,17 +109,14 @@ def _needed(package: str, path: Path) -> Any:
 # Bytes
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[io.BufferedIOBase]:
-    """The file's bytes, unpacked."""
+def _unpacking(path: Path) -> Any:
     opening: dict[str, Callable[[Path], Any]] = {
         ".gz": gzip.open,
         ".xz": lzma.open,
         ".bz2": bz2.open,
         ".zst": _unpacked,
     }
-    with opening.get(path.suffix.lower(), _plain)(path) as opened:
-        yield opened
+    return opening.get(path.suffix.lower(), _plain)(path)
 
 
 def _plain(path: Path) -> io.BufferedIOBase:

@@ -1,0 +1,241 @@
+"""A chat model from a base model and conversations: `train chat` in one call.
+
+    train_chat(ChatAsked(Path("runs/books"), Path("runs/talks"), Chats(data=("chats.jsonl", "runs/smollm2-135m"))))
+
+    RUN/run.json  tokenizer/  metrics.jsonl  samples.jsonl  checkpoints/step-*/  model/  style.json  answers.jsonl  report.html
+
+The loop is the base model's (`training/loop.py`); its rows come from `training/packing.py`, its plan from `training/chat_plan.py`.
+"""
+
+import shutil
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from personaxis.persona.errors import KnownError
+from personaxis.persona.progress import say
+from personaxis.persona.ranks import Ranks, ranks
+from personaxis.persona.run import Run, open_run, versions
+from personaxis.persona.store import append_lines, digest, read_json, write_json
+from personaxis.training.chat_asked import ChatAsked
+from personaxis.training.chat_data import ChatData, prepare
+from personaxis.training.chat_plan import EPOCHS, chat_plan, estimated_rows, peaks_of
+from personaxis.training.chat_tokens import ChatEncoder
+from personaxis.training.checkpoints import Checkpoint, load_weights
+from personaxis.training.chips import chip_of
+from personaxis.training.dial import Plan
+from personaxis.training.export import TOKENIZER_FILES
+from personaxis.training.finish import finish, require_same
+from personaxis.training.gpt import GPT
+from personaxis.training.line import Line
+from personaxis.training.loop import Loop
+from personaxis.training.meters import Meters, read_metrics
+from personaxis.training.parent import Parent, parent_of
+from personaxis.training.replies import Replies, style_of
+from personaxis.training.stepping import Stepper, shares
+from personaxis.training.world import join
+
+
+@dataclass(frozen=True)
+class Work:
+    """One run of chat tuning, its data read."""
+
+    asked: ChatAsked
+    parent: Parent
+    encoder: ChatEncoder
+    data: ChatData
+    place: Ranks
+    device: torch.device
+
+
+def train_chat(asked: ChatAsked) -> dict[str, Any] | None:
+    """Tune, or go on where the run was stopped. The result on rank 0, None on others.
+
+    Raises `KnownError` for a base or data that cannot be used, a folder that holds another run, and a loss that is no number.
+    """
+    parent, place = parent_of(asked.base), ranks()
+    if asked.out.resolve() in (asked.base.resolve(), *parent.folder.resolve().parents, parent.folder.resolve()):
+        raise KnownError(f"--out {asked.out} holds the base model; choose another folder for what is made of it")
+    encoder = ChatEncoder.load(parent.folder)
+    data = prepare(asked.chats, encoder, context=parent.shape.context, seed=asked.tuning.seed, ranks=place)
+    with open_run(asked.out, create=True, rank=place.rank) as run:
+        if run.manifest.get("kind", "training") != "training":
+            raise KnownError(f"--out {asked.out} holds a run of another kind; choose another folder")
+        device = join(place, asked.device)
+        try:
+            return _train(Work(asked, parent, encoder, data, place, device), run)
+        finally:
+            place.close()
+
+
+def _facts(work: Work) -> dict[str, Any]:
+    """What makes a run this run: going on with other values would be another one."""
+    chats, length, tuning = work.asked.chats, work.asked.length, work.asked.tuning
+    return {
+        "stage": "chat",
+        "base": work.parent.weights,
+        "data": work.data.asked(),
+        "columns": chats.columns,
+        "held_share": chats.held_share,
+        "held_out_roles": chats.held_out_roles,
+        "score": chats.score,
+        "per_role": chats.per_role,
+        "cut": chats.cut,
+        "epochs": length.epochs,
+        "minutes": length.minutes,
+        "rate_scale": tuning.rate_scale,
+        "seed": tuning.seed,
+        "tokenizer": digest(work.parent.folder / "tokenizer.json"),
+    }
+
+
+def _first_plan(work: Work) -> Plan:
+    """Before a speed is measured."""
+    length, source = work.asked.length, work.data.source
+    if length.minutes is not None:
+        rows = estimated_rows(length.minutes, work.parent.shape, chip_of(work.device), work.place.world)
+        return _plan_for(work, rows, f"what {length.minutes:g} minutes hold")
+    epochs = EPOCHS if length.epochs is None else length.epochs
+    return _plan_for(work, source.rows_in(epochs), f"{epochs:g} epochs")
+
+
+def _plan_for(work: Work, rows: int, horizon: str, *, speed: float | None = None, unit: int | None = None) -> Plan:
+    told = work.data.source.describe()
+    return chat_plan(
+        work.parent.shape,
+        peaks_of(work.parent.shape, work.parent.plan),
+        rows=rows,
+        counted=round(rows * told["counted"] / told["rows"]),
+        chip=chip_of(work.device),
+        gpus=work.place.world,
+        horizon=horizon,
+        unit=unit,
+        speed=speed,
+    )
+
+
+def _train(work: Work, run: Run) -> dict[str, Any] | None:
+    facts, known, tuning, source = _facts(work), run.manifest, work.asked.tuning, work.data.source
+    require_same(work.asked.out, known.get("asked", {}), facts)
+    fresh = "plan" not in known
+    plan = _first_plan(work) if fresh else Plan.from_json(known["plan"])
+    plan = replace(
+        plan,
+        micro_batch=tuning.micro_batch or plan.micro_batch,
+        checkpointing=tuning.recompute or plan.checkpointing,
+    )
+    source.rows = plan.batch // source.context
+    compute = torch.bfloat16 if work.device.type == "cuda" else torch.float32
+    model = GPT(plan.shape, compute=compute, checkpointing=plan.checkpointing).to(work.device)
+    load_weights(Checkpoint(0, work.parent.folder), model)
+    stepper = Stepper(model, source, plan, work.place, work.device)
+    stepper.plan = plan = _timed(work, stepper, fresh=fresh)
+    if work.place.rank == 0:
+        _copy_tokenizer(work)
+        for line in (*work.data.lines(), f"{plan.steps:,} steps of {source.rows:,} rows, {plan.horizon}"):
+            say(line)
+    origin = {"path": str(work.asked.base), "sha256": work.parent.weights}
+    content = {"asked": facts, "plan": plan.to_json(), "parent": origin, "data": work.data.record()}
+    run.note(kind="training", versions=versions(), **content)
+    with ExitStack() as stack:
+        loop = _loop(work, stepper, stack)
+        loop.run()
+        return None if work.place.rank else _finished(work, run, loop)
+
+
+def _timed(work: Work, stepper: Stepper, *, fresh: bool) -> Plan:
+    """Compile; and where minutes were asked for, as many steps as they hold at the speed that is measured here."""
+    plan, minutes, source = stepper.plan, work.asked.length.minutes, work.data.source
+    measures = fresh and minutes is not None
+    if stepper.device.type == "cuda" or measures:
+        try:
+            speed = stepper.speed()
+        except torch.OutOfMemoryError:
+            raise stepper.out_of_memory() from None
+        if measures and minutes is not None:
+            rows = max(source.rows, int(60 * minutes * speed / source.context))
+            plan = replace(
+                _plan_for(work, rows, plan.horizon, speed=speed, unit=_unit(stepper)),
+                micro_batch=plan.micro_batch,
+                checkpointing=plan.checkpointing,
+            )
+            source.rows = plan.batch // source.context
+            stepper.share, stepper.micro_batch = shares(source.rows, plan.micro_batch, work.place.world)
+    return plan.scaled(work.asked.tuning.rate_scale) if fresh else plan
+
+
+def _unit(stepper: Stepper) -> int:
+    """What the rows of a step must be a multiple of: where a micro-batch is compiled, it stays as it is."""
+    return stepper.ranks.world * (stepper.micro_batch if stepper.device.type == "cuda" else 1)
+
+
+def _copy_tokenizer(work: Work) -> None:
+    folder = work.asked.out / "tokenizer"
+    folder.mkdir(exist_ok=True)
+    for name in TOKENIZER_FILES:
+        if (work.parent.folder / name).is_file():
+            shutil.copyfile(work.parent.folder / name, folder / name)
+
+
+def _loop(work: Work, stepper: Stepper, stack: ExitStack) -> Loop:
+    asked, plan, held_out, first = work.asked, stepper.plan, work.data.held_out, work.place.rank == 0
+    meters = stack.enter_context(Meters(asked.out, tensorboard=asked.tensorboard, wandb=asked.wandb)) if first else None
+    line = stack.enter_context(Line(plan.steps)) if first else None
+    replies = Replies(asked.out, work.encoder, held_out.conversations) if first else None
+
+    def evaluate(step: int) -> list[dict[str, Any]]:
+        if replies is not None:
+            replies.write(stepper.model, step)
+        return [held_out.row(stepper.model, step, whole=step in (0, plan.steps), most=plan.tokens // 200)]
+
+    def write(row: dict[str, Any]) -> None:
+        if meters is not None and line is not None:
+            meters.write(row)
+            line.show(row)
+
+    def cut(step: int) -> None:
+        if meters is not None and replies is not None:
+            meters.cut_after(step)
+            replies.cut_after(step)
+
+    def initialise() -> None:
+        load_weights(Checkpoint(0, work.parent.folder), stepper.model)
+
+    facts = {"tokenizer": digest(work.parent.folder / "tokenizer.json"), "asked": _facts(work)}
+    keep_all = asked.tuning.keep == "log"
+    return Loop(asked.out, stepper, work.parent.folder, initialise, evaluate, write, cut, facts, keep_all)
+
+
+def _finished(work: Work, run: Run, loop: Loop) -> dict[str, Any]:
+    """The model folder, the result, and how it sounds."""
+    whole = [row["sources"] for row in read_metrics(work.asked.out) if row["kind"] == "held-out" and "sources" in row]
+    more = {
+        "epochs": work.data.source.epochs_in(loop.plan.steps),
+        "held_out": whole[-1]["all"],
+        "sources": {"before": whole[0], "after": whole[-1]},
+    }
+    result = finish(run, loop, work.asked.out, more)
+    if work.asked.tuning.style_answers:
+        result = {**result, "style": _style(work)}
+    return result
+
+
+def _style(work: Work) -> dict[str, Any]:
+    """style.json and answers.jsonl, unless they are there: the model is the same."""
+    path, log, tuning = work.asked.out / "style.json", work.asked.out / "answers.jsonl", work.asked.tuning
+    model = work.asked.out / "model"
+    asked = {"model": digest(model / "model.safetensors"), "answers": tuning.style_answers}
+    if path.is_file() and read_json(path).get("asked") == asked:
+        return read_json(path)
+    say(f"answering {tuning.style_answers} held-out questions, untuned and tuned")
+    models = {"before": work.parent.folder, "after": model}
+    record, rows = style_of(
+        work.data, work.encoder, models, count=tuning.style_answers, seed=tuning.seed, device=work.asked.device
+    )
+    log.unlink(missing_ok=True)
+    append_lines(log, rows)
+    found = {"kind": "style", "asked": asked, **record}
+    write_json(path, found)
+    return found

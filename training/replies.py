@@ -1,0 +1,166 @@
+"""What a tuned model says to held-out questions: samples while it is tuned, and answers to judge its style by at the end.
+
+Replies(run, encoder, conversations).write(model, step)      # {"step": 512, "prompt": ..., "text": ...}, four lines
+style_of(data, encoder, {"before": parent, "after": run / "model"}, count=200, seed=0)
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from personaxis.persona.chat import chat_format
+from personaxis.persona.progress import say
+from personaxis.persona.rollouts import seed_of, spread
+from personaxis.persona.sampler import Prompt, Sampler, Sampling
+from personaxis.persona.store import append_lines, read_lines
+from personaxis.persona.subject import load_subject
+from personaxis.training.chat_data import ChatData
+from personaxis.training.chat_tokens import ChatEncoder
+from personaxis.training.conversations import Conversation
+from personaxis.training.corpus import share_of
+from personaxis.training.gpt import GPT
+from personaxis.training.meters import cut_after
+from personaxis.training.samples import LENGTH, PROMPTS, SAMPLES, TEMPERATURE
+from personaxis.training.style import Answer, compare, recogniser_of
+from personaxis.training.tokenizer import END
+
+LONGEST = 192  # tokens of an answer whose style is looked at, and never more than a quarter of the context
+CHUNK = 64  # answers that are generated at once
+
+
+class Replies:
+    """Writes samples.jsonl in the run folder, once for every step that asks for it."""
+
+    def __init__(self, folder: Path, encoder: ChatEncoder, conversations: Sequence[Conversation]) -> None:
+        self.path, self.encoder = folder / SAMPLES, encoder
+        self.asked = one_of_each(conversations, PROMPTS)
+        self._written = {row["step"] for row in read_lines(self.path)}
+
+    def write(self, model: GPT, step: int) -> None:
+        """Answer the same few prompts with the same draws as ever; nothing where this step's answers are there."""
+        if step in self._written:
+            return
+        length = min(LENGTH, model.shape.context // 4)
+        fronts = [before_answer(one) for one in self.asked]
+        written = replied(model, [self.encoder.prompt(front) for front in fronts], length, self.encoder.marks[END])
+        rows = []
+        for front, ids in zip(fronts, written, strict=True):
+            said = "\n".join(f"{message['role']}: {message['content']}" for message in front)
+            rows.append({"step": step, "prompt": said, "text": self.encoder.tokenizer.decode(ids)})
+        append_lines(self.path, rows, sync=False)
+        self._written.add(step)
+
+    def cut_after(self, step: int) -> None:
+        """Forget later steps: the run goes on from this one."""
+        cut_after(self.path, step)
+        self._written = {row["step"] for row in read_lines(self.path)}
+
+
+@torch.no_grad()
+def replied(model: GPT, prompts: Sequence[Sequence[int]], length: int, end: int) -> list[list[int]]:
+    """At most `length` more ids of each prompt, up to `end`, by draws that are the same at every step and on every device.
+
+    Rows grow at their own ends, and what is behind those no token sees. Without a cache: for samples, not serving.
+    """
+    if not prompts:
+        return []
+    prompts = [prompt[-(model.shape.context - length) :] for prompt in prompts]
+    ends = torch.tensor([len(prompt) for prompt in prompts])  # on the CPU
+    ids = torch.zeros(len(prompts), int(ends.max()) + length, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = torch.tensor(prompt)
+    starts, rows, generator = ends.clone(), torch.arange(len(prompts)), torch.Generator().manual_seed(0)
+    ended = torch.zeros(len(prompts), dtype=torch.bool)
+    for _ in range(length):
+        h = model.residuals(ids[:, : int(ends.max())].to(model.lm_head.weight.device))[rows, ends - 1]  # (B, D)
+        logits = model.lm_head(h.float()).cpu()  # (B, V)
+        new = torch.multinomial((logits / TEMPERATURE).softmax(-1), 1, generator=generator)[:, 0]
+        ended |= new == end
+        ids[rows, ends] = new
+        ends = torch.where(ended, ends, ends + 1)
+        if ended.all():
+            break
+    return [ids[row, starts[row] : ends[row]].tolist() for row in range(len(prompts))]
+
+
+def before_answer(one: Conversation) -> list[dict[str, str]]:
+    """The messages before the last answer."""
+    last = max(place for place, message in enumerate(one.messages) if message["role"] == "assistant")
+    return list(one.messages[:last])
+
+
+def one_of_each(conversations: Sequence[Conversation], count: int) -> list[Conversation]:
+    """So many conversations, shared out evenly over the labels as far as they have them; by the hash of what is asked."""
+    by_label: dict[str, list[Conversation]] = defaultdict(list)
+    for one in sorted(conversations, key=lambda one: (share_of(one.question), one.label, one.where)):
+        by_label[one.label].append(one)
+    order = [by_label[label] for label in spread(sorted(by_label), count)]
+    turn = [
+        listed[place] for place in range(max(map(len, order), default=0)) for listed in order if place < len(listed)
+    ]
+    return turn[:count]
+
+
+def style_of(
+    data: ChatData,
+    encoder: ChatEncoder,
+    models: Mapping[str, Path],
+    *,
+    count: int,
+    seed: int,
+    device: str | None = None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The record of `training/style.py` over `count` questions that no conversation in training asks, and every answer.
+
+    The classifier learns from the conversations in training and from what held-out roles say to questions of theirs.
+    """
+    context = data.source.context
+    length = min(LONGEST, context // 4)
+    fits = [one for one in data.sides.unmet if len(encoder.prompt(before_answer(one))) + length <= context]
+    chosen = one_of_each(fits, count)
+    if not chosen:
+        say(f"no style to look at: no held-out question leaves {length} tokens of the context for an answer")
+        models = {}
+    recogniser = recogniser_of([*data.train, *data.sides.of_held_out_roles])
+    answers = {"teacher": [_answer(one, one.answers[-1], True) for one in chosen]}
+    for who, folder in models.items():
+        answers[who] = _generated(folder, chosen, encoder, length, seed, device)
+    known = frozenset(text.strip() for one in data.train for text in one.answers)
+    record = {
+        "questions": len(chosen),
+        "new_tokens": length,
+        "styles": len(recogniser.labels) if recogniser else 0,
+        "fitted_texts": recogniser.texts if recogniser else 0,
+        "measures": compare(answers, recogniser, known),
+    }
+    rows = [
+        {"where": one.where, "label": one.label, "prompt": before_answer(one)}
+        | {who: listed[place].text for who, listed in answers.items()}
+        for place, one in enumerate(chosen)
+    ]
+    return record, rows
+
+
+def _answer(one: Conversation, text: str, ended: bool) -> Answer:
+    return Answer(text, one.label, one.source, one.question, ended, one.apart)
+
+
+def _generated(
+    folder: Path, chosen: Sequence[Conversation], encoder: ChatEncoder, length: int, seed: int, device: str | None
+) -> list[Answer]:
+    """A model's answers, sampled as rollouts are."""
+    subject = load_subject(str(folder), device=device)
+    chat = chat_format(subject.tokenizer, subject.model.generation_config.eos_token_id)
+    sampler = Sampler(subject, chat.end_ids, Sampling(max_new_tokens=length))
+    found: list[Answer] = []
+    for start in range(0, len(chosen), CHUNK):
+        group = chosen[start : start + CHUNK]
+        prompts = [Prompt(tuple(encoder.prompt(before_answer(one))), seed_of(one.where, seed)) for one in group]
+        made = {answer.index: answer for answer in sampler.answers(prompts)}
+        for place, one in enumerate(group):
+            text = encoder.tokenizer.decode(list(made[place].ids))
+            found.append(_answer(one, text, made[place].stopped == "end"))
+    return found
