@@ -25,7 +25,7 @@ from personaxis.training.chips import chip_of
 from personaxis.training.dial import Plan
 from personaxis.training.gpt import GPT
 from personaxis.training.parent import Parent, parent_of
-from personaxis.training.stepping import Stepper, shares
+from personaxis.training.stepping import Stepper
 from personaxis.training.world import join, wait_for
 
 LAST = 20  # steps whose loss is told
@@ -55,8 +55,7 @@ def main() -> None:
             compute = torch.bfloat16 if device.type == "cuda" else torch.float32
             model = GPT(plan.shape, compute=compute, checkpointing=plan.checkpointing).to(device)
             stepper = Stepper(model, data.source, plan, Ranks(), device)
-        stepper.plan = plan
-        stepper.share, stepper.micro_batch = shares(data.source.rows, plan.micro_batch, 1)
+        stepper.replan(plan, data.source)
         row = {"arm": text, "steps": plan.steps, "rows": data.source.rows, **measured(stepper, data, parent)}
         print(json.dumps(row), flush=True)
         if asked.out:

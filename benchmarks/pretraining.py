@@ -22,7 +22,7 @@ from personaxis.training.dial import Plan, plan_of, utilisation
 from personaxis.training.evaluate import fit_of
 from personaxis.training.gpt import GPT
 from personaxis.training.source import BooksSource
-from personaxis.training.stepping import Stepper, shares
+from personaxis.training.stepping import Stepper
 from personaxis.training.tokenizer import load_tokenizer, token_bytes
 from personaxis.training.tokens import open_tokens
 from personaxis.training.world import join, wait_for
@@ -51,8 +51,7 @@ def main() -> None:
             compute = torch.bfloat16 if device.type == "cuda" else torch.float32
             model = GPT(plan.shape, compute=compute, checkpointing=plan.checkpointing).initialise(0).to(device)
             stepper = Stepper(model, source, plan, ranks, device)
-        stepper.plan, stepper.source = plan, source
-        stepper.share, stepper.micro_batch = shares(source.rows, plan.micro_batch, 1)
+        stepper.replan(plan, source)
         row = measured(stepper)
         fit = fit_of(stepper.model, tokens.held_out, lengths, plan.shape.context, min(16, stepper.micro_batch))
         row = {"arm": text, "bits_per_byte": round(fit.bits_per_byte, 4), **row}

@@ -14,7 +14,7 @@ from test_style import said
 from personaxis.persona.cli import main
 from personaxis.persona.errors import KnownError
 from personaxis.persona.store import read_json, read_lines, write_json
-from personaxis.training.chat_plan import RELATIVE, Peaks, batch_of, chat_plan, peaks_of, rows_of
+from personaxis.training.chat_plan import RELATIVE, Peaks, chat_plan, peaks_of, rows_of
 from personaxis.training.checkpoints import checkpoints_in
 from personaxis.training.dial import CHIPS, Plan, plan_of, shape_at
 from personaxis.training.export import export, load_exported
@@ -196,7 +196,6 @@ def plan(rows=2000, counted=1_000_000, **how):
 
 def test_the_batch_follows_the_answers_tokens_and_the_rates_the_base():
     made = plan()
-    assert batch_of(1_000_000) == 2500
     assert made.batch == rows_of(2000, 1_000_000, 1) * TINY.context == 5 * TINY.context
     assert made.steps == 400
     found = Peaks(made.matrix_rate, made.embedding_rate, made.head_rate, made.gain_rate)

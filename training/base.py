@@ -20,7 +20,7 @@ from personaxis.persona.store import digest
 from personaxis.training.asked import BaseAsked
 from personaxis.training.batches import Batches
 from personaxis.training.chips import chip_of
-from personaxis.training.dial import Plan, plan_of, repeats, timed
+from personaxis.training.dial import Plan, plan_of, repeats
 from personaxis.training.evaluate import fit_of
 from personaxis.training.finish import finish, require_same
 from personaxis.training.gpt import GPT
@@ -119,25 +119,25 @@ def _facts(asked: BaseAsked, tokens: Tokens) -> dict[str, Any]:
     }
 
 
-def _first_plan(asked: BaseAsked, tokens: Tokens, place: Ranks, device: torch.device) -> Plan:
-    """From the dial, before a speed is measured."""
-    tuning = asked.tuning
+def _plan(asked: BaseAsked, tokens: Tokens, device: torch.device, world: int, **more: Any) -> Plan:
+    """From the dial."""
+    tuning, length = asked.tuning, asked.length
     return plan_of(
         asked.depth,
         vocabulary=tokens.vocabulary,
         context=tuning.context,
-        tokens=asked.length.tokens,
-        minutes=asked.length.minutes,
+        tokens=length.tokens,
+        minutes=length.minutes,
         chip=chip_of(device),
-        gpus=place.world,
-        batch=tuning.batch,
+        gpus=world,
+        **{"batch": tuning.batch, **more},
     )
 
 
 def _train(asked: BaseAsked, run: Run, tokens: Tokens, place: Ranks, device: torch.device) -> dict[str, Any] | None:
     facts, known = _facts(asked, tokens), run.manifest
     require_same(asked.out, known.get("asked", {}), facts)
-    plan = Plan.from_json(known["plan"]) if "plan" in known else _first_plan(asked, tokens, place, device)
+    plan = Plan.from_json(known["plan"]) if "plan" in known else _plan(asked, tokens, device, place.world)
     plan = replace(
         plan,
         micro_batch=asked.tuning.micro_batch or plan.micro_batch,
@@ -146,10 +146,8 @@ def _train(asked: BaseAsked, run: Run, tokens: Tokens, place: Ranks, device: tor
     compute = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = GPT(plan.shape, compute=compute, checkpointing=plan.checkpointing, fp8=asked.tuning.fp8)
     model = model.initialise(asked.tuning.seed).to(device)
-    source = BooksSource(Batches(tokens.train, plan.shape.context, plan.batch // plan.shape.context, asked.tuning.seed))
-    stepper = Stepper(model, source, plan, place, device)
-    plan = _timed(asked, stepper, fresh="plan" not in known)
-    stepper.plan = plan
+    stepper = Stepper(model, _source(asked, tokens, plan), plan, place, device)
+    plan = _timed(asked, stepper, tokens, fresh="plan" not in known)
     _say_plan(plan, tokens, place)
     content = {"kind": "training", "asked": facts, "plan": plan.to_json(), "versions": versions()}
     run.note(**content)
@@ -158,21 +156,36 @@ def _train(asked: BaseAsked, run: Run, tokens: Tokens, place: Ranks, device: tor
         loop.run()
         if place.rank:
             return None
-        return finish(run, loop, asked.out, {"epochs": source.batches.epochs(plan.steps)})
+        return finish(run, loop, asked.out, {"epochs": plan.tokens / len(tokens.train)})
 
 
-def _timed(asked: BaseAsked, stepper: Stepper, *, fresh: bool) -> Plan:
-    """Compile; and where minutes were asked for, as many steps as they hold at the speed that is measured here."""
-    plan, minutes = stepper.plan, asked.length.minutes
-    measures = fresh and minutes is not None
+def _source(asked: BaseAsked, tokens: Tokens, plan: Plan) -> BooksSource:
+    context = plan.shape.context
+    return BooksSource(Batches(tokens.train, context, plan.batch // context, asked.tuning.seed))
+
+
+def _timed(asked: BaseAsked, stepper: Stepper, tokens: Tokens, *, fresh: bool) -> Plan:
+    """Compile; and where minutes were asked for, derive the run anew from the speed that is measured here."""
+    plan = stepper.plan
+    measures = fresh and asked.length.minutes is not None
     if stepper.device.type == "cuda" or measures:
         try:
             speed = stepper.speed()
         except torch.OutOfMemoryError:
             raise stepper.out_of_memory() from None
-        if measures and minutes is not None:
-            plan = timed(plan, minutes, speed)
-    return plan.scaled(asked.tuning.rate_scale) if fresh else plan
+        if measures:
+            plan = _at_speed(asked, stepper, tokens, speed)
+    stepper.replan(plan.scaled(asked.tuning.rate_scale) if fresh else plan, _source(asked, tokens, plan))
+    return stepper.plan
+
+
+def _at_speed(asked: BaseAsked, stepper: Stepper, tokens: Tokens, speed: float) -> Plan:
+    before, world = stepper.plan, stepper.ranks.world
+    unit = stepper.unit * before.shape.context
+    batch = asked.tuning.batch or _plan(asked, tokens, stepper.device, world, speed=speed).batch
+    batch = max(1, round(batch / unit)) * unit
+    plan = _plan(asked, tokens, stepper.device, world, speed=speed, batch=batch)
+    return replace(plan, micro_batch=before.micro_batch, checkpointing=before.checkpointing)
 
 
 def _say_plan(plan: Plan, tokens: Tokens, place: Ranks) -> None:

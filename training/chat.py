@@ -34,7 +34,7 @@ from personaxis.training.loop import Loop
 from personaxis.training.meters import Meters, read_metrics
 from personaxis.training.parent import Parent, parent_of
 from personaxis.training.replies import Replies, style_of
-from personaxis.training.stepping import Stepper, shares
+from personaxis.training.stepping import Stepper
 from personaxis.training.world import join
 
 
@@ -131,7 +131,7 @@ def _train(work: Work, run: Run) -> dict[str, Any] | None:
     model = GPT(plan.shape, compute=compute, checkpointing=plan.checkpointing).to(work.device)
     load_weights(Checkpoint(0, work.parent.folder), model)
     stepper = Stepper(model, source, plan, work.place, work.device)
-    stepper.plan = plan = _timed(work, stepper, fresh=fresh)
+    plan = _timed(work, stepper, fresh=fresh)
     if work.place.rank == 0:
         _copy_tokenizer(work)
         for line in (*work.data.lines(), f"{plan.steps:,} steps of {source.rows:,} rows, {plan.horizon}"):
@@ -157,18 +157,13 @@ def _timed(work: Work, stepper: Stepper, *, fresh: bool) -> Plan:
         if measures and minutes is not None:
             rows = max(source.rows, int(60 * minutes * speed / source.context))
             plan = replace(
-                _plan_for(work, rows, plan.horizon, speed=speed, unit=_unit(stepper)),
+                _plan_for(work, rows, plan.horizon, speed=speed, unit=stepper.unit),
                 micro_batch=plan.micro_batch,
                 checkpointing=plan.checkpointing,
             )
             source.rows = plan.batch // source.context
-            stepper.share, stepper.micro_batch = shares(source.rows, plan.micro_batch, work.place.world)
-    return plan.scaled(work.asked.tuning.rate_scale) if fresh else plan
-
-
-def _unit(stepper: Stepper) -> int:
-    """What the rows of a step must be a multiple of: where a micro-batch is compiled, it stays as it is."""
-    return stepper.ranks.world * (stepper.micro_batch if stepper.device.type == "cuda" else 1)
+    stepper.replan(plan.scaled(work.asked.tuning.rate_scale) if fresh else plan, source)
+    return stepper.plan
 
 
 def _copy_tokenizer(work: Work) -> None:

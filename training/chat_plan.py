@@ -10,7 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from personaxis.persona.errors import KnownError
-from personaxis.training.dial import CHIPS, Chip, Plan, batch_for, flops_a_token, micro_batch_for, optimal_tokens
+from personaxis.training.dial import (
+    CHIPS,
+    Chip,
+    Plan,
+    batch_for,
+    critical_batch,
+    flops_a_token,
+    micro_batch_for,
+    optimal_tokens,
+)
 from personaxis.training.rates import (
     embedding_rate_for,
     gain_rate_for,
@@ -56,17 +65,13 @@ def peaks_of(shape: Shape, plan: Mapping[str, Any] | None = None) -> Peaks:
     )
 
 
-def batch_of(counted: int) -> float:
-    """Answers' tokens in a batch: the dial's rule, 262,144 · (horizon / 1e9)^0.383 and never more than a 400th of it.
-
-    The noise of a gradient is that of the targets it is summed over; prompts and padding add none.
-    """
-    return min(2**18 * (counted / 1e9) ** 0.383, counted / 400)
-
-
 def rows_of(rows: int, counted: int, unit: int) -> int:
-    """Rows in a step when `counted` answers' tokens are spread over `rows` rows: a multiple of `unit`, once at least."""
-    wanted = batch_of(counted) * rows / counted
+    """Rows in a step when `counted` answers' tokens are spread over `rows` rows: a multiple of `unit`, once at least.
+
+    The dial's rule on answers' tokens: the noise of a gradient is that of the targets it is summed over; prompts and
+    padding add none.
+    """
+    wanted = critical_batch(counted) * rows / counted
     return max(1, round(wanted / unit)) * unit
 
 

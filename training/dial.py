@@ -110,18 +110,21 @@ def optimal_tokens(shape: Shape) -> int:
     return TOKENS_A_PARAMETER * shape.matrix_parameters
 
 
-def batch_for(tokens: int, context: int, gpus: int = 1) -> int:
-    """Tokens in a batch: 158,000 · (horizon / 1e9)^0.383, in whole multiples of 8 sequences and of the GPUs.
+def critical_batch(horizon: int) -> float:
+    """Tokens in a batch: 158,000 · (horizon / 1e9)^0.383, and never more than a 400th of the horizon.
 
     The batch that can grow without costing tokens, the critical batch, grows with the horizon and hardly with the model
     (Zhang et al. 2024); the exponent is the fit of Bergsma et al. 2025 ("Power Lines"), which gives AdamW 175,000 at 1e9.
     Measured here with Muon at depth 12: at 9e7 tokens 32,768 and 65,536 do as well as each other, at 2e7 65,536 does
-    better than 131,072 by 0.07 bits per byte. Smaller than that a GPU waits for the optimizer. Never more than a 400th
-    of the horizon either.
+    better than 131,072 by 0.07 bits per byte. Smaller than that a GPU waits for the optimizer.
     """
-    wanted = min(158_000 * (tokens / 1e9) ** 0.383, tokens / 400)
+    return min(158_000 * (horizon / 1e9) ** 0.383, horizon / 400)
+
+
+def batch_for(tokens: int, context: int, gpus: int = 1) -> int:
+    """The critical batch in whole multiples of 8 sequences and of the GPUs."""
     unit = context * math.lcm(8, gpus)
-    return max(1, round(wanted / unit)) * unit
+    return max(1, round(critical_batch(tokens) / unit)) * unit
 
 
 def flops_a_token(shape: Shape) -> int:
@@ -351,18 +354,6 @@ def _derived(shape: Shape, horizon: str, steps: int, batch: int, chip: Chip, gpu
         checkpointing=checkpointing,
         fits=fits,
     )
-
-
-def timed(plan: Plan, minutes: float, speed: float) -> Plan:
-    """The same run with as many steps as some minutes hold at a measured speed; its batch stays."""
-    steps = int(60 * minutes * speed) // plan.batch
-    if steps < 1:
-        raise KnownError(
-            f"--minutes {minutes:g} is less than one step: at {speed:,.0f} tokens/s a batch of {plan.batch:,} takes "
-            f"{plan.batch / speed:,.1f} s; train for longer, or with a shorter --context"
-        )
-    derived = _derived(plan.shape, plan.horizon, steps, plan.batch, plan.chip, plan.gpus, speed)
-    return replace(derived, micro_batch=plan.micro_batch, checkpointing=plan.checkpointing)
 
 
 def repeats(tokens: int, corpus: int) -> str:

@@ -51,11 +51,21 @@ class Stepper:
     """
 
     def __init__(self, model: GPT, source: Source, plan: Plan, ranks: Ranks, device: torch.device) -> None:
-        self.model, self.source, self.plan, self.ranks, self.device = model, source, plan, ranks, device
-        self.share, self.micro_batch = shares(source.rows, plan.micro_batch, ranks.world)
+        self.model, self.ranks, self.device = model, ranks, device
+        self.replan(plan, source)
         self.optimizer = Optimizer(model, ranks)
         cuda = device.type == "cuda"
         self.forward = torch.compile(model, dynamic=False) if cuda else model
+
+    def replan(self, plan: Plan, source: Source) -> None:
+        """Go by another plan and its rows. What is compiled stays compiled as long as micro-batches are as large."""
+        self.plan, self.source = plan, source
+        self.share, self.micro_batch = shares(source.rows, plan.micro_batch, self.ranks.world)
+
+    @property
+    def unit(self) -> int:
+        """What a step's rows must be a multiple of: where a micro-batch is compiled, it stays as it is."""
+        return self.ranks.world * (self.micro_batch if self.device.type == "cuda" else 1)
 
     def step(self, number: int) -> Heard:
         """Do step `number`, 0-based."""
