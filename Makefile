@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PACKAGES := persona analysis steering training
 
-.PHONY: install demo test test-slow check format clean
+.PHONY: install demo demo-train test test-slow check format clean
 
 install: .venv/installed
 
@@ -15,6 +15,15 @@ install: .venv/installed
 
 demo: install
 	$(BIN)/personaxis axis smollm2-135m --plan demo --out runs/demo
+
+# a tokenizer, a GPT of 4 layers, its tuning to questions and answers, its axis, and a word with it
+DEMO := runs/demo-train
+demo-train: install
+	$(BIN)/python -m personaxis.training.demo_text $(DEMO)/data
+	$(BIN)/personaxis train base --depth 4 --minutes 2 --corpus $(DEMO)/data/text --held-share 0.04 --vocabulary 1024 --context 256 --device cpu --out $(DEMO)/base
+	$(BIN)/personaxis train chat $(DEMO)/base --minutes 1 --data $(DEMO)/data/chats.jsonl --style-answers 0 --device cpu --out $(DEMO)/chat
+	$(BIN)/personaxis axis $(DEMO)/chat --roles 8 --prompts 1 --questions 8 --max-new-tokens 16 --judge none --keep all --replicates 20 --device cpu --out $(DEMO)/axis
+	$(BIN)/personaxis chat $(DEMO)/chat --axis $(DEMO)/axis --message "What does textwrap.indent do?" --message "What is queue.Queue?" --device cpu
 
 # two processes, one thread each: on two cores they are done in two thirds of the time that one process takes
 test: install

@@ -9,12 +9,12 @@ from typing import Any
 
 Line = tuple[str, str, str]
 
-REFERENCE_BATCH, REFERENCE_WIDTH = 2**19, 768  # where the rates' constants hold
+REFERENCE_BATCH, REFERENCE_WIDTH = 2**16, 768  # where the rates' constants hold
 SHAPE = (
     "from the depth: 64 of width a layer, heads of 128 (of 64 below depth 8), two heads of queries to one of keys and values, "
     "an MLP of 8/3 the width"
 )
-BATCH = "262,144 · (tokens / 1e9)^0.383, at most a 400th of the tokens"
+BATCH = "the critical batch, which grows with tokens^0.383, at most a 400th of the tokens; in whole multiples of 8 sequences"
 DECAY = "weights average over 15% of the run; at most 0.2"
 FLOPS = (
     "6 a parameter that multiplies, and 12 · depth · heads · head width · context for attention; forward and backward"
@@ -68,7 +68,11 @@ def _rates(plan: Mapping[str, Any], asked: Mapping[str, Any]) -> list[Line]:
         if plan.get(field) is not None:
             shrunk = REFERENCE_WIDTH / plan["shape"]["width"] if name == "head" else 1.0
             constant = plan[field] / scale / shrunk / (plan["batch"] / REFERENCE_BATCH) ** 0.5
-            rule = f"{constant:.3g} · √(batch / 524,288)" + (" · 768 / width" if name == "head" else "") + behind
+            rule = (
+                f"{constant:.3g} · √(batch / {REFERENCE_BATCH:,})"
+                + (" · 768 / width" if name == "head" else "")
+                + behind
+            )
             lines.append((f"rate of {name}", f"{plan[field]:.3g} ({by})", rule))
     if plan.get("weight_decay") is not None:
         lines.append(("decay of matrices", f"{plan['weight_decay']:.3g}", DECAY))

@@ -24,6 +24,7 @@ def losses_by_source(held_out: Sequence[Row]) -> Table | None:
     lines = [
         [name, _shown(first.get(name), "loss"), _shown(one, "loss"), f"{one['conversations']:,}", f"{one['tokens']:,}"]
         for name, one in last.items()
+        if name == "all" or len(last) > 2  # a lone source is all of them
     ]
     return {"columns": ["conversations", "before", "now", "n", "tokens"], "rows": lines}
 
@@ -34,7 +35,10 @@ def style(folder: Path) -> Table | None:
     if not path.is_file():
         return None
     record = read_json(path)
-    measures = {who: found["all"] for who, found in (record.get("measures") or {}).items() if "all" in found}
+    told = record.get("measures") or {}
+    measures = {
+        who: told[who]["all"] for who in [*NAMES, *sorted(set(told) - set(NAMES))] if "all" in told.get(who, {})
+    }
     if not measures:
         return None
     names = list(dict.fromkeys(name for found in measures.values() for name in found))

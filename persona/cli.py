@@ -45,7 +45,10 @@ VERBS = {
         "Do conversations leave the Assistant, and does a cap hold them?",
     ),
     "trace": ("personaxis.steering.trace_verb:trace", "Trace stored conversations along an axis, turn by turn."),
-    "train": ("personaxis.training.verbs:app", "Make a small model of one's own: `train tokenizer`."),
+    "train": (
+        "personaxis.training.verbs:app",
+        "Make a small model of one's own: `train tokenizer`, `train base`, `train chat`.",
+    ),
     "plan": (
         "personaxis.training.plan_verb:plan",
         "What training a GPT of some depth takes: size, tokens, memory, hours, cost.",

@@ -6,6 +6,7 @@ python tests/training_runs.py FOLDER          # runs at every stage, each with i
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,36 +29,44 @@ TEXTS = (
 )
 
 
-def a_training_run(folder, *, depth=12, minutes=3.0, chip="h200", done=1.0, tuned=False, seed=0, **more):
+def a_training_run(folder, *, depth=12, steps=964, chip="h200", done=1.0, tuned=False, seed=0, **more):
     """A run that has done a share of its steps; all of them, and it is finished. `more` goes into run.json."""
     folder.mkdir(parents=True)
-    plan = plan_of(depth, minutes=minutes, chip=CHIPS[chip])
+    batch = 98_304 if chip != "cpu" else 2048
+    length = {
+        "steps": steps,
+        "batch": batch,
+        "tokens": steps * batch,
+        "warmup": steps // 50,
+        "decay": round(0.6 * steps),
+    }
+    plan = replace(plan_of(depth, minutes=3.0, chip=CHIPS[chip]), **length)  # whatever the dial's rules are just now
     record = {
         "kind": "training",
         "created": "2026-11-27T08:00:00+00:00",
-        "asked": {"depth": depth, "corpus": "books", "minutes": minutes, "seed": 0, "tokens": None},
+        "asked": {"depth": depth, "corpus": "books", "minutes": 3.0, "seed": 0, "tokens": None},
         "plan": json.loads(json.dumps(plan.to_json())),
         "versions": {"python": "3.11.7", "torch": "2.13.0", "personaxis": "0.1.0"},
     }
     (folder / "run.json").write_text(json.dumps(record | more))
-    steps, every = round(plan.steps * done), max(1, plan.steps // 12)
+    last, every = round(plan.steps * done), max(1, plan.steps // 12)
     rows, samples = [], []
     drawn = np.random.default_rng(seed)
-    for step in range(steps + 1 if done else 0):
+    for step in range(last + 1 if done else 0):
         if step:
             rows.append(_step(step, plan, drawn))
         if step % every == 0 or step == plan.steps:
             rows.append(_evaluation(step, plan, tuned))
             level = min(5, round(6.2 * math.log1p(step) / math.log1p(plan.steps) - 0.8)) if step else 0
             samples += [{"step": step, "prompt": prompt, "text": TEXTS[max(level, 0)]} for prompt in PROMPTS]
-    if steps > plan.steps // 2:
+    if last > plan.steps // 2:
         at = plan.steps // 3
         rows.insert(at, {"kind": "event", "step": at, "what": "resumed", "text": "went on from the checkpoint of this step; it had been at 402"})  # fmt: skip
     for name, content in (("metrics", rows), ("samples", samples)):
         if content:
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
     for step in (0, *(2**n for n in range(6, 20))):
-        if done and step <= steps:
+        if done and step <= last:
             _model(folder / "checkpoints" / f"step-{step:06}")
     if done == 1.0:
         _model(folder / "model")
@@ -104,7 +113,7 @@ if __name__ == "__main__":
     a_training_run(at / "under-way", done=0.41)
     a_training_run(at / "begun", done=0.0)
     a_training_run(at / "first-steps", done=0.003)
-    a_training_run(at / "on-a-laptop", depth=4, minutes=4, chip="cpu")
-    a_training_run(at / "tuned", depth=12, minutes=0.6, tuned=True, parent={"path": "runs/victorian-d12/model"})
+    a_training_run(at / "on-a-laptop", depth=4, steps=300, chip="cpu")
+    a_training_run(at / "tuned", depth=12, steps=385, tuned=True, parent={"path": "runs/victorian-d12/model"})
     for folder in sorted(at.iterdir()):
         print(write_training_report(folder))

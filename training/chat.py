@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from personaxis.analysis.training_report import write_training_report
 from personaxis.persona.errors import KnownError
 from personaxis.persona.progress import say
 from personaxis.persona.ranks import Ranks, ranks
@@ -214,6 +215,7 @@ def _finished(work: Work, run: Run, loop: Loop) -> dict[str, Any]:
     result = finish(run, loop, work.asked.out, more)
     if work.asked.tuning.style_answers:
         result = {**result, "style": _style(work)}
+        write_training_report(work.asked.out)  # which shows it
     return result
 
 
