@@ -8,6 +8,7 @@ On a GPU forward and backward are compiled into one graph each and run in bf16 o
 back by an event of their own: asking for them does not wait for the step that was launched after it.
 """
 
+import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -81,17 +82,31 @@ class Stepper:
 
     def speed(self) -> float:
         """Compile, and measure tokens a second over some steps; the model and the optimizer are spoiled by it."""
-        steps = 8 if self.device.type == "cuda" else 2  # the first of a GPU's are short of work while it is launched
-        self.step(0)
         self.step(0)
         wait_for(self.device)
+        if self.device.type == "cuda":  # the first of these steps is short of work while it is launched
+            spans = [self._seconds(10)]
+        else:
+            spans = self._spans()
+        middle = torch.tensor([statistics.median(spans)], device=self.device)
+        mean = summed(middle, self.ranks).item() / self.ranks.world  # one number on all ranks: it decides the plan
+        return self.source.rows * self.source.context / mean
+
+    def _spans(self) -> list[float]:
+        """Seconds of some single steps: on a CPU the first few are slow and uneven. About ten seconds, or four steps."""
+        spans: list[float] = []
+        while len(spans) < 4 or (len(spans) < 16 and sum(spans) < 10 and self.ranks.world == 1):
+            spans.append(self._seconds(1))
+            if sum(spans) > 30 and self.ranks.world == 1:
+                break
+        return spans[len(spans) // 2 :]
+
+    def _seconds(self, steps: int) -> float:
         start = time.monotonic()
         for _ in range(steps):
             self.step(0)
         wait_for(self.device)
-        seconds = torch.tensor([(time.monotonic() - start) / steps], device=self.device)
-        mean = summed(seconds, self.ranks).item() / self.ranks.world  # one number on all ranks: it decides the plan
-        return self.source.rows * self.source.context / mean
+        return (time.monotonic() - start) / steps
 
     def out_of_memory(self) -> KnownError:
         """What to do about it."""
