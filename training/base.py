@@ -5,7 +5,7 @@ train_base(BaseAsked(depth=12, out=Path("runs/books"), texts=Texts(corpus=Path("
 RUN/run.json  tokenizer/  tokens/  metrics.jsonl  samples.jsonl  checkpoints/step-*/  model/  report.html
 """
 
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,8 @@ from personaxis.training.evaluate import fit_of
 from personaxis.training.finish import finish, require_same
 from personaxis.training.gpt import GPT
 from personaxis.training.hub import corpus_of
-from personaxis.training.line import Line
 from personaxis.training.loop import Loop
-from personaxis.training.meters import Meters
+from personaxis.training.record import Record, recorded
 from personaxis.training.samples import Samples
 from personaxis.training.source import BooksSource
 from personaxis.training.stepping import Stepper
@@ -151,8 +150,8 @@ def _train(asked: BaseAsked, run: Run, tokens: Tokens, place: Ranks, device: tor
     _say_plan(plan, tokens, place)
     content = {"kind": "training", "asked": facts, "plan": plan.to_json(), "versions": versions()}
     run.note(**content)
-    with ExitStack() as stack:
-        loop = _loop(asked, stepper, tokens, stack)
+    with _record(asked, stepper, tokens) as record:
+        loop = _loop(asked, stepper, tokens, record)
         loop.run()
         if place.rank:
             return None
@@ -197,36 +196,26 @@ def _say_plan(plan: Plan, tokens: Tokens, place: Ranks) -> None:
         )
 
 
-def _loop(asked: BaseAsked, stepper: Stepper, tokens: Tokens, stack: ExitStack) -> Loop:
+def _record(asked: BaseAsked, stepper: Stepper, tokens: Tokens) -> AbstractContextManager[Record]:
+    if stepper.ranks.rank:
+        return nullcontext(Record())
+    samples = Samples(asked.out, load_tokenizer(_tokenizer_folder(asked)), tokens.held_out)
+    return recorded(asked.out, stepper.plan.steps, samples, tensorboard=asked.tensorboard, wandb=asked.wandb)
+
+
+def _loop(asked: BaseAsked, stepper: Stepper, tokens: Tokens, record: Record) -> Loop:
     place, plan, folder = stepper.ranks, stepper.plan, _tokenizer_folder(asked)
     lengths = torch.from_numpy(token_bytes(load_tokenizer(folder))).to(stepper.device)
     most = max(plan.tokens // 200, stepper.micro_batch * plan.shape.context * place.world)
-    first = place.rank == 0
-    meters = stack.enter_context(Meters(asked.out, tensorboard=asked.tensorboard, wandb=asked.wandb)) if first else None
-    line = stack.enter_context(Line(plan.steps)) if first else None
-    samples = Samples(asked.out, load_tokenizer(folder), tokens.held_out) if first else None
 
-    def evaluate(step: int) -> list[dict[str, Any]]:
+    def evaluate(step: int) -> dict[str, Any]:
         whole = step == plan.steps
-        model, rows = stepper.model, stepper.micro_batch
-        fit = fit_of(model, tokens.held_out, lengths, plan.shape.context, rows, place, None if whole else most)
-        if samples is not None:
-            samples.write(model, step)
-        return [fit.row(step)]
-
-    def write(row: dict[str, Any]) -> None:
-        if meters is not None and line is not None:
-            meters.write(row)
-            line.show(row)
-
-    def cut(step: int) -> None:
-        if meters is not None and samples is not None:
-            meters.cut_after(step)
-            samples.cut_after(step)
+        rows, context = stepper.micro_batch, plan.shape.context
+        fit = fit_of(stepper.model, tokens.held_out, lengths, context, rows, place, None if whole else most)
+        return fit.row(step)
 
     def initialise() -> None:
         stepper.model.initialise(asked.tuning.seed)
 
     facts = {"tokenizer": digest(folder / TOKENIZER), "asked": _facts(asked, tokens)}
-    keep_all = asked.tuning.keep == "log"
-    return Loop(asked.out, stepper, folder, initialise, evaluate, write, cut, facts, keep_all)
+    return Loop(asked.out, stepper, folder, initialise, evaluate, record, facts, asked.tuning.keep == "log")

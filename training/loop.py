@@ -1,6 +1,6 @@
 """The loop: steps from the newest checkpoint to the last one, heard as they finish, with pauses to evaluate and to save.
 
-    Loop(folder, stepper, tokenizer, evaluate, meters).run()
+    Loop(folder, stepper, tokenizer, initialise, evaluate, record).run()
 
 The same loop trains a base model and tunes a chat model; what differs is the source of rows and what is evaluated. A run
 that was stopped, or killed at any moment, goes on from its newest checkpoint with the very numbers it would have had
@@ -32,6 +32,7 @@ from personaxis.training.checkpoints import (
 )
 from personaxis.training.dial import Plan
 from personaxis.training.dial import utilisation as share_of_peak
+from personaxis.training.record import Record
 from personaxis.training.stepping import Heard, Stepper
 from personaxis.training.world import wait_for
 
@@ -59,17 +60,14 @@ class Clock:
 
 @dataclass
 class Loop:
-    """A run about to go on. `evaluate(step)` gives rows to write; it and `initialise` run on all ranks."""
+    """A run about to go on. `evaluate(step)` gives a row to write; it and `initialise` run on all ranks."""
 
     folder: Path
     stepper: Stepper
     tokenizer: Path
     initialise: Callable[[], None]
-    evaluate: Callable[[int], list[dict[str, Any]]]
-    write: Callable[[dict[str, Any]], None]
-    "where rows of metrics.jsonl go"
-    cut: Callable[[int], None]
-    "forget what was written of later steps"
+    evaluate: Callable[[int], dict[str, Any]]
+    record: Record
     facts: dict[str, Any] = field(default_factory=dict)
     "what state.json says of the run"
     keep_all: bool = True
@@ -124,8 +122,8 @@ class Loop:
         text = f"going on from step {found.step:,} of {self.plan.steps:,}"
         if before != ranks.world:
             text += f"; {before} processes made it, {ranks.world} go on: the optimizer's state is shared out anew"
-        self.cut(found.step)
-        self.write({"kind": "event", "step": found.step, "what": "resumed", "text": text})
+        self.record.cut(found.step)
+        self.record.write({"kind": "event", "step": found.step, "what": "resumed", "text": text})
         return found.step
 
     def _step(self, number: int) -> Heard:
@@ -143,7 +141,7 @@ class Loop:
         batch = self.stepper.source.rows * self.stepper.source.context
         spans = len(self._heard) - 1
         speed = spans * batch / max(seconds - self._heard[0], 1e-9) if spans else None
-        self.write(
+        self.record.write(
             {
                 "kind": "step",
                 "step": step,
@@ -166,7 +164,7 @@ class Loop:
         last = newest(self.folder)
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
         good = f"the last good checkpoint is {last.path}" if last else "there is no checkpoint yet"
-        self.write({"kind": "event", "step": step, "what": "stopped", "text": f"{what} at step {step}"})
+        self.record.write({"kind": "event", "step": step, "what": "stopped", "text": f"{what} at step {step}"})
         return KnownError(f"{what} at step {step}: stopped; {good}. Start a new run with a lower --rate-scale")
 
     def _pauses_at(self, step: int) -> bool:
@@ -184,8 +182,8 @@ class Loop:
         wait_for(self.stepper.device)
         self.clock.pause()
         if self._evaluates_at(step):
-            for row in self.evaluate(step):
-                self.write(row)
+            self.record.write(self.evaluate(step))
+            self.record.sample(self.stepper.model, step)
         wanted = (self.keep_all and lasting(step, self.plan.steps)) or step == self.plan.steps
         if wanted or self._asked_to_stop or self._due():
             self._save(step)
