@@ -21,10 +21,9 @@ from typing import Any
 import torch
 
 from personaxis.persona.errors import KnownError
-from personaxis.persona.store import read_json
 from personaxis.training.checkpoints import (
     lasting,
-    load_optimizer,
+    load_state,
     load_weights,
     newest,
     prune,
@@ -84,9 +83,9 @@ class Loop:
 
     def run(self) -> int:
         """Go on to the last step; returns the step that it went on from. Raises `KnownError` on a loss that is no number."""
+        self._saved = time.monotonic()
         start = self._begin()
         waiting: tuple[int, Heard] | None = None
-        self._saved = time.monotonic()
         with self._stoppable():
             self.clock.start()
             for number in range(start, self.plan.steps):
@@ -109,20 +108,21 @@ class Loop:
         found, ranks = newest(self.folder), self.stepper.ranks
         self.stepper.optimizer.forget()
         self.stepper.optimizer.zero()
+        if ranks.rank == 0:  # what a kill left behind: halves of checkpoints, and rows from before the first one
+            prune(self.folder, self.plan.steps, self.keep_all)
+            self.record.cut(-1 if found is None else found.step)
         if found is None:
             self.initialise()
             self._pause(0)
             return 0
+        state, facts = load_state(found)
         load_weights(found, self.stepper.model)
-        state = load_optimizer(found)
         self.stepper.optimizer.load(state)
-        facts = read_json(found.path / "state.json")
         self.clock.seconds = facts["seconds"]
         before = facts["world"]
         text = f"going on from step {found.step:,} of {self.plan.steps:,}"
         if before != ranks.world:
             text += f"; {before} processes made it, {ranks.world} go on: the optimizer's state is shared out anew"
-        self.record.cut(found.step)
         self.record.write({"kind": "event", "step": found.step, "what": "resumed", "text": text})
         return found.step
 
