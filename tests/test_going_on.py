@@ -3,19 +3,23 @@
 import errno
 import os
 import shutil
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
 from test_base import again, asked, books, losses, whole  # noqa: F401 (fixtures)
 
 from personaxis.persona.errors import KnownError
-from personaxis.persona.store import read_lines
+from personaxis.persona.ranks import Ranks
+from personaxis.persona.store import read_json, read_lines, write_json
 from personaxis.training import checkpoints, loop, stepping
 from personaxis.training.asked import BaseAsked, Tuning
 from personaxis.training.base import train_base
 from personaxis.training.checkpoints import checkpoints_in
 from personaxis.training.export import load_exported
 from personaxis.training.meters import read_metrics
+from personaxis.training.world import join
 
 
 class Killed(BaseException):
@@ -150,3 +154,49 @@ def test_a_full_disk_leaves_no_half_of_a_model(whole, books, tmp_path, monkeypat
         train_base(asked(books, run))
     assert (run / "model/config.json").is_file()
     assert not list(run.glob(".model.*"))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("run.json", "[]", "not the record of a run"),
+        ("run.json", '{"kind": "tr', "is not valid JSON"),
+        ("tokens/train-00000.npy", "", "cannot be read: .*make it again"),
+        ("checkpoints/step-000039/optimizer.safetensors", "", "remove .*step-000039 and the run goes on"),
+        ("checkpoints/step-000039/model.safetensors", "cut", "remove .*step-000039 and the run goes on"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_one_line(whole, books, tmp_path, file, content, said):  # noqa: F811
+    run = copied(whole, tmp_path)
+    (run / file).write_text(content)
+    with pytest.raises(KnownError, match=said):
+        train_base(asked(books, run))
+
+
+def test_a_plan_of_another_version_is_one_line(whole, books, tmp_path):  # noqa: F811
+    run = copied(whole, tmp_path)
+    record = read_json(run / "run.json")
+    del record["plan"]["second"]
+    write_json(run / "run.json", record)
+    with pytest.raises(KnownError, match="does not say second: another version wrote it"):
+        train_base(asked(books, run))
+
+
+def test_a_folder_in_which_nothing_can_be_written_is_one_line(whole, books):  # noqa: F811
+    with pytest.raises(KnownError, match="/proc cannot be written to"):
+        train_base(again(whole, books, Path("/proc")))
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:1", "mps"])
+def test_another_device_than_cuda_or_cpu_is_refused(device):
+    """`cuda:1` was taken for the first GPU."""
+    with pytest.raises(KnownError, match="is not cuda or cpu"):
+        join(Ranks(), device)
+
+
+def test_processes_wait_for_the_one_that_tokenises_as_long_as_it_takes(monkeypatch):
+    """Ten minutes, which is usual with NCCL, is less than a large corpus takes."""
+    given = {}
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda *_, **how: given.update(how))
+    join(Ranks(1, 2, 1), "cpu")
+    assert given["timeout"] == timedelta(days=1)

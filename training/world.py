@@ -1,5 +1,7 @@
 """The processes of a training run and the device of each: torchrun gives their places, NCCL or gloo carries what they share."""
 
+from datetime import timedelta
+
 import torch
 from torch import Tensor
 
@@ -10,8 +12,10 @@ from personaxis.persona.ranks import Ranks
 def join(ranks: Ranks, device: str | None = None) -> torch.device:
     """This process's device: its own GPU if there is one; with several processes they are made one group.
 
-    Raises `KnownError` where a host has fewer GPUs than processes.
+    Raises `KnownError` for another device than cuda or cpu, and where a host has fewer GPUs than processes.
     """
+    if device not in (None, "cuda", "cpu"):
+        raise KnownError(f"--device {device} is not cuda or cpu; CUDA_VISIBLE_DEVICES says which GPUs there are")
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if chosen.type == "cuda":
         if ranks.local >= torch.cuda.device_count():
@@ -26,7 +30,10 @@ def join(ranks: Ranks, device: str | None = None) -> torch.device:
 
         if not dist.is_initialized():
             both = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-            dist.init_process_group(both, device_id=chosen if chosen.type == "cuda" else None)
+            # a day, as in `Ranks.barrier`: others wait while one process tokenises a corpus, and ten minutes is usual
+            dist.init_process_group(
+                both, device_id=chosen if chosen.type == "cuda" else None, timeout=timedelta(days=1)
+            )
     return chosen
 
 
