@@ -3,12 +3,15 @@
 import errno
 import os
 import shutil
+import subprocess
+import sys
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-from test_base import again, asked, books, losses, whole  # noqa: F401 (fixtures)
+import torch.distributed as dist
+from test_base import again, asked, books, command, environment, losses, whole  # noqa: F401 (fixtures)
 
 from personaxis.persona.errors import KnownError
 from personaxis.persona.ranks import Ranks
@@ -17,7 +20,9 @@ from personaxis.training import checkpoints, loop, stepping
 from personaxis.training.asked import BaseAsked, Tuning
 from personaxis.training.base import train_base
 from personaxis.training.checkpoints import checkpoints_in
+from personaxis.training.dial import CHIPS, plan_of
 from personaxis.training.export import load_exported
+from personaxis.training.loop import steps_in
 from personaxis.training.meters import read_metrics
 from personaxis.training.world import join
 
@@ -78,7 +83,8 @@ def test_what_a_kill_leaves_half_written_is_removed_when_the_run_goes_on(whole, 
     for half in halves:
         (run / half).mkdir()
         (run / half / "model.safetensors").write_text("half")
-    (run / ".samples.jsonl.e0").write_text("half")
+    for half in (".samples.jsonl.e0", ".tokenizer.7a", "tokens/.train-00000.npy.3c"):
+        (run / half).write_text("half")
     train_base(asked(books, run))
     assert [path.name for path in run.rglob(".*")] == [".lock"]
 
@@ -196,7 +202,39 @@ def test_another_device_than_cuda_or_cpu_is_refused(device):
 
 def test_processes_wait_for_the_one_that_tokenises_as_long_as_it_takes(monkeypatch):
     """Ten minutes, which is usual with NCCL, is less than a large corpus takes."""
-    given = {}
-    monkeypatch.setattr("torch.distributed.init_process_group", lambda *_, **how: given.update(how))
-    join(Ranks(1, 2, 1), "cpu")
-    assert given["timeout"] == timedelta(days=1)
+    given = []
+    with monkeypatch.context() as patch:
+        patch.setattr(dist, "init_process_group", lambda *_, **how: given.append(how["timeout"]))
+        join(Ranks(1, 2, 1), "cpu")
+    make = dist.new_group
+    monkeypatch.setattr(dist, "new_group", lambda **how: given.append(how["timeout"]) or make(**how))
+    monkeypatch.setattr(dist, "get_backend", lambda: "cpu:gloo,cuda:nccl")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        Ranks(0, 2).barrier()
+    finally:
+        dist.destroy_process_group()
+    assert given == [timedelta(days=1)] * 2
+
+
+@pytest.mark.slow
+def test_several_processes_save_between_lasting_checkpoints_too(whole, tmp_path):  # noqa: F811
+    """They saved at powers of two alone, and with --keep last at the end alone: a killed run lost half its hours or all."""
+    program = (
+        "from personaxis.training import loop; loop.steps_in = lambda plan, seconds: 3\n"
+        "from personaxis.persona.cli import main; import sys; main(sys.argv[1:])"
+    )
+    (tmp_path / "often.py").write_text(program)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = [*command(whole, tmp_path / "run", 5000), "--keep", "last"]
+    done = subprocess.run(
+        [*torchrun, str(tmp_path / "often.py"), *options], capture_output=True, text=True, env=environment()
+    )
+    assert done.returncode == 0, done.stderr
+    assert [one.step for one in checkpoints_in(tmp_path / "run")] == [6, 9]
+
+
+def test_seconds_are_steps_by_the_plans_speed():
+    plan = plan_of(2, tokens=10**7, chip=CHIPS["cpu"], speed=1000.0, batch=5120)
+    assert steps_in(plan, 600.0) == 117
+    assert steps_in(plan, 1.0) == 1

@@ -28,7 +28,10 @@ from personaxis.training.gpt import GPT
 KEPT = 2  # checkpoints from which a run can go on
 PREFIX = "step-"
 # what a killed process was in the middle of; two dots where a checkpoint's weights were being written
-LEFTOVERS = (f"checkpoints/.{PREFIX}*", f"checkpoints/..{PREFIX}*", ".model.*", ".*.json.*", ".*.jsonl.*")
+LEFTOVERS = (
+    *(f"checkpoints/.{PREFIX}*", f"checkpoints/..{PREFIX}*"),
+    *(".model.*", ".tokenizer.*", ".*.json.*", ".*.jsonl.*", "tokens/.*.json.*", "tokens/.*.npy.*"),
+)
 
 
 @dataclass(frozen=True)

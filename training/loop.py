@@ -170,10 +170,13 @@ class Loop:
     def _pauses_at(self, step: int) -> bool:
         if self._asked_to_stop or step == self.plan.steps or (self.keep_all and lasting(step, self.plan.steps)):
             return True
-        return self._evaluates_at(step) or self._due()
+        return self._evaluates_at(step) or self._due(step)
 
-    def _due(self) -> bool:
-        return self.stepper.ranks.world == 1 and time.monotonic() - self._saved > EVERY
+    def _due(self, step: int) -> bool:
+        """Whether it is time for a checkpoint. Several processes must agree, and have a clock each: they count steps."""
+        if self.stepper.ranks.world > 1:
+            return step > 0 and step % steps_in(self.plan, EVERY) == 0
+        return time.monotonic() - self._saved > EVERY
 
     def _evaluates_at(self, step: int) -> bool:
         return step == self.plan.steps or step % max(1, self.plan.steps // self.evaluations) == 0
@@ -185,7 +188,7 @@ class Loop:
             self.record.write(self.evaluate(step))
             self.record.sample(self.stepper.model, step)
         wanted = (self.keep_all and lasting(step, self.plan.steps)) or step == self.plan.steps
-        if wanted or self._asked_to_stop or self._due():
+        if wanted or self._asked_to_stop or self._due(step):
             self._save(step)
         if self._asked_to_stop and step < self.plan.steps:
             raise KeyboardInterrupt
@@ -219,3 +222,8 @@ class Loop:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def steps_in(plan: Plan, seconds: float) -> int:
+    """How many steps some seconds hold by the plan's own speed, one at least."""
+    return max(1, round(seconds * plan.tokens_a_second / plan.batch))

@@ -1,12 +1,10 @@
 """The processes of a training run and the device of each: torchrun gives their places, NCCL or gloo carries what they share."""
 
-from datetime import timedelta
-
 import torch
 from torch import Tensor
 
 from personaxis.persona.errors import KnownError
-from personaxis.persona.ranks import Ranks
+from personaxis.persona.ranks import PATIENCE, Ranks
 
 
 def join(ranks: Ranks, device: str | None = None) -> torch.device:
@@ -29,11 +27,10 @@ def join(ranks: Ranks, device: str | None = None) -> torch.device:
         import torch.distributed as dist
 
         if not dist.is_initialized():
-            both = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-            # a day, as in `Ranks.barrier`: others wait while one process tokenises a corpus, and ten minutes is usual
-            dist.init_process_group(
-                both, device_id=chosen if chosen.type == "cuda" else None, timeout=timedelta(days=1)
-            )
+            if chosen.type == "cuda":
+                dist.init_process_group("cpu:gloo,cuda:nccl", device_id=chosen)
+            else:
+                dist.init_process_group("gloo", timeout=PATIENCE)
     return chosen
 
 
