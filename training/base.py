@@ -17,7 +17,7 @@ from personaxis.persona.progress import say
 from personaxis.persona.ranks import Ranks, ranks
 from personaxis.persona.run import Run, open_run, versions
 from personaxis.persona.store import digest
-from personaxis.training.asked import BaseAsked
+from personaxis.training.asked import BaseAsked, require_seed
 from personaxis.training.batches import Batches
 from personaxis.training.chips import chip_of
 from personaxis.training.dial import Plan, plan_of, repeats
@@ -60,7 +60,12 @@ def train_base(asked: BaseAsked) -> dict[str, Any] | None:
 
 def require_sensible(asked: BaseAsked) -> None:
     """What can be said before anything is read."""
-    tuning, length = asked.tuning, asked.length
+    tuning, length, corpus = asked.tuning, asked.length, asked.texts.corpus
+    if corpus is not None and asked.out.resolve().is_relative_to(corpus.resolve()):
+        raise KnownError(
+            f"--out {asked.out} is in --corpus {corpus}, where what the run writes becomes text to train on; choose another"
+        )
+    require_seed(tuning.seed)
     if not 0 < tuning.rate_scale < 100:
         raise KnownError(f"--rate-scale {tuning.rate_scale} is no factor for rates (1 leaves them as they are)")
     if tuning.fp8 and asked.device == "cpu":

@@ -21,10 +21,9 @@ from typing import Any
 import torch
 
 from personaxis.persona.errors import KnownError
-from personaxis.persona.store import read_json
 from personaxis.training.checkpoints import (
     lasting,
-    load_optimizer,
+    load_state,
     load_weights,
     newest,
     prune,
@@ -84,9 +83,9 @@ class Loop:
 
     def run(self) -> int:
         """Go on to the last step; returns the step that it went on from. Raises `KnownError` on a loss that is no number."""
+        self._saved = time.monotonic()
         start = self._begin()
         waiting: tuple[int, Heard] | None = None
-        self._saved = time.monotonic()
         with self._stoppable():
             self.clock.start()
             for number in range(start, self.plan.steps):
@@ -109,20 +108,21 @@ class Loop:
         found, ranks = newest(self.folder), self.stepper.ranks
         self.stepper.optimizer.forget()
         self.stepper.optimizer.zero()
+        if ranks.rank == 0:  # what a kill left behind: halves of checkpoints, and rows from before the first one
+            prune(self.folder, self.plan.steps, self.keep_all)
+            self.record.cut(-1 if found is None else found.step)
         if found is None:
             self.initialise()
             self._pause(0)
             return 0
+        state, facts = load_state(found)
         load_weights(found, self.stepper.model)
-        state = load_optimizer(found)
         self.stepper.optimizer.load(state)
-        facts = read_json(found.path / "state.json")
         self.clock.seconds = facts["seconds"]
         before = facts["world"]
         text = f"going on from step {found.step:,} of {self.plan.steps:,}"
         if before != ranks.world:
             text += f"; {before} processes made it, {ranks.world} go on: the optimizer's state is shared out anew"
-        self.record.cut(found.step)
         self.record.write({"kind": "event", "step": found.step, "what": "resumed", "text": text})
         return found.step
 
@@ -170,10 +170,13 @@ class Loop:
     def _pauses_at(self, step: int) -> bool:
         if self._asked_to_stop or step == self.plan.steps or (self.keep_all and lasting(step, self.plan.steps)):
             return True
-        return self._evaluates_at(step) or self._due()
+        return self._evaluates_at(step) or self._due(step)
 
-    def _due(self) -> bool:
-        return self.stepper.ranks.world == 1 and time.monotonic() - self._saved > EVERY
+    def _due(self, step: int) -> bool:
+        """Whether it is time for a checkpoint. Several processes must agree, and have a clock each: they count steps."""
+        if self.stepper.ranks.world > 1:
+            return step > 0 and step % steps_in(self.plan, EVERY) == 0
+        return time.monotonic() - self._saved > EVERY
 
     def _evaluates_at(self, step: int) -> bool:
         return step == self.plan.steps or step % max(1, self.plan.steps // self.evaluations) == 0
@@ -185,7 +188,7 @@ class Loop:
             self.record.write(self.evaluate(step))
             self.record.sample(self.stepper.model, step)
         wanted = (self.keep_all and lasting(step, self.plan.steps)) or step == self.plan.steps
-        if wanted or self._asked_to_stop or self._due():
+        if wanted or self._asked_to_stop or self._due(step):
             self._save(step)
         if self._asked_to_stop and step < self.plan.steps:
             raise KeyboardInterrupt
@@ -219,3 +222,8 @@ class Loop:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def steps_in(plan: Plan, seconds: float) -> int:
+    """How many steps some seconds hold by the plan's own speed, one at least."""
+    return max(1, round(seconds * plan.tokens_a_second / plan.batch))
