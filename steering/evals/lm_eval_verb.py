@@ -76,13 +76,8 @@ def lm_eval(
     from personaxis.steering.verbs import as_it_is, loaded
 
     require_lm_eval()
-    if axis is None and cap:
-        raise KnownError(f"--cap {cap[0]} needs --axis: along which axis?")
-    names, files, caps = task_names(tasks), data_files(asked.data), cap or ([] if axis is None else ["assistant"])
+    names, files, caps = task_names(tasks), data_files(asked.data), _caps(cap or [], axis)
     require_asked(names, files, asked.tasks_folder)
-    wrong = [name for name in caps if caps.count(name) > 1 or name == AS_IT_IS]
-    if wrong:
-        raise KnownError(f"--cap {wrong[0]!r} is given twice, or is the name of the uncapped arm")
     folder = asked.out or run_folder(model, None) / "evals"
 
     def load() -> Any:
@@ -110,6 +105,15 @@ def _run(
         tasks_folder=asked.tasks_folder,
         **asdict(settings),
     )
+
+
+def _caps(given: list[str], axis: str | None) -> list[str]:
+    if axis is None and given:
+        raise KnownError(f"--cap {given[0]} needs --axis: along which axis?")
+    wrong = [name for name in given if given.count(name) > 1 or name == AS_IT_IS]
+    if wrong:
+        raise KnownError(f"--cap {wrong[0]!r} is given twice, or is the name of the uncapped arm")
+    return given or ([] if axis is None else ["assistant"])
 
 
 def task_names(text: str) -> list[str]:
