@@ -9,6 +9,8 @@ import os
 from dataclasses import dataclass
 from datetime import timedelta
 
+PATIENCE = timedelta(days=1)
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -29,8 +31,14 @@ class Ranks:
         import torch.distributed as dist
 
         if not dist.is_initialized():
-            dist.init_process_group("gloo", timeout=timedelta(days=1))
-        dist.barrier()
+            dist.init_process_group("gloo", timeout=PATIENCE)
+        if dist.get_backend() == "gloo":
+            dist.barrier()
+            return
+        # NCCL's own gives up after ten minutes, and does not see that a process has ended
+        group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        dist.barrier(group)
+        dist.destroy_process_group(group)
 
     def close(self) -> None:
         """Leave the process group."""

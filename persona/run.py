@@ -7,6 +7,7 @@ with open_run(folder) as run:
     run.require_subject(subject)
 """
 
+import errno
 import fcntl
 import platform
 from collections.abc import Iterator
@@ -48,7 +49,12 @@ class Run:
     def manifest(self) -> dict[str, Any]:
         """The content of run.json, {} before the first step."""
         path = self.folder / "run.json"
-        return read_json(path) if path.exists() else {}
+        content = read_json(path) if path.exists() else {}
+        if not isinstance(content, dict):
+            raise KnownError(
+                f"{path} is not the record of a run, but a {type(content).__name__}; choose another folder"
+            )
+        return content
 
     def ask(self, asked: dict[str, Any]) -> None:
         """Record what this call asks for. What makes a run one run (`FIXED`) must agree with what is there."""
@@ -88,7 +94,13 @@ def open_run(folder: Path, *, create: bool = False, rank: int = 0) -> Iterator[R
     if rank:
         yield Run(folder, rank)
         return
-    with (folder / ".lock").open("w") as file:
+    try:
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise KnownError(f"{folder} cannot be written to ({error.strerror}); choose another with --out") from None
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

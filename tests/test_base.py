@@ -280,7 +280,7 @@ def test_the_words_of_the_writer_for_a_full_disk_are_understood(tmp_path):
 def test_only_the_last_checkpoints_are_kept_where_asked(whole, books, tmp_path):
     ask = again(whole, books, tmp_path / "run")
     train_base(BaseAsked(**{**vars(ask), "tuning": Tuning(context=64, batch=512, keep="last")}))
-    assert [one.step for one in checkpoints_in(tmp_path / "run")] == [0, 39]
+    assert [one.step for one in checkpoints_in(tmp_path / "run")] == [39]
 
 
 def test_minutes_are_turned_into_steps_at_the_speed_that_is_measured(whole, books, tmp_path):
@@ -301,6 +301,8 @@ def test_minutes_are_turned_into_steps_at_the_speed_that_is_measured(whole, book
         (["--corpus", "BOOKS", "--vocabulary", "300", "--context", "64", "--batch", "100"], "a multiple of 64"),
         (["--corpus", "BOOKS", "--vocabulary", "300", "--rate-scale", "0"], "--rate-scale 0.0 is no factor"),
         (["--corpus", "BOOKS", "--vocabulary", "300", "--keep", "all"], "--keep"),
+        (["--corpus", "BOOKS", "--vocabulary", "300", "--seed", "-1"], "--seed -1 is not in 0..9"),
+        (["--corpus", "BOOKS/..", "--vocabulary", "300"], "becomes text to train on; choose another"),
         (["--corpus", "BOOKS", "--vocabulary", "300", "--minutes", "1", "--tokens", "9"], "give one of them"),
     ],
 )
@@ -308,7 +310,7 @@ def test_what_cannot_be_trained_on_is_one_line(books, tmp_path, capsys, options,
     (tmp_path / "empty").mkdir()
     (tmp_path / "line.txt").write_text("one line\n")
     names = {"EMPTY": str(tmp_path / "empty"), "LINE": str(tmp_path / "line.txt"), "BOOKS": str(books)}
-    options = [names.get(option, option) for option in options]
+    options = [names.get(option, option.replace("BOOKS/..", str(tmp_path))) for option in options]
     with pytest.raises(SystemExit) as ended:
         main(["train", "base", "--depth", "2", "--device", "cpu", "--out", str(tmp_path / "run"), *options])
     assert ended.value.code == 2
@@ -340,3 +342,19 @@ def test_bits_per_byte_are_those_of_a_plain_sum(whole):
                 size += int(lengths[target])
     assert size == result["held_out"]["bytes"]
     assert result["held_out"]["bits_per_byte"] == pytest.approx(nats / size / 0.6931471805599453, rel=1e-5)
+
+
+def test_a_run_on_a_cpu_keeps_the_number_of_threads_that_it_began_with(whole, books, tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        train_base(again(whole, books, tmp_path / "run"))
+        chosen = read_json(tmp_path / "run/run.json")["threads"]
+        assert chosen in (1, 2)
+        torch.set_num_threads(3 - chosen)
+        shutil.rmtree(tmp_path / "run/checkpoints/step-000039")
+        train_base(again(whole, books, tmp_path / "run"))
+        assert torch.get_num_threads() == chosen
+    finally:
+        torch.set_num_threads(before)

@@ -193,3 +193,13 @@ def test_every_held_out_token_but_the_first_counts_once_over_all_ranks(size, wor
 def test_the_document_index_counts_the_marks():
     ids = torch.tensor([[7, 8, 0, 5, 0, 0], [0, 1, 2, 3, 4, 5]])
     assert document_index(ids, 0).tolist() == [[0, 0, 1, 1, 2, 3], [1, 1, 1, 1, 1, 1]]
+
+
+def test_a_part_of_a_held_out_text_is_spread_over_all_of_it():
+    stream = stream_of(100)
+    rows = [(ids[row], counts[row]) for ids, counts in held_out_rows(stream, 10, 2, every=3) for row in range(2)]
+    assert [int(ids[0]) for ids, counts in rows if counts.any()] == [
+        int(stream.read(i, i + 1)[0]) for i in (0, 30, 60, 90)
+    ]
+    with pytest.raises(ValueError, match="every 0"):
+        next(iter(held_out_rows(stream, 10, 2, every=0)))

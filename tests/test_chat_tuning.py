@@ -177,9 +177,13 @@ def test_wrong_options_are_refused_in_one_line(base, data, tmp_path, capsys):
     assert "give conversations with --data" in refused(capsys, base, *out)
     assert "give one of them" in refused(capsys, base, *out, "--data", data, "--epochs", "1", "--minutes", "1")
     assert "--rate-scale 0" in refused(capsys, base, *out, "--data", data, "--rate-scale", "0")
+    assert "--seed -1 is not in" in refused(capsys, base, *out, "--data", data, "--seed", "-1")
+    assert "--micro-batch 0: give 1" in refused(capsys, base, *out, "--data", data, "--micro-batch", "0")
     assert "say 0.3x" in refused(capsys, base, *out, "--data", f"{data}=0.3")
     one = write(tmp_path / "one.jsonl", [GOOD])
     assert "too few different questions" in refused(capsys, base, *out, "--data", one)
+    few = write(tmp_path / "few.jsonl", [{"prompt": f"{i}?", "response": "sea"} for i in range(4)])
+    assert "reads no conversation" in refused(capsys, base, *out, "--data", f"{few}=0.01x")
     long = write(tmp_path / "long.jsonl", [{"prompt": f"{i}?", "response": "sea " * 300} for i in range(9)])
     assert "nothing of it is left" in refused(capsys, base, *out, "--data", long)
 

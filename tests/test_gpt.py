@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from personaxis.training import loss
 from personaxis.training.gpt import GPT
 from personaxis.training.loss import linear_cross_entropy
 from personaxis.training.shape import Shape
@@ -219,10 +220,15 @@ def test_large_logits_stay_finite():
     assert all(torch.isfinite(g).all() for g in torch.autograd.grad(loss, (hidden, head)))
 
 
-def test_no_gradient_is_made_where_none_is_wanted():
+def test_no_gradient_is_made_where_none_is_wanted(monkeypatch):
+    """An evaluation multiplied twice: for the logits, and for the gradient of a head that asks for one as a parameter does."""
     hidden, head, targets = loss_inputs()
+    products = []
+    monkeypatch.setattr(loss, "_product", lambda a, b: products.append(1) or (a @ b).float())
     with torch.no_grad():
         assert not linear_cross_entropy(hidden, head, targets).requires_grad
+    assert len(products) == 1
+    monkeypatch.undo()
     linear_cross_entropy(hidden.detach(), head, targets).backward()
     assert hidden.grad is None
     assert head.grad is not None

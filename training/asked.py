@@ -6,6 +6,14 @@ from typing import Literal
 
 from cyclopts import Parameter
 
+from personaxis.persona.errors import KnownError
+
+
+def require_seed(seed: int) -> None:
+    """`KnownError` for a number that no generator takes."""
+    if not 0 <= seed < 2**63:
+        raise KnownError(f"--seed {seed} is not in 0..{2**63 - 1}")
+
 
 @Parameter(name="*")
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ train_base(BaseAsked(depth=12, out=Path("runs/books"), texts=Texts(corpus=Path("
 RUN/run.json  tokenizer/  tokens/  metrics.jsonl  samples.jsonl  checkpoints/step-*/  model/  report.html
 """
 
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from personaxis.persona.progress import say
 from personaxis.persona.ranks import Ranks, ranks
 from personaxis.persona.run import Run, open_run, versions
 from personaxis.persona.store import digest
-from personaxis.training.asked import BaseAsked
+from personaxis.training.asked import BaseAsked, require_seed
 from personaxis.training.batches import Batches
 from personaxis.training.chips import chip_of
 from personaxis.training.dial import Plan, plan_of, repeats
@@ -25,9 +25,8 @@ from personaxis.training.evaluate import fit_of
 from personaxis.training.finish import finish, require_same
 from personaxis.training.gpt import GPT
 from personaxis.training.hub import corpus_of
-from personaxis.training.line import Line
 from personaxis.training.loop import Loop
-from personaxis.training.meters import Meters
+from personaxis.training.record import Record, recorded
 from personaxis.training.samples import Samples
 from personaxis.training.source import BooksSource
 from personaxis.training.stepping import Stepper
@@ -61,7 +60,12 @@ def train_base(asked: BaseAsked) -> dict[str, Any] | None:
 
 def require_sensible(asked: BaseAsked) -> None:
     """What can be said before anything is read."""
-    tuning, length = asked.tuning, asked.length
+    tuning, length, corpus = asked.tuning, asked.length, asked.texts.corpus
+    if corpus is not None and asked.out.resolve().is_relative_to(corpus.resolve()):
+        raise KnownError(
+            f"--out {asked.out} is in --corpus {corpus}, where what the run writes becomes text to train on; choose another"
+        )
+    require_seed(tuning.seed)
     if not 0 < tuning.rate_scale < 100:
         raise KnownError(f"--rate-scale {tuning.rate_scale} is no factor for rates (1 leaves them as they are)")
     if tuning.fp8 and asked.device == "cpu":
@@ -147,12 +151,13 @@ def _train(asked: BaseAsked, run: Run, tokens: Tokens, place: Ranks, device: tor
     model = GPT(plan.shape, compute=compute, checkpointing=plan.checkpointing, fp8=asked.tuning.fp8)
     model = model.initialise(asked.tuning.seed).to(device)
     stepper = Stepper(model, _source(asked, tokens, plan), plan, place, device)
+    threads = stepper.settle(known.get("threads"))
     plan = _timed(asked, stepper, tokens, fresh="plan" not in known)
     _say_plan(plan, tokens, place)
-    content = {"kind": "training", "asked": facts, "plan": plan.to_json(), "versions": versions()}
+    content = {"kind": "training", "asked": facts, "plan": plan.to_json(), "threads": threads, "versions": versions()}
     run.note(**content)
-    with ExitStack() as stack:
-        loop = _loop(asked, stepper, tokens, stack)
+    with _record(asked, stepper, tokens) as record:
+        loop = _loop(asked, stepper, tokens, record)
         loop.run()
         if place.rank:
             return None
@@ -197,36 +202,26 @@ def _say_plan(plan: Plan, tokens: Tokens, place: Ranks) -> None:
         )
 
 
-def _loop(asked: BaseAsked, stepper: Stepper, tokens: Tokens, stack: ExitStack) -> Loop:
+def _record(asked: BaseAsked, stepper: Stepper, tokens: Tokens) -> AbstractContextManager[Record]:
+    if stepper.ranks.rank:
+        return nullcontext(Record())
+    samples = Samples(asked.out, load_tokenizer(_tokenizer_folder(asked)), tokens.held_out)
+    return recorded(asked.out, stepper.plan.steps, samples, tensorboard=asked.tensorboard, wandb=asked.wandb)
+
+
+def _loop(asked: BaseAsked, stepper: Stepper, tokens: Tokens, record: Record) -> Loop:
     place, plan, folder = stepper.ranks, stepper.plan, _tokenizer_folder(asked)
     lengths = torch.from_numpy(token_bytes(load_tokenizer(folder))).to(stepper.device)
     most = max(plan.tokens // 200, stepper.micro_batch * plan.shape.context * place.world)
-    first = place.rank == 0
-    meters = stack.enter_context(Meters(asked.out, tensorboard=asked.tensorboard, wandb=asked.wandb)) if first else None
-    line = stack.enter_context(Line(plan.steps)) if first else None
-    samples = Samples(asked.out, load_tokenizer(folder), tokens.held_out) if first else None
 
-    def evaluate(step: int) -> list[dict[str, Any]]:
+    def evaluate(step: int) -> dict[str, Any]:
         whole = step == plan.steps
-        model, rows = stepper.model, stepper.micro_batch
-        fit = fit_of(model, tokens.held_out, lengths, plan.shape.context, rows, place, None if whole else most)
-        if samples is not None:
-            samples.write(model, step)
-        return [fit.row(step)]
-
-    def write(row: dict[str, Any]) -> None:
-        if meters is not None and line is not None:
-            meters.write(row)
-            line.show(row)
-
-    def cut(step: int) -> None:
-        if meters is not None and samples is not None:
-            meters.cut_after(step)
-            samples.cut_after(step)
+        rows, context = stepper.micro_batch, plan.shape.context
+        fit = fit_of(stepper.model, tokens.held_out, lengths, context, rows, place, None if whole else most)
+        return fit.row(step)
 
     def initialise() -> None:
         stepper.model.initialise(asked.tuning.seed)
 
     facts = {"tokenizer": digest(folder / TOKENIZER), "asked": _facts(asked, tokens)}
-    keep_all = asked.tuning.keep == "log"
-    return Loop(asked.out, stepper, folder, initialise, evaluate, write, cut, facts, keep_all)
+    return Loop(asked.out, stepper, folder, initialise, evaluate, record, facts, asked.tuning.keep == "log")

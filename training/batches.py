@@ -87,21 +87,25 @@ def _epoch(seed: int, epoch: int, windows: int, size: int) -> tuple[int, np.ndar
 
 
 def held_out_rows(
-    stream: Stream, context: int, rows: int, rank: int = 0, world: int = 1
+    stream: Stream, context: int, rows: int, rank: int = 0, world: int = 1, every: int = 1
 ) -> Iterator[tuple[Int64[Tensor, "B width"], Bool[Tensor, "B T"]]]:
     """The held-out stream in order: ids and which targets count. Over all ranks every token but the first is a target once.
 
-    The last row is filled with the document mark, which does not count. All ranks give equally many batches of equal
+    With `every` above 1 only each such row, so that a part of a text is spread over all of it. The last row is filled
+    with the document mark, which does not count. All ranks give equally many batches of equal
     shape, so that they can sum together; a rank that has run out gives rows of which nothing counts.
     """
     if not 0 <= rank < world:
         raise ValueError(f"rank {rank} of {world}")
+    if every < 1:
+        raise ValueError(f"every {every} must be 1 or more")
     total = -(-(len(stream) - 1) // context)  # rows, rounded up
+    total = -(-total // every)
     for first in range(0, total, rows * world):
         ids = torch.full((rows, context + 1), stream.bos)
         counts = torch.zeros((rows, context), dtype=torch.bool)
         for row in range(rows):
-            start = (first + rank * rows + row) * context
+            start = (first + rank * rows + row) * every * context
             stop = min(start + context + 1, len(stream))
             if stop - start > 1:
                 ids[row, : stop - start] = torch.from_numpy(stream.read(start, stop))

@@ -8,7 +8,7 @@ The loop is the base model's (`training/loop.py`); its rows come from `training/
 """
 
 import shutil
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,13 +30,15 @@ from personaxis.training.dial import Plan
 from personaxis.training.export import TOKENIZER_FILES
 from personaxis.training.finish import finish, require_same
 from personaxis.training.gpt import GPT
-from personaxis.training.line import Line
 from personaxis.training.loop import Loop
-from personaxis.training.meters import Meters, read_metrics
+from personaxis.training.meters import read_metrics
 from personaxis.training.parent import Parent, parent_of
+from personaxis.training.record import Record, recorded
 from personaxis.training.replies import Replies, style_of
 from personaxis.training.stepping import Stepper
 from personaxis.training.world import join
+
+MANY = 4.0  # readings of a small set of conversations after which held-out loss mostly rises
 
 
 @dataclass(frozen=True)
@@ -132,16 +134,17 @@ def _train(work: Work, run: Run) -> dict[str, Any] | None:
     model = GPT(plan.shape, compute=compute, checkpointing=plan.checkpointing).to(work.device)
     load_weights(Checkpoint(0, work.parent.folder), model)
     stepper = Stepper(model, source, plan, work.place, work.device)
+    threads = stepper.settle(known.get("threads"))
     plan = _timed(work, stepper, fresh=fresh)
     if work.place.rank == 0:
         _copy_tokenizer(work)
-        for line in (*work.data.lines(), f"{plan.steps:,} steps of {source.rows:,} rows, {plan.horizon}"):
+        for line in (*work.data.lines(), _told(plan, source.rows, source.epochs_in(plan.steps))):
             say(line)
     origin = {"path": str(work.asked.base), "sha256": work.parent.weights}
     content = {"asked": facts, "plan": plan.to_json(), "parent": origin, "data": work.data.record()}
-    run.note(kind="training", versions=versions(), **content)
-    with ExitStack() as stack:
-        loop = _loop(work, stepper, stack)
+    run.note(kind="training", versions=versions(), threads=threads, **content)
+    with _record(work, stepper) as record:
+        loop = _loop(work, stepper, record)
         loop.run()
         return None if work.place.rank else _finished(work, run, loop)
 
@@ -167,6 +170,23 @@ def _timed(work: Work, stepper: Stepper, *, fresh: bool) -> Plan:
     return stepper.plan
 
 
+def _told(plan: Plan, rows: int, epochs: float) -> str:
+    text = f"{plan.steps:,} steps of {rows:,} rows, {plan.horizon}: the conversations are read {epochs:.1f} times"
+    return text if epochs <= MANY else f"{text}, which is more than they usually bear"
+
+
+def _by_heart(rows: list[dict[str, Any]]) -> str | None:
+    """What to do where held-out loss rose again: the model has learned its conversations by heart."""
+    held = [row for row in rows if row["kind"] == "held-out"]
+    best, last = min(held, key=lambda row: row["loss"]), held[-1]
+    if last["loss"] <= 1.02 * best["loss"]:
+        return None
+    return (
+        f"held-out loss was lowest at step {best['step']:,} ({best['loss']:.3f}) and is {last['loss']:.3f} at the end: "
+        "the conversations are learned by heart; fewer --epochs or --minutes would do better"
+    )
+
+
 def _copy_tokenizer(work: Work) -> None:
     folder = work.asked.out / "tokenizer"
     folder.mkdir(exist_ok=True)
@@ -175,38 +195,34 @@ def _copy_tokenizer(work: Work) -> None:
             shutil.copyfile(work.parent.folder / name, folder / name)
 
 
-def _loop(work: Work, stepper: Stepper, stack: ExitStack) -> Loop:
-    asked, plan, held_out, first = work.asked, stepper.plan, work.data.held_out, work.place.rank == 0
-    meters = stack.enter_context(Meters(asked.out, tensorboard=asked.tensorboard, wandb=asked.wandb)) if first else None
-    line = stack.enter_context(Line(plan.steps)) if first else None
-    replies = Replies(asked.out, work.encoder, held_out.conversations) if first else None
+def _record(work: Work, stepper: Stepper) -> AbstractContextManager[Record]:
+    if work.place.rank:
+        return nullcontext(Record())
+    asked = work.asked
+    replies = Replies(asked.out, work.encoder, work.data.held_out.conversations)
+    return recorded(asked.out, stepper.plan.steps, replies, tensorboard=asked.tensorboard, wandb=asked.wandb)
 
-    def evaluate(step: int) -> list[dict[str, Any]]:
-        if replies is not None:
-            replies.write(stepper.model, step)
-        return [held_out.row(stepper.model, step, whole=step in (0, plan.steps), most=plan.tokens // 200)]
 
-    def write(row: dict[str, Any]) -> None:
-        if meters is not None and line is not None:
-            meters.write(row)
-            line.show(row)
+def _loop(work: Work, stepper: Stepper, record: Record) -> Loop:
+    asked, plan, held_out = work.asked, stepper.plan, work.data.held_out
 
-    def cut(step: int) -> None:
-        if meters is not None and replies is not None:
-            meters.cut_after(step)
-            replies.cut_after(step)
+    def evaluate(step: int) -> dict[str, Any]:
+        return held_out.row(stepper.model, step, whole=step in (0, plan.steps), most=plan.tokens // 200)
 
     def initialise() -> None:
         load_weights(Checkpoint(0, work.parent.folder), stepper.model)
 
     facts = {"tokenizer": digest(work.parent.folder / "tokenizer.json"), "asked": _facts(work)}
     keep_all = asked.tuning.keep == "log"
-    return Loop(asked.out, stepper, work.parent.folder, initialise, evaluate, write, cut, facts, keep_all)
+    return Loop(asked.out, stepper, work.parent.folder, initialise, evaluate, record, facts, keep_all)
 
 
 def _finished(work: Work, run: Run, loop: Loop) -> dict[str, Any]:
     """The model folder, the result, and how it sounds."""
-    whole = [row["sources"] for row in read_metrics(work.asked.out) if row["kind"] == "held-out" and "sources" in row]
+    rows = read_metrics(work.asked.out)
+    whole = [row["sources"] for row in rows if row["kind"] == "held-out" and "sources" in row]
+    if advice := _by_heart(rows):
+        say(advice)
     more = {
         "epochs": work.data.source.epochs_in(loop.plan.steps),
         "held_out": whole[-1]["all"],

@@ -7,6 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from personaxis.persona.errors import KnownError
+from personaxis.training.asked import require_seed
 
 
 @Parameter(name="*")
@@ -67,10 +68,13 @@ class ChatTuning:
     "answers to held-out questions that are generated to look at their style; 0 leaves that out"
 
     def __post_init__(self) -> None:
+        require_seed(self.seed)
         if not 0 < self.rate_scale < 100:
             raise KnownError(f"--rate-scale {self.rate_scale} is no factor for rates (1 leaves them as they are)")
         if self.keep not in ("log", "last"):
             raise KnownError(f"--keep {self.keep} is not log or last")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise KnownError(f"--micro-batch {self.micro_batch}: give 1 row or more")
         if self.style_answers < 0:
             raise KnownError(f"--style-answers {self.style_answers} is below 0")
 

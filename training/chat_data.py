@@ -85,6 +85,10 @@ def prepare(asked: Chats, encoder: ChatEncoder, *, context: int, seed: int, rank
     source = ChatSource(
         joined([each for each, _ in made]), context=context, rows=1, pad=encoder.marks[PAD], seed=seed, times=rates
     )
+    if not source.epoch(0).rows:
+        raise KnownError(
+            "an epoch of --data reads no conversation: so small a part of so few is none; give a larger one"
+        )
     return ChatData(tuple(parts), times, faults, sides, tuple(train), source, HeldOut(held, held_tokens, ranks))
 
 

@@ -27,6 +27,11 @@ from personaxis.training.gpt import GPT
 
 KEPT = 2  # checkpoints from which a run can go on
 PREFIX = "step-"
+# what a killed process was in the middle of; two dots where a checkpoint's weights were being written
+LEFTOVERS = (
+    *(f"checkpoints/.{PREFIX}*", f"checkpoints/..{PREFIX}*"),
+    *(".model.*", ".tokenizer.*", ".*.json.*", ".*.jsonl.*", "tokens/.*.json.*", "tokens/.*.npy.*"),
+)
 
 
 @dataclass(frozen=True)
@@ -75,10 +80,10 @@ def save_checkpoint(
         save_file({name: value.contiguous() for name, value in optimizer.items()}, state)
         _sync(state)
         _sync(temporary / "model.safetensors")
-        write_json(
-            temporary / "state.json", {**facts, "kind": "training-state", "step": step, "optimizer": digest(state)}
-        )
-        shutil.rmtree(path, ignore_errors=True)  # an earlier one of this step, from which nothing can go on any more
+        digests = {"optimizer": digest(state), "model": digest(temporary / "model.safetensors")}
+        write_json(temporary / "state.json", {**facts, "kind": "training-state", "step": step, **digests})
+        if path.exists():  # an earlier one of this step, from which nothing can go on any more
+            _remove(path)
         temporary.replace(path)
     except SafetensorError as error:
         raise _as_full(error, path) from None
@@ -87,12 +92,16 @@ def save_checkpoint(
     return Checkpoint(step, path)
 
 
-def load_optimizer(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """An optimizer's state; `KnownError` where the file is damaged."""
-    path = checkpoint.path / "optimizer.safetensors"
-    if digest(path) != read_json(checkpoint.path / "state.json").get("optimizer"):
-        raise KnownError(f"{path} is damaged; remove {checkpoint.path} and the run goes on from the one before")
-    return load_file(path)
+def load_state(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state and what state.json says. `KnownError` where that, or the model's file, is not as it was saved."""
+    facts = read_json(checkpoint.path / "state.json")
+    for name in ("optimizer", "model"):
+        path = checkpoint.path / f"{name}.safetensors"
+        if name in facts and not (path.is_file() and digest(path) == facts[name]):
+            raise KnownError(
+                f"{path} is damaged or was changed; remove {checkpoint.path} and the run goes on from the one before"
+            )
+    return load_file(checkpoint.path / "optimizer.safetensors"), facts
 
 
 def load_weights(checkpoint: Checkpoint, model: GPT) -> None:
@@ -103,19 +112,23 @@ def load_weights(checkpoint: Checkpoint, model: GPT) -> None:
 
 
 def prune(run: Path, steps: int, every: bool = True) -> None:
-    """Remove what the rule does not keep, and leftovers of checkpoints that were never finished.
+    """Remove what the rule does not keep, and leftovers of what was never finished.
 
-    For keeps are lasting steps (with `every`) and the newest; state to go on with stays in the newest two.
+    For keeps are lasting steps (with `every`), the newest, and the newest two from which a run can go on; state to go on
+    with stays in those two.
     """
     found = checkpoints_in(run)
-    for one in found[:-KEPT]:
-        if every and lasting(one.step, steps):
+    kept = [one.step for one in found if one.resumes][-KEPT:]
+    for one in found:
+        if one.step in kept:
+            continue
+        if (every and lasting(one.step, steps)) or one is found[-1]:
             (one.path / "optimizer.safetensors").unlink(missing_ok=True)
         else:
             _remove(one.path)
-    folder = run / "checkpoints"
-    for leftover in folder.glob(f".{PREFIX}*") if folder.is_dir() else ():
-        shutil.rmtree(leftover, ignore_errors=True)
+    for pattern in LEFTOVERS:
+        for leftover in run.glob(pattern):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def _remove(path: Path) -> None:

@@ -99,9 +99,9 @@ class Corpus:
         """
         if not 0 < held_share < 1:
             raise KnownError(f"--held-share {held_share} is not between 0 and 1 (0.01 holds out one document in 100)")
-        apart = _sources(held_out, "--held-out") if held_out else ()
+        apart = sources_of(held_out, "--held-out") if held_out else ()
         elsewhere = {source.path.resolve() for source in apart}
-        sources = tuple(s for s in _sources(path, "--corpus") if s.path.resolve() not in elsewhere)
+        sources = tuple(s for s in sources_of(path, "--corpus") if s.path.resolve() not in elsewhere)
         if not sources:
             raise KnownError(f"--held-out {held_out} is the whole corpus; nothing is left to train on")
         return Corpus(sources, apart, 0.0 if apart else held_share, column, size)
@@ -220,8 +220,8 @@ def _fault(piece: Piece) -> Literal["nul", "blank"] | None:
     return None if piece.text.strip() else "blank"
 
 
-def _sources(path: Path, option: str) -> tuple[Source, ...]:
-    """The readable files of a path in the order of their hashed names."""
+def sources_of(path: Path, option: str) -> tuple[Source, ...]:
+    """The readable files of a path in the order of their hashed names. Raises `KnownError` where there is none."""
     prefix = APART if option == "--held-out" else ""
     if path.is_file():
         if kind_of(path.name) is None:

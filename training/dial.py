@@ -214,7 +214,12 @@ class Plan:
 
     @staticmethod
     def from_json(record: dict[str, Any]) -> "Plan":
-        """The plan that `to_json` wrote. KeyError for a record of another version."""
+        """The plan that `to_json` wrote. `KnownError` for a record of another version."""
+        missing = [field.name for field in fields(Plan) if field.name not in record]
+        if missing:
+            raise KnownError(
+                f"the run's plan does not say {missing[0]}: another version wrote it; choose another folder"
+            )
         known = {field.name: record[field.name] for field in fields(Plan)}
         return Plan(**{**known, "shape": Shape(**known["shape"]), "chip": Chip(**known["chip"])})
 

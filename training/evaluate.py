@@ -46,21 +46,20 @@ def fit_of(
     ranks: Ranks = Ranks(),
     most: int | None = None,
 ) -> Fit:
-    """Read a stream and sum its loss: over all of it, or (with `most`) over about so many tokens from its start.
+    """Read a stream and sum its loss: over all of it, or (with `most`) over about so many tokens, spread over all of it.
 
     `forward(ids, targets)` gives the summed loss in nats of what is not ignored. `lengths` (V,) are the bytes that each id stands
     for, on the device to compute on. All ranks share the work and get the same answer.
     """
     nats, counted, size = (torch.zeros((), dtype=torch.float64) for _ in range(3))
-    for ids, counts in held_out_rows(stream, context, rows, ranks.rank, ranks.world):
+    every = 1 if most is None else max(1, len(stream) // max(most, 1))
+    for ids, counts in held_out_rows(stream, context, rows, ranks.rank, ranks.world, every):
         targets = ids[:, 1:].to(lengths.device)
         each = lengths[targets] * counts.to(lengths.device)  # (B, T)
         targets = torch.where(each > 0, targets, IGNORED)
         nats += forward(ids[:, :-1].to(lengths.device), targets).double().cpu()
         counted += (each > 0).sum().cpu()
         size += each.sum().cpu()
-        if most is not None and counted >= most / ranks.world:
-            break
     found = summed(torch.stack([nats, counted, size]), ranks).tolist()
     nats_, tokens, bytes_ = found[0], int(found[1]), int(found[2])
     return Fit(nats_ / (math.log(2) * max(bytes_, 1)), nats_ / max(tokens, 1), tokens, bytes_)

@@ -1,5 +1,6 @@
 """The ends of a run, first and last: may this folder go on, and what is left in it when the last step is done."""
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -11,7 +12,7 @@ from personaxis.persona.errors import KnownError
 from personaxis.persona.run import Run
 from personaxis.training.checkpoints import checkpoints_in
 from personaxis.training.loop import Loop
-from personaxis.training.meters import read_metrics
+from personaxis.training.meters import METRICS, read_metrics
 
 NOT_OF_THE_MODEL = ("optimizer.safetensors", "state.json")
 
@@ -29,8 +30,13 @@ def finish(run: Run, loop: Loop, folder: Path, more: dict[str, Any]) -> dict[str
     """Make RUN/model of the last checkpoint, note the result in run.json, write the report; returns the result."""
     make_model(folder)
     rows = read_metrics(folder)
-    held = next(row for row in reversed(rows) if row["kind"] == "held-out")
+    held = next((row for row in reversed(rows) if row["kind"] == "held-out"), None)
     steps = [row for row in rows if row["kind"] == "step"]
+    if held is None or not steps:
+        raise KnownError(
+            f"{folder / METRICS} does not tell of the last steps: the model is in {folder / 'model'}, but its figures are "
+            f"lost; remove {checkpoints_in(folder)[-1].path} to make the last steps again"
+        )
     plan, seconds = loop.plan, steps[-1]["seconds"]
     speed = plan.tokens / seconds
     result = {
@@ -48,19 +54,28 @@ def finish(run: Run, loop: Loop, folder: Path, more: dict[str, Any]) -> dict[str
 
 
 def make_model(folder: Path) -> Path:
-    """RUN/model: the last checkpoint without what only training needs, as links to the same files where it can be."""
+    """RUN/model: the last checkpoint without what only training needs. The weights are a link where it can be; files that
+    people edit are not, since a checkpoint stays as it was made."""
     last, path = checkpoints_in(folder)[-1], folder / "model"
     temporary = folder / f".model.{secrets.token_hex(6)}"
     temporary.mkdir()
-    for file in last.path.iterdir():
-        if file.name not in NOT_OF_THE_MODEL:
-            try:
-                os.link(file, temporary / file.name)
-            except OSError:  # another file system, or one without links
-                shutil.copyfile(file, temporary / file.name)
-    shutil.rmtree(path, ignore_errors=True)
-    temporary.replace(path)
+    try:
+        for file in last.path.iterdir():
+            if file.name not in NOT_OF_THE_MODEL:
+                _put(file, temporary / file.name)
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return path
+
+
+def _put(file: Path, place: Path) -> None:
+    if file.name == "model.safetensors":
+        with contextlib.suppress(OSError):  # another file system, or one without links
+            os.link(file, place)
+            return
+    shutil.copyfile(file, place)
 
 
 def _short(value: Any) -> str:

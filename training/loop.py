@@ -1,6 +1,6 @@
 """The loop: steps from the newest checkpoint to the last one, heard as they finish, with pauses to evaluate and to save.
 
-    Loop(folder, stepper, tokenizer, evaluate, meters).run()
+    Loop(folder, stepper, tokenizer, initialise, evaluate, record).run()
 
 The same loop trains a base model and tunes a chat model; what differs is the source of rows and what is evaluated. A run
 that was stopped, or killed at any moment, goes on from its newest checkpoint with the very numbers it would have had
@@ -21,10 +21,9 @@ from typing import Any
 import torch
 
 from personaxis.persona.errors import KnownError
-from personaxis.persona.store import read_json
 from personaxis.training.checkpoints import (
     lasting,
-    load_optimizer,
+    load_state,
     load_weights,
     newest,
     prune,
@@ -32,6 +31,7 @@ from personaxis.training.checkpoints import (
 )
 from personaxis.training.dial import Plan
 from personaxis.training.dial import utilisation as share_of_peak
+from personaxis.training.record import Record
 from personaxis.training.stepping import Heard, Stepper
 from personaxis.training.world import wait_for
 
@@ -59,17 +59,14 @@ class Clock:
 
 @dataclass
 class Loop:
-    """A run about to go on. `evaluate(step)` gives rows to write; it and `initialise` run on all ranks."""
+    """A run about to go on. `evaluate(step)` gives a row to write; it and `initialise` run on all ranks."""
 
     folder: Path
     stepper: Stepper
     tokenizer: Path
     initialise: Callable[[], None]
-    evaluate: Callable[[int], list[dict[str, Any]]]
-    write: Callable[[dict[str, Any]], None]
-    "where rows of metrics.jsonl go"
-    cut: Callable[[int], None]
-    "forget what was written of later steps"
+    evaluate: Callable[[int], dict[str, Any]]
+    record: Record
     facts: dict[str, Any] = field(default_factory=dict)
     "what state.json says of the run"
     keep_all: bool = True
@@ -86,9 +83,9 @@ class Loop:
 
     def run(self) -> int:
         """Go on to the last step; returns the step that it went on from. Raises `KnownError` on a loss that is no number."""
+        self._saved = time.monotonic()
         start = self._begin()
         waiting: tuple[int, Heard] | None = None
-        self._saved = time.monotonic()
         with self._stoppable():
             self.clock.start()
             for number in range(start, self.plan.steps):
@@ -111,21 +108,22 @@ class Loop:
         found, ranks = newest(self.folder), self.stepper.ranks
         self.stepper.optimizer.forget()
         self.stepper.optimizer.zero()
+        if ranks.rank == 0:  # what a kill left behind: halves of checkpoints, and rows from before the first one
+            prune(self.folder, self.plan.steps, self.keep_all)
+            self.record.cut(-1 if found is None else found.step)
         if found is None:
             self.initialise()
             self._pause(0)
             return 0
+        state, facts = load_state(found)
         load_weights(found, self.stepper.model)
-        state = load_optimizer(found)
         self.stepper.optimizer.load(state)
-        facts = read_json(found.path / "state.json")
         self.clock.seconds = facts["seconds"]
         before = facts["world"]
         text = f"going on from step {found.step:,} of {self.plan.steps:,}"
         if before != ranks.world:
             text += f"; {before} processes made it, {ranks.world} go on: the optimizer's state is shared out anew"
-        self.cut(found.step)
-        self.write({"kind": "event", "step": found.step, "what": "resumed", "text": text})
+        self.record.write({"kind": "event", "step": found.step, "what": "resumed", "text": text})
         return found.step
 
     def _step(self, number: int) -> Heard:
@@ -143,7 +141,7 @@ class Loop:
         batch = self.stepper.source.rows * self.stepper.source.context
         spans = len(self._heard) - 1
         speed = spans * batch / max(seconds - self._heard[0], 1e-9) if spans else None
-        self.write(
+        self.record.write(
             {
                 "kind": "step",
                 "step": step,
@@ -166,16 +164,19 @@ class Loop:
         last = newest(self.folder)
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
         good = f"the last good checkpoint is {last.path}" if last else "there is no checkpoint yet"
-        self.write({"kind": "event", "step": step, "what": "stopped", "text": f"{what} at step {step}"})
+        self.record.write({"kind": "event", "step": step, "what": "stopped", "text": f"{what} at step {step}"})
         return KnownError(f"{what} at step {step}: stopped; {good}. Start a new run with a lower --rate-scale")
 
     def _pauses_at(self, step: int) -> bool:
         if self._asked_to_stop or step == self.plan.steps or (self.keep_all and lasting(step, self.plan.steps)):
             return True
-        return self._evaluates_at(step) or self._due()
+        return self._evaluates_at(step) or self._due(step)
 
-    def _due(self) -> bool:
-        return self.stepper.ranks.world == 1 and time.monotonic() - self._saved > EVERY
+    def _due(self, step: int) -> bool:
+        """Whether it is time for a checkpoint. Several processes must agree, and have a clock each: they count steps."""
+        if self.stepper.ranks.world > 1:
+            return step > 0 and step % steps_in(self.plan, EVERY) == 0
+        return time.monotonic() - self._saved > EVERY
 
     def _evaluates_at(self, step: int) -> bool:
         return step == self.plan.steps or step % max(1, self.plan.steps // self.evaluations) == 0
@@ -184,10 +185,10 @@ class Loop:
         wait_for(self.stepper.device)
         self.clock.pause()
         if self._evaluates_at(step):
-            for row in self.evaluate(step):
-                self.write(row)
+            self.record.write(self.evaluate(step))
+            self.record.sample(self.stepper.model, step)
         wanted = (self.keep_all and lasting(step, self.plan.steps)) or step == self.plan.steps
-        if wanted or self._asked_to_stop or self._due():
+        if wanted or self._asked_to_stop or self._due(step):
             self._save(step)
         if self._asked_to_stop and step < self.plan.steps:
             raise KeyboardInterrupt
@@ -221,3 +222,8 @@ class Loop:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def steps_in(plan: Plan, seconds: float) -> int:
+    """How many steps some seconds hold by the plan's own speed, one at least."""
+    return max(1, round(seconds * plan.tokens_a_second / plan.batch))

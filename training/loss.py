@@ -33,6 +33,8 @@ def linear_cross_entropy(
     """
     counted = (targets != IGNORED).to(_wide(hidden))
     weights = counted if weights is None else weights.to(counted.dtype) * counted
+    if not torch.is_grad_enabled():  # a parameter asks for its gradient even then
+        head = head.detach()
     piece = piece or (PIECE if hidden.is_cuda else SMALL)
     loss: Tensor = _InPieces.apply(hidden, head, targets, weights, piece)
     return loss

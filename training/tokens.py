@@ -150,7 +150,7 @@ def _stream(folder: Path, record: dict[str, Any], side: Side) -> Stream:
         path = folder / f"{side}-{number:05}.npy"
         try:
             shard = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise KnownError(f"{path} cannot be read: {error}; remove {folder} and make it again") from None
         if shard.shape != (known["tokens"],) or str(shard.dtype) != record["dtype"]:
             raise KnownError(f"{path} has {shard.shape} {shard.dtype}, not what tokens.json says; make it again")

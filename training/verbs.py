@@ -10,10 +10,12 @@ from personaxis.persona.progress import say
 from personaxis.persona.verbs import console, print_json
 from personaxis.training.base_verb import base
 from personaxis.training.chat_tune_verb import chat
+from personaxis.training.evaluate_verb import evaluate
 
 app = cyclopts.App(name="train", help="Make a model: its tokenizer from a corpus, the base model, the chat model.")
 app.command(base)
 app.command(chat)
+app.command(evaluate)
 
 
 @app.command

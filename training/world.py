@@ -4,14 +4,16 @@ import torch
 from torch import Tensor
 
 from personaxis.persona.errors import KnownError
-from personaxis.persona.ranks import Ranks
+from personaxis.persona.ranks import PATIENCE, Ranks
 
 
 def join(ranks: Ranks, device: str | None = None) -> torch.device:
     """This process's device: its own GPU if there is one; with several processes they are made one group.
 
-    Raises `KnownError` where a host has fewer GPUs than processes.
+    Raises `KnownError` for another device than cuda or cpu, and where a host has fewer GPUs than processes.
     """
+    if device not in (None, "cuda", "cpu"):
+        raise KnownError(f"--device {device} is not cuda or cpu; CUDA_VISIBLE_DEVICES says which GPUs there are")
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if chosen.type == "cuda":
         if ranks.local >= torch.cuda.device_count():
@@ -25,8 +27,10 @@ def join(ranks: Ranks, device: str | None = None) -> torch.device:
         import torch.distributed as dist
 
         if not dist.is_initialized():
-            both = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-            dist.init_process_group(both, device_id=chosen if chosen.type == "cuda" else None)
+            if chosen.type == "cuda":
+                dist.init_process_group("cpu:gloo,cuda:nccl", device_id=chosen)
+            else:
+                dist.init_process_group("gloo", timeout=PATIENCE)
     return chosen
 
 
