@@ -23,7 +23,7 @@ demo-train: install
 	$(BIN)/personaxis train base --depth 4 --minutes 2 --corpus $(DEMO)/data/text --held-share 0.04 --vocabulary 1024 --context 256 --device cpu --out $(DEMO)/base
 	$(BIN)/personaxis train chat $(DEMO)/base --minutes 1 --data $(DEMO)/data/chats.jsonl --style-answers 0 --device cpu --out $(DEMO)/chat
 	$(BIN)/personaxis axis $(DEMO)/chat --roles 8 --prompts 1 --questions 8 --max-new-tokens 16 --judge none --keep all --replicates 20 --device cpu --out $(DEMO)/axis
-	$(BIN)/personaxis chat $(DEMO)/chat --axis $(DEMO)/axis --message "What does textwrap.indent do?" --message "What is queue.Queue?" --device cpu
+	$(BIN)/personaxis chat $(DEMO)/chat --axis $(DEMO)/axis --max-tokens 64 --message "What does textwrap.indent do?" --message "What is queue.Queue?" --device cpu
 
 # two processes, one thread each: on two cores they are done in two thirds of the time that one process takes
 test: install

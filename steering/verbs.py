@@ -1,5 +1,6 @@
 """The verbs of `steering/` that answer: generate, an answer without and with a cap, side by side."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,6 @@ def loaded(model: str, how: ModelOptions, axis: str, caps: list[str], *, force: 
     from dataclasses import replace
 
     from personaxis.persona.axis import load_axis, require_origin
-    from personaxis.persona.chat import chat_format
     from personaxis.persona.fitted import axis_stem
     from personaxis.persona.subject import load_subject
     from personaxis.steering.caps import cap_named, require_cap
@@ -109,9 +109,31 @@ def loaded(model: str, how: ModelOptions, axis: str, caps: list[str], *, force: 
         along, held = replace(along, model=own), [replace(cap, model=own) for cap in held]
     for cap in held:
         require_binding(subject, [cap])
+    return Loaded(subject, _chat(subject), along, stem, held)
+
+
+def _chat(subject: Any) -> Any:
+    from personaxis.persona.chat import chat_format
+
     config = subject.model.generation_config
-    chat = chat_format(subject.tokenizer, config.eos_token_id if config is not None else None)
-    return Loaded(subject, chat, along, stem, held)
+    return chat_format(subject.tokenizer, config.eos_token_id if config is not None else None)
+
+
+@dataclass(frozen=True)
+class AsItIs:
+    """A model without an axis, in the place of `Loaded`."""
+
+    subject: Any
+    chat: Any
+    caps: tuple[()] = ()
+
+
+def as_it_is(model: str, how: ModelOptions) -> AsItIs:
+    """Load a model that nothing is to be done to."""
+    from personaxis.persona.subject import load_subject
+
+    subject = load_subject(model, device=how.device, dtype=how.dtype, chat_template=how.chat_template)
+    return AsItIs(subject, _chat(subject))
 
 
 def _sampling(sampled: SamplingOptions) -> Any:

@@ -342,3 +342,19 @@ def test_bits_per_byte_are_those_of_a_plain_sum(whole):
                 size += int(lengths[target])
     assert size == result["held_out"]["bytes"]
     assert result["held_out"]["bits_per_byte"] == pytest.approx(nats / size / 0.6931471805599453, rel=1e-5)
+
+
+def test_a_run_on_a_cpu_keeps_the_number_of_threads_that_it_began_with(whole, books, tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        train_base(again(whole, books, tmp_path / "run"))
+        chosen = read_json(tmp_path / "run/run.json")["threads"]
+        assert chosen in (1, 2)
+        torch.set_num_threads(3 - chosen)
+        shutil.rmtree(tmp_path / "run/checkpoints/step-000039")
+        train_base(again(whole, books, tmp_path / "run"))
+        assert torch.get_num_threads() == chosen
+    finally:
+        torch.set_num_threads(before)

@@ -370,3 +370,15 @@ def test_without_lm_eval_the_verb_says_what_to_install(place, capsys, monkeypatc
     with pytest.raises(SystemExit):
         main(told(place))
     assert capsys.readouterr().err == "personaxis: lm-eval is not installed: pip install personaxis[lm-eval]\n"
+
+
+def test_without_an_axis_a_model_is_asked_as_it_is_and_cannot_be_capped(place, tmp_path, capsys):
+    rows = ["--data", f"tiny_choice={place / 'tiny_choice.jsonl'}", "--limit", "3", "--out", str(tmp_path)]
+    model = ["lm-eval", str(place / "tiny"), "tiny_choice", "--device", "cpu", "--tasks-folder", str(place / "tasks")]
+    main([*model, *rows])
+    content = json.loads((tmp_path / "lm_eval.json").read_text())
+    assert list(content["tasks"]["tiny_choice"]["account"]) == ["as it is"]
+    assert "fired" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*model, *rows, "--cap", "assistant"])
+    assert "--cap assistant needs --axis" in capsys.readouterr().err

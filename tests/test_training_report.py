@@ -134,7 +134,7 @@ def test_evaluations_on_a_part_are_marked_and_not_compared_with_those_on_all(fin
     held = [row for row in rows_in(finished) if row["kind"] == "held-out"]
     assert values_in(whole["x"]) == [held[-1]["step"]]
     assert values_in(parts["x"]) == [row["step"] for row in held[:-1]]
-    assert "Open circles are evaluations on the beginning of the held-out text" in html
+    assert "Open circles are evaluations on a part of the held-out text" in html
     run = a_training_run(tmp_path / "under-way", done=0.41)
     rows = rows_in(run)
     held = [row for row in rows if row["kind"] == "held-out"]

@@ -151,9 +151,10 @@ def _train(asked: BaseAsked, run: Run, tokens: Tokens, place: Ranks, device: tor
     model = GPT(plan.shape, compute=compute, checkpointing=plan.checkpointing, fp8=asked.tuning.fp8)
     model = model.initialise(asked.tuning.seed).to(device)
     stepper = Stepper(model, _source(asked, tokens, plan), plan, place, device)
+    threads = stepper.settle(known.get("threads"))
     plan = _timed(asked, stepper, tokens, fresh="plan" not in known)
     _say_plan(plan, tokens, place)
-    content = {"kind": "training", "asked": facts, "plan": plan.to_json(), "versions": versions()}
+    content = {"kind": "training", "asked": facts, "plan": plan.to_json(), "threads": threads, "versions": versions()}
     run.note(**content)
     with _record(asked, stepper, tokens) as record:
         loop = _loop(asked, stepper, tokens, record)

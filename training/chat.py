@@ -134,6 +134,7 @@ def _train(work: Work, run: Run) -> dict[str, Any] | None:
     model = GPT(plan.shape, compute=compute, checkpointing=plan.checkpointing).to(work.device)
     load_weights(Checkpoint(0, work.parent.folder), model)
     stepper = Stepper(model, source, plan, work.place, work.device)
+    threads = stepper.settle(known.get("threads"))
     plan = _timed(work, stepper, fresh=fresh)
     if work.place.rank == 0:
         _copy_tokenizer(work)
@@ -141,7 +142,7 @@ def _train(work: Work, run: Run) -> dict[str, Any] | None:
             say(line)
     origin = {"path": str(work.asked.base), "sha256": work.parent.weights}
     content = {"asked": facts, "plan": plan.to_json(), "parent": origin, "data": work.data.record()}
-    run.note(kind="training", versions=versions(), **content)
+    run.note(kind="training", versions=versions(), threads=threads, **content)
     with _record(work, stepper) as record:
         loop = _loop(work, stepper, record)
         loop.run()

@@ -229,7 +229,8 @@ class GPT(nn.Module):
 
 
 def rotation(shape: Shape) -> Tensor:
-    """Cosine and sine (2, T, 1, W) of position / base^(2i/W) for a whole context; halves i and i + W/2 turn together.
+    """Cosine and sine (2, T, 1, W) of position / base^(2i/W) for a whole context; halves i and i + W/2 turn together,
+    and the sine's first half is negative, as `rotated` wants it.
 
     A table, since a compiler makes cosines anew in every block, for every head: a tenth of a step's time. Given as the
     int32 with the bits of the fp32 numbers: `model.bfloat16()` rounds every float buffer, and bf16 cannot tell position
@@ -237,15 +238,17 @@ def rotation(shape: Shape) -> Tensor:
     """
     steps = torch.arange(0, shape.head_width, 2, device="cpu", dtype=torch.float32) / shape.head_width
     angles = torch.arange(shape.context, device="cpu", dtype=torch.float32)[:, None] / shape.rope_base**steps
-    angles = torch.cat([angles, angles], dim=-1)[:, None]  # (T, 1, W)
-    return torch.stack([angles.cos(), angles.sin()]).view(torch.int32)
+    cosine, sine = angles.cos(), angles.sin()
+    both = torch.stack([torch.cat([cosine, cosine], dim=-1), torch.cat([-sine, sine], dim=-1)])
+    return both[:, :, None].contiguous().view(torch.int32)
 
 
 def rotated(x: Float[Tensor, "B T H W"], turn: tuple[Tensor, Tensor]) -> Float[Tensor, "B T H W"]:
-    """Turn each head by its position, in fp32."""
+    """Turn each head by its position, in fp32. Halves are swapped by a flip: a compiler reads it at other places, while what
+    is put together of two halves is worked out twice and half of it thrown away."""
     cosine, sine = turn
-    first, second = x.chunk(2, dim=-1)
-    return (x * cosine + torch.cat([-second, first], dim=-1) * sine).to(x.dtype)
+    swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    return (x * cosine + swapped * sine).to(x.dtype)
 
 
 def document_mask(documents: Int[Tensor, "B T"]) -> Any:

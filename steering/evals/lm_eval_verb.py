@@ -48,7 +48,7 @@ def lm_eval(
     tasks: str,
     /,
     *,
-    axis: str,
+    axis: str | None = None,
     cap: list[str] | None = None,
     force: bool = False,
     asked: TaskOptions = TaskOptions(),
@@ -57,12 +57,14 @@ def lm_eval(
 ) -> None:
     """Run tasks of the lm-eval harness as the model is and with every cap, and compare them sample by sample.
 
+    Without an axis there is nothing to cap by: the tasks are run on the model as it is.
+
     Parameters
     ----------
     tasks
         lm-eval's task names with commas between: ifeval,gsm8k
     axis
-        a run folder, an axis file, or smollm2-135m for the axis that comes with it
+        a run folder, an axis file, or smollm2-135m for the axis that comes with it; none to run the model as it is
     cap
         a cap by name, file or LEVEL@LAYERS, "assistant" unless given; may be given several times
     force
@@ -71,16 +73,22 @@ def lm_eval(
         print everything as JSON, every sample with its answers and scores
     """
     from personaxis.steering.evals.lm_eval_tasks import require_asked, require_lm_eval
-    from personaxis.steering.verbs import loaded
+    from personaxis.steering.verbs import as_it_is, loaded
 
     require_lm_eval()
-    names, files, caps = task_names(tasks), data_files(asked.data), cap or ["assistant"]
+    if axis is None and cap:
+        raise KnownError(f"--cap {cap[0]} needs --axis: along which axis?")
+    names, files, caps = task_names(tasks), data_files(asked.data), cap or ([] if axis is None else ["assistant"])
     require_asked(names, files, asked.tasks_folder)
     wrong = [name for name in caps if caps.count(name) > 1 or name == AS_IT_IS]
     if wrong:
         raise KnownError(f"--cap {wrong[0]!r} is given twice, or is the name of the uncapped arm")
     folder = asked.out or run_folder(model, None) / "evals"
-    content = _run(lambda: loaded(model, how, axis, caps, force=force), caps, names, files, folder, asked)
+
+    def load() -> Any:
+        return as_it_is(model, how) if axis is None else loaded(model, how, axis, caps, force=force)
+
+    content = _run(load, caps, names, files, folder, asked)
     print_json(content) if json else _print(content, folder)
 
 
@@ -132,7 +140,8 @@ def _print(content: dict[str, Any], folder: Path) -> None:
                 table.add_row(Text(metric), Text(arm), _value(row), *map(Text, _changed(row)))
         out.print(table)
         shares = {arm: one["share"] for arm, one in task["account"].items() if one["share"] is not None}
-        say_result("fired: " + ", ".join(f"{arm} {share:.1%}" for arm, share in shares.items()))
+        if shares:
+            say_result("fired: " + ", ".join(f"{arm} {share:.1%}" for arm, share in shares.items()))
     say_result(
         "intervals are bootstraps over samples; p is adjusted over all rows (Holm); shows: the least change that so many samples would have "
         f"shown; no loss: p of two one-sided tests against ±{content['asked']['margin']:g}"
