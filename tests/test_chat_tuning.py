@@ -162,11 +162,13 @@ def test_what_is_no_base_is_refused_in_one_line(base, data, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "axis").mkdir()
     (tmp_path / "axis" / "run.json").write_text("{}")
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list" / "run.json").write_text("[]")
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "run.json").write_text('{"kind": "training"}')
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "config.json").write_text('{"model_type": "llama"}')
-    reasons = {"nowhere": "does not exist", "empty": "no training run", "axis": "another kind", "half": "has not finished", "foreign": "a GPT of this kind has"}  # fmt: skip
+    reasons = {"nowhere": "does not exist", "empty": "no training run", "axis": "another kind", "list": "another kind", "half": "has not finished", "foreign": "a GPT of this kind has"}  # fmt: skip
     for name, reason in reasons.items():
         assert reason in refused(capsys, tmp_path / name, "--out", tmp_path / "out", "--data", data)
     assert "choose another folder" in refused(capsys, base, "--out", base, "--data", data)
@@ -179,6 +181,7 @@ def test_wrong_options_are_refused_in_one_line(base, data, tmp_path, capsys):
     assert "--rate-scale 0" in refused(capsys, base, *out, "--data", data, "--rate-scale", "0")
     assert "--seed -1 is not in" in refused(capsys, base, *out, "--data", data, "--seed", "-1")
     assert "--micro-batch 0: give 1" in refused(capsys, base, *out, "--data", data, "--micro-batch", "0")
+    assert "1000 times at most" in refused(capsys, base, *out, "--data", f"{data}=100000x")
     assert "say 0.3x" in refused(capsys, base, *out, "--data", f"{data}=0.3")
     one = write(tmp_path / "one.jsonl", [GOOD])
     assert "too few different questions" in refused(capsys, base, *out, "--data", one)

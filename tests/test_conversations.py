@@ -70,7 +70,7 @@ def test_what_is_odd_is_counted_and_named_and_left_out(fault, tmp_path):
     assert faults.lines() == [f"2 {fault} (a.jsonl:2, a.jsonl:4)"]
 
 
-@pytest.mark.parametrize("row", [3, {"text": "x"}, {"prompt": "x"}, GOOD | {"weight": -1}, GOOD | {"weight": 0}, GOOD | {"weight": True}, GOOD | {"persona": ["a"]}])  # fmt: skip
+@pytest.mark.parametrize("row", [3, {"text": "x"}, {"prompt": "x"}, GOOD | {"weight": -1}, GOOD | {"weight": 0}, GOOD | {"weight": True}, GOOD | {"weight": 1e9}, GOOD | {"persona": ["a"]}])  # fmt: skip
 def test_rows_that_are_no_conversation_are_left_out_too(row, tmp_path):
     found, faults = read(write(tmp_path / "a.jsonl", [row, GOOD]))
     assert [one.where for one in found] == ["a.jsonl:2"]

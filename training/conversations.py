@@ -12,7 +12,6 @@ where it came from, the file unless given. Nothing is repaired: no turns are joi
 """
 
 import json
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -29,6 +28,7 @@ SPEAKERS = {"human": "user", "gpt": "assistant"}
 PERSONA = "You are a {} assistant."
 LONGEST_NAME = 60  # characters; a longer persona is a description, not a name
 EXAMPLES = 3
+MOST = 1000  # times that an epoch reads something: its order is held in memory
 ALLOWED = f".jsonl or .json (a list), each plain or {', '.join(PACKED)}"
 
 
@@ -203,8 +203,8 @@ def _conversation(row: Any, where: str, columns: Columns, source: str) -> Conver
         return f"that are no objects but a {type(row).__name__}"
     persona, weight = columns.value(row, "persona"), columns.value(row, "weight")
     weight = 1.0 if weight is None else weight
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
-        return "with a weight that is no number of 0 or more"
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= MOST:
+        return f"with a weight that is no number in 0..{MOST}"
     if weight == 0:
         return "with weight 0"
     if persona is not None and not isinstance(persona, str):

@@ -18,7 +18,7 @@ from typing import Any
 
 from personaxis.persona.errors import KnownError
 from personaxis.persona.store import digest
-from personaxis.training.conversations import Columns, Conversation, Faults, read_conversations, source_name
+from personaxis.training.conversations import MOST, Columns, Conversation, Faults, read_conversations, source_name
 from personaxis.training.corpus import share_of
 from personaxis.training.from_rollouts import Wanted, conversations_of_run, is_run
 
@@ -63,6 +63,8 @@ def part_of(asked: str) -> Part:
         raise KnownError(
             f"--data {asked}: {number:g}{unit} of a source is nothing to train on; give another, or leave it out"
         )
+    if unit == "x" and number > MOST:
+        raise KnownError(f"--data {asked}: an epoch reads a source {MOST} times at most; give more --epochs instead")
     return Part(path, number, None) if unit == "x" else Part(path, None, number / 100)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from personaxis.persona.errors import KnownError
 from personaxis.persona.store import digest, read_json
+from personaxis.persona.trained import is_training_run
 from personaxis.training.checkpoints import checkpoints_in
 from personaxis.training.export import shape_of
 from personaxis.training.shape import Shape
@@ -31,7 +32,7 @@ def parent_of(base: Path) -> Parent:
         raise KnownError(f"{base} does not exist; give the folder of a training run, of a checkpoint or of an export")
     folder = base
     if (base / "run.json").is_file():
-        if read_json(base / "run.json").get("kind") != "training":
+        if not is_training_run(base):
             raise KnownError(f"{base} is a run of another kind; give the folder of `personaxis train base`")
         folder = base / "model"
         if not (folder / "config.json").is_file():
