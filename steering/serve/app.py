@@ -49,7 +49,8 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 STREAMED = {
     200: {
         "description": "The answer, or a stream of its chunks",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        # no schema: some readers of it take one for that of each event, others for that of the whole text
+        "content": {"text/event-stream": {}},
     }
 }
 BRANCH = re.compile(r"str|constrained-str|list\[.*|CapBy\w+")  # of a union, in the place of a mistake
