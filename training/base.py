@@ -196,6 +196,11 @@ def _at_speed(asked: BaseAsked, stepper: Stepper, tokens: Tokens, speed: float) 
 def _say_plan(plan: Plan, tokens: Tokens, place: Ranks) -> None:
     if place.rank == 0:
         shape = plan.shape
+        if not plan.fits:
+            need, there = plan.memory.total / 1e9, plan.chip.memory / 1e9
+            say(
+                f"by estimate it does not fit: one row needs {need:,.1f} GB of {there:,.1f}; a lower --depth or --context does"
+            )
         say(f"depth {shape.depth}, width {shape.width}: {shape.parameters / 1e6:,.1f} M parameters")
         say(
             f"{plan.tokens:,} tokens in {plan.steps:,} steps of {plan.batch:,}: {repeats(plan.tokens, len(tokens.train))}"
