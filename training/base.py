@@ -147,6 +147,7 @@ def _train(asked: BaseAsked, run: Run, tokens: Tokens, place: Ranks, device: tor
         micro_batch=asked.tuning.micro_batch or plan.micro_batch,
         checkpointing=asked.tuning.recompute or plan.checkpointing,
     )
+    _say_fit(plan, place)
     compute = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = GPT(plan.shape, compute=compute, checkpointing=plan.checkpointing, fp8=asked.tuning.fp8)
     model = model.initialise(asked.tuning.seed).to(device)
@@ -193,14 +194,18 @@ def _at_speed(asked: BaseAsked, stepper: Stepper, tokens: Tokens, speed: float) 
     return replace(plan, micro_batch=before.micro_batch, checkpointing=before.checkpointing)
 
 
+def _say_fit(plan: Plan, place: Ranks) -> None:
+    """Before it is tried: the estimate is on the high side."""
+    if place.rank == 0 and not plan.fits:
+        need, there = plan.memory.total / 1e9, plan.chip.memory / 1e9
+        say(
+            f"by estimate it does not fit: one row needs {need:,.1f} GB of {there:,.1f}; a lower --depth or --context does"
+        )
+
+
 def _say_plan(plan: Plan, tokens: Tokens, place: Ranks) -> None:
     if place.rank == 0:
         shape = plan.shape
-        if not plan.fits:
-            need, there = plan.memory.total / 1e9, plan.chip.memory / 1e9
-            say(
-                f"by estimate it does not fit: one row needs {need:,.1f} GB of {there:,.1f}; a lower --depth or --context does"
-            )
         say(f"depth {shape.depth}, width {shape.width}: {shape.parameters / 1e6:,.1f} M parameters")
         say(
             f"{plan.tokens:,} tokens in {plan.steps:,} steps of {plan.batch:,}: {repeats(plan.tokens, len(tokens.train))}"
