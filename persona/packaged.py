@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from personaxis.persona.errors import KnownError
 from personaxis.persona.store import digest, read_json, write_json
@@ -128,7 +129,10 @@ def _dequantise(gguf: Path, folder: Path, sha256: str) -> None:
     weights = _file_type(gguf)
     log.info("dequantising %s (%s)", gguf.name, weights)
     try:
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        config = _config_of(gguf)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, config=config, dtype=torch.float32
+        )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     except (ValueError, KeyError, IndexError, OSError, NotImplementedError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -147,6 +151,19 @@ def _dequantise(gguf: Path, folder: Path, sha256: str) -> None:
         if folder.exists():
             shutil.rmtree(folder)
         new.rename(folder)
+
+
+def _config_of(gguf: Path) -> Any:
+    """The configuration in a GGUF, with the head's width that it names: transformers takes its own default instead."""
+    from gguf import GGUFReader
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    fields = GGUFReader(gguf).fields
+    width = next((field for name, field in fields.items() if name.endswith(".attention.key_length")), None)
+    if width is not None and getattr(config, "head_dim", None) is not None:
+        config.head_dim = int(width.contents())
+    return config
 
 
 def _file_type(path: Path) -> str:

@@ -303,6 +303,7 @@ def test_minutes_are_turned_into_steps_at_the_speed_that_is_measured(whole, book
         (["--corpus", "BOOKS", "--vocabulary", "300", "--context", "64", "--batch", "100"], "a multiple of 64"),
         (["--corpus", "BOOKS", "--vocabulary", "300", "--rate-scale", "0"], "--rate-scale 0.0 is no factor"),
         (["--corpus", "BOOKS", "--vocabulary", "300", "--keep", "all"], "--keep"),
+        (["--corpus", "BOOKS", "--vocabulary", "300", "--fp8"], "--fp8 is for GPUs"),
         (["--corpus", "BOOKS", "--vocabulary", "300", "--seed", "-1"], "--seed -1 is not in 0..9"),
         (["--corpus", "BOOKS/..", "--vocabulary", "300"], "becomes text to train on; choose another"),
         (["--corpus", "BOOKS", "--vocabulary", "300", "--minutes", "1", "--tokens", "9"], "give one of them"),
@@ -325,6 +326,15 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path, books):
     (tmp_path / "run.json").write_text(json.dumps({"asked": {"model": "smollm2-135m"}}))
     with pytest.raises(KnownError, match="holds a run of another kind"):
         train_base(asked(books, tmp_path))
+
+
+def test_what_is_odd_in_a_corpus_is_said(books, tmp_path, capsys):
+    shutil.copytree(books, tmp_path / "mixed")
+    (tmp_path / "mixed" / "bad.txt").write_bytes(b"caf\xe9 in another encoding")
+    (tmp_path / "mixed" / "nul.txt").write_bytes(b"a\0b")
+    train_base(asked(tmp_path / "mixed", tmp_path / "run", tokens=2_000))
+    said = capsys.readouterr().err
+    assert "the corpus has 1 pieces with bytes that are no UTF-8 (now U+FFFD), 1 pieces with NUL bytes left out" in said
 
 
 def test_bits_per_byte_are_those_of_a_plain_sum(whole):

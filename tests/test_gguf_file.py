@@ -17,8 +17,8 @@ from personaxis.training.gguf_file import plain_template, write_gguf
 from personaxis.training.shape import Shape
 from personaxis.training.tokenizer import TEMPLATE, make_tokenizer
 
-# heads of 128, as transformers' reader takes for granted
-SHAPE = Shape(vocabulary=320, depth=2, width=64, heads=2, kv_heads=1, head_width=128, inner=96, context=64)
+# heads of 32: transformers' reader by itself takes 128 for granted
+SHAPE = Shape(vocabulary=320, depth=2, width=64, heads=2, kv_heads=1, head_width=32, inner=96, context=64)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_its_tokenizer_and_fields_are_those_of_the_folder(exported, tmp_path):
     fields = {name: field.contents() for name, field in reader.fields.items()}
     assert fields["general.architecture"] == "qwen3"
     assert fields["qwen3.attention.head_count_kv"] == 1
-    assert fields["qwen3.attention.key_length"] == 128
+    assert fields["qwen3.attention.key_length"] == 32
     assert fields["tokenizer.ggml.pre"] == "smaug-bpe"
     tokens = fields["tokenizer.ggml.tokens"]
     assert len(tokens) == SHAPE.vocabulary

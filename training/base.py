@@ -48,6 +48,8 @@ def train_base(asked: BaseAsked) -> dict[str, Any] | None:
             raise KnownError(f"--out {asked.out} holds a run of another kind; choose another folder")
         require_sensible(asked)
         device = join(place, asked.device)
+        if asked.tuning.fp8 and device.type != "cuda":
+            raise KnownError("--fp8 is for GPUs that multiply 8 bits (Hopper and later), not for a CPU")
         if place.rank == 0:
             _prepare(asked)
         place.barrier()
@@ -68,8 +70,6 @@ def require_sensible(asked: BaseAsked) -> None:
     require_seed(tuning.seed)
     if not 0 < tuning.rate_scale < 100:
         raise KnownError(f"--rate-scale {tuning.rate_scale} is no factor for rates (1 leaves them as they are)")
-    if tuning.fp8 and asked.device == "cpu":
-        raise KnownError("--fp8 is for GPUs that multiply 8 bits (Hopper and later), not for --device cpu")
     if tuning.micro_batch is not None and tuning.micro_batch < 1:
         raise KnownError(f"--micro-batch {tuning.micro_batch}: give 1 row or more")
     plan_of(
@@ -95,6 +95,8 @@ def _prepare(asked: BaseAsked) -> None:
         make_tokenizer(corpus, tokenizer, vocabulary=texts.vocabulary)
     elif not (tokenizer / TOKENIZER).is_file():
         raise KnownError(f"--tokenizer {tokenizer} has no {TOKENIZER}: not a tokenizer's folder")
+    if not finished and (notes := corpus.scan().notes()):
+        say(f"the corpus has {notes}")
     make_tokens(corpus, tokenizer, folder)
 
 

@@ -9,6 +9,7 @@ rescaled, so an fp32 export is the model. For llama.cpp `training/gguf_file.py` 
 """
 
 import json
+import os
 import secrets
 import shutil
 from pathlib import Path
@@ -61,6 +62,7 @@ def export(model: GPT, tokenizer_folder: Path, out: Path, dtype: torch.dtype = t
 
     Raises `KnownError` when `out` is there and not empty, or the tokenizer is not this model's.
     """
+    out = Path(os.path.normpath(out))  # A/x/../B is there if A/B is, whether or not there is an A/x
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise KnownError(f"{out} is already there; choose another folder or remove it")
     if not (tokenizer_folder / "tokenizer.json").is_file():
@@ -68,7 +70,7 @@ def export(model: GPT, tokenizer_folder: Path, out: Path, dtype: torch.dtype = t
     tokenizer = load_tokenizer_of(tokenizer_folder, model.shape)
     make_folder(out.parent, "the export's folder")
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(6)}")
-    temporary.mkdir()
+    make_folder(temporary, "the export's folder")
     try:
         weights = {
             _theirs(name): value.detach().to("cpu", dtype).contiguous() for name, value in _weights(model).items()

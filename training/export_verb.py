@@ -33,6 +33,8 @@ def export(
 
     if out is None and gguf is None:
         raise KnownError("give --out FOLDER, --gguf FILE or both")
+    if not model.is_dir():
+        raise KnownError(f"{model} is no folder; give a training run or one of its checkpoints")
     source = Path(resolved(str(model)))
     found = load_exported(source)
     if gguf is not None:

@@ -119,7 +119,12 @@ def style_of(
     """
     context = data.source.context
     length = min(LONGEST, context // 4)
-    fits = [one for one in data.sides.unmet if len(encoder.prompt(before_answer(one))) + length <= context]
+    kept = {one.where for one in data.held_out.conversations}  # what is too long as a whole has been left out of these
+    fits = [
+        one
+        for one in data.sides.unmet
+        if one.where in kept and len(encoder.prompt(before_answer(one))) + length <= context
+    ]
     chosen = one_of_each(fits, count)
     if not chosen:
         say(f"no style to look at: no held-out question leaves {length} tokens of the context for an answer")

@@ -16,6 +16,8 @@ def join(ranks: Ranks, device: str | None = None) -> torch.device:
         raise KnownError(f"--device {device} is not cuda or cpu; CUDA_VISIBLE_DEVICES says which GPUs there are")
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            raise KnownError("--device cuda: this machine has no GPU that torch can use; try --device cpu")
         if ranks.local >= torch.cuda.device_count():
             raise KnownError(
                 f"process {ranks.local} of this host has no GPU of its own: there are {torch.cuda.device_count()}; "
