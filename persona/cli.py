@@ -47,7 +47,7 @@ VERBS = {
     "trace": ("personaxis.steering.trace_verb:trace", "Trace stored conversations along an axis, turn by turn."),
     "train": (
         "personaxis.training.verbs:app",
-        "Make a small model of one's own: `train tokenizer`, `train base`, `train chat`.",
+        "Make a small model of one's own: `train tokenizer`, `train base`, `train chat`, `train evaluate`.",
     ),
     "plan": (
         "personaxis.training.plan_verb:plan",
