@@ -63,11 +63,24 @@ class Tuning:
     recompute: bool = False
     "compute the blocks' insides again in the backward pass: less memory, a third more time"
     fp8: bool = False
-    "multiply the blocks' matrices in 8 bits: worth it on Hopper GPUs for widths of 1,500 and more"
+    "multiply the blocks' matrices in 8 bits, on Hopper GPUs and later; what it gains is not measured"
     keep: Literal["log", "last"] = "log"
     "checkpoints to keep: log (step 0, powers of two, the last) or last"
     seed: int = 0
     "of the first weights and of the order of the text"
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Around:
+    """Where a run is and who hears of it."""
+
+    tensorboard: bool = False
+    "write metrics for TensorBoard as well, into the run's folder"
+    wandb: str | None = None
+    "send metrics to this project of Weights & Biases as well"
+    device: str | None = None
+    "cuda or cpu instead of the first GPU there is"
 
 
 @dataclass(frozen=True)

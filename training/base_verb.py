@@ -1,12 +1,13 @@
 """The verb `train base`: a corpus in, a model folder out."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from personaxis.persona.verbs import console, print_json
-from personaxis.training.asked import BaseAsked, Length, Texts, Tuning
+from personaxis.training.asked import Around, BaseAsked, Length, Texts, Tuning
 
 
 def base(
@@ -16,9 +17,7 @@ def base(
     texts: Texts = Texts(),
     length: Length = Length(),
     tuning: Tuning = Tuning(),
-    tensorboard: bool = False,
-    wandb: str | None = None,
-    device: str | None = None,
+    around: Around = Around(),
     json: bool = False,
 ) -> None:
     """Train a GPT of some depth on a corpus; the same command goes on where it was stopped.
@@ -31,18 +30,12 @@ def base(
         the one dial: blocks; all other sizes follow
     out
         the run's folder; its `model` is an ordinary Hugging Face checkpoint
-    tensorboard
-        write metrics for TensorBoard as well, into the run's folder
-    wandb
-        send metrics to this project of Weights & Biases as well
-    device
-        cuda or cpu instead of the first GPU there is
     json
         print the result as JSON
     """
     from personaxis.training.base import train_base
 
-    result = train_base(BaseAsked(depth, out, texts, length, tuning, tensorboard, wandb, device))
+    result = train_base(BaseAsked(depth, out, texts, length, tuning, **asdict(around)))
     if json:
         print_json(result)
     elif result is not None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
@@ -60,7 +60,7 @@ class ChatTuning:
     "rows at once on one GPU; changes memory, not the result"
     recompute: bool = False
     "compute the blocks' insides again in the backward pass: less memory, a third more time"
-    keep: str = "log"
+    keep: Literal["log", "last"] = "log"
     "checkpoints to keep: log (step 0, powers of two, the last) or last"
     seed: int = 0
     "of the order of the conversations"
@@ -71,8 +71,6 @@ class ChatTuning:
         require_seed(self.seed)
         if not 0 < self.rate_scale < 100:
             raise KnownError(f"--rate-scale {self.rate_scale} is no factor for rates (1 leaves them as they are)")
-        if self.keep not in ("log", "last"):
-            raise KnownError(f"--keep {self.keep} is not log or last")
         if self.micro_batch is not None and self.micro_batch < 1:
             raise KnownError(f"--micro-batch {self.micro_batch}: give 1 row or more")
         if self.style_answers < 0:

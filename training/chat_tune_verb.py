@@ -1,11 +1,13 @@
 """The verb `train chat`: a base model and conversations in, a model that chats out."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from personaxis.persona.verbs import console, print_json
+from personaxis.training.asked import Around
 from personaxis.training.chat_asked import ChatAsked, ChatLength, Chats, ChatTuning
 
 SHOWN = 12  # sources in the table; all of them are in run.json
@@ -19,9 +21,7 @@ def chat(
     chats: Chats = Chats(),
     length: ChatLength = ChatLength(),
     tuning: ChatTuning = ChatTuning(),
-    tensorboard: bool = False,
-    wandb: str | None = None,
-    device: str | None = None,
+    around: Around = Around(),
     json: bool = False,
 ) -> None:
     """Tune a base model on conversations; the same command goes on where it was stopped.
@@ -34,18 +34,12 @@ def chat(
         the folder of `personaxis train base`, one of its checkpoints, or an exported folder
     out
         the run's folder; its `model` is an ordinary Hugging Face checkpoint
-    tensorboard
-        write metrics for TensorBoard as well, into the run's folder
-    wandb
-        send metrics to this project of Weights & Biases as well
-    device
-        cuda or cpu instead of the first GPU there is
     json
         print the result as JSON
     """
     from personaxis.training.chat import train_chat
 
-    result = train_chat(ChatAsked(base, out, chats, length, tuning, tensorboard, wandb, device))
+    result = train_chat(ChatAsked(base, out, chats, length, tuning, **asdict(around)))
     if json:
         print_json(result)
     elif result is not None:

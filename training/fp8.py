@@ -3,8 +3,8 @@
     y = fp8_product(x, weight)          # bf16 in and out, as F.linear
 
 Each tensor is scaled by its own largest value: activations and weights to e4m3 (three bits after the point), gradients to
-e5m2, which reaches further (Micikevicius et al. 2022). Sums are fp32 in the tensor core. Worth it where the products are large:
-scaling reads every tensor once more, which at a width of 768 costs about what the products save.
+e5m2, which reaches further (Micikevicius et al. 2022). Sums are fp32 in the tensor core. Scaling reads every tensor
+once more, so it should pay where products are large. How much, and from which width on, is not measured here.
 """
 
 import torch

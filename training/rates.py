@@ -3,8 +3,8 @@
     matrix_rate_for(batch), second_for(batch), momentum_at(step, steps)
 
 What came from elsewhere says from where. The heights are measured: at depth 12, batches of 65,536 tokens and a horizon of 20
-million on 19th-century books, held-out bits per byte were 1.524 at a third of these rates, 1.469 at two thirds of the matrices'
-and 1.462 at four thirds; twice the others' rates changed 0.002.
+million on 19th-century books, held-out bits per byte were 1.524 at a third of the matrices' rate and half of the others', 1.469 at two thirds of the
+matrices' and 1.462 at four thirds; twice the others' rates changed 0.002.
 """
 
 from dataclasses import dataclass

@@ -84,9 +84,8 @@ class Stepper:
     def settle(self, threads: int | None = None) -> int | None:
         """On a CPU, take as many threads as a run had before, or all or one of them, whichever steps faster now; the number.
 
-        Where other work wants the cores, threads that wait for one another take many times as long as a single one: 235
-        against 670 tokens a second on two crowded cores, 1.8 times as many on idle ones. Sums depend on the number, so
-        a run keeps it. None where it is not ours to choose: on a GPU, under torchrun, with OMP_NUM_THREADS.
+        Where other work wants the cores, threads that wait for one another take longer than a single one: 235 against 670
+        tokens a second were seen on two crowded cores. Sums depend on the number, so a run keeps it. None where it is not ours to choose: on a GPU, under torchrun, with OMP_NUM_THREADS.
         """
         if self.device.type != "cpu" or self.ranks.world > 1 or "OMP_NUM_THREADS" in os.environ:
             return None
