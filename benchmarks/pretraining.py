@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20_000_000)
     parser.add_argument("--batch", type=int)
     parser.add_argument("--micro-batch", type=int)
+    parser.add_argument("--fp8", action="store_true")
     parser.add_argument("--arm", action="append", default=None)
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
@@ -49,12 +50,12 @@ def main() -> None:
         source = BooksSource(Batches(tokens.train, plan.shape.context, plan.batch // plan.shape.context))
         if stepper is None:
             compute = torch.bfloat16 if device.type == "cuda" else torch.float32
-            model = GPT(plan.shape, compute=compute, checkpointing=plan.checkpointing).initialise(0).to(device)
-            stepper = Stepper(model, source, plan, ranks, device)
+            model = GPT(plan.shape, compute=compute, checkpointing=plan.checkpointing, fp8=asked.fp8)
+            stepper = Stepper(model.initialise(0).to(device), source, plan, ranks, device)
         stepper.replan(plan, source)
         row = measured(stepper)
         fit = fit_of(stepper.model, tokens.held_out, lengths, plan.shape.context, min(16, stepper.micro_batch))
-        row = {"arm": text, "bits_per_byte": round(fit.bits_per_byte, 4), **row}
+        row = {"arm": text, "fp8": asked.fp8, "bits_per_byte": round(fit.bits_per_byte, 4), **row}
         print(json.dumps(row), flush=True)
         if asked.out:
             with asked.out.open("a") as file:

@@ -16,7 +16,7 @@ MAY_IMPORT = {
 # packages that are slow or heavy to import are met at module level in these files only
 CONFINED = {
     "transformers": {"persona/slots.py", "persona/graph.py"},
-    "triton": {"persona/kernels.py", "steering/kernels.py"},
+    "triton": {"persona/kernels.py", "steering/kernels.py", "training/kernels.py"},
     "transformer_lens": set(),
     "sklearn": {"analysis/geometry.py"},
     "plotly": {

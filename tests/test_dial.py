@@ -11,6 +11,7 @@ from personaxis.training.dial import (
     CHIPS,
     DEPTHS,
     PIECE,
+    SMALL,
     batch_for,
     embedding_rate_for,
     flops_a_token,
@@ -136,7 +137,7 @@ def test_memory_is_what_its_parts_say():
     assert spread.optimizer == -(-plain.optimizer // 4)
     assert again.activations < plain.activations / 4
     assert plain.total == plain.weights + plain.gradients + plain.optimizer + plain.activations + plain.logits
-    assert PIECE == loss.PIECE
+    assert (PIECE, SMALL) == (loss.PIECE, loss.SMALL)
 
 
 def test_a_model_too_large_for_the_memory_checkpoints_and_then_does_not_fit():

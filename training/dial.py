@@ -30,7 +30,7 @@ from personaxis.training.shape import Shape
 DEPTHS = range(1, 49)  # 5 B parameters at 48: more than fits where every GPU holds all weights
 TOKENS_A_PARAMETER = 20  # Hoffmann et al. 2022 ("Chinchilla"), here on matrix parameters
 BYTES_A_TOKEN = 4.3  # of English at a vocabulary of 32,768: 443 MB of 19th-century books are 103 M tokens
-PIECE = 8192  # tokens of the loss at once (training/loss.py)
+PIECE, SMALL = 32768, 2048  # tokens of the loss at once, on a GPU and on a CPU (training/loss.py)
 
 
 @dataclass(frozen=True)
@@ -165,6 +165,8 @@ def memory_for(shape: Shape, sequences: int, *, checkpointing: bool, bytes: int 
     # both residuals, both normed; queries raw, turned, and out; keys raw and turned, values; gate, up and their product
     inside = tokens * bytes * (4 * shape.width + 3 * queries + 3 * keys + 3 * shape.inner) + 4 * tokens * shape.heads
     kept = shape.depth * tokens * bytes * shape.width + inside if checkpointing else shape.depth * inside
+    # fp32 logits and their gradient; what is not compiled holds two more of their size on the way
+    piece, logit = (PIECE, 4 + bytes) if bytes < 4 else (SMALL, 16)
     copies = 0 if bytes == 4 else bytes * (shape.matrix_parameters + shape.embedding_parameters)
     other = shape.parameters - shape.matrix_parameters
     return Memory(
@@ -172,7 +174,7 @@ def memory_for(shape: Shape, sequences: int, *, checkpointing: bool, bytes: int 
         gradients=4 * shape.parameters,
         optimizer=-(-4 * (shape.matrix_parameters + 2 * other) // gpus),
         activations=kept + 2 * tokens * bytes * shape.width + copies,
-        logits=min(tokens, PIECE) * shape.vocabulary * (12 + bytes) + 4 * shape.embedding_parameters,
+        logits=min(tokens, piece) * shape.vocabulary * logit + 8 * shape.embedding_parameters,
     )
 
 

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from personaxis.training.fp8 import fp8_product
+from personaxis.training.gate import gated
+from personaxis.training.heads import heads_of, normed, rotation, turn_of
 from personaxis.training.loss import linear_cross_entropy
 from personaxis.training.shape import Shape
 
@@ -40,15 +42,14 @@ class Linear(nn.Linear):
         """Left empty: `GPT.initialise` or a checkpoint fills it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return at_once(x, self)[0]
+        return together(x, self)
 
 
-def at_once(x: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
-    """Several matrices' outputs by one product: larger tiles, and one gradient to x instead of a sum of some."""
+def together(x: Tensor, *linears: Linear) -> Tensor:
+    """Several matrices' outputs side by side, by one product: larger tiles, and one gradient to x instead of a sum of some."""
     weights = [linear.weight for linear in linears]
     weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-    together = fp8_product(x, weight) if linears[0].fp8 else F.linear(x, weight.to(x.dtype))
-    return together.split([linear.weight.shape[0] for linear in linears], dim=-1)
+    return fp8_product(x, weight) if linears[0].fp8 else F.linear(x, weight.to(x.dtype))
 
 
 class Norm(nn.Module):
@@ -60,8 +61,7 @@ class Norm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(x.dtype)
+        return normed(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -69,7 +69,7 @@ class Attention(nn.Module):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.head_width = shape.head_width
+        self.heads = shape.heads
         self.q_proj = Linear(shape.width, shape.heads * shape.head_width)
         self.k_proj = Linear(shape.width, shape.kv_heads * shape.head_width)
         self.v_proj = Linear(shape.width, shape.kv_heads * shape.head_width)
@@ -77,14 +77,10 @@ class Attention(nn.Module):
         self.q_norm = Norm(shape.head_width, shape.eps)
         self.k_norm = Norm(shape.head_width, shape.eps)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], mask: Any) -> Tensor:
-        q, k, v = (
-            part.unflatten(-1, (-1, self.head_width)) for part in at_once(x, self.q_proj, self.k_proj, self.v_proj)
-        )
-        q = rotated(self.q_norm(q), turn).transpose(1, 2)  # (B, H, T, W)
-        k = rotated(self.k_norm(k), turn).transpose(1, 2)  # (B, K, T, W)
-        v = v.transpose(1, 2)  # (B, K, T, W)
-        return self.o_proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))  # -> (B, T, D)
+    def forward(self, x: Tensor, turn: Tensor, mask: Any) -> Tensor:
+        qkv = together(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = heads_of(qkv, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps, turn, self.heads)
+        return self.o_proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))  # (B, H, T, W) -> (B, T, D)
 
 
 class MLP(nn.Module):
@@ -97,8 +93,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(shape.inner, shape.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = at_once(x, self.gate_proj, self.up_proj)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(gated(together(x, self.gate_proj, self.up_proj)))
 
 
 class Block(nn.Module):
@@ -111,7 +106,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = Norm(shape.width, shape.eps)
         self.mlp = MLP(shape)
 
-    def forward(self, h: Tensor, turn: tuple[Tensor, Tensor], mask: Any) -> Tensor:
+    def forward(self, h: Tensor, turn: Tensor, mask: Any) -> Tensor:
         h = h + self.self_attn(self.input_layernorm(h), turn, mask)
         return h + self.mlp(self.post_attention_layernorm(h))
 
@@ -185,8 +180,7 @@ class GPT(nn.Module):
         if ids.shape[1] > self.shape.context:
             raise ValueError(f"{ids.shape[1]} tokens do not fit into a context of {self.shape.context}")
         h = self.embed_tokens(ids).to(self.compute)  # (B, T, D)
-        cosine, sine = self.turn.view(torch.float32)[:, : ids.shape[1]]  # (T, 1, W) each
-        turn = cosine, sine
+        turn = turn_of(self.turn, ids.shape[1])
         mask = None if documents is None else document_mask(documents)
         for layer in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
@@ -226,29 +220,6 @@ class GPT(nn.Module):
                 new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
             ids = torch.cat([ids, new], dim=1)
         return ids
-
-
-def rotation(shape: Shape) -> Tensor:
-    """Cosine and sine (2, T, 1, W) of position / base^(2i/W) for a whole context; halves i and i + W/2 turn together,
-    and the sine's first half is negative, as `rotated` wants it.
-
-    A table, since a compiler makes cosines anew in every block, for every head: 8 of 135 ms of a step of depth 12 on an H100. Given as the
-    int32 with the bits of the fp32 numbers: `model.bfloat16()` rounds every float buffer, and bf16 cannot tell position
-    2,047 from 2,048. On the CPU also where models are made on the meta device: a checkpoint does not hold it.
-    """
-    steps = torch.arange(0, shape.head_width, 2, device="cpu", dtype=torch.float32) / shape.head_width
-    angles = torch.arange(shape.context, device="cpu", dtype=torch.float32)[:, None] / shape.rope_base**steps
-    cosine, sine = angles.cos(), angles.sin()
-    both = torch.stack([torch.cat([cosine, cosine], dim=-1), torch.cat([-sine, sine], dim=-1)])
-    return both[:, :, None].contiguous().view(torch.int32)
-
-
-def rotated(x: Float[Tensor, "B T H W"], turn: tuple[Tensor, Tensor]) -> Float[Tensor, "B T H W"]:
-    """Turn each head by its position, in fp32. Halves are swapped by a flip: a compiler reads it at other places, while what
-    is put together of two halves is worked out twice and half of it thrown away."""
-    cosine, sine = turn
-    swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
-    return (x * cosine + swapped * sine).to(x.dtype)
 
 
 def document_mask(documents: Int[Tensor, "B T"]) -> Any:

@@ -14,7 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 IGNORED = -100
-PIECE = 8192  # tokens at once on a GPU: 1 GB of fp32 logits at 32,768 words
+PIECE = (
+    32768  # tokens at once on a GPU: 4 GB of fp32 logits at 32,768 words; with a quarter of it a step takes 1.5% longer
+)
 SMALL = 2048  # on a CPU: 0.25 GB of them
 
 

@@ -134,12 +134,12 @@ class Optimizer:
         squares = torch.zeros((), device=self.device)
         for kind, bucket in self.others.items():
             bucket.wait()
-            squares += bucket.my_gradients.square().sum()
+            squares += torch.linalg.vector_norm(bucket.my_gradients).square()  # one reading, nothing written
             self._step_others(kind, bucket, getattr(rates, kind), rates.second)
             bucket.gather()
         for number, bucket in enumerate(self.matrices):
             bucket.wait()
-            squares += bucket.my_gradients.square().sum()
+            squares += torch.linalg.vector_norm(bucket.my_gradients).square()  # one reading, nothing written
             self._step_matrices(number, bucket, rates)
             bucket.gather()
         for bucket in self.buckets():
