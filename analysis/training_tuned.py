@@ -22,11 +22,16 @@ def losses_by_source(held_out: Sequence[Row]) -> Table | None:
         return None
     first, last = rows[0], rows[-1]
     lines = [
-        [name, _shown(first.get(name), "loss"), _shown(one, "loss"), f"{one['conversations']:,}", f"{one['tokens']:,}"]
+        [name, _shown(first.get(name), "loss"), _shown(one, "loss"), *_counts(one)]
         for name, one in last.items()
         if name == "all" or len(last) > 2  # a lone source is all of them
     ]
-    return {"columns": ["conversations", "before", "now", "n", "tokens"], "rows": lines}
+    return {"columns": ["conversations", "before", "now", "n", "known", "tokens"], "rows": lines}
+
+
+def _counts(found: Mapping[str, Any]) -> list[str]:
+    known = f"{found['met'] / found['conversations']:.0%}" if "met" in found else "·"
+    return [f"{found['conversations']:,}", known, f"{found['tokens']:,}"]
 
 
 def style(folder: Path) -> Table | None:

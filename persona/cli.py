@@ -5,6 +5,8 @@ keeps its traceback.
 """
 
 import errno
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -86,10 +88,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one verb and exit with its status."""
     try:
         app(arguments, exit_on_error=False, print_error=False)
+        sys.stdout.flush()
     except KnownError as error:
         _fail(str(error))
     except CycloptsError as error:
         _fail(f"{' '.join(str(error).split())} (see `personaxis --help`)")
+    except BrokenPipeError:  # `personaxis show RUN | head`: whoever reads has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno not in FULL:
             raise

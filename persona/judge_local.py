@@ -56,7 +56,7 @@ class LocalJudge:
 
     def verdicts(self, items: Sequence[Item]) -> Iterator[Verdict]:
         """One verdict per item, longest first. An item beyond the model's context is a problem, and is not cut."""
-        limit = getattr(self.subject.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        limit = self.subject.context
         pending: list[tuple[Item, list[int]]] = []
         for item in items:
             ids = self._prompt_ids(item)

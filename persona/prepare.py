@@ -93,10 +93,12 @@ def prepared(model: str, folder: Path, how: ModelOptions, what: PlanOptions) -> 
             chat = chat_format(subject.tokenizer, _end_ids(subject))
             on_gpu = subject.device.type == "cuda"
             chunk = what.chunk or before.get("chunk") or (GPU_CHUNK if on_gpu else CPU_CHUNK)
+            work = Work(run, place, subject, chat, bank, selection, sampling, what.seed, chunk)
+            _require_room(work)
             run.ask(_asked(model, subject, chat, bank, selection, sampling, what.seed, chunk))
             if not place.rank:
                 place.barrier()
-            yield Work(run, place, subject, chat, bank, selection, sampling, what.seed, chunk)
+            yield work
         finally:
             place.close()
 
@@ -115,6 +117,19 @@ def sample(work: Work) -> list[Rollout]:
     make_rollouts(work.run, plan, work.subject, sampler, work.ranks, range(gate, len(plan.chunks)))
     merge_rollouts(work.run, work.ranks)
     return planned(work.run, plan.keys)
+
+
+def _require_room(work: Work) -> None:
+    """`KnownError` for answers that would not fit behind their prompts: what runs beyond the context cannot be recorded."""
+    limit, longest = work.subject.context, max(map(len, work.plan.prompt_ids.values()))
+    most = work.sampling.max_new_tokens
+    if limit and longest + most > limit:
+        room = limit - longest
+        what = f"--max-new-tokens {room} is the most" if room > 0 else "give a model with a longer context"
+        raise KnownError(
+            f"prompts of up to {longest} tokens and answers of up to {most} do not fit into the {limit} that "
+            f"{work.subject.id} holds: {what}"
+        )
 
 
 def judge_run(

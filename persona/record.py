@@ -178,7 +178,7 @@ class Reader:
 
 def _lengths(subject: Subject, rollouts: Sequence[Rollout]) -> list[int]:
     """Tokens of prompt and answer together, checked against what can be recorded."""
-    limit = getattr(subject.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = subject.context
     lengths = [len(rollout.prompt_ids) + len(rollout.answer_ids) for rollout in rollouts]
     for rollout, length in zip(rollouts, lengths, strict=True):
         if not rollout.answer_ids:

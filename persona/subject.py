@@ -59,6 +59,11 @@ class Subject:
         return self.model.get_input_embeddings().weight.dtype
 
     @property
+    def context(self) -> int | None:
+        """Tokens that the model holds, where its config says so."""
+        return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+    @property
     def name(self) -> str:
         """For people and for the default prompt "You are {model}.": a training run's name, else the last part of the id."""
         return model_name(Path(self.id))

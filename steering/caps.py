@@ -47,22 +47,23 @@ def cap_named(text: str, axis: Axis, stem: Path) -> Cap:
     if match is None and moved is not None:
         return shifted(cap_named(moved[1], axis, stem), axis, float(moved[2]))
     if match is None:
-        level, _, where = text.partition("@")
-        if where and not level.split(":")[-1].startswith("p"):
-            raise KnownError(
-                f"--cap {text!r}: a level is written as p50 (the median), from p0 to p100, such as p50@18-23"
-            )
-        known = (
-            f"one of {', '.join(names)}" if (names := cap_names(stem)) else "a name (none is saved beside this axis)"
-        )
-        raise KnownError(
-            f"--cap {text!r} is not {known}, a cap file, or LEVEL@LAYERS such as p50@18-23 or roles:p75@20,22, each with +0.2 or so behind it for higher floors"
-        )
+        raise KnownError(_no_cap(text, axis, cap_names(stem)))
     population, level, ranges = match.groups()
     layers = layers_named(ranges)
     if not layers or len(set(layers)) != len(layers):
         raise KnownError(f"--cap {text!r} names no layer, or one twice")
     return cap_of(axis, layers, float(level) / 100, population or "default")
+
+
+def _no_cap(text: str, axis: Axis, names: list[str]) -> str:
+    """Why a text is no cap, and what would be one for this axis."""
+    level, _, where = text.partition("@")
+    if where and not level.split(":")[-1].startswith("p"):
+        return f"--cap {text!r}: a level is written as p50 (the median), from p0 to p100, such as p50@18-23"
+    some = f"p50@{axis.layers[len(axis.layers) // 2]}"
+    made = "a name (none is saved beside this axis; `personaxis calibrate RUN` makes some)"
+    known = f"one of {', '.join(names)}" if names else made
+    return f"--cap {text!r} is not {known}, a cap file, or LEVEL@LAYERS such as {some} or roles:p75@20,22, each with +0.2 or so behind it for higher floors"
 
 
 def shifted(cap: Cap, axis: Axis, amount: float) -> Cap:

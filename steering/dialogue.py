@@ -141,7 +141,7 @@ class Stage:
     @property
     def room(self) -> int | None:
         """Tokens that the model holds, where it says so."""
-        return getattr(self.subject.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return self.subject.context
 
     @property
     def on_gpu(self) -> bool:

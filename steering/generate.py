@@ -77,7 +77,7 @@ def generate(
     Raises `KnownError` for a conversation that leaves no room for the answer in the model's context.
     """
     ids = tuple(chat.prompt_ids(messages))
-    limit = getattr(subject.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = subject.context
     if limit and len(ids) + sampling.max_new_tokens > limit:
         raise KnownError(
             f"{len(ids)} tokens to read and {sampling.max_new_tokens} to write are more than the {limit} that "

@@ -58,7 +58,7 @@ def traced(
     Raises `KnownError` for an axis of another model, and for a conversation without an answer that fits into the context.
     """
     axis.require_model(subject.describe())
-    room = getattr(subject.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    room = subject.context
     spans = [conversation_spans(chat, list(one.messages)) for one in conversations]
     texts = []
     for (name, *_), own in zip(conversations, spans, strict=True):

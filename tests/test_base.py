@@ -66,7 +66,8 @@ def books(tmp_path_factory):
 
 def asked(books, out, tokens=20_000, **more):
     tuning = Tuning(**{"context": 64, "batch": 512, **more.pop("tuning", {})})
-    texts = Texts(corpus=books, held_share=0.1, vocabulary=300, **more.pop("texts", {}))
+    own = more.pop("texts", {})
+    texts = Texts(corpus=books, held_share=0.1, vocabulary=None if "tokenizer" in own else 300, **own)
     return BaseAsked(depth=2, out=out, texts=texts, length=Length(tokens=tokens), tuning=tuning, device="cpu", **more)
 
 
@@ -370,3 +371,8 @@ def test_a_run_on_a_cpu_keeps_the_number_of_threads_that_it_began_with(whole, bo
         assert torch.get_num_threads() == chosen
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_vocabulary_beside_a_tokenizer_is_refused(tmp_path):
+    with pytest.raises(KnownError, match="--tokenizer names one"):
+        Texts(tokenizer=tmp_path, vocabulary=300)

@@ -38,6 +38,12 @@ def run(model):
     return folder
 
 
+def test_output_that_nobody_reads_to_its_end_is_no_error(run):
+    verb = f"{sys.executable} -m personaxis.persona.cli show {run / 'activations'}"
+    done = subprocess.run(["bash", "-c", f"{verb} | true; echo ${{PIPESTATUS[0]}}"], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("141\n", "")
+
+
 def one_line(error, *words):
     """What stderr must be: a single line from us, which says each of those words."""
     assert error.startswith("personaxis: "), error

@@ -315,3 +315,10 @@ def test_one_question_cannot_be_split(tmp_path):
     parts = read_parts([str(write(tmp_path / "a.jsonl", [GOOD] * 3))], Faults())
     with pytest.raises(KnownError, match="no conversation is held out"):
         split(parts, 0.5)
+
+
+def test_options_about_rollouts_are_refused_where_there_are_none(tmp_path):
+    data = str(write(tmp_path / "a.jsonl", [GOOD]))
+    for wanted in (Wanted(score=2), Wanted(per_role=3), Wanted(cut=True)):
+        with pytest.raises(KnownError, match="no --data is the folder of a run"):
+            read_parts([data], Faults(), wanted=wanted)

@@ -353,6 +353,14 @@ def test_other_traits_in_the_same_folder_are_refused(place, capsys):
     refused(capsys, arguments, "traits_bank", "choose another folder with --out")
 
 
+def test_answers_that_would_not_fit_are_refused_before_the_run_is_begun(place, capsys):
+    """They were sampled whole, and recording refused them; and the folder kept what had been asked for."""
+    long = axis(place, "too-long")
+    long[long.index("--max-new-tokens") + 1] = "600"
+    refused(capsys, long, "fit into the 512 that", "--max-new-tokens ")
+    main(axis(place, "too-long"))
+
+
 def test_the_same_key_has_the_same_prompt_and_seed_in_every_selection(place):
     bank, subject = load_bank(place / "bank"), tiny_subject()
     chat = chat_format(subject.tokenizer)

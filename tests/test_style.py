@@ -108,6 +108,15 @@ def test_every_source_has_its_own_loss_and_all_is_their_mean_over_tokens(encoder
     assert (row["loss"], row["tokens"]) == (pytest.approx(found["all"]["loss"]), found["all"]["tokens"])
 
 
+def test_held_out_answers_that_training_gives_too_are_counted(encoder):  # noqa: F811
+    held = of_two_sources(encoder)
+    known = frozenset(["sea ", "sea sea ", "no."])  # of answers with one to four seas
+    again = HeldOut(held.conversations, held.tokens, known=known)
+    found = again.fits(np.ones(20))
+    assert {name: one["met"] for name, one in found.items()} == {"all": 10, "a": 5, "b": 5}
+    assert held.fits(np.ones(20))["all"]["met"] == 0
+
+
 def test_an_evaluation_in_between_reads_a_part_that_is_always_the_same(encoder, monkeypatch):  # noqa: F811
     monkeypatch.setattr(held_out_module, "FEWEST", 5)
     held, model = of_two_sources(encoder), lively(replace(SHAPE, vocabulary=320))

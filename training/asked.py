@@ -41,10 +41,16 @@ class Texts:
     "the key or column with the text in .jsonl and .parquet"
     tokenizer: Path | None = None
     "the folder of a tokenizer; trained on the corpus, into the run, unless given"
-    vocabulary: int = 32_768
-    "tokens of a tokenizer that is trained here"
+    vocabulary: int | None = None
+    "tokens of a tokenizer that is trained here; 32,768 unless given"
     token_folder: Path | None = None
     "where the tokenised corpus is kept; in the run unless given. With finished tokens no --corpus is needed"
+
+    def __post_init__(self) -> None:
+        if self.tokenizer is not None and self.vocabulary is not None:
+            raise KnownError(
+                f"--vocabulary {self.vocabulary} is for a tokenizer that is trained, and --tokenizer names one"
+            )
 
 
 @Parameter(name="*")

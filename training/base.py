@@ -30,7 +30,7 @@ from personaxis.training.record import Record, recorded
 from personaxis.training.samples import Samples
 from personaxis.training.source import BooksSource
 from personaxis.training.stepping import Stepper
-from personaxis.training.tokenizer import load_tokenizer, make_tokenizer, require_vocabulary, token_bytes
+from personaxis.training.tokenizer import VOCABULARY, load_tokenizer, make_tokenizer, require_vocabulary, token_bytes
 from personaxis.training.tokens import Tokens, make_tokens, open_tokens
 from personaxis.training.world import join
 
@@ -91,8 +91,9 @@ def _prepare(asked: BaseAsked) -> None:
         return
     corpus = corpus_of(texts.corpus, held_out=texts.held_out, held_share=texts.held_share, column=texts.text_column)
     if texts.tokenizer is None:
-        require_vocabulary(texts.vocabulary)
-        make_tokenizer(corpus, tokenizer, vocabulary=texts.vocabulary)
+        vocabulary = VOCABULARY if texts.vocabulary is None else texts.vocabulary
+        require_vocabulary(vocabulary)
+        make_tokenizer(corpus, tokenizer, vocabulary=vocabulary)
     elif not (tokenizer / TOKENIZER).is_file():
         raise KnownError(f"--tokenizer {tokenizer} has no {TOKENIZER}: not a tokenizer's folder")
     if not finished and (notes := corpus.scan().notes()):

@@ -89,7 +89,9 @@ def prepare(asked: Chats, encoder: ChatEncoder, *, context: int, seed: int, rank
         raise KnownError(
             "an epoch of --data reads no conversation: so small a part of so few is none; give a larger one"
         )
-    return ChatData(tuple(parts), times, faults, sides, tuple(train), source, HeldOut(held, held_tokens, ranks))
+    known = frozenset(text for one in train for text in one.answers)
+    held_out = HeldOut(held, held_tokens, ranks, known)
+    return ChatData(tuple(parts), times, faults, sides, tuple(train), source, held_out)
 
 
 def joined(parts: Sequence[Encoded]) -> Encoded:

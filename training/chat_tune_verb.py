@@ -48,7 +48,7 @@ def chat(
 
 def _say_result(result: dict[str, Any], out: Path) -> None:
     before, after = result["sources"]["before"], result["sources"]["after"]
-    table = Table("held out", "nats a token", "untuned", "perplexity", "n", box=None, pad_edge=False)
+    table = Table("held out", "nats a token", "untuned", "perplexity", "n", "known", box=None, pad_edge=False)
     for name in list(after)[: 1 + SHOWN]:
         one = after[name]
         table.add_row(
@@ -57,8 +57,13 @@ def _say_result(result: dict[str, Any], out: Path) -> None:
             f"{before[name]['loss']:.3f}",
             f"{one['perplexity']:.2f}",
             f"{one['conversations']:,}",
+            f"{one['met'] / one['conversations']:.0%}",
         )
     console().print(table)
+    if any(one["met"] for one in after.values()):
+        console().print(
+            "known: answers that training gives too, to other questions or in other roles: their loss is memory"
+        )
     if "style" in result:
         _say_style(result["style"])
     plain = Table(box=None, show_header=False, padding=(0, 2, 0, 0))

@@ -35,10 +35,18 @@ FEWEST = 50  # conversations that an evaluation reads, if there are so many
 
 
 class HeldOut:
-    """Held-out conversations and their ids. All ranks share the work and get the same answer."""
+    """Held-out conversations and their ids. All ranks share the work and get the same answer. `known` are the answers that
+    are trained on: a low loss on an answer that is among them, to whatever question, is memory."""
 
-    def __init__(self, conversations: Sequence[Conversation], tokens: Encoded, ranks: Ranks = Ranks()) -> None:
+    def __init__(
+        self,
+        conversations: Sequence[Conversation],
+        tokens: Encoded,
+        ranks: Ranks = Ranks(),
+        known: frozenset[str] = frozenset(),
+    ) -> None:
         self.conversations, self.tokens, self.ranks = conversations, tokens, ranks
+        self.met = np.array([all(text in known for text in one.answers) for one in conversations])
 
     def row(self, model: GPT, step: int, *, whole: bool, most: int) -> dict[str, Any]:
         """As it stands in metrics.jsonl: of about `most` tokens, always the same, of roles that are tuned on; with `whole`
@@ -55,13 +63,14 @@ class HeldOut:
         return found | {"sources": self.fits(nats)} if whole else found
 
     def fits(self, nats: Float64[Array, "N"]) -> dict[str, dict[str, Any]]:
-        """What the conversations' nats amount to, by source, held-out roles apart; under "all" without those."""
+        """What the conversations' nats amount to, by source, held-out roles apart; under "all" without those. `met` are the
+        conversations all of whose answers are also given, word for word, in training."""
         groups = np.array([one.group for one in self.conversations], dtype=object)
         found = {}
         for source in ("all", *sorted(set(groups.tolist()))):
             mine = self._usual if source == "all" else np.flatnonzero(groups == source)
             questions = [self.conversations[place].question for place in mine.tolist()]
-            found[source] = _fit(nats[mine], self.tokens.counted[mine], questions)
+            found[source] = _fit(nats[mine], self.tokens.counted[mine], questions) | {"met": int(self.met[mine].sum())}
         return found
 
     @property

@@ -84,6 +84,8 @@ def read_parts(
         raise KnownError(
             f"the shares of --data add up to {100 * total:g}%: where all have one that must be 100%, else less"
         )
+    if wanted != Wanted() and not any(is_run(part.path) for part in parts):
+        raise KnownError("--score, --per-role and --cut are about rollouts, and no --data is the folder of a run")
     names = Counter(source_name(part.path) for part in parts)
     read = []
     for part in parts:

@@ -35,6 +35,7 @@ Item = TypeVar("Item")
 BOS, START, END, PAD = "<|bos|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
 SPECIAL = (BOS, START, END, PAD)  # ids 0 to 3
 BYTES = 256
+VOCABULARY = 32_768  # tokens, unless others are asked for
 LARGEST = 1 << 20
 SAMPLE = 1_000_000_000  # bytes; counts of words hardly change after that
 CHECKED = 1 << 26  # bytes of held-out text that are read back

@@ -71,7 +71,7 @@ class Answerer:
     @property
     def context(self) -> int | None:
         """Tokens that the model holds, if it says so."""
-        return getattr(self.held.subject.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return self.held.subject.context
 
     def describe(self) -> dict[str, Any]:
         """What makes two logs comparable: the model, its dtype, and the direction that projections are on."""

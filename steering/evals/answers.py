@@ -79,8 +79,7 @@ class Bench:
     @property
     def room(self) -> int | None:
         """Tokens that the model holds, where it says so."""
-        config = self.subject.model.config.get_text_config(decoder=True)
-        return getattr(config, "max_position_embeddings", None)
+        return self.subject.context
 
     def known(self) -> dict[str, dict[str, Any]]:
         """Rows of all ranks' logs by id."""

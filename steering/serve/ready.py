@@ -103,7 +103,7 @@ def _room(subject: Any, asked: RoomOptions) -> Any:
     from personaxis.steering.serve.engine import Room
 
     config = subject.model.config.get_text_config(decoder=True)
-    most = getattr(config, "max_position_embeddings", None) or MOST_CONTEXT
+    most = subject.context or MOST_CONTEXT
     if asked.context is not None and asked.context > most:
         raise KnownError(f"--context {asked.context} is more than the {most} tokens that {subject.id} holds")
     length = asked.context or min(most, MOST_CONTEXT, _fitting(subject, config, asked.slots))
