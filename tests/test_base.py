@@ -118,10 +118,10 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(whole, books, tmp_path, monk
     """Ctrl-C in the middle of a step: the step is finished, saved, and the process ends."""
     step = stepping.Stepper.step
 
-    def interrupted(self, number):
+    def interrupted(self, number, *how):
         if number == at:
             signal.raise_signal(signal.SIGINT)
-        return step(self, number)
+        return step(self, number, *how)
 
     monkeypatch.setattr(stepping.Stepper, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -179,6 +179,26 @@ def test_two_processes_train_the_model_of_one_and_one_goes_on_where_two_stopped(
     events = [row["text"] for row in read_metrics(tmp_path / "two") if row["kind"] == "event"]
     assert "2 processes made it, 1 go on" in events[-1]
     assert losses(tmp_path / "two")[39] == pytest.approx(wanted[39], rel=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_several_processes_that_are_asked_to_stop_save_the_same_step_and_go_on(whole, tmp_path, number):
+    """They were killed in the middle of it, and lost what they had done since their last checkpoint."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    line = [*torchrun, "-m", "personaxis.persona.cli", *command(whole, tmp_path / "two", 200_000), "--keep", "last"]
+    own = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True)
+    while not (tmp_path / "two/metrics.jsonl").exists() or max(losses(tmp_path / "two"), default=0) < 5:
+        assert own.poll() is None, own.stderr.read()
+        time.sleep(0.1)
+    if number == signal.SIGINT:
+        os.killpg(own.pid, number)  # as a terminal does: to all of them
+    else:
+        own.send_signal(number)
+    said = own.communicate(timeout=60)[1]
+    assert "the same command goes on from here" in said
+    assert newest(tmp_path / "two").step == max(losses(tmp_path / "two")) < 390
+    assert newest(tmp_path / "two").resumes
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,9 @@ class Loop:
     _saved: float = 0.0
     _heard: deque[float] = field(default_factory=lambda: deque(maxlen=SPAN))
     _asked_to_stop: bool = False
+    "this process was"
+    _stops: bool = False
+    "some process was, and all have heard of it at the same step"
 
     @property
     def plan(self) -> Plan:
@@ -128,12 +131,13 @@ class Loop:
 
     def _step(self, number: int) -> Heard:
         try:
-            return self.stepper.step(number)
+            return self.stepper.step(number, lambda: self._asked_to_stop)
         except torch.OutOfMemoryError:
             raise self.stepper.out_of_memory() from None
 
     def _hear(self, step: int, heard: Heard) -> None:
-        loss, norm = heard.wait()
+        loss, norm, asked = heard.wait()
+        self._stops |= asked
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise self._broken(step, loss, norm)
         seconds = self.clock.read()
@@ -168,7 +172,7 @@ class Loop:
         return KnownError(f"{what} at step {step}: stopped; {good}. Start a new run with a lower --rate-scale")
 
     def _pauses_at(self, step: int) -> bool:
-        if self._asked_to_stop or step == self.plan.steps or (self.keep_all and lasting(step, self.plan.steps)):
+        if self._stops or step == self.plan.steps or (self.keep_all and lasting(step, self.plan.steps)):
             return True
         return self._evaluates_at(step) or self._due(step)
 
@@ -188,9 +192,9 @@ class Loop:
             self.record.write(self.evaluate(step))
             self.record.sample(self.stepper.model, step)
         wanted = (self.keep_all and lasting(step, self.plan.steps)) or step == self.plan.steps
-        if wanted or self._asked_to_stop or self._due(step):
+        if wanted or self._stops or self._due(step):
             self._save(step)
-        if self._asked_to_stop and step < self.plan.steps:
+        if self._stops and step < self.plan.steps:
             raise KeyboardInterrupt
         self.clock.start()
 
@@ -206,13 +210,14 @@ class Loop:
 
     @contextmanager
     def _stoppable(self) -> Iterator[None]:
-        """Ctrl-C and a request to end finish the step, save, and stop; a second one stops at once."""
-        if self.stepper.ranks.world > 1 or threading.current_thread() is not threading.main_thread():
+        """Ctrl-C and a request to end finish a step, save, and stop; a second one stops at once, but not under torchrun,
+        which passes on what the terminal has sent already."""
+        if threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def ask(*_: Any) -> None:
-            if self._asked_to_stop:
+            if self._asked_to_stop and self.stepper.ranks.world == 1:
                 raise KeyboardInterrupt
             self._asked_to_stop = True
 

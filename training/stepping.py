@@ -2,16 +2,16 @@
 
     stepper = Stepper(model, source, plan, ranks, device)
     heard = stepper.step(0)         # launched, not awaited
-    loss, norm = heard.wait()       # mean nats per counted token over all ranks, √Σ g²
+    loss, norm, asked = heard.wait()       # mean nats per counted token over all ranks, √Σ g², whether any rank wants to stop
 
-On a GPU forward and backward are compiled into one graph each and run in bf16 over fp32 masters. A step's two numbers come
+On a GPU forward and backward are compiled into one graph each and run in bf16 over fp32 masters. A step's numbers come
 back by an event of their own: asking for them does not wait for the step that was launched after it.
 """
 
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,12 +38,12 @@ class Heard:
     numbers: Tensor
     event: Any
 
-    def wait(self) -> tuple[float, float]:
-        """Mean loss in nats and the norm of the gradient."""
+    def wait(self) -> tuple[float, float, bool]:
+        """Mean loss in nats, the norm of the gradient, and whether a rank was asked to stop: the same on all ranks."""
         if self.event is not None:
             self.event.synchronize()
-        loss, squares = self.numbers.tolist()
-        return loss, squares**0.5
+        loss, squares, asked = self.numbers.tolist()
+        return loss, squares**0.5, asked > 0
 
 
 class Stepper:
@@ -69,8 +69,8 @@ class Stepper:
         """What a step's rows must be a multiple of: where a micro-batch is compiled, it stays as it is."""
         return self.ranks.world * (self.micro_batch if self.device.type == "cuda" else 1)
 
-    def step(self, number: int) -> Heard:
-        """Do step `number`, 0-based."""
+    def step(self, number: int, stops: Callable[[], bool] = lambda: False) -> Heard:
+        """Do step `number`, 0-based. What `stops` says at its end is heard by all ranks."""
         counted = self.source.counted(number)
         total = torch.zeros((), device=self.device)
         with sdpa_kernel(ATTENTION, set_priority=True):
@@ -79,7 +79,8 @@ class Stepper:
                 (loss / counted).backward()
                 total += loss.detach()
         squares = self.optimizer.step(self.plan.rates_at(number))
-        return self._heard(summed(torch.stack([total / counted, squares]), self.ranks))
+        asked = torch.full((), float(stops()), device=self.device)
+        return self._heard(summed(torch.stack([total / counted, squares, asked]), self.ranks))
 
     def settle(self, threads: int | None = None) -> int | None:
         """On a CPU, take as many threads as a run had before, or all or one of them, whichever steps faster now; the number.
@@ -154,7 +155,7 @@ class Stepper:
     def _heard(self, numbers: Tensor) -> Heard:
         if self.device.type != "cuda":
             return Heard(numbers, None)
-        here = torch.empty(2, pin_memory=True)
+        here = torch.empty_like(numbers, device="cpu", pin_memory=True)
         here.copy_(numbers, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
