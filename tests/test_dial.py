@@ -6,12 +6,9 @@ import pytest
 
 from personaxis.persona.cli import main
 from personaxis.persona.errors import KnownError
-from personaxis.training import loss
 from personaxis.training.dial import (
     CHIPS,
     DEPTHS,
-    PIECE,
-    SMALL,
     batch_for,
     embedding_rate_for,
     flops_a_token,
@@ -25,7 +22,7 @@ from personaxis.training.dial import (
     utilisation,
     weight_decay_for,
 )
-from personaxis.training.shape import Shape
+from personaxis.training.shape import Shape, piece_of_loss
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
@@ -137,7 +134,12 @@ def test_memory_is_what_its_parts_say():
     assert spread.optimizer == -(-plain.optimizer // 4)
     assert again.activations < plain.activations / 4
     assert plain.total == plain.weights + plain.gradients + plain.optimizer + plain.activations + plain.logits
-    assert (PIECE, SMALL) == (loss.PIECE, loss.SMALL)
+    assert plain.logits == 2**14 * 2**15 * 6 + 8 * shape.embedding_parameters  # a micro-batch is less than a piece
+
+
+def test_the_loss_holds_as_many_logits_whatever_the_vocabulary():
+    assert [piece_of_loss(words, compiled=True) for words in (1024, 32_768, 50_304)] == [2**20, 2**15, 20_480]
+    assert [piece_of_loss(words, compiled=False) for words in (1024, 32_768)] == [2**16, 2**11]
 
 
 def test_a_model_too_large_for_the_memory_checkpoints_and_then_does_not_fit():

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from personaxis.training import loss
 from personaxis.training.gpt import GPT
+from personaxis.training.heads import normed, rotated, rotation, turn_of
 from personaxis.training.loss import linear_cross_entropy
 from personaxis.training.shape import Shape
 
@@ -127,6 +128,17 @@ def test_checkpointing_changes_no_gradient():
         model(ids[:, :-1], ids[:, 1:]).backward()
     for one, two in zip(plain.parameters(), kept.parameters(), strict=True):
         torch.testing.assert_close(one.grad, two.grad)
+
+
+def test_a_turned_head_keeps_its_length_and_its_angle_to_a_head_as_far_away():
+    shape = Shape(97, 1, 64, 4, 2, 16, 64, 32)
+    turn = turn_of(rotation(shape), 32)
+    x = torch.randn(1, 1, 2, 16, generator=torch.Generator().manual_seed(2)).expand(1, 32, 2, 16)
+    x = normed(x, torch.ones(16), 1e-6)
+    y = rotated(x, turn)
+    torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1))
+    near = (y[:, 3:, 0] * y[:, :-3, 1]).sum(-1)  # three apart, wherever
+    torch.testing.assert_close(near, near[:, :1].expand_as(near), rtol=1e-4, atol=1e-4)
 
 
 def in_one_graph(device):

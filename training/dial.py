@@ -25,12 +25,11 @@ from personaxis.training.rates import (
     warmup_for,
     weight_decay_for,
 )
-from personaxis.training.shape import Shape
+from personaxis.training.shape import Shape, piece_of_loss
 
 DEPTHS = range(1, 49)  # 5 B parameters at 48: more than fits where every GPU holds all weights
 TOKENS_A_PARAMETER = 20  # Hoffmann et al. 2022 ("Chinchilla"), here on matrix parameters
 BYTES_A_TOKEN = 4.3  # of English at a vocabulary of 32,768: 443 MB of 19th-century books are 103 M tokens
-PIECE, SMALL = 32768, 2048  # tokens of the loss at once, on a GPU and on a CPU (training/loss.py)
 
 
 @dataclass(frozen=True)
@@ -151,7 +150,7 @@ class Memory:
     activations: int
     "what the backward pass needs, and the matrices in the dtype of the products"
     logits: int
-    "one piece of the loss, its gradient, and the gradient of the head"
+    "one piece of the loss, its gradient, and the gradient of the head, twice while pieces of it are added"
 
     @property
     def total(self) -> int:
@@ -165,8 +164,9 @@ def memory_for(shape: Shape, sequences: int, *, checkpointing: bool, bytes: int 
     # both residuals, both normed; queries raw, turned, and out; keys raw and turned, values; gate, up and their product
     inside = tokens * bytes * (4 * shape.width + 3 * queries + 3 * keys + 3 * shape.inner) + 4 * tokens * shape.heads
     kept = shape.depth * tokens * bytes * shape.width + inside if checkpointing else shape.depth * inside
-    # fp32 logits and their gradient; what is not compiled holds two more of their size on the way
-    piece, logit = (PIECE, 4 + bytes) if bytes < 4 else (SMALL, 16)
+    compiled = bytes < 4  # on a GPU, all of which train in bf16
+    # fp32 logits and their gradient; what is not compiled holds some more of their size on the way
+    piece, logit = piece_of_loss(shape.vocabulary, compiled=compiled), 4 + bytes if compiled else 22
     copies = 0 if bytes == 4 else bytes * (shape.matrix_parameters + shape.embedding_parameters)
     other = shape.parameters - shape.matrix_parameters
     return Memory(

@@ -14,11 +14,16 @@ from torch import Tensor
 
 def gated(both: Float[Tensor, "*B J"]) -> Float[Tensor, "*B I"]:
     """silu of the first half of the features times the second."""
-    if both.is_cuda and both.dtype != torch.float64:
+    if for_kernels(both):
         y: Tensor = _Gated.apply(both)
         return y
     gate, up = both.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def for_kernels(x: Tensor) -> bool:
+    """Whether the kernels of `training/kernels.py` are for it: on a GPU, and no wider than the fp32 that they compute in."""
+    return x.is_cuda and x.dtype != torch.float64
 
 
 class _Gated(torch.autograd.Function):

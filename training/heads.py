@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from personaxis.training.gate import for_kernels
 from personaxis.training.shape import Shape
 
 
-def rotation(shape: Shape) -> Int[Tensor, "2 T W"]:
+def rotation(shape: Shape) -> Int[Tensor, "2 C W"]:
     """Cosine and sine of position / base^(2i/W) for a whole context; halves i and i + W/2 turn together, and the sine's
     first half is negative, as `rotated` wants it.
 
@@ -33,8 +34,8 @@ def rotation(shape: Shape) -> Int[Tensor, "2 T W"]:
 
 
 def turn_of(table: Int[Tensor, "2 C W"], tokens: int) -> Float[Tensor, "2 T W"]:
-    """The table's first tokens, as numbers again."""
-    return table.view(torch.float32)[:, :tokens]
+    """The table's first tokens, as numbers again; put together once, for all blocks."""
+    return table.view(torch.float32)[:, :tokens].contiguous()
 
 
 def normed(x: Float[Tensor, "*B W"], gain: Float[Tensor, " W"], eps: float) -> Float[Tensor, "*B W"]:
@@ -62,7 +63,7 @@ def heads_of(
     """Queries and keys, normed and turned, and values, from their features side by side; `heads` are those of queries."""
     width = q_gain.shape[0]
     kv_heads = (qkv.shape[-1] // width - heads) // 2
-    if fits_the_kernel(qkv, width):
+    if for_kernels(qkv) and width & (width - 1) == 0:
         q, k, v = _Heads.apply(qkv, torch.stack([q_gain, k_gain]).float(), turn, heads, kv_heads, eps)
     else:
         q, k, v = qkv.unflatten(-1, (-1, width)).split([heads, kv_heads, kv_heads], dim=2)
@@ -70,12 +71,9 @@ def heads_of(
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
-def fits_the_kernel(x: Tensor, width: int) -> bool:
-    """Whether the kernels are for it: on a GPU, no wider than fp32, heads as wide as a power of two."""
-    return x.is_cuda and x.dtype != torch.float64 and width & (width - 1) == 0
-
-
 class _Heads(torch.autograd.Function):
+    """Values pass through it as they are, so that one kernel fills the whole gradient of `qkv` and nothing is put together."""
+
     @staticmethod
     def forward(ctx, qkv, gains, turn, heads, kv_heads, eps):
         from personaxis.training.kernels import turned_on_gpu

@@ -1,7 +1,7 @@
 """GPU kernels (Triton) of training: the gate of the MLP, the norm and turn of queries and keys. Imported only on a GPU.
 
 Each is an operator of its own, so that a compiler takes it as it is, and has a twin in plain torch beside its caller, which
-the tests compare it with.
+the tests compare it with. In half precision the twins round once more on the way (the normed head, silu(gate)).
 """
 
 import torch
@@ -17,7 +17,7 @@ HEAD_BLOCK = (16, 2)  # tokens of one head
 
 @triton.jit
 def _gated(both, out, inner, BLOCK: tl.constexpr):
-    """One program per token: silu(gate) · up, of two halves side by side."""
+    """One program per token and block of features: silu(gate) · up, of two halves side by side."""
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < inner
     gate = tl.load(both + row * 2 * inner + at, mask=inside).to(tl.float32)
@@ -40,7 +40,7 @@ def _ungated(both, to_y, out, inner, BLOCK: tl.constexpr):
 
 
 @torch.library.custom_op("personaxis::gated", mutates_args=(), schema="(Tensor both) -> Tensor")
-def gated_on_gpu(both: Float[Tensor, "B T 2I"]) -> Float[Tensor, "B T I"]:
+def gated_on_gpu(both: Float[Tensor, "*B 2*I"]) -> Float[Tensor, "*B I"]:
     """silu(gate) · up."""
     both, inner = both.contiguous(), both.shape[-1] // 2
     out = torch.empty(*both.shape[:-1], inner, dtype=both.dtype, device=both.device)
@@ -55,7 +55,7 @@ def _(both):
 
 
 @torch.library.custom_op("personaxis::ungated", mutates_args=(), schema="(Tensor both, Tensor to_y) -> Tensor")
-def ungated_on_gpu(both: Float[Tensor, "B T 2I"], to_y: Float[Tensor, "B T I"]) -> Float[Tensor, "B T 2I"]:
+def ungated_on_gpu(both: Float[Tensor, "*B 2*I"], to_y: Float[Tensor, "*B I"]) -> Float[Tensor, "*B 2*I"]:
     """The gradient to both halves."""
     both, to_y, inner = both.contiguous(), to_y.contiguous(), to_y.shape[-1]
     out = torch.empty_like(both)
@@ -66,16 +66,16 @@ def ungated_on_gpu(both: Float[Tensor, "B T 2I"], to_y: Float[Tensor, "B T I"]) 
 
 @ungated_on_gpu.register_fake
 def _(both, to_y):
-    return torch.empty_like(both)
+    return both.new_empty(both.shape)  # contiguous, as the kernel's is
 
 
 @triton.jit
-def _tile(qkv, gains, turn, row, head, heads, stride, context, eps, at, W: tl.constexpr):
-    """A head's numbers of some tokens, in fp32, 1 / RMS, gain, cosine and sine; `at` is in order or with halves swapped."""
+def _tile(qkv, gains, turn, row, head, heads, stride, context, eps, d, W: tl.constexpr):
+    """A head's numbers of some tokens, in fp32, 1 / RMS, gain, cosine and sine."""
     t = (row % context)[:, None]
-    x = tl.load(qkv + row[:, None] * stride + head * W + at).to(tl.float32)
-    gain = tl.load(gains + (head >= heads).to(tl.int32) * W + at)
-    cosine, sine = tl.load(turn + t * W + at), tl.load(turn + (context + t) * W + at)
+    x = tl.load(qkv + row[:, None] * stride + head * W + d).to(tl.float32)
+    gain = tl.load(gains + (head >= heads).to(tl.int32) * W + d)
+    cosine, sine = tl.load(turn + t * W + d), tl.load(turn + (context + t) * W + d)
     inverse = tl.rsqrt(tl.sum(x * x, 1) / W + eps)[:, None]
     return x, inverse, gain, cosine, sine
 
@@ -103,7 +103,7 @@ def _unturned(
 ):  # fmt: skip
     """The same backward, a program also for each head of values, whose gradient it copies."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)  # times a head's stride it may be more than an int32 holds
     d = tl.arange(0, W)[None, :]
     swapped = (d + W // 2) % W
     stride = (heads + 2 * kv_heads) * W
@@ -144,6 +144,7 @@ def turned_on_gpu(
     """Queries and keys normed with `gains` (queries', keys') and turned by cosine and sine `turn`."""
     batch, tokens, _ = qkv.shape
     width = turn.shape[-1]
+    assert turn.shape[1] == tokens, turn.shape
     qkv, turn = qkv.contiguous(), turn.contiguous()
     out = torch.empty(batch, tokens, heads + kv_heads, width, dtype=qkv.dtype, device=qkv.device)
     rows, warps = _rows(batch * tokens)
@@ -173,12 +174,13 @@ def unturned_on_gpu(
 ) -> tuple[Float[Tensor, "B T QKV"], Float[Tensor, "2 W"]]:
     """Gradients to `qkv` and to the gains."""
     heads, kv_heads, width = to_q.shape[1], to_k.shape[1], turn.shape[-1]
+    assert turn.shape[1] == qkv.shape[1], turn.shape
     tokens = qkv.shape[0] * qkv.shape[1]
     qkv, turn = qkv.contiguous(), turn.contiguous()
     to_q, to_k, to_v = (x if x.stride(-1) == 1 else x.contiguous() for x in (to_q, to_k, to_v))
     rows, warps = _rows(tokens)
     out = torch.empty_like(qkv)
-    to_gains = torch.empty(tokens // rows, heads + kv_heads, width, device=qkv.device)
+    to_gains = torch.empty(tokens // rows, heads + kv_heads, width, dtype=torch.float32, device=qkv.device)
     _unturned[(tokens // rows, heads + 2 * kv_heads)](
         qkv, gains, turn, to_q, to_k, to_v, out, to_gains, heads, kv_heads, qkv.shape[1], eps,
         *to_q.stride()[:3], *to_k.stride()[:3], *to_v.stride()[:3], W=width, ROWS=rows, num_warps=warps,
@@ -189,7 +191,7 @@ def unturned_on_gpu(
 
 @unturned_on_gpu.register_fake
 def _(qkv, gains, turn, to_q, to_k, to_v, eps):
-    return torch.empty_like(qkv), torch.empty_like(gains)
+    return qkv.new_empty(qkv.shape), gains.new_empty(gains.shape)
 
 
 def _rows(tokens: int) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -35,6 +35,7 @@ from personaxis.training.record import Record
 from personaxis.training.stepping import Heard, Stepper
 from personaxis.training.world import wait_for
 
+T = TypeVar("T")
 EVERY = 600.0  # seconds between checkpoints that are not for keeps
 SPAN = 20  # steps whose mean speed is told
 EVALUATIONS = 10  # over a run, the last one not counted
@@ -129,11 +130,14 @@ class Loop:
         self.record.write({"kind": "event", "step": found.step, "what": "resumed", "text": text})
         return found.step
 
-    def _step(self, number: int) -> Heard:
+    def _within_memory(self, work: Callable[[], T]) -> T:
         try:
-            return self.stepper.step(number, lambda: self._asked_to_stop)
+            return work()
         except torch.OutOfMemoryError:
             raise self.stepper.out_of_memory() from None
+
+    def _step(self, number: int) -> Heard:
+        return self._within_memory(lambda: self.stepper.step(number, lambda: self._asked_to_stop))
 
     def _hear(self, step: int, heard: Heard) -> None:
         loss, norm, asked = heard.wait()
@@ -189,7 +193,7 @@ class Loop:
         wait_for(self.stepper.device)
         self.clock.pause()
         if self._evaluates_at(step):
-            self.record.write(self.evaluate(step))
+            self.record.write(self._within_memory(lambda: self.evaluate(step)))
             self.record.sample(self.stepper.model, step)
         wanted = (self.keep_all and lasting(step, self.plan.steps)) or step == self.plan.steps
         if wanted or self._stops or self._due(step):

@@ -13,11 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from personaxis.training.shape import piece_of_loss
+
 IGNORED = -100
-PIECE = (
-    32768  # tokens at once on a GPU: 4 GB of fp32 logits at 32,768 words; with a quarter of it a step takes 1.5% longer
-)
-SMALL = 2048  # on a CPU: 0.25 GB of them
 
 
 def linear_cross_entropy(
@@ -37,7 +35,9 @@ def linear_cross_entropy(
     weights = counted if weights is None else weights.to(counted.dtype) * counted
     if not torch.is_grad_enabled():  # a parameter asks for its gradient even then
         head = head.detach()
-    piece = piece or (PIECE if hidden.is_cuda else SMALL)
+    # only a step is compiled: without a compiler each logit takes three times the memory
+    compiled = hidden.is_cuda and torch.is_grad_enabled()
+    piece = piece or piece_of_loss(len(head), compiled=compiled)
     loss: Tensor = _InPieces.apply(hidden, head, targets, weights, piece)
     return loss
 
@@ -64,9 +64,11 @@ class _InPieces(torch.autograd.Function):
         for start in range(0, hidden.shape[0], piece):
             part = slice(start, start + piece)
             logits = _product(hidden[part], words.T)  # (P, V)
-            losses, gradient = piece_of_loss(logits, targets[part], weights[part])
-            total = total + losses
-            gradient = gradient.to(hidden.dtype)
+            losses, norm = losses_of(logits, targets[part])
+            total = total + (losses * weights[part]).sum()
+            if not any(wants[:2]):
+                continue
+            gradient = gradient_of(logits, norm, targets[part], weights[part]).to(hidden.dtype)
             if wants[0]:
                 pieces.append(gradient @ words)
             if wants[1]:
@@ -89,13 +91,22 @@ class _InPieces(torch.autograd.Function):
         )
 
 
-def piece_of_loss(
-    logits: Float[Tensor, "P V"], targets: Int[Tensor, "P"], weights: Float[Tensor, "P"]
-) -> tuple[Float[Tensor, ""], Float[Tensor, "P V"]]:
-    """The weighted loss of a piece and its gradient to the logits. Only sums and elementwise steps: worth compiling."""
-    index = targets.clamp(min=0).long()[:, None]  # an ignored target's weight is 0, so any word does
-    norm = logits.logsumexp(dim=-1, keepdim=True)  # (P, 1)
-    losses = (norm - logits.gather(1, index)).squeeze(1)
-    hit = torch.arange(logits.shape[1], device=logits.device) == index  # (P, V)
-    gradient = ((logits - norm).exp() - hit.to(logits.dtype)) * weights[:, None]
-    return (losses * weights).sum(), gradient
+def losses_of(
+    logits: Float[Tensor, "P V"], targets: Int[Tensor, "P"]
+) -> tuple[Float[Tensor, "P"], Float[Tensor, "P 1"]]:
+    """Each token's loss, and the logsumexp of its logits. Only sums and elementwise steps, as below: a compiler makes one
+    kernel of both, and one of our own was slower."""
+    norm = logits.logsumexp(dim=-1, keepdim=True)
+    return (norm - logits.gather(1, _index(targets))).squeeze(1), norm
+
+
+def gradient_of(
+    logits: Float[Tensor, "P V"], norm: Float[Tensor, "P 1"], targets: Int[Tensor, "P"], weights: Float[Tensor, "P"]
+) -> Float[Tensor, "P V"]:
+    """The gradient of the weighted loss to the logits."""
+    hit = torch.arange(logits.shape[1], device=logits.device) == _index(targets)  # (P, V)
+    return ((logits - norm).exp() - hit.to(logits.dtype)) * weights[:, None]
+
+
+def _index(targets: Int[Tensor, "P"]) -> Int[Tensor, "P 1"]:
+    return targets.clamp(min=0).long()[:, None]  # an ignored target's weight is 0, so any word does

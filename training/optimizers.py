@@ -134,12 +134,12 @@ class Optimizer:
         squares = torch.zeros((), device=self.device)
         for kind, bucket in self.others.items():
             bucket.wait()
-            squares += torch.linalg.vector_norm(bucket.my_gradients).square()  # one reading, nothing written
+            squares += _squares(bucket.my_gradients)
             self._step_others(kind, bucket, getattr(rates, kind), rates.second)
             bucket.gather()
         for number, bucket in enumerate(self.matrices):
             bucket.wait()
-            squares += torch.linalg.vector_norm(bucket.my_gradients).square()  # one reading, nothing written
+            squares += _squares(bucket.my_gradients)
             self._step_matrices(number, bucket, rates)
             bucket.gather()
         for bucket in self.buckets():
@@ -188,6 +188,12 @@ class Optimizer:
         for kind, bucket in self.others.items():
             yield f"first/{kind}", bucket
             yield f"second/{kind}", bucket
+
+
+def _squares(x: Tensor) -> Tensor:
+    """Σ x² in one reading that writes nothing. A CPU adds one after another: in fp32 25 M of them would be off by 0.3%."""
+    exact = torch.float64 if x.device.type == "cpu" else None
+    return torch.linalg.vector_norm(x, dtype=exact).square().to(x.dtype)
 
 
 def _kinds(parameters: dict[str, nn.Parameter]) -> dict[str, list[dict[str, nn.Parameter]]]:
