@@ -234,13 +234,13 @@ def broken(monkeypatch, at, error=None):
     """Steps whose loss is no number, or that raise, from a number on."""
     step = stepping.Stepper.step
 
-    def spoiled(self, number):
-        heard = step(self, number)
+    def spoiled(self, number, *how):
+        heard = step(self, number, *how)
         if number < at:
             return heard
         if error is not None:
             raise error
-        return stepping.Heard(torch.tensor([float("nan"), 1.0]), None)
+        return stepping.Heard(torch.tensor([float("nan"), 1.0, 0.0]), None)
 
     monkeypatch.setattr(stepping.Stepper, "step", spoiled)
 
@@ -279,10 +279,10 @@ def test_a_full_disk_keeps_the_checkpoints_before_and_the_run_goes_on_later(whol
 
     step = stepping.Stepper.step
 
-    def filling(self, number):
+    def filling(self, number, *how):
         if number == 10:
             monkeypatch.setattr(checkpoints, "save_file", full)
-        return step(self, number)
+        return step(self, number, *how)
 
     monkeypatch.setattr(stepping.Stepper, "step", filling)
     with pytest.raises(OSError, match="No space left"):

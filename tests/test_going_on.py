@@ -39,10 +39,10 @@ def killed_at(monkeypatch, at):
     """Every way of cleaning up fails too, as it does in a process that is gone."""
     step = stepping.Stepper.step
 
-    def dying(self, number):
+    def dying(self, number, *how):
         if number == at:
             raise Killed
-        return step(self, number)
+        return step(self, number, *how)
 
     monkeypatch.setattr(stepping.Stepper, "step", dying)
 
