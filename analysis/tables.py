@@ -76,7 +76,9 @@ def say_compared(fit: dict[str, Any]) -> str:
             if int(layer) == fit["layer"]
         ]
     if "roles" in found:
-        parts.append(f"rank correlation {found['roles']['spearman']:.2f} over {found['roles']['n']} roles")
+        alike = found["roles"]
+        known = f" [{alike['low']:.2f}, {alike['high']:.2f}]" if "low" in alike else ""
+        parts.append(f"rank correlation {alike['spearman']:.2f}{known} over {alike['n']} roles")
     other = "" if found["same_model"] else f", another model ({found['model']})"
     return (
         f"Compared with {found['path']}{other}: {'; '.join(parts) or 'another width or depth, and no roles in common'}"
