@@ -35,22 +35,32 @@ def axis(
     json
         print the fit as JSON in place of the tables
     """
+    folder = run_folder(model, out)
+    found = fitted_run(model, folder, how, what, who, fitting)
+    if found is not None:
+        _result(found, folder / "report.html", json)
+
+
+def fitted_run(
+    model: str, folder: Path, how: ModelOptions, what: PlanOptions, who: JudgeOptions, fitting: FitOptions
+) -> dict[str, Any] | None:
+    """All steps of `axis` into a run folder: the content of its fit.json, on the first of several processes only."""
     from personaxis.analysis.stages import fit_run
     from personaxis.persona.prepare import judge_run, prepared, record_run, require_judge, sample
 
     require_judge(who)
-    folder = run_folder(model, out)
     _require_keep(fitting.keep)
     with prepared(model, folder, how, what) as work:
         _require_known(work.bank.default.name, work.plan.keys, fitting, work.subject.n_layers)
         rollouts = sample(work)
         rollouts = judge_run(work.run, work.bank, rollouts, who, work.ranks)
         activations, of_traits = record_run(work, rollouts)
-        if work.ranks.rank == 0:
-            of_traits = of_traits or _trait_activations(folder)
-            found = fit_run(folder, activations, of_traits, rollouts, work.bank.default.name, fitting)
-            page = _report(folder, found)
-            _result(found, page, json)
+        if work.ranks.rank:
+            return None
+        of_traits = of_traits or _trait_activations(folder)
+        found = fit_run(folder, activations, of_traits, rollouts, work.bank.default.name, fitting)
+        _report(folder, found)
+        return found
 
 
 def fit(run: Path, /, *, fitting: FitOptions = FitOptions(), json: bool = False) -> None:
@@ -133,8 +143,8 @@ def _recorded_rollouts(folder: Path, activations: Any) -> Any:
 
     recorded = dict(zip(activations.keys, activations.scores, strict=True))
     found = without_poles(read_rollouts(folder))
-    rollouts = with_scores([r for r in found if r.key in recorded or not r.answer_ids], recorded)
-    if content_of([rollout for rollout in rollouts if rollout.answer_ids]) != activations.content:
+    rollouts = with_scores([r for r in found if r.key in recorded or r.is_empty], recorded)
+    if content_of([rollout for rollout in rollouts if not rollout.is_empty]) != activations.content:
         raise KnownError(f"{folder}: rollouts changed after they were recorded; run `personaxis record {folder}` again")
     return rollouts
 

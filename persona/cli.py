@@ -16,6 +16,10 @@ from personaxis.persona.errors import KnownError
 
 VERBS = {
     "axis": ("personaxis.analysis.verbs:axis", "The Assistant Axis of a checkpoint, end to end, with a report."),
+    "emergence": (
+        "personaxis.analysis.emergence_verb:emergence",
+        "Watch the axis of a training run emerge over its checkpoints.",
+    ),
     "rollout": ("personaxis.persona.verbs:rollout", "Sample answers under role prompts into a run folder."),
     "judge": (
         "personaxis.steering.evals.judge_verbs:app",  # itself, and its commands fit and check

@@ -130,7 +130,7 @@ def items_of(rollouts: Sequence[Rollout], bank: Bank) -> list[Item]:
     """What there is to judge: every rollout but the default's and those without text, which no score could save."""
     default, items = bank.default.name, []
     for rollout in rollouts:
-        if rollout.role != default and not _is_empty(rollout):
+        if rollout.role != default and not rollout.is_empty:
             said = {message["role"]: message["content"] for message in rollout.messages}
             role = played(bank, rollout.role)
             items.append(Item(rollout.key, role, said.get("system", ""), said.get("user", ""), rollout.answer))
@@ -260,7 +260,7 @@ def kept(rollouts: Sequence[Rollout], keep: Keep, default_name: str) -> tuple[li
     passed = []
     for rollout in rollouts:
         total[rollout.role] += 1
-        if _is_empty(rollout):
+        if rollout.is_empty:
             dropped.empty[rollout.role] += 1
         elif rollout.role != default_name and rollout.score not in keep.scores:
             dropped.by_score.setdefault(rollout.role, Counter())[rollout.score] += 1
@@ -332,10 +332,6 @@ def _newest_rows(path: Path, judge_id: str | None) -> dict[str, dict[str, Any]]:
             )
     chosen = judge_id if judge_id is not None or not rows else rows[-1]["judge"]
     return {row["key"]: row for row in rows if row["judge"] == chosen}
-
-
-def _is_empty(rollout: Rollout) -> bool:
-    return not rollout.answer_ids or not rollout.answer.strip()
 
 
 def _require_enough(total: Counter[str], left: Counter[str], dropped: Dropped, keep: Keep, default_name: str) -> None:

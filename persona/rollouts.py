@@ -55,6 +55,11 @@ class Rollout:
         """The question's id, the third part of the key."""
         return self.key.split("/")[2]
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was said: no tokens, or white space alone. Such answers are not recorded and count nowhere."""
+        return not self.answer_ids or not self.answer.strip()
+
     def to_json(self) -> dict[str, Any]:
         """The row of `rollouts.jsonl`; the score lives in `scores.jsonl`."""
         row = asdict(self)

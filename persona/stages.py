@@ -121,7 +121,7 @@ def make_activations(
 ) -> Activations:
     """Record those rollouts (empty answers left out) and write the artefact `name`; returns at once if that is done already."""
     stem = run.folder / name
-    spoken = [rollout for rollout in rollouts if rollout.answer_ids]
+    spoken = [rollout for rollout in rollouts if not rollout.is_empty]
     if not spoken:
         raise KnownError(f"{run.folder}: every answer is empty; nothing to record")
     layers = kept_layers(subject.n_layers, subject.d_model, len(spoken))

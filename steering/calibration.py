@@ -105,7 +105,7 @@ def _settings(search: Any) -> Settings:
 
 def _populations(rollouts: Sequence[Rollout], bank: Bank, run: Path) -> tuple[list[Rollout], list[Rollout]]:
     """The default's answers and the roles', without empty ones."""
-    whole = [rollout for rollout in without_poles(rollouts) if rollout.answer_ids and rollout.answer.strip()]
+    whole = [rollout for rollout in without_poles(rollouts) if not rollout.is_empty]
     default = [rollout for rollout in whole if rollout.role == bank.default.name]
     roles = [rollout for rollout in whole if rollout.role != bank.default.name]
     if not default or not roles:

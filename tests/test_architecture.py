@@ -24,6 +24,7 @@ CONFINED = {
         "analysis/figures.py",
         "analysis/figures_curve.py",
         "analysis/figures_drift.py",
+        "analysis/figures_emergence.py",
         "analysis/figures_eval.py",
         "analysis/figures_traits.py",
         "analysis/figures_pareto.py",

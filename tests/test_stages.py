@@ -353,6 +353,19 @@ def test_other_traits_in_the_same_folder_are_refused(place, capsys):
     refused(capsys, arguments, "traits_bank", "choose another folder with --out")
 
 
+def test_answers_of_white_space_alone_are_neither_recorded_nor_fitted(place, capsys):
+    """They had tokens, so they were recorded, and the fit refused sums that held more than was kept."""
+    arguments = axis(place, "blank")
+    main(["rollout", *arguments[1 : arguments.index("--judge")]])
+    path = place / "blank" / "rollouts.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for role in ("default", "crow"):
+        next(row for row in rows if row["key"].startswith(f"{role}/"))["answer"] = " \n"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    main(arguments)
+    assert f"{sum(bool(row['answer'].strip()) for row in rows)} rollouts fitted" in capsys.readouterr().out
+
+
 def test_answers_that_would_not_fit_are_refused_before_the_run_is_begun(place, capsys):
     """They were sampled whole, and recording refused them; and the folder kept what had been asked for."""
     long = axis(place, "too-long")

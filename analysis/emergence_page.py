@@ -1,0 +1,69 @@
+"""The page of an emerging axis: whether it is there, whether it is that of the end, and where the roles stand meanwhile."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from personaxis.analysis.emergence import interval, number, settled
+from personaxis.analysis.figures_emergence import emergence_figures
+from personaxis.analysis.page import write_page
+
+HERE = Path(__file__).parent
+
+
+def write_emergence_page(path: Path, name: str, found: Mapping[str, Any]) -> None:
+    """Write the page of emergence.json's content."""
+    filters: dict[str, Callable[..., Any]] = {
+        "count": lambda value: f"{value:,}",
+        "interval": interval,
+        "number": number,
+    }
+    content = {"name": name, "e": found, "tiles": _tiles(found), "lead": _lead(found)}
+    write_page(path, HERE / "emergence.html.jinja", content, emergence_figures(found), filters)
+
+
+def _lead(found: Mapping[str, Any]) -> str:
+    """What came of it, in two sentences."""
+    rows, roles = found["checkpoints"], list(found["roles"])
+    first, last = rows[0], rows[-1]
+    ends = [name for name in roles if name != found["positive"]]
+    since = settled(rows)
+    order = (
+        f"from step {since:,} on the roles stand in nearly the order of the end"
+        if since is not None
+        else "no earlier checkpoint has the roles in the order of the end"
+    )
+    return (
+        f"At step {first['step']:,} the main direction of the roles and the axis have a cosine of {interval(first['cos_pc1'])}, at step "
+        f"{last['step']:,} {interval(last['cos_pc1'])}; {order}. At the end {ends[0]} and {ends[1]} lie farthest from "
+        f"{found['positive']}, {ends[-1]} and {ends[-2]} nearest."
+    )
+
+
+def _tiles(found: Mapping[str, Any]) -> list[dict[str, str]]:
+    last, first = found["checkpoints"][-1], found["checkpoints"][0]
+    place, half = last["default"], last["split_half"]
+    tiles = [
+        _tile(
+            "cos(PC1, axis)",
+            last["cos_pc1"],
+            f"shuffled {number(last['cos_pc1_shuffled'])}; {number(first['cos_pc1']['value'])} at first",
+        ),
+        _tile(
+            found["positive"],
+            {"value": place["z"]},
+            f"standard deviations above the roles; {place['place']} of {place['of']} from the top",
+        ),
+    ]
+    if half is not None:
+        tiles.insert(1, _tile("split-half", half, "cosine of two halves' axes"))
+    if last["p"] is not None:
+        tiles.append(
+            _tile("length", {"value": last["length"]}, f"shuffled {number(last['length_shuffled'])}, p {last['p']:.2g}")
+        )
+    return tiles
+
+
+def _tile(name: str, found: Mapping[str, Any], note: str) -> dict[str, str]:
+    known = "" if found.get("low") is None else f"95% {found['low']:.2f} to {found['high']:.2f}"
+    return {"name": name, "value": f"{found['value']:.2f}", "interval": known, "note": note}
