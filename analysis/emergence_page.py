@@ -23,19 +23,21 @@ def write_emergence_page(path: Path, name: str, found: Mapping[str, Any]) -> Non
 
 
 def _lead(found: Mapping[str, Any]) -> str:
-    """What came of it, in two sentences."""
+    """What came of it, in a few sentences."""
     rows, roles = found["checkpoints"], list(found["roles"])
     first, last = rows[0], rows[-1]
     ends = [name for name in roles if name != found["positive"]]
     since = settled(rows)
     order = (
-        f"from step {since:,} on the roles stand in nearly the order of the end"
+        f"From step {since:,} on the roles stand in nearly the order of the end"
         if since is not None
-        else "no earlier checkpoint has the roles in the order of the end"
+        else "No earlier checkpoint has the roles in the order of the end"
     )
+    chance, low = last["cos_pc1_shuffled"], last["cos_pc1"]["low"]
+    doubt = " That is not beyond what shuffled labels give." if chance is not None and (low or 0.0) <= chance else ""
     return (
         f"At step {first['step']:,} the main direction of the roles and the axis have a cosine of {interval(first['cos_pc1'])}, at step "
-        f"{last['step']:,} {interval(last['cos_pc1'])}; {order}. At the end {ends[0]} and {ends[1]} lie farthest from "
+        f"{last['step']:,} {interval(last['cos_pc1'])}.{doubt} {order}. At the end {ends[0]} and {ends[1]} lie farthest from "
         f"{found['positive']}, {ends[-1]} and {ends[-2]} nearest."
     )
 
