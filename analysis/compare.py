@@ -56,9 +56,10 @@ def places(stem: Path, axis: Axis) -> dict[str, float]:
 
 
 def ranked_alike(ours: Mapping[str, float], theirs: Mapping[str, float], draws: int = 1000) -> dict[str, Any] | None:
-    """Spearman's correlation of the roles that both have, with a 95% bootstrap interval over roles; None below three."""
+    """Spearman's correlation of the roles that both have, with a 95% bootstrap interval over roles; None below three, and
+    where all of them lie at one place."""
     both = np.array([(ours[name], theirs[name]) for name in ours if name in theirs])
-    if len(both) < 3:
+    if len(both) < 3 or (both == both[0]).all(axis=0).any():
         return None
     generator = np.random.default_rng(0)
     drawn = [both[generator.integers(len(both), size=len(both))] for _ in range(draws)]

@@ -1,7 +1,7 @@
 """How an axis emerges while a model is trained: the fits of its checkpoints beside one another, at one layer.
 
     found = emergence({0: (fit, axis), 512: (fit, axis), 3112: (fit, axis)})
-    found["checkpoints"][-1]["default"]          # {"z": 1.8, "place": 2, "of": 105}
+    found["checkpoints"][-1]["pole"]             # {"z": 1.8, "place": 2, "of": 105}
 
 Projections of different weights have different scales, so a role's place is its z among the roles of its checkpoint: its
 projection minus their mean, over their standard deviation, the positive pole left out of both. Everything is at one layer: the
@@ -43,7 +43,7 @@ def emergence(fits: Mapping[int, tuple[dict[str, Any], Axis]]) -> dict[str, Any]
         {
             "step": step,
             **_of_fit(fits[step][0], layer),
-            "default": _place(z[step], positive),
+            "pole": _place(z[step], positive),
             "ranked_alike": ranked_alike(_without(z[step], positive), _without(z[steps[-1]], positive)),
             "cosine": float(fits[step][1].at(layer).double() @ last),
         }
@@ -104,16 +104,3 @@ def settled(rows: Sequence[Mapping[str, Any]], least: float = 0.8) -> int | None
             break
         found = int(row["step"])
     return found
-
-
-def interval(found: Mapping[str, Any] | None) -> str:
-    """A value with its interval, where it has one, for people."""
-    if found is None:
-        return "-"
-    known = "" if found.get("low") is None else f" [{found['low']:.2f}, {found['high']:.2f}]"
-    return f"{found['value']:.2f}{known}"
-
-
-def number(value: float | None) -> str:
-    """The same of a value alone."""
-    return "-" if value is None else f"{value:.2f}"

@@ -4,9 +4,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from personaxis.analysis.emergence import interval, number, settled
+from personaxis.analysis.emergence import settled
 from personaxis.analysis.figures_emergence import emergence_figures
 from personaxis.analysis.page import write_page
+from personaxis.analysis.tables import interval, number
 
 HERE = Path(__file__).parent
 
@@ -44,7 +45,7 @@ def _lead(found: Mapping[str, Any]) -> str:
 
 def _tiles(found: Mapping[str, Any]) -> list[dict[str, str]]:
     last, first = found["checkpoints"][-1], found["checkpoints"][0]
-    place, half = last["default"], last["split_half"]
+    place, half = last["pole"], last["split_half"]
     tiles = [
         _tile(
             "cos(PC1, axis)",

@@ -1,6 +1,5 @@
 """The verb `emergence`: the axis of a training run's checkpoints, one after another, and a page that shows it emerge."""
 
-import json as json_module
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,9 +42,13 @@ def emergence(
     """
     from personaxis.analysis.emergence import emergence as emerging
     from personaxis.analysis.emergence_page import write_emergence_page
+    from personaxis.persona.ranks import ranks
     from personaxis.persona.store import write_json
     from personaxis.persona.trained import model_name
+    from personaxis.persona.verbs import print_json
 
+    if ranks().world > 1:
+        raise KnownError("emergence works with one process: start it without torchrun")
     folders = chosen(run, checkpoints)
     out = out or Path("runs") / f"{model_name(run)}-emergence"
     found = {"kind": "emergence", "run": str(run), "folders": {str(s): path.name for s, path in folders.items()}}
@@ -53,7 +56,7 @@ def emergence(
     write_json(out / "emergence.json", found)
     write_emergence_page(out / "emergence.html", model_name(run), found)
     if json:
-        print(json_module.dumps(found, indent=1))  # noqa: T201 (the verb's result)
+        print_json(found)
     else:
         _say(found, out / "emergence.html")
 
@@ -75,8 +78,7 @@ def _fits(
         own = out / folders[step].name
         say(f"step {step:,}: {own}")
         fit = fitted_run(str(folders[step]), own, how, what, who, fitting)
-        if fit is None:
-            raise KnownError("emergence works with one process: start it without torchrun")
+        assert fit is not None  # of several processes only the first has one
         fits[step] = fit, load_axis(own / "axis")
         fitting = replace(fitting, layer=fit["layer"])
     return fits
@@ -101,15 +103,16 @@ def chosen(run: Path, most: int) -> dict[int, Path]:
 
 
 def _say(found: dict[str, Any], page: Path) -> None:
-    from personaxis.analysis.emergence import interval, number
+    from personaxis.analysis.tables import interval, number
     from personaxis.persona.verbs import console
 
-    names = ("step", "cos(PC1, axis)", "shuffled", "split-half", "|axis|", "shuffled", "default", "ranks as at the end")
+    names = ["step", "cos(PC1, axis)", "shuffled", "split-half", "|axis|", "shuffled"]
+    names += [found["positive"], "ranks as at the end"]
     table = Table(
         *names, title=f"Layer {found['layer']} (intervals 95%)", title_justify="left", box=None, pad_edge=False
     )
     for row in found["checkpoints"]:
-        place = row["default"]
+        place = row["pole"]
         table.add_row(
             f"{row['step']:,}",
             interval(row["cos_pc1"]),

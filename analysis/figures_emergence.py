@@ -42,18 +42,11 @@ def _curves(rows: Sequence[Mapping[str, Any]], lines: Sequence[tuple[str, list[A
         known = [(step, one) for step, one in zip(steps, values, strict=True) if one is not None]
         x, y = [step for step, _ in known], [one["value"] for _, one in known]
         arms = [(one.get("low"), one.get("high")) for _, one in known]
-        if all(low is not None for low, _ in arms):
+        if all(one is not None for one, _ in arms):
             above = [high - value for value, (_, high) in zip(y, arms, strict=True)]
-            below = [value - low for value, (low, _) in zip(y, arms, strict=True)]
-            bars = {
-                "type": "data",
-                "array": above,
-                "arrayminus": below,
-                "symmetric": False,
-                "thickness": 1.2,
-                "width": 3,
-            }
-            bars["color"] = f"var({colour})"
+            below = [value - under for value, (under, _) in zip(y, arms, strict=True)]
+            sizes = {"type": "data", "array": above, "arrayminus": below, "symmetric": False}
+            bars = {**sizes, "thickness": 1.2, "width": 3, "color": f"var({colour})"}
         else:
             bars = None
         look = {

@@ -1,5 +1,6 @@
 """The fit as tables in the terminal: by layer, and the two ends of the axis."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,9 @@ def stability(line: dict[str, Any]) -> str:
         return "no rollout means were kept at this layer, there are too few answers for halves, or --replicates was 0, so it is not known"
     half, null = line["split_half"], line["null"]
     whole = 2 * half["value"] / (1 + half["value"])  # Spearman-Brown: the halves are half as long as the whole
-    other = f"; two halves of the questions {_interval(line['split_questions'])}" if "split_questions" in line else ""
+    other = f"; two halves of the questions {interval(line['split_questions'])}" if "split_questions" in line else ""
     return (
-        f"two halves of the answers give axes of cosine {_interval(half)}, so two whole runs of this size would agree to "
+        f"two halves of the answers give axes of cosine {interval(half)}, so two whole runs of this size would agree to "
         f"about {whole:.2f}{other}; with shuffled labels |axis| is {null['norm']:.3g} (95% below {null['norm_95']:.3g}), here {line['norm']:.3g}"
         f" (p = {null['p_norm']:.3g})"
     )
@@ -77,8 +78,7 @@ def say_compared(fit: dict[str, Any]) -> str:
         ]
     if "roles" in found:
         alike = found["roles"]
-        known = f" [{alike['low']:.2f}, {alike['high']:.2f}]" if "low" in alike else ""
-        parts.append(f"rank correlation {alike['spearman']:.2f}{known} over {alike['n']} roles")
+        parts.append(f"rank correlation {interval({**alike, 'value': alike['spearman']})} over {alike['n']} roles")
     other = "" if found["same_model"] else f", another model ({found['model']})"
     return (
         f"Compared with {found['path']}{other}: {'; '.join(parts) or 'another width or depth, and no roles in common'}"
@@ -93,8 +93,8 @@ def _layers(fit: dict[str, Any]) -> Table:
         table.add_column(name, justify="right")
     for line in fit["layers"]:
         mark = "*" if line["layer"] == fit["layer"] else ""
-        cos = _interval(line["cos_pc1_by_roles"]) if "cos_pc1_by_roles" in line else f"{line['cos_pc1']:.2f}"
-        half = _interval(line["split_half"]) if "split_half" in line else "-"
+        cos = interval(line["cos_pc1_by_roles"]) if "cos_pc1_by_roles" in line else f"{line['cos_pc1']:.2f}"
+        half = interval(line.get("split_half"))
         null = f"{line['null']['cos_pc1']:.2f}" if "null" in line else "-"
         cells = [f"{mark}{line['layer']}", cos, f"{line['variance_pc1']:.0%}", half, f"{line['norm']:.3g}", null]
         table.add_row(*cells, style="bold" if mark else None)
@@ -123,5 +123,14 @@ def _place(role: dict[str, Any]) -> str:
     return f"{role['projection']:.1f} [{role['low']:.1f}, {role['high']:.1f}]"
 
 
-def _interval(value: dict[str, float]) -> str:
-    return f"{value['value']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
+def interval(found: Mapping[str, Any] | None) -> str:
+    """A value with its interval, where it has one, for people."""
+    if found is None:
+        return "-"
+    known = "" if found.get("low") is None else f" [{found['low']:.2f}, {found['high']:.2f}]"
+    return f"{found['value']:.2f}{known}"
+
+
+def number(value: float | None) -> str:
+    """The same of a value alone."""
+    return "-" if value is None else f"{value:.2f}"

@@ -12,7 +12,7 @@ from typing import Any
 from personaxis.persona.errors import KnownError
 from personaxis.persona.options import FitOptions, JudgeOptions, ModelOptions, PlanOptions
 from personaxis.persona.progress import say
-from personaxis.persona.verbs import Model, run_folder
+from personaxis.persona.verbs import Model, print_json, run_folder
 
 
 def axis(
@@ -191,7 +191,7 @@ def _require_known(default: str, keys: list[str], options: FitOptions, n_layers:
 
 def _result(fit: dict[str, Any], page: Path, json: bool) -> None:
     if json:
-        print(json_module.dumps({**fit, "report": str(page)}, indent=1))  # noqa: T201 (the verb's result)
+        print_json({**fit, "report": str(page)})
         return
     from personaxis.analysis.tables import print_fit
 

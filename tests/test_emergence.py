@@ -8,8 +8,9 @@ import pytest
 import torch
 from families import save_tiny
 
-from personaxis.analysis.emergence import emergence, ends, interval, settled
+from personaxis.analysis.emergence import emergence, ends, settled
 from personaxis.analysis.emergence_verb import chosen
+from personaxis.analysis.tables import interval
 from personaxis.persona.axis import Axis
 from personaxis.persona.cli import main
 from personaxis.persona.errors import KnownError
@@ -39,7 +40,7 @@ def test_places_are_standard_deviations_of_the_roles_without_the_default_whateve
     roles = np.array([place for name, place in END.items() if name != "default"])
     wanted = {name: (place - roles.mean()) / roles.std() for name, place in END.items()}
     assert found["roles"] == {name: pytest.approx([place, place]) for name, place in wanted.items()}
-    first, last = (row["default"] for row in found["checkpoints"])
+    first, last = (row["pole"] for row in found["checkpoints"])
     assert first == {"z": pytest.approx(wanted["default"]), "place": 1, "of": 6}
     assert last["place"] == 1
     assert found["checkpoints"][0]["ranked_alike"]["value"] == pytest.approx(1)
@@ -52,7 +53,7 @@ def test_every_checkpoint_is_compared_with_the_last_one():
     )
     assert [row["ranked_alike"]["value"] for row in found["checkpoints"]] == pytest.approx([-1, 1, 1])
     assert [row["cosine"] for row in found["checkpoints"]] == pytest.approx([0, 0.5**0.5, 1], abs=1e-6)
-    assert found["checkpoints"][0]["default"]["place"] == 3
+    assert found["checkpoints"][0]["pole"]["place"] == 3
     assert settled(found["checkpoints"]) == 4
     assert settled(found["checkpoints"][:1] + found["checkpoints"][2:]) is None
     assert ends(found["roles"], "default", 2) == (["pirate", "ghost"], ["clerk", "editor"])
@@ -94,6 +95,20 @@ def test_checkpoints_are_spread_over_the_logarithm_of_their_steps_with_both_ends
     assert list(chosen(trained, 8)) == [0, 1, 2, 4, 6]
     assert list(chosen(trained, 4)) == [0, 1, 2, 6]
     assert list(chosen(trained, 2)) == [0, 6]
+
+
+def test_roles_that_all_lie_at_one_place_have_no_ranks():
+    flat = dict.fromkeys(END, 2.0)
+    found = emergence({0: (fit(flat), axis(1, 0, 0, 0)), 8: (fit(END), axis(1, 0, 0, 0))})
+    assert found["checkpoints"][0]["ranked_alike"] is None
+    assert settled(found["checkpoints"]) is None
+
+
+def test_several_processes_are_refused_before_anything_is_done(trained, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        main(["emergence", str(trained)])
+    assert "start it without torchrun" in capsys.readouterr().err
 
 
 def test_what_has_no_checkpoints_to_watch_is_refused_in_one_line(trained, tmp_path):

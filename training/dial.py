@@ -167,7 +167,7 @@ def memory_for(shape: Shape, sequences: int, *, checkpointing: bool, bytes: int 
     compiled = bytes < 4  # on a GPU, all of which train in bf16
     # fp32 logits and their gradient; what is not compiled holds some more of their size on the way
     piece, logit = piece_of_loss(shape.vocabulary, compiled=compiled), 4 + bytes if compiled else 22
-    copies = 0 if bytes == 4 else bytes * (shape.matrix_parameters + shape.embedding_parameters)
+    copies = bytes * (shape.matrix_parameters + shape.embedding_parameters) if compiled else 0
     other = shape.parameters - shape.matrix_parameters
     return Memory(
         weights=4 * shape.parameters,
