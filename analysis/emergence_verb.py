@@ -42,13 +42,10 @@ def emergence(
     """
     from personaxis.analysis.emergence import emergence as emerging
     from personaxis.analysis.emergence_page import write_emergence_page
-    from personaxis.persona.ranks import ranks
     from personaxis.persona.store import write_json
     from personaxis.persona.trained import model_name
     from personaxis.persona.verbs import print_json
 
-    if ranks().world > 1:
-        raise KnownError("emergence works with one process: start it without torchrun")
     folders = chosen(run, checkpoints)
     out = out or Path("runs") / f"{model_name(run)}-emergence"
     found = {"kind": "emergence", "run": str(run), "folders": {str(s): path.name for s, path in folders.items()}}
@@ -72,7 +69,10 @@ def _fits(
     """The fit and the axis of every checkpoint, each in a run folder of its own; the last one comes first and says which layer."""
     from personaxis.analysis.verbs import fitted_run
     from personaxis.persona.axis import load_axis
+    from personaxis.persona.ranks import ranks
 
+    if ranks().world > 1:
+        raise KnownError("emergence works with one process: start it without torchrun")
     fits: dict[int, Any] = {}
     for step in sorted(folders, reverse=True):
         own = out / folders[step].name
