@@ -48,7 +48,7 @@ def test_its_tokenizer_and_fields_are_those_of_the_folder(exported, tmp_path):
     assert fields["general.architecture"] == "qwen3"
     assert fields["qwen3.attention.head_count_kv"] == 1
     assert fields["qwen3.attention.key_length"] == 32
-    assert fields["tokenizer.ggml.pre"] == "smaug-bpe"
+    assert fields["tokenizer.ggml.pre"] == "llama-bpe"
     tokens = fields["tokenizer.ggml.tokens"]
     assert len(tokens) == SHAPE.vocabulary
     assert tokens[:4] == ["<|bos|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]

@@ -2,9 +2,8 @@
 
 llama.cpp's own converter has the architecture, but tells tokenizers apart by a hash of the ids that they give to a test
 text and refuses a vocabulary that it has not seen, which is any that is trained here. What it needs to know is how text is
-parted into words, and our pattern is one that it has: the name for it is "smaug-bpe" (of its regexes, `training/tokenizer.py`
-uses exactly that one, with merges applied to whole words too). So the file is written here, under llama.cpp's own names of
-fields and tensors, which the package `gguf` holds.
+parted into words, and our tokenizers do that as Llama 3's does, whose name there is "llama-bpe". So the file is written here,
+under llama.cpp's own names of fields and tensors, which the package `gguf` holds; `tests/test_llama_cpp.py` runs it there.
 
     export(model, tokenizer_folder, folder)
     write_gguf(folder, folder / "model-bf16.gguf", "bf16")
@@ -24,7 +23,7 @@ from personaxis.training.export import shape_of
 from personaxis.training.shape import Shape
 from personaxis.training.tokenizer import PATTERN
 
-PARTING = "smaug-bpe"
+PARTING = "llama-bpe"
 FORMATS = ("f32", "bf16", "f16")
 
 
@@ -112,7 +111,7 @@ def _write_tokenizer(writer: Any, made: dict[str, Any], vocabulary: int) -> None
     ):
         if config.get(name) is not None:
             add(config[name])
-    writer.add_add_bos_token(False)  # the template writes it, as everywhere in this project
+    writer.add_add_bos_token(True)  # before a text by itself; llama.cpp takes it off where a template has written it
     if made["template"]:
         writer.add_chat_template(plain_template(made["template"]))
 

@@ -1,0 +1,64 @@
+"""vLLM runs what is exported. It asks for packages of its own, so it is tried where an environment of its own is named:
+
+PERSONAXIS_VLLM=/path/to/that/bin/python python -m pytest tests/test_vllm.py
+"""
+
+import json
+import os
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_gguf_file import SHAPE
+from test_gpt import lively
+from test_llama_cpp import PROMPT, QUESTION
+from test_tokenizer import write_corpus
+
+from personaxis.training.corpus import Corpus
+from personaxis.training.export import export, load_exported, load_tokenizer_of
+from personaxis.training.tokenizer import make_tokenizer
+
+PYTHON = os.environ.get("PERSONAXIS_VLLM")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not PYTHON, reason="PERSONAXIS_VLLM names no Python with vLLM")]
+TEXT = "The pier, at 10 o'clock:\n  fog — and \u00e9clairs."
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vllm")
+    make_tokenizer(
+        Corpus.open(write_corpus(folder / "texts"), held_share=0.2), folder / "tokenizer", vocabulary=310, quiet=True
+    )
+    return export(lively(replace(SHAPE, context=256)), folder / "tokenizer", folder / "model")
+
+
+@pytest.fixture(scope="module")
+def said(exported):
+    """What vLLM says, in fp32."""
+    asked, said = exported.parent / "asked.json", exported.parent / "said.json"
+    what = {"prompt": PROMPT[0].tolist(), "tokens": 24, "context": 256, "conversation": QUESTION, "text": TEXT}
+    asked.write_text(json.dumps(what))
+    how = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    script = Path(__file__).with_name("vllm_answers.py")
+    done = subprocess.run([PYTHON, script, exported, asked, said], env=how, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(said.read_text())
+
+
+def test_greedy_answers_and_their_likelihoods_are_the_models(exported, said):
+    model = load_exported(exported)
+    ids = model.continued(PROMPT, 24)
+    assert said["tokens"] == ids[0, PROMPT.shape[1] :].tolist()
+    ours = model(ids)[0, PROMPT.shape[1] - 1 : -1].log_softmax(-1)
+    assert ours.std() > 0.5
+    for row, step in zip(ours, said["likely"], strict=True):
+        theirs = torch.tensor(list(step.values()))
+        assert (row[[int(id) for id in step]] - theirs).abs().max() < 1e-4
+
+
+def test_conversations_and_texts_become_the_same_tokens(exported, said):
+    tokenizer = load_tokenizer_of(exported, SHAPE)
+    assert said["conversation"] == tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True)["input_ids"]
+    assert said["text"] == tokenizer(TEXT)["input_ids"]
