@@ -45,7 +45,8 @@ def gated_on_gpu(both: Float[Tensor, "*B 2*I"]) -> Float[Tensor, "*B I"]:
     both, inner = both.contiguous(), both.shape[-1] // 2
     out = torch.empty(*both.shape[:-1], inner, dtype=both.dtype, device=both.device)
     block, warps = GATE_BLOCK
-    _gated[(out.numel() // inner, triton.cdiv(inner, block))](both, out, inner, BLOCK=block, num_warps=warps)
+    with torch.cuda.device_of(both):  # Triton launches on the current device, whichever that is
+        _gated[(out.numel() // inner, triton.cdiv(inner, block))](both, out, inner, BLOCK=block, num_warps=warps)
     return out
 
 
@@ -60,7 +61,9 @@ def ungated_on_gpu(both: Float[Tensor, "*B 2*I"], to_y: Float[Tensor, "*B I"]) -
     both, to_y, inner = both.contiguous(), to_y.contiguous(), to_y.shape[-1]
     out = torch.empty_like(both)
     block, warps = GATE_BLOCK
-    _ungated[(to_y.numel() // inner, triton.cdiv(inner, block))](both, to_y, out, inner, BLOCK=block, num_warps=warps)
+    grid = (to_y.numel() // inner, triton.cdiv(inner, block))
+    with torch.cuda.device_of(both):
+        _ungated[grid](both, to_y, out, inner, BLOCK=block, num_warps=warps)
     return out
 
 
@@ -149,7 +152,8 @@ def turned_on_gpu(
     out = torch.empty(batch, tokens, heads + kv_heads, width, dtype=qkv.dtype, device=qkv.device)
     rows, warps = _rows(batch * tokens)
     grid = (batch * tokens // rows, heads + kv_heads)
-    _turned[grid](qkv, gains, turn, out, heads, kv_heads, tokens, eps, W=width, ROWS=rows, num_warps=warps)
+    with torch.cuda.device_of(qkv):
+        _turned[grid](qkv, gains, turn, out, heads, kv_heads, tokens, eps, W=width, ROWS=rows, num_warps=warps)
     return out
 
 
@@ -181,10 +185,11 @@ def unturned_on_gpu(
     rows, warps = _rows(tokens)
     out = torch.empty_like(qkv)
     to_gains = torch.empty(tokens // rows, heads + kv_heads, width, dtype=torch.float32, device=qkv.device)
-    _unturned[(tokens // rows, heads + 2 * kv_heads)](
-        qkv, gains, turn, to_q, to_k, to_v, out, to_gains, heads, kv_heads, qkv.shape[1], eps,
-        *to_q.stride()[:3], *to_k.stride()[:3], *to_v.stride()[:3], W=width, ROWS=rows, num_warps=warps,
-    )  # fmt: skip
+    with torch.cuda.device_of(qkv):
+        _unturned[(tokens // rows, heads + 2 * kv_heads)](
+            qkv, gains, turn, to_q, to_k, to_v, out, to_gains, heads, kv_heads, qkv.shape[1], eps,
+            *to_q.stride()[:3], *to_k.stride()[:3], *to_v.stride()[:3], W=width, ROWS=rows, num_warps=warps,
+        )  # fmt: skip
     of_heads = to_gains.sum(0)  # (H + K, W)
     return out, torch.stack([of_heads[:heads].sum(0), of_heads[heads:].sum(0)])
 
