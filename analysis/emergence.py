@@ -90,7 +90,7 @@ def _courses(z: Mapping[int, Mapping[str, float]], steps: Sequence[int]) -> dict
 
 def ends(courses: Mapping[str, Sequence[float]], positive: str, count: int = SHOWN) -> tuple[list[str], list[str]]:
     """The lowest and the highest roles at the last checkpoint, without the positive pole."""
-    names = [name for name in courses if name != positive]
+    names = sorted((name for name in courses if name != positive), key=lambda name: courses[name][-1])
     count = min(count, len(names) // 2)
     return names[:count], names[len(names) - count :]
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from personaxis.analysis.emergence import settled
+from personaxis.analysis.emergence import ends, settled
 from personaxis.analysis.figures_emergence import emergence_figures
 from personaxis.analysis.page import write_page
 from personaxis.analysis.tables import interval, number
@@ -25,9 +25,9 @@ def write_emergence_page(path: Path, name: str, found: Mapping[str, Any]) -> Non
 
 def _lead(found: Mapping[str, Any]) -> str:
     """What came of it, in a few sentences."""
-    rows, roles = found["checkpoints"], list(found["roles"])
+    rows = found["checkpoints"]
     first, last = rows[0], rows[-1]
-    ends = [name for name in roles if name != found["positive"]]
+    lowest, highest = (" and ".join(names) for names in ends(found["roles"], found["positive"], 2))
     since = settled(rows)
     order = (
         f"From step {since:,} on the roles stand in nearly the order of the end"
@@ -38,8 +38,8 @@ def _lead(found: Mapping[str, Any]) -> str:
     doubt = " That is not beyond what shuffled labels give." if chance is not None and (low or 0.0) <= chance else ""
     return (
         f"At step {first['step']:,} the main direction of the roles and the axis have a cosine of {interval(first['cos_pc1'])}, at step "
-        f"{last['step']:,} {interval(last['cos_pc1'])}.{doubt} {order}. At the end {ends[0]} and {ends[1]} lie farthest from "
-        f"{found['positive']}, {ends[-1]} and {ends[-2]} nearest."
+        f"{last['step']:,} {interval(last['cos_pc1'])}.{doubt} {order}. At the end {lowest} are farthest from "
+        f"{found['positive']}, {highest} nearest."
     )
 
 

@@ -9,6 +9,7 @@ from personaxis.analysis.canvas import axis_look, empty_figure, line_look, short
 from personaxis.analysis.emergence import ends
 
 MARGIN = {"l": 60, "r": 18, "t": 14, "b": 46}
+LABELS = 38  # that fit under one another in the figure of the roles
 LEGEND = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
 
 
@@ -74,7 +75,9 @@ def _courses(found: Mapping[str, Any]) -> go.Figure:
         look = {"mode": "lines", "line": line_look(colour or "--middle", width), "opacity": 1.0 if colour else 0.45}
         hover = f"{name}, step %{{x}}: %{{y:.2f}}<extra></extra>"
         figure.add_scatter(x=steps, y=courses[name], name=name, hovertemplate=hover, **look)
-    for name, place in _apart([(name, courses[name][-1]) for name in courses if name in colours]):
+    everywhere = [z for course in courses.values() for z in course]
+    room = (max(everywhere) - min(everywhere)) / LABELS
+    for name, place in _apart([(name, courses[name][-1]) for name in courses if name in colours], room):
         text = f"<b>{name}</b>" if name == positive else shortened(name, 20)
         end = {"x": len(steps) - 1, "y": place, "text": text, "showarrow": False, "xanchor": "left", "xshift": 8}
         figure.add_annotation(**end, font={"color": f"var({colours[name]})", "size": 12})
@@ -83,11 +86,10 @@ def _courses(found: Mapping[str, Any]) -> go.Figure:
     return figure
 
 
-def _apart(places: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
-    """Places of labels that do not cover one another: those that would push each other away, each as far."""
+def _apart(places: Sequence[tuple[str, float]], room: float) -> list[tuple[str, float]]:
+    """Places of labels that do not cover one another: those closer than `room` push each other away, each as far."""
     ordered = sorted(places, key=lambda one: one[1])
     at = [place for _, place in ordered]
-    room = (at[-1] - at[0]) / 22
     for _ in range(100):
         for number in range(1, len(at)):
             short = room - (at[number] - at[number - 1])
