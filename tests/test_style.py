@@ -1,5 +1,6 @@
 """What is measured on held-out conversations: the loss of each alone, styles told apart, and what chance would give."""
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -10,10 +11,11 @@ from test_gpt import SHAPE, lively
 from test_packing import conversation, encoder, folder  # noqa: F401 (fixtures)
 
 from personaxis.training import held_out as held_out_module
+from personaxis.training import style as style_module
 from personaxis.training.chat_tokens import encoded
 from personaxis.training.conversations import Conversation, Faults
 from personaxis.training.held_out import HeldOut, interval
-from personaxis.training.replies import before_answer, one_of_each, replied
+from personaxis.training.replies import before_answer, dealt, of_every_group, one_of_each, replied
 from personaxis.training.style import Answer, compare, measures, recogniser_of
 
 WORDS = {
@@ -64,6 +66,11 @@ def speaker(style, number, source="house"):
 
 TRAIN = [speaker(style, number) for style in WORDS for number in range(40)]
 HELD = [speaker(style, number) for style in WORDS for number in range(100, 130)]
+
+
+def role(style, number, source="house"):
+    """Some style of many, in a pirate's words."""
+    return replace(speaker("pirate", number, source), style=style, where=f"{source}: {style}/{number}")
 
 
 def answers(conversations, texts):
@@ -215,6 +222,27 @@ def test_questions_are_shared_out_evenly_over_the_styles():
     assert one_of_each(HELD[::-1], 10) == chosen
     assert len(one_of_each(HELD, 1000)) == 60
     assert len(one_of_each(HELD, 1)) == 1
+
+
+def test_a_large_source_does_not_crowd_out_small_ones_and_held_out_roles():
+    many = [role(f"role{style}", number, "large") for style in range(60) for number in range(3)]
+    apart = [replace(role("ghost", number, "large"), apart=True) for number in range(30)]
+    few = [role("", number, "small") for number in range(4)]
+    chosen = of_every_group([*many, *apart, *few], 40, 10)
+    counted = Counter(one.group for one in chosen)
+    assert counted == {"large": 18, "large, held-out roles": 18, "small": 4}
+    assert len({one.label for one in chosen if one.group == "large"}) == 8  # ten labels less one for each other group
+    assert of_every_group([*few, *apart, *many], 40, 10) == chosen
+    assert dealt([5, 1, 0, 9], 100) == [5, 1, 0, 9]
+
+
+def test_the_classifier_knows_the_styles_that_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr(style_module, "STYLES", 3)
+    listed = [role(f"role{style}", number) for style in range(9) for number in range(3)]
+    wanted = ["house/role4", "house/role7", "house/nobody"]
+    found = recogniser_of(listed, wanted).labels
+    assert len(found) == 3
+    assert {"house/role4", "house/role7"} < set(found)
 
 
 def test_the_last_answer_is_what_is_asked_for():

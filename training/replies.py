@@ -24,7 +24,7 @@ from personaxis.training.corpus import share_of
 from personaxis.training.gpt import GPT
 from personaxis.training.meters import cut_after
 from personaxis.training.samples import LENGTH, PROMPTS, SAMPLES, TEMPERATURE
-from personaxis.training.style import Answer, compare, recogniser_of
+from personaxis.training.style import STYLES, Answer, compare, recogniser_of
 from personaxis.training.tokenizer import END
 
 LONGEST = 192  # tokens of an answer whose style is looked at, and never more than a quarter of the context
@@ -104,6 +104,32 @@ def one_of_each(conversations: Sequence[Conversation], count: int) -> list[Conve
     return turn[:count]
 
 
+def of_every_group(conversations: Sequence[Conversation], count: int, labels: int) -> list[Conversation]:
+    """So many conversations, shared out evenly over their groups (sources, held-out roles apart), whatever the groups' sizes; under
+    at most so many labels, shared out alike."""
+    by_group: dict[str, list[Conversation]] = defaultdict(list)
+    for one in conversations:
+        by_group[one.group].append(one)
+    groups = [by_group[name] for name in sorted(by_group)]
+    known = [sorted({one.label for one in group}) for group in groups]
+    pools = []
+    for group, names, share in zip(groups, known, dealt([len(names) for names in known], labels), strict=True):
+        chosen = set(spread(names, share))
+        pools.append([one for one in group if one.label in chosen])
+    shares = dealt([len(pool) for pool in pools], count)
+    return [one for pool, share in zip(pools, shares, strict=True) for one in one_of_each(pool, share)]
+
+
+def dealt(sizes: Sequence[int], total: int) -> list[int]:
+    """`total` dealt in turn, one at a time, to those that have room for more."""
+    given = [0] * len(sizes)
+    while total > 0 and given != list(sizes):
+        for place in [place for place, size in enumerate(sizes) if given[place] < size][:total]:
+            given[place] += 1
+            total -= 1
+    return given
+
+
 def style_of(
     data: ChatData,
     encoder: ChatEncoder,
@@ -115,7 +141,7 @@ def style_of(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The record of `training/style.py` over `count` questions that no conversation in training asks, and every answer.
 
-    The classifier learns from the conversations in training and from what held-out roles say to questions of theirs.
+    They come evenly from all sources and from held-out roles. The classifier learns their styles, from the conversations in training and from what held-out roles say to questions of theirs.
     """
     context = data.source.context
     length = min(LONGEST, context // 4)
@@ -125,11 +151,11 @@ def style_of(
         for one in data.sides.unmet
         if one.where in kept and len(encoder.prompt(before_answer(one))) + length <= context
     ]
-    chosen = one_of_each(fits, count)
+    chosen = of_every_group(fits, count, STYLES)
     if not chosen:
         say(f"no style to look at: no held-out question leaves {length} tokens of the context for an answer")
         models = {}
-    recogniser = recogniser_of([*data.train, *data.sides.of_held_out_roles])
+    recogniser = recogniser_of([*data.train, *data.sides.of_held_out_roles], [one.label for one in chosen])
     answers = {"teacher": [_answer(one, one.answers[-1], True) for one in chosen]}
     for who, folder in models.items():
         answers[who] = _generated(folder, chosen, encoder, length, seed, device)

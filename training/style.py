@@ -13,7 +13,7 @@ other measures (words, distinct pairs of words, repeats, openings, ends) are rea
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,16 +64,18 @@ class Recogniser:
         return [str(one) for one in self.model.predict(self.vectorizer.transform(texts))] if texts else []
 
 
-def recogniser_of(conversations: Sequence[Conversation]) -> Recogniser | None:
+def recogniser_of(conversations: Sequence[Conversation], labels: Iterable[str] = ()) -> Recogniser | None:
     """Fit to last answers, equal ones of a style once. None where there are not two styles.
 
-    Only labels with a style count: what no prompt asks for cannot be recognised in an answer.
+    Only labels with a style count: what no prompt asks for cannot be recognised in an answer. `labels` are those that it is to
+    know before any others, which are spread over the rest.
     """
     texts: dict[str, dict[str, None]] = defaultdict(dict)
     for one in conversations:
         if one.style:
             texts[one.label][one.answers[-1]] = None
-    labels = spread(sorted(texts), STYLES)
+    first = sorted(texts.keys() & set(labels))[:STYLES]
+    labels = sorted([*first, *spread(sorted(texts.keys() - set(first)), STYLES - len(first))])
     if len(labels) < 2:
         return None
     from sklearn.feature_extraction.text import HashingVectorizer
