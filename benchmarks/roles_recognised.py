@@ -66,9 +66,7 @@ def said(judge: Pipeline, answers: Sequence[Answer]) -> str:
     names = [str(judge.classes_[row[0]]) for row in order]
     column = {name: place for place, name in enumerate(judge.classes_)}
     right = np.array([float(name == role) for name, (role, _, _) in zip(names, answers, strict=True)])
-    places = [
-        1 + int(np.flatnonzero(row == column[role])[0]) for row, (role, _, _) in zip(order, answers, strict=True)
-    ]
+    places = [1 + int(np.flatnonzero(row == column[role])[0]) for row, (role, _, _) in zip(order, answers, strict=True)]
     dealt = Counter(names)
     chance = np.mean([dealt[role] / len(names) for role, _, _ in answers])
     low, high = interval(right, np.ones(len(right)), [question for _, question, _ in answers])

@@ -263,7 +263,9 @@ def test_on_a_gpu_logits_are_not_rounded_to_bf16():
 
 @needs_gpu
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch 2.11's compiler looks at that of any tensor
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor"
+)  # torch 2.11's compiler looks at that of any tensor
 def test_on_a_gpu_packed_documents_read_as_they_do_on_a_cpu():
     shape = Shape(vocabulary=97, depth=2, width=64, heads=4, kv_heads=2, head_width=16, inner=96, context=256)
     model = lively(shape)
