@@ -8,11 +8,13 @@ import errno
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 
 from cyclopts import App, CycloptsError
 
 from personaxis.persona.errors import KnownError
+from personaxis.persona.ranks import ranks
 
 VERBS = {
     "axis": ("personaxis.analysis.verbs:axis", "The Assistant Axis of a checkpoint, end to end, with a report."),
@@ -81,6 +83,7 @@ app = App(
 for name, (path, text) in VERBS.items():
     app.command(path, name=name, help=text)
 
+HEARD = 2.0  # seconds
 FULL = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -111,6 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _fail(text: str) -> None:
+    if ranks().rank:  # torchrun ends all processes once the first has failed: what each of them would say is said once
+        time.sleep(HEARD)
     print(f"personaxis: {text}", file=sys.stderr)  # noqa: T201
     sys.exit(2)
 

@@ -9,6 +9,8 @@ import os
 from dataclasses import dataclass
 from datetime import timedelta
 
+from personaxis.persona.errors import KnownError
+
 PATIENCE = timedelta(days=1)
 
 
@@ -25,20 +27,24 @@ class Ranks:
         return chunk % self.world == self.rank
 
     def barrier(self) -> None:
-        """Wait for all processes (at most a day: a rank may have one long chunk more than another)."""
+        """Wait for all processes (at most a day: a rank may have one long chunk more than another). Raises `KnownError` where
+        another one has ended."""
         if self.world == 1:
             return
         import torch.distributed as dist
 
-        if not dist.is_initialized():
-            dist.init_process_group("gloo", timeout=PATIENCE)
-        if dist.get_backend() == "gloo":
-            dist.barrier()
-            return
-        # NCCL's own gives up after ten minutes, and does not see that a process has ended
-        group = dist.new_group(backend="gloo", timeout=PATIENCE)
-        dist.barrier(group)
-        dist.destroy_process_group(group)
+        try:
+            if not dist.is_initialized():
+                dist.init_process_group("gloo", timeout=PATIENCE)
+            if dist.get_backend() == "gloo":
+                dist.barrier()
+                return
+            # NCCL's own gives up after ten minutes, and does not see that a process has ended
+            group = dist.new_group(backend="gloo", timeout=PATIENCE)
+            dist.barrier(group)
+            dist.destroy_process_group(group)
+        except RuntimeError as error:  # gloo says in many words that a connection was closed
+            raise KnownError(f"process {self.rank} of {self.world}: another process has ended and says why") from error
 
     def close(self) -> None:
         """Leave the process group."""

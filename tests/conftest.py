@@ -21,6 +21,13 @@ MODULES = [
 ]
 install_import_hook(MODULES, "beartype.beartype")
 
+LONG = ("test_notebooks", "test_base", "test_stages", "test_going_on")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first: a process that is given one when the others have nothing left to do keeps them waiting."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
 
 @pytest.fixture
 def triton_interpreter():
@@ -63,3 +70,67 @@ def tiny_server(tiny_run, tmp_path_factory):
     folder = axis_folder(tiny_run, tmp_path_factory.mktemp("served"))
     with served(tiny_host(tiny_run, folder)) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def fake():
+    """A stand-in for the server behind the page."""
+    from fake_serve import FakeServe
+
+    with FakeServe() as fake:
+        yield fake
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, if there is one."""
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("the page is tested in Debian's chromium: apt-get install chromium")
+    from serve_page import sync_api
+
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def desk(browser):
+    """A window of a desktop computer's size."""
+    context = browser.new_context(viewport={"width": 1280, "height": 860})
+    yield context
+    context.close()
+
+
+@pytest.fixture
+def visit(browser, desk, fake):
+    """Opens the page. At the end nothing may have gone wrong on it: no exception, nothing refused by the page's policy."""
+    from serve_page import PATIENCE, expect
+
+    fake.reset()
+    opened, wrong = [], []
+
+    def note(message):
+        if message.type in ("error", "warning") and "Failed to load resource" not in message.text:
+            wrong.append(message.text)
+
+    def open_page(ready=True, scheme="light", **how):
+        page = browser.new_page(**how) if how else desk.new_page()
+        page.set_default_timeout(PATIENCE)
+        page.emulate_media(color_scheme=scheme)
+        opened.append(page)
+        page.on("console", note)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("dialog", lambda dialog: wrong.append(f"dialog: {dialog.message}"))
+        page.goto(fake.url)
+        if ready:
+            expect(page.locator("#send")).to_be_enabled()
+        return page
+
+    yield open_page
+    for page in opened:
+        hit = page.evaluate("[document.getElementById('keep').checked = false, localStorage.clear(), window.hit][2]")
+        page.close()
+        assert hit is None, "a script of a text ran"
+    assert wrong == []

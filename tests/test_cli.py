@@ -369,3 +369,14 @@ def test_import_writes_caps_that_show_reads(tmp_path, capsys):
     assert shown["layers"] == [2, 3]
     assert shown["model"] == {"id": "org/name"}
     assert json.loads(printed(capsys, "show", out / "layers_2:4-p0.25")) == shown  # the stem that was given to save
+
+
+@pytest.mark.slow
+def test_a_mistake_that_every_process_of_a_run_makes_is_said_once(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    line = ["train", "base", "--depth", "1", "--corpus", str(tmp_path / "none"), "--out", str(tmp_path / "run")]
+    line += ["--device", "cpu"]
+    done = subprocess.run([*torchrun, "-m", "personaxis.persona.cli", *line], capture_output=True, text=True)
+    assert done.returncode
+    assert done.stderr.count("does not exist; give a folder") == 1
+    assert "[rank1]" not in done.stderr
