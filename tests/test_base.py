@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from personaxis.persona.cli import main
 from personaxis.persona.errors import KnownError
 from personaxis.persona.store import read_json
-from personaxis.training import checkpoints, stepping
+from personaxis.training import checkpoints, samples, stepping
 from personaxis.training.asked import BaseAsked, Length, Texts, Tuning
 from personaxis.training.base import train_base
 from personaxis.training.checkpoints import checkpoints_in, newest
@@ -25,35 +25,22 @@ from personaxis.training.export import load_exported
 from personaxis.training.meters import read_metrics
 from personaxis.training.tokens import open_tokens
 
-WORDS = [
-    "the",
-    "old",
-    "clock",
-    "in",
-    "the",
-    "hall",
-    "struck",
-    "seven",
-    "and",
-    "nobody",
-    "in",
-    "the",
-    "house",
-    "was",
-    "awake",
-    "to",
-    "hear",
-    "it",
-    "but",
-    "the",
-    "cat",
-]
+WORDS = "the old clock in the hall struck seven and nobody in the house was awake to hear it but the cat"
 
 
 def book(number, words=400):
     generator = torch.Generator().manual_seed(number)
-    drawn = torch.randint(len(WORDS), (words,), generator=generator)
-    return " ".join(WORDS[i] for i in drawn.tolist())
+    known = WORDS.split()
+    drawn = torch.randint(len(known), (words,), generator=generator)
+    return " ".join(known[i] for i in drawn.tolist())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_samples():
+    """Samples of few tokens: they are more than half of the time that so small a run takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(samples, "LENGTH", 4)
+        yield
 
 
 @pytest.fixture(scope="module")

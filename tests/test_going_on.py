@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from test_base import again, asked, books, command, environment, losses, whole  # noqa: F401 (fixtures)
+from test_base import again, asked, books, command, environment, losses, short_samples, whole  # noqa: F401 (fixtures)
 
 from personaxis.persona.errors import KnownError
 from personaxis.persona.ranks import Ranks

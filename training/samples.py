@@ -35,11 +35,11 @@ class Samples:
         self.prompts = beginnings(stream, count)
         self._written = {row["step"] for row in read_lines(self.path)}
 
-    def write(self, model: GPT, step: int, length: int = LENGTH) -> None:
-        """Sample and append; nothing where this step's are there. `model` is the GPT itself: compiled, every length is another."""
+    def write(self, model: GPT, step: int, length: int | None = None) -> None:
+        """Sample `length` tokens (LENGTH) and append; nothing where this step's are there. `model` is the GPT itself: compiled, every length is another."""
         if step in self._written or not self.prompts:
             return
-        texts = sample_texts(model, self.tokenizer, self.prompts, length, torch.Generator().manual_seed(0))
+        texts = sample_texts(model, self.tokenizer, self.prompts, length or LENGTH, torch.Generator().manual_seed(0))
         append_lines(self.path, [{"step": step, "prompt": prompt, "text": text} for prompt, text in texts], sync=False)
         self._written.add(step)
 
