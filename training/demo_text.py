@@ -124,7 +124,8 @@ def _defined(node: Any, name: str) -> Iterator[tuple[str, Any]]:
             name = f"{name}.{node.name}" if name else node.name
         yield name, node
     for child in ast.iter_child_nodes(node):
-        yield from _defined(child, name)
+        if not isinstance(child, ast.expr):  # most of a tree, and nothing is defined there
+            yield from _defined(child, name)
 
 
 if __name__ == "__main__":
