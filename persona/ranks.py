@@ -33,9 +33,9 @@ class Ranks:
             return
         import torch.distributed as dist
 
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", timeout=PATIENCE)
         try:
-            if not dist.is_initialized():
-                dist.init_process_group("gloo", timeout=PATIENCE)
             if dist.get_backend() == "gloo":
                 dist.barrier()
                 return
