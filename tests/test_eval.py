@@ -154,7 +154,8 @@ def test_a_judge_sees_neither_arm_nor_role_and_what_it_cannot_say_counts_nowhere
     tiny_run, material, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.delenv("PERSONAXIS_JUDGE_KEY", raising=False)
-    endpoint = HarmEndpoint(lambda n, _: says(("1", "0", "perhaps")[n % 3]))
+    # by what is asked: in the order in which they come, one arm's answers can all be spoken of alike
+    endpoint = HarmEndpoint(lambda _, question: says(("1", "0", "perhaps")[REQUESTS.index(question) % 3]))
     asked = ["--requests", str(material / "requests.csv"), "--suite", "persona-jailbreak", "--random", "0"]
     try:
         main(told(tiny_run, tmp_path / "e", *asked, "--judge", endpoint.url, "--judge-model", "m"))
