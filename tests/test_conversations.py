@@ -296,28 +296,6 @@ def test_no_question_is_on_both_sides_whoever_answers_it(tmp_path):
     assert split(read_parts([str(one), str(two)], Faults()), 0.1) == sides
 
 
-def test_how_a_dialogue_begins_is_on_the_side_where_it_goes_on(tmp_path):
-    whole = [turns(f"{i}?", "I.", f"And {i}?", "II.") for i in range(100)]
-    rows = [{"messages": dialogue[:length]} for dialogue in whole for length in (2, 4)]
-    sides = split(read_parts([str(write(tmp_path / "a.jsonl", rows))], Faults()), 0.1)
-    begins = [{one.messages[0]["content"] for one in part} for part in (*sides.train, *sides.held)]
-    assert not begins[0] & begins[1]
-    assert [len(part) for part in (*sides.train, *sides.held)] == [180, 20]
-
-
-def test_what_most_begin_with_is_not_held_out_while_something_else_can_be(tmp_path):
-    for number in range(20):  # whatever the hashes say
-        greeting = f"Hello {number}"
-        rows = [{"question": greeting, "answer": "Hello."}] * 100 + [
-            {"question": f"{i}?", "answer": "I."} for i in range(10)
-        ]
-        sides = split(read_parts([str(write(tmp_path / f"{number}.jsonl", rows))], Faults()), 0.05)
-        assert greeting not in sides.questions
-        assert len(sides.held[0]) == 6
-    alone = [{"question": one, "answer": "Yes."} for one in ("a?", "b?") for _ in range(50)]
-    assert len(split(read_parts([str(write(tmp_path / "two.jsonl", alone))], Faults()), 0.05).held[0]) == 50
-
-
 def test_held_out_roles_are_tuned_on_nowhere_and_are_a_source_of_their_own(tmp_path):
     rows = [{"persona": one, "question": f"{i}?", "answer": "I."} for one in ("witty", "caring") for i in range(10)]
     parts = read_parts([str(write(tmp_path / "a.jsonl", rows))], Faults())

@@ -50,8 +50,8 @@ class Conversation:
 
     @cached_property
     def question(self) -> str:
-        """What the user says first. Conversations that share it are never on both sides of a split: one may be how another begins."""
-        return next((message["content"] for message in self.messages if message["role"] == "user"), "")
+        """What the user says, in all turns: conversations that share it are never on both sides of a split."""
+        return "\x1f".join(message["content"] for message in self.messages if message["role"] == "user")
 
     @property
     def answers(self) -> list[str]:

@@ -120,9 +120,9 @@ class Sides:
 def split(parts: Sequence[Part], share: float, apart: Sequence[str] = ()) -> Sides:
     """Each part's conversations to train on, and those that are held out.
 
-    Held out are whole questions (what the user says first), by the hash of their words: those of each part until `share` of its
-    conversations are covered, and the same ones in all other parts, so that no question is on both sides whoever answers it
-    and however it goes on. What very many begin with ("Hello") is not held out if that is avoidable. So are all conversations in a style of `apart`: roles that the model is not tuned on.
+    Held out are whole questions (what the user says in all turns), by the hash of their words: those of each part until
+    `share` of its conversations are covered, and the same ones in all other parts, so that no question is on both sides
+    whoever answers it. So are all conversations in a style of `apart`: roles that the model is not tuned on.
     """
     if not 0 < share < 1:
         raise KnownError(f"--held-share {share} is not between 0 and 1 (0.02 holds out one conversation in 50)")
@@ -152,18 +152,13 @@ def split(parts: Sequence[Part], share: float, apart: Sequence[str] = ()) -> Sid
 
 def _held_questions(conversations: Sequence[Conversation], share: float) -> set[str]:
     counts = Counter(one.question for one in conversations)
-    order = sorted(counts, key=lambda words: (share_of(words), words))
-    wanted = share * len(conversations)
     chosen: set[str] = set()
     covered = 0
-    for question in order:
-        if covered >= wanted or len(chosen) == len(counts) - 1:
+    for question in sorted(counts, key=lambda words: (share_of(words), words)):
+        if covered >= share * len(conversations) or len(chosen) == len(counts) - 1:
             break
-        if covered + counts[question] <= 2 * wanted:
-            chosen.add(question)
-            covered += counts[question]
-    if not chosen and len(counts) > 1:  # each of them is more than was asked for
-        chosen.add(min(order, key=lambda words: counts[words]))
+        chosen.add(question)
+        covered += counts[question]
     return chosen
 
 
