@@ -44,7 +44,9 @@ class Ranks:
             dist.barrier(group)
             dist.destroy_process_group(group)
         except RuntimeError as error:  # gloo says in many words that a connection was closed
-            raise KnownError(f"process {self.rank} of {self.world}: another process has ended and says why") from error
+            raise KnownError(
+                f"process {self.rank} of {self.world}: another process has ended; if it says nothing, it was killed (for memory?)"
+            ) from error
 
     def close(self) -> None:
         """Leave the process group."""

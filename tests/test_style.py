@@ -233,6 +233,7 @@ def test_a_large_source_does_not_crowd_out_small_ones_and_held_out_roles():
     assert counted == {"large": 18, "large, held-out roles": 18, "small": 4}
     assert len({one.label for one in chosen if one.group == "large"}) == 8  # ten labels less one for each other group
     assert of_every_group([*few, *apart, *many], 40, 10) == chosen
+    assert len(of_every_group(many, 100, 10)) == 100  # ten labels have thirty: others fill up
     assert dealt([5, 1, 0, 9], 100) == [5, 1, 0, 9]
 
 

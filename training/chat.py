@@ -242,7 +242,7 @@ def _style(work: Work) -> dict[str, Any]:
     asked = {"model": digest(model / "model.safetensors"), "answers": tuning.style_answers}
     if path.is_file() and read_json(path).get("asked") == asked:
         return read_json(path)
-    say(f"answering {tuning.style_answers} held-out questions, untuned and tuned")
+    say(f"answering up to {tuning.style_answers} held-out questions, untuned and tuned")
     models = {"before": work.parent.folder, "after": model}
     record, rows = style_of(
         work.data, work.encoder, models, count=tuning.style_answers, seed=tuning.seed, device=work.asked.device

@@ -106,18 +106,20 @@ def one_of_each(conversations: Sequence[Conversation], count: int) -> list[Conve
 
 def of_every_group(conversations: Sequence[Conversation], count: int, labels: int) -> list[Conversation]:
     """So many conversations, shared out evenly over their groups (sources, held-out roles apart), whatever the groups' sizes; under
-    at most so many labels, shared out alike."""
+    at most so many labels, shared out alike, as long as those have enough."""
     by_group: dict[str, list[Conversation]] = defaultdict(list)
     for one in conversations:
         by_group[one.group].append(one)
     groups = [by_group[name] for name in sorted(by_group)]
     known = [sorted({one.label for one in group}) for group in groups]
-    pools = []
-    for group, names, share in zip(groups, known, dealt([len(names) for names in known], labels), strict=True):
-        chosen = set(spread(names, share))
-        pools.append([one for one in group if one.label in chosen])
-    shares = dealt([len(pool) for pool in pools], count)
-    return [one for pool, share in zip(pools, shares, strict=True) for one in one_of_each(pool, share)]
+    shares, found = dealt([len(group) for group in groups], count), []
+    for group, names, some, share in zip(
+        groups, known, dealt([len(one) for one in known], labels), shares, strict=True
+    ):
+        first = set(spread(names, some))
+        chosen = one_of_each([one for one in group if one.label in first], share)
+        found += [*chosen, *one_of_each([one for one in group if one.label not in first], share - len(chosen))]
+    return found
 
 
 def dealt(sizes: Sequence[int], total: int) -> list[int]:
