@@ -18,6 +18,7 @@ def write_emergence_page(path: Path, name: str, found: Mapping[str, Any]) -> Non
         "count": lambda value: f"{value:,}",
         "interval": interval,
         "number": number,
+        "size": lambda value: "-" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}",
     }
     content = {"name": name, "e": found, "tiles": _tiles(found), "lead": _lead(found)}
     write_page(path, HERE / "emergence.html.jinja", content, emergence_figures(found), filters)
@@ -38,8 +39,8 @@ def _lead(found: Mapping[str, Any]) -> str:
     doubt = " That is not beyond what shuffled labels give." if chance is not None and (low or 0.0) <= chance else ""
     return (
         f"At step {first['step']:,} the main direction of the roles and the axis have a cosine of {interval(first['cos_pc1'])}, at step "
-        f"{last['step']:,} {interval(last['cos_pc1'])}.{doubt} {order}. At the end {lowest} are farthest from "
-        f"{found['positive']}, {highest} nearest."
+        f"{last['step']:,} {interval(last['cos_pc1'])}.{doubt} {order}. Farthest from {found['positive']} at the "
+        f"end: {lowest}; nearest: {highest}."
     )
 
 

@@ -5,29 +5,20 @@ import shutil
 import gguf
 import pytest
 import torch
+from exported import SHAPE, exported_in
 from families import tokenizer
-from test_gpt import lively
-from test_tokenizer import CHAT, write_corpus
+from test_tokenizer import CHAT
 
 from personaxis.persona.errors import KnownError
 from personaxis.persona.subject import load_subject
-from personaxis.training.corpus import Corpus
-from personaxis.training.export import export, load_exported
+from personaxis.training.export import load_exported
 from personaxis.training.gguf_file import plain_template, write_gguf
-from personaxis.training.shape import Shape
-from personaxis.training.tokenizer import TEMPLATE, make_tokenizer
-
-# heads of 32: transformers' reader by itself takes 128 for granted
-SHAPE = Shape(vocabulary=320, depth=2, width=64, heads=2, kv_heads=1, head_width=32, inner=96, context=64)
+from personaxis.training.tokenizer import TEMPLATE
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gguf")
-    make_tokenizer(
-        Corpus.open(write_corpus(folder / "texts"), held_share=0.2), folder / "tokenizer", vocabulary=310, quiet=True
-    )
-    return export(lively(SHAPE), folder / "tokenizer", folder / "model")
+    return exported_in(tmp_path_factory.mktemp("gguf"))
 
 
 @pytest.mark.parametrize(("format", "close"), [("f32", 1e-4), ("bf16", 0.3), ("f16", 0.05)])

@@ -1,19 +1,14 @@
 """llama.cpp itself runs what is exported: its server reads texts as the tokenizer does, and goes on as the model does."""
 
 import random
-from dataclasses import replace
 
 import httpx
 import pytest
 import torch
-from test_gguf_file import SHAPE
-from test_gpt import lively
-from test_tokenizer import CHAT, write_corpus
+from exported import PROMPT, QUESTION, SHAPE, exported_in
 
-from personaxis.training.corpus import Corpus
-from personaxis.training.export import export, load_exported, load_tokenizer_of
+from personaxis.training.export import load_exported, load_tokenizer_of
 from personaxis.training.gguf_file import write_gguf
-from personaxis.training.tokenizer import make_tokenizer
 
 xllamacpp = pytest.importorskip("xllamacpp", reason="no build of llama.cpp for this machine")
 
@@ -25,17 +20,11 @@ ALPHABETS = (
     "äßéñøΩжשעرहि中文日本語",
     "🙂🏳️\u200d\u00a0\u2028\u0301",
 )
-PROMPT = torch.randint(4, 310, (1, 40), generator=torch.Generator().manual_seed(0))
-QUESTION = [*CHAT[:-1], {"role": "user", "content": "Where is <|im_end|> the pier?"}]
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llama_cpp")
-    make_tokenizer(
-        Corpus.open(write_corpus(folder / "texts"), held_share=0.2), folder / "tokenizer", vocabulary=310, quiet=True
-    )
-    return export(lively(replace(SHAPE, context=256)), folder / "tokenizer", folder / "model")
+    return exported_in(tmp_path_factory.mktemp("llama_cpp"), context=256)
 
 
 @pytest.fixture(scope="module")

@@ -219,6 +219,7 @@ def test_measures_tell_repeats_and_shared_openings():
 def test_questions_are_shared_out_evenly_over_the_styles():
     chosen = one_of_each(HELD, 10)
     assert [sum(one.style == style for one in chosen) for style in WORDS] == [5, 5]
+    assert len({one.question for one in one_of_each(HELD, 2)}) == 2  # both are asked the same ones
     assert one_of_each(HELD[::-1], 10) == chosen
     assert len(one_of_each(HELD, 1000)) == 60
     assert len(one_of_each(HELD, 1)) == 1

@@ -6,19 +6,13 @@ PERSONAXIS_VLLM=/path/to/that/bin/python python -m pytest tests/test_vllm.py
 import json
 import os
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from test_gguf_file import SHAPE
-from test_gpt import lively
-from test_llama_cpp import PROMPT, QUESTION
-from test_tokenizer import write_corpus
+from exported import PROMPT, QUESTION, SHAPE, exported_in
 
-from personaxis.training.corpus import Corpus
-from personaxis.training.export import export, load_exported, load_tokenizer_of
-from personaxis.training.tokenizer import make_tokenizer
+from personaxis.training.export import load_exported, load_tokenizer_of
 
 PYTHON = os.environ.get("PERSONAXIS_VLLM")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not PYTHON, reason="PERSONAXIS_VLLM names no Python with vLLM")]
@@ -27,11 +21,7 @@ TEXT = "The pier, at 10 o'clock:\n  fog — and \u00e9clairs."
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vllm")
-    make_tokenizer(
-        Corpus.open(write_corpus(folder / "texts"), held_share=0.2), folder / "tokenizer", vocabulary=310, quiet=True
-    )
-    return export(lively(replace(SHAPE, context=256)), folder / "tokenizer", folder / "model")
+    return exported_in(tmp_path_factory.mktemp("vllm"), context=256)
 
 
 @pytest.fixture(scope="module")

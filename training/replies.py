@@ -99,14 +99,18 @@ def one_of_each(conversations: Sequence[Conversation], count: int) -> list[Conve
         by_label[one.label].append(one)
     order = [by_label[label] for label in spread(sorted(by_label), count)]
     turn = [
-        listed[place] for place in range(max(map(len, order), default=0)) for listed in order if place < len(listed)
+        listed[(place + number) % len(listed)]  # labels that are asked the same questions begin with different ones
+        for place in range(max(map(len, order), default=0))
+        for number, listed in enumerate(order)
+        if place < len(listed)
     ]
     return turn[:count]
 
 
 def of_every_group(conversations: Sequence[Conversation], count: int, labels: int) -> list[Conversation]:
-    """So many conversations, shared out evenly over their groups (sources, held-out roles apart), whatever the groups' sizes; under
-    at most so many labels, shared out alike, as long as those have enough."""
+    """So many conversations, shared out evenly over their groups (sources, held-out roles apart), whatever the groups' sizes.
+
+    They are under at most so many labels, shared out alike, as long as those have enough."""
     by_group: dict[str, list[Conversation]] = defaultdict(list)
     for one in conversations:
         by_group[one.group].append(one)

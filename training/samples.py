@@ -39,7 +39,9 @@ class Samples:
         """Sample `length` tokens (LENGTH) and append; nothing where this step's are there. `model` is the GPT itself: compiled, every length is another."""
         if step in self._written or not self.prompts:
             return
-        texts = sample_texts(model, self.tokenizer, self.prompts, length or LENGTH, torch.Generator().manual_seed(0))
+        texts = sample_texts(
+            model, self.tokenizer, self.prompts, LENGTH if length is None else length, torch.Generator().manual_seed(0)
+        )
         append_lines(self.path, [{"step": step, "prompt": prompt, "text": text} for prompt, text in texts], sync=False)
         self._written.add(step)
 

@@ -75,19 +75,19 @@ def recogniser_of(conversations: Sequence[Conversation], labels: Iterable[str] =
         if one.style:
             texts[one.label][one.answers[-1]] = None
     first = sorted(texts.keys() & set(labels))[:STYLES]
-    labels = sorted([*first, *spread(sorted(texts.keys() - set(first)), STYLES - len(first))])
-    if len(labels) < 2:
+    known = sorted([*first, *spread(sorted(texts.keys() - set(first)), STYLES - len(first))])
+    if len(known) < 2:
         return None
     from sklearn.feature_extraction.text import HashingVectorizer
     from sklearn.linear_model import LogisticRegression
 
-    each = {label: spread(list(texts[label]), TEXTS // len(labels)) for label in labels}
-    fitted = [text for label in labels for text in each[label]]
-    named = [label for label in labels for _ in each[label]]
+    each = {label: spread(list(texts[label]), TEXTS // len(known)) for label in known}
+    fitted = [text for label in known for text in each[label]]
+    named = [label for label in known for _ in each[label]]
     vectorizer = HashingVectorizer(analyzer="char_wb", ngram_range=(2, 4), n_features=FEATURES, alternate_sign=False)
     model = LogisticRegression(C=STRENGTH, class_weight="balanced", max_iter=300, tol=1e-3)
     model.fit(vectorizer.transform(fitted), named)
-    return Recogniser(tuple(labels), vectorizer, model, len(fitted))
+    return Recogniser(tuple(known), vectorizer, model, len(fitted))
 
 
 def compare(
