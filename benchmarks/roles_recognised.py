@@ -3,9 +3,9 @@
     python benchmarks/roles_recognised.py TEACHER RUN ... --apart ghost,pirate
 
 TEACHER and every RUN are folders with rollouts.jsonl (of `rollout`, `axis` or `emergence`). The classifier (TF-IDF of words and of runs of 2 to 4
-letters, logistic regression) is fitted to the teacher's answers under the roles that the first RUN has, to questions that it
-does not ask, and reads the first 40 words of each answer. Printed by RUN, for the roles `--apart` (which the model was not
-tuned to, say) alone: how often the right role is named, with a 95% interval over questions, how often it would be if
+letters, logistic regression) is fitted to the teacher's answers under the RUNs' roles, to questions that none of them asks,
+and reads the first 40 words of each answer. Printed by RUN, for the roles `--apart` (which the model was not tuned to, say)
+apart from the others: how often the right role is named, with a 95% interval over questions, how often it would be if
 the same names were dealt at random, and the median place of the right role among all. The teacher's own answers to a RUN's
 questions, as one more RUN, say what can be had.
 """
@@ -35,15 +35,17 @@ def main() -> None:
     parser.add_argument("--apart", default="")
     asked = parser.parse_args()
     runs = {run: answers_of(run) for run in asked.runs}
-    first = runs[asked.runs[0]]
-    roles, questions = {role for role, _, _ in first}, {question for _, question, _ in first}
+    roles = {role for answers in runs.values() for role, _, _ in answers}
+    questions = {question for answers in runs.values() for _, question, _ in answers}
     known = [one for one in answers_of(asked.teacher) if one[0] in roles and one[1] not in questions]
+    apart = {name for name in asked.apart.split(",") if name}
+    if missing := sorted((roles | apart) - {role for role, _, _ in known}):
+        parser.error(f"{asked.teacher} has no answers of {missing[0]} to questions that no RUN asks")
     print(f"{len(known)} answers of {len({role for role, _, _ in known})} roles to other questions are known")
     words = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), min_df=2)
     letters = TfidfVectorizer(sublinear_tf=True, analyzer="char_wb", ngram_range=(2, 4), min_df=3, max_features=40_000)
     judge = make_pipeline(make_union(words, letters), LogisticRegression(C=30, max_iter=200))
     judge.fit([text for _, _, text in known], [role for role, _, _ in known])
-    apart = {name for name in asked.apart.split(",") if name}
     for run, answers in runs.items():
         for name, chosen in (
             ("roles", [one for one in answers if one[0] not in apart]),
@@ -69,7 +71,8 @@ def said(judge: Pipeline, answers: Sequence[Answer]) -> str:
     places = [1 + int(np.flatnonzero(row == column[role])[0]) for row, (role, _, _) in zip(order, answers, strict=True)]
     dealt = Counter(names)
     chance = np.mean([dealt[role] / len(names) for role, _, _ in answers])
-    low, high = interval(right, np.ones(len(right)), [question for _, question, _ in answers])
+    found = interval(right, np.ones(len(right)), [question for _, question, _ in answers])
+    low, high = found or (float("nan"), float("nan"))  # of a single question there is none
     return (
         f"{right.mean():.1%} [{low:.1%}, {high:.1%}] of {len(answers)} named right, {chance:.1%} by chance; "
         f"the right one is at place {int(np.median(places))} of {len(column)}"

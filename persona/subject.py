@@ -132,6 +132,10 @@ def load_subject(
         chosen = dtype if dtype is not None else _fastest_dtype(target, config)
         model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=chosen, device_map=device_map)
         tokenizer = AutoTokenizer.from_pretrained(source)
+    if target.type == "cuda":
+        torch.cuda.set_device(
+            target
+        )  # kernels of one's own are launched on the current GPU, whatever holds their tensors
     if device_map is None and model.device != target:
         model.to(target)  # type: ignore[arg-type]
     if chat_template is not None:
