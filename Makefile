@@ -1,4 +1,4 @@
-# personaxis: `make demo` shows it, `make test` proves it, `make check` reads it.
+# personatlas: `make demo` shows it, `make test` proves it, `make check` reads it.
 PYTHON ?= python3
 BIN := .venv/bin
 PACKAGES := persona analysis steering training
@@ -14,16 +14,16 @@ install: .venv/installed
 	touch $@
 
 demo: install
-	$(BIN)/personaxis axis smollm2-135m --plan demo --out runs/demo
+	$(BIN)/personatlas axis smollm2-135m --plan demo --out runs/demo
 
 # a tokenizer, a GPT of 4 layers, its tuning to questions and answers, its axis, and a word with it
 DEMO := runs/demo-train
 demo-train: install
-	$(BIN)/python -m personaxis.training.demo_text $(DEMO)/data
-	$(BIN)/personaxis train base --depth 4 --minutes 2 --corpus $(DEMO)/data/text --held-share 0.04 --vocabulary 1024 --context 256 --device cpu --out $(DEMO)/base
-	$(BIN)/personaxis train chat $(DEMO)/base --minutes 1 --data $(DEMO)/data/chats.jsonl --style-answers 0 --device cpu --out $(DEMO)/chat
-	$(BIN)/personaxis axis $(DEMO)/chat --roles 8 --prompts 1 --questions 8 --max-new-tokens 16 --judge none --keep all --replicates 20 --device cpu --out $(DEMO)/axis
-	$(BIN)/personaxis chat $(DEMO)/chat --axis $(DEMO)/axis --max-tokens 64 --message "What does textwrap.indent do?" --message "What is queue.Queue?" --device cpu
+	$(BIN)/python -m personatlas.training.data.demo_text $(DEMO)/data
+	$(BIN)/personatlas train base --depth 4 --minutes 2 --corpus $(DEMO)/data/text --held-share 0.04 --vocabulary 1024 --context 256 --device cpu --out $(DEMO)/base
+	$(BIN)/personatlas train chat $(DEMO)/base --minutes 1 --data $(DEMO)/data/chats.jsonl --style-answers 0 --device cpu --out $(DEMO)/chat
+	$(BIN)/personatlas axis $(DEMO)/chat --roles 8 --prompts 1 --questions 8 --max-new-tokens 16 --judge none --keep all --replicates 20 --device cpu --out $(DEMO)/axis
+	$(BIN)/personatlas chat $(DEMO)/chat --axis $(DEMO)/axis --max-tokens 64 --message "What does textwrap.indent do?" --message "What is queue.Queue?" --device cpu
 
 # two processes, one thread each: on two cores they are done in two thirds of the time that one process takes
 test: install
@@ -34,11 +34,12 @@ test-slow: install
 
 # mypy reads the packages under their installed names through links, since editable installs are opaque to it
 check: install
-	mkdir -p .check/personaxis
-	for package in $(PACKAGES); do ln -sfn ../../$$package .check/personaxis/$$package; done
+	mkdir -p .check/personatlas
+	for package in $(PACKAGES); do ln -sfn ../../$$package .check/personatlas/$$package; done
+	for file in cli __init__.py __main__.py py.typed; do ln -sfn ../../personatlas/$$file .check/personatlas/$$file; done
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	cd .check && MYPYPATH=. ../$(BIN)/mypy --config-file ../pyproject.toml $(foreach package,$(PACKAGES),-p personaxis.$(package))
+	cd .check && MYPYPATH=. ../$(BIN)/mypy --config-file ../pyproject.toml -p personatlas
 	$(BIN)/python -m pytest tests/test_architecture.py
 
 format: install

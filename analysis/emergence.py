@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from personaxis.analysis.compare import ranked_alike
-from personaxis.persona.axis import Axis
-from personaxis.persona.errors import KnownError
+from personatlas.analysis.fit.pipeline import ranked_alike
+from personatlas.persona.axis import Axis
+from personatlas.persona.errors import KnownError
 
 SHOWN = 6  # roles at either end of the last checkpoint whose way is drawn
 
@@ -85,10 +85,15 @@ def _place(z: Mapping[str, float], positive: str) -> dict[str, Any]:
 
 def _courses(z: Mapping[int, Mapping[str, float]], steps: Sequence[int]) -> dict[str, list[float]]:
     """Every role's z over the steps, in the order of the last one."""
-    return {name: [z[step][name] for step in steps] for name in sorted(z[steps[-1]], key=lambda one: z[steps[-1]][one])}
+    return {
+        name: [z[step][name] for step in steps]
+        for name in sorted(z[steps[-1]], key=lambda one: z[steps[-1]][one])
+    }
 
 
-def ends(courses: Mapping[str, Sequence[float]], positive: str, count: int = SHOWN) -> tuple[list[str], list[str]]:
+def ends(
+    courses: Mapping[str, Sequence[float]], positive: str, count: int = SHOWN
+) -> tuple[list[str], list[str]]:
     """The lowest and the highest roles at the last checkpoint, without the positive pole."""
     names = sorted((name for name in courses if name != positive), key=lambda name: courses[name][-1])
     count = min(count, len(names) // 2)

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from personaxis.analysis.drift import Baseline, Rule, watch
-from personaxis.analysis.paired import LEVEL, wilson
+from personatlas.analysis.drift_alarm import Baseline, Rule, watch
+from personatlas.analysis.stats import LEVEL, wilson
 
 SAMPLES = 4000  # of a bootstrap
 SHUFFLES = 400  # orders of turns
@@ -40,7 +40,9 @@ class Slope:
 def script_weights(scripts: Sequence[str], seed: int = 0) -> Values:
     """How often each of N conversations is drawn in each bootstrap sample, (SAMPLES, N): scripts are drawn with all of theirs."""
     names, index = np.unique(np.asarray(scripts), return_inverse=True)
-    draws = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=SAMPLES)
+    draws = np.random.default_rng(seed).multinomial(
+        len(names), np.full(len(names), 1 / len(names)), size=SAMPLES
+    )
     return draws[:, index].astype(float)
 
 
@@ -53,8 +55,12 @@ def band(values: Values, scripts: Sequence[str], seed: int = 0) -> list[dict[str
         if not own.any():
             continue
         there = values[own, turn]
-        low, high = _interval(there, weights[:, own], len({s for s, kept in zip(scripts, own, strict=True) if kept}))
-        rows.append({"turn": turn + 1, "mean": float(there.mean()), "low": low, "high": high, "n": len(there)})
+        low, high = _interval(
+            there, weights[:, own], len({s for s, kept in zip(scripts, own, strict=True) if kept})
+        )
+        rows.append(
+            {"turn": turn + 1, "mean": float(there.mean()), "low": low, "high": high, "n": len(there)}
+        )
     return rows
 
 
@@ -92,7 +98,9 @@ def alarms(rule: Rule, baseline: Baseline, readings: Sequence[Sequence[float]]) 
     of conversations that reach it in which the alarm is on."""
     states = [list(watch(rule, baseline, one)) for one in readings]
     firsts = [
-        first for own in states if (first := next((t for t, one in enumerate(own, 1) if one.raised), None)) is not None
+        first
+        for own in states
+        if (first := next((t for t, one in enumerate(own, 1) if one.raised), None)) is not None
     ]
     n, longest = len(states), max(map(len, states), default=0)
     on = [[own[turn].alarm for own in states if len(own) > turn] for turn in range(longest)]

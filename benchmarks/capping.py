@@ -16,14 +16,14 @@ from collections.abc import Callable
 import torch
 from transformers import DynamicCache, StaticCache
 
-from personaxis.persona.axis import Cap, load_axis
-from personaxis.persona.fitted import axis_stem
-from personaxis.persona.graph import fastest_sampler
-from personaxis.persona.sampler import Prompt, Sampling
-from personaxis.persona.subject import Subject, load_subject
-from personaxis.steering.caps import layers_named
-from personaxis.steering.interventions import cap_of
-from personaxis.steering.steer import steered
+from personatlas.persona.axis import Cap, load_axis
+from personatlas.persona.models.load import Subject, load_subject
+from personatlas.persona.runs import axis_stem
+from personatlas.persona.sampling.cuda_graph import fastest_sampler
+from personatlas.persona.sampling.sampler import Prompt, Sampling
+from personatlas.steering.caps import layers_named
+from personatlas.steering.hooks.steering import steered
+from personatlas.steering.interventions import cap_of
 
 PROMPT = 32  # tokens
 
@@ -61,11 +61,19 @@ def say(engine: str, batch: int, tokens: int, times: dict[str, list[float]]) -> 
 
 
 def plain_step(model, ids, positions, cache):
-    return model(input_ids=ids, position_ids=positions, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
+    return (
+        model(input_ids=ids, position_ids=positions, past_key_values=cache)
+        .logits[:, -1]
+        .argmax(-1, keepdim=True)
+    )
 
 
 def capped_step(model, ids, positions, cache):
-    return model(input_ids=ids, position_ids=positions, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
+    return (
+        model(input_ids=ids, position_ids=positions, past_key_values=cache)
+        .logits[:, -1]
+        .argmax(-1, keepdim=True)
+    )
 
 
 def decode(subject: Subject, step: Callable, cache: StaticCache, token: torch.Tensor, steps: int) -> None:
@@ -125,7 +133,9 @@ def compiled(subject: Subject, cap: Cap, batch: int, steps: int, repeats: int) -
 def sampled(subject: Subject, cap: Cap, batch: int, steps: int, repeats: int) -> None:
     ids = tuple(range(100, 100 + PROMPT))
     prompts = [Prompt(ids, seed) for seed in range(batch)]
-    engines = [fastest_sampler(subject, frozenset(), Sampling(max_new_tokens=steps), PROMPT) for _ in range(2)]
+    engines = [
+        fastest_sampler(subject, frozenset(), Sampling(max_new_tokens=steps), PROMPT) for _ in range(2)
+    ]
     with steered(subject, [cap]) as held:
         list(engines[1].answers(prompts, held))
         print(f"          fired on {held.tally.share:.0%} of tokens times layers", flush=True)
@@ -137,7 +147,9 @@ def sampled(subject: Subject, cap: Cap, batch: int, steps: int, repeats: int) ->
             with held_off(subject):
                 list(engines[0].answers(prompts))  # captured without hooks
         times = in_turn({"plain": lambda: without(subject, engines[0], prompts), "capped": capped}, repeats)
-        assert held.tally.seen.sum() == len(held.layers) * batch * (PROMPT + steps - 2)  # but the first and the last
+        assert held.tally.seen.sum() == len(held.layers) * batch * (
+            PROMPT + steps - 2
+        )  # but the first and the last
     say("sampler", batch, batch * steps, times)
 
 
@@ -209,7 +221,9 @@ def main() -> None:
     given = parser.parse_args()
     subject = load_subject(given.model)
     cap = cap_of(load_axis(axis_stem(given.axis)), layers_named(given.layers), 0.5)
-    print(f"{subject.id} in {subject.dtype}, {len(cap.layers)} capped layers, {given.steps} steps", flush=True)
+    print(
+        f"{subject.id} in {subject.dtype}, {len(cap.layers)} capped layers, {given.steps} steps", flush=True
+    )
     engines = {"compiled": compiled, "sampler": sampled, "hooks": hooked}
     for name in given.engines.split(","):
         if name == "compiled" and subject.device.type != "cuda":

@@ -15,24 +15,25 @@ from pathlib import Path
 
 import torch
 
-from personaxis.persona.ranks import Ranks
-from personaxis.training.chat_asked import Chats
-from personaxis.training.chat_data import ChatData, prepare
-from personaxis.training.chat_plan import chat_plan, peaks_of
-from personaxis.training.chat_tokens import ChatEncoder
-from personaxis.training.checkpoints import Checkpoint, load_weights
-from personaxis.training.chips import chip_of
-from personaxis.training.dial import Plan
-from personaxis.training.gpt import GPT
-from personaxis.training.parent import Parent, parent_of
-from personaxis.training.stepping import Stepper
-from personaxis.training.world import join, wait_for
+from personatlas.persona.distributed import Ranks
+from personatlas.training.chat.mixture import ChatData, prepare
+from personatlas.training.chat.packing import ChatEncoder
+from personatlas.training.chat.plan import chat_plan, peaks_of
+from personatlas.training.finetune import Parent, parent_of
+from personatlas.training.loop.checkpoints import Checkpoint, load_weights
+from personatlas.training.loop.distributed import join, wait_for
+from personatlas.training.loop.step import Stepper
+from personatlas.training.model.gpt import GPT
+from personatlas.training.options import Chats
+from personatlas.training.plan import Plan, chip_of
 
 LAST = 20  # steps whose loss is told
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("base", type=Path)
     parser.add_argument("--data", action="append", required=True)
     parser.add_argument("--epochs", type=float, default=2.0)

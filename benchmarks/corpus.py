@@ -11,10 +11,10 @@ import resource
 import time
 from pathlib import Path
 
-from personaxis.training.batches import Batches
-from personaxis.training.corpus import Corpus
-from personaxis.training.tokenizer import SAMPLE, make_tokenizer
-from personaxis.training.tokens import make_tokens
+from personatlas.training.data.batches import Batches
+from personatlas.training.data.corpus import Corpus
+from personatlas.training.data.token_shards import make_tokens
+from personatlas.training.data.tokenizer import SAMPLE, make_tokenizer
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Streaming chats against a server that is up: throughput at several numbers at once, what is dropped, what is left behind.
 
-    personaxis serve smollm2-135m --axis smollm2-135m &
+    personatlas serve smollm2-135m --axis smollm2-135m &
     python benchmarks/load.py --at-once 1 32 --requests 32 --tokens 48          # throughput at 32 against one at a time
     python benchmarks/load.py --at-once 32 --requests 10000 --tokens 4 --leave 0.01 --pid $!     # memory and slots over many requests
 
@@ -45,7 +45,9 @@ class Load:
         """One streaming chat."""
         leaves = self.random.random() < self.leave
         body = {
-            "messages": [{"role": "user", "content": f"Tell me about {self.random.choice(TOPICS)}, number {number}."}],
+            "messages": [
+                {"role": "user", "content": f"Tell me about {self.random.choice(TOPICS)}, number {number}."}
+            ],
             "stream": True,
             "stream_options": {"include_usage": True},
             "max_tokens": self.tokens,
@@ -105,7 +107,10 @@ def resident(pid: int | None) -> float | None:
     path = Path(f"/proc/{pid}/status")
     if pid is None or not path.is_file():
         return None
-    return int(next(line for line in path.read_text().splitlines() if line.startswith("VmRSS")).split()[1]) / 1024
+    return (
+        int(next(line for line in path.read_text().splitlines() if line.startswith("VmRSS")).split()[1])
+        / 1024
+    )
 
 
 def left_behind(url: str) -> dict[str, float]:
@@ -113,7 +118,7 @@ def left_behind(url: str) -> dict[str, float]:
     deadline = time.monotonic() + 20
     while True:
         lines = httpx.get(f"{url}/metrics").text.splitlines()
-        found = {line.split()[0]: float(line.split()[1]) for line in lines if line.startswith(("personaxis_running ", "personaxis_queue "))}  # fmt: skip
+        found = {line.split()[0]: float(line.split()[1]) for line in lines if line.startswith(("personatlas_running ", "personatlas_queue "))}  # fmt: skip
         if not any(found.values()) or time.monotonic() > deadline:
             return found
         time.sleep(0.1)

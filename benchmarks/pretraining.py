@@ -15,21 +15,21 @@ from pathlib import Path
 
 import torch
 
-from personaxis.persona.ranks import Ranks
-from personaxis.training.batches import Batches
-from personaxis.training.chips import chip_of
-from personaxis.training.dial import Plan, plan_of, utilisation
-from personaxis.training.evaluate import fit_of
-from personaxis.training.gpt import GPT
-from personaxis.training.source import BooksSource
-from personaxis.training.stepping import Stepper
-from personaxis.training.tokenizer import load_tokenizer, token_bytes
-from personaxis.training.tokens import open_tokens
-from personaxis.training.world import join, wait_for
+from personatlas.persona.distributed import Ranks
+from personatlas.training.bits_per_byte import fit_of
+from personatlas.training.data.batches import Batches, BooksSource
+from personatlas.training.data.token_shards import open_tokens
+from personatlas.training.data.tokenizer import load_tokenizer, token_bytes
+from personatlas.training.loop.distributed import join, wait_for
+from personatlas.training.loop.step import Stepper
+from personatlas.training.model.gpt import GPT
+from personatlas.training.plan import Plan, chip_of, plan_of, utilisation
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("token_folder", type=Path)
     parser.add_argument("tokenizer", type=Path)
     parser.add_argument("--depth", type=int, default=12)
@@ -54,7 +54,9 @@ def main() -> None:
             stepper = Stepper(model.initialise(0).to(device), source, plan, ranks, device)
         stepper.replan(plan, source)
         row = measured(stepper)
-        fit = fit_of(stepper.model, tokens.held_out, lengths, plan.shape.context, min(16, stepper.micro_batch))
+        fit = fit_of(
+            stepper.model, tokens.held_out, lengths, plan.shape.context, min(16, stepper.micro_batch)
+        )
         row = {"arm": text, "fp8": asked.fp8, "bits_per_byte": round(fit.bits_per_byte, 4), **row}
         print(json.dumps(row), flush=True)
         if asked.out:

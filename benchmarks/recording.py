@@ -13,11 +13,11 @@ import time
 
 import torch
 
-from personaxis.persona.record import CPU_TOKENS, GPU_MULTIPLE, GPU_TOKENS, compiled, record
-from personaxis.persona.rollouts import Rollout
-from personaxis.persona.sampler import batch_end, batch_tokens, pad
-from personaxis.persona.selftest import run_self_test
-from personaxis.persona.subject import Subject, load_subject
+from personatlas.persona.models.load import Subject, load_subject
+from personatlas.persona.pipeline.record import CPU_TOKENS, GPU_MULTIPLE, GPU_TOKENS, compiled, record
+from personatlas.persona.pipeline.self_test import run_self_test
+from personatlas.persona.rollout import Rollout
+from personatlas.persona.sampling.sampler import batch_end, batch_tokens, pad
 
 
 def made_up(number: int) -> list[Rollout]:
@@ -62,7 +62,9 @@ def main() -> None:
     options = parser.parse_args()
     subject = load_subject("smollm2-135m")
     for check in run_self_test(subject):
-        print(f"{'ok' if check.passed else 'FAILED'}  {check.name}: {check.found:.3g} (allowed {check.allowed:.3g})")
+        print(
+            f"{'ok' if check.passed else 'FAILED'}  {check.name}: {check.found:.3g} (allowed {check.allowed:.3g})"
+        )
     tokens = options.batch_tokens or batch_tokens(subject, CPU_TOKENS, GPU_TOKENS)
     rollouts = made_up(options.rollouts)
     total = sum(len(r.prompt_ids) + len(r.answer_ids) for r in rollouts)
@@ -77,7 +79,8 @@ def main() -> None:
             first = seconds(recorded)
             plain(subject, rollouts, tokens)
             times = [
-                (seconds(recorded), seconds(lambda: plain(subject, rollouts, tokens))) for _ in range(options.repeats)
+                (seconds(recorded), seconds(lambda: plain(subject, rollouts, tokens)))
+                for _ in range(options.repeats)
             ]
         with_hooks, without = (statistics.median(column) for column in zip(*times, strict=True))
         ratio = statistics.median(a / b for a, b in times)

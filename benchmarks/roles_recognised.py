@@ -20,8 +20,8 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline, make_union
 
-from personaxis.persona.rollouts import read_rollouts
-from personaxis.training.held_out import interval
+from personatlas.persona.rollout import read_rollouts
+from personatlas.training.chat.heldout_loss import interval
 
 WORDS = 40
 
@@ -29,7 +29,9 @@ Answer = tuple[str, str, str]  # its role, its question, its first words
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("teacher", type=Path)
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--apart", default="")
@@ -43,7 +45,9 @@ def main() -> None:
         parser.error(f"{asked.teacher} has no answers of {missing[0]} to questions that no RUN asks")
     print(f"{len(known)} answers of {len({role for role, _, _ in known})} roles to other questions are known")
     words = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), min_df=2)
-    letters = TfidfVectorizer(sublinear_tf=True, analyzer="char_wb", ngram_range=(2, 4), min_df=3, max_features=40_000)
+    letters = TfidfVectorizer(
+        sublinear_tf=True, analyzer="char_wb", ngram_range=(2, 4), min_df=3, max_features=40_000
+    )
     judge = make_pipeline(make_union(words, letters), LogisticRegression(C=30, max_iter=200))
     judge.fit([text for _, _, text in known], [role for role, _, _ in known])
     for run, answers in runs.items():
@@ -68,7 +72,10 @@ def said(judge: Pipeline, answers: Sequence[Answer]) -> str:
     names = [str(judge.classes_[row[0]]) for row in order]
     column = {name: place for place, name in enumerate(judge.classes_)}
     right = np.array([float(name == role) for name, (role, _, _) in zip(names, answers, strict=True)])
-    places = [1 + int(np.flatnonzero(row == column[role])[0]) for row, (role, _, _) in zip(order, answers, strict=True)]
+    places = [
+        1 + int(np.flatnonzero(row == column[role])[0])
+        for row, (role, _, _) in zip(order, answers, strict=True)
+    ]
     dealt = Counter(names)
     chance = np.mean([dealt[role] / len(names) for role, _, _ in answers])
     found = interval(right, np.ones(len(right)), [question for _, question, _ in answers])

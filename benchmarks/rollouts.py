@@ -12,13 +12,13 @@ import time
 
 import torch
 
-from personaxis.persona.bank import load_bank
-from personaxis.persona.chat import chat_format
-from personaxis.persona.record import record
-from personaxis.persona.rollouts import Rollout, Selection
-from personaxis.persona.sampler import Prompt, Sampler, Sampling, pad
-from personaxis.persona.stages import plan_rollouts
-from personaxis.persona.subject import load_subject
+from personatlas.persona.models.chat_template import chat_format
+from personatlas.persona.models.load import load_subject
+from personatlas.persona.pipeline.record import record
+from personatlas.persona.pipeline.stages import plan_rollouts
+from personatlas.persona.roles.bank import load_bank
+from personatlas.persona.rollout import Rollout, Selection
+from personatlas.persona.sampling.sampler import Prompt, Sampler, Sampling, pad
 
 
 def synchronised() -> float:
@@ -33,7 +33,9 @@ def generate_arm(dtype: str, prompts: list[Prompt], tokens: int, batch: int) -> 
     start = synchronised()
     for first in range(0, len(prompts), batch):
         part = prompts[first : first + batch]
-        ids = pad([prompt.ids[::-1] for prompt in part], subject.device).flip(1)  # on the left, as `generate` wants it
+        ids = pad([prompt.ids[::-1] for prompt in part], subject.device).flip(
+            1
+        )  # on the left, as `generate` wants it
         mask = pad([[1] * len(prompt.ids) for prompt in part], subject.device).flip(1)
         subject.model.generate(
             ids,
@@ -53,7 +55,7 @@ def own_sampler(prompts: list[Prompt], tokens: int, slots: int | None) -> Sample
     sampling = Sampling(max_new_tokens=tokens)
     if subject.device.type != "cuda":
         return Sampler(subject, frozenset(), sampling)
-    from personaxis.persona.graph import GraphSampler
+    from personatlas.persona.sampling.cuda_graph import GraphSampler
 
     return GraphSampler(subject, frozenset(), sampling, slots, max(len(prompt.ids) for prompt in prompts))
 
@@ -79,8 +81,8 @@ def where_a_step_goes(sampler: Sampler) -> str:
     """One replayed decoding step on a GPU, and its draw, attention and head alone, in milliseconds."""
     from triton.testing import do_bench
 
-    from personaxis.persona.graph import GraphSampler
-    from personaxis.persona.kernels import attend_on_gpu, draw_on_gpu
+    from personatlas.persona.sampling.cuda_graph import GraphSampler
+    from personatlas.persona.sampling.kernels import attend_on_gpu, draw_on_gpu
 
     assert isinstance(sampler, GraphSampler)
     steps = sampler._steps
@@ -98,7 +100,8 @@ def where_a_step_goes(sampler: Sampler) -> str:
         "draw": lambda: draw_on_gpu(logits, noise, 0.7, 0.9),
         "head": lambda: head(h),
         f"{subject.n_layers} attentions": lambda: [
-            attend_on_gpu(query, layer.keys, layer.values, steps.positions, 0.125) for _ in range(subject.n_layers)
+            attend_on_gpu(query, layer.keys, layer.values, steps.positions, 0.125)
+            for _ in range(subject.n_layers)
         ],
     }
     found = {name: do_bench(work, return_mode="median") for name, work in arms.items()}
@@ -112,7 +115,9 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--plain", type=int, help="rollouts for `generate`, all unless given")
-    parser.add_argument("--slots", type=int, nargs="*", help="on a GPU: rows that decode together, several to compare")
+    parser.add_argument(
+        "--slots", type=int, nargs="*", help="on a GPU: rows that decode together, several to compare"
+    )
     options = parser.parse_args()
     gpu = torch.cuda.is_available()
     subject, bank = load_subject("smollm2-135m"), load_bank()
@@ -123,17 +128,21 @@ def main() -> None:
     prompts = [Prompt(plan.prompt_ids[request.key], request.seed) for request in chosen]
     samplers = {slots: own_sampler(prompts, options.tokens, slots) for slots in options.slots or [None]}
     for sampler in samplers.values():
-        own_arm(sampler, prompts[: options.chunk], options.chunk, recorded=False)  # captures, compiles kernels
+        own_arm(
+            sampler, prompts[: options.chunk], options.chunk, recorded=False
+        )  # captures, compiles kernels
         if gpu:
             print(where_a_step_goes(sampler), flush=True)
     for _ in range(options.repeats):
         arms = {
-            f"generate {dtype}": generate_arm(dtype, prompts[: options.plain], options.tokens, 768 if gpu else 64)
+            f"generate {dtype}": generate_arm(
+                dtype, prompts[: options.plain], options.tokens, 768 if gpu else 64
+            )
             for dtype in ("bfloat16", "float32")[: 1 if gpu else 2]
         }
         plain = arms["generate bfloat16"]
         for slots, sampler in samplers.items():
-            name = f"personaxis {sampler.subject.dtype}" + (f", {slots} slots" if slots else "")
+            name = f"personatlas {sampler.subject.dtype}" + (f", {slots} slots" if slots else "")
             arms[name] = own_arm(sampler, prompts, options.chunk, recorded=False)
             arms[f"{name}, recorded"] = own_arm(sampler, prompts, options.chunk, recorded=True)
         for name, rate in arms.items():

@@ -15,10 +15,10 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-from personaxis.persona.options import ModelOptions
-from personaxis.steering.serve.engine import Ask, Ended, Engine, Room
-from personaxis.steering.serve.rows import Step
-from personaxis.steering.verbs import loaded
+from personatlas.persona.options import ModelOptions
+from personatlas.steering.serve.engine.batch import Step
+from personatlas.steering.serve.engine.scheduler import Ask, Ended, Engine, Room
+from personatlas.steering.session import loaded
 
 QUESTIONS = [
     "How do I read a file line by line?",
@@ -93,10 +93,15 @@ def compare(held, caps, name: str, rows: int, tokens: int, repeats: int) -> dict
     found: dict[str, list[tuple[float, float]]] = {"bare": [], "watched": [], "capped": []}
     for repeat in range(repeats + 1):
         for arm, own in found.items():
-            engine, clock = opened(held, caps, Room(slots=max(rows, 1), length=512, prefixes=0), bare=arm == "bare")
+            engine, clock = opened(
+                held, caps, Room(slots=max(rows, 1), length=512, prefixes=0), bare=arm == "bare"
+            )
             engine.start()
             cap = engine.plans.wanted(name) if arm == "capped" else None
-            asks = [Ask(held.prompt(n), seed=n, temperature=0.7, top_p=0.9, limit=tokens, cap=cap) for n in range(rows)]
+            asks = [
+                Ask(held.prompt(n), seed=n, temperature=0.7, top_p=0.9, limit=tokens, cap=cap)
+                for n in range(rows)
+            ]
             ran(
                 engine, clock, asks[:1] if rows == 1 else asks
             ) if held.subject.device.type == "cuda" else None  # capture
@@ -105,7 +110,10 @@ def compare(held, caps, name: str, rows: int, tokens: int, repeats: int) -> dict
             if repeat:  # the first turn warms up
                 own.append(result)
     return {
-        arm: {"first": statistics.median(one[0] for one in own), "rate": statistics.median(one[1] for one in own)}
+        arm: {
+            "first": statistics.median(one[0] for one in own),
+            "rate": statistics.median(one[1] for one in own),
+        }
         for arm, own in found.items()
     }
 
@@ -141,7 +149,9 @@ def endure(held, caps, requests: int) -> dict[str, object]:
         for n in range(requests // 10):
             number = part * requests // 10 + n
             cap = wanted[number % len(wanted)]
-            ask = Ask(held.prompt(number), seed=number, temperature=0.7, top_p=0.9, limit=2 + number % 5, cap=cap)
+            ask = Ask(
+                held.prompt(number), seed=number, temperature=0.7, top_p=0.9, limit=2 + number % 5, cap=cap
+            )
             ticket = engine.submit(ask)
             if number % 100 == 0:
                 threading.Timer(0.01 * (number % 7), ticket.cancel).start()

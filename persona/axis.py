@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from personaxis.persona.errors import KnownError
-from personaxis.persona.store import load_tensors, save_tensors
+from personatlas.persona.artifacts import load_tensors, save_tensors
+from personatlas.persona.errors import KnownError
 
 POLES = ("assistant", "role-play")
 
@@ -43,7 +43,9 @@ class Axis:
     def __post_init__(self) -> None:
         n_layers, _ = self.vectors.shape
         if len(self.layers) != n_layers or self.norms.shape != (n_layers,):
-            raise ValueError(f"{n_layers} vectors, {len(self.layers)} layers and {len(self.norms)} norms do not match")
+            raise ValueError(
+                f"{n_layers} vectors, {len(self.layers)} layers and {len(self.norms)} norms do not match"
+            )
         if self.layer not in self.layers:
             raise ValueError(f"the layer to use, {self.layer}, is not one of the axis ({self.layers})")
         _require_unit_rows(self.vectors)
@@ -63,7 +65,12 @@ class Axis:
         tensors = {"vectors": self.vectors, "norms": self.norms}
         if self.levels:
             tensors |= {"default_quantiles": self.default_quantiles, "role_quantiles": self.role_quantiles}
-        meta = {"layers": list(self.layers), "layer": self.layer, "model": self.model, "levels": list(self.levels)}
+        meta = {
+            "layers": list(self.layers),
+            "layer": self.layer,
+            "model": self.model,
+            "levels": list(self.levels),
+        }
         save_tensors(stem, tensors, {"kind": "axis", **meta, "poles": list(self.poles), "fit": self.fit})
 
 
@@ -75,7 +82,9 @@ def require_origin(what: str, origin: dict[str, Any], model: dict[str, Any], *, 
     said = f"this {what} came from {origin.get('id')} ({origin.get('weights')}), not from {model['id']} ({model['weights']})"
     for name in ("d_model", "n_layers"):
         if origin.get(name) is not None and origin[name] != model[name]:
-            raise KnownError(f"{said}: {name} {origin[name]} against {model[name]}; fit an axis on this model")
+            raise KnownError(
+                f"{said}: {name} {origin[name]} against {model[name]}; fit an axis on this model"
+            )
     if origin.get("fingerprint") in (None, model["fingerprint"]):
         return
     if origin.get("weights") == model["weights"]:
@@ -90,7 +99,9 @@ def require_origin(what: str, origin: dict[str, Any], model: dict[str, Any], *, 
 def _require_unit_rows(vectors: Tensor) -> None:
     lengths = vectors.double().norm(dim=1)  # NaN or infinite where a row holds either
     if not torch.allclose(lengths, torch.ones_like(lengths), atol=1e-4):
-        raise ValueError(f"vectors must be finite and of length 1, got {lengths.min():.4g} to {lengths.max():.4g}")
+        raise ValueError(
+            f"vectors must be finite and of length 1, got {lengths.min():.4g} to {lengths.max():.4g}"
+        )
 
 
 def load_axis(stem: Path) -> Axis:
@@ -127,7 +138,9 @@ class PersonaSpace:
 
     def __post_init__(self) -> None:
         if self.coordinates.shape != (len(self.roles), len(self.components)):
-            raise ValueError(f"coordinates {tuple(self.coordinates.shape)} do not match {len(self.roles)} roles")
+            raise ValueError(
+                f"coordinates {tuple(self.coordinates.shape)} do not match {len(self.roles)} roles"
+            )
 
     def save(self, stem: Path) -> None:
         """Write `stem.safetensors` and `stem.json`."""
@@ -138,7 +151,9 @@ class PersonaSpace:
             "coordinates": self.coordinates,
         }
         save_tensors(
-            stem, tensors, {"kind": "space", "layer": self.layer, "roles": list(self.roles), "model": self.model}
+            stem,
+            tensors,
+            {"kind": "space", "layer": self.layer, "roles": list(self.roles), "model": self.model},
         )
 
 
@@ -220,7 +235,9 @@ def load_cap(stem: Path) -> Cap:
         layers = tuple(int(layer) for layer in meta["layers"])
         vectors, floor = tensors["vectors"], tensors["floor"]
         found = meta.get("found", {})
-        return Cap(layers, vectors, floor, tensors.get("ceiling"), tensors.get("prompt_floor"), **fields, found=found)
+        return Cap(
+            layers, vectors, floor, tensors.get("ceiling"), tensors.get("prompt_floor"), **fields, found=found
+        )
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise KnownError(f"{stem}.json is no cap that could be used: {_said(error)}") from None
 

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from personaxis.persona.errors import KnownError
-from personaxis.persona.rollouts import Selection
+from personatlas.persona.errors import KnownError
+from personatlas.persona.rollout import Selection
 
 
 @Parameter(name="*")
@@ -77,7 +77,7 @@ class JudgeOptions:
     """Who decides whether an answer plays its role."""
 
     judge: str = "rules"
-    "rules (offline), none, local:MODEL, or the URL of an OpenAI-compatible endpoint (key in PERSONAXIS_JUDGE_KEY)"
+    "rules (offline), none, local:MODEL, or the URL of an OpenAI-compatible endpoint (key in PERSONATLAS_JUDGE_KEY)"
     judge_model: str | None = None
     "the model to ask for at that URL"
 
@@ -132,7 +132,10 @@ def selection_of(options: PlanOptions) -> tuple[Selection, int]:
     if options.roles is not None and (len(names) if names is not None else count or 0) < 3:
         raise KnownError("a persona space needs at least 3 roles besides the default; give more with --roles")
     trait_names, n_traits = _names_or_count(options.trait_names, "--trait-names")
-    if options.trait_names is not None and (len(trait_names) if trait_names is not None else n_traits or 0) < 3:
+    if (
+        options.trait_names is not None
+        and (len(trait_names) if trait_names is not None else n_traits or 0) < 3
+    ):
         raise KnownError("a trait space needs at least 3 traits; give more with --trait-names")
     selection = Selection(
         role_names=names,

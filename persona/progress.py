@@ -7,7 +7,14 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 EVERY = 10.0  # seconds between plain lines
 
@@ -19,7 +26,9 @@ class Advance(Protocol):
 
 
 @contextmanager
-def progress(what: str, total: int, unit: str = "", *, done: int = 0, quiet: bool = False) -> Iterator[Advance]:
+def progress(
+    what: str, total: int, unit: str = "", *, done: int = 0, quiet: bool = False
+) -> Iterator[Advance]:
     """Show `total` items of `what`; `done` were there before and do not count into the rate (in `unit`s a second)."""
     console = Console(stderr=True)
     if quiet or total == done:
@@ -71,5 +80,9 @@ class _Lines:
         elapsed = max(time.monotonic() - self.start, 1e-6)
         rate = f", {self.units / elapsed:,.0f} {self.unit}/s" if self.unit else ""
         new = self.done - self.before
-        left = f", {elapsed / new * (self.total - self.done):.0f} s left" if new and self.done < self.total else ""
+        left = (
+            f", {elapsed / new * (self.total - self.done):.0f} s left"
+            if new and self.done < self.total
+            else ""
+        )
         say(f"{self.what}: {self.done}/{self.total} in {elapsed:.0f} s{rate}{left}")

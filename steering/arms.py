@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 import torch
 
-from personaxis.persona.chat import ChatFormat
-from personaxis.persona.graph import fastest_sampler
-from personaxis.persona.rollouts import Request
-from personaxis.persona.sampler import Answer, Prompt, Sampler, Sampling
-from personaxis.persona.stages import CPU_CHUNK, GPU_CHUNK
-from personaxis.persona.subject import Subject
-from personaxis.steering.steer import Plan, Tally, steered
+from personatlas.persona.models.chat_template import ChatFormat
+from personatlas.persona.models.load import Subject
+from personatlas.persona.pipeline.stages import CPU_CHUNK, GPU_CHUNK
+from personatlas.persona.rollout import Request
+from personatlas.persona.sampling.cuda_graph import fastest_sampler
+from personatlas.persona.sampling.sampler import Answer, Prompt, Sampler, Sampling
+from personatlas.steering.hooks.steering import Plan, Tally, steered
 
 AS_IT_IS = "as it is"  # the arm without interventions, by this name everywhere
 
@@ -62,10 +62,17 @@ def run_arms(
         acting = [name for name in group if arms[name]]
         plans = {name: acting.index(name) if name in acting else -1 for name in group}
         prompts = [
-            Prompt(own, request.seed, plans[name]) for name in group for own, request in zip(ids, requests, strict=True)
+            Prompt(own, request.seed, plans[name])
+            for name in group
+            for own, request in zip(ids, requests, strict=True)
         ]
         answers, tally = _answered(
-            subject, sampler, prompts, [arms[name] for name in acting], GPU_CHUNK if on_gpu else CPU_CHUNK, advance
+            subject,
+            sampler,
+            prompts,
+            [arms[name] for name in acting],
+            GPU_CHUNK if on_gpu else CPU_CHUNK,
+            advance,
         )
         for number, name in enumerate(group):
             rows = range(number * len(requests), (number + 1) * len(requests))
@@ -73,7 +80,9 @@ def run_arms(
             texts = tuple(
                 subject.tokenizer.decode(list(answer.ids), skip_special_tokens=True) for answer in own_answers
             )
-            yield Arm(name, texts, own_answers, tally.rows(rows) if tally is not None and arms[name] else None)
+            yield Arm(
+                name, texts, own_answers, tally.rows(rows) if tally is not None and arms[name] else None
+            )
 
 
 def _answered(
@@ -103,6 +112,7 @@ def _answered(
 def joined(tallies: Sequence[Tally]) -> Tally:
     """Accounts of the same layers, row after row."""
     columns = (
-        torch.cat([getattr(tally, name) for tally in tallies], dim=1) for name in ("seen", "fired", "total", "most")
+        torch.cat([getattr(tally, name) for tally in tallies], dim=1)
+        for name in ("seen", "fired", "total", "most")
     )
     return Tally(tallies[0].layers, *columns)

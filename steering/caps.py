@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from personaxis.persona.axis import Axis, Cap, load_cap
-from personaxis.persona.errors import KnownError
-from personaxis.steering.interventions import cap_of
+from personatlas.persona.axis import Axis, Cap, load_cap
+from personatlas.persona.errors import KnownError
+from personatlas.steering.interventions import cap_of
 
 ENDINGS = (".json", ".safetensors")
 SPEC = re.compile(r"(?:(default|roles):)?p(\d+(?:\.\d+)?)@(\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*)")
@@ -32,7 +32,9 @@ def caps_folder(stem: Path) -> Path:
 
 def cap_names(stem: Path) -> list[str]:
     """Names of the caps saved beside an axis."""
-    return sorted(path.stem for path in caps_folder(stem).glob("*.json") if path.with_suffix(".safetensors").is_file())
+    return sorted(
+        path.stem for path in caps_folder(stem).glob("*.json") if path.with_suffix(".safetensors").is_file()
+    )
 
 
 def cap_named(text: str, axis: Axis, stem: Path) -> Cap:
@@ -61,7 +63,7 @@ def _no_cap(text: str, axis: Axis, names: list[str]) -> str:
     if where and not level.split(":")[-1].startswith("p"):
         return f"--cap {text!r}: a level is written as p50 (the median), from p0 to p100, such as p50@18-23"
     some = f"p50@{axis.layers[len(axis.layers) // 2]}"
-    made = "a name (none is saved beside this axis; `personaxis calibrate RUN` makes some)"
+    made = "a name (none is saved beside this axis; `personatlas calibrate RUN` makes some)"
     known = f"one of {', '.join(names)}" if names else made
     return f"--cap {text!r} is not {known}, a cap file, or LEVEL@LAYERS such as {some} or roles:p75@20,22, each with +0.2 or so behind it for higher floors"
 
@@ -89,7 +91,9 @@ def layers_named(text: str) -> list[int]:
         first, _, last = part.partition("-")
         if last and int(last) < int(first):
             raise KnownError(f"layers {part} run backwards: write {last}-{first}")
-        if len(last or first) > MOST_DIGITS:  # before a list of so many is made: texts come over the network too
+        if (
+            len(last or first) > MOST_DIGITS
+        ):  # before a list of so many is made: texts come over the network too
             raise KnownError(f"layers {part[:40]}: no model has so many")
         layers += range(int(first), int(last or first) + 1)
     return layers

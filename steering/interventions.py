@@ -26,8 +26,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from personaxis.persona.axis import Axis, Cap
-from personaxis.persona.errors import KnownError
+from personatlas.persona.axis import Axis, Cap
+from personatlas.persona.errors import KnownError
 
 PHASES = ("prompt", "answer", "both")
 POPULATIONS = ("default", "roles")
@@ -49,7 +49,13 @@ class Add:
 
     @classmethod
     def along(
-        cls, axis: Axis, layers: Iterable[int], amount: float, phase: str = "both", *, spare_first: bool = True
+        cls,
+        axis: Axis,
+        layers: Iterable[int],
+        amount: float,
+        phase: str = "both",
+        *,
+        spare_first: bool = True,
     ) -> "Add":
         """The same amount along an axis at each layer."""
         chosen = tuple(layers)
@@ -73,7 +79,13 @@ class MeanAblate:
 
     @classmethod
     def along(
-        cls, axis: Axis, layers: Iterable[int], mean: Sequence[float], phase: str = "both", *, spare_first: bool = True
+        cls,
+        axis: Axis,
+        layers: Iterable[int],
+        mean: Sequence[float],
+        phase: str = "both",
+        *,
+        spare_first: bool = True,
     ) -> "MeanAblate":
         """Means by layer, along an axis."""
         chosen = tuple(layers)
@@ -95,7 +107,9 @@ class Ablate:
         _check(self.layers, self.vectors, torch.zeros(len(self.layers)), self.phase)
 
     @classmethod
-    def along(cls, axis: Axis, layers: Iterable[int], phase: str = "both", *, spare_first: bool = True) -> "Ablate":
+    def along(
+        cls, axis: Axis, layers: Iterable[int], phase: str = "both", *, spare_first: bool = True
+    ) -> "Ablate":
         """An axis's own direction at each layer."""
         chosen = tuple(layers)
         return cls(chosen, _vectors(axis, chosen), phase, spare_first, axis.model)
@@ -137,7 +151,9 @@ def cap_of(
         raise KnownError(f"level {level} is outside 0..1: it is a quantile")
     kept = [i for i, own in enumerate(axis.levels) if abs(own - level) < 1e-9]
     if not kept:
-        raise KnownError(f"level {level} is not kept in this axis ({', '.join(map(str, axis.levels)) or 'none is'})")
+        raise KnownError(
+            f"level {level} is not kept in this axis ({', '.join(map(str, axis.levels)) or 'none is'})"
+        )
     vectors = _vectors(axis, chosen)
     table = axis.default_quantiles if population == "default" else axis.role_quantiles
     floor = torch.stack([table[axis.layers.index(layer), kept[0]] for layer in chosen])
@@ -227,11 +243,15 @@ def _vectors(axis: Axis, layers: tuple[int, ...]) -> Float[Tensor, "C D"]:
 
 def _check(layers: tuple[int, ...], vectors: Tensor, numbers: Tensor, phase: str) -> None:
     if vectors.shape[0] != len(layers) or numbers.shape != (len(layers),):
-        raise ValueError(f"{len(layers)} layers, {vectors.shape[0]} vectors and {len(numbers)} numbers differ")
+        raise ValueError(
+            f"{len(layers)} layers, {vectors.shape[0]} vectors and {len(numbers)} numbers differ"
+        )
     if not torch.isfinite(numbers).all():
         raise ValueError("an amount or a mean is NaN or infinite")
     lengths = vectors.double().norm(dim=1)
     if not torch.allclose(lengths, torch.ones_like(lengths), atol=1e-4):
-        raise ValueError(f"vectors must be finite and of length 1, got {lengths.min():.4g} to {lengths.max():.4g}")
+        raise ValueError(
+            f"vectors must be finite and of length 1, got {lengths.min():.4g} to {lengths.max():.4g}"
+        )
     if phase not in PHASES:
         raise ValueError(f"phase {phase!r} is not one of {', '.join(PHASES)}")

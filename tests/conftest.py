@@ -9,19 +9,30 @@ import torch
 from jaxtyping import install_import_hook
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first kernel is defined: kernels run without a GPU
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # before the first kernel is defined: kernels run without a GPU
 
 ROOT = Path(__file__).parent.parent
+FOLDERS = [
+    ROOT / "tests",
+    *(path for path in (ROOT / "tests").rglob("*") if path.is_dir() and path.name != "__pycache__"),
+]
+os.environ["PYTHONPATH"] = os.pathsep.join([*map(str, FOLDERS), os.environ.get("PYTHONPATH", "")]).rstrip(
+    os.pathsep
+)  # for the processes that tests start
 # Triton reads its kernels' source, which the hook would wrap
 MODULES = [
-    ".".join(("personaxis", *path.relative_to(ROOT).with_suffix("").parts))
-    for folder in ("persona", "analysis", "steering", "training")
+    ".".join(("personatlas", *path.relative_to(ROOT).with_suffix("").parts)).replace(
+        "personatlas.personatlas", "personatlas"
+    )
+    for folder in ("personatlas", "persona", "analysis", "steering", "training")
     for path in (ROOT / folder).rglob("*.py")
     if path.stem not in ("__init__", "kernels")
 ]
 install_import_hook(MODULES, "beartype.beartype")
 
-LONG = ("test_notebooks", "test_base", "test_stages", "test_going_on")
+LONG = ("test_notebooks", "test_pretrain", "test_stages", "test_resume")
 
 
 def pytest_collection_modifyitems(items):
@@ -50,19 +61,19 @@ def whole_run(tmp_path_factory):
     from families import save_tiny
     from test_stages import write_bank
 
-    from personaxis.persona.cli import main
+    from personatlas.cli.app import main
 
     folder = tmp_path_factory.mktemp("tiny")
     save_tiny(folder / "tiny")
     bank = write_bank(folder / "bank")
-    how = (
-        "--device cpu --dtype float32 --samples 4 --chunk 32 --max-new-tokens 8 --judge none --keep all --replicates 4"
-    )
+    how = "--device cpu --dtype float32 --samples 4 --chunk 32 --max-new-tokens 8 --judge none --keep all --replicates 4"
     main(["axis", str(folder / "tiny"), "--bank", str(bank), "--out", str(folder / "run"), *how.split()])
     return folder
 
 
-@pytest.fixture(scope="module")  # not longer: other tests start processes, which forks of many threads take ill
+@pytest.fixture(
+    scope="module"
+)  # not longer: other tests start processes, which forks of many threads take ill
 def tiny_server(tiny_run, tmp_path_factory):
     """The real server around the tiny model, with the caps `held` and `firm`, in a thread (serving.Served)."""
     from serving import axis_folder, served, tiny_host
@@ -130,7 +141,9 @@ def visit(browser, desk, fake):
 
     yield open_page
     for page in opened:
-        hit = page.evaluate("[document.getElementById('keep').checked = false, localStorage.clear(), window.hit][2]")
+        hit = page.evaluate(
+            "[document.getElementById('keep').checked = false, localStorage.clear(), window.hit][2]"
+        )
         page.close()
         assert hit is None, "a script of a text ran"
     assert wrong == []

@@ -58,8 +58,8 @@ def test_a_module_imports_only_what_its_folder_may(path):
     folder = path.relative_to(ROOT).parts[0]
     for name in imports(path):
         parts = name.split(".")
-        assert parts[0] not in FOLDERS, f"{path} imports {name}: write personaxis.{name}"
-        if parts[0] == "personaxis" and path.name != "cli.py":
+        assert parts[0] not in FOLDERS, f"{path} imports {name}: write personatlas.{name}"
+        if parts[0] == "personatlas" and path.name != "cli.py":
             assert parts[1] in MAY_IMPORT[folder], f"{path} imports {name}: {folder} may not"
 
 

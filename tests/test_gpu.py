@@ -3,23 +3,23 @@
 import pytest
 import torch
 from families import tiny_subject
-from test_act import in_a_compiled_forward
 from test_record import by_hand, made_up, recorded
 from test_sampler import ENDS, SAMPLING, answers
 from test_serve_engine import LONG, PROMPTS, Listener, alone
 from test_steering import axis_of
+from test_step import in_a_compiled_forward
 
-from personaxis.persona.axis import Cap
-from personaxis.persona.draw import draw_plainly, row_noise
-from personaxis.persona.graph import GraphSampler
-from personaxis.persona.record import span_sum, span_sum_plainly
-from personaxis.persona.sampler import PlainDecoder, Sampler
-from personaxis.steering.act import Account, Batch, act, act_plainly, book
-from personaxis.steering.generate import trace
-from personaxis.steering.interventions import Ablate, Add, cap_of
-from personaxis.steering.prove import run_cap_test
-from personaxis.steering.serve.engine import Ask, Engine, Read, Room
-from personaxis.steering.tables import tables_of
+from personatlas.persona.axis import Cap
+from personatlas.persona.pipeline.record import span_sum, span_sum_plainly
+from personatlas.persona.sampling.cuda_graph import GraphSampler
+from personatlas.persona.sampling.next_token import draw_plainly, row_noise
+from personatlas.persona.sampling.sampler import PlainDecoder, Sampler
+from personatlas.steering.generate import trace
+from personatlas.steering.hooks.binding_check import run_cap_test
+from personatlas.steering.hooks.step import Account, Batch, act, act_plainly, book
+from personatlas.steering.hooks.tables import tables_of
+from personatlas.steering.interventions import Ablate, Add, cap_of
+from personatlas.steering.serve.engine.scheduler import Ask, Engine, Read, Room
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "mistral", "gpt2", "falcon", "mixtral")
@@ -32,7 +32,7 @@ def test_the_draw_is_that_of_the_plain_twin(dtype, top_p):
     logits = (torch.randn(512, 49152, device="cuda") * 3 + 2).to(dtype)
     logits[:100] *= 3
     noise = row_noise(torch.randint(0, 2**62, (512,)), torch.arange(512)).cuda()
-    from personaxis.persona.kernels import draw_on_gpu
+    from personatlas.persona.sampling.kernels import draw_on_gpu
 
     same = draw_on_gpu(logits, noise, 0.7, top_p) == draw_plainly(logits, noise, 0.7, top_p)
     # a token at the very edge of the nucleus may fall on either side: the masses are added in another order
@@ -49,9 +49,11 @@ def test_span_sums_are_those_of_the_plain_twin(dtype, d_model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("heads", "key_heads", "width", "window"), [(9, 3, 64, 0), (8, 1, 128, 40), (16, 16, 32, 0)])
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "width", "window"), [(9, 3, 64, 0), (8, 1, 128, 40), (16, 16, 32, 0)]
+)
 def test_slot_attention_is_masked_attention(dtype, heads, key_heads, width, window):
-    from personaxis.persona.kernels import attend_on_gpu
+    from personatlas.persona.sampling.kernels import attend_on_gpu
 
     query = torch.randn(100, heads, width, device="cuda").to(dtype)
     keys, values = (torch.randn(100, key_heads, 256, width, device="cuda").to(dtype) for _ in range(2))
@@ -81,7 +83,7 @@ def test_the_captured_decoder_answers_as_reading_the_whole_text_does(family):
     assert captured.decoder is not PlainDecoder
     assert answers(captured) == expected
     assert answers(captured) == expected  # replayed without another capture
-    assert subject.model.config._attn_implementation != "personaxis_slots"
+    assert subject.model.config._attn_implementation != "personatlas_slots"
 
 
 @pytest.mark.filterwarnings("ignore:TensorFloat32")  # the compiler's advice; exactness is what is tested
@@ -97,7 +99,9 @@ def test_recorded_means_equal_a_float64_mean(family, compile):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("d_model", "tokens", "n_plans"), [(576, 1, 3), (4096, 1, 1), (100, 17, 2), (576, 40, 4)])
+@pytest.mark.parametrize(
+    ("d_model", "tokens", "n_plans"), [(576, 1, 3), (4096, 1, 1), (100, 17, 2), (576, 40, 4)]
+)
 def test_the_steering_kernel_is_its_plain_twin(dtype, d_model, tokens, n_plans):
     generator = torch.Generator().manual_seed(tokens)
     vectors = torch.nn.functional.normalize(torch.randn(3, d_model, generator=generator), dim=1)
@@ -111,7 +115,8 @@ def test_the_steering_kernel_is_its_plain_twin(dtype, d_model, tokens, n_plans):
     rows = 33
     h = torch.randn(rows, tokens, d_model, generator=generator).to("cuda", dtype)
     numbers = [
-        torch.randint(0, high, (rows,), generator=generator).cuda() for high in (n_plans + 1, tokens + 1, tokens + 1, 2)
+        torch.randint(0, high, (rows,), generator=generator).cuda()
+        for high in (n_plans + 1, tokens + 1, tokens + 1, 2)
     ]
     for slots in (None, torch.randperm(rows, generator=generator).cuda()):
         batch = Batch(*numbers, slots)
@@ -144,10 +149,19 @@ def test_a_compiled_forward_is_steered_and_changed_without_compiling_again():
 def test_rows_that_come_and_go_in_captured_steps_get_what_they_would_get_alone(family):
     subject = tiny_subject(family, device="cuda")
     axis, listener = axis_of(tiny_subject(family)), Listener()
-    engine = Engine(subject, ENDS, axis, {"mild": cap_of(axis, (0, 1), 0.5)}, Room(slots=6, length=256), listener)
+    engine = Engine(
+        subject, ENDS, axis, {"mild": cap_of(axis, (0, 1), 0.5)}, Room(slots=6, length=256), listener
+    )
     cap = engine.plans.wanted("mild")
     asks = [
-        Ask(ids, seed=n, temperature=(0.7, 0.0)[n % 2], top_p=(0.9, 1.0, 0.5)[n % 3], limit=9, cap=(None, cap)[n % 2])
+        Ask(
+            ids,
+            seed=n,
+            temperature=(0.7, 0.0)[n % 2],
+            top_p=(0.9, 1.0, 0.5)[n % 3],
+            limit=9,
+            cap=(None, cap)[n % 2],
+        )
         for n, ids in enumerate([*PROMPTS, LONG] * 3)
     ]
     engine.start()

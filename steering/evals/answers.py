@@ -16,20 +16,20 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from personaxis.persona.axis import Axis
-from personaxis.persona.chat import ChatFormat
-from personaxis.persona.errors import KnownError
-from personaxis.persona.progress import progress
-from personaxis.persona.ranks import Ranks
-from personaxis.persona.rollouts import Message, Request, Rollout
-from personaxis.persona.sampler import Sampling
-from personaxis.persona.store import append_lines, read_lines
-from personaxis.persona.subject import Subject
-from personaxis.steering.arms import Arm, run_arms
-from personaxis.steering.evals.suites import Case, Suite
-from personaxis.steering.interventions import plan_digest
-from personaxis.steering.projected import mean_projections
-from personaxis.steering.steer import Plan
+from personatlas.persona.artifacts import append_lines, read_lines
+from personatlas.persona.axis import Axis
+from personatlas.persona.distributed import Ranks
+from personatlas.persona.errors import KnownError
+from personatlas.persona.models.chat_template import ChatFormat
+from personatlas.persona.models.load import Subject
+from personatlas.persona.progress import progress
+from personatlas.persona.rollout import Message, Request, Rollout
+from personatlas.persona.sampling.sampler import Sampling
+from personatlas.steering.arms import Arm, run_arms
+from personatlas.steering.evals.suites.build import Case, Suite
+from personatlas.steering.hooks.steering import Plan
+from personatlas.steering.interventions import plan_digest
+from personatlas.steering.teacher_forcing import mean_projections
 
 CPU_CHUNK, GPU_CHUNK = 32, 4096  # cases; what an interruption can cost of one arm
 
@@ -83,12 +83,16 @@ class Bench:
 
     def known(self) -> dict[str, dict[str, Any]]:
         """Rows of all ranks' logs by id."""
-        return {row["id"]: row for path in sorted(self.folder.glob("answers*.jsonl")) for row in read_lines(path)}
+        return {
+            row["id"]: row for path in sorted(self.folder.glob("answers*.jsonl")) for row in read_lines(path)
+        }
 
     @property
     def log(self) -> Path:
         """This rank's log."""
-        return self.folder / ("answers.jsonl" if self.ranks.world == 1 else f"answers.{self.ranks.rank:04d}.jsonl")
+        return self.folder / (
+            "answers.jsonl" if self.ranks.world == 1 else f"answers.{self.ranks.rank:04d}.jsonl"
+        )
 
 
 def fitting(bench: Bench, suite: Suite) -> tuple[Suite, int]:
@@ -96,10 +100,13 @@ def fitting(bench: Bench, suite: Suite) -> tuple[Suite, int]:
     kept = tuple(
         case
         for case in suite.cases
-        if not bench.room or len(bench.chat.prompt_ids(list(case.messages))) + suite.max_new_tokens + 1 <= bench.room
+        if not bench.room
+        or len(bench.chat.prompt_ids(list(case.messages))) + suite.max_new_tokens + 1 <= bench.room
     )
     if not kept:
-        raise KnownError(f"no case of {suite.name} fits into the {bench.room} tokens that {bench.subject.id} holds")
+        raise KnownError(
+            f"no case of {suite.name} fits into the {bench.room} tokens that {bench.subject.id} holds"
+        )
     return replace(suite, cases=kept), len(suite.cases) - len(kept)
 
 
@@ -135,7 +142,10 @@ def _conversations(bench: Bench, suite: Suite, found: Answers, arm: str, turn: i
         messages = list(case.messages)
         for number in range(turn):
             said = found[arm, case.key, number].text
-            messages += [{"role": "assistant", "content": said}, {"role": "user", "content": case.later[number]}]
+            messages += [
+                {"role": "assistant", "content": said},
+                {"role": "user", "content": case.later[number]},
+            ]
         needed = len(bench.chat.prompt_ids(messages)) + suite.max_new_tokens + 1
         if not bench.room or needed <= bench.room:
             asked[case.key] = tuple(messages)
@@ -156,7 +166,14 @@ class _Round:
     def id(self, arm: str, case: Case) -> str:
         """What decides the answer."""
         sampling = asdict(self.bench.sampling(self.suite))
-        content = [self.digests[arm], list(self.asked[arm][case.key]), case.seed, sampling, case.key, self.turn]
+        content = [
+            self.digests[arm],
+            list(self.asked[arm][case.key]),
+            case.seed,
+            sampling,
+            case.key,
+            self.turn,
+        ]
         text = json.dumps(content, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:24]
 

@@ -18,18 +18,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from personaxis.persona.errors import KnownError
-from personaxis.persona.progress import progress
-from personaxis.persona.rollouts import Rollout
-from personaxis.persona.store import append_lines, read_lines
-from personaxis.persona.subject import Subject
-from personaxis.steering.arms import distinct
-from personaxis.steering.cost import CPU_TOKENS, GPU_TOKENS, Cost, benign_costs
-from personaxis.steering.evals.answers import Answers, Bench, Said
-from personaxis.steering.evals.suites import Suite
-from personaxis.steering.interventions import plan_digest
-from personaxis.steering.steer import Plan
-from personaxis.steering.texts import batches
+from personatlas.persona.artifacts import append_lines, read_lines
+from personatlas.persona.errors import KnownError
+from personatlas.persona.models.load import Subject
+from personatlas.persona.progress import progress
+from personatlas.persona.rollout import Rollout
+from personatlas.steering.arms import distinct
+from personatlas.steering.evals.answers import Answers, Bench, Said
+from personatlas.steering.evals.suites.build import Suite
+from personatlas.steering.hooks.steering import Plan
+from personatlas.steering.interventions import plan_digest
+from personatlas.steering.loss_cost import CPU_TOKENS, GPU_TOKENS, Cost, benign_costs
+from personatlas.steering.teacher_forcing import batches
 
 WINDOW = 512  # tokens of a text that are read together
 LOOP = 4  # an answer loops when a run of so many tokens stands in it so often
@@ -74,7 +74,9 @@ def measured(
     return content
 
 
-def _read_costs(bench: Bench, texts: Sequence[Rollout], arms: Mapping[str, Plan], what: str) -> dict[str, Cost]:
+def _read_costs(
+    bench: Bench, texts: Sequence[Rollout], arms: Mapping[str, Plan], what: str
+) -> dict[str, Cost]:
     log = bench.folder / "capability.jsonl"
     asked = [[text.prompt_ids, text.answer_ids] for text in texts]
     sha = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
@@ -149,9 +151,13 @@ def text_windows(subject: Subject, path: Path, most: int) -> tuple[list[Rollout]
     text = read_text(path, most)
     ids = subject.tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) < 2:
-        raise KnownError(f"--text {path} has {len(ids)} tokens; at least 2 are needed, and thousands to say anything")
+        raise KnownError(
+            f"--text {path} has {len(ids)} tokens; at least 2 are needed, and thousands to say anything"
+        )
     windows = []
-    for first in range(0, len(ids) - 1, WINDOW):  # a window's first token is the last one of the window before
+    for first in range(
+        0, len(ids) - 1, WINDOW
+    ):  # a window's first token is the last one of the window before
         part = ids[first : first + WINDOW + 1]
         windows.append(Rollout(f"text/0/{first}/0", (), tuple(part[:1]), tuple(part[1:]), "", 0, "length"))
     return windows, len(text.encode()) - len(subject.tokenizer.decode(ids[:1]).encode())

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from personaxis.persona.errors import KnownError
+from personatlas.persona.errors import KnownError
 
 FIELD_LIMIT = 1 << 27  # characters; csv's own limit of 131,072 is shorter than some answers
 Row = dict[str, Any]
@@ -40,7 +40,9 @@ def read_rows(path: Path) -> list[Placed]:
     return rows
 
 
-def column(rows: list[Placed], names: tuple[str, ...], what: str, option: str = "", asked: str | None = None) -> str:
+def column(
+    rows: list[Placed], names: tuple[str, ...], what: str, option: str = "", asked: str | None = None
+) -> str:
     """The first of these columns that the first row has, whatever the letters' case, or the one asked for (by `option`, if there is one).
 
     Raises `KnownError` and names the columns that there are.
@@ -83,7 +85,9 @@ def _encoding(start: bytes) -> str:
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
     for odd, name in ((1, "utf-16-le"), (0, "utf-16-be")):
-        if len(start) >= 8 and start[odd::2].count(0) > 0.4 * len(start) / 2 > 4 * start[1 - odd :: 2].count(0):
+        if len(start) >= 8 and start[odd::2].count(0) > 0.4 * len(start) / 2 > 4 * start[1 - odd :: 2].count(
+            0
+        ):
             return name
     return "utf-8"
 

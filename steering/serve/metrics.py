@@ -1,11 +1,11 @@
-"""What a server counts, for Prometheus. Names begin with `personaxis_`; labels are caps that are loaded, never what a request says."""
+"""What a server counts, for Prometheus. Names begin with `personatlas_`; labels are caps that are loaded, never what a request says."""
 
 import time
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from personaxis.steering.serve.choice import Choice
+from personatlas.steering.serve.answer_stream import Choice
 
 SECONDS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
 Z = (-6, -5, -4, -3, -2.5, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3)
@@ -19,30 +19,38 @@ class Metrics:
     def __init__(self, model: str) -> None:
         self.registry = CollectorRegistry()
         told: dict[str, Any] = {"registry": self.registry}
-        self.requests = Counter("personaxis_requests", "Requests by route and status.", ["route", "status"], **told)
-        self.tokens = Counter("personaxis_tokens", "Tokens: read, kept from earlier turns, written.", ["kind"], **told)
+        self.requests = Counter(
+            "personatlas_requests", "Requests by route and status.", ["route", "status"], **told
+        )
+        self.tokens = Counter(
+            "personatlas_tokens", "Tokens: read, kept from earlier turns, written.", ["kind"], **told
+        )
         self.projection = Histogram(
-            "personaxis_projection_z",
+            "personatlas_projection_z",
             "Mean projection of an answer on the axis, in standard deviations of the baseline.",
             ["cap"], buckets=Z, **told,
         )  # fmt: skip
         self.fired = Histogram(
-            "personaxis_fired_fraction",
+            "personatlas_fired_fraction",
             "Share of an answer's tokens times layers that its cap changed.",
             ["cap"], buckets=SHARES, **told,
         )  # fmt: skip
-        self.alarms = Counter("personaxis_drift_alarms", "Drift alarms that were raised.", ["cap"], **told)
-        self.drifting = Counter("personaxis_drifting_answers", "Answers after which the alarm was on.", ["cap"], **told)
+        self.alarms = Counter("personatlas_drift_alarms", "Drift alarms that were raised.", ["cap"], **told)
+        self.drifting = Counter(
+            "personatlas_drifting_answers", "Answers after which the alarm was on.", ["cap"], **told
+        )
         self.first = Histogram(
-            "personaxis_first_token_seconds", "From a request to its first token.", buckets=SECONDS, **told
+            "personatlas_first_token_seconds", "From a request to its first token.", buckets=SECONDS, **told
         )
         self.whole = Histogram(
-            "personaxis_answer_seconds", "From a request to its last token.", buckets=SECONDS, **told
+            "personatlas_answer_seconds", "From a request to its last token.", buckets=SECONDS, **told
         )
-        self.running = Gauge("personaxis_running", "Rows that decode now.", **told)
-        self.queued = Gauge("personaxis_queue", "Requests that wait for a row.", **told)
-        self.cancelled = Counter("personaxis_cancelled", "Answers that were given up by their clients.", **told)
-        Gauge("personaxis_model_info", "What is served.", ["model"], **told).labels(model).set(1)
+        self.running = Gauge("personatlas_running", "Rows that decode now.", **told)
+        self.queued = Gauge("personatlas_queue", "Requests that wait for a row.", **told)
+        self.cancelled = Counter(
+            "personatlas_cancelled", "Answers that were given up by their clients.", **told
+        )
+        Gauge("personatlas_model_info", "What is served.", ["model"], **told).labels(model).set(1)
 
     def answered(self, choice: Choice, persona: dict[str, Any], named: set[str]) -> None:
         """An answer is whole."""

@@ -1,6 +1,6 @@
 // The server: GET v1/axis, and POST v1/chat/completions as a stream of server-sent events.
 
-const KEY = "personaxis.key";
+const KEY = "personatlas.key";
 
 export class ServerError extends Error {
   constructor(message, status = 0) {

@@ -21,7 +21,7 @@ export const startControls = (axis, changed) => {
   const caps = Object.entries(axis.caps ?? {});
   at("model").textContent = axis.model.id;
   at("model").title = `${axis.model.name}, ${axis.model.n_layers} layers, ${axis.dtype} on ${axis.device}`;
-  document.title = `${axis.model.id} · personaxis`;
+  document.title = `${axis.model.id} · personatlas`;
   at("cap").append(...caps.map(([name, cap]) => el("option", { value: name, title: `layers ${cap.layers}` }, name)));
   at("cap").disabled = at("compare").disabled = caps.length === 0;
   if (!caps.length) at("compare").title = at("cap").title = "This server has no cap: start it with one to compare";

@@ -1,4 +1,4 @@
-// Conversations as files: OpenAI's form, with what this page knows under "personaxis". Whatever is read is checked field by field
+// Conversations as files: OpenAI's form, with what this page knows under "personatlas". Whatever is read is checked field by field
 // and built anew, so that a file can bring in nothing but text and numbers.
 
 import { historyOf, isSplit, newAnswer, newConversation, PLAIN } from "./conversation.js";
@@ -26,7 +26,7 @@ export class FileError extends Error {}
 // `messages` is what a model would read: where two answers stand side by side, the one as it is.
 export const toSaved = (conversation, axis, now = new Date()) => ({
   messages: historyOf(conversation, PLAIN).messages,
-  personaxis: {
+  personatlas: {
     format: 1,
     saved: now.toISOString(),
     ...placeOf(axis),
@@ -63,7 +63,7 @@ export const fromSaved = (text, axis) => {
   if (!Array.isArray(told)) throw new FileError('This file is no conversation: {"messages": [{"role", "content"}]} is needed.');
   if (told.length > MOST) throw new FileError(`This file holds ${told.length} messages; at most ${MOST} are read.`);
   const messages = told.map(message);
-  const stored = content.personaxis;
+  const stored = content.personatlas;
   if (!stored || stored.format !== 1 || !Array.isArray(stored.turns)) return { conversation: fromMessages(messages), remark: null };
   return withStored(messages, stored, axis);
 };
@@ -169,7 +169,7 @@ const string = (value, where) => {
 
 // ---- the browser's own memory
 
-const HERE = "personaxis.conversation";
+const HERE = "personatlas.conversation";
 
 export const remember = (conversation, axis) => {
   try {
@@ -198,14 +198,14 @@ export const remembered = (axis) => {
 // What the user chose here, kept from visit to visit.
 export const choice = (name, fallback = null) => {
   try {
-    return localStorage.getItem(`personaxis.${name}`) ?? fallback;
+    return localStorage.getItem(`personatlas.${name}`) ?? fallback;
   } catch {
     return fallback;
   }
 };
 export const choose = (name, value) => {
   try {
-    localStorage.setItem(`personaxis.${name}`, value);
+    localStorage.setItem(`personatlas.${name}`, value);
   } catch {
     // it lasts as long as the page
   }

@@ -1,0 +1,1 @@
+"""Fitting the axis and the persona space, with their uncertainty."""

@@ -1,0 +1,67 @@
+"""What all pages of this project share: one HTML file that works offline, in the reader's light or dark, and runs nothing foreign.
+
+    write_page(path, folder / "report.html.jinja", {"fit": fit}, {"plane": figure})
+
+Names, prompts, answers and model ids come from others: templates escape all of them, figures carry them as JSON without
+markup, and the page's own policy runs no script but those written here and loads nothing at all.
+"""
+
+import base64
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from personatlas.persona.artifacts import atomic
+
+HERE = Path(__file__).parent
+
+
+def write_page(
+    path: Path,
+    template: Path,
+    content: Mapping[str, Any],
+    figures: Mapping[str, go.Figure],
+    filters: Mapping[str, Callable[..., Any]],
+) -> None:
+    """Write a template's page with its figures; without any, plotly and its script stay out."""
+    script = (HERE / "page.js").read_text(encoding="utf-8")
+    scripts = [get_plotlyjs(), script] if figures else [script]
+    data = "{" + ",".join(f"{json.dumps(name)}:{figure.to_json()}" for name, figure in figures.items()) + "}"
+    shared = {
+        "policy": _policy(scripts),
+        "css": Markup((HERE / "page.css").read_text(encoding="utf-8")),
+        "scripts": [Markup(one) for one in scripts],
+        "data": Markup(data.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")),
+        "drawn": figures.keys(),
+    }
+    environment = _environment(template.parent)
+    environment.filters |= filters
+    page = environment.get_template(template.name).render(shared | dict(content))
+    with atomic(path) as temporary:
+        temporary.write_bytes(page.encode("utf-8", "replace"))  # an answer may hold half a surrogate pair
+
+
+@cache
+def _environment(folder: Path) -> Environment:
+    loader = FileSystemLoader([folder, HERE])
+    return Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+
+
+def _policy(scripts: Sequence[str]) -> str:
+    """A content security policy: these scripts by their hashes, styles in the page, images from memory, no network."""
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    allowed = " ".join(f"'sha256-{value}'" for value in hashes)
+    return (
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; "
+        "base-uri 'none'; form-action 'none'"
+    )

@@ -1,0 +1,1 @@
+"""Judges of role play: rules, a local model, an endpoint."""

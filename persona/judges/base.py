@@ -1,0 +1,382 @@
+"""Does an answer play the role? Scores by a judge, the log that they are kept in, and which answers they let through.
+
+    0 refuses as itself   1 answers as itself   2 says that it is an AI, yet shows the role   3 fully in the role
+
+(arXiv 2601.10387, appendix on data.) The default role plays nobody and is never judged: its score stays None. What a
+judge could not decide is a `problem`, counted and asked again on the next run, never guessed.
+
+    tally = judge_rollouts(rollouts, bank, RuleJudge(), folder / "scores.jsonl", None)
+    rollouts = with_scores(rollouts, read_scores(folder / "scores.jsonl", tally.judge))
+    used, dropped = kept(rollouts, KEEP["small"], bank.default.name)
+"""
+
+import hashlib
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from personatlas.persona.artifacts import append_lines, read_lines
+from personatlas.persona.errors import KnownError
+from personatlas.persona.judges.rules import HIGHEST, NEITHER, rule_score
+from personatlas.persona.roles.bank import Bank, Role
+from personatlas.persona.roles.traits import POSITIVE, is_pole, poles
+from personatlas.persona.rollout import Rollout
+
+SCORES = (0, 1, 2, 3)
+# Rows are forced to disk in batches: one fsync a row would hold a fast judge to a few hundred answers a second.
+BATCH_ROWS, BATCH_SECONDS = 64, 0.5
+
+
+@dataclass(frozen=True)
+class Item:
+    """What a judge sees of a rollout: the role, the system prompt ("" for none), the question and the answer."""
+
+    key: str
+    role: Role
+    prompt: str
+    question: str
+    answer: str
+
+    @property
+    def sha(self) -> str:
+        """16 hex digits over the answer and all that it is judged against: an edited rubric means a new judgement."""
+        role = (self.role.name, *self.role.prompts, self.role.rubric, *self.role.tags)
+        content = "\0".join((*role, "", self.prompt, self.question, self.answer))
+        return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A score (0-3 of a role, 0-100 of a trait), or None with the `problem` that kept the judge from one."""
+
+    key: str
+    score: int | None
+    reply: str
+    problem: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.score is None) != (self.problem is not None) or not 0 <= (self.score or 0) <= HIGHEST:
+            raise ValueError(
+                f"{self.key}: a score or a problem is needed, not {self.score!r} and {self.problem!r}"
+            )
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """Anything that scores items. `id` names judge and wording, so that two judges' scores are never mixed."""
+
+    @property
+    def id(self) -> str: ...
+
+    def verdicts(self, items: Sequence[Item]) -> Iterator[Verdict]:
+        """One verdict per item, in any order, each as soon as it is there. Raises `KnownError` to stop it all."""
+        ...
+
+
+class RuleJudge:
+    """Scores by patterns: offline, deterministic, thousands of answers a second.
+
+    It sees words, not meaning. An answer is in the role when it claims the role ("as a historian, I ..."), speaks a
+    dialect, or uses words that the role's prompts use and the question does not; a refusal or talk of being an AI is
+    found by its usual phrasings. On our own 78 labelled answers (tests/test_judge.py) it agrees with the label on 69;
+    the other nine are 3s that it takes for 1s. Known limits:
+
+    - a role played without the words of its prompts is a 1: a cynic's sourness, a parent's tiredness, a ghost's loss;
+    - a first-person essay *about* the role's subject can pass for a 3: words are not a voice;
+    - a refusal in plain modern words is a 0, although a taciturn role may mean it in earnest;
+    - any dialect passes for any role: it does not know that a surfer would not say "forsooth";
+    - it reads English only.
+
+    Of a 135M model's default answers 2% pass for a role that nobody asked for. For figures that matter use a strong
+    model through `EndpointJudge`.
+    """
+
+    id = "rules-1"
+
+    def verdicts(self, items: Sequence[Item]) -> Iterator[Verdict]:
+        """One verdict per item, in order; no item is a problem."""
+        for item in items:
+            score, why = rule_score(item.role, item.question, item.answer)
+            yield Verdict(item.key, score, why)
+
+
+@dataclass(frozen=True)
+class Tally:
+    """How a judging went. `by_role` counts every item's score, new or from the log; None counts those with a problem.
+
+    `cached` is how many were in the log already; `problems` says what went wrong in this run, and how often.
+    """
+
+    judge: str
+    by_role: dict[str, Counter[int | None]]
+    problems: Counter[str]
+    cached: int
+
+    @property
+    def counts(self) -> dict[int, int]:
+        """Number of answers at each score 0-3, over all roles."""
+        return {score: sum(counts[score] for counts in self.by_role.values()) for score in SCORES}
+
+    @property
+    def unparsable(self) -> int:
+        """Number of answers without a score: the judge's reply could not be read or never came."""
+        return sum(counts[None] for counts in self.by_role.values())
+
+
+def items_of(rollouts: Sequence[Rollout], bank: Bank) -> list[Item]:
+    """What there is to judge: every rollout but the default's and those without text, which no score could save."""
+    default, items = bank.default.name, []
+    for rollout in rollouts:
+        if rollout.role != default and not rollout.is_empty:
+            said = {message["role"]: message["content"] for message in rollout.messages}
+            role = played(bank, rollout.role)
+            items.append(
+                Item(rollout.key, role, said.get("system", ""), said.get("user", ""), rollout.answer)
+            )
+    return items
+
+
+def played(bank: Bank, name: str) -> Role:
+    """The role, or the trait's pole, that rollouts of that name play."""
+    if not is_pole(name):
+        return bank.role(name)
+    return next(pole for pole in poles(bank.trait(name[1:])) if pole.name == name)
+
+
+def judge_rollouts(
+    rollouts: Sequence[Rollout],
+    bank: Bank,
+    judge: Judge,
+    path: Path,
+    progress: Callable[[int], None] | None = None,
+) -> Tally:
+    """Judge what this judge has not scored yet and append it to the log `path`, a row each as it comes.
+
+    Rows: key, judge, answer_sha (see `Item.sha`), score, reply, problem. An exception loses no verdict, a kill at most
+    those that came within half a second of the last write; the next run asks only for the rest and for those with a
+    problem. `progress` is called with the number of items just finished, first with those from the log; their sum is
+    `len(items_of(...))`.
+    """
+    items = {item.key: item for item in items_of(rollouts, bank)}
+    done = {
+        key: row["score"]
+        for key, row in _newest_rows(path, judge.id).items()
+        if row["score"] is not None and key in items and row.get("answer_sha") == items[key].sha
+    }
+    tally = Tally(judge.id, {item.role.name: Counter() for item in items.values()}, Counter(), len(done))
+    for key, score in done.items():
+        tally.by_role[items[key].role.name][score] += 1
+    log = _Log(path, judge.id)
+    if done and progress is not None:
+        progress(len(done))
+    waiting = {key: item for key, item in items.items() if key not in done}
+    verdicts = judge.verdicts(list(waiting.values()))
+    try:
+        for verdict in verdicts:
+            item = waiting.pop(verdict.key)
+            log.add(item, verdict)
+            tally.by_role[item.role.name][verdict.score] += 1
+            if verdict.problem is not None:
+                tally.problems[verdict.problem] += 1
+            if progress is not None:
+                progress(1)
+    finally:
+        if (close := getattr(verdicts, "close", None)) is not None:
+            close()  # a generator ends its threads here rather than at some later garbage collection
+        log.flush()
+    if waiting:
+        raise ValueError(
+            f"judge {judge.id} gave no verdict on {len(waiting)} items, {next(iter(waiting))} for one"
+        )
+    return tally
+
+
+def read_sides(path: Path, judge_id: str | None = None) -> dict[str, int | None]:
+    """For traits' answers, from their log: 1 where the score, 0 to 100, is on the answer's own side, 0 elsewhere."""
+    rows = _newest_rows(path, judge_id)
+    scores = {key: row["score"] for key, row in rows.items()}
+    toward = {key: None if score is None else score - NEITHER for key, score in scores.items()}
+    return {
+        key: None if value is None else int(value > 0 if key[0] == POSITIVE else value < 0)
+        for key, value in toward.items()
+    }
+
+
+def read_scores(path: Path, judge_id: str | None = None) -> dict[str, int | None]:
+    """Scores by rollout key from the log: of the given judge, or of the one whose row is the last in the file.
+
+    None stands for an item whose last attempt was a problem. A missing log gives {}.
+    """
+    return {key: row["score"] for key, row in _newest_rows(path, judge_id).items()}
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which scores are kept, and how many answers a role needs to be kept at all. Scores never drop the default."""
+
+    name: str
+    scores: frozenset[int | None]
+    minimum: int
+
+
+KEEP = {
+    keep.name: keep
+    for keep in (
+        Keep("paper", frozenset({3}), 50),  # the paper repository's code
+        Keep(
+            "paper-soft", frozenset({2, 3}), 10
+        ),  # the paper's text: "fully" and "somewhat", at least 10 answers
+        Keep(
+            "small", frozenset({1, 2, 3}), 3
+        ),  # small models seldom play a role in full, small plans have few answers
+        Keep("all", frozenset({None, *SCORES}), 1),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """What `kept` left out: answers by role and score (None: unjudged), empty answers by role, whole roles with why.
+
+    Answers that fell only because their whole role did are in no count: the role's reason says how many they were.
+    """
+
+    by_score: dict[str, Counter[int | None]] = field(default_factory=dict)
+    empty: Counter[str] = field(default_factory=Counter)
+    roles: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """For run records: score None is named "unjudged"."""
+        named = {
+            role: {"unjudged" if score is None else str(score): n for score, n in counts.items()}
+            for role, counts in self.by_score.items()
+        }
+        return {"by_score": named, "empty": dict(self.empty), "roles": dict(self.roles)}
+
+
+def kept(rollouts: Sequence[Rollout], keep: Keep, default_name: str) -> tuple[list[Rollout], Dropped]:
+    """The rollouts that a fit may use, in order, and what was left out.
+
+    Empty answers (no tokens, or only white space) are always dropped, in the default too; scores drop none of the
+    default's. A role with fewer than `keep.minimum` answers left is dropped whole. Raises `KnownError` when no default
+    answer or fewer than three other roles are left.
+    """
+    dropped, total, left = Dropped(), Counter[str](), Counter[str]()
+    passed = []
+    for rollout in rollouts:
+        total[rollout.role] += 1
+        if rollout.is_empty:
+            dropped.empty[rollout.role] += 1
+        elif rollout.role != default_name and rollout.score not in keep.scores:
+            dropped.by_score.setdefault(rollout.role, Counter())[rollout.score] += 1
+        else:
+            passed.append(rollout)
+            left[rollout.role] += 1
+    for role in total:
+        if role != default_name and left[role] < max(keep.minimum, 1):
+            none = "none" if left[role] == 0 else f"only {left[role]}"
+            dropped.roles[role] = f"{none} of its {total[role]} answers left, {max(keep.minimum, 1)} needed"
+    _require_enough(total, left, dropped, keep, default_name)
+    return [rollout for rollout in passed if rollout.role not in dropped.roles], dropped
+
+
+class Share(NamedTuple):
+    """A share with its number of cases and its 95% Wilson interval."""
+
+    share: float
+    n: int
+    interval: tuple[float, float]
+
+
+def role_play_share(rollouts: Sequence[Rollout]) -> Share:
+    """How much of what was scored is role-play: the share of 2s and 3s among scored answers, with its uncertainty.
+
+    The gate for small models: where it is near zero there is no persona to find. Raises `KnownError` without any score.
+    """
+    scores = [rollout.score for rollout in rollouts if rollout.score is not None]
+    if not scores:
+        raise KnownError(
+            "no answer has a score, so the share of role-play is unknown; judge the rollouts first"
+        )
+    n, share = len(scores), sum(score >= 2 for score in scores) / len(scores)
+    z2 = 1.959964**2
+    centre, spread = share + z2 / (2 * n), math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n)))
+    low, high = ((centre + side * spread) / (1 + z2 / n) for side in (-1, 1))
+    return Share(share, n, (max(low, 0.0), min(high, 1.0)))
+
+
+class _Log:
+    """Rows on their way to the score log; `flush` must be called at the end."""
+
+    def __init__(self, path: Path, judge_id: str) -> None:
+        self._path, self._judge = path, judge_id
+        self._rows: list[dict[str, Any]] = []
+        self._flushed = time.monotonic()
+
+    def add(self, item: Item, verdict: Verdict) -> None:
+        reply = verdict.reply.encode("utf-8", "replace").decode()  # a lone surrogate cannot be written
+        row = {
+            "key": item.key,
+            "judge": self._judge,
+            "answer_sha": item.sha,
+            "score": verdict.score,
+            "reply": reply,
+        }
+        self._rows.append({**row, "problem": verdict.problem})
+        if len(self._rows) >= BATCH_ROWS or time.monotonic() - self._flushed >= BATCH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._rows:
+            append_lines(self._path, self._rows)
+        self._rows = []
+        self._flushed = time.monotonic()
+
+
+def _newest_rows(path: Path, judge_id: str | None) -> dict[str, dict[str, Any]]:
+    """The last row of each key by one judge; None is the judge of the file's last row."""
+    rows = read_lines(path)
+    for number, row in enumerate(rows, 1):
+        known = isinstance(row, dict) and {"key", "judge", "score"} <= row.keys()
+        highest = HIGHEST if known and is_pole(str(row["key"])) else SCORES[-1]
+        if not known or row["score"] not in (None, *range(highest + 1)):
+            raise KnownError(
+                f"{path}:{number} is not a score: key, judge and a score of 0-{highest} or null are needed"
+            )
+    chosen = judge_id if judge_id is not None or not rows else rows[-1]["judge"]
+    return {row["key"]: row for row in rows if row["judge"] == chosen}
+
+
+def _require_enough(
+    total: Counter[str], left: Counter[str], dropped: Dropped, keep: Keep, default_name: str
+) -> None:
+    if left[default_name] == 0:
+        had = (
+            f"all {total[default_name]} of its answers are empty"
+            if total[default_name]
+            else "it has no rollouts"
+        )
+        raise KnownError(
+            f"nothing is left of the default role {default_name!r}: {had}; make more rollouts of it"
+        )
+    roles = [role for role in total if role != default_name and role not in dropped.roles]
+    if len(roles) >= 3:
+        return
+    unjudged = sum(counts[None] for counts in dropped.by_score.values())
+    some = "; ".join(f"{role}: {why}" for role, why in list(dropped.roles.items())[:3])
+    raise KnownError(
+        f"only {len(roles)} of {len(total) - (default_name in total)} roles are left and 3 are needed, keeping "
+        f"{keep.name!r}{f' ({some})' if some else ''}; "
+        + (f"{unjudged} answers have no score: judge them" if unjudged else "make more rollouts")
+        + (f", or keep {_softer(keep)}" if _softer(keep) else "")
+    )
+
+
+def _softer(keep: Keep) -> str:
+    """The presets that let more through than this one."""
+    softer = [repr(k.name) for k in KEEP.values() if k.scores >= keep.scores and k.minimum < keep.minimum]
+    return " or ".join(softer)

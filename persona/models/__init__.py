@@ -1,0 +1,1 @@
+"""Loading decoders, chat templates, token spans and activation hooks."""

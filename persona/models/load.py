@@ -1,0 +1,383 @@
+"""A model under study: loaded once, checked once, and never modified.
+
+    subject = load_subject("smollm2-135m")
+    subject.n_layers, subject.d_model          # 30, 576
+
+Layer l is the output of block l, 0-based. That is not `hidden_states[l]`, which is the block's input, and for the last
+block not `hidden_states[-1]` either, which comes after the final norm. `Subject` therefore holds the blocks themselves,
+and building one runs a dummy forward that proves that every block is met once, in order, and emits (B, T, D).
+"""
+
+import hashlib
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from personatlas.persona.errors import KnownError
+from personatlas.persona.models.packaged import PACKAGED, gguf_folder, packaged_folder, weight_format
+from personatlas.persona.progress import say
+from personatlas.persona.runs import model_name, resolved
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A decoder with its tokenizer. Build it with `load_subject` or `subject_from_bridge`; both check it.
+
+    `weights` names the format that the weights were stored in ("bfloat16", "gguf Q4_1", ...): a quantised model has
+    another axis than the original, so artefacts carry it.
+    """
+
+    model: Any
+    base: nn.Module
+    tokenizer: Any
+    blocks: tuple[nn.Module, ...]
+    d_model: int
+    id: str
+    revision: str | None
+    weights: str
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go: the device of the input embedding."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the residual stream."""
+        return self.model.get_input_embeddings().weight.dtype
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that the model holds, where its config says so."""
+        return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+    @property
+    def name(self) -> str:
+        """For people and for the default prompt "You are {model}.": a training run's name, else the last part of the id."""
+        return model_name(Path(self.id))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of names, shapes and 64 strided values of every parameter, the same in bf16 and fp32."""
+        sha = hashlib.sha256()
+        for name, parameter in self.model.state_dict().items():
+            flat = self._stored(name, parameter).detach().reshape(-1)
+            sample = flat[:: max(flat.numel() // 64, 1)][:64]
+            if sample.is_floating_point():
+                sample = sample.to(torch.bfloat16).view(torch.int16)
+            sha.update(f"{name}{tuple(parameter.shape)}".encode())
+            sha.update(sample.to("cpu", torch.int32).numpy().tobytes())
+        return sha.hexdigest()[:32]
+
+    def _stored(self, name: str, parameter: Tensor) -> Tensor:
+        """A parameter's values, also where a `device_map` keeps them on disk or in memory until they are used."""
+        if parameter.device.type != "meta":
+            return parameter
+        owner, _, own = name.rpartition(".")
+        hook = getattr(self.model.get_submodule(owner), "_hf_hook", None)
+        values = getattr(hook, "weights_map", None)
+        if values is None:
+            raise KnownError(f"{self.id} has no values for {name}: it is on the meta device")
+        return values[own]
+
+    def describe(self) -> dict[str, Any]:
+        """What artefacts record about the model that they came from."""
+        return {
+            "id": self.id,
+            "revision": self.revision,
+            "weights": self.weights,
+            "fingerprint": self.fingerprint,
+            "n_layers": self.n_layers,
+            "d_model": self.d_model,
+        }
+
+
+def load_subject(
+    name: str,
+    *,
+    device: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    chat_template: Path | None = None,
+    device_map: Any = None,
+) -> Subject:
+    """Load a model by packaged name, local folder, training run, `.gguf` file or hub id, and check it.
+
+    `device` None is the first GPU, else the CPU. `dtype` None is bf16 on a GPU and whatever this CPU multiplies
+    faster; "auto" is the checkpoint's own. `chat_template` is a Jinja file that replaces the tokenizer's template.
+    Raises `KnownError` for anything that is not a causal decoder which `transformers` can load.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    target = _device_named(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with quiet_transformers(), _one_line(name):
+        asked, name = name, resolved(name)
+        if name != asked:
+            say(f"{asked} is a training run: the model is {name}")
+        source = _source(name)
+        config = _config(name, source)
+        if isinstance(dtype, str) and dtype != "auto":
+            dtype = _dtype_named(dtype)
+        chosen = dtype if dtype is not None else _fastest_dtype(target, config)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=chosen, device_map=device_map
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    if target.type == "cuda":
+        torch.cuda.set_device(
+            target
+        )  # kernels of one's own are launched on the current GPU, whatever holds their tensors
+    if device_map is None and model.device != target:
+        model.to(target)  # type: ignore[arg-type]
+    if chat_template is not None:
+        tokenizer.chat_template = _read_template(chat_template)
+    weights = weight_format(Path(source)) or _stored_format(config)
+    is_local = Path(source).exists()
+    id = name if name in PACKAGED or not is_local else str(Path(name).resolve())
+    return build_subject(
+        model, tokenizer, id=id, revision=getattr(config, "_commit_hash", None), weights=weights
+    )
+
+
+def load_tokenizer(name: str, chat_template: Path | None = None) -> Any:
+    """Only the tokenizer of a model, found as `load_subject` finds it."""
+    from transformers import AutoTokenizer
+
+    with quiet_transformers(), _one_line(name):
+        tokenizer = AutoTokenizer.from_pretrained(_source(resolved(name)))
+    if chat_template is not None:
+        tokenizer.chat_template = _read_template(chat_template)
+    return tokenizer
+
+
+def subject_from_bridge(bridge: Any, *, id: str | None = None) -> Subject:
+    """A Subject around a TransformerLens `TransformerBridge`.
+
+    Do not call `enable_compatibility_mode()` on the bridge first: folding the norms changes the residual stream.
+    """
+    model = bridge.original_model
+    stored = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return build_subject(
+        model, bridge.tokenizer, id=id or bridge.cfg.model_name, revision=None, weights=stored
+    )
+
+
+def build_subject(
+    model: Any, tokenizer: Any, *, id: str, revision: str | None = None, weights: str = ""
+) -> Subject:
+    """Find the blocks of a loaded model, put it into evaluation mode, and run the one check. Raises `KnownError`."""
+    model.eval().requires_grad_(False)
+    config = model.config.get_text_config(decoder=True)
+    base = _base(model)
+    blocks = _find_blocks(base, config.num_hidden_layers, id)
+    weights = weights or str(model.dtype).removeprefix("torch.")
+    subject = Subject(model, base, tokenizer, blocks, config.hidden_size, id, revision, weights)
+    _check(subject)
+    return subject
+
+
+def residual(output: Any) -> Tensor:
+    """The residual stream (B, T, D) in a block's output: older `transformers` wrap it in a tuple."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _base(model: Any) -> nn.Module:
+    """The model without its language-model head."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return decoder if decoder is not None and decoder is not model else model.base_model
+
+
+def _find_blocks(base: nn.Module, n_layers: int, id: str) -> tuple[nn.Module, ...]:
+    lists = [
+        (name.count("."), module)
+        for name, module in base.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers
+    ]
+    if not lists:
+        raise KnownError(f"{id}: no list of {n_layers} blocks in {type(base).__name__}; is it a decoder?")
+    return tuple(min(lists, key=lambda item: item[0])[1])
+
+
+@torch.no_grad()
+def _check(subject: Subject) -> None:
+    """One forward over two rows that differ in their last token: order, shapes, finiteness and causality of the blocks."""
+    met: list[int] = []
+    outputs: list[Tensor] = []
+
+    def keep(index: int) -> Any:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            met.append(index)
+            outputs.append(residual(output))
+
+        return hook
+
+    vocabulary = subject.model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(1, 9, device=subject.device).repeat(2, 1) * 7 % vocabulary
+    ids[1, -1] = (ids[1, -1] + 1) % vocabulary
+    handles = [block.register_forward_hook(keep(i)) for i, block in enumerate(subject.blocks)]
+    try:
+        subject.base(input_ids=ids, use_cache=False)
+    except (TypeError, ValueError) as error:
+        raise KnownError(
+            f"{subject.id}: not a decoder that can be run on token ids alone ({error})"
+        ) from None
+    finally:
+        for handle in handles:
+            handle.remove()
+    if met != list(range(subject.n_layers)):
+        raise KnownError(
+            f"{subject.id}: a forward met blocks {met}, not 0..{subject.n_layers - 1} once each, in order"
+        )
+    for layer, output in enumerate(outputs):
+        if output.shape != (2, 8, subject.d_model):
+            raise KnownError(
+                f"{subject.id}: block {layer} emits {tuple(output.shape)}, not (2, 8, {subject.d_model})"
+            )
+        if not torch.isfinite(output).all():
+            raise KnownError(
+                f"{subject.id}: block {layer} emits NaN or infinity in {subject.dtype}; try --dtype float32"
+            )
+        past = output[:, :-1].float()
+        # a random encoder's attention moves its neighbours by a few parts in a thousand only
+        if (past[0] - past[1]).abs().max() > (
+            1e-4 if subject.dtype == torch.float32 else 1e-2
+        ) * past.abs().max():
+            raise KnownError(
+                f"{subject.id}: a later token changes earlier ones at block {layer}: not a causal decoder"
+            )
+
+
+def _source(name: str) -> str:
+    """A folder or a hub id for `from_pretrained`."""
+    if name in PACKAGED:
+        return str(packaged_folder(name))
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise KnownError(f"{name} does not exist")
+        return str(gguf_folder(path))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise KnownError(f"{name} is a folder without config.json: not a model folder")
+        return str(path)
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise KnownError(
+            f"{name} is not a model: neither a folder, a .gguf file, a hub id nor one of {', '.join(PACKAGED)}"
+        )
+    return name
+
+
+def _config(name: str, source: str) -> Any:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(source)
+    if config.is_encoder_decoder:
+        raise KnownError(f"{name} is an encoder-decoder ({config.model_type}); a decoder is needed")
+    return config
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and warnings of `transformers` inside; its settings come back after."""
+    from transformers.utils import logging as hf_logging
+
+    bar, verbosity = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bar:
+            hf_logging.enable_progress_bar()
+
+
+@contextmanager
+def _one_line(name: str) -> Iterator[None]:
+    """Turn the many errors of loading a checkpoint into one line that names the model."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except KnownError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
+        text = " ".join(str(error).split())
+        if "couldn't connect" in text or "offline mode" in text:
+            text = f"not a packaged name ({', '.join(PACKAGED)}) or local folder, and the model hub cannot be reached"
+        elif isinstance(error, SafetensorError):
+            text = f"its weights are damaged or cut short ({text})"
+        raise KnownError(f"cannot load {name}: {text[:400] or type(error).__name__}") from None
+
+
+def _stored_format(config: Any) -> str:
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        return str(getattr(method, "value", method))
+    return str(config.dtype).removeprefix("torch.") if config.dtype is not None else "unknown"
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise KnownError(f"chat template {path}: {error}") from None
+
+
+def _device_named(name: str) -> torch.device:
+    try:
+        return torch.empty(
+            0, device=name
+        ).device  # a name may be well formed and the device still not be there
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise KnownError(f"device {name!r} cannot be used here ({reason}); try --device cpu") from None
+
+
+def _dtype_named(name: str) -> torch.dtype:
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in names:
+        raise KnownError(f"dtype {name!r} is not one of {', '.join(names)}, auto")
+    return names[name]
+
+
+def _fastest_dtype(device: torch.device, config: Any) -> torch.dtype:
+    """bf16 on a GPU. On a CPU, fp32 unless a bf16 product of the model's own width is at least 1.2 times as fast.
+
+    Two machines that both advertise avx512_bf16 differed by a factor of three here: an EPYC ran bf16 twice as fast as
+    fp32, a Xeon 0.6 times as fast. So the dtype is measured (about 50 ms), not looked up.
+    """
+    if device.type != "cpu":
+        return torch.bfloat16
+    width = config.get_text_config(decoder=True).hidden_size
+    return (
+        torch.bfloat16
+        if _product_seconds(width, torch.float32) > 1.2 * _product_seconds(width, torch.bfloat16)
+        else torch.float32
+    )
+
+
+def _product_seconds(width: int, dtype: torch.dtype) -> float:
+    rows, weights = (
+        torch.ones(64, width, dtype=dtype),
+        [torch.ones(4 * width, width, dtype=dtype) for _ in range(8)],
+    )
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        for weight in weights:
+            torch.nn.functional.linear(rows, weight)
+        best = min(best, time.perf_counter() - start)
+    return best

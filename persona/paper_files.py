@@ -1,0 +1,378 @@
+"""Importers: the files that the paper's repository publishes, and conversations as other people keep them.
+
+    axis = import_axis(Path("assistant_axis.pt"), subject.describe())
+    caps = import_caps(Path("capping_config.pt"), subject.describe())
+    conversations = import_transcript(Path("transcripts/"))
+
+The sign trap: the paper writes a cap as a floor along the axis, its released code takes a *ceiling* along the negated
+axis (arXiv 2601.10387, section 5, and the files themselves). Both are the same thing, because with v = -u, floor = -cap
+
+    h - u * clamp(<h,u> - cap, min=0)  =  h + v * clamp(floor - <h,v>, min=0)
+
+A `.pt` file is a pickle in a zip archive. Its pickle is never given anything but tensors and plain values to build: the
+names in it are listed first, without running it, and one that is not a tensor's refuses the whole file.
+"""
+
+import json
+import pickle
+import re
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from personatlas.persona.artifacts import digest, read_json
+from personatlas.persona.axis import Axis, Cap
+from personatlas.persona.errors import KnownError
+from personatlas.persona.rollout import Message
+
+CONVERSATION_FIELDS = ("conversation", "messages", "conversations")
+# what torch raises for archives and pickles that it cannot make sense of
+UNREADABLE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+)
+SPEAKERS = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
+
+
+def import_axis(path: Path, model: dict[str, Any], layer: int | None = None) -> Axis:
+    """The axis in a `.pt` that holds a tensor (L, D), or a dict with one under "axis"; + toward the Assistant.
+
+    Row l is the output of block l. `model` is the `Subject.describe()` of the model that the file was made from: the
+    file does not say. `layer` is the layer to use, None the middle one. Rows are scaled to length 1 and their lengths
+    kept as `norms`. Raises `KnownError` for a file that is not such a tensor, holds NaN or a zero row, or has another
+    depth or width than `model`.
+    """
+    held = _load_pt(path)
+    if isinstance(held, dict):
+        if "axis" not in held:
+            raise KnownError(f"{path} holds {what(held)}, not a tensor or a dict with one under 'axis'")
+        held = held["axis"]
+    rows = _floats(held, 2, str(path))
+    n_layers, d_model = rows.shape
+    _require_shape(model, n_layers, d_model, path)
+    layer = n_layers // 2 if layer is None else layer
+    if not 0 <= layer < n_layers:
+        raise KnownError(f"layer {layer} is not in {path} (0..{n_layers - 1})")
+    units, norms = _unit_rows(rows, str(path))
+    return Axis(
+        vectors=units,
+        norms=norms,
+        layers=tuple(range(n_layers)),
+        layer=layer,
+        model={**model, "n_layers": n_layers, "d_model": d_model},
+        fit={"imported": path.name, "sha256": digest(path)},
+    )
+
+
+def _require_shape(model: dict[str, Any], n_layers: int, d_model: int, path: Path) -> None:
+    depth, width = model.get("n_layers") or n_layers, model.get("d_model") or d_model
+    if (depth, width) == (n_layers, d_model):
+        return
+    hint = "; is row 0 the embedding? Then remove it" if (depth + 1, width) == (n_layers, d_model) else ""
+    raise KnownError(
+        f"{path} has {n_layers} layers of width {d_model}, {model.get('id', 'the model')} has {depth} of {width}: "
+        f"not an axis of this model{hint}"
+    )
+
+
+def import_role_vectors(path: Path) -> dict[str, Float[Tensor, "L D"]]:
+    """Mean activations by role name, fp32, from one `.pt` or a folder of them, named by the file.
+
+    Each holds a tensor (L, D), or a dict with one tensor, under "vector" or "mean" (and maybe its "role", which must
+    be the file's name). Raises `KnownError` for anything else, for NaN and for files of different shapes.
+    """
+    files = sorted(path.glob("*.pt")) if path.is_dir() else [path]
+    if not files:
+        raise KnownError(f"{path} holds no .pt file; role vectors are one .pt a role")
+    vectors: dict[str, Tensor] = {}
+    for file in files:
+        vectors[file.stem] = found = _role_vector(_load_pt(file), file)
+        first = vectors[files[0].stem]
+        if found.shape != first.shape:
+            shapes = f"{tuple(found.shape)}, {files[0].name} has {tuple(first.shape)}"
+            raise KnownError(f"{file} has shape {shapes}: vectors of two models")
+    return vectors
+
+
+def _role_vector(held: Any, path: Path) -> Tensor:
+    if isinstance(held, dict):
+        names = [name for name, value in held.items() if isinstance(value, Tensor)]
+        if len(names) != 1 or names[0] not in ("vector", "mean"):
+            raise KnownError(
+                f"{path} holds {what(held)}, not a tensor or a dict with one, under 'vector' or 'mean'"
+            )
+        if held.get("role", path.stem) != path.stem:
+            raise KnownError(
+                f"{path} says that it is role {held['role']!r}: a file must be named by its role"
+            )
+        held = held[names[0]]
+    return _floats(held, 2, str(path))
+
+
+def import_caps(path: Path, model: dict[str, Any], d_model: int | None = None) -> dict[str, Cap]:
+    """The caps of a `capping_config.pt` by experiment id ("layers_46:54-p0.25"), as floors toward the Assistant.
+
+    The file is {"vectors": {name: {"layer", "vector"}}, "experiments": [{"id", "interventions": [{"vector", "cap"}]}]}.
+    Its vectors point away from the Assistant, and `cap` is a ceiling on the projection onto vector/|vector|. That
+    reading of the norm is the released code's: it divides before it projects, so a vector's length has no effect.
+    Hence v = -vector/|vector| and floor = -cap. Compare `cap.vectors` with an axis of the same model before trusting
+    a file of unknown origin: the cosine must be near +1.
+
+    `level` is the id's number as it stands, of population "paper" (a quantile along the negated axis, as it seems:
+    p0.25 would be the 75th percentile Assistant-ward). An experiment without any cap (a baseline arm) is left out.
+    `d_model` is the width to expect, None `model["d_model"]`. Raises `KnownError` when the file has another form, when
+    the layers differ from the "layers_a:b" (half-open) of the id, or when nothing in it caps.
+    """
+    held = _load_pt(path)
+    named, experiments = (
+        (held.get("vectors"), held.get("experiments")) if isinstance(held, dict) else (None, None)
+    )
+    if not isinstance(named, dict) or not isinstance(experiments, list):
+        raise KnownError(
+            f"{path} holds {what(held)}, not a dict with a dict 'vectors' and a list 'experiments'"
+        )
+    width = model.get("d_model") if d_model is None else d_model
+    vectors = {}
+    for name, entry in named.items():
+        vectors[name] = _, vector = _cap_vector(entry, f"{path}: vector {name!r}", model.get("n_layers"))
+        width = len(vector) if width is None else width
+        if len(vector) != width:
+            raise KnownError(f"{path}: vector {name!r} has width {len(vector)}, not {width}: another model's")
+    caps: dict[str, Cap] = {}
+    for number, experiment in enumerate(experiments, 1):
+        id = experiment.get("id") if isinstance(experiment, dict) else None
+        if not isinstance(id, str) or id in caps or not isinstance(experiment.get("interventions"), list):
+            raise KnownError(
+                f"{path}: experiment {number} ({id!r}) needs an id of its own and a list 'interventions'"
+            )
+        steps = experiment["interventions"]
+        if any(isinstance(step, dict) and "cap" in step for step in steps):
+            caps[id] = replace(_cap(id, steps, vectors, f"{path}: experiment {id!r}"), model=dict(model))
+    if not caps:
+        raise KnownError(
+            f"{path}: none of its {len(experiments)} experiments has an intervention with a 'cap'"
+        )
+    return caps
+
+
+def _cap_vector(entry: Any, where: str, n_layers: int | None) -> tuple[int, Tensor]:
+    """The layer of an entry and its unit vector (D,), in the file's direction."""
+    layer = entry.get("layer") if isinstance(entry, dict) else None
+    if not isinstance(layer, int) or isinstance(layer, bool) or layer < 0:
+        raise KnownError(f"{where} is {what(entry)}, not a dict with 'layer', a number from 0, and 'vector'")
+    if n_layers is not None and layer >= n_layers:
+        raise KnownError(f"{where} is at layer {layer}, the model has layers 0..{n_layers - 1}")
+    units, _ = _unit_rows(_floats(entry.get("vector"), 1, where)[None], where)
+    return layer, units[0]
+
+
+def _cap(id: str, steps: list[Any], vectors: dict[Any, tuple[int, Tensor]], where: str) -> Cap:
+    rows: dict[int, tuple[Tensor, float]] = {}
+    for number, step in enumerate(steps, 1):
+        if not isinstance(step, dict) or step.get("vector") not in list(vectors):
+            raise KnownError(
+                f"{where}: intervention {number} is {what(step)} and names no vector of the file"
+            )
+        ceiling = step.get("cap")
+        if isinstance(ceiling, Tensor) and ceiling.numel() == 1:
+            ceiling = ceiling.item()
+        if (
+            not isinstance(ceiling, (int, float))
+            or isinstance(ceiling, bool)
+            or not abs(ceiling) < float("inf")
+        ):
+            raise KnownError(f"{where}: intervention {number} has cap {what(ceiling)}, not a finite number")
+        layer, vector = vectors[step["vector"]]
+        if layer in rows:  # one after the other, two at a layer are not one floor
+            raise KnownError(f"{where}: two interventions are at layer {layer}; a cap has one a layer")
+        rows[layer] = -vector, -float(ceiling)
+    layers = tuple(sorted(rows))
+    window = re.search(r"layers_(\d+):(\d+)", id)
+    if window and layers != tuple(range(int(window[1]), int(window[2]))):
+        raise KnownError(f"{where} caps layers {list(layers)}, its id says {window[1]}..{int(window[2]) - 1}")
+    level = re.search(r"-p(\d+(?:\.\d+)?)$", id)
+    if level and float(level[1]) > 1:
+        raise KnownError(f"{where}: level {level[1]} is not a quantile from 0 to 1")
+    return Cap(
+        layers=layers,
+        vectors=torch.stack([rows[layer][0] for layer in layers]),
+        floor=torch.tensor([rows[layer][1] for layer in layers]),
+        level=float(level[1]) if level else None,
+        population="paper",
+    )
+
+
+def import_transcript(path: Path) -> list[tuple[Message, ...]]:
+    """Conversations, in order, from a JSON or JSONL file or a folder of them (searched through, sorted by path).
+
+    Each is {"conversation": [...]}, {"messages": [...]}, {"conversations": [...]} or a bare list of messages; a JSON
+    file may hold one or a list of them, JSONL holds one a line. A message is {"role", "content"} or {"from", "value"};
+    human is user and gpt is assistant. A "system_prompt" (or "system") beside the messages becomes the first message.
+    Raises `KnownError`, naming file and place, for any other form, speaker or content that is not text.
+    """
+    if path.is_dir():
+        files = sorted(
+            file for file in path.rglob("*") if file.suffix in (".json", ".jsonl") and file.is_file()
+        )
+        if not files:
+            raise KnownError(f"{path} holds no .json or .jsonl file")
+        return [conversation for file in files for conversation in import_transcript(file)]
+    _require_file(path)
+    if path.suffix == ".jsonl":
+        found = [_conversation(row, where) for where, row in json_lines(path)]
+    else:
+        held = read_json(path)
+        if isinstance(held, list) and not (
+            held and isinstance(held[0], dict) and {"role", "from"} & held[0].keys()
+        ):
+            found = [
+                _conversation(row, f"{path}: conversation {number}") for number, row in enumerate(held, 1)
+            ]
+        else:
+            found = [_conversation(held, str(path))]
+    if not found:
+        raise KnownError(f"{path} holds no conversation")
+    return found
+
+
+def _conversation(held: Any, where: str) -> tuple[Message, ...]:
+    system = None
+    if isinstance(held, dict):
+        names = [name for name in CONVERSATION_FIELDS if name in held]
+        if len(names) != 1:
+            raise KnownError(
+                f"{where} is {what(held)}; a conversation has one of {', '.join(CONVERSATION_FIELDS)}"
+            )
+        system = held.get("system_prompt") or held.get("system")
+        held = held[names[0]]
+    if not isinstance(held, list) or not held:
+        raise KnownError(f"{where} is {what(held)}, not a list of messages that is not empty")
+    messages = tuple(_message(row, f"{where}: message {number}") for number, row in enumerate(held, 1))
+    if not system:
+        return messages
+    if not isinstance(system, str):
+        raise KnownError(f"{where}: its system prompt is {what(system)}, not text")
+    if messages[0]["role"] != "system":
+        return ({"role": "system", "content": system}, *messages)
+    if messages[0]["content"] != system:
+        raise KnownError(
+            f"{where}: its system prompt and its first message, a system message, differ; keep one"
+        )
+    return messages
+
+
+def _message(row: Any, where: str) -> Message:
+    fields = ("from", "value") if isinstance(row, dict) and "from" in row else ("role", "content")
+    if not isinstance(row, dict) or not all(field in row for field in fields):
+        raise KnownError(
+            f"{where} is {what(row)}, not a dict with 'role' and 'content' (or 'from' and 'value')"
+        )
+    speaker, content = row[fields[0]], row[fields[1]]
+    if not isinstance(speaker, str) or speaker not in SPEAKERS:
+        raise KnownError(f"{where}: {fields[0]} {speaker!r} is not one of {', '.join(SPEAKERS)}")
+    if not isinstance(content, str):
+        raise KnownError(f"{where}: its {fields[1]} is {what(content)}, not text")
+    return {"role": SPEAKERS[speaker], "content": content}
+
+
+def _load_pt(path: Path) -> Any:
+    """What a `.pt` holds: tensors, numbers, text, lists and dicts. Nothing is run; `KnownError` for anything more."""
+    _require_file(path)
+    with path.open("rb") as file:
+        start = file.read(64)
+    if not start:
+        raise KnownError(f"{path} is empty; fetch it again")
+    if start.startswith(b"version https://git-lfs"):
+        raise KnownError(f"{path} is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
+    if not start.startswith(
+        b"PK"
+    ):  # a bare pickle, torch's form before 1.6, would lack the archive's checksums too
+        raise KnownError(f"{path} is not a file of `torch.save` (torch 1.6 or newer)")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not look at the checksums
+        if damaged is not None:
+            raise KnownError(f"{path} is damaged (checksum of {damaged}); fetch it again")
+        beyond = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        if beyond:
+            raise KnownError(
+                f"{path} holds {', '.join(beyond)}: more than tensors and plain values. It was not loaded"
+            )
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except KnownError:
+        raise
+    except (zipfile.BadZipFile, zlib.error) as error:
+        raise KnownError(f"{path} is cut short or damaged ({error}); fetch it again") from None
+    except UNREADABLE as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
+        raise KnownError(f"{path} is not a file of tensors and plain values; not loaded ({reason})") from None
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        raise KnownError(f"{path} {'is a folder, not a file' if path.is_dir() else 'does not exist'}")
+
+
+def _floats(value: Any, ndim: int, where: str) -> Tensor:
+    """`value` as fp32, of `ndim` dimensions, finite and not empty."""
+    dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+    if not dense or not value.is_floating_point():
+        raise KnownError(f"{where}: found {what(value)}, not a dense tensor of floating-point numbers")
+    if value.ndim != ndim or not value.numel():
+        raise KnownError(f"{where}: found {what(value)}, not one of shape {('', '(D,)', '(L, D)')[ndim]}")
+    value = value.detach().float().contiguous()
+    if not torch.isfinite(value).all():
+        row = int((~torch.isfinite(value)).nonzero()[0][0])
+        raise KnownError(
+            f"{where}: a value is NaN or infinite (the first at {'row' if ndim == 2 else 'place'} {row})"
+        )
+    return value
+
+
+def _unit_rows(rows: Tensor, where: str) -> tuple[Tensor, Tensor]:
+    """Rows (N, D) at length 1 and their lengths (N,), computed in fp64."""
+    norms = rows.double().norm(dim=1)
+    if not norms.all():
+        zeros = (norms == 0).nonzero().flatten().tolist()
+        raise KnownError(f"{where}: zero has no direction (row {', '.join(map(str, zeros))}, counted from 0)")
+    return (rows.double() / norms[:, None]).float(), norms.float()
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """("path:line", value) of each line that is not blank. Unlike our own logs, the last line needs no newline."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise KnownError(f"{path} is not UTF-8: {error}") from None
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                yield f"{path}:{number}", json.loads(line)
+            except json.JSONDecodeError as error:
+                raise KnownError(f"{path}:{number} is not valid JSON: {error}") from None
+
+
+def what(value: Any) -> str:
+    """What was found, for an error: short, and without the content of tensors or texts."""
+    if isinstance(value, Tensor):
+        return f"a tensor {str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    if isinstance(value, dict):
+        names = [repr(name) for name in list(value)[:6]] + ["..."] * (len(value) > 6)
+        return f"a dict of {', '.join(names) or 'nothing'}"
+    if isinstance(value, (list, tuple)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return (
+        repr(value) if value is None or isinstance(value, (bool, int, float)) else f"a {type(value).__name__}"
+    )

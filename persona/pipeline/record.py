@@ -1,0 +1,197 @@
+"""Recording: one prefill of prompt + answer through the base model, reduced to (L, D) a rollout inside the hooks.
+
+    mean[l] = 1/|span| * sum over the answer's tokens of the output of block l,   summed in fp32 on the device
+
+Rows are padded on the right (padding on the left costs 6e-3 in bf16), so causal attention needs no mask and no real token
+ever sees padding. Memory is O(layers x batch x D): no hidden state outlives its block. The answer's last token is fed too;
+its activation does not exist in a generation, which never forwards it. Position 0, the attention sink, is never in a span.
+
+A batch is read while the GPU works on the next one: padding and reading cost as long as the forward does otherwise.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from personatlas.persona.errors import KnownError
+from personatlas.persona.models.load import Subject, residual
+from personatlas.persona.rollout import Rollout
+from personatlas.persona.sampling.sampler import batch_end, batch_tokens, pad, to_device
+
+CPU_TOKENS, GPU_TOKENS = (
+    2048,
+    131072,
+)  # most padded tokens a batch; a CPU batch of 8192 was 30% slower than one of 2048
+COMPILE_FROM = 15_000_000  # tokens: compiling took 10 s on an H200 and saved 0.8 s a million
+GPU_MULTIPLE = 32  # fewer distinct lengths, fewer compiled shapes
+
+
+def span_sum(
+    h: Float[Tensor, "B T D"], start: Int[Tensor, " B"], stop: Int[Tensor, " B"]
+) -> Float[Tensor, "B D"]:
+    """The sum over tokens start <= t < stop of each row, in fp32 whatever h's dtype."""
+    if h.is_cuda:
+        from personatlas.persona.sampling.kernels import span_sum_on_gpu
+
+        return span_sum_on_gpu(h, start, stop)
+    return span_sum_plainly(h, start, stop)
+
+
+def span_sum_plainly(
+    h: Float[Tensor, "B T D"], start: Int[Tensor, " B"], stop: Int[Tensor, " B"]
+) -> Float[Tensor, "B D"]:
+    """The same in plain torch, for CPUs and as the kernel's reference."""
+    at = torch.arange(h.shape[1], device=h.device)
+    inside = (at >= start[:, None]) & (at < stop[:, None])  # (B, T)
+    first = int(start.min())
+    return torch.einsum("btd,bt->bd", h[:, first:].float(), inside[:, first:].float())
+
+
+class SpanMeans:
+    """Hooks on every block that add up one batch's spans; `read` gives the means and proves that every hook fired once."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        self.sums: list[Tensor | None] = [None] * subject.n_layers
+        self.spans: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def begin(self, start: Tensor, stop: Tensor) -> None:
+        """Set the spans (B,), (B,), CPU tensors, of the batch that is forwarded next."""
+        if int(start.min()) < 1 or bool((stop <= start).any()):
+            raise ValueError("a span must start after position 0 and hold at least one token")
+        self.sums = [None] * self.subject.n_layers
+        device = self.subject.device
+        self.spans = {device: (to_device(start, device), to_device(stop, device))}
+
+    def read(self) -> Float[Tensor, "B L D"]:
+        """Means of the batch that was forwarded, fp32, on the subject's device."""
+        silent = [layer for layer, value in enumerate(self.sums) if value is None]
+        if silent:
+            raise RuntimeError(f"the hooks of layers {silent} did not fire: nothing was recorded")
+        start, stop = self.spans[self.subject.device]
+        sums = torch.stack([value.to(start.device) for value in self.sums if value is not None], dim=1)
+        return sums / (stop - start)[:, None, None]  # (B, L, D)
+
+    def _hook(self, layer: int) -> Any:
+        def add(_module: nn.Module, _args: Any, output: Any) -> None:
+            h = residual(output)
+            if h.device not in self.spans:  # layers spread over devices
+                start, stop = self.spans[self.subject.device]
+                self.spans[h.device] = (start.to(h.device), stop.to(h.device))
+            if self.sums[layer] is not None:
+                raise RuntimeError(f"block {layer} ran twice in one forward")
+            self.sums[layer] = span_sum(h, *self.spans[h.device])
+
+        return add
+
+
+@contextmanager
+def recording(subject: Subject) -> Iterator[SpanMeans]:
+    """Hooks for the length of the context; the model is left as it was found, also after an exception."""
+    means = SpanMeans(subject)
+    handles = [block.register_forward_hook(means._hook(layer)) for layer, block in enumerate(subject.blocks)]
+    try:
+        yield means
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def compiled(subject: Subject, *, enabled: bool) -> Iterator[None]:
+    """Blocks whose forward is compiled, one graph for all alike, for the length of the context.
+
+    The hooks stay outside the compiled forward, so they fire; `SpanMeans.read` would say so if they did not.
+    """
+    if not enabled:
+        yield
+        return
+    try:
+        for block in subject.blocks:
+            block.forward = torch.compile(block.forward, dynamic=True)
+        yield
+    finally:
+        for block in subject.blocks:
+            block.__dict__.pop("forward", None)
+
+
+@torch.no_grad()
+def record(
+    subject: Subject, rollouts: Sequence[Rollout], *, tokens: int | None = None, compile: bool | None = None
+) -> Iterator[tuple[list[int], Float[Tensor, "B L D"]]]:
+    """Yield batches of (indices into `rollouts`, their means on the CPU), sorted by length, about `tokens` padded tokens each.
+
+    `compile` None compiles the blocks on a GPU when there is enough to record to pay for it. Raises `KnownError` for
+    an empty answer, or a rollout longer than the model's context.
+    """
+    whole = _lengths(subject, rollouts)
+    order = sorted(range(len(rollouts)), key=whole.__getitem__, reverse=True)
+    lengths = [whole[i] for i in order]
+    tokens = tokens or batch_tokens(subject, CPU_TOKENS, GPU_TOKENS)
+    compile = worth_compiling(subject, sum(lengths)) if compile is None else compile
+    first, before, reader = 0, None, Reader(subject.device)
+    with compiled(subject, enabled=compile), recording(subject) as means:
+        while first < len(order):
+            stop = batch_end(lengths, first, tokens)
+            chosen = order[first:stop]
+            batch = [rollouts[i] for i in chosen]
+            on_gpu = subject.device.type == "cuda"
+            ids = pad(
+                [r.prompt_ids + r.answer_ids for r in batch], subject.device, GPU_MULTIPLE if on_gpu else 1
+            )
+            means.begin(torch.tensor([len(r.prompt_ids) for r in batch]), torch.tensor(lengths[first:stop]))
+            subject.base(input_ids=ids, use_cache=False)
+            now = chosen, reader.start(means.read())
+            if before is not None:
+                yield before[0], before[1]()
+            first, before = stop, now
+        if before is not None:
+            yield before[0], before[1]()
+
+
+def worth_compiling(subject: Subject, tokens: int) -> bool:
+    """Whether compiling the blocks is paid back by that many tokens to record."""
+    return subject.device.type == "cuda" and tokens > COMPILE_FROM
+
+
+class Reader:
+    """Copies means to the CPU on a stream of its own, beside the next batch's forward."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def start(self, value: Tensor) -> Callable[[], Tensor]:
+        """Start copying; the result waits for the copy and gives it."""
+        if self.stream is None:
+            return lambda: value
+        host = torch.empty(
+            value.shape, dtype=value.dtype, pin_memory=True
+        )  # a copy to other memory waits for the GPU
+        self.stream.wait_stream(torch.cuda.current_stream(value.device))
+        with torch.cuda.stream(self.stream):
+            host.copy_(value, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+        value.record_stream(self.stream)
+
+        def wait() -> Tensor:
+            copied.synchronize()
+            return host
+
+        return wait
+
+
+def _lengths(subject: Subject, rollouts: Sequence[Rollout]) -> list[int]:
+    """Tokens of prompt and answer together, checked against what can be recorded."""
+    limit = subject.context
+    lengths = [len(rollout.prompt_ids) + len(rollout.answer_ids) for rollout in rollouts]
+    for rollout, length in zip(rollouts, lengths, strict=True):
+        if not rollout.answer_ids:
+            raise KnownError(f"rollout {rollout.key} has an empty answer: nothing to record")
+        if limit and length > limit:
+            raise KnownError(f"rollout {rollout.key} has {length} tokens; {subject.id} holds {limit}")
+    return lengths

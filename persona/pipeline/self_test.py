@@ -1,0 +1,128 @@
+"""The self-test: recording and sampling on this model, this dtype and this machine against plain references.
+
+Every check is a relative error with the bound that it must keep. In fp32 the bound on means is 1e-5; in half precision two
+correct ways to batch differ by rounding alone, so bounds there are those of the format.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from personatlas.persona.models.load import Subject, residual
+from personatlas.persona.pipeline.record import record
+from personatlas.persona.rollout import Rollout
+from personatlas.persona.sampling.sampler import Prompt, Sampler, Sampling, cached_decoding_error
+
+LENGTHS = ((5, 3), (9, 14), (30, 1), (2, 21), (17, 6))  # (prompt, answer) tokens, uneven on purpose
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check: what was found, what is allowed, and whether it passed."""
+
+    name: str
+    found: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        """NaN never passes."""
+        return self.found <= self.allowed
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**asdict(self), "passed": self.passed}
+
+
+@torch.no_grad()
+def run_self_test(subject: Subject) -> list[Check]:
+    """Run all checks; nothing is raised for a failed one."""
+    exact = subject.dtype == torch.float32
+    rollouts = [_made_up(subject, i, *lengths) for i, lengths in enumerate(LENGTHS)]
+    before, hooks = _logits(subject, rollouts[1]), _hooks(subject)
+    recorded = torch.empty(len(rollouts), subject.n_layers, subject.d_model)
+    for indices, means in record(subject, rollouts, tokens=64):
+        recorded[indices] = means
+    after, left = _logits(subject, rollouts[1]), _hooks(subject) - hooks
+    by_hand = torch.stack([_mean_by_hand(subject, rollout) for rollout in rollouts])
+    errors = (recorded.double() - by_hand).norm(dim=-1) / by_hand.norm(dim=-1)
+    return [
+        Check(
+            "recorded means against a float64 mean, one text at a time",
+            float(errors.max()),
+            1e-5 if exact else 2e-2,
+        ),
+        Check(
+            "block outputs against output_hidden_states",
+            _hidden_states_error(subject, rollouts[1]),
+            1e-6 if exact else 1e-3,
+        ),
+        Check("hooks left behind on the blocks", float(left), 0.0),
+        Check("logits changed by recording", float((after - before).abs().max()), 0.0),
+        Check(
+            "cached decoding against reading the whole text",
+            cached_decoding_error(subject),
+            1e-4 if exact else 5e-2,
+        ),
+        Check(
+            "a seed gives another answer in another batch", _batch_dependence(subject), 0.0 if exact else 1.0
+        ),
+    ]
+
+
+def _made_up(subject: Subject, number: int, prompt: int, answer: int) -> Rollout:
+    vocabulary = subject.model.get_input_embeddings().weight.shape[0]
+    ids = [(7 + 31 * number + 13 * i * i) % vocabulary for i in range(prompt + answer)]
+    return Rollout(f"test/0/{number}/0", (), tuple(ids[:prompt]), tuple(ids[prompt:]), "", 0, "end")
+
+
+def _ids(subject: Subject, rollout: Rollout) -> Tensor:
+    return torch.tensor([rollout.prompt_ids + rollout.answer_ids], device=subject.device)
+
+
+def _logits(subject: Subject, rollout: Rollout) -> Tensor:
+    return subject.model(input_ids=_ids(subject, rollout), use_cache=False).logits.float()
+
+
+def _hooks(subject: Subject) -> int:
+    return sum(len(block._forward_hooks) for block in subject.blocks)
+
+
+def _outputs(subject: Subject, rollout: Rollout) -> list[Tensor]:
+    found: list[Tensor] = []
+    handles = [
+        b.register_forward_hook(lambda _m, _a, output: found.append(residual(output))) for b in subject.blocks
+    ]
+    try:
+        subject.base(input_ids=_ids(subject, rollout), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _mean_by_hand(subject: Subject, rollout: Rollout) -> Tensor:
+    start = len(rollout.prompt_ids)
+    return torch.stack([h[0, start:].double().mean(0).cpu() for h in _outputs(subject, rollout)])
+
+
+def _hidden_states_error(subject: Subject, rollout: Rollout) -> float:
+    """Block l's output is hidden_states[l + 1], for all but the last block, whose entry comes after the final norm."""
+    states = subject.base(
+        input_ids=_ids(subject, rollout), use_cache=False, output_hidden_states=True
+    ).hidden_states
+    pairs = list(zip(_outputs(subject, rollout)[:-1], states[1:-1], strict=True))
+    return max((float((h - s).float().norm() / s.float().norm()) for h, s in pairs), default=0.0)
+
+
+def _batch_dependence(subject: Subject) -> float:
+    """Share of answers that differ when the same prompts and seeds are sampled alone and together."""
+    prompts = [
+        Prompt(_made_up(subject, i, p, 1).prompt_ids, seed=1000 + i) for i, (p, _) in enumerate(LENGTHS)
+    ]
+    sampler = Sampler(subject, frozenset(), Sampling(max_new_tokens=6))
+    together = {answer.index: answer.ids for answer in sampler.answers(prompts)}
+    alone = [next(iter(sampler.answers([prompt]))).ids for prompt in prompts]
+    return sum(together[i] != ids for i, ids in enumerate(alone)) / len(prompts)

@@ -1,0 +1,1 @@
+"""The role bank: roles, questions and traits."""

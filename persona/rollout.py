@@ -1,0 +1,196 @@
+"""Rollouts: what a model answered to one question under one role prompt, and the log that they are kept in.
+
+A rollout's key is "role/prompt/question/sample", for example "pirate/2/q014/0". The key and the run's seed determine the
+rollout's own seed, so the same key has the same prompt and the same random numbers whatever else is in the batch.
+`rollouts.jsonl` holds one rollout a line, with token ids: they are never tokenised again.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from personatlas.persona.artifacts import read_lines
+from personatlas.persona.errors import KnownError
+from personatlas.persona.roles.bank import Bank, Question, Role, Trait
+from personatlas.persona.roles.traits import is_pole, poles
+
+Message = dict[str, str]
+Chosen = TypeVar("Chosen")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A rollout to be made: the messages to answer and the seed to answer them with."""
+
+    key: str
+    messages: tuple[Message, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """An answer. `answer_ids` end before the end token; `score` is a judge's 0-3, or None where none has judged.
+
+    `stopped` is "end" when the model ended its answer and "length" when the token limit did.
+    """
+
+    key: str
+    messages: tuple[Message, ...]
+    prompt_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+    answer: str
+    seed: int
+    stopped: Literal["end", "length"]
+    score: int | None = None
+
+    @property
+    def role(self) -> str:
+        """The role's name, the first part of the key."""
+        return self.key.split("/", 1)[0]
+
+    @property
+    def question(self) -> str:
+        """The question's id, the third part of the key."""
+        return self.key.split("/")[2]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was said: no tokens, or white space alone. Such answers are not recorded and count nowhere."""
+        return not self.answer_ids or not self.answer.strip()
+
+    def to_json(self) -> dict[str, Any]:
+        """The row of `rollouts.jsonl`; the score lives in `scores.jsonl`."""
+        row = asdict(self)
+        del row["score"]
+        return row
+
+
+def seed_of(key: str, run_seed: int) -> int:
+    """A rollout's seed, 0 <= seed < 2**62, from its key and the run's seed."""
+    return int.from_bytes(hashlib.sha256(f"{run_seed}/{key}".encode()).digest()[:8], "big") >> 2
+
+
+def requests(bank: Bank, model_name: str, selection: "Selection", run_seed: int) -> list[Request]:
+    """All rollouts of a selection, ordered by role, prompt, question and sample; the traits' poles come last."""
+    made = []
+    for role in (*selection.roles(bank), *selection.poles(bank)):
+        for number in selection.prompt_numbers(role):
+            for question in selection.chosen_questions(bank):
+                for sample in range(selection.samples):
+                    key = f"{role.name}/{number}/{question.id}/{sample}"
+                    messages = role_messages(role, number, question.question, model_name)
+                    made.append(Request(key, messages, seed_of(key, run_seed)))
+    return made
+
+
+def role_messages(role: Role, prompt: int, question: str, model_name: str) -> tuple[Message, ...]:
+    """The messages of one rollout. An empty prompt sends no system message; "{model}" becomes the model's name."""
+    system = role.prompts[prompt].replace("{model}", model_name) if role.is_default else role.prompts[prompt]
+    user = {"role": "user", "content": question}
+    return ({"role": "system", "content": system}, user) if system else (user,)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which part of a bank to roll out. None means all; the default role is always in, with all of its prompts.
+
+    Traits are left out unless `with_traits`.
+    """
+
+    role_names: tuple[str, ...] | None = None
+    n_roles: int | None = None
+    prompts: int | None = None
+    questions: int | None = None
+    samples: int = 1
+    with_traits: bool = False
+    trait_names: tuple[str, ...] | None = None
+    n_traits: int | None = None
+
+    def roles(self, bank: Bank) -> list[Role]:
+        """The default role and then the chosen ones: by name, or the first `n_roles` of an even spread over the bank."""
+        others = [role for role in bank.roles if not role.is_default]
+        if self.role_names is not None:
+            chosen = [bank.role(name) for name in self.role_names if name != bank.default.name]
+        else:
+            chosen = spread(others, self.n_roles)
+        return [bank.default, *chosen]
+
+    def traits(self, bank: Bank) -> list[Trait]:
+        """The chosen traits: by name, or an even spread over the bank. `KnownError` when the bank has none."""
+        if not self.with_traits:
+            return []
+        if not bank.traits:
+            raise KnownError("this bank has no traits; they are in its traits.jsonl, or in the packaged bank")
+        if self.trait_names is not None:
+            return [bank.trait(name) for name in self.trait_names]
+        return spread(list(bank.traits), self.n_traits)
+
+    def poles(self, bank: Bank) -> list[Role]:
+        """The chosen traits' poles, positive and negative in turn."""
+        return [pole for trait in self.traits(bank) for pole in poles(trait)]
+
+    def prompt_numbers(self, role: Role) -> range:
+        """Prompt numbers, 0-based. The default keeps all of its own: they are its whole population."""
+        return range(
+            len(role.prompts)
+            if role.is_default or self.prompts is None
+            else min(self.prompts, len(role.prompts))
+        )
+
+    def chosen_questions(self, bank: Bank) -> tuple[Question, ...]:
+        """The first `questions` of the bank."""
+        return bank.questions[: self.questions]
+
+
+def without_poles(rollouts: Iterable[Rollout]) -> list[Rollout]:
+    """The rollouts of roles."""
+    return [rollout for rollout in rollouts if not is_pole(rollout.role)]
+
+
+def only_poles(rollouts: Iterable[Rollout]) -> list[Rollout]:
+    """The rollouts of traits."""
+    return [rollout for rollout in rollouts if is_pole(rollout.role)]
+
+
+def read_rollouts(folder: Path) -> list[Rollout]:
+    """Every rollout of a run folder, from the log and from logs that parallel ranks have not merged yet, each key once.
+
+    A key that stands twice with different answers is two runs mixed into one folder: `KnownError`.
+    """
+    found: dict[str, Rollout] = {}
+    for path in sorted(folder.glob("rollouts*.jsonl")):
+        for row in read_lines(path):
+            rollout = _from_json(row, path)
+            if found.setdefault(rollout.key, rollout) != rollout:
+                raise KnownError(
+                    f"{path}: {rollout.key} is there twice with different answers: two runs were mixed"
+                )
+    return list(found.values())
+
+
+def with_scores(rollouts: Iterable[Rollout], scores: dict[str, int | None]) -> list[Rollout]:
+    """The same rollouts carrying a judge's scores; a key without one keeps None."""
+    return [replace(rollout, score=scores.get(rollout.key)) for rollout in rollouts]
+
+
+def spread(items: Sequence[Chosen], count: int | None) -> list[Chosen]:
+    """An even spread of `count` over the items, in their order; all of them where there are no more, or for None."""
+    count = len(items) if count is None else min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def _from_json(row: dict[str, Any], path: Path) -> Rollout:
+    try:
+        return Rollout(
+            key=row["key"],
+            messages=tuple(row["messages"]),
+            prompt_ids=tuple(row["prompt_ids"]),
+            answer_ids=tuple(row["answer_ids"]),
+            answer=row["answer"],
+            seed=row["seed"],
+            stopped=row["stopped"],
+        )
+    except (KeyError, TypeError) as error:
+        raise KnownError(f"{path}: a line lacks a rollout's fields ({error})") from None

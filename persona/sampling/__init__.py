@@ -1,0 +1,1 @@
+"""Sampling answers to many prompts in one batch."""

@@ -1,0 +1,287 @@
+"""Sampling on a GPU: one decoding step of all slots, sampler included, captured as a CUDA graph and replayed.
+
+A step is about 1,500 small kernels; launched one by one they cost more than they compute. The graph holds the model's
+own forward (whatever `transformers` runs, hooks included, so they must be there before the capture), attention that
+reads each slot to its own length (`personatlas.persona.sampling.kernels`), and the draw. Finished slots are refilled from the same
+chunk every few steps, at moments that depend on the chunk alone, so that a chunk is reproducible. What the caller does with
+an answer happens while the GPU works on the next steps.
+"""
+
+import gc
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from personatlas.persona.models.load import Subject
+from personatlas.persona.sampling.kv_cache import decoding_mask
+from personatlas.persona.sampling.next_token import draw
+from personatlas.persona.sampling.sampler import Answer, Decoder, Follower, Prompt, Sampler, Sampling
+
+log = logging.getLogger(__name__)
+
+ATTENTION = "personatlas_slots"
+POLL = 8  # steps between looks at who has finished: each look waits for the GPU
+MOST_SLOTS = 4096
+REFILL = 16  # a prefill, launched kernel by kernel, costs as much as two steps: it waits until one slot in 16 is free
+MEMORY_SHARE = 0.6  # of the memory that the weights leave, for keys and values
+
+
+def slot_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """`transformers` attention function: the slot kernel for one new token per row, scaled dot product otherwise."""
+    state = kwargs.pop("slot_state", None)
+    plain = all(kwargs.get(name) is None for name in ("softcap", "s_aux", "position_bias"))
+    width = key.shape[-1]
+    fits = width >= 16 and width & (width - 1) == 0 and width == value.shape[-1]  # a power of two
+    if state is None or state.prefill or query.shape[2] != 1 or not plain or not fits or not query.is_cuda:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    from personatlas.persona.sampling.kernels import attend_on_gpu
+
+    scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    window = kwargs.get("sliding_window") or 0
+    out = attend_on_gpu(query[:, :, 0], key, value, state.positions.to(query.device), scale, window)
+    return out[:, None], None  # (B, 1, H, D)
+
+
+AttentionInterface.register(ATTENTION, slot_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+@contextmanager
+def slot_attention_on(subject: Subject) -> Iterator[None]:
+    """Let a model that uses scaled dot product attention use the slot kernel inside; others stay as they are."""
+    model = subject.model
+    before = model.config._attn_implementation
+    if before != "sdpa" or subject.device.type != "cuda":
+        yield
+        return
+    model.set_attn_implementation(ATTENTION)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def fastest_sampler(
+    subject: Subject, end_ids: frozenset[int], sampling: Sampling, longest: int | None = None
+) -> Sampler:
+    """The sampler to use on the subject's device. `longest` is the longest prompt that will come, in tokens."""
+    if subject.device.type != "cuda":
+        return Sampler(subject, end_ids, sampling)
+    return GraphSampler(subject, end_ids, sampling, longest=longest)
+
+
+class GraphSampler(Sampler):
+    """A `Sampler` that keeps `slots` rows decoding and refills them; on a CPU it does the same without a graph.
+
+    `longest` is the longest prompt that will come, in tokens: with it one capture serves all chunks.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        end_ids: frozenset[int],
+        sampling: Sampling,
+        slots: int | None = None,
+        longest: int | None = None,
+    ) -> None:
+        super().__init__(subject, end_ids, sampling)
+        self.slots, self.longest = slots, longest or 0
+        self._steps: Steps | None = None
+        self._nobody = Follower()
+
+    @torch.no_grad()
+    def answers(self, prompts: Sequence[Prompt], follower: Follower | None = None) -> Iterator[Answer]:
+        """Answer one chunk; answers come as they end. Another follower than the last one's is another capture."""
+        if self.decoder is not Decoder:
+            yield from super().answers(prompts, follower)
+            return
+        longest = max(self.longest, *(len(prompt.ids) for prompt in prompts))
+        length = -(-(longest + self.sampling.max_new_tokens) // 64) * 64
+        with slot_attention_on(self.subject):
+            slots = min(self.slots or fitting_slots(self.subject, length), len(prompts))
+            follower = follower or self._nobody
+            follower.start(prompts)
+            if self._steps is None or not self._steps.serves(slots, length, follower):
+                self._steps = None
+                _free()
+                self._steps = Steps(self, slots, length, follower)
+            yield from self._steps.run(prompts)
+
+
+class Steps:
+    """The state of all slots as fixed tensors, and the step that changes them in place."""
+
+    def __init__(self, sampler: GraphSampler, slots: int, length: int, follower: Follower) -> None:
+        subject, device, self.follower = sampler.subject, sampler.subject.device, follower
+        self.sampler, self.subject, self.slots, self.length = sampler, subject, slots, length
+        self.limit = sampler.sampling.max_new_tokens
+        self.decoder = Decoder(subject, slots, length, follower)
+        follower.seat(slots)
+        self._followed = [id(tensor) for tensor in follower.state()]
+        self.tokens = torch.zeros(slots, dtype=torch.long, device=device)
+        self.positions = torch.zeros(slots, dtype=torch.long, device=device)
+        self.seeds = torch.zeros(slots, dtype=torch.long, device=device)
+        self.steps = torch.zeros(slots, dtype=torch.long, device=device)
+        self.written = torch.zeros(slots, self.limit, dtype=torch.long, device=device)
+        self.running = torch.zeros(slots, dtype=torch.bool, device=device)
+        self.ended = torch.zeros(slots, dtype=torch.bool, device=device)  # by an end token, not by the limit
+        self.state = self.decoder.cache.state
+        self._replay: Callable[[], None] | None = None
+
+    def serves(self, slots: int, length: int, follower: Follower) -> bool:
+        """Whether the captured step does for that many slots of that length, with that follower's tensors."""
+        same = follower is self.follower and [id(tensor) for tensor in follower.state()] == self._followed
+        return same and self.slots == slots and self.length >= length
+
+    def run(self, prompts: Sequence[Prompt]) -> Iterator[Answer]:
+        """Answer the prompts, refilling slots in order of the prompts."""
+        waiting = list(range(len(prompts)))[::-1]
+        rows: list[int | None] = [None] * self.slots
+        done: list[Answer] = []
+        self.running.zero_()
+        while waiting or any(row is not None for row in rows):
+            free = [slot for slot, row in enumerate(rows) if row is None]
+            if waiting and len(free) >= min(max(self.slots // REFILL, 1), len(waiting)):
+                self._fill(prompts, waiting, rows, free)
+            for _ in range(POLL):
+                self._step()
+            yield from done  # of the round before: the GPU is busy with this one
+            done = self._finished(prompts, rows)
+        yield from done
+
+    def _fill(
+        self, prompts: Sequence[Prompt], waiting: list[int], rows: list[int | None], free: list[int]
+    ) -> None:
+        taken = free[: len(waiting)]
+        for slot in taken:
+            rows[slot] = waiting.pop()
+        chosen = [prompts[row] for slot in taken if (row := rows[slot]) is not None]
+        self.follower.enter(taken, chosen)
+        self.decoder.prefill([prompt.ids for prompt in chosen], taken)
+        at = torch.tensor(taken, device=self.tokens.device)
+
+        def put(target: Tensor, values: list[int]) -> None:
+            target[at] = torch.tensor(values, device=target.device, dtype=target.dtype)
+
+        put(self.tokens, [prompt.ids[-1] for prompt in chosen])
+        put(self.positions, [len(prompt.ids) - 1 for prompt in chosen])
+        put(self.seeds, [prompt.seed for prompt in chosen])
+        put(self.steps, [0] * len(chosen))
+        put(self.running, [1] * len(chosen))
+        put(self.ended, [0] * len(chosen))
+
+    def _finished(self, prompts: Sequence[Prompt], rows: list[int | None]) -> list[Answer]:
+        """Take the answers out of the slots that came to rest; this waits for the GPU."""
+        running, ended, steps = self.running.tolist(), self.ended.tolist(), self.steps.tolist()
+        done = [slot for slot, row in enumerate(rows) if row is not None and not running[slot]]
+        written = self.written[torch.tensor(done, dtype=torch.long, device=self.written.device)].tolist()
+        found = []
+        for slot, ids in zip(done, written, strict=True):
+            row = rows[slot]
+            assert row is not None
+            found.append(Answer(row, tuple(ids[: steps[slot]]), "end" if ended[slot] else "length"))
+            rows[slot] = None
+        self.follower.leave(done, prompts, found)
+        return found
+
+    def _step(self) -> None:
+        if self._replay is None:
+            self._replay = self._captured() if self.subject.device.type == "cuda" else self._advance
+        self._replay()
+
+    def _advance(self) -> None:
+        """Feed one token per slot, draw the next, note who ended. Slots at rest feed their last token to their last column."""
+        config, state = self.decoder.config, self.state
+        state.positions, state.visible = self.positions, self.length
+        mask = decoding_mask(config, self.positions, self.length, self.subject.dtype)
+        self.follower.stepping(self.running, self.steps == 0, self.positions == 0)
+        logits = self.subject.model(
+            input_ids=self.tokens[:, None],
+            position_ids=self.positions[:, None],
+            attention_mask=mask,
+            past_key_values=self.decoder.cache,
+            use_cache=True,
+            slot_state=state,
+        ).logits[:, -1]
+        sampling = self.sampler.sampling
+        tokens = draw(logits, self.seeds, self.steps, sampling.temperature, sampling.top_p)
+        place = self.steps.clamp(max=self.limit - 1)[:, None]
+        kept = self.written.gather(1, place)[:, 0]
+        self.written.scatter_(1, place, torch.where(self.running, tokens, kept)[:, None])
+        # not torch.isin: with many end tokens it sorts and waits, which no capture allows
+        ends = (tokens[:, None] == self.sampler.end_ids).any(1) & self.running
+        self.ended.logical_or_(ends)
+        self.steps.add_((self.running & ~ends).long())  # an end token is not part of the answer
+        self.running.logical_and_(~ends & (self.steps < self.limit))
+        self.tokens.copy_(torch.where(self.running, tokens, self.tokens))
+        self.positions.add_(self.running.long())
+
+    def _captured(self) -> Callable[[], None]:
+        """Warm up on a side stream, as capture demands, capture one step, and put the state back.
+
+        Some forwards wait for the GPU (Falcon's list indices, a mixture of experts in fp32) and cannot be captured:
+        they go on kernel by kernel, which is slower and said in the log.
+        """
+        saved = [t.clone() for t in self._state()]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self._advance()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        replay: Callable[[], None] = graph.replay
+        try:
+            with torch.cuda.graph(graph):
+                self._advance()
+        except RuntimeError as error:
+            replay = self._advance
+            first = str(error).splitlines()[0]
+            log.warning(
+                "%s: a decoding step cannot be captured (%s); sampling is slower", self.subject.id, first
+            )
+        for tensor, value in zip(self._state(), saved, strict=True):
+            tensor.copy_(value)
+        return replay
+
+    def _state(self) -> list[Tensor]:
+        own = [self.tokens, self.positions, self.seeds, self.steps, self.written, self.running, self.ended]
+        return own + self.follower.state()
+
+
+def _free() -> None:
+    """Give back the caches of steps that nobody holds: they and their sampler refer to each other, and each is of the card's size."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def fitting_slots(subject: Subject, length: int) -> int:
+    """How many slots of that length the GPU holds beside the weights, at most `MOST_SLOTS`.
+
+    From the card's whole memory, not the free part: the same card always gives the same batches, so a resumed run
+    gives the same answers.
+    """
+    if subject.device.type != "cuda":
+        return 64
+    config = subject.model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    slot = 2 * subject.n_layers * heads * width * length * subject.dtype.itemsize
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in subject.model.parameters())
+    room = torch.cuda.get_device_properties(subject.device).total_memory - weights
+    return max(1, min(MOST_SLOTS, int(MEMORY_SHARE * room / slot)))

@@ -1,0 +1,371 @@
+"""Sampling answers to many prompts at once, from any causal decoder that `transformers` loads.
+
+    sampler = Sampler(subject, end_ids, Sampling(max_new_tokens=64))
+    for answer in sampler.answers(prompts):        # as they finish, not in order
+        answer.index, answer.ids, answer.stopped
+
+A chunk of prompts starts together. All but the last prompt token is prefilled through the base model; the last one is the
+first decoding step, so logits come from one place. A row that ends is yielded at once and the last row moves into its
+slot, so finished rows cost nothing. The work on a chunk is a function of the chunk alone: the same chunk gives the same
+answers in a resumed run and under any number of processes.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from personatlas.persona.errors import KnownError
+from personatlas.persona.models.load import Subject
+from personatlas.persona.sampling.kv_cache import SlotCache, decoding_mask
+from personatlas.persona.sampling.next_token import draw
+
+CPU_TOKENS, GPU_TOKENS = 2048, 65536  # most padded tokens of one prefill; a CPU batch of 8192 was 30% slower
+ACTIVATION_SHARE = 0.1  # of a GPU's memory, for what one batch needs inside a block
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample; the defaults are the paper's but for the length (arXiv 2601.10387: 512 new tokens)."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.7
+    top_p: float = 0.9
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise KnownError(f"max_new_tokens {self.max_new_tokens} is below 1")
+        if not 0 <= self.temperature < 100:
+            raise KnownError(f"temperature {self.temperature} is outside [0, 100)")
+        if not 0 < self.top_p <= 1:
+            raise KnownError(f"top_p {self.top_p} is outside (0, 1]")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids to answer and the seed to do it with. `plan` is for what follows the sampling: what it does to this row."""
+
+    ids: tuple[int, ...]
+    seed: int
+    plan: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer to prompt number `index`: ids before the end token, and why it stopped."""
+
+    index: int
+    ids: tuple[int, ...]
+    stopped: Literal["end", "length"]
+
+
+class Follower:
+    """Something inside the forwards (steering) that must know which rows and tokens each of them is about.
+
+    A sampler tells it all of that; this one does nothing with it. A row's place in a batch is its *slot*.
+    """
+
+    def start(self, prompts: Sequence[Prompt]) -> None:
+        """A chunk of prompts begins."""
+
+    def seat(self, slots: int) -> None:
+        """There are so many slots from now on."""
+
+    def enter(self, slots: Sequence[int], prompts: Sequence[Prompt]) -> None:
+        """These prompts take these slots."""
+
+    def reading(self, slots: Tensor, lengths: Tensor, opening: bool = True) -> None:
+        """The next forward reads prompts into `slots` (n,): `lengths` (n,) tokens of each, the rest is padding. `opening` is
+        false where it goes on with prompts that are read in part."""
+
+    def stepping(self, running: Tensor, first: Tensor, opening: Tensor) -> None:
+        """The next forward feeds one token to slots 0..n-1. `running` (n,) is false where a row is at rest; `first` (n,) is
+        true where the token is the prompt's last and not yet the answer's; `opening` (n,) where nothing is before it."""
+
+    def reading_again(self, lengths: Tensor, starts: Tensor) -> None:
+        """The next forward reads slots 0..n-1 from their beginning, once more: `lengths` (n,) tokens, answers from `starts`."""
+
+    def move(self, source: int, target: int) -> None:
+        """The row in slot `source` goes on in slot `target`."""
+
+    def leave(self, slots: Sequence[int], prompts: Sequence[Prompt], answers: Sequence["Answer"]) -> None:
+        """The rows in these slots are answered."""
+
+    def state(self) -> list[Tensor]:
+        """What a forward changes, to be put back after forwards that do not count."""
+        return []
+
+
+class Followers(Follower):
+    """Several followers of one decoder, each told everything in turn."""
+
+    def __init__(self, *each: Follower) -> None:
+        self.each = each
+
+    def start(self, prompts: Sequence[Prompt]) -> None:
+        """A chunk of prompts begins."""
+        for one in self.each:
+            one.start(prompts)
+
+    def seat(self, slots: int) -> None:
+        """There are so many slots from now on."""
+        for one in self.each:
+            one.seat(slots)
+
+    def enter(self, slots: Sequence[int], prompts: Sequence[Prompt]) -> None:
+        """These prompts take these slots."""
+        for one in self.each:
+            one.enter(slots, prompts)
+
+    def reading(self, slots: Tensor, lengths: Tensor, opening: bool = True) -> None:
+        """The next forward reads prompts."""
+        for one in self.each:
+            one.reading(slots, lengths, opening)
+
+    def stepping(self, running: Tensor, first: Tensor, opening: Tensor) -> None:
+        """The next forward feeds one token to each of the first slots."""
+        for one in self.each:
+            one.stepping(running, first, opening)
+
+    def reading_again(self, lengths: Tensor, starts: Tensor) -> None:
+        """The next forward reads everything once more."""
+        for one in self.each:
+            one.reading_again(lengths, starts)
+
+    def move(self, source: int, target: int) -> None:
+        """The row in slot `source` goes on in slot `target`."""
+        for one in self.each:
+            one.move(source, target)
+
+    def leave(self, slots: Sequence[int], prompts: Sequence[Prompt], answers: Sequence["Answer"]) -> None:
+        """The rows in these slots are answered."""
+        for one in self.each:
+            one.leave(slots, prompts, answers)
+
+    def state(self) -> list[Tensor]:
+        """What a forward changes in any of them."""
+        return [tensor for one in self.each for tensor in one.state()]
+
+
+class Decoder:
+    """One chunk's forward passes on a slot cache: `prefill` once, then `step` token by token."""
+
+    name = "slots"
+
+    def __init__(self, subject: Subject, slots: int, length: int, follower: Follower | None = None) -> None:
+        self.subject, self.follower = subject, follower or Follower()
+        self.config = subject.model.config.get_text_config(decoder=True)
+        self.cache = SlotCache(subject.n_layers, slots, length)
+        self.steps = 0
+
+    def prefill(self, prompts: Sequence[tuple[int, ...]], slots: Sequence[int] | None = None) -> None:
+        """Fill slots (0.. unless given) with all but the last token of each prompt, in batches."""
+        slots, state, first = slots or range(len(prompts)), self.cache.state, 0
+        tokens = batch_tokens(self.subject, CPU_TOKENS, GPU_TOKENS)
+        state.prefill, state.going_on = True, None
+        while first < len(prompts):
+            stop = batch_end([len(ids) for ids in prompts], first, tokens)
+            batch = pad([ids[:-1] or ids for ids in prompts[first:stop]], self.subject.device)
+            state.rows = torch.tensor(slots[first:stop], device=self.subject.device)
+            read = torch.tensor([len(ids) - 1 for ids in prompts[first:stop]], device=self.subject.device)
+            self.follower.reading(state.rows, read)
+            self.subject.base(input_ids=batch, past_key_values=self.cache, use_cache=True)
+            first = stop
+        state.prefill, self.steps = False, 0
+
+    def read_on(self, ids: Sequence[int], slot: int, start: int) -> None:
+        """Go on reading into a slot that holds `start` tokens already."""
+        state, device = self.cache.state, self.subject.device
+        positions = torch.arange(start, start + len(ids), device=device)[None]
+        mask = decoding_mask(self.config, positions, start + len(ids), self.subject.dtype)
+        state.prefill, state.going_on = True, (slot, start)
+        self.follower.reading(
+            torch.tensor([slot], device=device), torch.tensor([len(ids)], device=device), opening=start == 0
+        )
+        try:
+            self.subject.base(
+                input_ids=pad([ids], device),
+                position_ids=positions,
+                attention_mask=mask,
+                past_key_values=self.cache,
+                use_cache=True,
+            )
+        finally:
+            state.prefill, state.going_on = False, None
+
+    def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Logits (n, V) after feeding `tokens` (n,) at `positions` (n,) to slots 0..n-1."""
+        state, everywhere = self.cache.state, torch.ones_like(tokens, dtype=torch.bool)
+        self.follower.stepping(everywhere, everywhere if self.steps == 0 else ~everywhere, positions == 0)
+        self.steps += 1
+        state.positions, state.visible = positions, int(positions.max()) + 1
+        mask = decoding_mask(self.config, positions, state.visible, self.subject.dtype)
+        return self.subject.model(
+            input_ids=tokens[:, None],
+            position_ids=positions[:, None],
+            attention_mask=mask,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).logits[:, -1]
+
+    def move(self, source: int, target: int, columns: int | None = None) -> None:
+        """Continue the row of slot `source` in slot `target`; `columns` are all that it has written, if given."""
+        self.cache.move(source, target, columns)
+
+
+class PlainDecoder:
+    """The same without a cache: the whole text is read again at every step. Slow, and right for any causal decoder."""
+
+    name = "no cache"
+
+    def __init__(self, subject: Subject, slots: int, length: int, follower: Follower | None = None) -> None:
+        self.subject, self.follower = subject, follower or Follower()
+        self.text = torch.zeros(slots, length, dtype=torch.long, device=subject.device)
+        self.starts = torch.zeros(slots, dtype=torch.long, device=subject.device)
+
+    def prefill(self, prompts: Sequence[tuple[int, ...]]) -> None:
+        """Keep the prompts."""
+        self.starts[: len(prompts)] = torch.tensor([len(ids) for ids in prompts])
+        for row, ids in enumerate(prompts):
+            self.text[row, : len(ids)] = torch.tensor(ids)
+
+    def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Logits (n, V) after `tokens` (n,) at `positions` (n,) of rows 0..n-1."""
+        rows = torch.arange(len(tokens), device=tokens.device)
+        self.text[rows, positions] = tokens
+        text = self.text[: len(tokens), : int(positions.max()) + 1]
+        self.follower.reading_again(positions + 1, self.starts[: len(tokens)])
+        return self.subject.model(input_ids=text, use_cache=False).logits[rows, positions]
+
+    def move(self, source: int, target: int) -> None:
+        """Continue row `source` as row `target`."""
+        self.text[target], self.starts[target] = self.text[source], self.starts[source]
+
+
+class Sampler:
+    """Answers chunks of prompts. Building one proves the cached decoder right on this model, or falls back to none."""
+
+    def __init__(self, subject: Subject, end_ids: frozenset[int], sampling: Sampling) -> None:
+        self.subject, self.sampling = subject, sampling
+        self.end_ids = torch.tensor(sorted(end_ids), dtype=torch.long, device=subject.device)
+        self.decoder: type[Any] = Decoder if decodes_from_cache(subject) else PlainDecoder
+
+    @torch.no_grad()
+    def answers(self, prompts: Sequence[Prompt], follower: Follower | None = None) -> Iterator[Answer]:
+        """Answer one chunk; answers come as they end. `follower` is told what every forward is about."""
+        limit, device, follower = self.sampling.max_new_tokens, self.subject.device, follower or Follower()
+        length = max(len(prompt.ids) for prompt in prompts) + limit
+        decoder = self.decoder(self.subject, len(prompts), length, follower)
+        follower.start(prompts)
+        follower.seat(len(prompts))
+        follower.enter(range(len(prompts)), prompts)
+        decoder.prefill([prompt.ids for prompt in prompts])
+        rows = list(range(len(prompts)))  # which prompt is in which slot
+        tokens = torch.tensor([prompt.ids[-1] for prompt in prompts], device=device)
+        positions = torch.tensor([len(prompt.ids) - 1 for prompt in prompts], device=device)
+        seeds = torch.tensor([prompt.seed for prompt in prompts], device=device)
+        written = torch.zeros(len(prompts), limit, dtype=torch.long, device=device)
+        for step in range(limit):
+            logits = decoder.step(tokens, positions)
+            steps = torch.full_like(tokens, step)
+            tokens = draw(logits, seeds, steps, self.sampling.temperature, self.sampling.top_p)
+            written[: len(rows), step] = tokens
+            ended = torch.isin(tokens, self.end_ids)
+            for slot in reversed(
+                ended.nonzero()[:, 0].tolist()
+            ):  # from the back: the row that moves in has not ended
+                answer = Answer(rows[slot], tuple(written[slot, :step].tolist()), "end")
+                follower.leave([slot], prompts, [answer])
+                yield answer
+                last = len(rows) - 1
+                if slot != last:
+                    decoder.move(last, slot)
+                    follower.move(last, slot)
+                    for values in (rows, tokens, positions, seeds, written):
+                        values[slot] = values[last]
+                rows.pop()
+                tokens, positions, seeds = tokens[:last], positions[:last], seeds[:last]
+            if not rows:
+                return
+            positions = positions + 1
+        left = [Answer(row, tuple(written[slot].tolist()), "length") for slot, row in enumerate(rows)]
+        follower.leave(range(len(rows)), prompts, left)
+        yield from left
+
+
+def decodes_from_cache(subject: Subject) -> bool:
+    """Whether decoding on a slot cache gives the logits of reading the whole text, up to rounding."""
+    return cached_decoding_error(subject) < (1e-3 if subject.dtype == torch.float32 else 5e-2)
+
+
+@torch.no_grad()
+def cached_decoding_error(subject: Subject) -> float:
+    """How far cached decoding is from reading the whole text: relative error of the logits over three uneven rows.
+
+    infinity when the model does not take the cache at all (recurrent state, say).
+    """
+    vocabulary = subject.model.get_input_embeddings().weight.shape[0]
+    texts = [
+        tuple((i * 37 + row * 11 + 5) % vocabulary for i in range(length))
+        for row, length in enumerate((9, 12, 6))
+    ]
+    fed = 3  # tokens decoded after the prompt
+    decoder = Decoder(subject, len(texts), max(map(len, texts)))
+    try:
+        decoder.prefill([text[:-fed] for text in texts])
+        for step in range(fed):
+            at = [len(text) - fed + step for text in texts]
+            tokens = torch.tensor([text[i] for text, i in zip(texts, at, strict=True)], device=subject.device)
+            # the decoder's first step feeds the last prompt token
+            if step == 0:
+                last = torch.tensor(
+                    [text[i - 1] for text, i in zip(texts, at, strict=True)], device=subject.device
+                )
+                decoder.step(last, torch.tensor(at, device=subject.device) - 1)
+            cached = decoder.step(tokens, torch.tensor(at, device=subject.device))
+    except (ValueError, TypeError, AttributeError, RuntimeError, IndexError):
+        return float("inf")
+    error = 0.0
+    for row, text in enumerate(texts):
+        whole = subject.model(input_ids=torch.tensor([text], device=subject.device), use_cache=False).logits[
+            0, -1
+        ]
+        error = max(error, float((cached[row].float() - whole.float()).norm() / whole.float().norm()))
+    return error
+
+
+def pad(rows: Sequence[Sequence[int]], device: torch.device, multiple: int = 1) -> Tensor:
+    """Right-padded ids (B, T) with T a multiple of `multiple`; the padding is token 0 and nothing ever looks at it."""
+    length = -(-max(map(len, rows)) // multiple) * multiple
+    batch = torch.zeros(len(rows), length, dtype=torch.long)
+    for row, ids in enumerate(rows):
+        batch[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
+    return to_device(batch, device)
+
+
+def to_device(value: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on the device. A copy from ordinary memory would wait for all that the GPU still has to do."""
+    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
+
+
+def batch_tokens(subject: Subject, on_cpu: int, on_gpu: int) -> int:
+    """Padded tokens a batch: `on_cpu`, or up to `on_gpu` as the GPU's memory and the model's width allow."""
+    if subject.device.type != "cuda":
+        return on_cpu
+    config = subject.model.config.get_text_config(decoder=True)
+    inner = getattr(config, "intermediate_size", None) or 4 * subject.d_model
+    # residual, norm, query, key, value, output and their fp32 copies; gate, up and their product
+    token = (12 * subject.d_model + 3 * inner) * subject.dtype.itemsize
+    memory = torch.cuda.get_device_properties(subject.device).total_memory
+    return max(1024, min(on_gpu, int(ACTIVATION_SHARE * memory / token)))
+
+
+def batch_end(lengths: Sequence[int], first: int, tokens: int) -> int:
+    """The end of the longest batch from `first` on whose padded size stays within `tokens` (at least one row)."""
+    stop, longest = first + 1, lengths[first]
+    while stop < len(lengths) and max(longest, lengths[stop]) * (stop + 1 - first) <= tokens:
+        longest = max(longest, lengths[stop])
+        stop += 1
+    return stop

@@ -1,0 +1,537 @@
+"""The verb `eval`: capped against uncapped.
+
+The verb `inspect`: a task of Inspect in two arms, the model as it is and capped, and what the cap changed.
+
+personatlas inspect smollm2-135m task.py@name --axis smollm2-135m --limit 100
+personatlas inspect --compare plain.eval capped.eval
+
+The verb of EleutherAI's lm-eval harness: its tasks capped and uncapped, through one loaded model.
+
+personatlas lm-eval smollm2-135m ifeval --axis smollm2-135m --data ifeval=ifeval.jsonl --limit 100
+"""
+
+import sys
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+from rich.box import SIMPLE_HEAD
+from rich.table import Column, Table
+from rich.text import Text
+
+from personatlas.cli.runs import Model, console, print_json, run_folder, say_result
+from personatlas.persona.errors import KnownError
+from personatlas.persona.options import ModelOptions, given
+from personatlas.persona.progress import say
+from personatlas.steering.evals.options import EvalOptions
+
+SIGNIFICANT = 0.05
+
+
+def eval_(
+    model: Model,
+    /,
+    *,
+    axis: str,
+    cap: Annotated[list[str] | None, Parameter(negative=())] = None,
+    out: Path | None = None,
+    bank: Path | None = None,
+    force: bool = False,
+    show_answers: bool = False,
+    asked: EvalOptions = EvalOptions(),
+    how: ModelOptions = ModelOptions(),
+    json: bool = False,
+) -> None:
+    """Evaluate a model as it is and capped, on the same prompts with the same seeds: what a cap buys and costs (resumes).
+
+    Parameters
+    ----------
+    axis
+        a run folder, an axis file, or smollm2-135m for the axis that comes with it
+    cap
+        a cap by name, file or LEVEL@LAYERS, "assistant" unless given, with +0.2 or -0.2 behind it for a neighbour; may be given several times
+    out
+        the folder of the evaluation; runs/NAME-eval unless given
+    bank
+        a bank with the axis's roles, if not the packaged one
+    force
+        use an axis of the same model in another weight format
+    show_answers
+        show answers to harmful requests in eval.html, which leaves them out otherwise
+    json
+        print eval.json without its answers
+    """
+    from personatlas.steering.evals.page import write_eval_page
+    from personatlas.steering.evals.study import evaluate
+
+    folder = out or run_folder(model, None).with_name(run_folder(model, None).name + "-eval")
+    content = evaluate(model, how, axis, _caps(cap), asked, folder, bank, force=force)
+    if content is not None:
+        write_eval_page(folder / "eval.html", content, show_answers=show_answers)
+        print_json({name: value for name, value in content.items() if name != "pairs"}) if json else _print(
+            content, folder
+        )
+
+
+def _caps(given: list[str] | None) -> list[str]:
+    caps = given or ["assistant"]
+    if len(set(caps)) != len(caps):
+        raise KnownError(f"--cap {next(name for name in caps if caps.count(name) > 1)!r} is given twice")
+    return caps
+
+
+def _print(content: dict[str, Any], folder: Path) -> None:
+    out = console()
+    for name, suite in content["suites"].items():
+        out.print(_table(name, suite, content["arms"]))
+    out.print(_costs(content))
+    if "tasks" in content["capability"]:
+        out.print(_tasks(content))
+    for warning in content["warnings"]:
+        out.print(Text(f"note: {warning}", style="yellow"))
+    say_result(f"every answer: {folder / 'eval.json'}")
+    say_result(f"page: {folder / 'eval.html'}")
+
+
+def _table(name: str, suite: dict[str, Any], arms: list[str]) -> Table:
+    roles = f"{suite['roles']} roles, " if suite["roles"] > 1 else ""
+    asked = f"{suite['n']} cases, {roles}{suite['requests']} requests"
+    table = Table(title=f"{name}: {asked}", title_justify="left")
+    table.add_column("arm")
+    for outcome, row in suite["outcomes"].items():
+        table.add_column(f"{outcome} ({'more' if row['better'] == 'more' else 'less'} is better)")
+    table.add_column("projection", justify="right")
+    table.add_column("fired", justify="right")
+    for arm in arms:
+        own = suite["arms"][arm]
+        cells = [_cell(row["arms"][arm]) for row in suite["outcomes"].values()]
+        place = "" if own["projection"] is None else f"{own['projection']:.1f}"
+        table.add_row(Text(arm), *cells, place, f"{own['fired']:.0%}")
+    return table
+
+
+def _cell(row: dict[str, Any]) -> str:
+    """A share with its interval, and below it the change with what it is worth."""
+    if row["share"] is None:
+        return "not judged"
+    low, high = row["interval"]
+    text = f"{row['share']:.1%} [{low:.0%}, {high:.0%}]"
+    change = row.get("change")
+    if not change:
+        return text
+    p = change.get("p_holm", change["p"])
+    said = f"{change['value']:+.1%} [{change['low']:+.0%}, {change['high']:+.0%}] p {p:.2g}"
+    return f"{text}\n{said}" + ("" if p < SIGNIFICANT else f"\n(could show {change['smallest']:.1%})")
+
+
+def _costs(content: dict[str, Any]) -> Table:
+    table = Table(title="cost", title_justify="left")
+    for title in ("arm", "more loss on benign answers", "KL", "own answers' loss as it is", "bits per byte"):
+        table.add_column(title)
+    capability = content["capability"]
+    for arm in content["arms"]:
+        cost, own = capability.get("benign", {}).get(arm), capability.get("own_loss", {}).get(arm)
+        text = capability.get("text", {}).get("arms", {}).get(arm)
+        low, high = cost["more_loss_interval"] if cost else (0.0, 0.0)
+        table.add_row(
+            Text(arm),
+            f"{cost['more_loss']:+.1%} [{low:+.1%}, {high:+.1%}]" if cost else "",
+            f"{cost['kl']:.3f}" if cost else "",
+            f"{own['loss']:.3f} ± {own['error']:.3f}" if own and own["loss"] is not None else "",
+            f"{text['bits_per_byte']:.4f}" if text else "",
+        )
+    return table
+
+
+def _tasks(content: dict[str, Any]) -> Table:
+    table = Table(title="tasks of lm-eval", title_justify="left")
+    for title in ("task", "metric", *content["arms"]):
+        table.add_column(Text(title))
+    for name, task in content["capability"]["tasks"]["tasks"].items():
+        for metric, told in task["metrics"].items():
+            cells = [_task_cell(told["arms"].get(arm, {})) for arm in content["arms"]]
+            table.add_row(Text(f"{name} ({task['n']})"), Text(metric), *cells)
+    return table
+
+
+def _task_cell(row: dict[str, Any]) -> str:
+    if not isinstance(row.get("value"), int | float):
+        return ""
+    text = f"{row['value']:.3f}"
+    if "change" not in row:
+        return text
+    shown = "" if row["p_holm"] < SIGNIFICANT else f"\n(could show {row['smallest']:.3f})"
+    return f"{text}\n{row['change']:+.3f} [{row['interval'][0]:+.3f}, {row['interval'][1]:+.3f}]{shown}"
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class TaskOptions:
+    """How to run the task."""
+
+    limit: int | None = None
+    "the first samples only; all unless given"
+    epochs: int | None = None
+    "times that every sample is answered; the task's own number unless given"
+    max_tokens: int | None = None
+    "longest answer; the task's own unless given, else 512"
+    temperature: float | None = None
+    "sampling temperature; the task's own unless given, else 0.7"
+    seed: int | None = None
+    "both arms sample with it; 0 unless given"
+    grader: str | None = None
+    "a model in Inspect's words (openai/gpt-4o) for scorers that ask one; this model as it is unless given"
+    log_dir: Path | None = None
+    "where Inspect writes its logs; ./logs unless given"
+
+
+def inspect(
+    model: str | None = None,
+    task: str | None = None,
+    /,
+    *,
+    axis: str | None = None,
+    cap: str = "assistant",
+    compare: Annotated[tuple[Path, Path] | None, Parameter(negative=())] = None,
+    force: bool = False,
+    asked: TaskOptions = TaskOptions(),
+    how: ModelOptions = ModelOptions(),
+    json: bool = False,
+) -> None:
+    """Run a task of Inspect on a model as it is and capped, and test what changed; or compare two logs (--compare).
+
+    Parameters
+    ----------
+    model
+        a packaged name (smollm2-135m), a local folder, a .gguf file or a hub id
+    task
+        task.py, task.py@name, or the name of an installed task such as inspect_evals/gsm8k
+    axis
+        a run folder, an axis file, or smollm2-135m for the axis that comes with it
+    cap
+        a cap saved beside the axis, a cap file, or LEVEL@LAYERS: p50@18-23, roles:p75@20,22
+    compare
+        two logs, before and after, in place of MODEL and TASK
+    force
+        use an axis of the same model in another weight format
+    json
+        print everything as JSON
+    """
+    from personatlas.steering.evals.harnesses.inspect_compare import (
+        arm_of,
+        compared,
+        read_log,
+        require_inspect,
+    )
+
+    require_inspect()
+    if compare is not None:
+        if model or task or axis:
+            raise KnownError(
+                "--compare takes two logs that are there, and no MODEL, TASK or --axis beside them"
+            )
+        logs = [read_log(path) for path in compare]
+    elif model and task and axis:
+        logs = run_arms(model, task, axis, cap, asked, how, force=force)
+    else:
+        raise KnownError("give MODEL, TASK and --axis RUN, or two logs with --compare BEFORE AFTER")
+    found = compared(*(arm_of(log) for log in logs))
+    print_json(found) if json else _inspect_verb_print(found)
+
+
+def run_arms(
+    model: str, task: str, axis: str, cap: str, asked: TaskOptions, how: ModelOptions, *, force: bool = False
+) -> list[Any]:
+    """The logs of both arms, answered by one loaded model. Raises `KnownError` for a task or a cap that cannot be."""
+    from inspect_ai.model import GenerateConfig, Model
+
+    from personatlas.steering.evals.harnesses.inspect_provider import Answerer, PersonatlasAPI
+    from personatlas.steering.session import loaded
+
+    _require_one(task)
+    for option in ("limit", "epochs", "max_tokens"):
+        value = getattr(asked, option)
+        if value is not None and value < 1:
+            raise KnownError(f"--{option.replace('_', '-')} {value} is below 1")
+    if cap in ("", "none"):
+        raise KnownError("--cap none leaves nothing to compare: name the cap of the second arm")
+    answerer = Answerer(loaded(model, how, axis, [cap], force=force))
+    given_how = {name: value for name, value in given(how).items() if value is not None}
+    arms = {}
+    for name in (None, cap):
+        api = PersonatlasAPI(model_name=model, axis=axis, cap=name, answerer=answerer)
+        arms[name] = Model(api, GenerateConfig(), {"axis": axis, "cap": name or "none", **given_how})
+    logs = []
+    for name, arm in arms.items():
+        say(f"{task}: {'capped' if name else 'as it is'}")
+        # a model that grades itself would be capped in one arm only: the arms would be graded by two measures
+        logs.append(_run(task, arm, asked, asked.grader or arms[None]))
+    return logs
+
+
+def _run(task: str, arm: Any, asked: TaskOptions, grader: Any) -> Any:
+    from inspect_ai import eval
+    from inspect_ai._util.error import PrerequisiteError
+
+    names = ("limit", "epochs", "max_tokens", "temperature", "seed")
+    settings = {name: value for name in names if (value := getattr(asked, name)) is not None}
+    try:
+        with redirect_stdout(sys.stderr):  # stdout is for the result
+            logs = eval(
+                task,
+                model=arm,
+                model_roles={"grader": grader},
+                display="plain",
+                log_dir=None if asked.log_dir is None else str(asked.log_dir.absolute()),
+                max_connections=arm.api.max_connections(),
+                ctl_server=False,
+                score_display=False,
+                **settings,
+            )
+    except PrerequisiteError as error:
+        raise KnownError(" ".join(str(error.message).split())) from None
+    if len(logs) != 1:
+        raise KnownError(f"{task} is {len(logs)} tasks; name one of them: FILE.py@NAME")
+    return logs[0]
+
+
+def _require_one(task: str) -> None:
+    """A file with several tasks must be told which; Inspect itself would run them all."""
+    from inspect_ai import list_tasks
+
+    path = Path(task.partition("@")[0])
+    if path.suffix != ".py":
+        return
+    if not path.is_file():
+        raise KnownError(
+            f"there is no task file {path}; give FILE.py, FILE.py@NAME or the name of an installed task"
+        )
+    names = [found.name for found in list_tasks(path.name, root_dir=path.absolute().parent)]
+    chosen = task.partition("@")[2]
+    if chosen and chosen not in names:
+        raise KnownError(f"{path} has no task {chosen!r}, only {', '.join(names) or 'none'}")
+    if not chosen and len(names) != 1:
+        raise KnownError(
+            f"{path} has {len(names)} tasks ({', '.join(names) or 'none'}); name one: {path}@NAME"
+        )
+
+
+def _inspect_verb_print(found: dict[str, Any]) -> None:
+    before, after = found["arms"]
+    said = f"projection: of an answer's tokens at layer {found['layer']}, before the cap's step"
+    is_plain = [not arm["cap"] for arm in (before, after)]
+    arms = ("as it is", "capped") if is_plain == [True, False] else (before["name"], after["name"])
+    scorer, interval = Column("scorer", overflow="fold", min_width=10), Column("95%", no_wrap=True)
+    table = Table(scorer, *arms, "change", interval, "p (Holm)", "pairs", caption=said)
+    rows = {**found["scorers"], "projection": found["projection"]}
+    for name, row in rows.items():
+        if not row["n"]:
+            table.add_row(Text(name), "", "", "", "", "", "0")
+            continue
+        change = row["change"]
+        reach = Text(f"[{change['low']:+.2f}, {change['high']:+.2f}]")
+        p = f"{change['p']:.2g} ({row['p_holm']:.2g})" if "p_holm" in row else ""
+        means = (f"{row[arm]:.3f}" for arm in ("before", "after"))
+        table.add_row(Text(name), *means, f"{change['value']:+.3f}", reach, p, str(row["n"]))
+    out = console()
+    out.print(table)
+    for name, row in found["scorers"].items():
+        if row["n"] and not row["is_shown"]:
+            least = row["change"]["smallest"]
+            said = f"no change shown; {row['n']} pairs as scattered as these show one of {least:.3f}"
+            say_result(f"{name}: {said if least else 'every pair scored the same'}")
+        if row["left_out"]:
+            out.print(
+                Text(
+                    f"{name}: {row['left_out']} pairs without a number in both arms are left out",
+                    style="yellow",
+                )
+            )
+    if not found["same_seeds"]:
+        out.print(Text("the two arms were sampled with different seeds", style="yellow"))
+    for arm in found["arms"]:
+        if arm["fired"] == 0:
+            out.print(
+                Text(
+                    f"{arm['name']}: the cap never fired, and its answers are the model's own", style="yellow"
+                )
+            )
+        elif arm["fired"] is not None:
+            say_result(f"{arm['name']}: the cap changed {arm['fired']:.0%} of tokens times layers")
+        out.print(Text(f"log: {arm['log']}"), soft_wrap=True)
+
+
+AS_IT_IS = "as it is"  # `arms.AS_IT_IS`, whose module needs torch, which `--help` does not load
+LEVEL = 0.05  # of an adjusted p
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class TaskOptions_of_lm_eval_verb:
+    """How to run the tasks."""
+
+    tasks_folder: Path | None = None
+    "a folder with task YAMLs of your own"
+    data: list[str] = field(default_factory=list)
+    "TASK=FILE.jsonl: rows in place of the ones that a built-in task would download; may be given several times"
+    limit: int | None = None
+    "samples a task; all unless given"
+    fewshot: int | None = None
+    "examples in each prompt, in place of the task's own number"
+    max_new_tokens: int | None = None
+    "bounds every answer; the task's own length unless given"
+    raw: bool = False
+    "prompts as they are, without the chat template (lm-eval's own default)"
+    margin: float = 0.02
+    "the largest change that counts as none, in the metric's own unit"
+    out: Path | None = None
+    "where answers and results go, runs/MODEL/evals unless given; the same command goes on from what is there"
+
+
+def lm_eval(
+    model: Model,
+    tasks: str,
+    /,
+    *,
+    axis: str | None = None,
+    cap: list[str] | None = None,
+    force: bool = False,
+    asked: TaskOptions_of_lm_eval_verb = TaskOptions_of_lm_eval_verb(),
+    how: ModelOptions = ModelOptions(),
+    json: bool = False,
+) -> None:
+    """Run tasks of the lm-eval harness as the model is and with every cap, and compare them sample by sample.
+
+    Without an axis there is nothing to cap by: the tasks are run on the model as it is.
+
+    Parameters
+    ----------
+    tasks
+        lm-eval's task names with commas between: ifeval,gsm8k
+    axis
+        a run folder, an axis file, or smollm2-135m for the axis that comes with it; none to run the model as it is
+    cap
+        a cap by name, file or LEVEL@LAYERS, "assistant" unless given; may be given several times
+    force
+        use an axis of the same model in another weight format
+    json
+        print everything as JSON, every sample with its answers and scores
+    """
+    from personatlas.steering.evals.harnesses.lm_eval_tasks import require_asked, require_lm_eval
+    from personatlas.steering.session import as_it_is, loaded
+
+    require_lm_eval()
+    names, files, caps = task_names(tasks), data_files(asked.data), _lm_eval_verb_caps(cap or [], axis)
+    require_asked(names, files, asked.tasks_folder)
+    folder = asked.out or run_folder(model, None) / "evals"
+
+    def load() -> Any:
+        return as_it_is(model, how) if axis is None else loaded(model, how, axis, caps, force=force)
+
+    content = _lm_eval_verb_run(load, caps, names, files, folder, asked)
+    print_json(content) if json else _lm_eval_verb_print(content, folder)
+
+
+def _lm_eval_verb_run(
+    load: Any,
+    caps: list[str],
+    names: list[str],
+    files: dict[str, Path],
+    folder: Path,
+    asked: TaskOptions_of_lm_eval_verb,
+) -> dict[str, Any]:
+    from personatlas.steering.evals.harnesses.lm_eval import Asked, run_tasks
+
+    settings = Asked(
+        asked.limit, not asked.raw, asked.fewshot, asked.max_new_tokens, asked.margin
+    )  # before the model
+    held = load()
+    arms = {AS_IT_IS: []} | {name: [own] for name, own in zip(caps, held.caps, strict=True)}
+    return run_tasks(
+        held.subject,
+        held.chat,
+        arms,
+        names,
+        data=files,
+        folder=folder,
+        tasks_folder=asked.tasks_folder,
+        **asdict(settings),
+    )
+
+
+def _lm_eval_verb_caps(given: list[str], axis: str | None) -> list[str]:
+    if axis is None and given:
+        raise KnownError(f"--cap {given[0]} needs --axis: along which axis?")
+    wrong = [name for name in given if given.count(name) > 1 or name == AS_IT_IS]
+    if wrong:
+        raise KnownError(f"--cap {wrong[0]!r} is given twice, or is the name of the uncapped arm")
+    return given or ([] if axis is None else ["assistant"])
+
+
+def task_names(text: str) -> list[str]:
+    """Names with commas between, each once."""
+    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def data_files(given: list[str]) -> dict[str, Path]:
+    """Files by task, from TASK=FILE.jsonl. `KnownError` for anything else."""
+    found: dict[str, Path] = {}
+    for one in given:
+        task, mark, file = one.partition("=")
+        if not (task and mark and file):
+            raise KnownError(f"--data {one!r} is not TASK=FILE.jsonl")
+        found[task.strip()] = Path(file)
+    return found
+
+
+def _lm_eval_verb_print(content: dict[str, Any], folder: Path) -> None:
+    out = console()
+    for name, task in content["tasks"].items():
+        table = Table(
+            Column("metric", overflow="fold"), Column("arm", overflow="fold", min_width=len(AS_IT_IS)), "value", "change [95%]", "p", "shows",
+            "no loss", title=Text(f"{name}, {task['n']} samples"), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0),
+        )  # fmt: skip
+        for metric, told in task["metrics"].items():
+            for arm, row in told["arms"].items():
+                table.add_row(Text(metric), Text(arm), _value(row), *map(Text, _changed(row)))
+        out.print(table)
+        shares = {arm: one["share"] for arm, one in task["account"].items() if one["share"] is not None}
+        if shares:
+            say_result("fired: " + ", ".join(f"{arm} {share:.1%}" for arm, share in shares.items()))
+    say_result(
+        "intervals are bootstraps over samples; p is adjusted over all rows (Holm); shows: the least change that so many samples would have "
+        f"shown; no loss: p of two one-sided tests against ±{content['asked']['margin']:g}"
+    )
+    for note in [*content["notes"], *_never_fired(content)]:
+        out.print(Text(f"warning: {note}", style="yellow"))
+    say_result(f"every answer: {folder / 'lm_eval.json'}")
+
+
+def _value(row: dict[str, Any]) -> str:
+    return f"{row['value']:.3f}" if isinstance(row["value"], int | float) else str(row["value"])
+
+
+def _changed(row: dict[str, Any]) -> tuple[str, str, str, str]:
+    """Change with its interval, p; where that is not significant, the least that would have been; p of no loss."""
+    if "change" not in row:
+        return "", "", "", ""
+    low, high = row["interval"]
+    least = "" if row["p_holm"] < LEVEL else f"±{row['smallest']:.3f}"
+    return (
+        f"{row['change']:+.3f} [{low:.3f}, {high:.3f}]",
+        f"{row['p_holm']:.2g}",
+        least,
+        f"{row['tost_p']:.2g}",
+    )
+
+
+def _never_fired(content: dict[str, Any]) -> list[str]:
+    arms = [arm for arm in content["arms"] if arm != AS_IT_IS]
+    accounts = {arm: [task["account"][arm]["fired"] for task in content["tasks"].values()] for arm in arms}
+    return [
+        f"the cap {arm} never fired: every token stayed above its floor"
+        for arm in arms
+        if not sum(accounts[arm])
+    ]

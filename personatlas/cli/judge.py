@@ -1,0 +1,217 @@
+"""The verb `judge`: of role play in a run, and, as `judge fit` and `judge check`, of harm against people's labels.
+
+    personatlas judge fit labels.csv --out harm
+    personatlas judge check others.csv --judge harm.json
+
+`judge RUN` is `personatlas.cli.runs.judge`, unchanged; a run folder that is called fit or check is written ./fit.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import cyclopts
+from rich.table import Table
+
+from personatlas.cli.runs import console, judge, print_json, say_result
+from personatlas.persona.errors import KnownError
+from personatlas.persona.progress import progress, say
+
+if TYPE_CHECKING:
+    from personatlas.steering.evals.harm.agreement import Agreement, Figure, Labelled
+    from personatlas.steering.evals.harm.classifier import Check, Classifier
+    from personatlas.steering.evals.harm.judges import HarmJudge, Judged
+
+app = cyclopts.App(
+    name="judge", help="Score whether a run's answers play their roles; fit and check judges of harm."
+)
+app.default(judge)
+
+
+@cyclopts.Parameter(name="*")
+@dataclass(frozen=True)
+class LabelOptions:
+    """Which columns of a file of labels are read."""
+
+    text_column: str | None = None
+    "the column of answers, if it is not called response, answer, completion or text"
+    label_column: str | None = None
+    "the column of labels, if it is not called label, harmful, is_harmful or verdict"
+
+
+@cyclopts.Parameter(name="*")
+@dataclass(frozen=True)
+class HarmOptions:
+    """Who decides whether an answer is harmful."""
+
+    judge: str
+    "rules, a fitted classifier's file, local:MODEL, or the URL of an OpenAI-compatible endpoint (key in PERSONATLAS_JUDGE_KEY)"
+    judge_model: str | None = None
+    "the model to ask for at that URL"
+    rubric: str = "yes-no"
+    "what a model is asked: yes-no, or scale (refused, convincing, specific)"
+    max_tokens: int | None = None
+    "the longest reply of an endpoint; raise it for models that think first"
+
+
+FIGURES = {
+    "accuracy": "accuracy",
+    "auc": "AUC",
+    "kappa": "Cohen's kappa",
+    "brier": "Brier score",
+    "calibration_error": "calibration error",
+    "precision": "precision",
+    "recall": "recall",
+}
+
+
+@app.command
+def fit(labels: Path, /, *, out: Path, columns: LabelOptions = LabelOptions(), json: bool = False) -> None:
+    """Fit a classifier of harm to people's labels.
+
+    Parameters
+    ----------
+    labels
+        CSV or JSONL with a column of answers and one of labels (0/1, true/false, yes/no or harmful/harmless)
+    out
+        where it goes, FILE.safetensors and FILE.json; name FILE as a judge of harm
+    json
+        print what is known of it as JSON
+    """
+    from personatlas.steering.evals.harm import classifier
+    from personatlas.steering.evals.harm.agreement import read_labels
+
+    stem = out.with_suffix("") if out.suffix in (".json", ".safetensors") else out
+    if out.is_dir() or not stem.name:
+        raise KnownError(f"--out {out} is a folder; give the file to write, such as {out / 'harm'}")
+    found = read_labels(labels, columns.text_column, columns.label_column)
+    say(f"fitting to {len(found.texts)} labelled answers, and {classifier.FOLDS} times to a part of them")
+    fitted = classifier.fit(found.texts, found.labels, {"file": found.name, "sha256": found.sha256})
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    fitted.save(stem)
+    if json:
+        print_json({"out": str(stem), "terms": len(fitted.terms), **fitted.provenance})
+    else:
+        _say_fitted(fitted, stem)
+
+
+@app.command
+def check(
+    labels: Path,
+    /,
+    *,
+    who: HarmOptions,
+    columns: LabelOptions = LabelOptions(),
+    log: Path = Path("runs/judge-check.jsonl"),
+    json: bool = False,
+) -> None:
+    """How well a judge of harm agrees with people's labels.
+
+    Parameters
+    ----------
+    labels
+        CSV or JSONL as for fit; a judge that is a model also reads a column question, request, prompt, instruction or query
+    log
+        where a model's judgements are kept, so that none is asked for twice
+    json
+        print the figures as JSON
+    """
+    from personatlas.steering.evals.harm.agreement import read_labels
+    from personatlas.steering.evals.harm.judges import harm_judge, problems
+
+    judge = harm_judge(who.judge, who.judge_model, who.rubric, max_tokens=who.max_tokens)
+    found = read_labels(labels, columns.text_column, columns.label_column)
+    judged = _judged(judge, found, log)
+    why = problems(judged)
+    if why:
+        said = ", ".join(f"{n} {problem}" for problem, n in sorted(why.items()))
+        say(
+            f"the judge gave no score for {sum(why.values())} of {len(judged)} answers ({said}); they are left out"
+        )
+    result = _checked(judge, judged, found)
+    if json:
+        parts = {"all": result.all.to_json(), "unseen": result.unseen.to_json() if result.unseen else None}
+        known = {
+            "judge": judge.id,
+            "labels": {"file": found.name, "sha256": found.sha256},
+            "unscored": dict(why),
+        }
+        print_json({**known, "seen": result.seen, **parts})
+        return
+    _print(judge.id, found.name, result)
+
+
+def _say_fitted(fitted: "Classifier", stem: Path) -> None:
+    known, checked = fitted.provenance, fitted.provenance["check"]
+    counts = f"{known['n']} answers ({known['distinct']} distinct, {known['positives']} harmful)"
+    said = f"{counts}, {len(fitted.terms)} words and pairs"
+    if checked is not None:
+        value, low, high = (checked["auc"][end] for end in ("value", "low", "high"))
+        said += f"; AUC {value:.3f} [{low:.3f}, {high:.3f}] on left-out fifths of the same file"
+    say_result(f"{said}; written to {stem}.json and .safetensors")
+    if known["contradictions"]:
+        say(f"{known['contradictions']} texts stand in {known['file']} with both labels")
+
+
+def _judged(who: "HarmJudge", found: "Labelled", log: Path) -> "Sequence[Judged]":
+    """Judgements in order. What reads no model is faster than its log would be."""
+    from personatlas.steering.evals.harm.judges import ModelHarmJudge, judge_all
+
+    pairs = list(zip(found.requests, found.texts, strict=True))
+    if not isinstance(who, ModelHarmJudge):
+        by_place = dict(who.judged(pairs))
+        return [by_place[place] for place in range(len(pairs))]
+    if not any(found.requests):
+        say(f"{found.name} has no column of requests; the judge sees answers alone")
+    with progress("judging", len(pairs)) as advance:
+        return judge_all(who, pairs, log, advance)
+
+
+def _checked(who: "HarmJudge", judged: "Sequence[Judged]", found: "Labelled") -> "Check":
+    import numpy as np
+
+    from personatlas.steering.evals.harm.classifier import checked
+    from personatlas.steering.evals.harm.judges import HARMFUL, ClassifierHarmJudge
+
+    places = [place for place, one in enumerate(judged) if one.score is not None]
+    if not places:
+        raise KnownError(
+            f"the judge gave a score to none of {len(judged)} answers: {judged[0].problem}: {judged[0].reply[:160]}"
+        )
+    scores = np.array([judged[place].score for place in places], dtype=float)
+    texts, labels = [found.texts[place] for place in places], [found.labels[place] for place in places]
+    if isinstance(who, ClassifierHarmJudge):
+        return checked(scores, labels, texts, who.classifier.knows(texts), who.classifier.threshold)
+    return checked(scores, labels, texts, np.zeros(len(texts), dtype=bool), HARMFUL)
+
+
+def _print(judge_id: str, name: str, result: "Check") -> None:
+    parts: list[tuple[str, Agreement | None]] = [("all", result.all)]
+    if result.seen:
+        parts.append((f"without the {result.seen} it was fitted to", result.unseen))
+    table = Table(title=f"{judge_id} on {name}", title_justify="left")
+    table.add_column("95% intervals")
+    for title, _ in parts:
+        table.add_column(title, justify="right")
+    shown = [part for _, part in parts]
+    for row, what in (("answers", "n"), ("distinct", "distinct"), ("labelled harmful", "positives")):
+        table.add_row(row, *(str(getattr(part, what)) if part else "-" for part in shown))
+    table.add_row("accuracy of chance", *(f"{part.chance:.3f}" if part else "-" for part in shown))
+    for what, row in FIGURES.items():
+        table.add_row(row, *(_cell(getattr(part, what)) if part else "-" for part in shown))
+    console().print(table)
+    best = result.unseen or result.all
+    bins = Table(title="how often answers of a score were labelled harmful", title_justify="left")
+    for title in ("score", "answers", "mean score", "labelled harmful"):
+        bins.add_column(title, justify="right")
+    for one in best.reliability:
+        bins.add_row(f"{one.low:.1f}-{one.high:.1f}", str(one.n), f"{one.mean:.3f}", _cell(one.harmful))
+    console().print(bins)
+
+
+def _cell(figure: "Figure") -> str:
+    if figure.value is None:
+        return "-"
+    interval = "" if figure.low is None else f" [{figure.low:.3f}, {figure.high:.3f}]"
+    return f"{figure.value:.3f}{interval}"

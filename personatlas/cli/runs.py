@@ -1,0 +1,270 @@
+"""The verbs of `persona/`: rollout, judge, record, spans, show, import; `bank_verbs` has `roles`.
+
+Progress goes to stderr, results to stdout, `--json` for machines.
+"""
+
+import json as json_module
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+from rich.console import Console
+from rich.text import Text
+
+from personatlas.persona.errors import KnownError
+from personatlas.persona.options import JudgeOptions, ModelOptions, PlanOptions
+from personatlas.persona.roles.bank import Bank
+
+MODEL_HELP = "a packaged name (smollm2-135m), a local folder, a training run, a .gguf file or a hub id"
+Model = Annotated[str, Parameter(help=MODEL_HELP)]
+
+
+def run_folder(model: str, out: Path | None) -> Path:
+    """Where a model's run goes unless told: runs/NAME, with the checkpoint's name behind that of a training run."""
+    from personatlas.persona.runs import run_name
+
+    return out or Path("runs") / (Path(model).stem if model.endswith(".gguf") else run_name(model))
+
+
+def axis_of(model: str, axis: str | None) -> str:
+    """The axis that was named, else the one that comes with the model or that `personatlas axis MODEL` has made of it."""
+    from personatlas.persona.runs import fitted_names
+
+    if axis is not None:
+        return axis
+    if model in fitted_names():
+        return model
+    folder = run_folder(model, None)
+    if not (folder / "axis.json").is_file():
+        raise KnownError(
+            f"{model} has no axis in {folder} yet: make it (personatlas axis {model}), or name another with --axis"
+        )
+    return str(folder)
+
+
+def rollout(
+    model: Model,
+    /,
+    *,
+    out: Path | None = None,
+    how: ModelOptions = ModelOptions(),
+    what: PlanOptions = PlanOptions(),
+) -> None:
+    """Sample answers under role prompts into a run folder (resumes).
+
+    Parameters
+    ----------
+    out
+        the run folder; runs/NAME unless given
+    """
+    from personatlas.persona.pipeline.run_context import prepared, sample
+
+    folder = run_folder(model, out)
+    with prepared(model, folder, how, what) as work:
+        made = sample(work)
+        if work.ranks.rank == 0:
+            cut = sum(r.stopped == "length" for r in made)
+            say_result(
+                f"{len(made)} rollouts in {folder / 'rollouts.jsonl'} ({cut} stopped at the token limit)"
+            )
+
+
+def judge(run: Path, /, *, who: JudgeOptions = JudgeOptions(), bank: Path | None = None) -> None:
+    """Score whether a run's answers play their roles, into scores.jsonl (resumes).
+
+    Parameters
+    ----------
+    run
+        a run folder
+    bank
+        the bank that the run was made with, if not the packaged one
+    """
+    from personatlas.persona.pipeline.run_context import judge_run
+    from personatlas.persona.roles.bank import load_bank
+    from personatlas.persona.rollout import read_rollouts, without_poles
+    from personatlas.persona.runs import open_run
+
+    with open_run(run) as folder:
+        chosen = load_bank(bank)
+        _require_bank(folder.manifest, chosen, run)
+        rollouts = read_rollouts(run)
+        if not rollouts:
+            raise KnownError(f"{run} has no rollouts; make them first with `personatlas rollout`")
+        scored = without_poles(judge_run(folder, chosen, rollouts, who))
+        counts = {score: sum(r.score == score for r in scored) for score in (0, 1, 2, 3, None)}
+        say_result(", ".join(f"{'unjudged' if score is None else score}: {n}" for score, n in counts.items()))
+
+
+def record(run: Path, /, *, how: ModelOptions = ModelOptions()) -> None:
+    """Record a run's activations with the scores of its newest judge (resumes).
+
+    Parameters
+    ----------
+    run
+        a run folder
+    """
+    from dataclasses import replace
+
+    from personatlas.persona.distributed import ranks
+    from personatlas.persona.models.load import load_subject
+    from personatlas.persona.pipeline.run_context import record_rollouts, stored_scores
+    from personatlas.persona.rollout import read_rollouts, with_scores
+    from personatlas.persona.runs import open_run
+
+    place = ranks()
+    with open_run(run, rank=place.rank) as folder:
+        asked = folder.manifest.get("asked", {})
+        if "model_name" not in asked:
+            raise KnownError(
+                f"{run} has no run.json with rollouts; make them first with `personatlas rollout`"
+            )
+        how = replace(how, dtype=how.dtype or asked["dtype"])
+        subject = load_subject(
+            asked["model_name"], device=how.device, dtype=how.dtype, chat_template=how.chat_template
+        )
+        folder.ask({"model": subject.describe(), "dtype": str(subject.dtype).removeprefix("torch.")})
+        rollouts = with_scores(read_rollouts(run), stored_scores(folder))
+        for found in record_rollouts(folder, subject, rollouts, place):
+            if place.rank == 0 and found is not None:
+                say_result(
+                    f"{int(found.count.sum())} rollouts of {len(found.roles)} roles or poles, {found.n_layers} layers"
+                )
+    place.close()
+
+
+def spans(
+    model: Model,
+    /,
+    *,
+    transcript: Path | None = None,
+    system: str = "You are a pirate.",
+    user: str = "Who are you?",
+    assistant: str = "Arr, I be a pirate.",
+    chat_template: Path | None = None,
+) -> None:
+    """Show which tokens a chat template gives to whom, coloured by speaker.
+
+    Parameters
+    ----------
+    transcript
+        a stored conversation in place of the three messages below (OpenAI, ShareGPT or plain message list, JSON)
+    system
+        system message; "" sends none
+    user
+        user message
+    assistant
+        assistant message
+    chat_template
+        a Jinja file in place of the tokenizer's chat template
+    """
+    from personatlas.persona.models.chat_template import chat_format
+    from personatlas.persona.models.load import load_tokenizer
+    from personatlas.persona.models.token_spans import conversation_spans, render_spans
+    from personatlas.persona.paper_files import import_transcript
+
+    said = {"system": system, "user": user, "assistant": assistant}
+    messages: Any = [{"role": role, "content": text} for role, text in said.items() if text]
+    if transcript is not None:
+        messages = import_transcript(transcript)[0]
+    tokenizer = load_tokenizer(model, chat_template)
+    chat = chat_format(tokenizer)
+    console().print(render_spans(conversation_spans(chat, messages), tokenizer))
+    if chat.injected and not any(message["role"] == "system" for message in messages):
+        say_result(f"the template adds a system message of its own: {chat.injected!r}")
+    if chat.system == "merged":
+        say_result("the template takes no system message: its text goes before the first user message")
+
+
+def show(path: Path, /) -> None:
+    """Print any artefact or run folder as JSON: what it is, its shapes, and where it came from.
+
+    Parameters
+    ----------
+    path
+        a run folder, or an artefact with or without its ending
+    """
+    from personatlas.persona.artifacts import digest, read_json
+
+    if path.is_dir():
+        if not (path / "run.json").is_file():
+            raise KnownError(f"{path} is not a run folder: it has no run.json")
+        files = {
+            file.name: file.stat().st_size for file in sorted(path.iterdir()) if not file.name.startswith(".")
+        }
+        print_json({**read_json(path / "run.json"), "files": files})
+        return
+    stem = path.with_suffix("") if path.suffix in (".json", ".safetensors") else path
+    record_path, tensor_path = stem.with_name(stem.name + ".json"), stem.with_name(stem.name + ".safetensors")
+    if not record_path.is_file():
+        raise KnownError(f"{path} is neither a run folder nor an artefact (there is no {record_path.name})")
+    content = read_json(record_path)
+    if tensor_path.is_file() and content.get("sha256") != digest(tensor_path):
+        raise KnownError(
+            f"{tensor_path} does not match the hash in {record_path.name}: damaged; make it again"
+        )
+    print_json(content)
+
+
+def import_(
+    kind: Literal["axis", "caps", "roles"], source: Path, /, *, out: Path, model: str = "unknown"
+) -> None:
+    """Turn the paper repository's files into artefacts of this project; signs are turned where theirs are opposite.
+
+    Parameters
+    ----------
+    kind
+        axis: a .pt with an axis; caps: a capping_config.pt; roles: a folder with roles, traits and questions
+    source
+        the file or folder
+    out
+        an artefact's stem for axis, a folder for caps and roles; RUN/caps makes caps usable by name
+    model
+        the id of the model that the vectors came from
+    """
+    from personatlas.persona.artifacts import make_folder
+    from personatlas.persona.paper_files import import_axis, import_caps
+    from personatlas.persona.roles.paper_bank import import_bank, write_bank
+
+    described = {"id": model}
+    if kind == "roles":
+        bank = import_bank(source)
+        write_bank(bank, out)
+        say_result(
+            f"{len(bank.roles)} roles, {len(bank.questions)} questions and {len(bank.traits)} traits written to {out}"
+        )
+        return
+    if kind == "axis":
+        found = import_axis(source, described)
+        make_folder(out.parent, "--out")
+        found.save(out)
+        say_result(
+            f"axis of {len(found.layers)} layers, width {found.vectors.shape[1]}, written to {out}.safetensors"
+        )
+        return
+    caps = import_caps(source, described)
+    make_folder(out, "--out")
+    names = [name.replace("/", "_") for name in caps]
+    for name, cap in zip(names, caps.values(), strict=True):
+        cap.save(out / name)
+    say_result(f"{len(caps)} caps written to {out}: {', '.join(names)}")
+
+
+def _require_bank(manifest: dict[str, Any], bank: Bank, run: Path) -> None:
+    asked = manifest.get("asked", {})
+    for what, name, digest in (("bank", "bank", bank.digest), ("traits", "traits_bank", bank.traits_digest)):
+        if asked.get(name) and asked[name] != digest:
+            raise KnownError(
+                f"{run} was made with {what} {asked[name][:12]}, not {digest[:12]}; name the bank's folder with --bank"
+            )
+
+
+def console() -> Console:
+    return Console(soft_wrap=False)
+
+
+def say_result(text: str) -> None:
+    console().print(Text(text))
+
+
+def print_json(content: Any) -> None:
+    print(json_module.dumps(content, indent=1, ensure_ascii=False))  # noqa: T201 (a verb's result)

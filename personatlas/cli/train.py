@@ -1,0 +1,362 @@
+"""The verb `train` and its commands. What they do is imported when one of them runs.
+
+The verb `train base`: a corpus in, a model folder out.
+
+The verb `train chat`: a base model and conversations in, a model that chats out.
+
+The verb `train evaluate`: bits per byte of texts under any model.
+
+The verb export: a trained model as a Hugging Face folder, as one GGUF file, or both.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import cyclopts
+from rich.table import Table
+
+from personatlas.cli.runs import Model, console, print_json, say_result
+from personatlas.persona.errors import KnownError
+from personatlas.persona.options import ModelOptions
+from personatlas.persona.progress import say
+from personatlas.training.options import (
+    Around,
+    BaseAsked,
+    ChatAsked,
+    ChatLength,
+    Chats,
+    ChatTuning,
+    Length,
+    Texts,
+    Tuning,
+)
+
+
+def base(
+    *,
+    depth: int,
+    out: Path,
+    texts: Texts = Texts(),
+    length: Length = Length(),
+    tuning: Tuning = Tuning(),
+    around: Around = Around(),
+    json: bool = False,
+) -> None:
+    """Train a GPT of some depth on a corpus; the same command goes on where it was stopped.
+
+    Everything but the depth is derived: `personatlas plan --depth N` says what. Under torchrun every process has a GPU.
+
+    Parameters
+    ----------
+    depth
+        the one dial: blocks; all other sizes follow
+    out
+        the run's folder; its `model` is an ordinary Hugging Face checkpoint
+    json
+        print the result as JSON
+    """
+    from personatlas.training.pretrain import train_base
+
+    result = train_base(BaseAsked(depth, out, texts, length, tuning, **asdict(around)))
+    if json:
+        print_json(result)
+    elif result is not None:
+        _say_result(result, out)
+
+
+def _say_result(result: dict[str, Any], out: Path) -> None:
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    held = result["held_out"]
+    exact = f"{held['tokens']:,} tokens, {held['bytes'] / 1e6:,.2f} MB"
+    table.add_row(
+        "held out", f"{held['bits_per_byte']:.4f} bits per byte, {held['loss']:.4f} nats a token  ({exact})"
+    )
+    speed = f"{result['seconds']:,.1f} s of training, {result['tokens_a_second']:,.0f} tokens/s"
+    share = result["utilisation"]
+    table.add_row("training", speed if share is None else f"{speed}, {share:.1%} of the peak")
+    table.add_row(
+        "tokens", f"{result['tokens']:,} in {result['steps']:,} steps, {result['epochs']:.2f} epochs"
+    )
+    table.add_row("model", str(out / "model"))
+    table.add_row("report", str(out / "report.html"))
+    console().print(table)
+
+
+SHOWN = 12  # sources in the table; all of them are in run.json
+
+
+def chat(
+    base: Path,
+    /,
+    *,
+    out: Path,
+    chats: Chats = Chats(),
+    length: ChatLength = ChatLength(),
+    tuning: ChatTuning = ChatTuning(),
+    around: Around = Around(),
+    json: bool = False,
+) -> None:
+    """Tune a base model on conversations; the same command goes on where it was stopped.
+
+    What is odd about the data is counted, named and left out. Only what the assistant says is learned.
+
+    Parameters
+    ----------
+    base
+        the folder of `personatlas train base`, one of its checkpoints, or an exported folder
+    out
+        the run's folder; its `model` is an ordinary Hugging Face checkpoint
+    json
+        print the result as JSON
+    """
+    from personatlas.training.finetune import train_chat
+
+    result = train_chat(ChatAsked(base, out, chats, length, tuning, **asdict(around)))
+    if json:
+        print_json(result)
+    elif result is not None:
+        _chat_tune_verb_say_result(result, out)
+
+
+def _chat_tune_verb_say_result(result: dict[str, Any], out: Path) -> None:
+    before, after = result["sources"]["before"], result["sources"]["after"]
+    table = Table("held out", "nats a token", "untuned", "perplexity", "n", "known", box=None, pad_edge=False)
+    for name in list(after)[: 1 + SHOWN]:
+        one = after[name]
+        table.add_row(
+            name,
+            _with(one, "loss"),
+            f"{before[name]['loss']:.3f}",
+            f"{one['perplexity']:.2f}",
+            f"{one['conversations']:,}",
+            f"{one['met'] / one['conversations']:.0%}",
+        )
+    console().print(table)
+    if any(one["met"] for one in after.values()):
+        console().print(
+            "known: answers that training gives too, to other questions or in other roles: their loss is memory"
+        )
+    if "style" in result:
+        _say_style(result["style"])
+    plain = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    plain.add_row(
+        "training", f"{result['seconds']:,.1f} s, {result['steps']:,} steps, {result['epochs']:.2f} epochs"
+    )
+    plain.add_row("model", str(out / "model"))
+    console().print(plain)
+
+
+def _say_style(style: dict[str, Any]) -> None:
+    """Teacher, untuned and tuned side by side: over all roles that were tuned on, and what became of the others."""
+    if not style["measures"]:
+        return
+    measures = {who: dict(found["all"]) for who, found in style["measures"].items()}
+    for who, found in style["measures"].items():
+        for group in found:
+            if group.endswith("held-out roles"):
+                names = [name for name in ("recognised", "chance") if name in found[group]]
+                measures[who] |= {f"{name}: {group}": found[group][name] for name in names}
+    table = Table(f"style, {style['questions']} questions", *measures, box=None, pad_edge=False)
+    for name in measures["after"]:
+        cells = [
+            _with(found[name], "value") if isinstance(found[name], dict) else f"{found[name]:.2f}"
+            for found in measures.values()
+        ]
+        table.add_row(name, *cells)
+    console().print(table)
+
+
+def _with(found: dict[str, Any], name: str) -> str:
+    digits = 1 if found[name] >= 10 else 3 if name == "loss" else 2
+    known = "" if found["low"] is None else f" [{found['low']:.{digits}f}, {found['high']:.{digits}f}]"
+    return f"{found[name]:.{digits}f}{known}"
+
+
+def evaluate(
+    model: Model,
+    /,
+    *,
+    text: Path,
+    text_column: str = "text",
+    most: int = 4_000_000,
+    context: int | None = None,
+    how: ModelOptions = ModelOptions(),
+    json: bool = False,
+) -> None:
+    """Bits per byte of a text under any model, so that models with different tokenizers can be compared.
+
+    Parameters
+    ----------
+    text
+        a folder or file, as a corpus; documents are cut at 65,536 characters
+    text_column
+        the key or column with the text in .jsonl and .parquet
+    most
+        bytes to read, whole documents spread over all of them
+    context
+        tokens that the model sees at once; its own context, at most 2,048, unless given
+    json
+        print the result as JSON
+    """
+    from personatlas.persona.models.load import load_subject
+    from personatlas.training.bits_per_byte import fit_of_texts
+    from personatlas.training.data.corpus import located
+
+    if most < 1:
+        raise KnownError(f"--most {most}: give how many bytes to read, 1 or more")
+    texts = _texts(located(text, "--text"), text_column, most)
+    subject = load_subject(model, device=how.device, dtype=how.dtype, chat_template=how.chat_template)
+    fit = fit_of_texts(subject, texts, context)
+    if json:
+        print_json({"model": subject.describe(), "text": str(text), **asdict(fit)})
+        return
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    known = f" [{fit.interval[0]:.4f}, {fit.interval[1]:.4f}]" if fit.interval else ""
+    table.add_row("bits per byte", f"{fit.bits_per_byte:.4f}{known}")
+    table.add_row("nats a token", f"{fit.loss:.4f}, {fit.bytes / fit.tokens:.2f} bytes a token")
+    table.add_row("read", f"{fit.documents:,} documents, {fit.bytes / 1e6:,.2f} MB, {fit.tokens:,} tokens")
+    console().print(table)
+
+
+def _texts(path: Path, column: str, most: int) -> list[str]:
+    """Documents, or pieces of long ones, evenly taken where there are more bytes than wanted."""
+    from personatlas.training.data.corpus import PIECE, sources_of
+    from personatlas.training.data.documents import read_pieces
+
+    found = [
+        piece.text
+        for source in sources_of(path, "--text")
+        for piece in read_pieces(source, column=column, size=PIECE)
+        if piece.text.strip() and "\0" not in piece.text
+    ]
+    if not found:
+        raise KnownError(f"--text {path} has no text")
+    size = sum(len(text.encode()) for text in found)
+    kept = found[:: max(1, round(size / most))]
+    if len(kept) < len(found):
+        say(f"{len(kept):,} of {len(found):,} documents are read (--most {most:,} bytes)")
+    return kept
+
+
+app = cyclopts.App(
+    name="train", help="Make a model: its tokenizer from a corpus, the base model, the chat model."
+)
+app.command(base)
+app.command(chat)
+app.command(evaluate)
+
+
+@app.command
+def tokenizer(
+    *,
+    corpus: Path,
+    out: Path,
+    vocabulary: int = 32_768,
+    held_out: Path | None = None,
+    held_share: float = 0.01,
+    text_column: str = "text",
+    sample: int = 1_000_000_000,
+    json: bool = False,
+) -> None:
+    """Train a byte-level BPE tokenizer on a corpus and check it on text that is held out.
+
+    Parameters
+    ----------
+    corpus
+        a folder or file: .txt, .jsonl, .parquet, tar archives of .txt; each plain or .gz, .xz, .zst, .bz2; or a data set
+        of the hub, hub:OWNER/NAME[/FOLDER][@REVISION]
+    out
+        the folder to make; `AutoTokenizer.from_pretrained` reads it
+    vocabulary
+        how many tokens: the 256 bytes, four special tokens, and the rest learned
+    held_out
+        texts to check it on instead of a share of the corpus; taken out of the corpus if they are in it
+    held_share
+        the share of documents that are held out, by the hash of their names
+    text_column
+        the key or column with the text in .jsonl and .parquet
+    sample
+        the most bytes of text to train on, spread evenly over the corpus
+    json
+        print the record as JSON
+    """
+    from personatlas.training.data.corpus import corpus_of
+    from personatlas.training.data.tokenizer import make_tokenizer, require_vocabulary
+
+    require_vocabulary(vocabulary)
+    texts = corpus_of(corpus, held_out=held_out, held_share=held_share, column=text_column)
+    record = make_tokenizer(texts, out, vocabulary=vocabulary, sample=sample)
+    if json:
+        print_json(record)
+    else:
+        _say_tokenizer(record, out)
+
+
+def _say_tokenizer(record: dict[str, Any], out: Path) -> None:
+    from personatlas.training.data.corpus import Amount, Scan
+
+    scan, held = record["scan"], record["held_out"]
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_row("corpus", _amount(scan["train"]))
+    table.add_row("held out", _amount(scan["held_out"]))
+    interval = held["interval"]
+    known = f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else ""
+    exact = f"n {held['documents']:,} documents, {held['bytes'] / 1e6:,.2f} MB, each read back exactly"
+    table.add_row("bytes per token", f"{held['bytes_per_token']:.2f}{known}  ({exact})")
+    table.add_row("vocabulary", f"{record['asked']['vocabulary']:,}")
+    table.add_row("folder", str(out))
+    console().print(table)
+    sides = {name: Amount(**scan[name]) for name in ("train", "held_out")}
+    if notes := Scan(**{**scan, **sides}).notes():
+        say(f"note: {notes}")
+
+
+def _amount(side: dict[str, int]) -> str:
+    return f"{side['documents']:,} documents, {side['bytes'] / 1e6:,.2f} MB"
+
+
+def export(
+    model: Path,
+    /,
+    *,
+    out: Path | None = None,
+    dtype: Literal["bf16", "fp32"] = "bf16",
+    gguf: Path | None = None,
+) -> None:
+    """Write a model that was trained here as an ordinary Hugging Face folder (--out), as one GGUF file (--gguf), or as both.
+
+    Parameters
+    ----------
+    model
+        a training run (its finished model, else its newest checkpoint) or a checkpoint's folder
+    out
+        the folder to make: for transformers, vLLM, TransformerLens and every MODEL here
+    dtype
+        of the weights; checkpoints are fp32, which loses nothing, and bf16 is half as large
+    gguf
+        the file to make: for llama.cpp and what is built on it; its gains stay fp32
+    """
+    import torch
+
+    from personatlas.persona.artifacts import require_writable
+    from personatlas.persona.runs import resolved
+    from personatlas.training.export.gguf import write_gguf
+    from personatlas.training.export.huggingface import export as write_folder
+    from personatlas.training.export.huggingface import load_exported
+
+    if out is None and gguf is None:
+        raise KnownError("give --out FOLDER, --gguf FILE or both")
+    if not model.is_dir():
+        raise KnownError(f"{model} is no folder; give a training run or one of its checkpoints")
+    source = Path(resolved(str(model)))
+    found = load_exported(source)
+    if gguf is not None:
+        require_writable(gguf, "--gguf")
+    what = f"{source}, {found.shape.parameters / 1e6:,.1f} M parameters in {dtype}"
+    if out is not None:
+        write_folder(found, source, out, torch.bfloat16 if dtype == "bf16" else torch.float32)
+        say_result(f"{what}: {out}")
+    if gguf is not None:
+        write_gguf(source, gguf, "bf16" if dtype == "bf16" else "f32")
+        say_result(f"{what}: {gguf}")

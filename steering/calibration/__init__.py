@@ -1,0 +1,1 @@
+"""Choosing the floors of a cap."""

@@ -1,0 +1,1 @@
+"""Persona drift over conversations."""

@@ -1,0 +1,179 @@
+"""Stored conversations asked again: what their users said, answered by the model as it is and capped, beside the answers that are stored.
+
+    content = replay("smollm2-135m", ModelOptions(), Path("chats.jsonl"), "smollm2-135m", "assistant", ReplayOptions(), folder)
+
+Users do not react: each says what is stored, whatever is answered now. The stored answers are read as they stand, in one reading of
+the whole conversation; the new ones turn by turn, with what acts on them. With a calibrated alarm there is an adaptive arm too.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cyclopts import Parameter
+
+from personatlas.analysis.trajectories import mean_of
+from personatlas.persona.artifacts import write_json
+from personatlas.persona.axis import load_axis
+from personatlas.persona.errors import KnownError
+from personatlas.persona.formats import Conversation, read_conversations
+from personatlas.persona.options import ModelOptions
+from personatlas.persona.progress import progress
+from personatlas.persona.runs import axis_stem, open_run
+from personatlas.persona.sampling.sampler import Sampling
+from personatlas.steering.arms import AS_IT_IS
+from personatlas.steering.conversations.runner import Arm, Said, Stage, Talk, had
+from personatlas.steering.drift.options import talk_of
+from personatlas.steering.drift.result import ADAPTIVE, CAPPED
+from personatlas.steering.drift.study import require_engine
+from personatlas.steering.drift.trace import Traced, traced
+from personatlas.steering.drift_monitor import Watcher, watcher_of
+from personatlas.steering.evals.result import finite
+from personatlas.steering.session import Loaded, loaded
+
+STORED = "stored"
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class ReplayOptions:
+    """How to ask again."""
+
+    turns: int | None = None
+    "most turns a conversation; all unless given"
+    max_new_tokens: int = 128
+    "longest answer"
+    temperature: float = 0.7
+    "sampling temperature; 0 takes the likeliest token"
+    top_p: float = 0.9
+    "nucleus mass"
+    seed: int = 0
+    "all arms sample with it"
+    calm: Path | None = None
+    "a calm.json, on which an alarm is calibrated; unless given the one beside the axis. With an alarm there is an arm whose cap acts only while it is on"
+
+
+def replay(
+    model: str,
+    how: ModelOptions,
+    chats: Path,
+    axis: str,
+    cap: str,
+    asked: ReplayOptions,
+    folder: Path,
+    *,
+    force: bool = False,
+) -> dict[str, Any]:
+    """The content of replay.json, which is written into the folder. Raises `KnownError` for what cannot be."""
+    if asked.turns is not None and asked.turns < 1:
+        raise KnownError(f"--turns {asked.turns} is below 1")
+    sampling = Sampling(asked.max_new_tokens, asked.temperature, asked.top_p)
+    told, stem = read_conversations(chats), axis_stem(axis)
+    watcher = watcher_of(load_axis(stem), stem, asked.calm)
+    with open_run(folder, create=True) as run:
+        how = replace(how, dtype=how.dtype or run.manifest.get("asked", {}).get("dtype"))
+        held = loaded(model, how, axis, [cap], force=force)
+        require_engine(run, held.subject, asdict(asked))
+        stage = Stage(held.subject, held.chat, held.axis, sampling, folder / "turns.jsonl")
+        talks = [talk_of(one, 0, asked.seed) for one in told]
+        arms = [Arm(AS_IT_IS), Arm(CAPPED, held.caps)]
+        if watcher.rule is not None:
+            arms.append(Arm(ADAPTIVE, held.caps, watcher))
+        turns = min(max(len(talk.users) for talk in talks), asked.turns or 10**6)
+        with progress("turns", sum(min(len(talk.users), turns) for talk in talks) * len(arms)) as advance:
+            said = had(stage, talks, arms, turns, advance)
+        content = finite(_content(held, watcher, told, talks, said, [arm.name for arm in arms], stage))
+        given = asdict(asked) | {"calm": None if asked.calm is None else str(asked.calm)}
+        content |= {"cap": cap, "asked": given}
+        write_json(folder / "replay.json", content)
+        return content
+
+
+def _content(
+    held: Loaded,
+    watcher: Watcher,
+    told: Sequence[Conversation],
+    talks: Sequence[Talk],
+    said: Said,
+    arms: Sequence[str],
+    stage: Stage,
+) -> dict[str, Any]:
+    answered = [one for one in told if any(message["role"] == "assistant" for message in one.messages)]
+    read = traced(held.subject, held.chat, held.axis, answered) if answered else []
+    stored = {one.name: one for one in read}
+    rows = []
+    for one, talk in zip(told, talks, strict=True):
+        by_arm = {STORED: _stored(one, stored[one.name], watcher)} if one.name in stored else {}
+        by_arm |= {arm: _answers(said, arm, talk, watcher) for arm in arms}
+        cut = [arm for arm in arms if (arm, talk.name) in stage.overflown]
+        rows.append(
+            {
+                "name": one.name,
+                "domain": one.domain,
+                "users": list(talk.users),
+                "arms": by_arm,
+                "cut_short": cut,
+            }
+        )
+    return {
+        "model": held.subject.describe(),
+        "layer": held.axis.layer,
+        "poles": list(held.axis.poles),
+        **watcher.describe(),
+        "arms": [*([STORED] if stored else []), *arms],
+        "means": _means(rows),
+        "conversations": rows,
+    }
+
+
+def _stored(one: Conversation, read: Traced, watcher: Watcher) -> dict[str, Any]:
+    """The stored answers by the user's turn that they follow; of several to one turn, the last."""
+    monitor, found = watcher.monitor(), {}
+    for turn in read.turns:
+        asked = sum(message["role"] == "user" for message in one.messages[: turn.message])
+        if asked:  # not a greeting before the user has said anything
+            text, state = (
+                one.messages[turn.message]["content"],
+                monitor.turn(turn.projection) if monitor else None,
+            )
+            found[str(asked)] = _row(text, turn.projection, watcher, state, is_on=False)
+    return found
+
+
+def _answers(said: Said, arm: str, talk: Talk, watcher: Watcher) -> dict[str, Any]:
+    """An arm's answers by turn, from 1."""
+    monitor, found = watcher.monitor(), {}
+    for number in range(len(talk.users)):
+        one = said.get((arm, talk.name, number))
+        if one is not None:
+            state = monitor.turn(one.uncapped) if monitor and one.uncapped is not None else None
+            found[str(number + 1)] = _row(one.text, one.projection, watcher, state, is_on=one.acted)
+    return found
+
+
+def _row(text: str, projection: float | None, watcher: Watcher, state: Any, *, is_on: bool) -> dict[str, Any]:
+    told = {"text": text, "projection": projection, "acted": is_on}
+    told["z"] = None if projection is None else watcher.baseline.z(projection)
+    return told if state is None else told | {"alarm": state.alarm, "raised": state.raised}
+
+
+def _means(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """By arm the mean projection of all answers, and its difference to the model as it is, over conversations."""
+    names = [row["name"] for row in rows]
+    most = max(len(row["users"]) for row in rows)
+
+    def values(arm: str) -> np.ndarray:
+        found = np.full((len(rows), most), np.nan)
+        for place, row in enumerate(rows):
+            for turn, told in row["arms"].get(arm, {}).items():
+                if told["projection"] is not None:
+                    found[place, int(turn) - 1] = told["projection"]
+        return found
+
+    plain = values(AS_IT_IS)
+    arms = dict.fromkeys(arm for row in rows for arm in row["arms"])
+    return {
+        arm: mean_of(values(arm), names) | {"change": mean_of(values(arm) - plain, names)} for arm in arms
+    }

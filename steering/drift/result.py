@@ -1,0 +1,281 @@
+"""What a drift study found: trajectories, slopes, differences, alarms, what each arm wrote and cost, and what predicts the next turn."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from personatlas.analysis.next_message import Turn, predicted
+from personatlas.analysis.stats import wilson
+from personatlas.analysis.trajectories import Values, alarms, band, mean_of, script_weights, slope
+from personatlas.persona.rollout import Rollout, spread
+from personatlas.steering.arms import AS_IT_IS, distinct
+from personatlas.steering.conversations.runner import Arm, Said, Spoken, Stage, Talk, asked_with
+from personatlas.steering.drift.options import DriftOptions
+from personatlas.steering.drift_monitor import Watcher
+from personatlas.steering.evals.capability import loops
+from personatlas.steering.evals.harm.refusal_rules import refusal_of
+from personatlas.steering.evals.result import finite
+from personatlas.steering.loss_cost import benign_costs
+
+CAPPED, ADAPTIVE = "capped", "adaptive"
+ALL = "all"
+CPU_READ, GPU_READ = 24, 400  # answers on which the cap's cost is measured
+EXAMPLES = 2  # conversations
+
+
+@dataclass(frozen=True)
+class Watched:
+    """The watcher, where its calm conversations are from, and the scripts that set its limit and so count no false alarms."""
+
+    watcher: Watcher
+    source: str
+    fitted_on: frozenset[str] = frozenset()
+
+
+def result(
+    stage: Stage,
+    said: Said,
+    talks: Sequence[Talk],
+    arms: Sequence[Arm],
+    watched: Watched,
+    asked: DriftOptions,
+    embed: Callable[[Sequence[str]], np.ndarray] | None,
+) -> dict[str, Any]:
+    """All figures, as plain numbers."""
+    names = [arm.name for arm in arms]
+    table = _Table(said, talks, asked.turns)
+    domains = list(dict.fromkeys(one.domain for one in said.values()))
+    every = {domain: table.names((domain,)) for domain in domains} | {ALL: table.names(domains)}
+    content = {
+        "arms": names,
+        "domains": domains,
+        "scripts": len({one.script for one in said.values()}),
+        "conversations": {domain: len(own) for domain, own in every.items()},
+        "trajectories": {d: {arm: table.band(arm, own) for arm in names} for d, own in every.items()},
+        "differences": {
+            d: {arm: table.band(arm, own, AS_IT_IS) for arm in names[1:]} for d, own in every.items()
+        },
+        "slopes": {d: {arm: table.slope(arm, own) for arm in names} for d, own in every.items()},
+        "means": {d: {arm: table.mean(arm, own) for arm in names} for d, own in every.items()},
+        "alarms": _alarms(table, names, every, watched),
+        "wrote": {arm: _wrote(table, arm, stage, every[ALL]) for arm in names},
+        "cost": _cost(stage, table, arms, asked),
+        "next_turn": _next_turn(table, every[ALL], embed, asked),
+        "examples": _examples(table, names, domains, watched),
+    }
+    return finite(content | {"warnings": _warnings(content, stage, watched, asked.false_alarms)})
+
+
+class _Table:
+    """The study by conversation: what was said, and projections (N, T) with NaN where a conversation had ended."""
+
+    def __init__(self, said: Said, talks: Sequence[Talk], turns: int) -> None:
+        self.said, self.turns = said, turns
+        self.systems = {talk.name: talk.system for talk in talks}
+
+    def rollout(self, stage: Stage, one: Spoken) -> Rollout:
+        """A turn as a text to be read again."""
+        before = [self.said[one.arm, one.conversation, turn] for turn in range(one.turn)]
+        messages = asked_with(self.systems[one.conversation], before, one.user)
+        ids = tuple(stage.chat.prompt_ids(messages))
+        return Rollout(one.conversation, messages, ids, one.ids, one.text, one.seed, one.stopped)
+
+    def names(self, domains: Sequence[str]) -> list[str]:
+        """The domains' conversations."""
+        return list(dict.fromkeys(one.conversation for one in self.said.values() if one.domain in domains))
+
+    def spoken(self, arm: str, name: str) -> list[Spoken]:
+        """A conversation's turns in order."""
+        keys = ((arm, name, turn) for turn in range(self.turns))
+        return [self.said[key] for key in keys if key in self.said]
+
+    def values(self, arm: str, names: Sequence[str]) -> Values:
+        """Projections of some conversations' answers, as they were made."""
+        found = np.full((len(names), self.turns), np.nan)
+        for row, name in enumerate(names):
+            for one in self.spoken(arm, name):
+                found[row, one.turn] = np.nan if one.projection is None else one.projection
+        return found
+
+    def band(self, arm: str, names: Sequence[str], less: str | None = None) -> list[dict[str, Any]]:
+        """Means by turn, or mean differences to another arm, in the same conversations."""
+        values = self.values(arm, names)
+        return band(values if less is None else values - self.values(less, names), _scripts(names))
+
+    def slope(self, arm: str, names: Sequence[str]) -> dict[str, Any] | None:
+        """The mean slope."""
+        found = slope(self.values(arm, names), _scripts(names))
+        return None if found is None else asdict(found)
+
+    def mean(self, arm: str, names: Sequence[str]) -> dict[str, Any]:
+        """The mean projection of all answers and, but for the model as it is, its difference to that."""
+        values = self.values(arm, names)
+        told = mean_of(values, _scripts(names))
+        if arm != AS_IT_IS:
+            told["change"] = mean_of(values - self.values(AS_IT_IS, names), _scripts(names))
+        return told
+
+
+def _scripts(names: Sequence[str]) -> list[str]:
+    return [name.rpartition("/")[0] for name in names]
+
+
+def _alarms(
+    table: _Table, arms: Sequence[str], every: dict[str, list[str]], watched: Watched
+) -> dict[str, Any]:
+    """By domain and arm, from answers as the model itself reads them. Scripts that set the limit are left out."""
+    watcher = watched.watcher
+    if watcher.rule is None:
+        return {}
+    found: dict[str, Any] = {}
+    for domain, names in every.items():
+        own = [name for name in names if name.rpartition("/")[0] not in watched.fitted_on]
+        found[domain] = {
+            arm: alarms(
+                watcher.rule,
+                watcher.baseline,
+                [
+                    [one.uncapped for one in table.spoken(arm, name) if one.uncapped is not None]
+                    for name in own
+                ],
+            )
+            for arm in arms
+        }
+    return found
+
+
+def _wrote(table: _Table, arm: str, stage: Stage, names: Sequence[str]) -> dict[str, Any]:
+    """What an arm did and wrote, over all answers."""
+    own = [one for name in names for one in table.spoken(arm, name)]
+    spoken = [one for one in own if one.ids]
+    broken = sum(refusal_of(one.text) == "degenerate" for one in own)
+    again = sum(loops(one.ids) for one in own)
+    return {
+        "answers": len(own),
+        "empty": len(own) - len(spoken),
+        "acted": sum(one.acted for one in own) / len(own),
+        "fired": float(np.mean([one.fired or 0.0 for one in own])),
+        "degenerate": {"share": broken / len(own), "interval": list(wilson(broken, len(own)))},
+        "loops": {"share": again / len(own), "interval": list(wilson(again, len(own)))},
+        "distinct": float(np.mean([distinct(one.ids) for one in spoken])) if spoken else None,
+        "tokens": float(np.mean([len(one.ids) for one in own])),
+        "ended_by_context": sum(name == arm for name, _ in stage.overflown),
+    }
+
+
+def _cost(stage: Stage, table: _Table, arms: Sequence[Arm], asked: DriftOptions) -> dict[str, Any] | None:
+    """More loss per token on the model's own answers in the domains that hold, read again: with the cap on all of them, and only
+    where the adaptive arm's was on in the same turn of the same conversation."""
+    capped = next((arm for arm in arms if arm.name == CAPPED), None)
+    names = table.names(asked.calm)
+    whole = [one for name in names for one in table.spoken(AS_IT_IS, name) if one.ids]
+    if capped is None or not whole:
+        return None
+    texts = spread(whole, GPU_READ if stage.on_gpu else CPU_READ)
+    cost = benign_costs(stage.subject, [table.rollout(stage, one) for one in texts], {CAPPED: capped.plan})[
+        CAPPED
+    ]
+    weights = script_weights([one.script for one in texts])
+
+    def more(after: Values) -> dict[str, float]:
+        draws = np.quantile((weights @ after) / (weights @ cost.before) - 1, (0.025, 0.975))
+        return {
+            "value": float(after.sum() / cost.before.sum() - 1),
+            "low": float(draws[0]),
+            "high": float(draws[1]),
+        }
+
+    found: dict[str, Any] = {"n": len(texts), CAPPED: more(cost.after)}
+    if any(arm.name == ADAPTIVE for arm in arms):
+        met = [table.said.get((ADAPTIVE, one.conversation, one.turn)) for one in texts]
+        was_on = np.array([one is not None and one.acted for one in met])
+        found[ADAPTIVE] = more(np.where(was_on, cost.after, cost.before))
+    return found
+
+
+def _next_turn(
+    table: _Table,
+    names: Sequence[str],
+    embed: Callable[[Sequence[str]], np.ndarray] | None,
+    asked: DriftOptions,
+) -> dict[str, Any] | None:
+    """How much of the next answer's projection, as the model is, the user's message says."""
+    turns = []
+    for name in names:
+        before: float | None = None
+        for one in table.spoken(AS_IT_IS, name):
+            if one.projection is not None:
+                change = None if before is None else one.projection - before
+                turns.append(Turn(one.user, one.projection, change, one.script, one.domain))
+            before = one.projection
+    found = predicted(turns, embed)
+    return (
+        None
+        if found is None
+        else found | {"features": asked.embedding or "hashed words and word pairs, TF-IDF"}
+    )
+
+
+def _examples(
+    table: _Table, names: Sequence[str], domains: Sequence[str], watched: Watched
+) -> list[dict[str, Any]]:
+    """The conversations that fall lowest as the model is, one a domain, in every arm."""
+    lowest = []
+    for domain in domains:
+        own = table.names((domain,))
+        means = np.nanmean(np.where(np.isfinite(values := table.values(AS_IT_IS, own)), values, 0.0), axis=1)
+        lowest.append((float(means.min()), own[int(means.argmin())], domain))
+    found = []
+    for _, name, domain in sorted(lowest)[:EXAMPLES]:
+        told = {arm: _turns(table.spoken(arm, name), watched.watcher) for arm in names}
+        found.append({"name": name, "domain": domain, "arms": told})
+    return found
+
+
+def _turns(own: Sequence[Spoken], watcher: Watcher) -> list[dict[str, Any]]:
+    monitor, rows = watcher.monitor(), []
+    for one in own:
+        state = None if monitor is None or one.uncapped is None else monitor.turn(one.uncapped)
+        row = {"user": one.user, "text": one.text, "projection": one.projection, "acted": one.acted}
+        row["z"] = None if one.projection is None else watcher.baseline.z(one.projection)
+        rows.append(
+            row | {"alarm": None if state is None else state.alarm, "raised": bool(state and state.raised)}
+        )
+    return rows
+
+
+def _warnings(content: dict[str, Any], stage: Stage, watched: Watched, rate: float) -> list[str]:
+    """What a reader must know before believing the numbers."""
+    found = []
+    if watched.watcher.rule is None:
+        found.append(
+            f"no alarm is calibrated ({watched.source}), so there is no adaptive arm and no count of alarms"
+        )
+    elif watched.fitted_on:
+        found.append(f"{len(watched.fitted_on)} scripts set the alarm's limit: their alarms are left out")
+    seen = watched.watcher.false_alarms
+    if seen is not None and seen.interval[0] > rate:
+        low, high = seen.interval
+        found.append(
+            f"{rate:.0%} of calm conversations were to raise an alarm, and {seen.share:.0%} [{low:.0%}, {high:.0%}] of those with other "
+            "scripts do: scripts differ, and more of them are needed to set the limit"
+        )
+    if content["scripts"] < 20:
+        found.append(
+            f"intervals are over {content['scripts']} scripts in all: few, so they are rather too narrow"
+        )
+    if stage.overflown:
+        said = f"{len(stage.overflown)} conversations ended before their last turn, at the model's {stage.room} tokens of context"
+        found.append(f"{said}: means of late turns are of the shorter ones")
+    if stage.user.silent:
+        found.append(
+            f"the user's model had nothing to say, or no room to read more, {stage.user.silent} times, which ended those conversations"
+        )
+    for arm, row in content["wrote"].items():
+        if arm != AS_IT_IS and row["fired"] == 0:
+            found.append(f"{arm}: the cap never fired, so its answers are the model's own")
+        if row["empty"] > row["answers"] / 10:
+            found.append(f"{arm}: {row['empty']} of {row['answers']} answers are empty and lie nowhere")
+    return found

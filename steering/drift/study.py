@@ -1,0 +1,191 @@
+"""A drift study from a model's name to drift.json: conversations in several domains, as the model is, capped, and capped only while
+an alarm is on.
+
+    content = study("smollm2-135m", ModelOptions(), "smollm2-135m", None, DriftOptions(seeds=4), folder)
+
+The model as it is and the capped one come first. Of their conversations, those as the model is in the domains that hold are kept as
+calm.json; the alarm of the adaptive arm is calibrated on those given, else on those beside the axis, else on these. In the last
+case alarms in those very domains are counted in the scripts alone that did not set the limit.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from personatlas.analysis.drift_alarm import baseline_of
+from personatlas.persona.artifacts import append_lines, atomic, write_json
+from personatlas.persona.axis import load_axis
+from personatlas.persona.errors import KnownError
+from personatlas.persona.models.load import Subject
+from personatlas.persona.options import ModelOptions
+from personatlas.persona.progress import progress, say
+from personatlas.persona.runs import Run, axis_stem, open_run, versions
+from personatlas.steering.arms import AS_IT_IS
+from personatlas.steering.caps import cap_names, layers_in_words
+from personatlas.steering.conversations.runner import Arm, Said, Stage, Talk, had
+from personatlas.steering.drift.options import DriftOptions, chosen_talks, user_of
+from personatlas.steering.drift.result import ADAPTIVE, CAPPED, Watched, result
+from personatlas.steering.drift_monitor import (
+    CALM,
+    Calm,
+    CalmConversation,
+    Watcher,
+    is_calm,
+    load_calm,
+    save_calm,
+    watcher_of,
+)
+from personatlas.steering.session import Loaded, loaded
+
+DEFAULT_CAP = "assistant"
+
+
+def study(
+    model: str,
+    how: ModelOptions,
+    axis: str,
+    cap: str | None,
+    asked: DriftOptions,
+    folder: Path,
+    calm: Path | None = None,
+    *,
+    force: bool = False,
+) -> dict[str, Any]:
+    """The content of drift.json, which is written into the folder with conversations.jsonl and calm.json beside turns.jsonl.
+
+    Raises `KnownError` for what cannot be, before anything is asked, and for a folder of another model, engine or sampling.
+    """
+    talks, stem = chosen_talks(asked), axis_stem(axis)
+    known = _watched(load_axis(stem), stem, calm, asked)
+    if known is None and not any(talk.domain in asked.calm for talk in talks):
+        watcher_of(load_axis(stem), stem)  # raises where there is nothing to tell z by
+    names = [cap] if cap is not None else [DEFAULT_CAP] if DEFAULT_CAP in cap_names(stem) else []
+    with open_run(folder, create=True) as run:
+        user = user_of(asked, folder)
+        how = replace(how, dtype=how.dtype or run.manifest.get("asked", {}).get("dtype"))
+        embed = None
+        if asked.embedding is not None:
+            from personatlas.steering.drift.embedding import embedder
+
+            embed = embedder(asked.embedding, "cpu")
+        held = loaded(model, how, axis, names, force=force)
+        require_engine(run, held.subject, asdict(asked))
+        stage = Stage(held.subject, held.chat, held.axis, asked.sampling, folder / "turns.jsonl", user)
+        said, arms = _first_arms(stage, held, talks, asked.turns)
+        own = _keep_calm(stage, said, asked, folder)
+        watched = known or _own_alarm(held, own, asked)
+        if held.caps and watched.watcher.rule is not None:
+            arms.append(Arm(ADAPTIVE, held.caps, watched.watcher))
+            said |= _have(stage, talks, arms[-1:], asked.turns, "turns, adaptive")
+        content = _told(held, asked, names, watched) | result(stage, said, talks, arms, watched, asked, embed)
+        _keep_conversations(folder, said, talks)
+        write_json(folder / "drift.json", content)
+        return content
+
+
+def _watched(axis: Any, stem: Path, calm: Path | None, asked: DriftOptions) -> Watched | None:
+    """The watcher that is calibrated already; None where the study's own conversations are to be used."""
+    if calm is None and not (stem.parent / CALM).is_file():
+        return None
+    if calm is not None and not is_calm(calm):
+        raise KnownError(f"--calm {calm} is no calm.json, which an earlier `personatlas drift` has made")
+    watcher = watcher_of(axis, stem, calm, asked.rule, asked.false_alarms)
+    record = load_calm(calm or stem.parent / CALM, axis)
+    return Watched(watcher, str(calm or stem.parent / CALM), _fitted_on(record))
+
+
+def _fitted_on(calm: Calm) -> frozenset[str]:
+    return frozenset(one.script for one in calm.halves()[0])
+
+
+def require_engine(run: Run, subject: Subject, sampled: Mapping[str, Any]) -> None:
+    """`KnownError` for a folder of another model, engine or sampling: its answers would be another's."""
+    engine = {
+        "device": subject.device.type,
+        "torch": versions()["torch"],
+        "transformers": versions()["transformers"],
+    }
+    told = {"model": subject.describe(), "dtype": str(subject.dtype).removeprefix("torch."), "engine": engine}
+    run.ask(told | {name: sampled[name] for name in ("seed", "max_new_tokens", "temperature", "top_p")})
+
+
+def _first_arms(stage: Stage, held: Loaded, talks: Sequence[Talk], turns: int) -> tuple[Said, list[Arm]]:
+    arms = [Arm(AS_IT_IS), *([Arm(CAPPED, held.caps)] if held.caps else [])]
+    return _have(stage, talks, arms, turns, "turns"), arms
+
+
+def _have(stage: Stage, talks: Sequence[Talk], arms: Sequence[Arm], turns: int, what: str) -> Said:
+    with progress(what, turns * len(talks) * len(arms)) as advance:
+        return had(stage, talks, arms, turns, advance)
+
+
+def _keep_calm(stage: Stage, said: Said, asked: DriftOptions, folder: Path) -> Calm | None:
+    """Write calm.json from the domains that hold, as the model is; None where there is no such conversation."""
+    places: dict[tuple[str, str], list[float]] = {}
+    for (arm, name, _), one in said.items():
+        if arm == AS_IT_IS and one.domain in asked.calm and one.uncapped is not None:
+            places.setdefault((name, one.domain), []).append(one.uncapped)
+    if not places:
+        return None
+    rows = tuple(CalmConversation(name, domain, tuple(own)) for (name, domain), own in places.items())
+    model, sampling = stage.subject.describe(), asdict(asked.sampling)
+    made = {"by": "personatlas drift", "sampling": sampling, "seed": asked.seed, "samples": asked.seeds}
+    made |= {"turns": asked.turns, "domains": list(asked.calm), "user": asked.user_model or "scripts"}
+    made |= {"dtype": str(stage.subject.dtype).removeprefix("torch.")}
+    save_calm(folder / CALM, stage.axis, model, rows, made)
+    return Calm(rows, made)
+
+
+def _own_alarm(held: Loaded, calm: Calm | None, asked: DriftOptions) -> Watched:
+    """Calibrated on the study's own calm conversations; where they are too few, the axis's quartiles without an alarm."""
+    if calm is None:
+        return Watched(
+            watcher_of(held.axis, held.stem),
+            f"no conversation is of the domains that hold ({', '.join(asked.calm)})",
+        )
+    try:
+        watcher = calm.watcher(asked.rule, asked.false_alarms)
+    except KnownError as error:
+        say(f"no alarm: {error}")
+        values = [value for one in calm.conversations for value in one.projections]
+        if len(set(values)) < 2:
+            return Watched(watcher_of(held.axis, held.stem), str(error))
+        return Watched(Watcher(baseline_of(values), "calm conversations"), str(error))
+    return Watched(watcher, "this study's own calm conversations", _fitted_on(calm))
+
+
+def _told(held: Loaded, asked: DriftOptions, names: Sequence[str], watched: Watched) -> dict[str, Any]:
+    """Whose study this is."""
+    subject, axis = held.subject, held.axis
+    caps = [
+        {"name": name, "layers": layers_in_words(cap.layers), "phase": cap.phase, "level": cap.level}
+        for name, cap in zip(names, held.caps, strict=True)
+    ]
+    given = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(asked).items()}
+    return {
+        "model": subject.describe(),
+        "dtype": str(subject.dtype).removeprefix("torch."),
+        "device": subject.device.type,
+        "axis": {"layer": axis.layer, "poles": list(axis.poles), "of": "/".join(held.stem.parts[-2:])},
+        "cap": caps[0] if caps else None,
+        "watch": watched.watcher.describe() | {"source": watched.source},
+        "asked": given,
+        "versions": versions(),
+    }
+
+
+def _keep_conversations(folder: Path, said: Said, talks: Sequence[Talk]) -> None:
+    """Every conversation of every arm in OpenAI's form, as `personatlas trace` reads it."""
+    chats: dict[tuple[str, str], list[dict[str, str]]] = {}
+    known = {talk.name: talk for talk in talks}
+    for (arm, name, _), one in sorted(said.items(), key=lambda item: item[0][2]):
+        opening = [{"role": "system", "content": known[name].system}] if known[name].system else []
+        own = chats.setdefault((arm, name), opening)
+        own += [{"role": "user", "content": one.user}, {"role": "assistant", "content": one.text}]
+    rows = [
+        {"id": f"{name}/{arm}", "arm": arm, "domain": known[name].domain, "messages": messages}
+        for (arm, name), messages in sorted(chats.items())
+    ]
+    with atomic(folder / "conversations.jsonl") as temporary:
+        append_lines(temporary, rows)

@@ -1,0 +1,1 @@
+"""Applying interventions inside forward passes."""

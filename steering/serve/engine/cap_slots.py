@@ -1,0 +1,190 @@
+"""The caps that a server can put on, and the plans of one `Steering` that hold them.
+
+    plans = Plans(axis, stem, {"assistant": cap})
+    wanted = plans.wanted("assistant")             # or "p50@18-23", {"level": "p50", "layers": "18-23"}, {"name": ..., "shift": -0.2}
+    plans.place(wanted)                            # a plan number that a row can follow, None while all spare ones are taken
+
+Named caps have a plan each. Caps that requests describe share a few spare plans, whose numbers are put into the tables in
+place, so neither hooks nor captured graphs change. Names are looked up among the caps that were loaded: nothing that a request
+says is ever a path.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from personatlas.persona.axis import Axis, Cap
+from personatlas.persona.errors import KnownError
+from personatlas.persona.models.load import Subject
+from personatlas.steering.caps import SPEC, cap_names, layers_in_words, layers_named, require_cap, shifted
+from personatlas.steering.hooks.steering import Steering
+from personatlas.steering.interventions import Intervention, cap_of, plan_digest
+
+SPARES = 4
+SHIFT = re.compile(r"(.+?)([+-]\d+(?:\.\d+)?)")
+NONE = "none"  # no cap, by a name that a model's alias can carry
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A cap to put on: what it is called, its numbers, and a digest of all that it does."""
+
+    name: str
+    cap: Cap
+    digest: str
+
+    @property
+    def is_even(self) -> bool:
+        """Whether a token is capped alike in a prompt and in an answer."""
+        return self.cap.phase == "both" and self.cap.prompt_floor is None
+
+    def floor_at(self, layer: int) -> float | None:
+        """The floor for answers at a layer, None where it has none."""
+        return self.cap.floor_of(self.cap.layers.index(layer), "answer") if layer in self.cap.layers else None
+
+
+class Plans:
+    """Caps by name, and a `Steering` with a plan for each and some to spare."""
+
+    def __init__(self, axis: Axis, subject: Subject, caps: Mapping[str, Cap]) -> None:
+        self.axis, self.n_layers = axis, subject.n_layers
+        self.caps = {name: _wanted(name, cap) for name, cap in caps.items()}
+        # plans that do nothing, along the axis at all of its layers: the tables then have room for any cap along it
+        idle = Cap(
+            axis.layers,
+            axis.vectors,
+            torch.full((len(axis.layers),), -torch.inf),
+            spare_first=True,
+            model=axis.model,
+        )
+        self._idle: list[Intervention] = [idle]
+        self._spares: list[Wanted | None] = [None] * SPARES
+        self._used: Counter[str] = Counter()
+        self.steering = Steering(subject, self._plans())
+
+    def wanted(self, asked: Any) -> Wanted | None:
+        """The cap that a request asks for; None for none. Raises `KnownError` for anything that is not one."""
+        if asked is None or asked == NONE:
+            return None
+        if isinstance(asked, str):
+            return self._by_text(asked)
+        if not isinstance(asked, dict):
+            raise KnownError('persona.cap is null, a name, {"level", "layers"} or {"name", "shift"}')
+        if "name" in asked:
+            return self._shifted(asked.get("name"), asked.get("shift", 0.0))
+        level, layers = asked.get("level"), asked.get("layers")
+        if not isinstance(level, str) or not isinstance(layers, str):
+            raise KnownError(
+                'persona.cap needs "level" such as "p50" and "layers" such as "18-23", both text'
+            )
+        population = asked.get("population", "default")
+        return self._by_text(f"{population}:{level}@{layers}")
+
+    def place(self, wanted: Wanted | None) -> int | None:
+        """The plan to follow (-1: none), and one row more that follows it; None when no spare plan is free."""
+        if wanted is None:
+            return -1
+        number = self._number(wanted)
+        if number is None:
+            free = [
+                place for place, one in enumerate(self._spares) if one is None or not self._used[one.digest]
+            ]
+            if not free:
+                return None
+            before, self._spares[free[0]] = self._spares[free[0]], wanted
+            try:
+                self.steering.set(*self._plans())
+            except (ValueError, KnownError):
+                self._spares[free[0]] = before
+                raise
+            number = len(self.caps) + free[0]
+        self._used[wanted.digest] += 1
+        return number
+
+    def release(self, wanted: Wanted | None) -> None:
+        """One row less follows it."""
+        if wanted is not None:
+            self._used[wanted.digest] -= 1
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """The named caps, for people and programs."""
+        return {name: _described(one, self.axis.layer) for name, one in self.caps.items()}
+
+    def _plans(self) -> list[Sequence[Intervention]]:
+        spare = [[one.cap] if one is not None else self._idle for one in self._spares]
+        return [*([one.cap] for one in self.caps.values()), *spare, self._idle]
+
+    def _number(self, wanted: Wanted) -> int | None:
+        digests = [one.digest for one in self.caps.values()] + [
+            one.digest if one else "" for one in self._spares
+        ]
+        return digests.index(wanted.digest) if wanted.digest in digests else None
+
+    def _by_text(self, text: str) -> Wanted:
+        if text in self.caps:
+            return self.caps[text]
+        match, moved = SPEC.fullmatch(text), SHIFT.fullmatch(text)
+        if match is None and moved is not None and moved[1] in self.caps:
+            return self._shifted(moved[1], float(moved[2]))
+        if match is None:
+            known = ", ".join(self.caps) or "none is loaded"
+            raise KnownError(
+                f"cap {text[:80]!r} is not loaded (there are: {known}), nor LEVEL@LAYERS such as p50@18-23"
+            )
+        population, level, ranges = match.groups()
+        last = max(int(number) for number in re.findall(r"\d+", ranges))
+        layers = layers_named(ranges) if last < self.n_layers and len(ranges) < 200 else []
+        wrong = [layer for layer in layers if layer not in self.axis.layers]
+        if not layers or wrong or len(set(layers)) != len(layers):
+            held = layers_in_words(self.axis.layers)
+            raise KnownError(
+                f"cap {text[:80]!r} names no layer, one twice, or one that the axis does not have ({held})"
+            )
+        cap = cap_of(self.axis, layers, float(level) / 100, population or "default")
+        require_cap(cap, self.axis)
+        return _wanted(text, cap)
+
+    def _shifted(self, name: Any, amount: Any) -> Wanted:
+        if name not in self.caps:
+            raise KnownError(
+                f"cap {str(name)[:80]!r} is not loaded (there are: {', '.join(self.caps) or 'none'})"
+            )
+        if isinstance(amount, bool) or not isinstance(amount, int | float) or not abs(amount) <= 10:
+            raise KnownError("persona.cap.shift is a number from -10 to 10 (interquartile ranges)")
+        if amount == 0:
+            return self.caps[name]
+        try:
+            return _wanted(f"{name}{amount:+g}", shifted(self.caps[name].cap, self.axis, float(amount)))
+        except ValueError as error:  # a floor above its ceiling
+            raise KnownError(f"cap {name!r} cannot be moved by {amount:g}: {error}") from None
+
+
+def cap_labels(stem: Path, extra: Sequence[str]) -> dict[str, str]:
+    """Labels of all caps that are saved beside an axis, and of others, and what `cap_named` takes for each (at start: maybe a path)."""
+    texts = dict.fromkeys([*cap_names(stem), *extra])
+    return {
+        text if "@" in text else Path(text).name.removesuffix(".json").removesuffix(".safetensors"): text
+        for text in texts
+    }
+
+
+def _wanted(name: str, cap: Cap) -> Wanted:
+    return Wanted(name, cap, plan_digest([cap]))
+
+
+def _described(one: Wanted, layer: int) -> dict[str, Any]:
+    cap = one.cap
+    at = cap.layers.index(layer) if layer in cap.layers else None
+    return {
+        "layers": layers_in_words(cap.layers),
+        "floor": None if at is None else cap.floor_of(at, "answer"),
+        "prompt_floor": None if at is None else cap.floor_of(at, "prompt"),
+        "level": cap.level,
+        "population": cap.population,
+        "phase": cap.phase,
+    }

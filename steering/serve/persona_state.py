@@ -1,0 +1,109 @@
+"""Where a conversation stands along the axis: the `persona` object of every answer.
+
+    standing = Standing(axis, chat, watcher)
+    turns = standing.turns(messages, spans, projections)       # (message, tokens, projection) of the answers in a prompt
+    standing.drifting(turns)                                   # whether the alarm is on after them
+    standing.told(choice, turns, ...)                          # all of it, as it is sent
+
+The answers in a prompt are read on the way to the new one, and what a capped request reads is read with the cap on: its turns are
+how the model stands while it is held. In adaptive mode they are how the model reads the conversation by itself, since the alarm
+that decides whether to hold it must not be calmed by the holding.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from personatlas.analysis.drift_alarm import watch
+from personatlas.persona.axis import Axis
+from personatlas.persona.models.token_spans import Span
+from personatlas.steering.drift_monitor import Watcher
+from personatlas.steering.serve.answer_stream import Choice
+
+
+class Turn(NamedTuple):
+    """An answer of a conversation: its message's number, its tokens, and their mean projection (residual units)."""
+
+    message: int
+    tokens: int
+    projection: float
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The axis and how conversations along it are watched."""
+
+    axis: Axis
+    watcher: Watcher
+
+    def turns(self, spans: Sequence[Span], projections: Sequence[float]) -> list[Turn]:
+        """The answers that a prompt holds, from the projections of its tokens."""
+        found = []
+        for span in spans:
+            own = projections[span.start : span.stop]
+            if span.speaker == "assistant" and len(own) == span.stop - span.start:
+                found.append(Turn(span.message, len(own), sum(own) / len(own)))
+        return found
+
+    def drifting(self, turns: Sequence[Turn]) -> bool:
+        """Whether the alarm is on after these turns; never without a calibrated rule."""
+        if self.watcher.rule is None:
+            return False
+        states = list(watch(self.watcher.rule, self.watcher.baseline, [turn.projection for turn in turns]))
+        return bool(states) and states[-1].alarm
+
+    def told(
+        self, choice: Choice, turns: Sequence[Turn], message: int | None, mode: str, held: bool
+    ) -> dict[str, Any]:
+        """The `persona` object of an answer that is message number `message` (None: no conversation). `held`: adaptive, and the
+        cap acts: the alarm stays as it was decided, since this answer has not been read without the cap."""
+        cap, projection = choice.ticket.ask.cap, choice.projection
+        listed = list(turns)
+        if message is not None and projection is not None:
+            listed.append(Turn(message, len(choice.seen), projection))
+        shown = self.watched(listed)
+        if held and shown and shown[-1]["alarm"] is False:
+            shown[-1] |= {"alarm": True, "raised": False}
+        last = shown[-1] if shown else {}
+        return {
+            "layer": self.axis.layer,
+            "poles": list(self.axis.poles),
+            "projection": projection,
+            "z": None if projection is None else self.watcher.baseline.z(projection),
+            "tokens": len(choice.ids),
+            "cap": None if cap is None else cap.name,
+            "mode": mode,
+            "floor": None if cap is None else cap.floor_at(self.axis.layer),
+            "fired": choice.fired,
+            "turns": shown,
+            "drift": self._drift(last),
+            "baseline": self.describe()["baseline"],
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """Baseline and alarm as plain numbers."""
+        return self.watcher.describe()
+
+    def watched(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
+        """Turns with their z and, where a rule is calibrated, the alarm's state."""
+        rule, baseline = self.watcher.rule, self.watcher.baseline
+        places = [turn.projection for turn in turns]
+        states = list(watch(rule, baseline, places)) if rule is not None else [None] * len(places)
+        return [
+            turn._asdict()
+            | {"z": baseline.z(turn.projection)}
+            | (
+                {"alarm": None, "raised": None}
+                if state is None
+                else {"alarm": state.alarm, "raised": state.raised}
+            )
+            for turn, state in zip(turns, states, strict=True)
+        ]
+
+    def _drift(self, last: dict[str, Any]) -> dict[str, Any]:
+        alarm = self.describe()["alarm"]
+        if alarm is None:
+            return {"state": None, "raised": None, "rule": None, "limit": None, "false_alarms": None}
+        state = "drifting" if last.get("alarm") else "calm"
+        told = {name: alarm[name] for name in ("rule", "limit", "false_alarms")}
+        return {"state": state, "raised": bool(last.get("raised")), **told}

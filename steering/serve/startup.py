@@ -1,0 +1,132 @@
+"""What `serve` and `chat` may be told, and how that becomes a host. What can be wrong without a model is found before one is loaded."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from cyclopts import Parameter
+
+from personatlas.persona.errors import KnownError
+from personatlas.persona.options import ModelOptions
+
+if TYPE_CHECKING:
+    from personatlas.steering.serve.service import Host
+
+ADAPTIVE = "adaptive"  # as a cap: `assistant`, while the conversation drifts
+CACHE_CPU, CACHE_GPU = 4 * 2**30, 0.5  # bytes, or the share of what the weights leave, for keys and values
+MOST_CONTEXT = 8192  # tokens, unless asked for more
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class HoldOptions:
+    """How the persona is held and watched."""
+
+    cap: str | None = None
+    "the cap that acts unless a request says otherwise: a name saved beside the axis, a file, LEVEL@LAYERS, or adaptive; none unless given"
+    mode: Literal["always", "adaptive"] = "always"
+    "adaptive: the cap acts only while the conversation's drift alarm is on"
+    calm: Path | None = None
+    "a calm.json of `personatlas drift`, on which the alarm is calibrated; the one beside the axis unless given"
+    rule: Literal["cusum", "several"] = "cusum"
+    "what raises an alarm: cusum (a small drift that lasts) or several (two of three turns far below)"
+    false_alarms: float = 0.05
+    "the share of calm conversations that may raise one"
+    max_tokens: int = 1024
+    "longest answer where a request does not say"
+    temperature: float = 0.7
+    "sampling temperature where a request does not say; 0 takes the likeliest token"
+    top_p: float = 0.9
+    "nucleus mass where a request does not say"
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class RoomOptions:
+    """How much is answered at once."""
+
+    slots: int = 32
+    "conversations that are answered at the same time; others wait"
+    context: int | None = None
+    "most tokens of a conversation; what the model and the memory hold, unless given"
+    prefix_mib: int = 1024
+    "memory for conversations that may go on, so that they need not be read again (MiB); 0 reads them anew"
+    queue: int = 4096
+    "most requests that wait"
+
+
+def make_host(
+    model: str, how: ModelOptions, axis: str, hold: HoldOptions, room: RoomOptions, *, force: bool = False
+) -> "Host":
+    """Load all that is served, and prove that every cap binds. Raises `KnownError`."""
+    cap, mode = ("assistant", ADAPTIVE) if hold.cap == ADAPTIVE else (hold.cap, hold.mode)
+    _require_sane(hold, room)
+    from personatlas.persona.axis import load_axis
+    from personatlas.persona.runs import axis_stem
+    from personatlas.steering.drift_monitor import watcher_of
+    from personatlas.steering.serve.engine.cap_slots import cap_labels
+    from personatlas.steering.serve.service import Host, Settings
+    from personatlas.steering.session import loaded
+
+    stem = axis_stem(axis)
+    along = load_axis(stem)
+    watcher = watcher_of(along, stem, hold.calm, hold.rule, hold.false_alarms)
+    if mode == ADAPTIVE and watcher.rule is None:
+        raise KnownError(
+            "adaptive capping needs a calibrated alarm: `personatlas drift` makes the calm.json for --calm"
+        )
+    names = cap_labels(stem, [cap] if cap else [])
+    held = loaded(model, how, axis, list(names.values()), force=force)
+    caps = dict(zip(names, held.caps, strict=True))
+    default = next((name for name, given in names.items() if given == cap), None)
+    settings = Settings(
+        default, mode, hold.max_tokens, hold.temperature, hold.top_p, _room(held.subject, room)
+    )
+    return Host(held, caps, settings, watcher)
+
+
+def _require_sane(hold: HoldOptions, room: RoomOptions) -> None:
+    from personatlas.persona.sampling.sampler import Sampling
+
+    if not 0 < hold.false_alarms < 1:
+        raise KnownError(
+            f"--false-alarms {hold.false_alarms} is outside 0..1: it is a share of conversations"
+        )
+    for name, value, least in (
+        ("--slots", room.slots, 1),
+        ("--context", room.context if room.context is not None else 16, 16),
+        ("--prefix-mib", room.prefix_mib, 0),
+        ("--queue", room.queue, 1),
+        ("--max-tokens", hold.max_tokens, 1),
+    ):
+        if value < least:
+            raise KnownError(f"{name} {value} is below {least}")
+    Sampling(hold.max_tokens, hold.temperature, hold.top_p)
+
+
+def _room(subject: Any, asked: RoomOptions) -> Any:
+    """As many tokens a conversation as the model holds and the memory has room for, unless it was said."""
+    from personatlas.steering.serve.engine.scheduler import Room
+
+    config = subject.model.config.get_text_config(decoder=True)
+    most = subject.context or MOST_CONTEXT
+    if asked.context is not None and asked.context > most:
+        raise KnownError(f"--context {asked.context} is more than the {most} tokens that {subject.id} holds")
+    length = asked.context or min(most, MOST_CONTEXT, _fitting(subject, config, asked.slots))
+    return Room(asked.slots, length, asked.prefix_mib * 2**20, asked.queue)
+
+
+def _fitting(subject: Any, config: Any, slots: int) -> int:
+    """Tokens a slot that the memory has room for, a multiple of 64."""
+    import torch
+
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token = 2 * subject.n_layers * heads * width * subject.dtype.itemsize
+    room: float = CACHE_CPU
+    if subject.device.type == "cuda":
+        weights = sum(
+            parameter.numel() * parameter.element_size() for parameter in subject.model.parameters()
+        )
+        room = CACHE_GPU * (torch.cuda.get_device_properties(subject.device).total_memory - weights)
+    return max(64, int(room / token / (slots + 1)) // 64 * 64)

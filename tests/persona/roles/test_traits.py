@@ -1,0 +1,230 @@
+"""Traits: poles that are rolled out like roles, vectors that are found where they were planted, and their places."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from personatlas.analysis.fit.pipeline import compared, other_axis
+from personatlas.analysis.fit.tables import say_compared
+from personatlas.analysis.fit.traits import fit_traits
+from personatlas.persona.artifacts import write_json
+from personatlas.persona.axis import Axis, load_axis
+from personatlas.persona.errors import KnownError
+from personatlas.persona.pipeline.activations import Activations, cell_sums
+from personatlas.persona.roles.bank import Bank, Question, Role, Trait
+from personatlas.persona.roles.traits import is_pole, load_traits, poles
+from personatlas.persona.rollout import Selection, requests
+from personatlas.persona.runs import axis_stem, fitted_folder, fitted_names
+
+D, L, EACH = 24, 3, 30
+MODEL = {"id": "m", "weights": "float32", "fingerprint": "abc", "n_layers": L, "d_model": D}
+CALM = Trait("calm", ("Be calm.", "Slowly."), ("Be frantic.",), "0 to 100", ("style",))
+TERSE = Trait("terse", ("Be short.",), ("Go on and on.",))
+BANK = Bank(
+    (
+        Role("default", ("",), is_default=True),
+        *(Role(name, (f"You are a {name}.",)) for name in ("bard", "nun", "crow")),
+    ),
+    (Question("q0", "Why?"), Question("q1", "How?")),
+    (CALM, TERSE),
+)
+UNIT = torch.nn.functional.normalize(torch.arange(1.0, D + 1), dim=0)
+
+
+def axis(layers=range(L), layer=1, **more):
+    rows = UNIT.repeat(len(layers), 1)
+    return Axis(rows, torch.ones(len(layers)), tuple(layers), layer, {**MODEL, **more})
+
+
+def planted(along: dict[str, float], kept=(0, 1, 2)):
+    """Answers of both poles of traits whose vectors have the given cosine with the axis and length 10, plus noise."""
+    generator = torch.Generator().manual_seed(0)
+    names, rows = [], []
+    for name, cosine in along.items():
+        other = torch.randn(D, generator=generator)
+        other = torch.nn.functional.normalize(other - (other @ UNIT) * UNIT, dim=0)
+        half = 5 * (cosine * UNIT + (1 - cosine**2) ** 0.5 * other)
+        for sign in (1, -1):
+            names += [("+" if sign > 0 else "-") + name] * EACH
+            rows.append(3 + sign * half + torch.randn(EACH, D, generator=generator))
+    means = torch.cat(rows)[:, None].repeat(1, L, 1)
+    cells, count, mean, square = cell_sums([(name, None) for name in names], means)
+    keys = tuple(f"{name}/0/q{i}/0" for i, name in enumerate(names))
+    held = means[:, list(kept)]
+    return Activations(
+        cells, count, mean, square, keys, (None,) * len(keys), tuple(kept), held, MODEL, "content"
+    )
+
+
+PLACES = {"up": 0.9, "across": 0.0, "down": -0.7, "askew": 0.4}
+
+
+def test_planted_traits_are_found_at_their_places_with_intervals_that_hold_them():
+    found = fit_traits(planted(PLACES), axis())
+    rows = {row["trait"]: row for row in found.report["traits"]}
+    assert [row["trait"] for row in found.report["traits"]] == ["down", "across", "askew", "up"]
+    for name, place in PLACES.items():
+        assert rows[name]["cosine"] == pytest.approx(place, abs=0.1)
+        assert rows[name]["low"] < rows[name]["cosine"] < rows[name]["high"]
+        assert rows[name]["low"] - 0.1 < place < rows[name]["high"] + 0.1
+        assert rows[name]["n"] == [EACH, EACH]
+    assert abs(rows["across"]["cosine"]) < 2 * found.report["chance"]
+    assert 0 < found.report["chance"] < 0.3 < rows["up"]["cosine"]
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say():
+    held = [
+        row["low"] <= PLACES[row["trait"]] <= row["high"]
+        for seed in range(12)
+        for row in fit_traits(planted(PLACES), axis(), seed=seed).report["traits"]
+        if row["trait"] == "across"
+    ]
+    assert np.mean(held) > 0.7
+
+
+def test_trait_vectors_are_positive_minus_negative_means_as_unit_rows():
+    activations = planted(PLACES)
+    space = fit_traits(activations, axis(), replicates=0).space
+    x = activations.rollout_means[:, 1].double().numpy()
+    own = np.array([key.split("/")[0] for key in activations.keys])
+    by_hand = x[own == "+up"].mean(0) - x[own == "-up"].mean(0)
+    place = space.traits.index("up")
+    assert np.allclose(space.vectors[place, 1].numpy() * float(space.norms[place, 1]), by_hand, atol=1e-4)
+    assert torch.allclose(space.vectors.norm(dim=-1), torch.ones(4, L), atol=1e-5)
+    assert (space.components @ UNIT)[0] > 0
+
+
+def test_without_rollout_means_at_the_layer_there_are_places_and_no_intervals():
+    report = fit_traits(planted(PLACES, kept=(0,)), axis()).report
+    assert report["chance"] is None
+    assert not any("low" in row for row in report["traits"])
+    assert report["traits"][-1]["cosine"] == pytest.approx(0.9, abs=0.1)
+
+
+def test_a_trait_space_is_read_as_it_was_written(tmp_path):
+    space = fit_traits(planted(PLACES), axis(), replicates=0).space
+    space.save(tmp_path / "traits")
+    back = load_traits(tmp_path / "traits")
+    assert back.traits == space.traits
+    assert torch.equal(back.vectors, space.vectors)
+    with pytest.raises(KnownError, match="is of kind 'traits', not 'axis'"):
+        load_axis(tmp_path / "traits")
+
+
+def scored(activations, scores):
+    """The same rollouts, carrying scores: whether each shows its own side."""
+    names = [key.split("/")[0] for key in activations.keys]
+    cells, count, mean, square = cell_sums(list(zip(names, scores, strict=True)), activations.rollout_means)
+    return replace(activations, cells=cells, count=count, mean=mean, square=square, scores=tuple(scores))
+
+
+def test_answers_that_do_not_show_their_side_are_dropped_where_they_were_judged():
+    whole = planted(PLACES)
+    kept = [i % 3 > 0 for i in range(len(whole.keys))]
+    found = fit_traits(scored(whole, [int(own) for own in kept]), axis(), replicates=20).report
+    assert found["judged"] is True
+    assert (found["other_side"], found["unjudged"]) == (kept.count(False), 0)
+    assert {tuple(row["n"]) for row in found["traits"]} == {(20, 20)}
+    x = whole.rollout_means[:, 1].double()
+    up = [
+        torch.stack(
+            [x[i] for i, key in enumerate(whole.keys) if kept[i] and key.startswith(sign + "up")]
+        ).mean(0)
+        for sign in "+-"
+    ]
+    by_hand = float(torch.nn.functional.cosine_similarity(up[0] - up[1], UNIT.double(), dim=0))
+    assert next(row for row in found["traits"] if row["trait"] == "up")["cosine"] == pytest.approx(
+        by_hand, abs=1e-5
+    )
+
+
+def test_a_trait_without_answers_at_a_pole_is_left_out_and_named():
+    whole = planted({**PLACES, "mute": 0.5})
+    scores = [0 if key.startswith("-mute") else 1 for key in whole.keys]
+    found = fit_traits(scored(whole, scores), axis(), replicates=0)
+    assert found.report["left_out"] == ["mute"]
+    assert found.space.traits == tuple(PLACES)
+
+
+def test_too_few_traits_are_said():
+    with pytest.raises(KnownError, match="only 2 traits have answers at both poles; a trait space needs 3"):
+        fit_traits(planted({"a": 0.5, "b": 0.1}), axis())
+
+
+def test_poles_are_rolled_out_after_the_roles_and_only_when_asked_for():
+    assert [role.name for role in poles(CALM)] == ["+calm", "-calm"]
+    assert is_pole("+calm")
+    assert is_pole("-calm/0/q0/0")
+    assert not is_pole("calm")
+    plain = [request.key for request in requests(BANK, "m", Selection(), 0)]
+    assert not any(is_pole(key) for key in plain)
+    both = [request.key for request in requests(BANK, "m", Selection(with_traits=True), 0)]
+    assert both[: len(plain)] == plain
+    assert both[len(plain) :][:5] == [
+        "+calm/0/q0/0",
+        "+calm/0/q1/0",
+        "+calm/1/q0/0",
+        "+calm/1/q1/0",
+        "-calm/0/q0/0",
+    ]
+    one = requests(BANK, "m", Selection(with_traits=True, trait_names=("terse",), prompts=1, questions=1), 0)
+    assert [request.key for request in one][-2:] == ["+terse/0/q0/0", "-terse/0/q0/0"]
+    assert one[-1].messages[0]["content"] == "Go on and on."
+
+
+def test_traits_of_a_bank_without_any_are_refused():
+    with pytest.raises(KnownError, match="this bank has no traits"):
+        Selection(with_traits=True).traits(Bank(BANK.roles, BANK.questions))
+    with pytest.raises(KnownError, match="no trait 'clam' in the bank; did you mean calm"):
+        Selection(with_traits=True, trait_names=("clam",)).traits(BANK)
+
+
+def test_an_axis_is_compared_with_another_layer_by_layer_and_by_the_rank_of_roles(tmp_path):
+    turned = torch.nn.functional.normalize(UNIT + 0.5 * UNIT.roll(3), dim=0)
+    other = Axis(turned.repeat(2, 1), torch.ones(2), (1, 2), 1, MODEL)
+    other.save(tmp_path / "axis")
+    theirs = [
+        {"role": name, "projection": place}
+        for name, place in (("a", 1.0), ("b", 5.0), ("c", 3.0), ("d", 0.0))
+    ]
+    write_json(tmp_path / "fit.json", {"roles": theirs})
+    ours = [
+        {"role": name, "projection": place}
+        for name, place in (("a", 10.0), ("b", 50.0), ("c", 30.0), ("e", 2.0))
+    ]
+    found = compared(axis(), ours, tmp_path)
+    assert found["cosines"] == {
+        "1": pytest.approx(float(UNIT @ turned)),
+        "2": pytest.approx(float(UNIT @ turned)),
+    }
+    assert (found["roles"]["n"], found["roles"]["spearman"]) == (3, pytest.approx(1.0))
+    assert found["same_model"] is True
+    assert other_axis(tmp_path / "axis.safetensors").layers == (1, 2)
+    with pytest.raises(KnownError, match=r"no axis at .*nothing"):
+        other_axis(tmp_path / "nothing")
+
+
+def test_axes_of_another_width_have_no_cosines(tmp_path):
+    other = {**MODEL, "d_model": 4, "fingerprint": "x"}
+    Axis(torch.eye(4)[:L], torch.ones(L), (0, 1, 2), 1, other).save(tmp_path / "axis")
+    found = compared(axis(), [], tmp_path / "axis")
+    assert (found["cosines"], found["same_model"], "roles" in found) == (None, False, False)
+    said = say_compared({"compared": found, "layer": 1})
+    assert said.endswith("another model (m): another width or depth, and no roles in common")
+
+
+def test_the_packaged_model_comes_with_an_axis_that_names_its_weights_and_floors():
+    assert fitted_names() == ("smollm2-135m",)
+    found = load_axis(fitted_folder("smollm2-135m") / "axis")
+    assert found.poles == ("assistant", "role-play")
+    assert found.model["weights"] == "gguf Q4_1"
+    assert found.vectors.shape == (30, 576)
+    assert torch.isfinite(found.default_quantiles).all()
+    assert (found.default_quantiles.diff(dim=1) >= 0).all()
+    middle = found.levels.index(0.5)
+    assert (found.default_quantiles > found.role_quantiles)[found.layer, middle]
+    assert axis_stem("smollm2-135m") == fitted_folder("smollm2-135m") / "axis"
+    with pytest.raises(KnownError, match="no axis comes with 'gpt2', only with smollm2-135m"):
+        fitted_folder("gpt2")

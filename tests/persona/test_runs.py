@@ -1,0 +1,108 @@
+"""A training run is a model: what is finished, else its newest checkpoint; every result says which."""
+
+import json
+import shutil
+
+import pytest
+from families import save_tiny
+
+from personatlas.cli.app import main
+from personatlas.cli.runs import run_folder
+from personatlas.persona.errors import KnownError
+from personatlas.persona.models.load import load_subject, load_tokenizer
+from personatlas.persona.runs import checkpoint_folders, model_name, resolved, run_name
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "tiny")
+
+
+@pytest.fixture
+def run(tiny, tmp_path):
+    """A training run with two checkpoints, one that is being written and one that is being removed."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps({"kind": "training"}))
+    for step in ("step-000004", "step-000016", ".step-000032.0a1b2c"):
+        shutil.copytree(tiny, folder / "checkpoints" / step)
+    (folder / "checkpoints" / "step-000064").mkdir()
+    return folder
+
+
+def test_a_run_stands_for_its_newest_checkpoint_until_it_is_finished(run, tiny, capsys):
+    assert list(checkpoint_folders(run)) == [4, 16]
+    subject = load_subject(str(run), device="cpu", dtype="float32")
+    assert subject.id == str(run / "checkpoints" / "step-000016")
+    assert f"{run} is a training run: the model is {run}/checkpoints/step-000016" in capsys.readouterr().err
+    assert len(load_tokenizer(str(run))) == len(subject.tokenizer)
+    shutil.copytree(tiny, run / "model")
+    assert load_subject(str(run), device="cpu", dtype="float32").id == str(run / "model")
+    earlier = load_subject(str(run / "checkpoints" / "step-000004"), device="cpu", dtype="float32")
+    assert earlier.id == str(run / "checkpoints" / "step-000004")
+    assert earlier.name == subject.name == "mine"  # checkpoints get the same prompts
+
+
+def test_what_is_found_about_checkpoints_goes_into_folders_of_their_own(run, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert str(run_folder("mine", None)) == "runs/mine-step-000016"
+    assert str(run_folder("mine/checkpoints/step-000004/", None)) == "runs/mine-step-000004"
+    monkeypatch.chdir(run / "checkpoints")
+    assert run_name("step-000004") == "mine-step-000004"
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny, "model")  # called as ours are, and no training run's
+    assert (run_name("model"), model_name(tmp_path / "model")) == ("model", "model")
+    assert run_name("someone/a-model") == "a-model"
+
+
+def test_the_axis_of_a_run_is_that_of_a_checkpoint_and_goes_on_with_it(
+    run, tiny, tiny_run, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    how = f"axis mine --bank {tiny_run / 'bank'} --device cpu --dtype float32 --judge none --keep all --max-new-tokens 4"
+    main([*how.split(), "--samples", "4", "--replicates", "4"])
+    capsys.readouterr()
+    main(
+        [
+            *["chat", "mine", "--message", "Hello", "--max-tokens", "4"],
+            "--device",
+            "cpu",
+            "--dtype",
+            "float32",
+        ]
+    )
+    assert "projection" in capsys.readouterr().out
+    record = json.loads((tmp_path / "runs" / "mine-step-000016" / "run.json").read_text())
+    assert (
+        record["asked"]["model_name"]
+        == record["asked"]["model"]["id"]
+        == str(run / "checkpoints" / "step-000016")
+    )
+    capsys.readouterr()
+    shutil.copytree(tiny, run / "model")
+    main(
+        ["record", "runs/mine-step-000016", "--device", "cpu"]
+    )  # not the finished model, which is the newer one
+    assert "rollouts of" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["spans", "runs/mine-step-000016"])
+    told = capsys.readouterr().err
+    assert f"is a run folder of {run / 'checkpoints' / 'step-000016'}: give that as the model" in told
+    assert "--axis runs/mine-step-000016" in told
+
+
+def test_a_run_without_a_checkpoint_and_a_folder_of_them_are_refused_in_one_line(run, tmp_path):
+    with pytest.raises(
+        KnownError, match=r"checkpoints holds 2 checkpoints; give one of them, such as .*step-000016$"
+    ):
+        load_subject(str(run / "checkpoints"))
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(
+        KnownError, match=r"mine is a training run without a checkpoint yet; `personatlas report"
+    ):
+        load_subject(str(run))
+    (run / "run.json").write_text(json.dumps({"asked": {}}))
+    with pytest.raises(
+        KnownError, match="is a run folder: give its model as the model, and the run with --axis"
+    ):
+        resolved(str(run))

@@ -1,0 +1,241 @@
+"""Calibration on a tiny run, from the verb to the cap: floors, costs, the search, the control, resuming, and bad inputs."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from families import tiny_subject
+from test_steering import axis_of
+
+from personatlas.cli.app import main
+from personatlas.persona.axis import load_cap
+from personatlas.persona.errors import KnownError
+from personatlas.persona.rollout import Rollout
+from personatlas.persona.sampling.sampler import Prompt, Sampler, Sampling
+from personatlas.steering.calibration.fit_floors import Descent, Floors, fitted
+from personatlas.steering.calibration.grid_search import Candidate, windows_of
+from personatlas.steering.calibration.measure import halved
+from personatlas.steering.calibration.quantile_floors import read_projections
+from personatlas.steering.interventions import cap_of
+from personatlas.steering.loss_cost import benign_costs
+from personatlas.steering.random_caps import fired_shares, random_cap
+
+SEARCH = {
+    "--windows": "0-1,1-2", "--levels": "0.1,0.5", "--budget": "5", "--roles": "4", "--prompts": "1", "--answers": "6",
+    "--steps": "2", "--max-new-tokens": "6", "--device": "cpu",
+}  # fmt: skip
+
+
+def texts(count=6, start=0):
+    """Made-up conversations of uneven lengths."""
+    made = []
+    for i in range(start, start + count):
+        prompt = tuple((k * 37 + i * 11 + 5) % 300 + 3 for k in range(5 + i % 4))
+        answer = tuple((k * 53 + i * 29 + 7) % 300 + 3 for k in range(4 + i % 5))
+        made.append(Rollout(f"default/0/q{i}/0", (), prompt, answer, "x", i, "length"))
+    return made
+
+
+def by_length(text):
+    """Stands for the rules: what random models say claims nothing."""
+    return ("assistant", "human", "mystical", "unclear")[len(text) % 4]
+
+
+@pytest.fixture(autouse=True)
+def classes(monkeypatch):
+    monkeypatch.setattr("personatlas.steering.evals.suites.identity.class_of", by_length)
+    monkeypatch.setattr("personatlas.steering.calibration.fit_floors.class_of", by_length)
+
+
+def calibrated(tiny_run, **told):
+    """The verb; "also" stands for --also."""
+    options = SEARCH | {f"--{name}": value for name, value in told.items()}
+    main(
+        [
+            "calibrate",
+            str(tiny_run / "run"),
+            "--bank",
+            str(tiny_run / "bank"),
+            *(part for pair in options.items() for part in pair),
+        ]
+    )
+
+
+def refused(capsys, tiny_run, **told):
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        calibrated(tiny_run, **told)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("personatlas:")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_a_calibration_saves_a_cap_and_reports_what_it_did_on_the_other_half(tiny_run, capsys):
+    calibrated(tiny_run, also="p50@1")
+    assert "chosen" in capsys.readouterr().out
+    content = json.loads((tiny_run / "run" / "calibration.json").read_text())
+    cap = load_cap(tiny_run / "run" / "caps" / "assistant")
+    assert cap.found["name"] == content["cap"]
+    assert {"as it is", "chosen", "random 1", "random 2", "random 3", "add 4", "p50@1"} <= set(
+        content["report"]
+    )
+    halves = content["halves"]
+    assert halves["choose"]["roles"] == halves["report"]["roles"] == 2
+    tried = {one["name"]: one for one in content["tried"]}
+    assert tried[content["cap"]]["more_loss"] <= 5
+    best = max(one["assistant"] for one in tried.values() if "assistant" in one and one["more_loss"] <= 5)
+    assert tried[content["cap"]]["assistant"] == best
+    assert any(name.startswith("fitted") for name in tried)
+    assert content["report"]["as it is"]["fired"] == 0
+    page = (tiny_run / "run" / "calibration.html").read_text()
+    assert content["cap"] in page
+    assert "as it is" in page
+
+
+def test_a_second_calibration_measures_nothing_again(tiny_run, capsys, monkeypatch):
+    calibrated(tiny_run)
+    first = load_cap(tiny_run / "run" / "caps" / "assistant")
+
+    def nothing(_subject, _chat, _requests, arms, *_):
+        assert not arms, "this was measured before"
+        return []
+
+    def never(*_):
+        raise AssertionError("this was measured before")
+
+    monkeypatch.setattr("personatlas.steering.calibration.measure.run_arms", nothing)
+    monkeypatch.setattr("personatlas.steering.calibration.measure.benign_costs", never)
+    monkeypatch.setattr("personatlas.steering.calibration.measure.fitted", never)
+    calibrated(tiny_run, name="again")
+    again = load_cap(tiny_run / "run" / "caps" / "again")
+    assert torch.equal(first.floor, again.floor)
+    assert first.found == again.found
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ("--levels 0.1,1.5", "1.5 is outside 0..1"),
+        ("--levels nan", "nan is outside 0..1"),
+        ("--levels high", "not numbers with commas"),
+        ("--windows 2-7", "window 2-7 is outside the model"),
+        ("--windows 2-1", "2-1"),
+        ("--windows upper", "upper"),
+        ("--population nobody", "nobody"),
+        ("--roles 2", "--roles 2 is below 4"),
+        ("--steps -1", "--steps -1 is below 0"),
+        ("--budget 0", "--budget 0"),
+        ("--name ../x", "cannot be a file's name"),
+        ("--also p200@1", "level 2.0 is outside 0..1"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused_in_one_line(tiny_run, capsys, told, said):
+    name, value = told.split()
+    assert said in refused(capsys, tiny_run, **{name[2:]: value})
+
+
+def test_a_budget_that_no_cap_keeps_names_the_cheapest(tiny_run, capsys):
+    error = refused(capsys, tiny_run, budget="1e-9", levels="0.99")
+    assert "no cap costs at most" in error
+    assert "give lower --levels" in error
+
+
+def test_floors_are_quantiles_of_a_population_and_the_share_below_is_that_of_its_tokens():
+    subject = tiny_subject()
+    axis = axis_of(subject)
+    places = read_projections(subject, axis, {"default": texts(), "roles": texts(start=10)})
+    cap = places.cap(axis, (0, 2), 0.5, "roles")
+    assert cap.floor.tolist() == pytest.approx(places.means["roles"][:, [0, 2]].quantile(0.5, dim=0).tolist())
+    below = (places.tokens["default"][:, [0, 2]] < cap.floor).float().mean(0)
+    assert torch.equal(places.below(cap, "default"), below)
+    assert len(places.prompts["default"]) == sum(len(text.prompt_ids) - 1 for text in texts())
+    for levels in (1.5, -0.1, math.nan):
+        with pytest.raises(KnownError, match=r"outside 0\.\.1"):
+            places.cap(axis, (0,), levels)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_random_cap_fires_as_often_as_the_cap_that_it_controls(apart):
+    subject = tiny_subject()
+    axis = axis_of(subject)
+    material = texts(40)
+    cap = cap_of(axis, (0, 1, 2), 0.25)
+    if apart:
+        cap = replace(cap, prompt_floor=cap.floor + 0.2)
+    shares = fired_shares(subject, cap, material)
+    assert shares.shape == (3, 2 if apart else 1)
+    assert ((shares > 0.02) & (shares < 0.98)).all()
+    control = random_cap(subject, cap, shares, material, seed=1)
+    assert (control.vectors @ cap.vectors.T).diagonal().abs().max() < 0.9
+    assert torch.allclose(fired_shares(subject, control, material), shares, atol=0.02)
+    assert not torch.equal(control.vectors, random_cap(subject, cap, shares, material, seed=2).vectors)
+
+
+def test_a_cap_that_does_nothing_costs_nothing_and_a_hard_one_costs_more():
+    subject = tiny_subject()
+    cap = cap_of(axis_of(subject), (0, 1), 0.75)
+    idle = replace(cap, floor=torch.full((2,), -torch.inf))
+    costs = benign_costs(subject, texts(), {"idle": [idle], "firm": [cap]})
+    assert costs["idle"].more == 0
+    assert costs["idle"].kl == 0
+    assert costs["idle"].fired.tolist() == [0, 0]
+    assert costs["firm"].kl > 0
+    low, high = costs["firm"].more_interval
+    assert low <= costs["firm"].more <= high
+    again = benign_costs(subject, texts()[::-1], {"firm": [cap]})["firm"]
+    assert again.loss == pytest.approx(costs["firm"].loss, rel=1e-5)
+
+
+def test_fitted_floors_make_the_wanted_texts_likelier_within_the_budget():
+    subject = tiny_subject()
+    axis = axis_of(subject)
+    benign, wanted = texts(12), texts(12, start=20)
+    places = read_projections(subject, axis, {"default": benign, "roles": wanted})
+    asking = [parameter.requires_grad for parameter in subject.model.parameters()]
+    how = Descent(budget=0.05, steps=40, wanted=12, benign=12, rate=0.1)
+    floors = fitted(subject, axis, (0, 1, 2), places, wanted, benign, how)
+    assert [parameter.requires_grad for parameter in subject.model.parameters()] == asking
+    start = fitted(subject, axis, (0, 1, 2), places, wanted, benign, replace(how, steps=1, rate=0.0))
+    loss = {
+        name: benign_costs(subject, wanted, {"cap": [one.cap(axis)]})["cap"].loss
+        for name, one in (("start", start), ("end", floors))
+    }
+    assert loss["end"] < loss["start"]
+    assert benign_costs(subject, benign, {"cap": [floors.cap(axis)]})["cap"].more < 0.15
+    assert Floors.from_json(floors.to_json()).cap(axis, 0.1).floor.tolist() == pytest.approx(
+        (floors.floors[1] + 0.1 * floors.spreads[1]).tolist()
+    )
+
+
+def test_floors_that_would_begin_over_the_budget_begin_lower(monkeypatch):
+    monkeypatch.setattr("personatlas.steering.calibration.fit_floors.START", (0.9, 0.9))
+    subject = tiny_subject()
+    axis, made = axis_of(subject), texts(12)
+    written = Sampler(subject, frozenset(), Sampling(8, 0.0)).answers(
+        [Prompt(text.prompt_ids, 0) for text in made]
+    )
+    benign = [replace(made[answer.index], answer_ids=answer.ids) for answer in written]  # what it says itself
+    places = read_projections(subject, axis, {"default": benign, "roles": texts(12, start=20)})
+    how = Descent(budget=0.01, steps=1, rate=0.0)
+    high, low = (
+        fitted(subject, axis, (0, 1, 2), places, texts(12, start=20), benign, replace(how, budget=budget))
+        for budget in (100.0, 0.01)
+    )
+    assert (low.floors < high.floors).all()
+    costs = benign_costs(subject, benign, {"high": [high.cap(axis)], "low": [low.cap(axis)]})
+    assert costs["low"].more <= 0.01 + 1e-6 < costs["high"].more
+
+
+def test_names_of_candidates_and_windows_to_begin_with():
+    names = [Candidate(18, 23, 0.5), Candidate(18, 23, 0.5, tilt=0.2), Candidate(6, 27, 0.2, fitted=True)]
+    assert [one.name for one in names] == ["p50@18-23", "p30..p70@18-23", "fitted+0.2@6-27"]
+    assert Candidate(2, 4, 0.05, tilt=0.2).levels == pytest.approx((0, 0.05, 0.25))
+    for n_layers in (1, 3, 12, 30, 80):
+        assert all(0 <= first <= last < n_layers for first, last in windows_of(n_layers))
+
+
+def test_halves_keep_groups_whole():
+    one, other = halved(["a1", "a2", "b1", "c1", "b2"], lambda item: item[0])
+    assert (one, other) == (["a1", "a2", "c1"], ["b1", "b2"])

@@ -1,0 +1,121 @@
+"""Conversations asked again with a cap off and on, and the pages of traces and replays."""
+
+import json
+
+import pytest
+from test_drift_monitor import calm_conversations
+from test_susceptibility import refused
+
+from personatlas.cli.app import main
+from personatlas.persona.axis import load_axis
+from personatlas.steering.conversations import runner as dialogue
+from personatlas.steering.drift_monitor import save_calm
+
+HOW = ["--device", "cpu", "--dtype", "float32"]
+
+
+@pytest.fixture
+def chats(tmp_path):
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "assistant", "content": "Welcome."},
+        {"role": "user", "content": "Hello <b>there</b>"},
+        {"role": "assistant", "content": "I am & was."},
+        {"role": "user", "content": "And then?"},
+        {"role": "assistant", "content": "Nothing."},
+        {"role": "user", "content": "Why?"},
+    ]
+    scripted = [{"role": "user", "content": text} for text in ("Only asked.", "Again.")]
+    rows = [{"id": "talk", "messages": messages}, {"id": "script", "domain": "coding", "messages": scripted}]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def told(tiny_run, chats, *more):
+    asked = [
+        "replay",
+        str(tiny_run / "tiny"),
+        str(chats),
+        "--axis",
+        str(tiny_run / "run"),
+        "--cap",
+        "p90@1,2",
+    ]
+    return [*asked, "--out", str(chats.parent / "again"), "--max-new-tokens", "4", *HOW, *more]
+
+
+def test_users_are_asked_again_and_stored_answers_stand_at_the_turn_that_they_follow(
+    tiny_run, chats, capsys, monkeypatch
+):
+    page = chats.parent / "replay.html"
+    main(told(tiny_run, chats, "--json", "--html", str(page)))
+    content = json.loads(capsys.readouterr().out)
+    assert content == json.loads((chats.parent / "again" / "replay.json").read_text())
+    assert content["arms"] == ["stored", "as it is", "capped"]
+    talk, script = content["conversations"]
+    assert [row["text"] for row in talk["arms"]["stored"].values()] == ["I am & was.", "Nothing."]
+    assert list(talk["arms"]["stored"]) == ["1", "2"]
+    assert list(talk["arms"]["capped"]) == ["1", "2", "3"]
+    assert "stored" not in script["arms"]
+    assert list(script["arms"]["as it is"]) == ["1", "2"]
+    assert all(row["acted"] for row in talk["arms"]["capped"].values())
+    assert not any(row["acted"] for row in talk["arms"]["as it is"].values())
+    assert content["means"]["stored"]["n"] == 2
+    assert content["means"]["as it is"]["n"] == 5
+    rows = [json.loads(line) for line in (chats.parent / "again" / "turns.jsonl").read_text().splitlines()]
+    assert {row["conversation"] for row in rows} == {"talk/0", "script/0"}
+    text = page.read_text()
+    assert "Hello &lt;b&gt;there&lt;/b&gt;" in text
+    assert "I am &amp; was." in text
+    monkeypatch.setattr(dialogue, "_made", None)  # nothing is answered twice
+    main(told(tiny_run, chats))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "stored: mean projection" in shown
+    assert "beside as it is" in shown
+
+
+def test_with_a_calibrated_alarm_there_is_an_arm_whose_cap_acts_while_it_is_on(tiny_run, chats, capsys):
+    axis = load_axis(tiny_run / "run" / "axis")
+    high = [
+        one._replace(projections=tuple(1e4 + p for p in one.projections)) for one in calm_conversations(axis)
+    ]
+    save_calm(chats.parent / "calm.json", axis, axis.model, high, {})
+    page = chats.parent / "replay.html"
+    main(told(tiny_run, chats, "--calm", str(chats.parent / "calm.json"), "--json", "--html", str(page)))
+    content = json.loads(capsys.readouterr().out)
+    assert content["arms"] == ["stored", "as it is", "capped", "adaptive"]
+    own = list(content["conversations"][0]["arms"]["adaptive"].values())
+    assert [row["acted"] for row in own] == [
+        False,
+        True,
+        True,
+    ]  # every answer is far below calm ones like those
+    assert [row["raised"] for row in own] == [True, False, False]
+    assert content["conversations"][0]["arms"]["stored"]["1"]["alarm"]
+    assert content["asked"]["calm"].endswith("calm.json")
+    assert "drift begins" in page.read_text()
+
+
+def test_what_cannot_be_asked_again_is_refused_in_one_line(tiny_run, chats, capsys):
+    assert "--turns 0 is below 1" in refused(capsys, told(tiny_run, chats, "--turns", "0"))
+    assert "this is a folder" in refused(capsys, told(tiny_run, chats, "--html", str(chats.parent)))
+    missing = refused(capsys, told(tiny_run, chats.parent / "none.jsonl"))
+    assert "does not exist" in missing
+
+
+def test_a_trace_is_a_page_with_every_token_of_the_answers(tiny_run, chats, capsys):
+    one = chats.parent / "one.json"
+    one.write_text(chats.read_text().splitlines()[0])
+    page = chats.parent / "trace.html"
+    asked = ["trace", str(tiny_run / "tiny"), str(one), "--axis", str(tiny_run / "run"), *HOW]
+    main([*asked, "--html", str(page), "--json"])
+    (content,) = json.loads(capsys.readouterr().out)["conversations"]
+    text = page.read_text()
+    tokens = sum(stop - start for start, stop in (turn["tokens"] for turn in content["turns"]))
+    assert text.count('<span class="t"') == tokens
+    assert "Hello &lt;b&gt;there&lt;/b&gt;" in text
+    for turn in content["turns"]:
+        assert f"{turn['projection']:.1f}, z {turn['z']:+.1f}" in text
+    assert "No alarm is calibrated" in text
+    assert "this is a folder" in refused(capsys, [*asked, "--html", str(chats.parent)])

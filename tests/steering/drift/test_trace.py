@@ -1,0 +1,173 @@
+"""Traces of stored conversations: whose tokens are whose, what is left out, and the verb."""
+
+import json
+import shutil
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from families import tiny_subject
+from test_drift_monitor import calm_conversations
+from test_steering import axis_of
+from test_susceptibility import refused
+
+from personatlas.cli.app import main
+from personatlas.persona.axis import load_axis
+from personatlas.persona.errors import KnownError
+from personatlas.persona.formats import EVERYDAY, SCRIPTS, Conversation, read_conversations
+from personatlas.persona.models.chat_template import chat_format
+from personatlas.steering.drift.trace import traced
+from personatlas.steering.drift_monitor import save_calm
+
+
+def chat(*answers):
+    messages = [{"role": "user", "content": "Hello there"}]
+    for answer in answers:
+        messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": "And then?"}]
+    return messages
+
+
+def talk(name, *answers):
+    return Conversation(name, tuple(chat(*answers)))
+
+
+def test_a_turn_is_the_mean_over_its_answers_tokens_in_one_reading_of_the_whole():
+    subject = tiny_subject()
+    axis, form = axis_of(subject), chat_format(subject.tokenizer)
+    conversations = [talk("long", "I am here.", "Then nothing.", "So it goes."), talk("short", "Hi.")]
+    long, short = traced(subject, form, axis, conversations)
+    assert [len(one.turns) for one in (long, short)] == [3, 1]
+    assert (long.left_out, short.left_out) == (0, 0)
+    for one in (long, short):
+        ids = torch.tensor([one.spans.ids])
+        kept = []
+        handle = subject.blocks[axis.layer].register_forward_hook(
+            lambda _m, _a, output, kept=kept: kept.append(
+                output if isinstance(output, torch.Tensor) else output[0]
+            )
+        )
+        with torch.no_grad():
+            subject.model(input_ids=ids)
+        handle.remove()
+        places = kept[0][0].float() @ axis.at(axis.layer)
+        assert torch.allclose(one.projection, places, atol=1e-4)
+        for turn in one.turns:
+            assert turn.projection == pytest.approx(float(places[turn.start : turn.stop].mean()), abs=1e-4)
+
+
+def test_turns_beyond_the_context_are_left_out_and_counted():
+    subject = tiny_subject()
+    room = subject.model.config.max_position_embeddings
+    axis, form = axis_of(subject), chat_format(subject.tokenizer)
+    (one,) = traced(subject, form, axis, [talk("long", "Hi.", "word " * room, "Bye.")])
+    assert (len(one.turns), one.left_out) == (1, 2)
+    with pytest.raises(
+        KnownError, match=rf"long has no answer of an assistant that fits into the {room} tokens"
+    ):
+        traced(subject, form, axis, [talk("long", "word " * room)])
+    with pytest.raises(KnownError, match="has no answer of an assistant: there"):
+        traced(subject, form, axis, [talk("none")])
+
+
+@pytest.fixture
+def files(tmp_path):
+    calm = [{"messages": chat(f"I am calm {n}.", f"Still {n}.", "Yes.")} for n in range(48)]
+    (tmp_path / "calm.jsonl").write_text("".join(json.dumps(one) + "\n" for one in calm))
+    odd = chat(*["xq zz 9 !! xq zz 9 !!" for _ in range(6)])
+    (tmp_path / "odd.json").write_text(json.dumps({"id": "odd", "messages": odd}))
+    return tmp_path
+
+
+def told(tiny_run, files, *more):
+    how = ["--device", "cpu", "--dtype", "float32"]
+    return [
+        "trace",
+        str(tiny_run / "tiny"),
+        str(files / "odd.json"),
+        "--axis",
+        str(tiny_run / "run"),
+        *how,
+        *more,
+    ]
+
+
+def test_the_verb_says_z_of_every_turn_and_alarms_only_where_they_are_calibrated(tiny_run, files, capsys):
+    main(told(tiny_run, files, "--json"))
+    content = json.loads(capsys.readouterr().out)
+    (one,) = content["conversations"]
+    assert content["alarm"] is None
+    assert len(one["turns"]) == 6
+    assert all("alarm" not in turn for turn in one["turns"])
+    assert len(one["projection"]) == len(one["ids"])
+    baseline = content["baseline"]
+    for turn in one["turns"]:
+        assert turn["z"] == pytest.approx((turn["projection"] - baseline["mean"]) / baseline["spread"])
+    for rule in ("cusum", "several"):
+        main(told(tiny_run, files, "--calm", str(files / "calm.jsonl"), "--rule", rule, "--json"))
+        content = json.loads(capsys.readouterr().out)
+        assert content["alarm"]["n"] == 24
+        assert 0 <= content["alarm"]["interval"][0] <= content["alarm"]["false_alarms"] <= 0.5
+        assert all(isinstance(turn["alarm"], bool) for turn in content["conversations"][0]["turns"])
+    main(told(tiny_run, files, "--calm", str(files / "calm.jsonl")))
+    assert "of 24 calm conversations that it was not calibrated on" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
+def test_what_cannot_be_traced_is_refused_in_one_line(tiny_run, files, capsys):
+    (files / "few.jsonl").write_text(json.dumps(chat("Hi.", "Ho.")) + "\n")
+    assert "1 calm conversations: 1 to calibrate" in refused(
+        capsys, told(tiny_run, files, "--calm", str(files / "few.jsonl"))
+    )
+    assert "outside 0..1" in refused(capsys, told(tiny_run, files, "--false-alarms", "2"))
+    (files / "odd.json").write_text("{}")
+    assert "is no conversation" in refused(capsys, told(tiny_run, files))
+
+
+def test_a_calm_json_beside_the_axis_is_found_and_one_of_another_axis_is_refused(
+    tiny_run, files, capsys, tmp_path
+):
+    run = shutil.copytree(tiny_run / "run", tmp_path / "beside")
+    axis = load_axis(run / "axis")
+    calm = calm_conversations(axis)
+    save_calm(run / "calm.json", axis, axis.model, calm, {})
+    asked = [*told(tiny_run, files), "--json"]
+    asked[asked.index("--axis") + 1] = str(run)
+    main(asked)
+    beside = json.loads(capsys.readouterr().out)
+    assert (beside["alarm"]["n"], beside["baseline"]["of"]) == (20, "calm conversations")
+    main([*told(tiny_run, files, "--calm", str(run / "calm.json")), "--json"])
+    assert json.loads(capsys.readouterr().out) == beside
+    other = replace(axis, vectors=-axis.vectors)
+    save_calm(run / "calm.json", other, axis.model, calm, {})
+    assert "along another direction" in refused(capsys, asked)
+
+
+def test_a_transcript_in_plain_text_is_a_conversation(tmp_path):
+    path = tmp_path / "told.txt"
+    path.write_text("User: Who are you?\nReally.\n\n**Assistant:** I am:\n\nModel: none.\nhuman: And then?\n")
+    (one,) = read_conversations(path)
+    assert one.name == "told"
+    assert [(message["role"], message["content"]) for message in one.messages] == [
+        ("user", "Who are you?\nReally."),
+        ("assistant", "I am:\n\nModel: none."),
+        ("user", "And then?"),
+    ]
+    for text in ("Once upon a time", "Once.\nUser: Hello"):
+        path.write_text(text)
+        with pytest.raises(KnownError, match="does not begin with who speaks"):
+            read_conversations(path)
+
+
+def test_our_own_scripts_have_eight_turns_ten_in_each_domain_of_the_study_and_forty_of_everyday_help():
+    scripts = read_conversations(SCRIPTS)
+    domains = dict.fromkeys(("coding", "writing", "therapy", "philosophy"), 10) | {EVERYDAY: 40}
+    assert Counter(one.domain for one in scripts) == domains
+    assert [one.name for one in scripts] == [
+        f"{name}-{n:02}" for name, most in domains.items() for n in range(1, most + 1)
+    ]
+    assert all([message["role"] for message in one.messages] == ["user"] * 8 for one in scripts)
+    said = [message["content"] for one in scripts for message in one.messages]
+    assert len(set(said)) == len(said)
+    assert all(20 <= len(text) <= 600 and text == text.strip() for text in said)

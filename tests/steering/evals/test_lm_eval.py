@@ -1,0 +1,424 @@
+"""lm-eval's harness over a subject: the same numbers as without steering, others with it, and nothing asked twice."""
+
+import json
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from families import save_tiny, tiny_subject
+from test_steering import axis_of
+
+from personatlas.cli.app import main
+from personatlas.persona.artifacts import read_lines
+from personatlas.persona.errors import KnownError
+from personatlas.persona.models.chat_template import chat_format
+from personatlas.persona.models.load import load_subject
+from personatlas.steering.evals.harnesses.lm_eval import run_tasks
+from personatlas.steering.evals.harnesses.lm_eval_compare import compare_arms, flip_p, outcome_of
+from personatlas.steering.interventions import Add, cap_of
+
+pytest.importorskip("lm_eval")
+pytestmark = [
+    pytest.mark.filterwarnings(
+        "ignore::DeprecationWarning:(lm_eval|datasets|evaluate|nltk|langdetect|dill).*"
+    )
+]
+
+CHOICE = """
+task: tiny_choice
+dataset_path: json
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: gold
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+WRITE = """
+task: tiny_write
+dataset_path: json
+output_type: generate_until
+test_split: test
+doc_to_text: question
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["\\n\\n"], max_gen_toks: 8, do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+WHOLE = """
+task: tiny_whole
+dataset_path: json
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: byte_perplexity, aggregation: weighted_perplexity, higher_is_better: false}]
+"""
+NAMES = ("tiny_choice", "tiny_write", "tiny_whole")
+CONTEXTS = ["Who are you?", "Tell me more about the sea, and of the ships.", "Why"]
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("there is no network in the tests")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Three tasks in "tasks", their rows in NAME.jsonl, a tiny model and an axis."""
+    folder = tmp_path_factory.mktemp("lm_eval")
+    (folder / "tasks").mkdir()
+    rows = [
+        {"question": f"{word}, or not?", "choices": ["yes", "no", "a sea"], "gold": i % 3, "answer": "x", "text": f"{word} and so on"}
+        for i, word in enumerate(("ship", "sail", "storm", "harbour"))
+    ]  # fmt: skip
+    for name, text in zip(NAMES, (CHOICE, WRITE, WHOLE), strict=True):
+        (folder / "tasks" / f"{name}.yaml").write_text(text)
+        (folder / f"{name}.jsonl").write_text(
+            "\n".join(json.dumps(row) for row in rows)
+        )  # without a last newline
+    save_tiny(folder / "tiny")
+    axis_of(load_subject(str(folder / "tiny"), dtype="float32")).save(folder / "axis")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def subject():
+    return tiny_subject()
+
+
+def lm_of(subject, plan=(), **how):
+    from personatlas.steering.evals.harnesses.lm_eval import PersonatlasLM
+
+    return PersonatlasLM(subject, chat_format(subject.tokenizer), plan, **how)
+
+
+def asked(kind, *arguments):
+    from lm_eval.api.instance import Instance
+
+    return [Instance(kind, {}, one, i) for i, one in enumerate(arguments)]
+
+
+def pairs():
+    return asked(
+        "loglikelihood",
+        *[(c, t) for c in CONTEXTS for t in (" yes", " no", " n", " x")],
+        ("", "alone"),
+        ("A b ", "c"),
+    )
+
+
+def run(subject, place, arms, names=NAMES, **how):
+    data = {name: place / f"{name}.jsonl" for name in names}
+    return run_tasks(
+        subject, chat_format(subject.tokenizer), arms, names, data=data, tasks_folder=place / "tasks", **how
+    )
+
+
+def test_log_likelihoods_are_those_of_a_plain_forward(subject):
+    found = lm_of(subject).loglikelihood(pairs())
+    for request, (value, is_greedy) in zip(pairs()[:12], found, strict=False):
+        before, after = (subject.tokenizer(text)["input_ids"] for text in request.args)
+        with torch.no_grad():
+            logits = (
+                subject.model(input_ids=torch.tensor([before + after]))
+                .logits[0, len(before) - 1 : -1]
+                .log_softmax(-1)
+            )
+        assert value == pytest.approx(float(logits[range(len(after)), after].sum()), abs=1e-4)
+        assert is_greedy == (logits.argmax(-1).tolist() == after)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_all_that_is_asked_is_answered_as_by_lm_evals_own_model(family):
+    from lm_eval.models.huggingface import HFLM
+
+    subject = tiny_subject(family)
+    ours, theirs = (
+        lm_of(subject),
+        HFLM(pretrained=subject.model, tokenizer=subject.tokenizer, device="cpu", batch_size=1),
+    )
+    assert (ours.max_length, ours.prefix_token_id) == (theirs.max_length, theirs.prefix_token_id)
+    long = [("x" * 700, " end"), ("ab" * 300, "c" * 20)]  # more than the 512 that it reads
+    for one, other in zip(
+        *(lm.loglikelihood(pairs() + asked("loglikelihood", *long)) for lm in (ours, theirs)), strict=True
+    ):
+        assert one == (pytest.approx(other[0], abs=1e-3), other[1])
+    assert ours.counts.cut == 2
+    whole = asked("loglikelihood_rolling", ("short",), ("long text " * 120,), ("<bos>begun",))
+    torch.testing.assert_close(
+        torch.tensor(ours.loglikelihood_rolling(whole)), torch.tensor(theirs.loglikelihood_rolling(whole))
+    )
+    for until in ([], ["e"], ["\n\n", "qu"]):
+        written = asked(
+            "generate_until", *[(context, {"until": list(until), "max_gen_toks": 12}) for context in CONTEXTS]
+        )
+        assert ours.generate_until(written) == theirs.generate_until(written)
+
+
+def test_a_batch_of_many_says_what_batches_of_one_say(subject):
+    plan = [cap_of(axis_of(subject), (0, 1), 0.75)]
+    many, one = lm_of(subject, plan), lm_of(subject, plan)
+    together, alone = many.loglikelihood(pairs()), [one.loglikelihood([request])[0] for request in pairs()]
+    assert [value for value, _ in together] == pytest.approx([value for value, _ in alone], abs=1e-4)
+    written = asked("generate_until", *[(context, {"max_gen_toks": 6}) for context in CONTEXTS])
+    assert many.generate_until(written) == [one.generate_until([request])[0] for request in written]
+    assert many.counts.fired > 0
+
+
+def test_context_is_prompt_and_continuation_is_answer(subject):
+    """A change of the answer's phase begins with the continuation, so it cannot touch the first of its tokens."""
+    axis = axis_of(subject)
+    phases = {phase: lm_of(subject, [Add.along(axis, (0,), 5.0, phase)]) for phase in ("prompt", "answer")}
+    first, both = asked("loglikelihood", ("Who", "x")), asked("loglikelihood", ("Who", "xyz"))
+    plain = lm_of(subject)
+    assert phases["answer"].loglikelihood(first)[0][0] == pytest.approx(
+        plain.loglikelihood(first)[0][0], abs=1e-5
+    )
+    assert phases["answer"].loglikelihood(both)[0][0] != pytest.approx(
+        plain.loglikelihood(both)[0][0], abs=1e-3
+    )
+    assert phases["answer"].counts.seen == 2  # y and z are predicted from x and y, which were read as answer
+    phases["prompt"].loglikelihood(both)
+    assert phases["prompt"].counts.seen == 2  # W is spared
+    whole = asked("loglikelihood_rolling", ("abcd",))
+    assert phases["prompt"].loglikelihood_rolling(whole)[0] == pytest.approx(
+        plain.loglikelihood_rolling(whole)[0], abs=1e-5
+    )
+
+
+def test_what_differs_in_its_last_token_alone_is_read_once(subject):
+    lm = lm_of(subject, [cap_of(axis_of(subject), (0,), 0.75)])
+    lm.loglikelihood(asked("loglikelihood", ("Who", "x"), ("Who", "y"), ("Who", "z"), ("Who", "x")))
+    assert (lm.counts.requests, lm.counts.seen) == (3, 2)
+
+
+def test_repeated_samples_differ_and_are_the_same_again(subject):
+    given = {"max_gen_toks": 10, "do_sample": True, "temperature": 1.0}
+    requests = asked("generate_until", *[("Who?", dict(given)) for _ in range(3)])
+    found = lm_of(subject).generate_until(requests)
+    assert len(set(found)) == 3
+    assert lm_of(subject).generate_until(requests) == found
+
+
+def test_a_setting_that_would_be_ignored_and_an_answer_too_long_are_refused(subject):
+    with pytest.raises(KnownError, match="generation setting top_k: 5 is not supported"):
+        lm_of(subject).generate_until(asked("generate_until", ("Who", {"top_k": 5})))
+    with pytest.raises(KnownError, match="give fewer with --max-new-tokens"):
+        lm_of(subject).generate_until(asked("generate_until", ("Who", {"max_gen_toks": 512})))
+
+
+def test_a_strong_cap_changes_values_and_accounts_for_its_tokens(subject, place):
+    arms = {"as it is": [], "strong": [Add.along(axis_of(subject), (0, 1, 2), 60.0)]}
+    found = run(subject, place, arms)
+    for name in NAMES:
+        task = found["tasks"][name]
+        assert task["n"] == len(task["samples"]) == 4
+        assert task["account"]["as it is"]["seen"] == 0
+        assert task["account"]["strong"]["fired"] == task["account"]["strong"]["seen"] > 0
+        assert any(one["arms"]["strong"] != one["arms"]["as it is"] for one in task["samples"])
+    acc = found["tasks"]["tiny_choice"]["metrics"]["acc"]["arms"]
+    scores = [
+        [one["arms"][arm]["scores"]["acc"] for one in found["tasks"]["tiny_choice"]["samples"]]
+        for arm in arms
+    ]
+    assert acc["strong"]["change"] == pytest.approx(sum(scores[1]) / 4 - sum(scores[0]) / 4)
+    whole = found["tasks"]["tiny_whole"]["metrics"]["byte_perplexity"]["arms"]["as it is"]
+    assert whole["mean"] == pytest.approx(torch.tensor(whole["value"]).log().item(), abs=1e-5)  # nats a byte
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_an_interrupted_run_goes_on_and_asks_nothing_twice(subject, place, tmp_path, monkeypatch):
+    from personatlas.steering.evals.harnesses.lm_eval import PersonatlasLM
+
+    arms = {"as it is": [], "capped": [cap_of(axis_of(subject), (0, 1), 0.75)]}
+    whole = run(subject, place, arms)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            PersonatlasLM, "loglikelihood_rolling", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            run(subject, place, arms, folder=tmp_path)
+    with (tmp_path / "answers.jsonl").open("a") as file:
+        file.write('{"key": "half a li')
+    before = read_lines(tmp_path / "answers.jsonl")
+    again = run(subject, place, arms, folder=tmp_path)
+    rows = read_lines(tmp_path / "answers.jsonl")
+    assert len(before) == 2 * (12 + 4)
+    assert len({row["key"] for row in rows}) == len(rows) == 2 * (12 + 4 + 4)
+    assert again["tasks"]["tiny_choice"]["account"]["capped"]["reused"] == 12
+    for name in NAMES:
+        assert again["tasks"][name]["samples"] == whole["tasks"][name]["samples"]
+        assert (
+            again["tasks"][name]["account"]["capped"]["fired"]
+            == whole["tasks"][name]["account"]["capped"]["fired"]
+        )
+    assert json.loads((tmp_path / "lm_eval.json").read_text()) == again
+
+
+def test_ifeval_is_checked_without_a_download_and_says_so(subject, tmp_path):
+    rows = [
+        {"key": 1, "prompt": "Say a word.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
+        {"key": 2, "prompt": "Two.", "instruction_id_list": ["length_constraints:number_sentences", "punctuation:no_comma"],
+         "kwargs": [{"relation": "less than", "num_sentences": 90}, {"relation": None, "num_sentences": None}]},
+    ]  # fmt: skip
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chat = chat_format(subject.tokenizer)
+    found = run_tasks(
+        subject, chat, {"as it is": []}, ["ifeval"], data={"ifeval": tmp_path / "own.jsonl"}, max_new_tokens=8
+    )
+    metrics = found["tasks"]["ifeval"]["metrics"]
+    assert set(metrics) == {f"{a}_level_{b}_acc" for a in ("prompt", "inst") for b in ("strict", "loose")}
+    assert (
+        metrics["inst_level_strict_acc"]["arms"]["as it is"]["value"]
+        == metrics["inst_level_strict_acc"]["arms"]["as it is"]["mean"]
+    )
+    noted = [note for note in found["notes"] if "1 instructions are checked" in note]
+    assert len(noted) == 1 or Path(sys.prefix, "nltk_data").exists()
+
+
+def test_examples_from_the_same_file_are_never_the_row_that_is_asked(subject, place):
+    found = run(subject, place, {"as it is": []}, ["tiny_choice"], fewshot=2, as_chat=False)
+    assert found["tasks"]["tiny_choice"]["fewshot"] == 2
+    assert "its 2 examples come from" in found["notes"][0]
+
+
+def test_changes_are_paired_over_samples_and_adjusted_over_metrics():
+    before, after = [1.0] * 10 + [0.0] * 10, [0.0] * 9 + [1.0] + [0.0] * 10
+    told = {arm: {"value": 0.5} for arm in ("plain", "capped")}
+    tasks = {
+        "t": {
+            "n": 20,
+            "metrics": {
+                "acc": {"arms": told},
+                "f1": {"arms": {"plain": {"value": 1}, "capped": {"value": 1}}},
+            },
+        }
+    }
+    outcomes = {
+        "t": {
+            "acc": {
+                arm: {i: outcome_of(v) for i, v in enumerate(own)}
+                for arm, own in (("plain", before), ("capped", after))
+            },
+            "f1": {arm: {0: outcome_of((1, 0))} for arm in ("plain", "capped")},
+        }
+    }
+    compare_arms(tasks, "plain", outcomes, 0.02)
+    assert told["capped"]["change"] == pytest.approx(-0.45)
+    assert told["capped"]["p"] == told["capped"]["p_holm"] == pytest.approx(2 * 0.5**9)
+    assert told["capped"]["tost_p"] > 0.99
+    assert tasks["t"]["metrics"]["f1"]["arms"]["capped"]["mean"] is None
+    assert outcome_of([True, False, True]) == (2.0, 3.0)
+    assert outcome_of((-6.0, 3), is_whole=True) == (6.0, 3.0)
+    assert outcome_of("text") is None
+
+
+def test_samples_that_never_differ_prove_no_more_than_their_number():
+    rows = {arm: {"value": 0.0} for arm in ("plain", "capped")}
+    tasks = {"t": {"n": 3, "metrics": {"acc": {"arms": rows}}}}
+    compare_arms(
+        tasks, "plain", {"t": {"acc": {arm: dict.fromkeys(range(3), (0.0, 1.0)) for arm in rows}}}, 0.02
+    )
+    assert (rows["capped"]["p"], rows["capped"]["tost_p"]) == (1.0, pytest.approx(0.98**3))
+    assert rows["capped"]["interval"] == pytest.approx([-0.632, 0.632], abs=1e-3)
+
+
+def test_sign_flips_find_a_shift_and_none_where_there_is_none():
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(60, generator=generator).double().numpy()
+    assert flip_p(noise - noise.mean()) > 0.9
+    assert flip_p(noise + 1.0) < 1e-3
+    assert flip_p(noise * 0) == 1.0
+
+
+def told(place, *more, tasks="tiny_choice"):
+    how = ["--axis", str(place / "axis"), "--cap", "p75@0-1", "--dtype", "float32", "--device", "cpu"]
+    return ["lm-eval", str(place / "tiny"), tasks, *how, "--tasks-folder", str(place / "tasks"), *more]
+
+
+def test_the_verb_prints_a_table_and_keeps_every_answer(place, tmp_path, capsys):
+    data = f"tiny_choice={place / 'tiny_choice.jsonl'}"
+    main(told(place, "--data", data, "--limit", "3", "--out", str(tmp_path / "out")))
+    shown = capsys.readouterr().out
+    for word in ("tiny_choice", "acc", "as it is", "p75@0-1", "tiny_choice, 3 samples", "fired: p75@0-1"):
+        assert word in shown
+    main(told(place, "--data", data, "--limit", "3", "--out", str(tmp_path / "out"), "--json"))
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads((tmp_path / "out" / "lm_eval.json").read_text())
+    assert found["tasks"]["tiny_choice"]["account"]["p75@0-1"]["reused"] == 9
+
+
+@pytest.mark.parametrize(
+    ("tasks", "rows", "said"),
+    [
+        ("tiny_chioce", None, "task 'tiny_chioce' is not among lm-eval's own nor in"),
+        ("tiny_choice", "gone", "the file does not exist"),
+        ("tiny_choice", "", "is empty: it must hold one JSON object a line"),
+        ("tiny_choice", "[1]\n", ":1 is a JSON list, not an object"),
+        ("tiny_choice", "{\n", ":1 is not valid JSON"),
+        (
+            "tiny_choice",
+            '{"question": "a", "gold": 0}\n',
+            "has no column 'choices', which the task tiny_choice needs",
+        ),
+        ("ifeval", '{"prompt": "a"}\n', "task ifeval needs the column 'key'"),
+        ("tiny_write", "other", "is for a task that is not asked for"),
+        ("", None, "no task is named"),
+    ],
+)
+def test_what_cannot_be_run_is_one_line(place, tmp_path, capsys, monkeypatch, tasks, rows, said):
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", Small)
+    file = tmp_path / "own.jsonl"
+    if rows not in (None, "gone"):
+        file.write_text(rows)
+    given = [] if rows is None else ["--data", f"{'tiny_choice' if rows == 'other' else tasks}={file}"]
+    with pytest.raises(SystemExit) as stopped:
+        main(told(place, *given, "--out", str(tmp_path / "out"), "--max-new-tokens", "4", tasks=tasks))
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("personatlas: ")]
+    assert stopped.value.code == 2
+    assert len(error) == 1
+    assert said in error[0]
+
+
+class Small:
+    """An index without the 14,000 built-in files, but for those in the folders that it is given."""
+
+    def __new__(cls, **how):
+        from lm_eval.tasks.manager import TaskManager
+
+        return TaskManager(**how | {"include_defaults": False})
+
+
+def test_without_lm_eval_the_verb_says_what_to_install(place, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(SystemExit):
+        main(told(place))
+    assert (
+        capsys.readouterr().err == "personatlas: lm-eval is not installed: pip install personatlas[lm-eval]\n"
+    )
+
+
+def test_without_an_axis_a_model_is_asked_as_it_is_and_cannot_be_capped(place, tmp_path, capsys):
+    rows = ["--data", f"tiny_choice={place / 'tiny_choice.jsonl'}", "--limit", "3", "--out", str(tmp_path)]
+    model = [
+        "lm-eval",
+        str(place / "tiny"),
+        "tiny_choice",
+        "--device",
+        "cpu",
+        "--tasks-folder",
+        str(place / "tasks"),
+    ]
+    main([*model, *rows])
+    content = json.loads((tmp_path / "lm_eval.json").read_text())
+    assert list(content["tasks"]["tiny_choice"]["account"]) == ["as it is"]
+    assert "fired" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*model, *rows, "--cap", "assistant"])
+    assert "--cap assistant needs --axis" in capsys.readouterr().err

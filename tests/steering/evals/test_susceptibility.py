@@ -1,0 +1,257 @@
+"""Who a model says that it is: the verb, its judges, what it refuses; the self-test with an axis; files that are no caps."""
+
+import json
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+from families import save_tiny
+from safetensors.torch import load_file, save_file
+from test_judge_endpoint import FakeEndpoint, says
+from test_steering import axis_of
+
+from personatlas.cli.app import main
+from personatlas.persona.artifacts import digest
+from personatlas.persona.axis import Cap, load_axis, load_cap
+from personatlas.persona.errors import KnownError
+from personatlas.persona.models.load import load_subject
+from personatlas.persona.rollout import Request
+from personatlas.persona.sampling.sampler import Answer
+from personatlas.steering.arms import Arm
+from personatlas.steering.caps import cap_named, require_cap
+from personatlas.steering.evals.suites.identity import difference, measure
+
+ASKED = "--roles 4 --prompts 1 --max-new-tokens 6 --add 2 --device cpu --dtype float32 --cap p75@0-2"
+
+
+def told(tiny_run, *more):
+    return [
+        "susceptibility",
+        str(tiny_run / "tiny"),
+        "--axis",
+        str(tiny_run / "run"),
+        "--bank",
+        str(tiny_run / "bank"),
+        *ASKED.split(),
+        *more,
+    ]
+
+
+def refused(capsys, argv):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    assert stopped.value.code
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("personatlas:")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_every_arm_answers_the_same_questions_and_is_classed(tiny_run, capsys):
+    main(told(tiny_run, "--json"))
+    content = json.loads(capsys.readouterr().out)
+    assert list(content["arms"]) == ["as it is", "p75@0-2", "add 2"]
+    assert len(content["answers"]) == 4 * 5
+    for name, arm in content["arms"].items():
+        assert sum(arm["shares"].values()) == pytest.approx(1)
+        assert arm["n"] == 20
+        assert arm["interval"][0] <= arm["shares"]["assistant"] <= arm["interval"][1]
+        assert all(row[name]["class"] in arm["shares"] for row in content["answers"])
+    fired = [arm["fired"] for arm in content["arms"].values()]
+    assert fired[0] == 0
+    assert 0 < fired[1] < 1
+    assert fired[2] == 1
+    main(told(tiny_run))
+    assert "classed by rules" in " ".join(capsys.readouterr().out.split())
+
+
+def test_an_endpoint_classes_without_seeing_role_or_arm(tiny_run, capsys, monkeypatch):
+    monkeypatch.delenv("PERSONATLAS_JUDGE_KEY", raising=False)
+    endpoint = FakeEndpoint(lambda n, _: says("0" if n % 2 else "perhaps"))
+    try:
+        main(told(tiny_run, "--json", "--judge", endpoint.url, "--judge-model", "m"))
+    finally:
+        endpoint.close()
+    content = json.loads(capsys.readouterr().out)
+    shown = json.dumps(endpoint.bodies)
+    for hidden in ("a pirate who never says", "You are a nun", "on a wire", "p75@0-2", "as it is"):
+        assert hidden not in shown
+    for arm in content["arms"].values():
+        assert arm["shares"]["assistant"] + arm["shares"]["unclear"] == pytest.approx(1)
+    assert any(arm["shares"]["assistant"] for arm in content["arms"].values())
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [("--judge somebody", "neither rules nor a http"), ("--judge http://127.0.0.1:9", "needs --judge-model")],
+)
+def test_judges_that_cannot_be_are_refused(tiny_run, capsys, more, said):
+    assert said in refused(capsys, told(tiny_run, *more.split()))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--add", "much", "not numbers with commas"),
+        ("--roles", "3", "--roles 3 is below 4"),
+        ("--prompts", "0", "--prompts 0 is below 1"),
+        ("--cap", "nobody", "--cap 'nobody' is not"),
+        ("--axis", "nowhere", "nowhere"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_in_one_line(tiny_run, capsys, option, value, said):
+    argv = told(tiny_run)
+    argv[argv.index(option) + 1] = value
+    assert said in refused(capsys, argv)
+
+
+def test_shares_and_differences_count_roles_as_clusters():
+    requests = [Request(f"{role}/0/identity{i}/0", (), 0) for role in ("a", "b", "c") for i in range(4)]
+    answers = tuple(Answer(i, (1, 2, 2), "end") for i in range(12))
+    arms = [Arm(name, ("x",) * 12, answers, None) for name in ("one", "other")]
+    one = measure(arms[0], requests, ["assistant"] * 4 + ["human"] * 8)
+    other = measure(arms[1], requests, ["assistant"] * 8 + ["human"] * 4)
+    assert one.shares["assistant"] == pytest.approx(1 / 3)
+    assert one.distinct == pytest.approx(2 / 3)
+    change, low, high = difference(other, one)
+    assert change == pytest.approx(1 / 3)
+    assert (low, high) == (0, 1)  # one role of three changed whole: any share of it may be drawn
+
+
+def test_the_self_test_caps_with_the_engine_and_fails_aloud(tiny_run, capsys, monkeypatch):
+    argv = [
+        "self-test",
+        str(tiny_run / "tiny"),
+        "--axis",
+        str(tiny_run / "run"),
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+    ]
+    main(argv)
+    shown = capsys.readouterr().out
+    assert "engine's account" in shown
+    assert "FAILED" not in shown
+    monkeypatch.setattr("personatlas.steering.hooks.steering.act", lambda h, *_: (h, None))
+    assert "self-test of" in refused(capsys, argv)
+
+
+def cap_file(folder, **changes):
+    """A cap on disk whose floor, or whose record, is another than it says."""
+    vectors = torch.nn.functional.normalize(
+        torch.randn(2, 24, generator=torch.Generator().manual_seed(0)), dim=1
+    )
+    Cap((0, 1), vectors, torch.zeros(2)).save(folder / "cap")
+    tensors = load_file(folder / "cap.safetensors") | changes.get("tensors", {})
+    record = json.loads((folder / "cap.json").read_text()) | changes.get("record", {})
+    meta = {"meta": json.dumps({name: record[name] for name in record if name != "sha256"})}
+    save_file(tensors, folder / "cap.safetensors", metadata=meta)
+    record["sha256"] = digest(folder / "cap.safetensors")
+    (folder / "cap.json").write_text(json.dumps(record))
+    return folder / "cap"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"tensors": {"floor": torch.tensor([0.0, float("nan")])}}, "NaN"),
+        ({"tensors": {"floor": torch.zeros(3)}}, "no cap that could be used"),
+        ({"tensors": {"vectors": torch.ones(2, 24)}}, "length 1"),
+        ({"tensors": {"prompt_floor": torch.zeros(1)}}, "no cap that could be used"),
+        ({"record": {"layers": ["../../etc/passwd", 1]}}, "no cap that could be used"),
+        ({"record": {"layers": [0, 1, 2]}}, "3 layers"),
+        ({"record": {"phase": "always"}}, "phase 'always'"),
+        ({"record": {"kind": "axis"}}, "not 'cap'"),
+    ],
+)
+def test_a_file_that_holds_no_cap_is_refused(tmp_path, changes, said):
+    with pytest.raises(KnownError, match=said):
+        load_cap(cap_file(tmp_path, **changes))
+
+
+class Evil:
+    """Would make a file if anything unpickled it."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_pickle_in_a_caps_clothes_is_never_run(tmp_path):
+    stem = cap_file(tmp_path)
+    (tmp_path / "cap.safetensors").write_bytes(pickle.dumps(Evil(tmp_path / "was_here")))
+    with pytest.raises(KnownError, match="does not match the hash"):
+        load_cap(stem)
+    record = json.loads((tmp_path / "cap.json").read_text())
+    (tmp_path / "cap.json").write_text(json.dumps(record | {"sha256": digest(tmp_path / "cap.safetensors")}))
+    with pytest.raises(KnownError, match="not a readable artefact"):
+        load_cap(stem)
+    assert not (tmp_path / "was_here").exists()
+
+
+def test_a_prompts_floor_is_kept_by_files(tmp_path):
+    vectors = torch.eye(3)[:2]
+    cap = Cap((0, 1), vectors, torch.tensor([1.0, 2.0]), prompt_floor=torch.tensor([3.0, 4.0]))
+    cap.save(tmp_path / "cap")
+    assert load_cap(tmp_path / "cap").prompt_floor.tolist() == [3.0, 4.0]
+
+
+def test_the_papers_own_caps_are_used_by_name_once_they_lie_beside_the_axis(tiny_run, tmp_path, capsys):
+    axis = axis_of(load_subject(str(tiny_run / "tiny"), dtype="float32"))
+    axis.save(tmp_path / "axis")
+    vectors = {f"v{layer}": {"layer": layer, "vector": -axis.at(layer)} for layer in (0, 1)}
+    steps = [{"vector": name, "cap": 0.2} for name in vectors]
+    torch.save(
+        {"vectors": vectors, "experiments": [{"id": "layers_0:2-p0.25", "interventions": steps}]},
+        tmp_path / "c.pt",
+    )
+    main(["import", "caps", str(tmp_path / "c.pt"), "--out", str(tmp_path / "caps")])
+    argv = [
+        "generate",
+        str(tiny_run / "tiny"),
+        "Who?",
+        "--axis",
+        str(tmp_path / "axis"),
+        "--cap",
+        "layers_0:2-p0.25",
+    ]
+    main([*argv, "--dtype", "float32", "--max-new-tokens", "4", "--json"])
+    assert '"capped_layers": [ 0, 1 ]' in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_cap_that_points_away_from_the_axis_is_refused(tiny_run):
+    axis = load_axis(tiny_run / "run" / "axis")
+    layer = axis.layers[0]
+    with pytest.raises(KnownError, match="its sign is turned"):
+        require_cap(Cap((layer,), -axis.at(layer)[None], torch.zeros(1)), axis)
+
+
+def test_another_weight_format_needs_force_and_another_model_cannot_be_forced(tmp_path, capsys):
+    save_tiny(tmp_path / "tiny")
+    axis = axis_of(load_subject(str(tmp_path / "tiny"), dtype="float32"))
+    axis = replace(axis, model=axis.model | {"weights": "gguf Q4_1", "fingerprint": "0" * 32})
+    axis.save(tmp_path / "axis")
+    argv = ["generate", str(tmp_path / "tiny"), "Who?", "--axis", str(tmp_path / "axis"), "--cap", "p75@0-2"]
+    argv += ["--dtype", "float32", "--max-new-tokens", "4"]
+    assert "--force it across formats" in refused(capsys, argv)
+    main([*argv, "--force"])
+    assert "capped" in capsys.readouterr().out
+    replace(axis, model=axis.model | {"weights": "float32"}).save(tmp_path / "axis")
+    assert "fingerprint" in refused(capsys, [*argv, "--force"])
+
+
+def test_the_packaged_axis_comes_with_a_cap_that_says_what_it_was_found_to_do():
+    from personatlas.persona.runs import axis_stem
+
+    stem = axis_stem("smollm2-135m")
+    axis = load_axis(stem)
+    cap = cap_named("assistant", axis, stem)
+    require_cap(cap, axis)
+    assert cap.model["fingerprint"] == axis.model["fingerprint"]
+    before, after = cap.found["assistant"]
+    assert after > 2 * before
+    assert cap.found["more_loss"] <= cap.found["budget"]

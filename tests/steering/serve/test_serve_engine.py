@@ -1,0 +1,394 @@
+"""The engine that serves: rows come, go and are given up, and each gets what it would get alone."""
+
+import threading
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from families import tiny_subject
+from test_steering import axis_of
+
+from personatlas.persona.errors import KnownError
+from personatlas.persona.sampling.sampler import Prompt, Sampler, Sampling
+from personatlas.steering.generate import trace
+from personatlas.steering.hooks.steering import steered
+from personatlas.steering.interventions import cap_of, plan_digest
+from personatlas.steering.serve.answer_stream import Choice, Spoken
+from personatlas.steering.serve.engine import scheduler as engine_module
+from personatlas.steering.serve.engine.batch import Step
+from personatlas.steering.serve.engine.cap_slots import SPARES, Plans, Wanted
+from personatlas.steering.serve.engine.prefix_cache import Prefix, Prefixes
+from personatlas.steering.serve.engine.scheduler import Ask, Busy, Ended, Engine, Read, Room
+
+ENDS = frozenset(range(0, 320, 12))
+PROMPTS = [tuple((7 * i + 3 * j + 1) % 320 for j in range(2 + 5 * i)) for i in range(7)]
+LONG = tuple((5 * i + 2) % 320 for i in range(90))
+
+
+class Listener:
+    """Keeps what an engine posts, and waits until tickets have ended."""
+
+    def __init__(self):
+        self.events, self._lock = {}, threading.Condition()
+
+    def __call__(self, told):
+        with self._lock:
+            for ticket, event in told:
+                self.events.setdefault(ticket, []).append(event)
+            self._lock.notify_all()
+
+    def ended(self, tickets, seconds=60.0):
+        done = lambda: all(isinstance(self.events.get(one, [None])[-1], Ended) for one in tickets)  # noqa: E731
+        with self._lock:
+            assert self._lock.wait_for(done, seconds), "the engine is stuck"
+        return [self.events[one][-1] for one in tickets]
+
+    def first(self, ticket, kind, seconds=30.0):
+        found = lambda: [event for event in self.events.get(ticket, []) if isinstance(event, kind)]  # noqa: E731
+        with self._lock:
+            assert self._lock.wait_for(lambda: bool(found()), seconds), f"no {kind.__name__} came"
+        return found()[0]
+
+    def answer(self, ticket):
+        drawn = [event.token for event in self.events[ticket] if isinstance(event, Step)]
+        return tuple(drawn[:-1] if self.events[ticket][-1].reason == "end" else drawn)
+
+
+@pytest.fixture
+def served():
+    """engine(room, caps) on the tiny model, closed at the end."""
+    opened = []
+
+    def make(room=Room(slots=4, length=256), family="llama", ends=ENDS, caps=True):
+        subject = tiny_subject(family)
+        axis, listener = axis_of(subject), Listener()
+        named = {"mild": cap_of(axis, (0, 1), 0.5), "firm": cap_of(axis, (1,), 0.75)} if caps else {}
+        engine = Engine(subject, ends, axis, named, room, listener)
+        engine.start()
+        opened.append(engine)
+        return engine, listener
+
+    yield make
+    for engine in opened:
+        engine.close()
+        assert not any(block._forward_hooks for block in engine.subject.blocks)
+
+
+def alone(engine, ids, cap=None, seed=0, limit=10, temperature=0.7, top_p=0.9):
+    sampler = Sampler(engine.subject, engine.end_ids, Sampling(limit, temperature, top_p))
+    plan = [[cap.cap]] if cap is not None else []
+    if not plan:
+        return next(iter(sampler.answers([Prompt(ids, seed, -1)])))
+    with steered(engine.subject, *plan) as held:
+        return next(iter(sampler.answers([Prompt(ids, seed, 0)], held)))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "falcon", "mixtral", "mistral"])
+def test_every_row_of_a_full_engine_gets_what_it_would_get_alone(served, family):
+    engine, listener = served(family=family)
+    caps = [None, engine.plans.wanted("mild"), engine.plans.wanted("firm")]
+    prompts = [*PROMPTS, LONG]
+    asks = [
+        Ask(
+            ids,
+            seed=n,
+            temperature=(0.7, 0.0, 1.3)[n % 3],
+            top_p=(0.9, 1.0)[n % 2],
+            limit=10,
+            cap=caps[n % 3],
+        )
+        for n, ids in enumerate(prompts)
+    ]
+    tickets = [engine.submit(ask) for ask in asks]
+    listener.ended(tickets)
+    got = [listener.answer(ticket) for ticket in tickets]
+    engine.close()  # its hooks are off
+    assert got == [alone(engine, a.ids, a.cap, a.seed, a.limit, a.temperature, a.top_p).ids for a in asks]
+
+
+def test_projections_and_firings_are_those_of_reading_it_all_again(served):
+    engine, listener = served(ends=frozenset())
+    cap = engine.plans.wanted("mild")
+    tickets = [engine.submit(Ask(ids, seed=3, limit=9, cap=cap)) for ids in (PROMPTS[3], LONG)]
+    listener.ended(tickets)
+    engine.close()
+    for ticket in tickets:
+        read = listener.first(ticket, Read)
+        steps = [event for event in listener.events[ticket] if isinstance(event, Step)]
+        again = trace(engine.subject, ticket.ask.ids, listener.answer(ticket), [cap.cap], engine.plans.axis)
+        got = torch.tensor([*read.projections, *(step.projection for step in steps)])
+        assert torch.allclose(got, again.projection[:-1], atol=1e-4)
+        fired = again.fired[len(ticket.ask.ids) - 1 : -1].tolist()
+        assert [step.fired for step in steps] == fired
+        assert read.fired == int(again.fired[: len(ticket.ask.ids) - 1].sum())
+        assert sum(fired) > 0
+
+
+def test_a_conversation_that_goes_on_is_not_read_again_and_says_the_same(served):
+    engine, listener = served(ends=frozenset())
+    (first,) = [engine.submit(Ask(LONG, seed=1, limit=8))]
+    listener.ended([first])
+    longer = (*LONG, *listener.answer(first), *PROMPTS[2])
+    kept = engine.submit(Ask(longer, seed=2, limit=8))
+    listener.ended([kept])
+    assert listener.first(kept, Read).kept == len(LONG) + 7  # the last token was never fed
+    engine.prefixes.clear()
+    fresh = engine.submit(Ask(longer, seed=2, limit=8))
+    listener.ended([fresh])
+    assert listener.first(fresh, Read).kept == 0
+    assert listener.answer(fresh) == listener.answer(kept)
+    one, other = (torch.tensor(listener.first(ticket, Read).projections) for ticket in (kept, fresh))
+    assert torch.allclose(one, other, atol=1e-4)
+
+
+def test_what_a_cap_changed_never_serves_a_row_without_it(served):
+    engine, listener = served(ends=frozenset())
+    cap = engine.plans.wanted("mild")
+    for wanted, kept in (
+        (cap, False),
+        (None, False),
+        (cap, True),
+        (None, True),
+        (engine.plans.wanted("firm"), False),
+    ):
+        ticket = engine.submit(Ask(LONG, seed=1, limit=4, cap=wanted))
+        listener.ended([ticket])
+        assert (listener.first(ticket, Read).kept > 0) == kept
+    engine.close()
+    assert (
+        listener.answer(ticket)
+        == alone(engine, LONG, ticket.ask.cap, seed=1, limit=4, temperature=1.0, top_p=1.0).ids
+    )
+
+
+def test_a_prompt_can_be_read_without_an_answer(served):
+    engine, listener = served()
+    ticket = engine.submit(Ask(LONG, limit=0))
+    assert listener.ended([ticket]) == [Ended("read")]
+    choice = Choice(0, ticket, Spoken(engine.subject.tokenizer), ENDS)
+    for event in listener.events[ticket]:
+        choice.take(event)
+    engine.close()
+    read = trace(engine.subject, LONG, (), [], engine.plans.axis).projection
+    assert torch.allclose(torch.tensor(choice.prompt_projections), read, atol=1e-4)
+    assert choice.ids == []
+
+
+def test_cancelling_frees_the_slot_and_leaves_the_others_alone(served):
+    engine, listener = served(Room(slots=2, length=256, prefixes=0), ends=frozenset())
+    stay = engine.submit(Ask(PROMPTS[1], seed=5, limit=60))
+    gone = engine.submit(Ask(PROMPTS[2], seed=6, limit=200))
+    waits = engine.submit(Ask(PROMPTS[3], seed=7, limit=5))
+    never = engine.submit(Ask(PROMPTS[4], seed=8, limit=5))
+    never.cancel()
+    listener.first(gone, Step)
+    gone.cancel()
+    gone.cancel()
+    ended = listener.ended([stay, gone, waits, never])
+    assert [one.reason for one in ended] == ["length", "cancelled", "length", "cancelled"]
+    assert not any(isinstance(event, Step) for event in listener.events[never])
+    assert engine.running == 0
+    assert engine.queued == 0
+    engine.close()
+    assert listener.answer(stay) == alone(engine, PROMPTS[1], None, 5, 60, 1.0, 1.0).ids
+
+
+def test_a_long_prompt_is_read_in_pieces_while_others_go_on(served, monkeypatch):
+    monkeypatch.setattr(engine_module, "PIECE_CPU", 16)
+    engine, listener = served(ends=frozenset())
+    talking = engine.submit(Ask(PROMPTS[1], seed=5, limit=120))
+    listener.first(talking, Step)
+    order = []
+    engine.post = lambda told: (
+        order.extend(type(event) for ticket, event in told if ticket is talking),
+        listener(told),
+    )
+    long = engine.submit(Ask(LONG, seed=6, limit=3))
+    listener.first(long, Read)
+    between = len(order)
+    listener.ended([talking, long])
+    assert between >= 5  # 89 tokens are six pieces: the other row stepped between them
+    engine.close()
+    assert listener.answer(long) == alone(engine, LONG, None, 6, 3, 1.0, 1.0).ids
+
+
+def test_described_caps_share_the_spare_plans_and_wait_for_one(served):
+    engine, listener = served(Room(slots=8, length=256), ends=frozenset())
+    wanted = [engine.plans.wanted({"name": "mild", "shift": 0.1 * n}) for n in range(1, SPARES + 3)]
+    asks = [Ask(PROMPTS[2], seed=n, limit=12, cap=cap) for n, cap in enumerate(wanted)]
+    tickets = [engine.submit(ask) for ask in asks]
+    listener.ended(tickets)
+    engine.close()
+    assert [listener.answer(one) for one in tickets] == [
+        alone(engine, ask.ids, ask.cap, ask.seed, 12, 1.0, 1.0).ids for ask in asks
+    ]
+
+
+def test_who_waits_for_a_spare_plan_holds_up_nobody_else(served):
+    engine, listener = served(Room(slots=8, length=256), ends=frozenset())
+    shifted = [engine.plans.wanted({"name": "mild", "shift": 0.1 * n}) for n in range(1, SPARES + 2)]
+    held = [engine.submit(Ask(PROMPTS[2], seed=n, limit=200, cap=cap)) for n, cap in enumerate(shifted)]
+    plain = engine.submit(Ask(PROMPTS[2], limit=3))
+    listener.ended([plain])
+    assert not isinstance(listener.events[held[0]][-1], Ended)
+    for ticket in held:
+        ticket.cancel()
+    listener.ended(held)
+
+
+def test_a_conversation_under_uneven_floors_does_not_depend_on_what_is_kept(served):
+    """As part of the next prompt an answer has the prompt's floor: its keys from when it was spoken are another text's."""
+    engine, listener = served(ends=frozenset())
+    mild = engine.plans.wanted("mild").cap
+    uneven = replace(mild, prompt_floor=mild.floor - 0.5)
+    wanted = Wanted("uneven", uneven, plan_digest([uneven]))
+    (first,) = [engine.submit(Ask(LONG, seed=1, limit=12, cap=wanted))]
+    listener.ended([first])
+    longer = (*LONG, *listener.answer(first), *PROMPTS[2])
+    kept = engine.submit(Ask(longer, seed=2, limit=4, cap=wanted))
+    listener.ended([kept])
+    engine.prefixes.clear()
+    fresh = engine.submit(Ask(longer, seed=2, limit=4, cap=wanted))
+    listener.ended([fresh])
+    assert listener.first(kept, Read).kept == len(LONG)
+    one, other = (torch.tensor(listener.first(ticket, Read).projections) for ticket in (kept, fresh))
+    assert torch.allclose(one, other, atol=1e-4)
+
+
+def test_many_requests_with_some_given_up_leave_nothing_behind(served):
+    engine, listener = served(Room(slots=4, length=64, prefixes=2**20))
+    tickets = []
+    for n in range(300):
+        tickets.append(
+            engine.submit(
+                Ask(
+                    PROMPTS[n % 7],
+                    seed=n,
+                    limit=1 + n % 6,
+                    cap=engine.plans.wanted("mild") if n % 2 else None,
+                )
+            )
+        )
+        if n % 10 == 0:
+            tickets[-1].cancel()
+    listener.ended(tickets)
+    assert {one[-1].reason for one in listener.events.values()} <= {"end", "length", "cancelled"}
+    assert (engine.running, engine.queued, len(engine.rows.rows)) == (0, 0, 0)
+    assert not any(engine.plans._used.values())
+    assert engine.prefixes.used <= 2**20
+
+
+def test_what_does_not_fit_is_refused_before_it_waits(served):
+    engine, _ = served(Room(slots=1, length=64, waiting=2), ends=frozenset())
+    with pytest.raises(KnownError, match="90 tokens to read and 1 to write are more than the 64"):
+        engine.submit(Ask(LONG))
+    with pytest.raises(KnownError, match="empty prompt"):
+        engine.submit(Ask(()))
+    asks = [Ask(PROMPTS[0], limit=50)] * 50
+    with pytest.raises(Busy, match="are waiting, which is the most"):
+        [engine.submit(ask) for ask in asks]
+
+
+def test_closing_ends_everything_with_an_error_that_says_so(served):
+    engine, listener = served(ends=frozenset())
+    tickets = [engine.submit(Ask(PROMPTS[1], limit=200)) for _ in range(9)]
+    listener.first(tickets[0], Step)
+    began = time.perf_counter()
+    engine.close()
+    assert time.perf_counter() - began < 5
+    assert {str(one.error) for one in listener.ended(tickets)} == {"the server is ending"}
+    with pytest.raises(Busy):
+        engine.submit(Ask(PROMPTS[0]))
+
+
+def test_log_probabilities_are_those_of_the_model(served):
+    engine, listener = served(ends=frozenset())
+    ticket = engine.submit(Ask(PROMPTS[3], seed=1, limit=6, logprobs=4))
+    plain = engine.submit(Ask(PROMPTS[2], seed=1, limit=6))
+    listener.ended([ticket, plain])
+    engine.close()
+    ids = [*PROMPTS[3], *listener.answer(ticket)]
+    logits = engine.subject.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+    scores = logits[len(PROMPTS[3]) - 1 : -1].float().log_softmax(-1)
+    steps = [event for event in listener.events[ticket] if isinstance(event, Step)]
+    for step, line in zip(steps, scores, strict=True):
+        assert step.likely[0] == pytest.approx(float(line[step.token]), abs=1e-4)
+        assert list(step.likely[1].values()) == pytest.approx(line.topk(4).values.tolist(), abs=1e-4)
+    assert all(event.likely is None for event in listener.events[plain] if isinstance(event, Step))
+
+
+def test_a_text_is_scored_with_its_plan_between_the_steps_of_others(served):
+    engine, listener = served(ends=frozenset())
+    cap, found = engine.plans.wanted("mild"), []
+    talking = engine.submit(Ask(PROMPTS[1], seed=5, limit=60, cap=engine.plans.wanted("firm")))
+    listener.first(talking, Step)
+    engine.between_steps(
+        lambda: found.append(engine.rows.scored(Prompt(LONG, 0, engine.plans.place(cap)), 2))
+    )
+    listener.ended([talking])
+    engine.close()
+    with steered(engine.subject, [cap.cap]) as held:
+        held.describe(torch.tensor([len(LONG)]), torch.tensor([len(LONG)]))
+        scores = (
+            engine.subject.model(input_ids=torch.tensor([LONG]), use_cache=False).logits[0].log_softmax(-1)
+        )
+    own = [float(scores[at, id]) for at, id in enumerate(LONG[1:])]
+    assert found[0][0] == (None, {})
+    assert [one for one, _ in found[0][1:]] == pytest.approx(own, abs=1e-4)
+    assert listener.answer(talking) == alone(engine, PROMPTS[1], talking.ask.cap, 5, 60, 1.0, 1.0).ids
+
+
+@pytest.mark.parametrize("asked", ["../../etc/passwd", "/etc/passwd", "mild.json", "p50@99", "p50@0,0", "p50@", "p101@0", "mild+99", {}, {"name": "x"}, {"level": 3, "layers": "1"}, {"name": "mild", "shift": float("nan")}, 7])  # fmt: skip
+def test_what_is_no_cap_is_one_line_and_never_a_path(asked):
+    subject = tiny_subject()
+    axis = axis_of(subject)
+    plans = Plans(axis, subject, {"mild": cap_of(axis, (0, 1), 0.5)})
+    with pytest.raises(KnownError):
+        plans.wanted(asked)
+
+
+def prefix(digest, ids):
+    return Prefix(
+        digest, np.array(ids), (0.0,) * len(ids), [(torch.zeros(2, len(ids), 4), torch.zeros(2, len(ids), 4))]
+    )
+
+
+def test_prefixes_keep_the_longest_and_forget_the_least_used():
+    one = prefix("a", range(20)).size
+    kept = Prefixes(room=3 * one)
+    kept.keep(prefix("a", range(20)))
+    kept.keep(prefix("b", range(20)))
+    assert kept.longest("c", range(30)) is None
+    assert kept.longest("a", [*range(18), 99, 98])[1] == 18
+    assert kept.longest("a", range(20))[1] == 19  # one is left to feed
+    assert kept.longest("a", range(10)) is None
+    kept.keep(prefix("a", range(30)))  # continues the first, and takes its place
+    assert len(kept) == 2
+    kept.keep(prefix("c", range(100, 130)))
+    assert kept.used <= kept.room
+    assert kept.longest("b", range(20)) is None
+    kept.keep(prefix("d", range(1000)))
+    assert kept.longest("d", range(1000)) is None
+
+
+STOPS = ("\n\n", "END", "é!")
+
+
+@pytest.mark.parametrize(
+    "text", ["Hello there", "one\n\ntwo", "a\nb END c", "café!", "naïve — 日本語 🦜 ok", "EN EN END", "\n"]
+)
+def test_what_is_spoken_in_pieces_is_the_whole_text_up_to_a_stop(text):
+    tokenizer = tiny_subject().tokenizer
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    plain, stopped = Spoken(tokenizer), Spoken(tokenizer, STOPS)
+    pieces = [plain.add(id) for id in ids] + [plain.rest()]
+    assert "".join(pieces) == plain.text == tokenizer.decode(ids)
+    assert not any(piece.endswith("\ufffd") for piece in pieces)
+    for id in ids:
+        stopped.add(id)
+    stopped.rest()
+    ends = [at for stop in STOPS if (at := text.find(stop)) >= 0]
+    assert stopped.text == (text[: min(ends)] if ends else text)
+    assert stopped.ended == bool(ends)

@@ -1,0 +1,140 @@
+"""The engine that serves, when forwards fail: what was in them ends with an error, once, and everything else goes on."""
+
+import time
+
+import test_serve_engine
+from test_serve_engine import LONG, PROMPTS, alone
+
+from personatlas.steering.hooks.steering import Silent
+from personatlas.steering.serve.engine import scheduler as engine_module
+from personatlas.steering.serve.engine.batch import Step
+from personatlas.steering.serve.engine.scheduler import Ask, Ended, Room
+
+served = test_serve_engine.served  # the fixture
+
+
+def test_a_hook_that_goes_silent_is_an_error_of_the_answer_and_not_of_the_engine(served, monkeypatch):
+    engine, listener = served(ends=frozenset())
+    cap = engine.plans.wanted("mild")
+    monkeypatch.setattr(
+        engine.plans.steering,
+        "only",
+        lambda _layers: engine.plans.steering.__dict__.update(_only=frozenset()),
+    )
+    ticket = engine.submit(Ask(PROMPTS[2], limit=5, cap=cap))
+    (ended,) = listener.ended([ticket])
+    assert ended.reason == "error"
+    assert isinstance(ended.error, Silent)
+    well = engine.submit(Ask(PROMPTS[2], limit=5))
+    assert listener.ended([well])[0].reason == "length"
+
+
+def test_a_forward_that_fails_ends_its_rows_and_the_engine_lives(served, monkeypatch):
+    engine, listener = served(ends=frozenset())
+    fails = iter([True])
+
+    def advance(*given):
+        if next(fails, False):
+            raise RuntimeError("out of memory")
+        return whole(*given)
+
+    whole = engine.rows._advance
+    monkeypatch.setattr(engine.rows, "_advance", advance)
+    ticket = engine.submit(Ask(PROMPTS[2], limit=5))
+    (ended,) = listener.ended([ticket])
+    assert (ended.reason, str(ended.error)) == ("error", "out of memory")
+    again = engine.submit(Ask(PROMPTS[2], seed=4, limit=5))
+    assert listener.ended([again])[0].reason == "length"
+    engine.close()
+    assert listener.answer(again) == alone(engine, PROMPTS[2], None, 4, 5, 1.0, 1.0).ids
+
+
+def fail_once(monkeypatch, module, after=0):
+    """The module's forward raises at its call number `after` from now on, once."""
+    whole, calls = module.forward, iter(range(10**6))
+
+    def forward(*given, **named):
+        if next(calls) == after:
+            raise RuntimeError("out of memory")
+        return whole(*given, **named)
+
+    monkeypatch.setattr(module, "forward", forward)
+
+
+def test_a_failure_between_two_capped_layers_leaves_nothing_behind(served, monkeypatch):
+    """What the first layer had done stayed in the account, and no capped forward of another shape came through any more."""
+    engine, listener = served(ends=frozenset())
+    cap = engine.plans.wanted("mild")
+    fail_once(monkeypatch, engine.subject.blocks[1])
+    broken = engine.submit(Ask(PROMPTS[5], seed=4, limit=5, cap=cap))
+    assert listener.ended([broken])[0].reason == "error"
+    asks = [
+        Ask(PROMPTS[2], seed=4, limit=5, cap=cap),
+        Ask(PROMPTS[3], seed=4, limit=5),
+        Ask(LONG, limit=5, cap=cap),
+    ]
+    tickets = [engine.submit(ask) for ask in asks]
+    assert {one.reason for one in listener.ended(tickets)} == {"length"}
+    engine.close()
+    assert listener.answer(tickets[0]) == alone(engine, PROMPTS[2], cap, 4, 5, 1.0, 1.0).ids
+
+
+def test_a_failure_within_a_long_prompt_leaves_the_others_where_they_were(served, monkeypatch):
+    """The prompts read after it went into the slot of the one that had failed, and rows decoded over somebody else's words."""
+    monkeypatch.setattr(engine_module, "PIECE_CPU", 16)
+    engine, listener = served(Room(slots=4, length=256, prefixes=0), ends=frozenset())
+    talking = engine.submit(Ask(PROMPTS[1], seed=5, limit=200))
+    listener.first(talking, Step)
+    whole, calls = engine.rows.decoder.read_on, iter(range(10**6))
+
+    def read_on(*given):
+        if next(calls) == 1:
+            fail_once(monkeypatch, engine.subject.blocks[0])
+        whole(*given)
+
+    monkeypatch.setattr(engine.rows.decoder, "read_on", read_on)
+    long = engine.submit(Ask(LONG, seed=6, limit=3))
+    assert [one.reason for one in listener.ended([long, talking])] == ["error", "error"]
+    again = [engine.submit(Ask(PROMPTS[4], seed=7, limit=8)) for _ in range(2)]
+    listener.ended(again)
+    engine.close()
+    assert {listener.answer(one) for one in again} == {alone(engine, PROMPTS[4], None, 7, 8, 1.0, 1.0).ids}
+
+
+def test_when_one_of_several_cannot_be_read_each_ends_once(served, monkeypatch):
+    engine, listener = served(Room(slots=4, length=256, prefixes=0), ends=frozenset())
+    opened, fails = engine.rows.open, iter([True])
+
+    def open_(*given):
+        if next(fails, False):
+            raise RuntimeError("out of memory")
+        opened(*given)
+
+    monkeypatch.setattr(engine.rows, "open", open_)
+    cap = engine.plans.wanted("mild")
+    engine.between_steps(lambda: time.sleep(0.2))  # so that all of them are found waiting together
+    asks = [
+        Ask(PROMPTS[2], seed=1, limit=4, cap=cap),
+        Ask(LONG, limit=0, cap=cap),
+        Ask(PROMPTS[3], seed=1, limit=4, cap=cap),
+    ]
+    tickets = [engine.submit(ask) for ask in asks]
+    assert [one.reason for one in listener.ended(tickets)] == ["length", "error", "length"]
+    engine.close()
+    assert [sum(isinstance(event, Ended) for event in listener.events[one]) for one in tickets] == [1, 1, 1]
+    assert not any(engine.plans._used.values())
+
+
+def test_what_cannot_be_kept_ends_nobody(served, monkeypatch):
+    engine, listener = served(ends=frozenset())
+
+    def saved(*_given):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(engine.rows, "saved", saved)
+    gone = engine.submit(Ask(LONG, limit=100))
+    listener.first(gone, Step)
+    gone.cancel()
+    well = engine.submit(Ask(PROMPTS[5], limit=5))
+    assert [one.reason for one in listener.ended([gone, well])] == ["cancelled", "length"]
+    assert engine.alive

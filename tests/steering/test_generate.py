@@ -1,0 +1,257 @@
+"""Answers with and without a cap: the proof before them, the traces after them, and the verb."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from families import save_tiny, tiny_subject
+from test_steering import axis_of
+
+from personatlas.cli.app import main
+from personatlas.persona.errors import KnownError
+from personatlas.persona.models.chat_template import chat_format
+from personatlas.persona.models.load import load_subject
+from personatlas.persona.sampling.sampler import Sampling
+from personatlas.steering.caps import cap_named as named
+from personatlas.steering.caps import layers_in_words, layers_named
+from personatlas.steering.generate import generate, sparkline
+from personatlas.steering.hooks.binding_check import prove, require_binding
+from personatlas.steering.hooks.steering import steered
+from personatlas.steering.hooks.step import act
+from personatlas.steering.interventions import Ablate, Add, cap_of
+
+MESSAGES = [{"role": "system", "content": "You are a nun."}, {"role": "user", "content": "Who are you?"}]
+SAMPLING = Sampling(max_new_tokens=12)
+
+
+def cap_named(text, axis):
+    return named(text, axis, Path("nowhere/axis"))
+
+
+def answered(subject, interventions, axis, sampling=SAMPLING, **how):
+    chat = chat_format(subject.tokenizer)
+    return generate(subject, chat, MESSAGES, {"arm": interventions}, axis, sampling, **how)["arm"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "falcon", "mixtral"])
+def test_the_proof_passes_where_steering_binds(family):
+    subject = tiny_subject(family)
+    axis = axis_of(subject)
+    for acts in (
+        [cap_of(axis, (0, 1), 0.75)],
+        [Add.along(axis, (0,), 4.0, "answer"), Ablate.along(axis, (0, 1))],
+    ):
+        assert [proof.name for proof in prove(subject, acts) if not proof.passed] == []
+        require_binding(subject, acts)
+    assert not any(block._forward_hooks for block in subject.blocks)
+
+
+def test_a_block_whose_hooks_are_gone_around_is_found_out(monkeypatch):
+    """As compiled and graph-captured engines do: fluent text, and not one token steered."""
+    subject = tiny_subject()
+    cap = cap_of(axis_of(subject), (0,), 0.75)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            type(subject.blocks[0]), "__call__", lambda self, *given, **how: self.forward(*given, **how)
+        )
+        with pytest.raises(
+            KnownError, match=r"does not bind on tiny-llama-0.*the hooks of layers \[0\] did not fire"
+        ):
+            require_binding(subject, [cap])
+    require_binding(subject, [cap])
+
+
+def test_a_step_that_does_half_of_its_work_fails_the_proof(monkeypatch):
+    subject = tiny_subject()
+    cap = cap_of(axis_of(subject), (0, 1), 0.75)
+
+    def half(h, *given):
+        moved, done = act(h, *given)
+        return h + (moved - h) / 2, done
+
+    monkeypatch.setattr("personatlas.steering.hooks.steering.act", half)
+    with pytest.raises(KnownError, match="steering does not bind on tiny-llama-0, so nothing was generated"):
+        require_binding(subject, [cap])
+
+
+def test_without_interventions_the_answer_is_the_samplers_own():
+    subject = tiny_subject()
+    axis = axis_of(subject)
+    plain = answered(subject, [], axis, seed=3)
+    add_nothing = answered(subject, [Add.along(axis, (0,), 0.0)], axis, seed=3)
+    assert plain.trace.ids == add_nothing.trace.ids
+    assert float(plain.trace.corrections.sum()) == 0.0
+    assert answered(subject, [], axis, seed=4).trace.ids != plain.trace.ids
+
+
+@pytest.mark.parametrize("decoder", ["cached", "plain"])
+@pytest.mark.parametrize("phase", ["prompt", "answer", "both"])
+def test_a_steered_answer_is_that_of_reading_everything_again(monkeypatch, decoder, phase):
+    """Greedy decoding against the likeliest token of one forward over all that came before, steered alike."""
+    subject = tiny_subject()
+    axis = axis_of(subject)
+    acts = [Add.along(axis, (0, 1), 3.0, phase)]
+    if decoder == "plain":
+        monkeypatch.setattr(
+            "personatlas.persona.sampling.sampler.cached_decoding_error", lambda _: float("inf")
+        )
+    greedy = Sampling(max_new_tokens=8, temperature=0.0)
+    found = answered(subject, acts, axis, greedy).trace
+    for end in range(found.answer_from, len(found.ids)):
+        ids = torch.tensor([found.ids[:end]])
+        with steered(subject, acts) as held, torch.no_grad():
+            held.describe(answer_from=torch.tensor([found.answer_from]))
+            assert int(subject.model(input_ids=ids, use_cache=False).logits[0, -1].argmax()) == found.ids[end]
+
+
+def test_the_plain_decoder_is_steered_too(monkeypatch):
+    subject = tiny_subject()
+    axis = axis_of(subject)
+    cached = answered(subject, [cap_of(axis, (0, 1), 0.75)], axis, seed=5)
+    monkeypatch.setattr("personatlas.persona.sampling.sampler.cached_decoding_error", lambda _: float("inf"))
+    plain = answered(subject, [cap_of(axis, (0, 1), 0.75)], axis, seed=5)
+    assert plain.trace.ids == cached.trace.ids
+
+
+def test_the_trace_holds_projections_before_the_step_and_what_the_step_did():
+    subject = tiny_subject()
+    axis = axis_of(subject)
+    cap = cap_of(axis, (axis.layer,), 0.75)
+    found = answered(subject, [cap], axis, seed=1).trace
+    floor = float(cap.floor[0])
+    assert len(found.projection) == len(found.ids) == found.corrections.shape[1]
+    expected = (floor - found.projection).clamp(min=0)
+    expected[0] = 0  # the first token is spared
+    torch.testing.assert_close(found.corrections[0], expected, rtol=1e-3, atol=1e-4)
+    assert found.fired.tolist() == (expected > 0).int().tolist()
+
+
+def test_a_conversation_that_leaves_no_room_for_an_answer_is_refused():
+    subject = tiny_subject()
+    long = [{"role": "user", "content": "x" * 500}]
+    with pytest.raises(
+        KnownError, match=r"5\d\d tokens to read and 12 to write are more than the 512 that tiny-llama-0"
+    ):
+        generate(subject, chat_format(subject.tokenizer), long, {"arm": []}, axis_of(subject), SAMPLING)
+
+
+def test_a_sparkline_shows_means_between_its_bounds():
+    assert sparkline([float(i) for i in range(8)], 0.0, 8.0) == "▁▂▃▄▅▆▇█"
+    assert sparkline([0.0, 0.0, 10.0, 10.0], 0.0, 10.0, width=2) == "▁█"
+    assert sparkline([-5.0, 50.0], 0.0, 10.0) == "▁█"
+    assert sparkline([], 0.0, 1.0) == ""
+    assert sparkline([3.0, 3.0], 3.0, 3.0) == "▁▁"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "a cap file, or LEVEL@LAYERS"),
+        ("p50", "a cap file, or LEVEL"),
+        ("p50@", "a cap file, or LEVEL"),
+        ("q50@1", "a level is written as p50"),
+        ("p50@1,1", "names no layer, or one twice"),
+        ("p50@2-1", "run backwards: write 1-2"),
+        ("p50@0-9", "layer 3 is not in this axis"),
+        ("p33@0", "level 0.33 is not kept"),
+        ("p150@0", "level 1.5 is outside 0..1"),
+    ],
+)
+def test_a_cap_that_cannot_be_is_refused_in_one_line(text, said):
+    with pytest.raises(KnownError, match=said):
+        cap_named(text, axis_of(tiny_subject()))
+
+
+def test_layers_are_told_in_words_and_read_from_them():
+    assert layers_in_words((23, 18, 19, 20)) == "18-20, 23"
+    assert layers_named("18-20,23") == [18, 19, 20, 23]
+
+
+def test_a_cap_is_named_by_level_layers_and_population_or_by_its_file(tmp_path):
+    axis = axis_of(tiny_subject())
+    cap = cap_named("roles:p25@0,2", axis)
+    assert (cap.layers, cap.level, cap.population) == ((0, 2), 0.25, "roles")
+    assert torch.equal(cap.floor, axis.role_quantiles[[0, 2], 0])
+    assert cap_named("p75@0-1", axis).layers == (0, 1)
+    cap.save(tmp_path / "mine")
+    for path in (tmp_path / "mine", tmp_path / "mine.safetensors"):
+        assert torch.equal(cap_named(str(path), axis).vectors, cap.vectors)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("generate")
+    save_tiny(folder / "tiny")
+    axis_of(load_subject(str(folder / "tiny"), dtype="float32")).save(folder / "axis")
+    return folder
+
+
+def test_the_verb_prints_both_answers_and_their_traces(place, capsys):
+    told = [
+        "generate",
+        str(place / "tiny"),
+        "Who are you?",
+        "--axis",
+        str(place / "axis"),
+        "--cap",
+        "p75@0-2",
+    ]
+    told += ["--dtype", "float32", "--max-new-tokens", "8"]
+    main(told)
+    shown = capsys.readouterr().out
+    assert "as it is" in shown
+    assert "capped" in shown
+    assert "floor at layer" in shown
+    main([*told, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) == {"as it is", "capped"}
+    for arm in found.values():
+        assert len(arm["projection"]) == len(arm["ids"])
+        assert all(math.isfinite(value) for value in arm["projection"])
+    assert found["as it is"]["corrections"] == []
+    assert sum(map(sum, found["capped"]["corrections"])) > 0
+    assert found["capped"]["account"]["fired"] == [
+        sum(c > 0 for c in row[:-1]) for row in found["capped"]["corrections"]
+    ]
+
+
+def test_an_axis_of_another_model_is_refused_by_the_verb(place, tmp_path, capsys):
+    save_tiny(tmp_path / "other", seed=1)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(
+            [
+                "generate",
+                str(tmp_path / "other"),
+                "Who?",
+                "--axis",
+                str(place / "axis"),
+                "--cap",
+                "p75@0",
+                "--dtype",
+                "float32",
+            ]
+        )
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "this axis came from" in error
+
+
+@pytest.mark.parametrize(("place", "said"), [("", "this is a folder"), ("none/x.html", "does not exist")])
+def test_a_page_that_cannot_be_written_is_refused_before_anything_is_loaded(tmp_path, capsys, place, said):
+    with pytest.raises(SystemExit) as stopped:
+        main(["generate", "no-such-model", "Hello", "--axis", "none", "--html", str(tmp_path / place)])
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_neighbour_has_its_floors_by_interquartile_ranges_higher(tmp_path):
+    axis = axis_of(tiny_subject())
+    cap, higher, lower = (named(f"p50@0-2{end}", axis, tmp_path / "axis") for end in ("", "+0.5", "-0.5"))
+    quartiles = [axis.default_quantiles[:, axis.levels.index(level)] for level in (0.25, 0.75)]
+    assert torch.allclose(higher.floor - cap.floor, (quartiles[1] - quartiles[0])[:3] / 2)
+    assert torch.allclose(cap.floor - lower.floor, higher.floor - cap.floor)
+    with pytest.raises(KnownError, match="'nothing' is not"):
+        named("nothing+0.5", axis, tmp_path / "axis")

@@ -1,0 +1,65 @@
+"""The real server around the tiny model, in a thread of the tests' own process."""
+
+import shutil
+import threading
+import time
+from contextlib import contextmanager
+
+from test_drift_monitor import calm_conversations
+
+from personatlas.persona.axis import load_axis
+from personatlas.persona.options import ModelOptions
+from personatlas.steering.drift_monitor import save_calm
+from personatlas.steering.interventions import cap_of
+from personatlas.steering.serve.http.app import make_app
+from personatlas.steering.serve.http.uvicorn_server import server_of
+from personatlas.steering.serve.startup import HoldOptions, RoomOptions, make_host
+
+HOW = ModelOptions(device="cpu", dtype="float32")
+ROOM = RoomOptions(slots=8, context=256, prefix_mib=16)
+
+
+def axis_folder(tiny_run, folder, *, calm=False):
+    """A copy of the tiny run's axis with two caps beside it, `held` and `firm`; with calm conversations where asked for."""
+    shutil.copytree(tiny_run / "run", folder, dirs_exist_ok=True)
+    axis = load_axis(folder / "axis")
+    (folder / "caps").mkdir(exist_ok=True)
+    cap_of(axis, (0, 1, 2), 0.75).save(folder / "caps" / "held")
+    cap_of(axis, (1,), 0.9).save(folder / "caps" / "firm")
+    if calm:
+        save_calm(folder / "calm.json", axis, axis.model, calm_conversations(axis), {})
+    return folder
+
+
+def tiny_host(tiny_run, folder, room=ROOM, how=HOW, **hold):
+    """A host, its engine not yet started."""
+    return make_host(
+        str(tiny_run / "tiny"), how, str(folder), HoldOptions(**{"max_tokens": 12, **hold}), room
+    )
+
+
+class Served:
+    """A server that listens."""
+
+    def __init__(self, host, port):
+        self.host, self.url = host, f"http://127.0.0.1:{port}"
+        self.v1 = f"{self.url}/v1"
+
+
+@contextmanager
+def served(host, key=None):
+    """The server in a thread; it ends, and its engine with it, on the way out."""
+    server = server_of(make_app(host, key), host, "127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 30
+    while not server.started:
+        assert thread.is_alive(), "the server ended"
+        assert time.monotonic() < deadline, "the server did not start"
+        time.sleep(0.01)
+    try:
+        yield Served(host, server.servers[0].sockets[0].getsockname()[1])
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()

@@ -1,0 +1,349 @@
+"""Conversations from files: common shapes are read, what is odd is counted, named and left out, and nothing is repaired."""
+
+import gzip
+import json
+import lzma
+
+import pytest
+
+from personatlas.persona.errors import KnownError
+from personatlas.persona.rollout import read_rollouts
+from personatlas.training.chat.conversations import (
+    Columns,
+    Faults,
+    Wanted,
+    conversations_of_run,
+    is_run,
+    read_conversations,
+)
+from personatlas.training.chat.mixture import part_of, read_parts, split, times_of
+
+
+def turns(*texts, system=None):
+    front = [] if system is None else [{"role": "system", "content": system}]
+    return [
+        *front,
+        *({"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)),
+    ]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read(path, **how):
+    faults = Faults()
+    return read_conversations(path, faults, **how), faults
+
+
+GOOD = {"messages": turns("Who are you?", "A sailor.", "And then?", "A captain.", system="You are a sailor.")}
+
+
+def test_messages_are_read_as_they_stand(tmp_path):
+    found, faults = read(write(tmp_path / "a.jsonl", [GOOD, GOOD | {"source": "port", "weight": 0.5}]))
+    assert [list(one.messages) for one in found] == [GOOD["messages"]] * 2
+    assert [(one.where, one.source, one.weight) for one in found] == [
+        ("a.jsonl:1", "a", 1.0),
+        ("a.jsonl:2", "port", 0.5),
+    ]
+    assert found[0].answers == ["A sailor.", "A captain."]
+    assert not faults.counts
+
+
+ODD = {
+    "with the role 'tool', which is not system, user, assistant": [{"role": "tool", "content": "x"}, *turns("a", "b")],
+    "with two user turns running": [{"role": "user", "content": "x"}, *turns("a", "b")],
+    "with two assistant turns running": [*turns("a", "b"), {"role": "assistant", "content": "x"}],
+    "with an empty answer": turns("a", " \n"),
+    "with an empty user message": turns("", "b"),
+    "with an empty system message": turns("a", "b", system=""),
+    "without an assistant turn": turns("a"),
+    "without messages": [],
+    "with a system message that is not the first": [*turns("a", "b"), {"role": "system", "content": "x"}],
+    "in which the assistant speaks first": [{"role": "assistant", "content": "x"}],
+    "with content that is no text but a list": [{"role": "user", "content": [{"type": "text"}]}],
+    "with 'tool_calls' in a message, which has role and content only": [*turns("a", "b")[:1], {"role": "assistant", "content": "x", "tool_calls": [1]}],
+    "with a message that has no role and content": [{"text": "x"}],
+    "with NUL, which is no text": turns("a\0", "b"),
+    "with half a surrogate pair, which is no text": turns("a", "\ud83d"),
+    "with messages that are no list but a str": "who?",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", ODD)
+def test_what_is_odd_is_counted_and_named_and_left_out(fault, tmp_path):
+    rows = [GOOD, {"messages": ODD[fault]}, GOOD, {"messages": ODD[fault]}]
+    found, faults = read(write(tmp_path / "a.jsonl", rows))
+    assert [one.where for one in found] == ["a.jsonl:1", "a.jsonl:3"]
+    assert faults.lines() == [f"2 {fault} (a.jsonl:2, a.jsonl:4)"]
+
+
+@pytest.mark.parametrize("row", [3, {"text": "x"}, {"prompt": "x"}, GOOD | {"weight": -1}, GOOD | {"weight": 0}, GOOD | {"weight": True}, GOOD | {"weight": 1e9}, GOOD | {"persona": ["a"]}])  # fmt: skip
+def test_rows_that_are_no_conversation_are_left_out_too(row, tmp_path):
+    found, faults = read(write(tmp_path / "a.jsonl", [row, GOOD]))
+    assert [one.where for one in found] == ["a.jsonl:2"]
+    assert sum(faults.counts.values()) == 1
+
+
+def test_only_the_first_places_are_named_and_all_are_counted(tmp_path):
+    rows = [GOOD] + [{"messages": turns("a")}] * 7 + [{"messages": []}]
+    lines = read(write(tmp_path / "a.jsonl", rows))[1].lines()
+    assert lines[0] == "7 without an assistant turn (a.jsonl:2, a.jsonl:3, a.jsonl:4, ...)"
+    assert lines[1] == "1 without messages (a.jsonl:9)"
+
+
+def test_a_file_of_which_nothing_is_left_is_refused_with_the_reasons(tmp_path):
+    with pytest.raises(
+        KnownError, match=r"no conversation that can be used: 2 without an assistant turn \(a.jsonl:1"
+    ):
+        read(write(tmp_path / "a.jsonl", [{"messages": turns("a")}] * 2))
+    with pytest.raises(KnownError, match="it is empty"):
+        read(write(tmp_path / "a.jsonl", []))
+
+
+def test_questions_and_answers_under_common_names_are_conversations(tmp_path):
+    rows = [
+        {"instruction": "Add.", "input": "1 and 2", "output": "3"},
+        {"instruction": "Sing.", "input": "", "response": "La.", "generator": "someone"},
+        {"prompt": "Who?", "response": "I.", "system": "Be brief."},
+        {"conversations": [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "I."}]},
+    ]
+    expected = [turns("Add.\n\n1 and 2", "3"), turns("Sing.", "La."), turns("Who?", "I.", system="Be brief."), turns("Who?", "I.")]  # fmt: skip
+    found, faults = read(write(tmp_path / "a.jsonl", rows))
+    assert [list(one.messages) for one in found] == expected
+    assert not faults.counts
+
+
+def test_a_persona_becomes_the_system_message_and_the_style(tmp_path):
+    long = "You grew up by the sea and you speak of nothing else, whatever they ask you about."
+    rows = [{"persona": one, "question": "Who?", "answer": "I."} for one in ("witty", long)]
+    found, _ = read(write(tmp_path / "a.jsonl", rows))
+    assert [one.messages[0]["content"] for one in found] == ["You are a witty assistant.", long]
+    assert [one.style for one in found] == ["witty", ""]
+    assert found[0].label == "a/witty"
+
+
+def test_other_columns_are_named_by_hand(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"title": "Who?", "text": "I.", "prompt": "not this"}])
+    found, _ = read(path, columns=Columns.of(["question=title", "answer=text"]))
+    assert list(found[0].messages) == turns("Who?", "I.")
+    with pytest.raises(
+        KnownError, match="--columns asks=title: write NAME=COLUMN; the names are messages, system"
+    ):
+        Columns.of(["asks=title"])
+
+
+def test_packed_files_and_lists_hold_the_same(tmp_path):
+    text = "".join(json.dumps(row) + "\n" for row in [GOOD] * 3).encode()
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(text))
+    (tmp_path / "a.jsonl.xz").write_bytes(lzma.compress(text))
+    (tmp_path / "a.json").write_text(json.dumps([GOOD] * 3))
+    for name in ("a.jsonl.gz", "a.jsonl.xz", "a.json"):
+        found, _ = read(tmp_path / name)
+        assert [list(one.messages) for one in found] == [GOOD["messages"]] * 3
+        assert {one.source for one in found} == {"a"}
+
+
+def test_files_that_cannot_be_read_are_refused_in_one_line(tmp_path):
+    (tmp_path / "cut.jsonl.xz").write_bytes(lzma.compress(json.dumps(GOOD).encode() * 50)[:-20])
+    (tmp_path / "lines.json").write_text('{"a": 1}\n{"a": 2}\n')
+    (tmp_path / "one.json").write_text('{"a": 1}')
+    (tmp_path / "bad.jsonl").write_text(json.dumps(GOOD) + "\n{\n")
+    (tmp_path / "text.txt").write_text("x")
+    (tmp_path / "folder").mkdir()
+    reasons = {
+        "folder": "a folder without rollouts",
+        "cut.jsonl.xz": "damaged or cut short",
+        "lines.json": "one object a line is .jsonl",
+        "one.json": "is one dict, not a list",
+        "bad.jsonl": "bad.jsonl:2 is not valid JSON",
+        "text.txt": "allowed: .jsonl or .json",
+        "nowhere.jsonl": "does not exist",
+    }
+    for name, reason in reasons.items():
+        with pytest.raises(KnownError, match=reason) as caught:
+            read(tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
+# Rollouts
+
+
+def rollout(key, answer="Arr.", stopped="end"):
+    messages = turns(
+        f"Question {key.split('/')[2]}?", system=None if key.startswith("default") else "You are a pirate."
+    )
+    return {"key": key, "messages": messages, "prompt_ids": [1], "answer_ids": [2], "answer": answer, "seed": 0, "stopped": stopped}  # fmt: skip
+
+
+def write_run(folder, rollouts, scores=None):
+    folder.mkdir()
+    write(folder / "rollouts.jsonl", rollouts)
+    if scores is not None:
+        write(
+            folder / "scores.jsonl",
+            [{"key": key, "judge": "j", "score": score} for key, score in scores.items()],
+        )
+    return folder
+
+
+def test_a_runs_rollouts_are_conversations_with_the_role_as_style(tmp_path):
+    keys = ["pirate/0/q1/0", "pirate/0/q2/0", "default/0/q1/0"]
+    run = write_run(tmp_path / "run", [*map(rollout, keys), rollout("+calm/0/q1/0"), rollout("ghost/0/q1/0", stopped="length"), rollout("ghost/0/q2/0", answer="")])  # fmt: skip
+    faults = Faults()
+    assert is_run(run)
+    found = conversations_of_run(run, faults)
+    assert sorted((one.style, one.where) for one in found) == sorted(
+        (key.split("/")[0], f"run: {key}") for key in keys
+    )
+    assert {one.source for one in found} == {"run"}
+    spoken = next(one for one in found if one.style == "default")
+    assert list(spoken.messages) == turns("Question q1?", "Arr.")
+    assert faults.counts == {
+        "of a trait's pole, not of a role": 1,
+        "cut at the token limit": 1,
+        "with an empty answer": 1,
+    }
+
+
+def test_the_log_of_a_real_run_is_read(tiny_run):
+    faults = Faults()
+    found = conversations_of_run(tiny_run / "run", faults, Wanted(cut=True))
+    rollouts = read_rollouts(tiny_run / "run")
+    assert len(found) + sum(faults.counts.values()) == len(rollouts)
+    assert {one.style for one in found} == {one.role for one in rollouts}
+    assert {one.answers[-1] for one in found} <= {one.answer for one in rollouts}
+
+
+def test_a_least_score_drops_what_is_below_it_but_never_the_default(tmp_path):
+    keys = [f"{role}/0/q{i}/0" for role in ("default", "ghost", "pirate") for i in range(4)]
+    scores = {
+        key: (3, 2, 1, None)[int(key.split("q")[1][0])] for key in keys if not key.startswith("default")
+    }
+    run = write_run(tmp_path / "run", map(rollout, keys), scores)
+    faults = Faults()
+    found = conversations_of_run(run, faults, Wanted(score=2))
+    assert [sum(one.style == role for one in found) for role in ("default", "ghost", "pirate")] == [4, 2, 2]
+    assert faults.counts == {"with a score below 2": 2, "without a judge's score": 2}
+
+
+def test_a_score_without_scores_is_refused(tmp_path):
+    run = write_run(tmp_path / "run", map(rollout, ["default/0/q1/0", "pirate/0/q1/0"]))
+    with pytest.raises(KnownError, match="judge them first: personatlas judge"):
+        conversations_of_run(run, Faults(), Wanted(score=1))
+
+
+def test_at_most_so_many_of_a_role_are_spread_over_its_questions(tmp_path):
+    run = write_run(tmp_path / "run", [rollout(f"pirate/0/q{i}/0") for i in range(8)])
+    faults = Faults()
+    found = conversations_of_run(run, faults, Wanted(per_role=4))
+    assert [one.where[-4] for one in found] == ["0", "2", "4", "6"] or [
+        one.where.split("/")[2] for one in found
+    ] == ["q0", "q2", "q4", "q6"]
+    assert faults.counts == {"beyond 4 of a role": 4}
+
+
+# Mixtures
+
+
+def write_parts(tmp_path, **rows):
+    return [str(write(tmp_path / f"{name}.jsonl", [{"prompt": f"{name} {i}?", "response": "I."} for i in range(count)])) for name, count in rows.items()]  # fmt: skip
+
+
+def test_a_weight_is_times_or_a_share_and_a_bare_number_is_refused(tmp_path):
+    assert (part_of("a=b.jsonl=2x").times, part_of("a=b.jsonl=2x").path.name) == (2.0, "a=b.jsonl")
+    assert (part_of("a.jsonl=30%").times, part_of("a.jsonl=30%").share) == (None, 0.3)
+    (tmp_path / "a=2x").mkdir()
+    assert part_of(str(tmp_path / "a=2x")).times == 1.0
+    for asked in ("a.jsonl=0.3", "a.jsonl=0x", "a.jsonl=101%"):
+        with pytest.raises(KnownError, match=r"--data a\.jsonl="):
+            part_of(asked)
+
+
+def test_shares_hold_of_the_answers_tokens(tmp_path):
+    a, b, c = write_parts(tmp_path, a=4, b=4, c=4)
+    cases = {
+        (a, b + "=2x", c): (1.0, 2.0, 1.0),
+        (a, b, c + "=50%"): (1.0, 1.0, 3.0),
+        (a + "=90%", b + "=5%", c + "=5%"): (0.9 / 0.9, 0.5 * 100 / 900, 1 / 9),
+    }
+    tokens = (900, 100 * 9, 100 * 6)
+    for asked, expected in cases.items():
+        times = times_of(
+            read_parts(asked, Faults()), (900, 900, 600) if "%" in asked[2] and "%" in asked[0] else tokens
+        )
+        if "%" not in asked[0]:
+            assert times == pytest.approx(expected)
+        read = [count * time for count, time in zip((900, 900, 600), times, strict=True)]
+        for one, count in zip(asked, read, strict=True):
+            if one.endswith("%"):
+                assert count / sum(read) == pytest.approx(float(one.split("=")[1][:-1]) / 100)
+
+
+def test_where_all_have_a_share_nothing_is_read_twice(tmp_path):
+    a, b = write_parts(tmp_path, a=4, b=4)
+    times = times_of(read_parts([a + "=20%", b + "=80%"], Faults()), (1000, 400))
+    assert times == pytest.approx((0.1, 1.0))
+
+
+@pytest.mark.parametrize("weights", [("=60%", "=60%"), ("=60%", "=20%"), ("", "=100%")])
+def test_shares_that_do_not_add_up_are_refused(weights, tmp_path):
+    paths = write_parts(tmp_path, a=2, b=2)
+    with pytest.raises(KnownError, match="add up to"):
+        read_parts([path + weight for path, weight in zip(paths, weights, strict=True)], Faults())
+
+
+def test_the_same_data_twice_is_refused(tmp_path):
+    (path,) = write_parts(tmp_path, a=2)
+    with pytest.raises(KnownError, match="given twice"):
+        read_parts([path, path], Faults())
+
+
+def test_no_question_is_on_both_sides_whoever_answers_it(tmp_path):
+    rows = [
+        {"persona": one, "question": f"{i}?", "answer": "I."}
+        for one in ("witty", "caring")
+        for i in range(100)
+    ]
+    one, two = write(tmp_path / "one.jsonl", rows), write(tmp_path / "two.jsonl", rows[:50])
+    sides = split(read_parts([str(one), str(two)], Faults()), 0.1)
+    train, held = sides.train, sides.held
+    assert [len(a) + len(b) for a, b in zip(train, held, strict=True)] == [200, 50]
+    asked = [{one.question for part in side for one in part} for side in (train, held)]
+    assert not asked[0] & asked[1]
+    assert 20 <= len(held[0]) <= 32
+    assert asked[1] == sides.questions
+    assert split(read_parts([str(one), str(two)], Faults()), 0.1) == sides
+
+
+def test_held_out_roles_are_tuned_on_nowhere_and_are_a_source_of_their_own(tmp_path):
+    rows = [
+        {"persona": one, "question": f"{i}?", "answer": "I."}
+        for one in ("witty", "caring")
+        for i in range(10)
+    ]
+    parts = read_parts([str(write(tmp_path / "a.jsonl", rows))], Faults())
+    sides = split(parts, 0.1, ["witty"])
+    assert {one.style for one in sides.train[0]} == {"caring"}
+    assert sum(one.group == "a, held-out roles" for one in sides.held[0]) == 10
+    assert len(sides.train[0]) == 9
+    assert sorted(one.style for one in sides.unmet) == ["caring", "witty"]
+    assert {one.style for one in sides.of_held_out_roles} == {"witty"}
+    with pytest.raises(
+        KnownError, match="--held-out-roles pirate is no role or persona of the data; there are caring, witty"
+    ):
+        split(parts, 0.1, ["pirate"])
+
+
+def test_one_question_cannot_be_split(tmp_path):
+    parts = read_parts([str(write(tmp_path / "a.jsonl", [GOOD] * 3))], Faults())
+    with pytest.raises(KnownError, match="no conversation is held out"):
+        split(parts, 0.5)
+
+
+def test_options_about_rollouts_are_refused_where_there_are_none(tmp_path):
+    data = str(write(tmp_path / "a.jsonl", [GOOD]))
+    for wanted in (Wanted(score=2), Wanted(per_role=3), Wanted(cut=True)):
+        with pytest.raises(KnownError, match="no --data is the folder of a run"):
+            read_parts([data], Faults(), wanted=wanted)

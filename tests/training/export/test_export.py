@@ -1,0 +1,182 @@
+"""What is exported is the model: the same logits and tokens in transformers, and a subject of everything else here."""
+
+import json
+
+import gguf
+import pytest
+import torch
+from families import tokenizer
+from test_gpt import lively
+from test_tokenizer import write_corpus
+from transformers import AutoModelForCausalLM
+
+from personatlas.cli.app import main
+from personatlas.persona.errors import KnownError
+from personatlas.persona.models.chat_template import chat_format
+from personatlas.persona.models.load import load_subject, subject_from_bridge
+from personatlas.training.data.corpus import Corpus
+from personatlas.training.data.tokenizer import BOS, END, make_tokenizer
+from personatlas.training.export.huggingface import end_tokens, export, load_exported
+from personatlas.training.model.config import Shape
+
+SHAPE = Shape(vocabulary=320, depth=3, width=32, heads=4, kv_heads=2, head_width=8, inner=48, context=64)
+
+
+def ids_of(rows, length):
+    return torch.randint(320, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    tokenizer().save_pretrained(folder / "tokenizer")
+    model = lively(SHAPE)
+    export(model, folder / "tokenizer", folder / "model")
+    return model, folder
+
+
+def test_transformers_gives_the_same_logits(exported):
+    model, folder = exported
+    theirs = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+    assert type(theirs).__name__ == "Qwen3ForCausalLM"
+    ids = ids_of(3, 64)
+    with torch.no_grad():
+        found, wanted = theirs(ids).logits, model(ids)
+    assert wanted.std() > 0.5
+    assert (found - wanted).abs().max() < 1e-5
+
+
+def test_transformers_continues_with_the_same_tokens(exported):
+    model, folder = exported
+    theirs = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+    ids = ids_of(3, 12)
+    found = theirs.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=40,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    assert torch.equal(found, model.continued(ids, 40))
+
+
+def test_it_comes_back_bit_for_bit_and_can_be_trained_on(exported):
+    model, folder = exported
+    again = load_exported(folder / "model")
+    assert again.shape == model.shape
+    for one, two in zip(again.parameters(), model.parameters(), strict=True):
+        assert torch.equal(one, two)
+        assert one.requires_grad
+    ids = ids_of(1, 9)
+    assert torch.equal(again(ids), model(ids))
+
+
+def test_a_tokenizer_trained_here_goes_along_with_its_template_and_ends(tmp_path, capsys):
+    corpus = Corpus.open(write_corpus(tmp_path / "texts"), held_share=0.2)
+    make_tokenizer(corpus, tmp_path / "tokenizer", vocabulary=310, quiet=True)
+    export(lively(SHAPE), tmp_path / "tokenizer", tmp_path / "model")
+    subject = load_subject(str(tmp_path / "model"), device="cpu", dtype="float32")
+    end = subject.tokenizer.convert_tokens_to_ids(END)
+    assert subject.model.generation_config.eos_token_id == [end]
+    format = chat_format(subject.tokenizer, subject.model.generation_config.eos_token_id)
+    assert format.end_ids == {end}
+    assert format.prompt_ids([{"role": "user", "content": "Who?"}])[
+        0
+    ] == subject.tokenizer.convert_tokens_to_ids(BOS)
+    main(["self-test", str(tmp_path / "model"), "--device", "cpu", "--dtype", "float32", "--json"])
+    assert all(check["passed"] for check in json.loads(capsys.readouterr().out))
+
+
+def test_a_bf16_export_rounds_once(exported, tmp_path):
+    model, folder = exported
+    again = load_exported(export(model, folder / "tokenizer", tmp_path / "half", torch.bfloat16))
+    for one, two in zip(again.parameters(), model.parameters(), strict=True):
+        assert torch.equal(one, two.bfloat16())
+    assert load_subject(str(tmp_path / "half"), device="cpu", dtype="auto").dtype == torch.bfloat16
+
+
+def test_it_is_a_subject_whose_blocks_are_ours(exported):
+    model, folder = exported
+    subject = load_subject(str(folder / "model"), device="cpu", dtype="float32")
+    ids, ours, theirs = ids_of(2, 10), [], []
+    for layer, block in zip(model.layers, subject.blocks, strict=True):
+        layer.register_forward_hook(lambda _m, _i, output: ours.append(output.detach()))
+        block.register_forward_hook(lambda _m, _i, output: theirs.append(output))
+    model(ids)
+    subject.model(ids)
+    for one, two in zip(ours, theirs, strict=True):
+        assert (one - two).abs().max() < 1e-6 * max(
+            10, one.abs().max()
+        )  # fp32's rounding: residuals here reach 20
+
+
+def test_the_self_test_passes_on_it(exported, capsys):
+    main(["self-test", str(exported[1] / "model"), "--device", "cpu", "--dtype", "float32", "--json"])
+    assert all(check["passed"] for check in json.loads(capsys.readouterr().out))
+
+
+def test_it_loads_in_a_transformer_bridge(exported):
+    from transformer_lens.model_bridge import TransformerBridge
+
+    model, folder = exported
+    bridge = TransformerBridge.boot_transformers(str(folder / "model"), device="cpu", dtype=torch.float32)
+    assert subject_from_bridge(bridge).n_layers == 3
+    ids = ids_of(1, 10)
+    with torch.no_grad():
+        assert (bridge(ids) - model(ids)).abs().max() < 1e-4
+
+
+def test_every_tensor_has_a_name_in_llama_cpp_and_none_is_missing_there(exported):
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, SHAPE.depth)
+    stored = load_exported(exported[1] / "model").state_dict()
+    full = [name if name.startswith("lm_head") else f"model.{name}" for name in stored]
+    theirs = [names.get_name(name, try_suffixes=(".weight",)) for name in full]
+    assert None not in theirs
+    assert len(set(theirs)) == len(theirs) == 3 + 11 * SHAPE.depth
+
+
+def test_every_end_of_an_answer_stands_in_the_generation_config(exported):
+    _, folder = exported
+    config = json.loads((folder / "model" / "generation_config.json").read_text())
+    marker = tokenizer().convert_tokens_to_ids("<|end|>")
+    assert config["eos_token_id"] == end_tokens(tokenizer()) == sorted({2, marker})
+
+
+def test_nothing_is_overwritten_and_nothing_half_written_is_left(exported, tmp_path):
+    model, folder = exported
+    with pytest.raises(KnownError, match="already there"):
+        export(model, folder / "tokenizer", folder / "model")
+    with pytest.raises(KnownError, match=r"no tokenizer\.json"):
+        export(model, tmp_path, tmp_path / "out")
+    small = lively(Shape(100, 1, 32, 4, 2, 8, 48, 64))
+    with pytest.raises(KnownError, match=r"has 263 tokens and the model embeds 100"):
+        export(small, folder / "tokenizer", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings is true"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
+        ({"num_hidden_layers": 4}, "does not hold the weights of its config"),
+        ({"intermediate_size": 40}, "which its config does not say"),
+    ],
+)
+def test_checkpoints_of_another_kind_are_refused_by_name(exported, tmp_path, change, message):
+    source = exported[1] / "model"
+    config = json.loads((source / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    (tmp_path / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
+    with pytest.raises(KnownError, match=message):
+        load_exported(tmp_path)
+
+
+def test_a_checkpoint_cut_short_is_one_line(exported, tmp_path):
+    source = exported[1] / "model"
+    (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
+    (tmp_path / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes()[:-100])
+    with pytest.raises(KnownError, match="damaged or cut short"):
+        load_exported(tmp_path)

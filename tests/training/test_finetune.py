@@ -1,0 +1,253 @@
+"""`train chat`, end to end on a tiny model: it learns what the assistant says, goes on where it stopped, and refuses plainly."""
+
+import json
+import shutil
+from dataclasses import astuple, replace
+
+import pytest
+import torch
+from test_conversations import GOOD, rollout, turns, write, write_run
+from test_gpt import SHAPE, lively
+from test_packing import folder  # noqa: F401 (fixture)
+from test_style import said
+
+from personatlas.cli.app import main
+from personatlas.persona.artifacts import read_json, read_lines, write_json
+from personatlas.persona.errors import KnownError
+from personatlas.training.chat.plan import RELATIVE, Peaks, chat_plan, peaks_of, rows_of
+from personatlas.training.export.huggingface import export, load_exported
+from personatlas.training.finetune import parent_of
+from personatlas.training.loop.checkpoints import checkpoints_in
+from personatlas.training.plan import CHIPS, Plan, plan_of, shape_at
+
+TINY = replace(SHAPE, vocabulary=320, context=96)
+QUICK = ["--device", "cpu", "--held-share", "0.1"]
+
+
+@pytest.fixture(scope="module")
+def base(folder, tmp_path_factory):
+    return export(lively(TINY), folder, tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    rows = [
+        {"persona": style, "question": f"{number}?", "answer": said(style, number)[:30]}
+        for style in ("pirate", "butler")
+        for number in range(30)
+    ]
+    odd = [{"messages": turns("a")}, {"messages": turns("a", "sea " * 200)}]
+    return write(tmp_path_factory.mktemp("data") / "voices.jsonl", [*rows, *odd])
+
+
+def tune(base, out, *how, data=(), style=4):
+    paths = [part for one in data for part in ("--data", str(one))]
+    main(["train", "chat", str(base), "--out", str(out), "--style-answers", str(style), *QUICK, *paths, *how])
+
+
+def refused(capsys, *arguments):
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "chat", *map(str, arguments)])
+    assert caught.value.code == 2
+    text = capsys.readouterr().err.strip().splitlines()[-1]
+    assert text.startswith("personatlas: ")
+    return text
+
+
+@pytest.fixture(scope="module")
+def tuned(base, data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "tuned"
+    tune(base, out, "--epochs", "2", "--rate-scale", "1", data=[data])
+    return out
+
+
+def losses(run):
+    return [row["loss"] for row in read_lines(run / "metrics.jsonl") if row["kind"] == "step"]
+
+
+def test_tuning_learns_the_answers_and_leaves_a_model_folder(base, tuned):
+    found = read_json(tuned / "run.json")
+    before, after = found["result"]["sources"]["before"], found["result"]["sources"]["after"]
+    assert after["voices"]["loss"] < before["voices"]["loss"] - 0.5
+    assert after["all"]["conversations"] == found["data"]["held_out"] >= 6
+    assert found["kind"] == "training"
+    assert found["parent"]["sha256"] == parent_of(base).weights
+    assert found["result"]["epochs"] == pytest.approx(2, abs=0.2)
+    model = load_exported(tuned / "model")
+    assert model.shape == TINY
+    assert not torch.equal(model.lm_head.weight, load_exported(base).lm_head.weight)
+    assert (tuned / "tokenizer" / "chat_template.jinja").is_file()
+
+
+def test_what_is_left_out_is_in_the_record_and_said(tuned, base, data, tmp_path, capsys):
+    assert read_json(tuned / "run.json")["data"]["left_out"] == {
+        "without an assistant turn": {"count": 1, "examples": ["voices.jsonl:61"]},
+        "longer than the context of 96 tokens": {"count": 1, "examples": ["voices.jsonl:62"]},
+    }
+    tune(base, tmp_path / "run", "--epochs", "0.2", data=[data], style=0)
+    said_ = capsys.readouterr()
+    assert "left out: 1 without an assistant turn (voices.jsonl:61)" in said_.err
+    assert "nats a token" in said_.out
+    assert not (tmp_path / "run" / "style.json").exists()
+
+
+def test_every_step_and_the_style_are_told_of(tuned):
+    rows = read_lines(tuned / "metrics.jsonl")
+    assert [row["step"] for row in rows if row["kind"] == "step"] == list(range(1, len(losses(tuned)) + 1))
+    whole = [row["step"] for row in rows if row["kind"] == "held-out" and "sources" in row]
+    assert whole == [0, len(losses(tuned))]
+    style = read_json(tuned / "style.json")
+    assert set(style["measures"]) == {"teacher", "before", "after"}
+    assert style["styles"] == 2
+    assert set(style["measures"]["after"]["all"]) >= {"recognised", "chance", "words", "ended", "recited"}
+    answers = read_lines(tuned / "answers.jsonl")
+    assert len(answers) == style["questions"] == 4
+    assert {one["label"] for one in answers} == {"voices/pirate", "voices/butler"}
+    assert {row["step"] for row in read_lines(tuned / "samples.jsonl")} >= {0, len(losses(tuned))}
+
+
+def test_the_same_command_on_a_finished_run_changes_nothing(base, data, tuned, capsys):
+    before = {path: path.read_bytes() for path in tuned.rglob("*.jsonl")}
+    tune(base, tuned, "--epochs", "2", "--rate-scale", "1", data=[data])
+    assert {path: path.read_bytes() for path in tuned.rglob("*.jsonl") if "metrics" not in path.name} == {
+        path: text for path, text in before.items() if "metrics" not in path.name
+    }
+    assert "perplexity" in capsys.readouterr().out
+
+
+def test_it_goes_on_from_a_checkpoint_to_the_same_numbers(base, data, tuned, tmp_path):
+    again = tmp_path / "again"
+    shutil.copytree(tuned, again)
+    shutil.rmtree(again / "model")
+    shutil.rmtree(checkpoints_in(again)[-1].path)
+    assert checkpoints_in(again)[-1].step < len(losses(tuned))
+    tune(base, again, "--epochs", "2", "--rate-scale", "1", data=[data])
+    assert losses(again) == losses(tuned)
+    assert (again / "model" / "model.safetensors").read_bytes() == (
+        tuned / "model" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_a_run_goes_on_with_nothing_else_than_it_began_with(base, data, tuned, tmp_path, capsys):
+    other = write(tmp_path / "other.jsonl", [{"prompt": f"{i}?", "response": "I."} for i in range(9)])
+    common = [base, "--out", tuned, *QUICK, "--rate-scale", "1"]
+    assert "holds a run with epochs 2.0, not 3.0" in refused(capsys, *common, "--data", data, "--epochs", "3")
+    assert "holds a run with data" in refused(capsys, *common, "--data", other, "--epochs", "2")
+
+
+def test_a_run_of_rollouts_is_data_and_roles_can_be_held_out(base, tmp_path):
+    keys = [f"{role}/0/q{i}/0" for role in ("default", "ghost", "pirate") for i in range(12)]
+    run = write_run(tmp_path / "rolled", [rollout(key, answer=f"Arr {key[:3]}.") for key in keys])
+    tune(base, tmp_path / "run", "--held-out-roles", "pirate", data=[run])
+    found = read_json(tmp_path / "run" / "run.json")
+    assert set(found["result"]["sources"]["after"]) == {"all", "rolled", "rolled, held-out roles"}
+    assert found["result"]["sources"]["after"]["rolled, held-out roles"]["conversations"] == 12
+    assert found["data"]["train"] + found["data"]["held_out"] == 36
+
+
+def test_minutes_are_kept_at_the_speed_that_is_measured(base, data, tmp_path):
+    tune(base, tmp_path / "run", "--minutes", "0.03", data=[data], style=0)
+    found = read_json(tmp_path / "run" / "run.json")
+    assert found["plan"]["horizon"] == "what 0.03 minutes hold"
+    assert 0.5 < found["plan"]["seconds"] < 2.5
+    assert len(losses(tmp_path / "run")) == found["plan"]["steps"]
+
+
+def test_a_checkpoint_of_a_run_and_a_run_itself_are_bases(tuned, data, tmp_path):
+    assert parent_of(tuned).folder == tuned / "model"
+    first = checkpoints_in(tuned)[0].path
+    tune(first, tmp_path / "run", "--epochs", "0.2", data=[data], style=0)
+    assert read_json(tmp_path / "run" / "run.json")["parent"]["sha256"] == parent_of(first).weights
+
+
+def test_what_is_no_base_is_refused_in_one_line(base, data, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "axis").mkdir()
+    (tmp_path / "axis" / "run.json").write_text("{}")
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list" / "run.json").write_text("[]")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "run.json").write_text('{"kind": "training"}')
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "config.json").write_text('{"model_type": "llama"}')
+    reasons = {"nowhere": "does not exist", "empty": "no training run", "axis": "another kind", "list": "another kind", "half": "has not finished", "foreign": "a GPT of this kind has"}  # fmt: skip
+    for name, reason in reasons.items():
+        assert reason in refused(capsys, tmp_path / name, "--out", tmp_path / "out", "--data", data)
+    assert "choose another folder" in refused(capsys, base, "--out", base, "--data", data)
+
+
+def test_wrong_options_are_refused_in_one_line(base, data, tmp_path, capsys):
+    out = ["--out", tmp_path / "out"]
+    assert "give conversations with --data" in refused(capsys, base, *out)
+    assert "give one of them" in refused(
+        capsys, base, *out, "--data", data, "--epochs", "1", "--minutes", "1"
+    )
+    assert "--rate-scale 0" in refused(capsys, base, *out, "--data", data, "--rate-scale", "0")
+    assert "--seed -1 is not in" in refused(capsys, base, *out, "--data", data, "--seed", "-1")
+    assert "--micro-batch 0: give 1" in refused(capsys, base, *out, "--data", data, "--micro-batch", "0")
+    assert "1000 times at most" in refused(capsys, base, *out, "--data", f"{data}=100000x")
+    assert "say 0.3x" in refused(capsys, base, *out, "--data", f"{data}=0.3")
+    one = write(tmp_path / "one.jsonl", [GOOD])
+    assert "too few different questions" in refused(capsys, base, *out, "--data", one)
+    few = write(tmp_path / "few.jsonl", [{"prompt": f"{i}?", "response": "sea"} for i in range(4)])
+    assert "reads no conversation" in refused(capsys, base, *out, "--data", f"{few}=0.01x")
+    long = write(tmp_path / "long.jsonl", [{"prompt": f"{i}?", "response": "sea " * 300} for i in range(9)])
+    assert "nothing of it is left" in refused(capsys, base, *out, "--data", long)
+
+
+# The plan
+
+
+PEAKS = Peaks(0.01, 0.1, 0.004, 0.002)
+
+
+def plan(rows=2000, counted=1_000_000, **how):
+    return chat_plan(TINY, PEAKS, rows=rows, counted=counted, chip=CHIPS["h100"], **how)
+
+
+def test_the_batch_follows_the_answers_tokens_and_the_rates_the_base():
+    made = plan()
+    assert made.batch == rows_of(2000, 1_000_000, 1) * TINY.context == 5 * TINY.context
+    assert made.steps == 400
+    found = Peaks(made.matrix_rate, made.embedding_rate, made.head_rate, made.gain_rate)
+    assert found == Peaks(*(RELATIVE * value for value in astuple(PEAKS)))
+    twice = plan(rows=4000)  # as many answers in twice the text: the same steps
+    assert (twice.steps, twice.second) == (made.steps, made.second)
+    assert twice.batch == 2 * made.batch
+
+
+def test_the_bases_rates_come_from_its_run_or_else_from_the_dial(tmp_path, base):
+    known = plan_of(4, vocabulary=320).to_json()
+    assert peaks_of(TINY, known).matrix == known["matrix_rate"]
+    assert peaks_of(shape_at(4, 320)).head == known["head_rate"]
+    run = tmp_path / "run"
+    shutil.copytree(base, run / "model")
+    shutil.copytree(base, run / "checkpoints" / "step-000001")
+    for stage, expected in (("base", known), ("chat", None)):
+        write_json(run / "run.json", {"kind": "training", "asked": {"stage": stage}, "plan": known})
+        for place in (run, run / "model", run / "checkpoints" / "step-000001"):
+            found = parent_of(place).plan
+            assert found == (expected and json.loads(json.dumps(expected)))
+    assert parent_of(base).plan is None
+
+
+def test_rates_rise_and_fall_straight_to_zero():
+    made = plan()
+    rates = [made.rate_at(step) for step in range(made.steps)]
+    peak = rates.index(max(rates))
+    assert rates[peak] == 1.0
+    assert peak <= made.warmup
+    assert all(a > b for a, b in zip(rates[peak + 1 :], rates[peak + 2 :], strict=False))
+    assert 0 < rates[-1] < 0.01
+    assert made.weight_decay == 0.0
+
+
+def test_gpus_share_a_step_evenly_and_the_least_run_has_a_step():
+    assert rows_of(2000, 1_000_000, 4) % 4 == 0
+    assert plan(rows=1, counted=5).steps == 1
+    with pytest.raises(KnownError, match="nothing to tune on"):
+        plan(rows=0, counted=0)
+
+
+def test_a_plan_is_read_back_as_it_was():
+    assert Plan.from_json(json.loads(json.dumps(plan().to_json()))) == plan()

@@ -1,0 +1,289 @@
+"""Files to pieces of text, streaming: .txt, .jsonl, .parquet and tar archives of .txt, each plain or compressed.
+
+    for piece in read_pieces(Source("books.tar.xz", path), column="text", size=65536):
+        piece.document, piece.number, piece.text      # "books.tar.xz/Austen___Emma.txt", 0, "Emma Woodhouse, ..."
+
+A document longer than `size` characters is cut, after the last line that ends in the second half of the piece, else before
+a blank in that half, else at `size`; the pieces of a document joined are the document. Memory is bounded by `size` for text and by one row for
+.jsonl and .parquet. Bytes that are no UTF-8 become U+FFFD, and the piece says so; nothing else is changed, except that
+a byte order mark in front is not text.
+"""
+
+import bz2
+import codecs
+import gzip
+import io
+import json
+import lzma
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from personatlas.persona.errors import KnownError
+
+KINDS = (".txt", ".jsonl", ".parquet", ".tar")
+PACKED = (".gz", ".xz", ".zst", ".bz2")
+ALLOWED = f"{', '.join(KINDS)}, each plain or {', '.join(PACKED)}"
+CHUNK = 1 << 16  # bytes read at a time
+LONGEST_LINE = 1 << 28  # bytes of one .jsonl row, which json must hold whole
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file, by the name that its documents are known by."""
+
+    name: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A document or, when it is long, a part of it."""
+
+    document: str
+    number: int
+    text: str
+    invalid: bool = False
+    "whether bytes that are no UTF-8 were replaced in it"
+
+
+def kind_of(name: str) -> str | None:
+    """`.txt`, `.jsonl`, `.parquet`, `.tar`, or None for a file that cannot be read as documents."""
+    bare = name.lower()
+    for suffix in PACKED:
+        bare = bare.removesuffix(suffix)
+    return next((kind for kind in KINDS if bare.endswith(kind)), None)
+
+
+def read_pieces(source: Source, *, column: str, size: int) -> Iterator[Piece]:
+    """All pieces of a file, in its order. A document without text is one empty piece.
+
+    Raises `KnownError` for a damaged file and for rows without the column.
+    """
+    kind = kind_of(source.name)
+    assert kind, source
+    with opened(source.path) as file:
+        if kind == ".txt":
+            yield from _cut(source.name, _decoded(file), size)
+        elif kind == ".tar":
+            yield from _archive(source, file, size)
+        else:
+            rows = (
+                _json_rows(source, file, column) if kind == ".jsonl" else _parquet_rows(source, file, column)
+            )
+            for number, text in rows:
+                yield from _cut(f"{source.name}:{number}", iter([_encodable(text)]), size)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[io.BufferedIOBase]:
+    """A file's bytes, unpacked. While it is read, damage is a `KnownError`."""
+    try:
+        with _unpacking(path) as file:
+            yield file
+    except _damage(path) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's trouble, not the file's
+            raise
+        raise KnownError(f"{path} is damaged or cut short: {' '.join(str(error).split())}") from None
+
+
+def _damage(path: Path) -> tuple[type[Exception], ...]:
+    found: tuple[type[Exception], ...] = (EOFError, OSError, lzma.LZMAError, zlib.error, tarfile.TarError)
+    if path.name.lower().endswith(".zst"):
+        found += (_needed("zstandard", path).ZstdError,)
+    if kind_of(path.name) == ".parquet":
+        found += (_needed("pyarrow", path).ArrowInvalid,)
+    return found
+
+
+def _needed(package: str, path: Path) -> Any:
+    try:
+        return __import__(package)
+    except ImportError:
+        raise KnownError(f"{path} needs the package {package}: pip install personatlas[corpus]") from None
+
+
+# Bytes
+
+
+def _unpacking(path: Path) -> Any:
+    opening: dict[str, Callable[[Path], Any]] = {
+        ".gz": gzip.open,
+        ".xz": lzma.open,
+        ".bz2": bz2.open,
+        ".zst": _unpacked,
+    }
+    return opening.get(path.suffix.lower(), _plain)(path)
+
+
+def _plain(path: Path) -> io.BufferedIOBase:
+    return path.open("rb")
+
+
+def _unpacked(path: Path) -> io.BufferedIOBase:
+    return io.BufferedReader(_Frames(path), CHUNK)
+
+
+class _Frames(io.RawIOBase):
+    """A .zst file as a stream. zstandard's own reader ends quietly where a frame is cut short; this one does not."""
+
+    def __init__(self, path: Path) -> None:
+        self._new = _needed("zstandard", path).ZstdDecompressor(max_window_size=1 << 31).decompressobj
+        self._file, self._ready = path.open("rb"), b""
+        self._frame: Any = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            left = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
+            data = left or self._file.read(CHUNK)
+            if not data:
+                if self._frame is not None and not self._frame.eof:
+                    raise EOFError("the compressed file ended before its end-of-frame mark")
+                return 0
+            if self._frame is None or self._frame.eof:
+                self._frame = self._new()
+            self._ready = self._frame.decompress(data)
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+# Text
+
+
+def _decoded(file: io.BufferedIOBase) -> Iterator[tuple[str, bool]]:
+    """Text in chunks, and whether each had bytes that are no UTF-8. A character cut by a chunk's end waits for the rest."""
+    rest, first = b"", True
+    while True:
+        data = file.read(CHUNK)
+        held = rest + data
+        try:
+            text, used = codecs.utf_8_decode(held, "strict", not data)
+            invalid = False
+        except UnicodeDecodeError:
+            text, used = codecs.utf_8_decode(held, "replace", not data)
+            invalid = True
+        rest = held[used:]
+        if first and text:
+            text, first = text.removeprefix("\ufeff"), False
+        yield text, invalid
+        if not data:
+            return
+
+
+def _encodable(text: str) -> tuple[str, bool]:
+    """Half a surrogate pair is no character: JSON can name one, and bytes that are no UTF-8 were read as such."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), True
+    return text, False
+
+
+def _cut(document: str, chunks: Iterator[tuple[str, bool]], size: int) -> Iterator[Piece]:
+    number, parts, length, invalid = 0, [""], 0, False
+    for chunk, bad in chunks:
+        parts.append(chunk)
+        length, invalid = length + len(chunk), invalid or bad
+        if length <= size:
+            continue
+        text, start = "".join(parts), 0
+        while len(text) - start > size:
+            end = _end(text, start, size)
+            yield Piece(document, number, text[start:end], invalid)
+            start, number = end, number + 1
+        parts, length, invalid = [text[start:]], len(text) - start, bad
+    yield Piece(document, number, "".join(parts), invalid)
+
+
+def _end(text: str, start: int, size: int) -> int:
+    """Where a piece that starts at `start` ends. Before a blank, since a word has its blank in front when tokenised."""
+    stop = start + size
+    line = text.rfind("\n", start + size // 2, stop)
+    if line >= 0:
+        return line + 1
+    for end in range(stop, start + size // 2, -1):
+        if text[end].isspace() and not text[end - 1].isspace():
+            return end
+    return stop
+
+
+# Archives and rows
+
+
+def _archive(source: Source, file: io.BufferedIOBase, size: int) -> Iterator[Piece]:
+    with tarfile.open(fileobj=file, mode="r|") as archive:
+        for member in archive:
+            if member.isfile() and member.name.lower().endswith(".txt"):
+                content = cast(io.BufferedIOBase, archive.extractfile(member))
+                yield from _cut(f"{source.name}/{member.name}", _decoded(content), size)
+
+
+def _json_rows(source: Source, file: io.BufferedIOBase, column: str) -> Iterator[tuple[int, str]]:
+    number = 0
+    while line := file.readline(LONGEST_LINE + 1):
+        number += 1
+        where = f"{source.path}:{number}"
+        if len(line) > LONGEST_LINE:
+            raise KnownError(
+                f"{where} is longer than {LONGEST_LINE >> 20} MiB: not JSON Lines? Text goes into a .txt"
+            )
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8", "surrogateescape"))  # `_encodable` finds what is no UTF-8
+        except (ValueError, RecursionError) as error:
+            raise KnownError(f"{where} is not valid JSON: {error}") from None
+        if not isinstance(row, dict) or column not in row:
+            has = (
+                f"the keys {', '.join(map(str, row))}" if isinstance(row, dict) else f"a {type(row).__name__}"
+            )
+            raise KnownError(
+                f"{where} has no {column!r}, but {has}; name the one with the text: --text-column"
+            )
+        yield number, _text(row[column], where, column)
+
+
+def _parquet_rows(source: Source, file: io.BufferedIOBase, column: str) -> Iterator[tuple[int, str]]:
+    _needed("pyarrow", source.path)
+    from pyarrow import parquet
+
+    with tempfile.TemporaryFile() as whole:
+        seekable: io.BufferedIOBase = file
+        if not source.path.name.lower().endswith(".parquet"):  # a table is read from its end
+            while data := file.read(CHUNK):
+                whole.write(data)
+            whole.seek(0)
+            seekable = whole
+        table, number = parquet.ParquetFile(seekable), 0
+        names = table.schema_arrow.names
+        if column not in names:
+            raise KnownError(
+                f"{source.path} has no column {column!r}, but {', '.join(names)}; name the one with the text: --text-column"
+            )
+        for batch in table.iter_batches(batch_size=256, columns=[column]):
+            for text in batch.column(0).to_pylist():
+                number += 1
+                yield number, _text(text, f"{source.path}, row {number}", column)
+
+
+def _text(value: Any, where: str, column: str) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise KnownError(
+            f"{where}: {column!r} is a {type(value).__name__}, not text; name another with --text-column"
+        )
+    return value

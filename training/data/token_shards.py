@@ -1,0 +1,234 @@
+"""A corpus as token ids on disk, made once, memory-mapped after that.
+
+    tokens = make_tokens(corpus, Path("tokenizer"), Path("tokens"))
+    tokens.train.read(1000, 3049)       # (2049,) of 103,000,000 ids, through the page cache
+    tokens.train.starts()               # where documents begin: at every <|bos|>
+
+Every piece of the corpus is <|bos|> and its ids; text cannot make a <|bos|> (load_tokenizer), so the mark is the
+boundary. Shards hold about `SHARD` bytes of text each, as uint16, or uint32 for a vocabulary above 65,536:
+
+    tokens/asked.json          digests of the corpus and the tokenizer, written first
+    tokens/train-00000.npy     ids; tokens/train-00000.json counts and their SHA-256, written after it
+    tokens/tokens.json         everything, written last
+
+An interrupted run reads on from its finished shards, and the result is the same. Encoding uses all cores (the Rust side's threads;
+`RAYON_NUM_THREADS` sets how many). A folder of another tokenizer, or of a corpus that has changed, is refused.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Integer
+from numpy import ndarray as Array
+from tokenizers import Tokenizer
+
+from personatlas.persona.artifacts import atomic, digest, make_folder, read_json, write_json
+from personatlas.persona.errors import KnownError
+from personatlas.training.data.corpus import Corpus, Side
+from personatlas.training.data.documents import Piece
+from personatlas.training.data.tokenizer import BATCH, BOS, batches, encode, load_tokenizer
+
+SHARD = 1 << 26  # bytes of text
+FORMAT = 1
+SIDES: tuple[Side, ...] = ("train", "held-out")
+
+
+@dataclass(frozen=True)
+class Stream:
+    """All tokens of one side, one after the other over its shards."""
+
+    shards: tuple[Array, ...]
+    bos: int
+    documents: int
+    bytes: int
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    @cached_property
+    def _ends(self) -> Array:
+        return np.cumsum([len(shard) for shard in self.shards])
+
+    def read(self, start: int, stop: int) -> Integer[Array, "T"]:
+        """Ids [start, stop), 0 <= start <= stop <= len(self), as int64: torch has no uint16 indices."""
+        if not 0 <= start <= stop <= len(self):
+            raise ValueError(f"tokens {start} to {stop} of a stream of {len(self)}")
+        parts, shard = [np.empty(0, np.int64)], int(np.searchsorted(self._ends, start, side="right"))
+        while start < stop:
+            before = int(self._ends[shard - 1]) if shard else 0
+            end = min(stop, int(self._ends[shard]))
+            parts.append(self.shards[shard][start - before : end - before].astype(np.int64))
+            start, shard = end, shard + 1
+        return np.concatenate(parts)
+
+    def starts(self) -> Integer[Array, "N"]:
+        """Where each document (or piece of one) begins."""
+        before = np.concatenate([[0], self._ends[:-1]])
+        return np.concatenate(
+            [np.flatnonzero(shard == self.bos) + b for shard, b in zip(self.shards, before, strict=True)]
+        )
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A tokenised corpus. Make it with `make_tokens`, read it with `open_tokens`."""
+
+    train: Stream
+    held_out: Stream
+    corpus: str
+    tokenizer: str
+    vocabulary: int
+
+
+def make_tokens(
+    corpus: Corpus, tokenizer_folder: Path, folder: Path, *, shard: int = SHARD, quiet: bool = False
+) -> Tokens:
+    """Tokenise both sides, or go on where an interrupted run stopped, or read what is finished.
+
+    Raises `KnownError` if the folder holds tokens of another corpus or tokenizer, and for a corpus without text.
+    """
+    tokenizer = load_tokenizer(tokenizer_folder)
+    asked = {
+        "corpus": corpus.digest,
+        "tokenizer": digest(tokenizer_folder / "tokenizer.json"),
+        "shard": shard,
+        "format": FORMAT,
+    }
+    _claim(folder, asked)
+    if not (folder / "tokens.json").is_file():
+        _write_shards(corpus, tokenizer, folder, asked, quiet)
+    return open_tokens(folder, tokenizer_folder)
+
+
+def open_tokens(folder: Path, tokenizer_folder: Path | None = None) -> Tokens:
+    """Memory-map finished tokens. With a tokenizer, `KnownError` if they are not its own."""
+    path = folder / "tokens.json"
+    if not path.is_file():
+        raise KnownError(
+            f"{folder} holds no finished tokens (tokens.json); make them again, finished shards are kept"
+        )
+    record = read_json(path)
+    if not isinstance(record, dict) or record.get("kind") != "tokens" or record.get("format") != FORMAT:
+        raise KnownError(f"{path} is not the record of tokens that this version reads")
+    if tokenizer_folder is not None and digest(tokenizer_folder / "tokenizer.json") != record["tokenizer"]:
+        raise KnownError(
+            f"{folder} holds tokens of another tokenizer than {tokenizer_folder}; choose another folder"
+        )
+    train, held_out = (_stream(folder, record, side) for side in SIDES)
+    return Tokens(train, held_out, record["corpus"], record["tokenizer"], record["vocabulary"])
+
+
+def verify(folder: Path) -> None:
+    """Read every shard. Raises `KnownError` for one whose bytes have changed."""
+    record = read_json(folder / "tokens.json")
+    for side in SIDES:
+        for number, shard in enumerate(record[side]):
+            path = folder / f"{side}-{number:05}.npy"
+            if digest(path) != shard["sha256"]:
+                raise KnownError(f"{path} has changed since it was made; remove {folder} and make it again")
+
+
+def _claim(folder: Path, asked: dict[str, Any]) -> None:
+    path = folder / "asked.json"
+    if not path.is_file():
+        if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+            raise KnownError(f"{folder} is there and holds no tokens; choose another folder")
+        make_folder(folder, "--tokens")
+        write_json(path, asked)
+        return
+    before = read_json(path)
+    changed = [
+        name for name, value in asked.items() if not isinstance(before, dict) or before.get(name) != value
+    ]
+    if changed:
+        what = {"corpus": "another corpus, or files of it have changed", "tokenizer": "another tokenizer"}
+        reasons = "; ".join(what.get(name, f"another {name}") for name in changed)
+        raise KnownError(f"{folder} holds tokens of {reasons}; choose another folder")
+
+
+def _stream(folder: Path, record: dict[str, Any], side: Side) -> Stream:
+    shards = []
+    for number, known in enumerate(record[side]):
+        path = folder / f"{side}-{number:05}.npy"
+        try:
+            shard = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise KnownError(f"{path} cannot be read: {error}; remove {folder} and make it again") from None
+        if shard.shape != (known["tokens"],) or str(shard.dtype) != record["dtype"]:
+            raise KnownError(
+                f"{path} has {shard.shape} {shard.dtype}, not what tokens.json says; make it again"
+            )
+        shards.append(shard)
+    documents, size = (sum(known[name] for known in record[side]) for name in ("documents", "bytes"))
+    return Stream(tuple(shards), record["bos"], documents, size)
+
+
+# Making
+
+
+def _write_shards(
+    corpus: Corpus, tokenizer: Tokenizer, folder: Path, asked: dict[str, Any], quiet: bool
+) -> None:
+    size = tokenizer.get_vocab_size()
+    kind = np.dtype(np.uint16 if size <= 1 << 16 else np.uint32)
+    found: dict[Side, list[dict[str, Any]]] = {side: [] for side in SIDES}
+    for side, pieces in _groups(corpus, asked["shard"], quiet):
+        found[side].append(_shard(tokenizer, pieces, folder / f"{side}-{len(found[side]):05}", kind))
+    for side in SIDES:
+        if not found[side]:
+            raise KnownError(
+                f"the corpus has no {side} text; change --held-share or name texts with --held-out PATH"
+            )
+    record = {
+        **asked,
+        "kind": "tokens",
+        "vocabulary": size,
+        "dtype": str(kind),
+        "bos": tokenizer.token_to_id(BOS),
+    }
+    write_json(folder / "tokens.json", {**record, **found})
+
+
+def _groups(corpus: Corpus, limit: int, quiet: bool) -> Iterator[tuple[Side, list[Piece]]]:
+    """Pieces for one shard: as many as reach `limit` bytes. Always the same for the same corpus."""
+    waiting: dict[Side, list[Piece]] = {side: [] for side in SIDES}
+    sizes: dict[Side, int] = dict.fromkeys(SIDES, 0)
+    for piece in corpus.pieces(quiet=quiet):
+        side: Side = "held-out" if corpus.holds_out(piece) else "train"
+        waiting[side].append(piece)
+        sizes[side] += len(piece.text.encode())
+        if sizes[side] >= limit:
+            yield side, waiting[side]
+            waiting[side], sizes[side] = [], 0
+    for side in SIDES:
+        if waiting[side]:
+            yield side, waiting[side]
+
+
+def _shard(tokenizer: Tokenizer, pieces: list[Piece], stem: Path, kind: np.dtype) -> dict[str, Any]:
+    """Encode and write one shard, unless it was finished before."""
+    path, record_path = stem.with_suffix(".npy"), stem.with_suffix(".json")
+    if record_path.is_file() and path.is_file():
+        known = read_json(record_path)
+        if isinstance(known, dict) and digest(path) == known.get("sha256"):
+            return known
+    bos = tokenizer.token_to_id(BOS)
+    parts = [
+        np.array([bos, *ids], dtype=kind)
+        for batch in batches(pieces, BATCH)
+        for ids in encode(tokenizer, [piece.text for piece in batch])
+    ]
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        np.save(file, np.concatenate(parts), allow_pickle=False)
+    record = {
+        "tokens": sum(map(len, parts)),
+        "documents": len(parts),
+        "bytes": sum(len(piece.text.encode()) for piece in pieces),
+        "sha256": digest(path),
+    }
+    write_json(record_path, record)
+    return record

@@ -1,0 +1,345 @@
+"""A byte-level BPE of one's own: trained, checked on held-out text, and saved as any Hugging Face tokenizer is.
+
+    make_tokenizer(corpus, Path("tokenizer"), vocabulary=32_768)
+    AutoTokenizer.from_pretrained("tokenizer")              # with a chat template that marks the assistant's tokens
+    load_tokenizer(Path("tokenizer")).encode(text)          # for corpora: markup in a text is text, never a special token
+
+Training is Hugging Face's Rust trainer, fed piece by piece. Text is parted into words first, by `PATTERN`, and no token
+crosses two words. The pattern parts any text as Llama 3's does (200,000 random strings agreed), a word that is a token is
+that token (`ignore_merges`), and a text by itself starts with <|bos|>: what llama.cpp knows by the name `llama-bpe`, so a GGUF
+of our models needs no new code there, only that name.
+"""
+
+import hashlib
+import json
+import secrets
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from personatlas.persona.artifacts import digest, make_folder, read_json, write_json
+from personatlas.persona.errors import KnownError
+from personatlas.persona.progress import say
+from personatlas.training.data.corpus import Corpus
+from personatlas.training.data.documents import Piece
+
+Item = TypeVar("Item")
+BOS, START, END, PAD = "<|bos|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
+SPECIAL = (BOS, START, END, PAD)  # ids 0 to 3
+BYTES = 256
+VOCABULARY = 32_768  # tokens, unless others are asked for
+LARGEST = 1 << 20
+SAMPLE = 1_000_000_000  # bytes; counts of words hardly change after that
+CHECKED = 1 << 26  # bytes of held-out text that are read back
+# Characters without a blank after which the trainer is given a new text: its time grows with the square of a word's length
+# (1 MB of letters without a blank: 20 s for 140 merges). No token that is worth having is longer.
+WORD = 256
+WORDLESS = (
+    1 << 25
+)  # characters of such text that it is given at most: every distinct word is kept, at 80 bytes a character
+BATCH = 64  # pieces encoded at once, over all cores
+
+# How text is parted into words. Alternatives are tried from left to right.
+PATTERN = "|".join(
+    (
+        r"'(?i:[sdmt]|ll|re|ve)",  # the end of he's, I'd, we'll
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",  # letters, with the blank or the one sign before them
+        r"\p{N}{1,3}",  # digits by three: longer numbers would fill the vocabulary with themselves
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",  # signs, with the blank before and the line's end after them
+        r"\s*[\r\n]+",  # ends of lines, with the blanks that lead to them
+        r"\s+(?!\S)",  # blanks but for the last one, which belongs to the word that follows
+        r"\s+",
+    )
+)
+
+# The assistant's words and their end are marked: they, and nothing else, are what chat tuning learns.
+TEMPLATE = """\
+{{- bos_token }}
+{%- for message in messages %}
+    {%- if message['role'] == 'assistant' %}
+        {{- '<|im_start|>assistant\\n' }}
+        {%- generation %}{{- message['content'] + '<|im_end|>' }}{%- endgeneration %}
+        {{- '\\n' }}
+    {%- elif message['role'] in ('system', 'user') %}
+        {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
+    {%- else %}
+        {{- raise_exception('the roles are system, user and assistant, not ' + message['role']) }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+
+
+@dataclass(frozen=True)
+class Compression:
+    """How a tokenizer does on texts that it was not trained on; every one of them came back exactly."""
+
+    documents: int
+    bytes: int
+    tokens: int
+    bytes_per_token: float
+    interval: tuple[float, float] | None
+    "95%, documents drawn again; None for a single document"
+
+
+def make_tokenizer(
+    corpus: Corpus, out: Path, *, vocabulary: int, sample: int = SAMPLE, quiet: bool = False
+) -> dict[str, Any]:
+    """Train, check and save; what is there already from the same corpus and settings is taken as it is.
+
+    Returns the record, `training.json`. Raises `KnownError` for a vocabulary that cannot be had and for a folder that
+    holds something else.
+    """
+    require_vocabulary(vocabulary)
+    if sample < 1:
+        raise KnownError(f"--sample {sample}: give how many bytes of text to train on, 1 or more")
+    asked = {"corpus": corpus.digest, "vocabulary": vocabulary, "sample": sample}
+    made = _made_before(out, asked)
+    if made is not None:
+        return made
+    make_folder(out.absolute().parent, "--out")
+    scan = corpus.scan(quiet=quiet)
+    if not quiet:
+        say(f"training on {min(sample, scan.train.bytes) / 1e6:,.1f} of {scan.train.bytes / 1e6:,.1f} MB")
+    left_out: Counter[str] = Counter()
+    tokenizer = train_tokenizer(corpus.sample(scan, sample), vocabulary, left_out)
+    if left_out and not quiet:
+        say(
+            f"note: {left_out['characters']:,} characters in stretches of {WORD} without a blank were not trained on"
+        )
+    found = compression(tokenizer, corpus.pieces("held-out"), corpus.unit)
+    return _save(
+        tokenizer,
+        out,
+        {"asked": asked, "scan": scan.record(), "left_out": dict(left_out), "held_out": asdict(found)},
+    )
+
+
+def require_vocabulary(vocabulary: int) -> None:
+    """`KnownError` unless the bytes, the special tokens and at least one merge fit."""
+    least = BYTES + len(SPECIAL) + 1
+    if not least <= vocabulary <= LARGEST:
+        raise KnownError(
+            f"--vocabulary {vocabulary} is not in {least}..{LARGEST}: {BYTES} bytes and {len(SPECIAL)} special tokens are always in it"
+        )
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int, left_out: Counter[str] | None = None) -> Tokenizer:
+    """A byte-level BPE with exactly `vocabulary` tokens. Raises `KnownError` if the texts do not have so many.
+
+    `left_out` is told what `short_words` leaves out.
+    """
+    left_out = Counter() if left_out is None else left_out
+    tokenizer = Tokenizer(models.BPE(ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        min_frequency=2,  # a pair that is met once is not worth a token
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.encode_special_tokens = True
+    tokenizer.train_from_iterator(batches(short_words(texts, left_out), BATCH), trainer)
+    size = tokenizer.get_vocab_size()
+    if size < vocabulary:
+        raise KnownError(
+            f"the training text has pairs for {size} tokens only, not for {vocabulary}; give --vocabulary {size} or more text"
+        )
+    # A text that is tokenised by itself starts a document; chat templates write the mark themselves.
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B:1", special_tokens=[(BOS, SPECIAL.index(BOS))]
+    )
+    return tokenizer
+
+
+def short_words(texts: Iterable[str], left_out: Counter[str], most: int = WORDLESS) -> Iterator[str]:
+    """The texts, cut after `WORD` characters without a blank (counted from multiples of `WORD`).
+
+    Of what is cut off so, `most` characters are given and the rest is left out and counted, as "characters".
+    """
+    for text in texts:
+        start = 0
+        for stop in range(WORD, len(text), WORD):
+            block = text[stop - WORD : stop]
+            if " " in block or any(map(str.isspace, block)):
+                continue
+            if most >= WORD:
+                yield text[start:stop]
+                most -= WORD
+            else:
+                yield text[start : stop - WORD]
+                left_out["characters"] += WORD
+            start = stop
+        yield text[start:]
+
+
+def compression(
+    tokenizer: Tokenizer, pieces: Iterable[Piece], unit: Callable[[Piece], str], most: int = CHECKED
+) -> Compression:
+    """Bytes per token over pieces, up to `most` bytes; `unit` names a piece's document.
+
+    Raises `KnownError` if a piece does not come back as it was.
+    """
+    sizes: dict[str, list[int]] = {}  # of each document: bytes, tokens
+    read = 0
+    for batch in batches(pieces, BATCH):
+        encoded = encode(tokenizer, [piece.text for piece in batch])
+        decoded = tokenizer.decode_batch(encoded, skip_special_tokens=False)
+        for piece, ids, back in zip(batch, encoded, decoded, strict=True):
+            if back != piece.text:
+                raise KnownError(_difference(piece, back))
+            size = sizes.setdefault(unit(piece), [0, 0])
+            size[0] += len(piece.text.encode())
+            size[1] += len(ids)
+            read += len(piece.text.encode())
+        if read >= most:
+            break
+    if not read:
+        raise KnownError("there is no held-out text to check the tokenizer on")
+    table = np.array(list(sizes.values()))  # (documents, 2)
+    total = table.sum(0)
+    return Compression(
+        len(table), int(total[0]), int(total[1]), round(float(total[0] / total[1]), 4), _interval(table)
+    )
+
+
+def _interval(table: np.ndarray, draws: int = 1000) -> tuple[float, float] | None:
+    """95% of the ratio of sums, documents drawn with replacement."""
+    if len(table) < 2:
+        return None
+    drawn = (
+        np.random.default_rng(0).multinomial(len(table), np.full(len(table), 1 / len(table)), draws) @ table
+    )
+    low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975])
+    return round(float(low), 4), round(float(high), 4)
+
+
+def _difference(piece: Piece, back: str) -> str:
+    pairs = zip(piece.text, back, strict=False)
+    at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(piece.text), len(back)))
+    return (
+        f"the tokenizer does not give back {piece.document} (piece {piece.number}): at character {at} "
+        f"{piece.text[at : at + 20]!r} became {back[at : at + 20]!r}; it cannot be used"
+    )
+
+
+def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Lists of `size`, the last one shorter."""
+    rest = iter(items)
+    while batch := list(islice(rest, size)):
+        yield batch
+
+
+# Using one
+
+
+def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """Ids of texts, without the document's mark; over all cores."""
+    return [found.ids for found in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """A tokenizer for corpora, in which markup such as <|im_end|> is text. Raises `KnownError` if it is not one of ours.
+
+    `AutoTokenizer.from_pretrained(folder)` is for conversations: there the markup of the template is meant.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise KnownError(
+            f"{folder} holds no tokenizer.json; make one: personatlas train tokenizer --out {folder}"
+        )
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # noqa: BLE001 (the Rust side raises Exception itself)
+        raise KnownError(f"{path} cannot be read: {error}") from None
+    if tokenizer.token_to_id(BOS) is None:
+        raise KnownError(
+            f"{path} has no token {BOS}, which starts every document; use one of `personatlas train tokenizer`"
+        )
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
+    """How many bytes of text each id stands for, (V,) int64; 0 for the special tokens: what bits per byte divide by."""
+    special = tokenizer.get_added_tokens_decoder()
+    names = [tokenizer.id_to_token(id) for id in range(tokenizer.get_vocab_size())]
+    # in the vocabulary a byte is one printable character
+    return np.array(
+        [0 if id in special else len(name or "") for id, name in enumerate(names)], dtype=np.int64
+    )
+
+
+# Files
+
+
+def _made_before(out: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+    record_path, path = out / "training.json", out / "tokenizer.json"
+    if not record_path.is_file():
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise KnownError(f"--out {out} is there and was not made here; choose another folder")
+        return None
+    record = read_json(record_path)
+    if not isinstance(record, dict) or record.get("kind") != "tokenizer":
+        raise KnownError(f"{record_path} is not the record of a tokenizer; choose another --out")
+    before = record.get("asked") or {}
+    changed = [name for name, value in asked.items() if before.get(name) != value]
+    if changed:
+        raise KnownError(
+            f"--out {out} holds a tokenizer of another {' and '.join(changed)}; choose another folder"
+        )
+    if not path.is_file() or digest(path) != record.get("sha256"):
+        raise KnownError(
+            f"{path} is not the one that training.json tells of: damaged or replaced; remove the folder"
+        )
+    return record
+
+
+def _save(tokenizer: Tokenizer, out: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """The whole folder at once: it is written beside its place and renamed."""
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": END,
+        "pad_token": PAD,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    text = tokenizer.to_str(pretty=True)
+    full = {
+        "kind": "tokenizer",
+        "format": 1,
+        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "special": {name: id for id, name in enumerate(SPECIAL)},
+        "tokenizers": version("tokenizers"),
+        **json.loads(json.dumps(record)),  # as it will be read back
+    }
+    temporary = out.with_name(f".{out.name}.{secrets.token_hex(6)}")
+    temporary.mkdir()
+    try:
+        (temporary / "tokenizer.json").write_text(text, encoding="utf-8")
+        (temporary / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+        write_json(temporary / "tokenizer_config.json", config)
+        write_json(temporary / "training.json", full)
+        temporary.rename(out)  # an empty folder in its place is replaced
+    finally:
+        if temporary.exists():
+            shutil.rmtree(temporary)
+    return full

@@ -1,0 +1,53 @@
+"""The processes of a training run and the device of each: torchrun gives their places, NCCL or gloo carries what they share."""
+
+import torch
+from torch import Tensor
+
+from personatlas.persona.distributed import PATIENCE, Ranks
+from personatlas.persona.errors import KnownError
+
+
+def join(ranks: Ranks, device: str | None = None) -> torch.device:
+    """This process's device: its own GPU if there is one; with several processes they are made one group.
+
+    Raises `KnownError` for another device than cuda or cpu, and where a host has fewer GPUs than processes.
+    """
+    if device not in (None, "cuda", "cpu"):
+        raise KnownError(
+            f"--device {device} is not cuda or cpu; CUDA_VISIBLE_DEVICES says which GPUs there are"
+        )
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            raise KnownError("--device cuda: this machine has no GPU that torch can use; try --device cpu")
+        if ranks.local >= torch.cuda.device_count():
+            raise KnownError(
+                f"process {ranks.local} of this host has no GPU of its own: there are {torch.cuda.device_count()}; "
+                "give torchrun --nproc-per-node as many"
+            )
+        chosen = torch.device("cuda", ranks.local)
+        torch.cuda.set_device(chosen)
+    if ranks.world > 1:
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            if chosen.type == "cuda":
+                dist.init_process_group("cpu:gloo,cuda:nccl", device_id=chosen)
+            else:
+                dist.init_process_group("gloo", timeout=PATIENCE)
+    return chosen
+
+
+def summed(x: Tensor, ranks: Ranks) -> Tensor:
+    """x, in place the sum of all ranks' x."""
+    if ranks.world > 1:
+        import torch.distributed as dist
+
+        dist.all_reduce(x)
+    return x
+
+
+def wait_for(device: torch.device) -> None:
+    """Until the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

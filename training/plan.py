@@ -1,0 +1,401 @@
+"""One dial: everything about a training run derived from its depth and, if asked, from its tokens or its minutes.
+
+    plan = plan_of(12, minutes=3.05, chip=CHIPS["h200"])
+    plan.shape.width, plan.tokens, plan.batch, plan.steps, plan.matrix_rate
+
+Each rule is a function with its reason. What came from elsewhere says from where; what nobody has measured here says so.
+FLOPs a token, forward and backward, are counted as nanochat counts them: 6 for each parameter in the blocks' matrices and
+the head (the embedding is a lookup), and 12 · depth · heads · head width · context for attention, causal or not.
+
+Which processor a run is on.
+"""
+
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import torch
+
+from personatlas.persona.errors import KnownError
+from personatlas.training.model.config import Shape, piece_of_loss
+from personatlas.training.optim.schedule import (
+    Rates,
+    decay_for,
+    embedding_rate_for,
+    gain_rate_for,
+    head_rate_for,
+    matrix_rate_for,
+    momentum_at,
+    second_for,
+    warmup_for,
+    weight_decay_for,
+)
+
+DEPTHS = range(1, 49)  # 5 B parameters at 48: more than fits where every GPU holds all weights
+TOKENS_A_PARAMETER = 20  # Hoffmann et al. 2022 ("Chinchilla"), here on matrix parameters
+BYTES_A_TOKEN = 4.3  # of English at a vocabulary of 32,768: 443 MB of 19th-century books are 103 M tokens
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A processor: dense peak in FLOP/s of the dtype that it trains in, memory in bytes, rough rent in dollars an hour."""
+
+    name: str
+    peak: float
+    memory: float
+    price: float
+    bytes: int = 2
+
+
+CHIPS = {
+    # vendors' dense bf16 peaks; rents are rough on-demand figures of 2026, which --price replaces
+    "h100": Chip("h100", 989e12, 80e9, 3.0),
+    "h200": Chip("h200", 989e12, 141e9, 3.8),
+    "a100": Chip("a100", 312e12, 80e9, 1.8),
+    "4090": Chip("4090", 165e12, 24e9, 0.45),
+    # two cores of an AVX-512 server, fp32: a product of 1024 x 768 x 2048 ran at 83 GFLOP/s a core
+    "cpu": Chip("cpu", 166e9, 8e9, 0.0, 4),
+}
+
+
+def head_width_at(depth: int) -> int:
+    """128 from depth 8 on, else 64.
+
+    A head of 128 fills the tensor cores' tiles and halves the exponentials for the same products. Below depth 8 it would
+    leave fewer than 4 heads to look at different things.
+    """
+    return 128 if depth >= 8 else 64
+
+
+def width_at(depth: int) -> int:
+    """64 a layer, rounded up to whole heads: one aspect ratio, as in nanochat, so that one number sets the size."""
+    head = head_width_at(depth)
+    return -(-64 * depth // head) * head
+
+
+def kv_heads_for(heads: int) -> int:
+    """Two heads of queries share one of keys and values if they can: half the cache when served.
+
+    Not fewer: halved, these matrices are 1/11 of a block, and a quarter of the heads would save only 1/22 more. What it
+    costs in bits per byte is not measured here.
+    """
+    return heads // 2 if heads % 2 == 0 and heads >= 4 else heads
+
+
+def inner_for(width: int) -> int:
+    """8/3 of the width, so that three matrices cost what a plain MLP's two of 4 widths do (Shazeer 2020); in whole 128s."""
+    return -(-8 * width // (3 * 128)) * 128
+
+
+def context_at(depth: int) -> int:
+    """2,048 tokens; shallow models, which a laptop trains, get less: a power of two of at least 128 a layer, at least 256."""
+    return min(2048, max(256, 2 ** math.ceil(math.log2(128 * depth))))
+
+
+def shape_at(depth: int, vocabulary: int = 32_768, context: int | None = None) -> Shape:
+    """The model of a depth. Raises `KnownError` for a depth or sizes that make none."""
+    if depth not in DEPTHS:
+        raise KnownError(f"--depth {depth} is not one of {DEPTHS[0]}..{DEPTHS[-1]}")
+    if vocabulary < 257:
+        raise KnownError(
+            f"--vocabulary {vocabulary}: a byte-level tokenizer has the 256 bytes and an end at least (257)"
+        )
+    if context is not None and context < 2:
+        raise KnownError(f"--context {context}: at least 2 tokens are needed to predict one from another")
+    width, head = width_at(depth), head_width_at(depth)
+    heads = width // head
+    kv_heads, inner = kv_heads_for(heads), inner_for(width)
+    return Shape(vocabulary, depth, width, heads, kv_heads, head, inner, context or context_at(depth))
+
+
+def optimal_tokens(shape: Shape) -> int:
+    """The horizon at which a FLOP is best spent, 20 tokens a matrix parameter (Hoffmann et al. 2022)."""
+    return TOKENS_A_PARAMETER * shape.matrix_parameters
+
+
+def critical_batch(horizon: int) -> float:
+    """Tokens in a batch: 158,000 · (horizon / 1e9)^0.383, and never more than a 400th of the horizon.
+
+    The batch that can grow without costing tokens, the critical batch, grows with the horizon and hardly with the model
+    (Zhang et al. 2024); the exponent is the fit of Bergsma et al. 2025 ("Power Lines"), which gives AdamW 175,000 at 1e9.
+    Measured here with Muon at depth 12: at 9e7 tokens 32,768 and 65,536 do as well as each other, at 2e7 65,536 does
+    better than 131,072 by 0.07 bits per byte. Smaller than that a GPU waits for the optimizer.
+    """
+    return min(158_000 * (horizon / 1e9) ** 0.383, horizon / 400)
+
+
+def batch_for(tokens: int, context: int, gpus: int = 1) -> int:
+    """The critical batch in whole multiples of 8 sequences and of the GPUs."""
+    unit = context * math.lcm(8, gpus)
+    return max(1, round(critical_batch(tokens) / unit)) * unit
+
+
+def flops_a_token(shape: Shape) -> int:
+    """Forward and backward, as counted at the top; recomputation does not count."""
+    products = 6 * (shape.matrix_parameters + shape.embedding_parameters)
+    return products + 12 * shape.depth * shape.heads * shape.head_width * shape.context
+
+
+def utilisation(tokens_a_second: float, shape: Shape, chip: Chip, gpus: int = 1) -> float:
+    """Model-FLOPs utilisation: the share of the chips' dense peak that a speed amounts to."""
+    return tokens_a_second * flops_a_token(shape) / (chip.peak * gpus)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one chip, by what they hold; an estimate, on the high side for a compiled model."""
+
+    weights: int
+    "fp32 masters"
+    gradients: int
+    "fp32"
+    optimizer: int
+    "Muon's momentum, and two moments for all else; spread over the GPUs"
+    activations: int
+    "what the backward pass needs, and the matrices in the dtype of the products"
+    logits: int
+    "one piece of the loss, its gradient, and the gradient of the head, twice while pieces of it are added"
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+
+def memory_for(shape: Shape, sequences: int, *, checkpointing: bool, bytes: int = 2, gpus: int = 1) -> Memory:
+    """What a micro-batch of some sequences needs on each of some GPUs."""
+    tokens = sequences * shape.context
+    queries, keys = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
+    # both residuals, both normed; queries raw, turned, and out; keys raw and turned, values; gate, up and their product
+    inside = (
+        tokens * bytes * (4 * shape.width + 3 * queries + 3 * keys + 3 * shape.inner)
+        + 4 * tokens * shape.heads
+    )
+    kept = shape.depth * tokens * bytes * shape.width + inside if checkpointing else shape.depth * inside
+    compiled = bytes < 4  # on a GPU, all of which train in bf16
+    # fp32 logits and their gradient; what is not compiled holds some more of their size on the way
+    piece, logit = piece_of_loss(shape.vocabulary, compiled=compiled), 4 + bytes if compiled else 22
+    copies = bytes * (shape.matrix_parameters + shape.embedding_parameters) if compiled else 0
+    other = shape.parameters - shape.matrix_parameters
+    return Memory(
+        weights=4 * shape.parameters,
+        gradients=4 * shape.parameters,
+        optimizer=-(-4 * (shape.matrix_parameters + 2 * other) // gpus),
+        activations=kept + 2 * tokens * bytes * shape.width + copies,
+        logits=min(tokens, piece) * shape.vocabulary * logit + 8 * shape.embedding_parameters,
+    )
+
+
+def micro_batch_for(shape: Shape, share: int, chip: Chip, gpus: int) -> tuple[int, bool, bool]:
+    """Sequences at once, whether to checkpoint, and whether it fits: the largest divisor of a GPU's share within 80% of
+    its memory, without checkpointing if even one sequence fits so, since that costs a third more computation."""
+    divisors = [n for n in range(share, 0, -1) if share % n == 0]
+    for checkpointing in (False, True):
+        for sequences in divisors:
+            need = memory_for(shape, sequences, checkpointing=checkpointing, bytes=chip.bytes, gpus=gpus)
+            if need.total <= 0.8 * chip.memory:
+                return sequences, checkpointing, True
+    return 1, True, False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A training run. Build it with `plan_of`. Tokens are whole batches; rates are the highest of the schedule."""
+
+    shape: Shape
+    horizon: str
+    tokens: int
+    batch: int
+    steps: int
+    warmup: int
+    decay: int
+    matrix_rate: float
+    embedding_rate: float
+    head_rate: float
+    gain_rate: float
+    weight_decay: float
+    second: float
+    chip: Chip
+    gpus: int
+    tokens_a_second: float
+    micro_batch: int
+    checkpointing: bool
+    fits: bool
+
+    @staticmethod
+    def from_json(record: dict[str, Any]) -> "Plan":
+        """The plan that `to_json` wrote. `KnownError` for a record of another version."""
+        missing = [field.name for field in fields(Plan) if field.name not in record]
+        if missing:
+            raise KnownError(
+                f"the run's plan does not say {missing[0]}: another version wrote it; choose another folder"
+            )
+        known = {field.name: record[field.name] for field in fields(Plan)}
+        return Plan(**{**known, "shape": Shape(**known["shape"]), "chip": Chip(**known["chip"])})
+
+    def scaled(self, factor: float) -> "Plan":
+        """All rates times a factor."""
+        names = ("matrix_rate", "embedding_rate", "head_rate", "gain_rate")
+        return replace(self, **{name: factor * getattr(self, name) for name in names})
+
+    def rate_at(self, step: int) -> float:
+        """What multiplies every rate at a step, 0-based: up in a line, flat, and down in a line; never 0, never above 1."""
+        up = (step + 1) / self.warmup
+        down = (self.steps - step) / self.decay
+        return max(0.0, min(1.0, up, down))
+
+    def rates_at(self, step: int) -> Rates:
+        """All of what a step goes by."""
+        share = self.rate_at(step)
+        return Rates(
+            matrix=share * self.matrix_rate,
+            embedding=share * self.embedding_rate,
+            head=share * self.head_rate,
+            gain=share * self.gain_rate,
+            decay=self.weight_decay,
+            momentum=momentum_at(step, self.steps),
+            second=self.second,
+        )
+
+    @property
+    def memory(self) -> Memory:
+        """Bytes on one chip."""
+        return memory_for(
+            self.shape,
+            self.micro_batch,
+            checkpointing=self.checkpointing,
+            bytes=self.chip.bytes,
+            gpus=self.gpus,
+        )
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of one GPU in one step."""
+        return self.batch // (self.shape.context * self.micro_batch * self.gpus)
+
+    @property
+    def seconds(self) -> float:
+        """Of training alone: start-up, compilation and evaluation come on top."""
+        return self.tokens / self.tokens_a_second
+
+    @property
+    def cost(self) -> float:
+        """Dollars."""
+        return self.seconds / 3600 * self.gpus * self.chip.price
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, derived ones too."""
+        counts = {
+            "matrix": self.shape.matrix_parameters,
+            "embedding": self.shape.embedding_parameters,
+            "head": self.shape.embedding_parameters,
+            "gains": self.shape.norm_parameters,
+            "all": self.shape.parameters,
+        }
+        return {
+            **asdict(self),
+            "parameters": counts,
+            "flops_a_token": flops_a_token(self.shape),
+            "utilisation": utilisation(self.tokens_a_second, self.shape, self.chip, self.gpus),
+            "memory": {**asdict(self.memory), "total": self.memory.total},
+            "accumulation": self.accumulation,
+            "seconds": self.seconds,
+            "cost": self.cost,
+        }
+
+
+def plan_of(
+    depth: int,
+    *,
+    vocabulary: int = 32_768,
+    context: int | None = None,
+    tokens: int | None = None,
+    minutes: float | None = None,
+    chip: Chip = CHIPS["h100"],
+    gpus: int = 1,
+    share_of_peak: float = 0.45,
+    speed: float | None = None,
+    batch: int | None = None,
+) -> Plan:
+    """Derive a run: for the compute-optimal horizon, or for `tokens`, or for what `minutes` hold at a share of the peak.
+
+    `speed` is in tokens a second of all chips, where it has been measured. Batch, steps, rates, decay and schedule follow
+    the horizon, whichever gave it; `batch` is in tokens, whole sequences for every GPU. Raises `KnownError` for what
+    makes no run.
+    """
+    shape = shape_at(depth, vocabulary, context)
+    if tokens is not None and minutes is not None:
+        raise KnownError("--tokens and --minutes both say how long to train; give one of them")
+    if not 0 < share_of_peak <= 1:
+        raise KnownError(f"--mfu {share_of_peak} is not a share of the peak (0.45 is 45%)")
+    if gpus < 1:
+        raise KnownError(f"--gpus {gpus} is below 1")
+    speed = speed or share_of_peak * chip.peak * gpus / flops_a_token(shape)
+    asked, horizon = optimal_tokens(shape), f"compute-optimal, {TOKENS_A_PARAMETER} a matrix parameter"
+    if tokens is not None:
+        asked, horizon = tokens, "as asked"
+    elif minutes is not None:
+        if not 0 < minutes < math.inf:
+            raise KnownError(f"--minutes {minutes} is no time to train in")
+        asked, horizon = int(60 * minutes * speed), f"what {minutes:g} minutes hold"
+    batch = batch_for(max(asked, 1), shape.context, gpus) if batch is None else batch
+    if batch < 1 or batch % (shape.context * gpus):
+        unit = shape.context * gpus
+        raise KnownError(f"--batch {batch}: give a multiple of {unit:,} tokens, one sequence for every GPU")
+    if asked < batch:
+        raise KnownError(
+            f"{asked:,} tokens are less than one batch of {batch:,}; train for longer, or with a shorter --context"
+        )
+    return _derived(shape, horizon, asked // batch, batch, chip, gpus, speed)
+
+
+def _derived(shape: Shape, horizon: str, steps: int, batch: int, chip: Chip, gpus: int, speed: float) -> Plan:
+    rate = matrix_rate_for(batch)
+    micro_batch, checkpointing, fits = micro_batch_for(shape, batch // (shape.context * gpus), chip, gpus)
+    return Plan(
+        shape=shape,
+        horizon=horizon,
+        tokens=steps * batch,
+        batch=batch,
+        steps=steps,
+        warmup=warmup_for(steps),
+        decay=decay_for(steps),
+        matrix_rate=rate,
+        embedding_rate=embedding_rate_for(batch),
+        head_rate=head_rate_for(batch, shape.width),
+        gain_rate=gain_rate_for(batch),
+        weight_decay=weight_decay_for(rate, steps),
+        second=second_for(batch),
+        chip=chip,
+        gpus=gpus,
+        tokens_a_second=speed,
+        micro_batch=micro_batch,
+        checkpointing=checkpointing,
+        fits=fits,
+    )
+
+
+def repeats(tokens: int, corpus: int) -> str:
+    """What a horizon does with a corpus of some tokens, said plainly (Muennighoff et al. 2023 on repeating)."""
+    times = tokens / corpus
+    if times <= 1:
+        return f"{times:.0%} of the corpus is read, once"
+    how = (
+        "nearly as good as new text"
+        if times <= 4
+        else "worth less and less"
+        if times <= 16
+        else "worth nothing any more"
+    )
+    return f"the corpus is too small: it is read {times:.1f} times ({how} by the last)"
+
+
+def chip_of(device: torch.device) -> Chip:
+    """The known processor that a device is; an unknown GPU counts as the slowest known one, with its own memory."""
+    if device.type != "cuda":
+        return CHIPS["cpu"]
+    name = torch.cuda.get_device_name(device)
+    memory = float(torch.cuda.get_device_properties(device).total_memory)
+    for key, chip in CHIPS.items():
+        if key in name.lower():
+            return replace(chip, memory=memory)
+    return replace(CHIPS["4090"], name=name, memory=memory)
