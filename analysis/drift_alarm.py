@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from personatlas.analysis.stats import wilson
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 
 FEWEST = 20  # conversations; below it a rate of one in twenty cannot be told from none
 
@@ -38,10 +38,10 @@ class Baseline:
 
 
 def baseline_of(projections: Sequence[float]) -> Baseline:
-    """The distribution of default turns. Raises `KnownError` for fewer than two, or turns that are all the same."""
+    """The distribution of default turns. Raises `UserError` for fewer than two, or turns that are all the same."""
     values = np.asarray(projections, dtype=float)
     if len(values) < 2 or not np.isfinite(values).all() or values.std() == 0:
-        raise KnownError(
+        raise UserError(
             f"{len(values)} turns of the default give no spread; at least 2 that differ are needed"
         )
     return Baseline(float(values.mean()), float(values.std(ddof=1)), len(values))
@@ -144,9 +144,9 @@ class FalseAlarms:
 
 
 def false_alarms(rule: Rule, baseline: Baseline, conversations: Sequence[Sequence[float]]) -> FalseAlarms:
-    """How often the rule is raised in conversations that do not drift. Raises `KnownError` without any."""
+    """How often the rule is raised in conversations that do not drift. Raises `UserError` without any."""
     if not conversations:
-        raise KnownError("there are no default conversations to count false alarms in")
+        raise UserError("there are no default conversations to count false alarms in")
     raised = sum(any(state.raised for state in watch(rule, baseline, one)) for one in conversations)
     return FalseAlarms(raised / len(conversations), wilson(raised, len(conversations)), len(conversations))
 
@@ -154,12 +154,12 @@ def false_alarms(rule: Rule, baseline: Baseline, conversations: Sequence[Sequenc
 def calibrated(rule: Rule, conversations: Sequence[Sequence[float]], baseline: Baseline, rate: float) -> Rule:
     """The rule with the lowest limit that at most a share `rate` of default conversations raises.
 
-    Raises `KnownError` for fewer than 20 conversations or a rate outside (0, 1).
+    Raises `UserError` for fewer than 20 conversations or a rate outside (0, 1).
     """
     if not 0 < rate < 1:
-        raise KnownError(f"a rate of false alarms of {rate} is outside 0..1")
+        raise UserError(f"a rate of false alarms of {rate} is outside 0..1")
     if len(conversations) < FEWEST:
-        raise KnownError(
+        raise UserError(
             f"{len(conversations)} default conversations; {FEWEST} are the fewest to calibrate an alarm on"
         )
     limits = np.sort(_limits(rule, conversations, baseline))

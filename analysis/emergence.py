@@ -16,27 +16,27 @@ import numpy as np
 
 from personatlas.analysis.fit.pipeline import ranked_alike
 from personatlas.persona.axis import Axis
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 
 SHOWN = 6  # roles at either end of the last checkpoint whose way is drawn
 
 
 def emergence(fits: Mapping[int, tuple[dict[str, Any], Axis]]) -> dict[str, Any]:
-    """Plain numbers by checkpoint, and every role's z in each. Raises `KnownError` for fits of fewer than two checkpoints, at
+    """Plain numbers by checkpoint, and every role's z in each. Raises `UserError` for fits of fewer than two checkpoints, at
     different layers, or of different roles."""
     steps = sorted(fits)
     if len(steps) < 2:
-        raise KnownError("an axis emerges over checkpoints: at least 2 are needed")
+        raise UserError("an axis emerges over checkpoints: at least 2 are needed")
     layer, positive = fits[steps[-1]][0]["layer"], fits[steps[-1]][0]["positive"]
     places = {step: {row["role"]: row["projection"] for row in fits[step][0]["roles"]} for step in steps}
     for step in steps:
         if fits[step][0]["layer"] != layer:
-            raise KnownError(
+            raise UserError(
                 f"the fit of step {step} is about layer {fits[step][0]['layer']}, the last one about {layer}"
             )
     shared = set.intersection(*(set(own) for own in places.values())) - {positive}
     if len(shared) < 3:
-        raise KnownError(f"the checkpoints have {len(shared)} roles in common: at least 3 are needed")
+        raise UserError(f"the checkpoints have {len(shared)} roles in common: at least 3 are needed")
     z = {step: _standardised(own, shared, positive) for step, own in places.items()}
     last = fits[steps[-1]][1].at(layer).double()
     rows = [

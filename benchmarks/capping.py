@@ -17,7 +17,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from personatlas.persona.axis import Cap, load_axis
-from personatlas.persona.models.load import Subject, load_subject
+from personatlas.persona.models.load import Model, load_model
 from personatlas.persona.runs import axis_stem
 from personatlas.persona.sampling.cuda_graph import fastest_sampler
 from personatlas.persona.sampling.sampler import Prompt, Sampling
@@ -76,38 +76,38 @@ def capped_step(model, ids, positions, cache):
     )
 
 
-def decode(subject: Subject, step: Callable, cache: StaticCache, token: torch.Tensor, steps: int) -> None:
+def decode(model: Model, step: Callable, cache: StaticCache, token: torch.Tensor, steps: int) -> None:
     for i in range(steps):
         torch.compiler.cudagraph_mark_step_begin()
-        at = torch.full((len(token), 1), PROMPT + i, device=subject.device)
-        token = step(subject.model, token, at, cache).clone()
+        at = torch.full((len(token), 1), PROMPT + i, device=model.device)
+        token = step(model.hf, token, at, cache).clone()
 
 
 @torch.no_grad()
-def compiled(subject: Subject, cap: Cap, batch: int, steps: int, repeats: int) -> None:
+def compiled(model: Model, cap: Cap, batch: int, steps: int, repeats: int) -> None:
     """Two functions, so that neither arm's compiled code can serve the other; hooks are there when the capped one is traced."""
-    ids = torch.full((batch, PROMPT), 100, device=subject.device)
+    ids = torch.full((batch, PROMPT), 100, device=model.device)
     length = PROMPT + steps + 8
 
     def arm(step: Callable) -> Callable[[], None]:
-        cache = StaticCache(config=subject.model.config, max_cache_len=length)
+        cache = StaticCache(config=model.hf.config, max_cache_len=length)
         run = torch.compile(step, fullgraph=True, dynamic=False, mode="reduce-overhead")
 
         def work() -> None:
             cache.reset()
-            first = subject.model(input_ids=ids, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
-            decode(subject, run, cache, first, steps)
+            first = model.hf(input_ids=ids, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
+            decode(model, run, cache, first, steps)
 
         return work
 
     decode_plain = arm(plain_step)
 
     def plain() -> None:
-        with held_off(subject):
+        with held_off(model):
             decode_plain()
 
     plain()
-    with steered(subject, [cap]) as held:
+    with steered(model, [cap]) as held:
         capped = arm(capped_step)
 
         def seen() -> list[int]:
@@ -130,23 +130,21 @@ def compiled(subject: Subject, cap: Cap, batch: int, steps: int, repeats: int) -
     torch.compiler.reset()
 
 
-def sampled(subject: Subject, cap: Cap, batch: int, steps: int, repeats: int) -> None:
+def sampled(model: Model, cap: Cap, batch: int, steps: int, repeats: int) -> None:
     ids = tuple(range(100, 100 + PROMPT))
     prompts = [Prompt(ids, seed) for seed in range(batch)]
-    engines = [
-        fastest_sampler(subject, frozenset(), Sampling(max_new_tokens=steps), PROMPT) for _ in range(2)
-    ]
-    with steered(subject, [cap]) as held:
+    engines = [fastest_sampler(model, frozenset(), Sampling(max_new_tokens=steps), PROMPT) for _ in range(2)]
+    with steered(model, [cap]) as held:
         list(engines[1].answers(prompts, held))
         print(f"          fired on {held.tally.share:.0%} of tokens times layers", flush=True)
 
         def capped() -> None:
             list(engines[1].answers(prompts, held))
 
-        if subject.device.type == "cuda":
-            with held_off(subject):
+        if model.device.type == "cuda":
+            with held_off(model):
                 list(engines[0].answers(prompts))  # captured without hooks
-        times = in_turn({"plain": lambda: without(subject, engines[0], prompts), "capped": capped}, repeats)
+        times = in_turn({"plain": lambda: without(model, engines[0], prompts), "capped": capped}, repeats)
         assert held.tally.seen.sum() == len(held.layers) * batch * (
             PROMPT + steps - 2
         )  # but the first and the last
@@ -156,8 +154,8 @@ def sampled(subject: Subject, cap: Cap, batch: int, steps: int, repeats: int) ->
 class held_off:
     """No hooks on the blocks inside."""
 
-    def __init__(self, subject: Subject) -> None:
-        self.blocks = subject.blocks
+    def __init__(self, model: Model) -> None:
+        self.blocks = model.blocks
 
     def __enter__(self) -> None:
         self.kept = [dict(block._forward_hooks) for block in self.blocks]
@@ -169,21 +167,21 @@ class held_off:
             block._forward_hooks.update(hooks)
 
 
-def without(subject: Subject, engine, prompts: list[Prompt]) -> None:
-    with held_off(subject):
+def without(model: Model, engine, prompts: list[Prompt]) -> None:
+    with held_off(model):
         list(engine.answers(prompts))
 
 
 @torch.no_grad()
-def hooked(subject: Subject, cap: Cap, batch: int, steps: int, repeats: int) -> None:
+def hooked(model: Model, cap: Cap, batch: int, steps: int, repeats: int) -> None:
     """What many projects do: eager decoding, and a hook that applies the formula in several torch operations."""
-    ids = torch.full((batch, PROMPT), 100, device=subject.device)
+    ids = torch.full((batch, PROMPT), 100, device=model.device)
 
     def decode() -> None:
-        cache = DynamicCache(config=subject.model.config)
+        cache = DynamicCache(config=model.hf.config)
         token = ids
         for _ in range(steps):
-            logits = subject.model(input_ids=token, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+            logits = model.hf(input_ids=token, past_key_values=cache, logits_to_keep=1).logits[:, -1]
             token = logits.argmax(-1, keepdim=True)
 
     def hook_for(vector: torch.Tensor, floor: torch.Tensor) -> Callable:
@@ -197,8 +195,8 @@ def hooked(subject: Subject, cap: Cap, batch: int, steps: int, repeats: int) -> 
 
     def capped() -> None:
         handles = [
-            subject.blocks[layer].register_forward_hook(
-                hook_for(cap.vectors[row].to(subject.device), cap.floor[row].to(subject.device))
+            model.blocks[layer].register_forward_hook(
+                hook_for(cap.vectors[row].to(model.device), cap.floor[row].to(model.device))
             )
             for row, layer in enumerate(cap.layers)
         ]
@@ -219,18 +217,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--engines", default="compiled,sampler,hooks")
     given = parser.parse_args()
-    subject = load_subject(given.model)
+    model = load_model(given.model)
     cap = cap_of(load_axis(axis_stem(given.axis)), layers_named(given.layers), 0.5)
-    print(
-        f"{subject.id} in {subject.dtype}, {len(cap.layers)} capped layers, {given.steps} steps", flush=True
-    )
+    print(f"{model.id} in {model.dtype}, {len(cap.layers)} capped layers, {given.steps} steps", flush=True)
     engines = {"compiled": compiled, "sampler": sampled, "hooks": hooked}
     for name in given.engines.split(","):
-        if name == "compiled" and subject.device.type != "cuda":
+        if name == "compiled" and model.device.type != "cuda":
             continue
         for batch in map(int, given.batches.split(",")):
             repeats = given.repeats if name != "hooks" else 3
-            engines[name](subject, cap, batch, given.steps, repeats)
+            engines[name](model, cap, batch, given.steps, repeats)
 
 
 if __name__ == "__main__":

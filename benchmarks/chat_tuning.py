@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from personatlas.persona.distributed import Ranks
+from personatlas.persona.distributed import World
 from personatlas.training.chat.mixture import ChatData, prepare
 from personatlas.training.chat.packing import ChatEncoder
 from personatlas.training.chat.plan import chat_plan, peaks_of
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--arm", action="append")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
-    parent, device = parent_of(asked.base), join(Ranks(), asked.device)
+    parent, device = parent_of(asked.base), join(World(), asked.device)
     chats = Chats(data=tuple(asked.data), per_role=asked.per_role, cut=asked.cut)
     data = prepare(chats, ChatEncoder.load(parent.folder), context=parent.shape.context, seed=0)
     print("\n".join(data.lines()), flush=True)
@@ -56,7 +56,7 @@ def main() -> None:
         if stepper is None:
             compute = torch.bfloat16 if device.type == "cuda" else torch.float32
             model = GPT(plan.shape, compute=compute, checkpointing=plan.checkpointing).to(device)
-            stepper = Stepper(model, data.source, plan, Ranks(), device)
+            stepper = Stepper(model, data.source, plan, World(), device)
         stepper.replan(plan, data.source)
         row = {"arm": text, "steps": plan.steps, "rows": data.source.rows, **measured(stepper, data, parent)}
         print(json.dumps(row), flush=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from personatlas.persona.distributed import Ranks
+from personatlas.persona.distributed import World
 from personatlas.training.bits_per_byte import fit_of
 from personatlas.training.data.batches import Batches, BooksSource
 from personatlas.training.data.token_shards import open_tokens
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     tokens = open_tokens(asked.token_folder, asked.tokenizer)
-    device, ranks = join(Ranks()), Ranks()
+    device, ranks = join(World()), World()
     lengths = torch.from_numpy(token_bytes(load_tokenizer(asked.tokenizer))).to(device)
     stepper = None
     for text in asked.arm or [""]:

@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from personatlas.persona.models.load import Subject, load_subject
+from personatlas.persona.models.load import Model, load_model
 from personatlas.persona.pipeline.record import CPU_TOKENS, GPU_MULTIPLE, GPU_TOKENS, compiled, record
 from personatlas.persona.pipeline.self_test import run_self_test
 from personatlas.persona.rollout import Rollout
@@ -43,14 +43,14 @@ def seconds(work) -> float:
 
 
 @torch.no_grad()
-def plain(subject: Subject, rollouts: list[Rollout], tokens: int) -> None:
+def plain(model: Model, rollouts: list[Rollout], tokens: int) -> None:
     lengths = [len(r.prompt_ids) + len(r.answer_ids) for r in rollouts]
     first = 0
     while first < len(rollouts):
         stop = batch_end(lengths, first, tokens)
-        multiple = GPU_MULTIPLE if subject.device.type == "cuda" else 1
-        ids = pad([r.prompt_ids + r.answer_ids for r in rollouts[first:stop]], subject.device, multiple)
-        subject.base(input_ids=ids, use_cache=False)
+        multiple = GPU_MULTIPLE if model.device.type == "cuda" else 1
+        ids = pad([r.prompt_ids + r.answer_ids for r in rollouts[first:stop]], model.device, multiple)
+        model.base(input_ids=ids, use_cache=False)
         first = stop
 
 
@@ -60,26 +60,26 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int)
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args()
-    subject = load_subject("smollm2-135m")
-    for check in run_self_test(subject):
+    model = load_model("smollm2-135m")
+    for check in run_self_test(model):
         print(
             f"{'ok' if check.passed else 'FAILED'}  {check.name}: {check.found:.3g} (allowed {check.allowed:.3g})"
         )
-    tokens = options.batch_tokens or batch_tokens(subject, CPU_TOKENS, GPU_TOKENS)
+    tokens = options.batch_tokens or batch_tokens(model, CPU_TOKENS, GPU_TOKENS)
     rollouts = made_up(options.rollouts)
     total = sum(len(r.prompt_ids) + len(r.answer_ids) for r in rollouts)
-    print(f"{subject.dtype}, {total} tokens, batches of {tokens}")
+    print(f"{model.dtype}, {total} tokens, batches of {tokens}")
 
     def recorded() -> None:
-        for _ in record(subject, rollouts, tokens=tokens, compile=False):
+        for _ in record(model, rollouts, tokens=tokens, compile=False):
             pass
 
-    for compile in (False, True) if subject.device.type == "cuda" else (False,):
-        with compiled(subject, enabled=compile):
+    for compile in (False, True) if model.device.type == "cuda" else (False,):
+        with compiled(model, enabled=compile):
             first = seconds(recorded)
-            plain(subject, rollouts, tokens)
+            plain(model, rollouts, tokens)
             times = [
-                (seconds(recorded), seconds(lambda: plain(subject, rollouts, tokens)))
+                (seconds(recorded), seconds(lambda: plain(model, rollouts, tokens)))
                 for _ in range(options.repeats)
             ]
         with_hooks, without = (statistics.median(column) for column in zip(*times, strict=True))

@@ -13,7 +13,7 @@ import time
 import torch
 
 from personatlas.persona.models.chat_template import chat_format
-from personatlas.persona.models.load import load_subject
+from personatlas.persona.models.load import load_model
 from personatlas.persona.pipeline.record import record
 from personatlas.persona.pipeline.stages import plan_rollouts
 from personatlas.persona.roles.bank import load_bank
@@ -29,15 +29,15 @@ def synchronised() -> float:
 
 @torch.no_grad()
 def generate_arm(dtype: str, prompts: list[Prompt], tokens: int, batch: int) -> float:
-    subject = load_subject("smollm2-135m", dtype=dtype)
+    model = load_model("smollm2-135m", dtype=dtype)
     start = synchronised()
     for first in range(0, len(prompts), batch):
         part = prompts[first : first + batch]
-        ids = pad([prompt.ids[::-1] for prompt in part], subject.device).flip(
+        ids = pad([prompt.ids[::-1] for prompt in part], model.device).flip(
             1
         )  # on the left, as `generate` wants it
-        mask = pad([[1] * len(prompt.ids) for prompt in part], subject.device).flip(1)
-        subject.model.generate(
+        mask = pad([[1] * len(prompt.ids) for prompt in part], model.device).flip(1)
+        model.hf.generate(
             ids,
             attention_mask=mask,
             max_new_tokens=tokens,
@@ -51,18 +51,18 @@ def generate_arm(dtype: str, prompts: list[Prompt], tokens: int, batch: int) -> 
 
 
 def own_sampler(prompts: list[Prompt], tokens: int, slots: int | None) -> Sampler:
-    subject = load_subject("smollm2-135m")
+    model = load_model("smollm2-135m")
     sampling = Sampling(max_new_tokens=tokens)
-    if subject.device.type != "cuda":
-        return Sampler(subject, frozenset(), sampling)
+    if model.device.type != "cuda":
+        return Sampler(model, frozenset(), sampling)
     from personatlas.persona.sampling.cuda_graph import GraphSampler
 
-    return GraphSampler(subject, frozenset(), sampling, slots, max(len(prompt.ids) for prompt in prompts))
+    return GraphSampler(model, frozenset(), sampling, slots, max(len(prompt.ids) for prompt in prompts))
 
 
 @torch.no_grad()
 def own_arm(sampler: Sampler, prompts: list[Prompt], chunk: int, recorded: bool) -> float:
-    subject, tokens = sampler.subject, sampler.sampling.max_new_tokens
+    model, tokens = sampler.model, sampler.sampling.max_new_tokens
     start = synchronised()
     made = []
     for first in range(0, len(prompts), chunk):
@@ -71,7 +71,7 @@ def own_arm(sampler: Sampler, prompts: list[Prompt], chunk: int, recorded: bool)
             ids = part[answer.index].ids
             made.append(Rollout(f"r/0/q/{len(made)}", (), ids, answer.ids, "", 0, "length"))
     if recorded:
-        for _ in record(subject, made):
+        for _ in record(model, made):
             pass
     return len(prompts) * tokens / (synchronised() - start)
 
@@ -87,21 +87,21 @@ def where_a_step_goes(sampler: Sampler) -> str:
     assert isinstance(sampler, GraphSampler)
     steps = sampler._steps
     assert steps is not None
-    subject, n = sampler.subject, steps.slots
-    head = subject.model.get_output_embeddings()
-    h = torch.randn(n, subject.d_model, device=subject.device, dtype=subject.dtype)
+    model, n = sampler.model, steps.slots
+    head = model.hf.get_output_embeddings()
+    h = torch.randn(n, model.d_model, device=model.device, dtype=model.dtype)
     logits, noise = head(h) * 4, steps.seeds & 0xFFFFFFFF
     layer = steps.decoder.cache.layers[0]
-    query = torch.randn(n, 9, 64, device=subject.device, dtype=subject.dtype)
+    query = torch.randn(n, 9, 64, device=model.device, dtype=model.dtype)
     steps.positions.fill_(steps.length - 2)
     steps.running.zero_()
     arms = {
         "step": steps._step,
         "draw": lambda: draw_on_gpu(logits, noise, 0.7, 0.9),
         "head": lambda: head(h),
-        f"{subject.n_layers} attentions": lambda: [
+        f"{model.n_layers} attentions": lambda: [
             attend_on_gpu(query, layer.keys, layer.values, steps.positions, 0.125)
-            for _ in range(subject.n_layers)
+            for _ in range(model.n_layers)
         ],
     }
     found = {name: do_bench(work, return_mode="median") for name, work in arms.items()}
@@ -120,8 +120,8 @@ def main() -> None:
     )
     options = parser.parse_args()
     gpu = torch.cuda.is_available()
-    subject, bank = load_subject("smollm2-135m"), load_bank()
-    plan = plan_rollouts(bank, subject, chat_format(subject.tokenizer), Selection(), 0, options.chunk)
+    model, bank = load_model("smollm2-135m"), load_bank()
+    plan = plan_rollouts(bank, model, chat_format(model.tokenizer), Selection(), 0, options.chunk)
     requests = [request for chunk in plan.chunks[1:] for request in chunk]
     step = max(len(requests) // options.rollouts, 1)
     chosen = sorted(requests[::step][: options.rollouts], key=lambda r: len(plan.prompt_ids[r.key]))
@@ -142,7 +142,7 @@ def main() -> None:
         }
         plain = arms["generate bfloat16"]
         for slots, sampler in samplers.items():
-            name = f"personatlas {sampler.subject.dtype}" + (f", {slots} slots" if slots else "")
+            name = f"personatlas {sampler.model.dtype}" + (f", {slots} slots" if slots else "")
             arms[name] = own_arm(sampler, prompts, options.chunk, recorded=False)
             arms[f"{name}, recorded"] = own_arm(sampler, prompts, options.chunk, recorded=True)
         for name, rate in arms.items():

@@ -18,7 +18,7 @@ from pathlib import Path
 from personatlas.persona.options import ModelOptions
 from personatlas.steering.serve.engine.batch import Step
 from personatlas.steering.serve.engine.scheduler import Ask, Ended, Engine, Room
-from personatlas.steering.session import loaded
+from personatlas.steering.session import load_steered_model
 
 QUESTIONS = [
     "How do I read a file line by line?",
@@ -82,7 +82,7 @@ def ran(engine: Engine, clock: Clock, asks: list[Ask]) -> tuple[float, float]:
 
 def opened(held, caps, room, *, bare=False) -> tuple[Engine, Clock]:
     clock = Clock()
-    engine = Engine(held.subject, frozenset(), held.axis, caps, room, clock)
+    engine = Engine(held.model, frozenset(), held.axis, caps, room, clock)
     if bare:
         blind(engine)
     return engine, clock
@@ -104,7 +104,7 @@ def compare(held, caps, name: str, rows: int, tokens: int, repeats: int) -> dict
             ]
             ran(
                 engine, clock, asks[:1] if rows == 1 else asks
-            ) if held.subject.device.type == "cuda" else None  # capture
+            ) if held.model.device.type == "cuda" else None  # capture
             result = ran(engine, clock, asks)
             engine.close()
             if repeat:  # the first turn warms up
@@ -189,7 +189,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--endure", type=int, default=0)
     given = parser.parse_args()
-    held = loaded(given.model, ModelOptions(), given.axis, [given.cap])
+    held = load_steered_model(given.model, ModelOptions(), given.axis, [given.cap])
     ids = [tuple(held.chat.prompt_ids([{"role": "user", "content": text}])) for text in QUESTIONS]
     held.prompt = lambda n: ids[n % len(ids)]
     caps = {given.cap: held.caps[0]}

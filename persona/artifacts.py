@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 
 FORMAT = 1
 
@@ -42,34 +42,32 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def require_writable(path: Path, option: str) -> None:
-    """`KnownError` unless a file can be written at this path: before the work that it is to hold, not after."""
+    """`UserError` unless a file can be written at this path: before the work that it is to hold, not after."""
     folder = path.parent
     if path.is_dir():
-        raise KnownError(f"{option} {path}: this is a folder; give a file's name in it")
+        raise UserError(f"{option} {path}: this is a folder; give a file's name in it")
     if not folder.is_dir():
-        raise KnownError(f"{option} {path}: the folder {folder} does not exist")
+        raise UserError(f"{option} {path}: the folder {folder} does not exist")
     probe = (
         folder / f".probe.{secrets.token_hex(6)}"
     )  # permissions alone do not say whether a file can be made
     try:
         probe.touch(exist_ok=False)
     except OSError as error:
-        raise KnownError(
-            f"{option} {path}: nothing can be written into {folder} ({error.strerror})"
-        ) from None
+        raise UserError(f"{option} {path}: nothing can be written into {folder} ({error.strerror})") from None
     probe.unlink()
 
 
 def make_folder(folder: Path, option: str) -> None:
-    """Make a folder with its parents; `KnownError` where a file is in its place or nothing can be made there."""
+    """Make a folder with its parents; `UserError` where a file is in its place or nothing can be made there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise KnownError(
+        raise UserError(
             f"{option} {folder} cannot be made ({error.strerror}); choose another place"
         ) from None
     if not os.access(folder, os.W_OK):
-        raise KnownError(f"{option} {folder} cannot be written to; choose another place")
+        raise UserError(f"{option} {folder} cannot be written to; choose another place")
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -84,13 +82,13 @@ def _json_text(content: Any) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Parse a JSON file; `KnownError` names the file and the line of a mistake."""
+    """Parse a JSON file; `UserError` names the file and the line of a mistake."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise KnownError(f"{path} does not exist") from None
+        raise UserError(f"{path} does not exist") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise KnownError(f"{path} is not valid JSON: {error}") from None
+        raise UserError(f"{path} is not valid JSON: {error}") from None
 
 
 def digest(path: Path) -> str:
@@ -118,23 +116,23 @@ def save_tensors(stem: Path, tensors: dict[str, torch.Tensor], meta: dict[str, A
 def load_tensors(stem: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Read an artefact written by `save_tensors`, checking its hash, its kind and its format.
 
-    Raises `KnownError` for a missing, unfinished, damaged or foreign artefact.
+    Raises `UserError` for a missing, unfinished, damaged or foreign artefact.
     """
     tensor_path, json_path = stem.with_name(stem.name + ".safetensors"), stem.with_name(stem.name + ".json")
     for path in (tensor_path, json_path):
         if not path.is_file():
-            raise KnownError(
+            raise UserError(
                 f"{path} does not exist: the artefact was never finished; run the step that makes it again"
             )
     record = read_json(json_path)
     if not isinstance(record, dict):
-        raise KnownError(f"{json_path} is not the JSON of an artefact, but a {type(record).__name__}")
+        raise UserError(f"{json_path} is not the JSON of an artefact, but a {type(record).__name__}")
     if record.get("kind") != kind:
-        raise KnownError(f"{json_path} is of kind {record.get('kind')!r}, not {kind!r}")
+        raise UserError(f"{json_path} is of kind {record.get('kind')!r}, not {kind!r}")
     if record.get("format") != FORMAT:
-        raise KnownError(f"{json_path} has format {record.get('format')}; this version reads {FORMAT}")
+        raise UserError(f"{json_path} has format {record.get('format')}; this version reads {FORMAT}")
     if record.get("sha256") != digest(tensor_path):
-        raise KnownError(
+        raise UserError(
             f"{tensor_path} does not match the hash in {json_path.name}: damaged or half replaced; make it again"
         )
     try:
@@ -142,14 +140,14 @@ def load_tensors(stem: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[s
             meta = json.loads(file.metadata()["meta"])
             return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118 (not a dict)
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise KnownError(f"{tensor_path} is not a readable artefact: {error}") from None
+        raise UserError(f"{tensor_path} is not a readable artefact: {error}") from None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """All whole lines of a JSONL log; a missing file is an empty log.
 
     A last line without its newline is one that a crash cut short: it is left out (and cut off by `append_lines`).
-    Anything else that does not parse is damage and raises `KnownError` with its line number.
+    Anything else that does not parse is damage and raises `UserError` with its line number.
     """
     if not path.exists():
         return []
@@ -161,7 +159,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             try:
                 rows.append(json.loads(line))
             except ValueError as error:
-                raise KnownError(f"{path}:{number} is not valid JSON: {error}") from None
+                raise UserError(f"{path}:{number} is not valid JSON: {error}") from None
     return rows
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from personatlas.persona.artifacts import load_tensors, save_tensors
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 
 POLES = ("assistant", "role-play")
 
@@ -26,7 +26,7 @@ class Axis:
 
     `vectors` are unit rows, + toward `poles[0]`; `norms` are the lengths before scaling (projection units);
     `quantiles` are projections of the rollout means of the default and of the roles at `levels`, NaN where a layer
-    kept no rollout means; `layer` is the layer to use; `model` is `Subject.describe()`.
+    kept no rollout means; `layer` is the layer to use; `model` is `Model.describe()`.
     """
 
     vectors: Float[Tensor, "L D"]
@@ -51,9 +51,9 @@ class Axis:
         _require_unit_rows(self.vectors)
 
     def at(self, layer: int) -> Float[Tensor, " D"]:
-        """The unit vector at a layer; `KnownError` when the axis does not have it."""
+        """The unit vector at a layer; `UserError` when the axis does not have it."""
         if layer not in self.layers:
-            raise KnownError(f"layer {layer} is not in this axis ({self.layers[0]}..{self.layers[-1]})")
+            raise UserError(f"layer {layer} is not in this axis ({self.layers[0]}..{self.layers[-1]})")
         return self.vectors[self.layers.index(layer)]
 
     def require_model(self, model: dict[str, Any]) -> None:
@@ -75,23 +75,21 @@ class Axis:
 
 
 def require_origin(what: str, origin: dict[str, Any], model: dict[str, Any], *, force: bool = False) -> None:
-    """Refuse an artefact whose `origin` is not `model` (both `Subject.describe()`); an unknown origin has to fit in size.
+    """Refuse an artefact whose `origin` is not `model` (both `Model.describe()`); an unknown origin has to fit in size.
 
     `force` lets pass the one thing that may be meant: weights of the same depth and width in another format.
     """
     said = f"this {what} came from {origin.get('id')} ({origin.get('weights')}), not from {model['id']} ({model['weights']})"
     for name in ("d_model", "n_layers"):
         if origin.get(name) is not None and origin[name] != model[name]:
-            raise KnownError(
-                f"{said}: {name} {origin[name]} against {model[name]}; fit an axis on this model"
-            )
+            raise UserError(f"{said}: {name} {origin[name]} against {model[name]}; fit an axis on this model")
     if origin.get("fingerprint") in (None, model["fingerprint"]):
         return
     if origin.get("weights") == model["weights"]:
         said += f": fingerprint {origin['fingerprint']} against {model['fingerprint']}"
-        raise KnownError(f"{said}; fit an axis on this model")
+        raise UserError(f"{said}; fit an axis on this model")
     if not force:
-        raise KnownError(
+        raise UserError(
             f"{said}: the same model in two weight formats has two axes; fit one on this one, or --force it across formats"
         )
 
@@ -105,7 +103,7 @@ def _require_unit_rows(vectors: Tensor) -> None:
 
 
 def load_axis(stem: Path) -> Axis:
-    """Read an axis written by `Axis.save`; `KnownError` when it is missing, damaged or something else."""
+    """Read an axis written by `Axis.save`; `UserError` when it is missing, damaged or something else."""
     tensors, meta = load_tensors(stem, "axis")
     quantiles = {name: tensors[name] for name in ("default_quantiles", "role_quantiles") if name in tensors}
     return Axis(
@@ -227,7 +225,7 @@ class Cap:
 
 
 def load_cap(stem: Path) -> Cap:
-    """Read a cap written by `Cap.save`; `KnownError` when it is missing, damaged, or holds what no cap can."""
+    """Read a cap written by `Cap.save`; `UserError` when it is missing, damaged, or holds what no cap can."""
     tensors, meta = load_tensors(stem, "cap")
     try:
         fields = {name: meta[name] for name in ("level", "population", "phase", "model")}
@@ -239,7 +237,7 @@ def load_cap(stem: Path) -> Cap:
             layers, vectors, floor, tensors.get("ceiling"), tensors.get("prompt_floor"), **fields, found=found
         )
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise KnownError(f"{stem}.json is no cap that could be used: {_said(error)}") from None
+        raise UserError(f"{stem}.json is no cap that could be used: {_said(error)}") from None
 
 
 def _said(error: Exception) -> str:

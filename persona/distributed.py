@@ -1,4 +1,4 @@
-"""Several processes on one run: `torchrun --nproc-per-node N -m personatlas.cli.app axis MODEL ...`.
+"""Several processes on one run: `torchrun --nproc-per-node N -m personatlas axis MODEL ...`.
 
 Work is cut into chunks whose content depends on the plan alone; rank r takes the chunks r, r + world, ... and writes files
 of its own, which rank 0 puts together after a barrier. So N processes give the very result that one gives. The run folder
@@ -9,27 +9,27 @@ import os
 from dataclasses import dataclass
 from datetime import timedelta
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 
 PATIENCE = timedelta(days=1)
 
 
 @dataclass(frozen=True)
-class Ranks:
+class World:
     """This process's place: `rank` of `world`, `local` on this host."""
 
     rank: int = 0
-    world: int = 1
-    local: int = 0
+    size: int = 1
+    local_rank: int = 0
 
-    def mine(self, chunk: int) -> bool:
+    def owns(self, chunk: int) -> bool:
         """Whether this process does that chunk."""
-        return chunk % self.world == self.rank
+        return chunk % self.size == self.rank
 
     def barrier(self) -> None:
-        """Wait for all processes (at most a day: a rank may have one long chunk more than another). Raises `KnownError` where
+        """Wait for all processes (at most a day: a rank may have one long chunk more than another). Raises `UserError` where
         another one has ended."""
-        if self.world == 1:
+        if self.size == 1:
             return
         import torch.distributed as dist
 
@@ -44,20 +44,20 @@ class Ranks:
             dist.barrier(group)
             dist.destroy_process_group(group)
         except RuntimeError as error:  # gloo says in many words that a connection was closed
-            raise KnownError(
-                f"process {self.rank} of {self.world}: another process has ended; if it says nothing, it was killed (for memory?)"
+            raise UserError(
+                f"process {self.rank} of {self.size}: another process has ended; if it says nothing, it was killed (for memory?)"
             ) from error
 
     def close(self) -> None:
         """Leave the process group."""
-        if self.world > 1:
+        if self.size > 1:
             import torch.distributed as dist
 
             if dist.is_initialized():
                 dist.destroy_process_group()
 
 
-def ranks() -> Ranks:
+def get_world() -> World:
     """The place that torchrun gave this process; a single process without it."""
     get = os.environ.get
-    return Ranks(int(get("RANK", "0")), int(get("WORLD_SIZE", "1")), int(get("LOCAL_RANK", "0")))
+    return World(int(get("RANK", "0")), int(get("WORLD_SIZE", "1")), int(get("LOCAL_RANK", "0")))

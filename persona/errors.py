@@ -4,5 +4,5 @@ Verbs print it as that line and exit with status 2; anything else that escapes i
 """
 
 
-class KnownError(ValueError):
+class UserError(ValueError):
     """A foreseen failure. The message is one line: what was given, what is allowed, what to do."""

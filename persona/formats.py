@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from personatlas.persona.artifacts import read_json
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.rollout import Message
 
 SCRIPTS = Path(__file__).parent.parent / "steering" / "conversations" / "scripts.jsonl"
@@ -43,7 +43,7 @@ class Conversation(NamedTuple):
 
 
 def read_conversations(path: Path) -> list[Conversation]:
-    """Every conversation of a file. Raises `KnownError` for one without a user, with an unknown speaker or of another form."""
+    """Every conversation of a file. Raises `UserError` for one without a user, with an unknown speaker or of another form."""
     if path.suffix.lower() in (".jsonl", ".ndjson"):
         found = _lines(path)
     elif path.suffix.lower() in PLAIN:
@@ -57,7 +57,7 @@ def read_conversations(path: Path) -> list[Conversation]:
             else [(str(path), content)]
         )
     if not found:
-        raise KnownError(f"{path} holds no conversation")
+        raise UserError(f"{path} holds no conversation")
     read = []
     for number, (place, one) in enumerate(found):
         about = one if isinstance(one, dict) else {}
@@ -65,7 +65,7 @@ def read_conversations(path: Path) -> list[Conversation]:
         read.append(Conversation(name, _messages(place, one), str(about.get("domain") or "")))
     names = [one.name for one in read]
     if len(set(names)) != len(names):
-        raise KnownError(
+        raise UserError(
             f"{path} has two conversations with the id {next(n for n in names if names.count(n) > 1)!r}"
         )
     return read
@@ -73,11 +73,11 @@ def read_conversations(path: Path) -> list[Conversation]:
 
 def _text(path: Path) -> str:
     if not path.is_file():
-        raise KnownError(f"{path} does not exist")
+        raise UserError(f"{path} does not exist")
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise KnownError(f"{path} is not UTF-8 (byte {error.start})") from None
+        raise UserError(f"{path} is not UTF-8 (byte {error.start})") from None
 
 
 def _spoken(path: Path) -> list[Message]:
@@ -85,7 +85,7 @@ def _spoken(path: Path) -> list[Message]:
     text = _text(path)
     marks = list(SAYS.finditer(text))
     if not marks or text[: marks[0].start()].strip():
-        raise KnownError(
+        raise UserError(
             f'{path} does not begin with who speaks: write "User: ..." and "Assistant: ..." on lines of their own'
         )
     ends = [mark.start() for mark in marks[1:]] + [len(text)]
@@ -102,7 +102,7 @@ def _lines(path: Path) -> list[tuple[str, Any]]:
             try:
                 found.append((f"{path}:{number}", json.loads(line)))
             except ValueError as error:
-                raise KnownError(f"{path}:{number} is not valid JSON: {error}") from None
+                raise UserError(f"{path}:{number} is not valid JSON: {error}") from None
     return found
 
 
@@ -115,7 +115,7 @@ def _messages(place: str, one: Any) -> tuple[Message, ...]:
         else None
     )
     if not isinstance(told, list) or not all(_is_message(message) for message in told):
-        raise KnownError(f'{place} is no conversation: {{"messages": [{{"role", "content"}}]}} is needed')
+        raise UserError(f'{place} is no conversation: {{"messages": [{{"role", "content"}}]}} is needed')
     messages = []
     for message in told:
         speaker, content = (
@@ -123,12 +123,12 @@ def _messages(place: str, one: Any) -> tuple[Message, ...]:
             message.get("content", message.get("value")),
         )
         if speaker not in SPEAKERS:
-            raise KnownError(f"{place}: speaker {speaker!r} is not one of {', '.join(SPEAKERS)}")
+            raise UserError(f"{place}: speaker {speaker!r} is not one of {', '.join(SPEAKERS)}")
         if not isinstance(content, str):
-            raise KnownError(f"{place}: a message of {speaker} holds {type(content).__name__}, not text")
+            raise UserError(f"{place}: a message of {speaker} holds {type(content).__name__}, not text")
         messages.append({"role": SPEAKERS[speaker], "content": content})
     if not any(message["role"] == "user" for message in messages):
-        raise KnownError(f"{place} has no turn of a user")
+        raise UserError(f"{place} has no turn of a user")
     return tuple(messages)
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.rollout import Selection
 
 
@@ -119,24 +119,24 @@ PLANS = {
 
 
 def selection_of(options: PlanOptions) -> tuple[Selection, int]:
-    """The selection and the longest answer that the options ask for. `KnownError` for values that make no plan."""
+    """The selection and the longest answer that the options ask for. `UserError` for values that make no plan."""
     if options.plan not in PLANS:
-        raise KnownError(f"plan {options.plan!r} is not one of {', '.join(PLANS)}")
+        raise UserError(f"plan {options.plan!r} is not one of {', '.join(PLANS)}")
     size = PLANS[options.plan]
     for name in ("prompts", "questions", "samples", "max_new_tokens", "chunk"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise KnownError(f"--{name.replace('_', '-')} {value} is below 1")
+            raise UserError(f"--{name.replace('_', '-')} {value} is below 1")
     names, count = _names_or_count(options.roles, "--roles")
     count = size.roles if options.roles is None else count
     if options.roles is not None and (len(names) if names is not None else count or 0) < 3:
-        raise KnownError("a persona space needs at least 3 roles besides the default; give more with --roles")
+        raise UserError("a persona space needs at least 3 roles besides the default; give more with --roles")
     trait_names, n_traits = _names_or_count(options.trait_names, "--trait-names")
     if (
         options.trait_names is not None
         and (len(trait_names) if trait_names is not None else n_traits or 0) < 3
     ):
-        raise KnownError("a trait space needs at least 3 traits; give more with --trait-names")
+        raise UserError("a trait space needs at least 3 traits; give more with --trait-names")
     selection = Selection(
         role_names=names,
         n_roles=count,
@@ -158,9 +158,9 @@ def _names_or_count(text: str | None, option: str) -> tuple[tuple[str, ...] | No
         return None, int(text)
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     if not names:
-        raise KnownError(f"{option} {text!r} names nothing")
+        raise UserError(f"{option} {text!r} names nothing")
     if len(set(names)) != len(names):
-        raise KnownError(f"{option} names {next(n for n in names if names.count(n) > 1)!r} twice")
+        raise UserError(f"{option} names {next(n for n in names if names.count(n) > 1)!r} twice")
     return names, None
 
 

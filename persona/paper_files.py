@@ -1,7 +1,7 @@
 """Importers: the files that the paper's repository publishes, and conversations as other people keep them.
 
-    axis = import_axis(Path("assistant_axis.pt"), subject.describe())
-    caps = import_caps(Path("capping_config.pt"), subject.describe())
+    axis = import_axis(Path("assistant_axis.pt"), model.describe())
+    caps = import_caps(Path("capping_config.pt"), model.describe())
     conversations = import_transcript(Path("transcripts/"))
 
 The sign trap: the paper writes a cap as a floor along the axis, its released code takes a *ceiling* along the negated
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from personatlas.persona.artifacts import digest, read_json
 from personatlas.persona.axis import Axis, Cap
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.rollout import Message
 
 CONVERSATION_FIELDS = ("conversation", "messages", "conversations")
@@ -49,22 +49,22 @@ SPEAKERS = {"system": "system", "user": "user", "assistant": "assistant", "human
 def import_axis(path: Path, model: dict[str, Any], layer: int | None = None) -> Axis:
     """The axis in a `.pt` that holds a tensor (L, D), or a dict with one under "axis"; + toward the Assistant.
 
-    Row l is the output of block l. `model` is the `Subject.describe()` of the model that the file was made from: the
+    Row l is the output of block l. `model` is the `Model.describe()` of the model that the file was made from: the
     file does not say. `layer` is the layer to use, None the middle one. Rows are scaled to length 1 and their lengths
-    kept as `norms`. Raises `KnownError` for a file that is not such a tensor, holds NaN or a zero row, or has another
+    kept as `norms`. Raises `UserError` for a file that is not such a tensor, holds NaN or a zero row, or has another
     depth or width than `model`.
     """
     held = _load_pt(path)
     if isinstance(held, dict):
         if "axis" not in held:
-            raise KnownError(f"{path} holds {what(held)}, not a tensor or a dict with one under 'axis'")
+            raise UserError(f"{path} holds {what(held)}, not a tensor or a dict with one under 'axis'")
         held = held["axis"]
     rows = _floats(held, 2, str(path))
     n_layers, d_model = rows.shape
     _require_shape(model, n_layers, d_model, path)
     layer = n_layers // 2 if layer is None else layer
     if not 0 <= layer < n_layers:
-        raise KnownError(f"layer {layer} is not in {path} (0..{n_layers - 1})")
+        raise UserError(f"layer {layer} is not in {path} (0..{n_layers - 1})")
     units, norms = _unit_rows(rows, str(path))
     return Axis(
         vectors=units,
@@ -81,7 +81,7 @@ def _require_shape(model: dict[str, Any], n_layers: int, d_model: int, path: Pat
     if (depth, width) == (n_layers, d_model):
         return
     hint = "; is row 0 the embedding? Then remove it" if (depth + 1, width) == (n_layers, d_model) else ""
-    raise KnownError(
+    raise UserError(
         f"{path} has {n_layers} layers of width {d_model}, {model.get('id', 'the model')} has {depth} of {width}: "
         f"not an axis of this model{hint}"
     )
@@ -91,18 +91,18 @@ def import_role_vectors(path: Path) -> dict[str, Float[Tensor, "L D"]]:
     """Mean activations by role name, fp32, from one `.pt` or a folder of them, named by the file.
 
     Each holds a tensor (L, D), or a dict with one tensor, under "vector" or "mean" (and maybe its "role", which must
-    be the file's name). Raises `KnownError` for anything else, for NaN and for files of different shapes.
+    be the file's name). Raises `UserError` for anything else, for NaN and for files of different shapes.
     """
     files = sorted(path.glob("*.pt")) if path.is_dir() else [path]
     if not files:
-        raise KnownError(f"{path} holds no .pt file; role vectors are one .pt a role")
+        raise UserError(f"{path} holds no .pt file; role vectors are one .pt a role")
     vectors: dict[str, Tensor] = {}
     for file in files:
         vectors[file.stem] = found = _role_vector(_load_pt(file), file)
         first = vectors[files[0].stem]
         if found.shape != first.shape:
             shapes = f"{tuple(found.shape)}, {files[0].name} has {tuple(first.shape)}"
-            raise KnownError(f"{file} has shape {shapes}: vectors of two models")
+            raise UserError(f"{file} has shape {shapes}: vectors of two models")
     return vectors
 
 
@@ -110,13 +110,11 @@ def _role_vector(held: Any, path: Path) -> Tensor:
     if isinstance(held, dict):
         names = [name for name, value in held.items() if isinstance(value, Tensor)]
         if len(names) != 1 or names[0] not in ("vector", "mean"):
-            raise KnownError(
+            raise UserError(
                 f"{path} holds {what(held)}, not a tensor or a dict with one, under 'vector' or 'mean'"
             )
         if held.get("role", path.stem) != path.stem:
-            raise KnownError(
-                f"{path} says that it is role {held['role']!r}: a file must be named by its role"
-            )
+            raise UserError(f"{path} says that it is role {held['role']!r}: a file must be named by its role")
         held = held[names[0]]
     return _floats(held, 2, str(path))
 
@@ -132,7 +130,7 @@ def import_caps(path: Path, model: dict[str, Any], d_model: int | None = None) -
 
     `level` is the id's number as it stands, of population "paper" (a quantile along the negated axis, as it seems:
     p0.25 would be the 75th percentile Assistant-ward). An experiment without any cap (a baseline arm) is left out.
-    `d_model` is the width to expect, None `model["d_model"]`. Raises `KnownError` when the file has another form, when
+    `d_model` is the width to expect, None `model["d_model"]`. Raises `UserError` when the file has another form, when
     the layers differ from the "layers_a:b" (half-open) of the id, or when nothing in it caps.
     """
     held = _load_pt(path)
@@ -140,7 +138,7 @@ def import_caps(path: Path, model: dict[str, Any], d_model: int | None = None) -
         (held.get("vectors"), held.get("experiments")) if isinstance(held, dict) else (None, None)
     )
     if not isinstance(named, dict) or not isinstance(experiments, list):
-        raise KnownError(
+        raise UserError(
             f"{path} holds {what(held)}, not a dict with a dict 'vectors' and a list 'experiments'"
         )
     width = model.get("d_model") if d_model is None else d_model
@@ -149,19 +147,19 @@ def import_caps(path: Path, model: dict[str, Any], d_model: int | None = None) -
         vectors[name] = _, vector = _cap_vector(entry, f"{path}: vector {name!r}", model.get("n_layers"))
         width = len(vector) if width is None else width
         if len(vector) != width:
-            raise KnownError(f"{path}: vector {name!r} has width {len(vector)}, not {width}: another model's")
+            raise UserError(f"{path}: vector {name!r} has width {len(vector)}, not {width}: another model's")
     caps: dict[str, Cap] = {}
     for number, experiment in enumerate(experiments, 1):
         id = experiment.get("id") if isinstance(experiment, dict) else None
         if not isinstance(id, str) or id in caps or not isinstance(experiment.get("interventions"), list):
-            raise KnownError(
+            raise UserError(
                 f"{path}: experiment {number} ({id!r}) needs an id of its own and a list 'interventions'"
             )
         steps = experiment["interventions"]
         if any(isinstance(step, dict) and "cap" in step for step in steps):
             caps[id] = replace(_cap(id, steps, vectors, f"{path}: experiment {id!r}"), model=dict(model))
     if not caps:
-        raise KnownError(
+        raise UserError(
             f"{path}: none of its {len(experiments)} experiments has an intervention with a 'cap'"
         )
     return caps
@@ -171,9 +169,9 @@ def _cap_vector(entry: Any, where: str, n_layers: int | None) -> tuple[int, Tens
     """The layer of an entry and its unit vector (D,), in the file's direction."""
     layer = entry.get("layer") if isinstance(entry, dict) else None
     if not isinstance(layer, int) or isinstance(layer, bool) or layer < 0:
-        raise KnownError(f"{where} is {what(entry)}, not a dict with 'layer', a number from 0, and 'vector'")
+        raise UserError(f"{where} is {what(entry)}, not a dict with 'layer', a number from 0, and 'vector'")
     if n_layers is not None and layer >= n_layers:
-        raise KnownError(f"{where} is at layer {layer}, the model has layers 0..{n_layers - 1}")
+        raise UserError(f"{where} is at layer {layer}, the model has layers 0..{n_layers - 1}")
     units, _ = _unit_rows(_floats(entry.get("vector"), 1, where)[None], where)
     return layer, units[0]
 
@@ -182,9 +180,7 @@ def _cap(id: str, steps: list[Any], vectors: dict[Any, tuple[int, Tensor]], wher
     rows: dict[int, tuple[Tensor, float]] = {}
     for number, step in enumerate(steps, 1):
         if not isinstance(step, dict) or step.get("vector") not in list(vectors):
-            raise KnownError(
-                f"{where}: intervention {number} is {what(step)} and names no vector of the file"
-            )
+            raise UserError(f"{where}: intervention {number} is {what(step)} and names no vector of the file")
         ceiling = step.get("cap")
         if isinstance(ceiling, Tensor) and ceiling.numel() == 1:
             ceiling = ceiling.item()
@@ -193,18 +189,18 @@ def _cap(id: str, steps: list[Any], vectors: dict[Any, tuple[int, Tensor]], wher
             or isinstance(ceiling, bool)
             or not abs(ceiling) < float("inf")
         ):
-            raise KnownError(f"{where}: intervention {number} has cap {what(ceiling)}, not a finite number")
+            raise UserError(f"{where}: intervention {number} has cap {what(ceiling)}, not a finite number")
         layer, vector = vectors[step["vector"]]
         if layer in rows:  # one after the other, two at a layer are not one floor
-            raise KnownError(f"{where}: two interventions are at layer {layer}; a cap has one a layer")
+            raise UserError(f"{where}: two interventions are at layer {layer}; a cap has one a layer")
         rows[layer] = -vector, -float(ceiling)
     layers = tuple(sorted(rows))
     window = re.search(r"layers_(\d+):(\d+)", id)
     if window and layers != tuple(range(int(window[1]), int(window[2]))):
-        raise KnownError(f"{where} caps layers {list(layers)}, its id says {window[1]}..{int(window[2]) - 1}")
+        raise UserError(f"{where} caps layers {list(layers)}, its id says {window[1]}..{int(window[2]) - 1}")
     level = re.search(r"-p(\d+(?:\.\d+)?)$", id)
     if level and float(level[1]) > 1:
-        raise KnownError(f"{where}: level {level[1]} is not a quantile from 0 to 1")
+        raise UserError(f"{where}: level {level[1]} is not a quantile from 0 to 1")
     return Cap(
         layers=layers,
         vectors=torch.stack([rows[layer][0] for layer in layers]),
@@ -220,14 +216,14 @@ def import_transcript(path: Path) -> list[tuple[Message, ...]]:
     Each is {"conversation": [...]}, {"messages": [...]}, {"conversations": [...]} or a bare list of messages; a JSON
     file may hold one or a list of them, JSONL holds one a line. A message is {"role", "content"} or {"from", "value"};
     human is user and gpt is assistant. A "system_prompt" (or "system") beside the messages becomes the first message.
-    Raises `KnownError`, naming file and place, for any other form, speaker or content that is not text.
+    Raises `UserError`, naming file and place, for any other form, speaker or content that is not text.
     """
     if path.is_dir():
         files = sorted(
             file for file in path.rglob("*") if file.suffix in (".json", ".jsonl") and file.is_file()
         )
         if not files:
-            raise KnownError(f"{path} holds no .json or .jsonl file")
+            raise UserError(f"{path} holds no .json or .jsonl file")
         return [conversation for file in files for conversation in import_transcript(file)]
     _require_file(path)
     if path.suffix == ".jsonl":
@@ -243,7 +239,7 @@ def import_transcript(path: Path) -> list[tuple[Message, ...]]:
         else:
             found = [_conversation(held, str(path))]
     if not found:
-        raise KnownError(f"{path} holds no conversation")
+        raise UserError(f"{path} holds no conversation")
     return found
 
 
@@ -252,22 +248,22 @@ def _conversation(held: Any, where: str) -> tuple[Message, ...]:
     if isinstance(held, dict):
         names = [name for name in CONVERSATION_FIELDS if name in held]
         if len(names) != 1:
-            raise KnownError(
+            raise UserError(
                 f"{where} is {what(held)}; a conversation has one of {', '.join(CONVERSATION_FIELDS)}"
             )
         system = held.get("system_prompt") or held.get("system")
         held = held[names[0]]
     if not isinstance(held, list) or not held:
-        raise KnownError(f"{where} is {what(held)}, not a list of messages that is not empty")
+        raise UserError(f"{where} is {what(held)}, not a list of messages that is not empty")
     messages = tuple(_message(row, f"{where}: message {number}") for number, row in enumerate(held, 1))
     if not system:
         return messages
     if not isinstance(system, str):
-        raise KnownError(f"{where}: its system prompt is {what(system)}, not text")
+        raise UserError(f"{where}: its system prompt is {what(system)}, not text")
     if messages[0]["role"] != "system":
         return ({"role": "system", "content": system}, *messages)
     if messages[0]["content"] != system:
-        raise KnownError(
+        raise UserError(
             f"{where}: its system prompt and its first message, a system message, differ; keep one"
         )
     return messages
@@ -276,66 +272,66 @@ def _conversation(held: Any, where: str) -> tuple[Message, ...]:
 def _message(row: Any, where: str) -> Message:
     fields = ("from", "value") if isinstance(row, dict) and "from" in row else ("role", "content")
     if not isinstance(row, dict) or not all(field in row for field in fields):
-        raise KnownError(
+        raise UserError(
             f"{where} is {what(row)}, not a dict with 'role' and 'content' (or 'from' and 'value')"
         )
     speaker, content = row[fields[0]], row[fields[1]]
     if not isinstance(speaker, str) or speaker not in SPEAKERS:
-        raise KnownError(f"{where}: {fields[0]} {speaker!r} is not one of {', '.join(SPEAKERS)}")
+        raise UserError(f"{where}: {fields[0]} {speaker!r} is not one of {', '.join(SPEAKERS)}")
     if not isinstance(content, str):
-        raise KnownError(f"{where}: its {fields[1]} is {what(content)}, not text")
+        raise UserError(f"{where}: its {fields[1]} is {what(content)}, not text")
     return {"role": SPEAKERS[speaker], "content": content}
 
 
 def _load_pt(path: Path) -> Any:
-    """What a `.pt` holds: tensors, numbers, text, lists and dicts. Nothing is run; `KnownError` for anything more."""
+    """What a `.pt` holds: tensors, numbers, text, lists and dicts. Nothing is run; `UserError` for anything more."""
     _require_file(path)
     with path.open("rb") as file:
         start = file.read(64)
     if not start:
-        raise KnownError(f"{path} is empty; fetch it again")
+        raise UserError(f"{path} is empty; fetch it again")
     if start.startswith(b"version https://git-lfs"):
-        raise KnownError(f"{path} is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
+        raise UserError(f"{path} is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
     if not start.startswith(
         b"PK"
     ):  # a bare pickle, torch's form before 1.6, would lack the archive's checksums too
-        raise KnownError(f"{path} is not a file of `torch.save` (torch 1.6 or newer)")
+        raise UserError(f"{path} is not a file of `torch.save` (torch 1.6 or newer)")
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch.load does not look at the checksums
         if damaged is not None:
-            raise KnownError(f"{path} is damaged (checksum of {damaged}); fetch it again")
+            raise UserError(f"{path} is damaged (checksum of {damaged}); fetch it again")
         beyond = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
         if beyond:
-            raise KnownError(
+            raise UserError(
                 f"{path} holds {', '.join(beyond)}: more than tensors and plain values. It was not loaded"
             )
         return torch.load(path, map_location="cpu", weights_only=True)
-    except KnownError:
+    except UserError:
         raise
     except (zipfile.BadZipFile, zlib.error) as error:
-        raise KnownError(f"{path} is cut short or damaged ({error}); fetch it again") from None
+        raise UserError(f"{path} is cut short or damaged ({error}); fetch it again") from None
     except UNREADABLE as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:120]
-        raise KnownError(f"{path} is not a file of tensors and plain values; not loaded ({reason})") from None
+        raise UserError(f"{path} is not a file of tensors and plain values; not loaded ({reason})") from None
 
 
 def _require_file(path: Path) -> None:
     if not path.is_file():
-        raise KnownError(f"{path} {'is a folder, not a file' if path.is_dir() else 'does not exist'}")
+        raise UserError(f"{path} {'is a folder, not a file' if path.is_dir() else 'does not exist'}")
 
 
 def _floats(value: Any, ndim: int, where: str) -> Tensor:
     """`value` as fp32, of `ndim` dimensions, finite and not empty."""
     dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
     if not dense or not value.is_floating_point():
-        raise KnownError(f"{where}: found {what(value)}, not a dense tensor of floating-point numbers")
+        raise UserError(f"{where}: found {what(value)}, not a dense tensor of floating-point numbers")
     if value.ndim != ndim or not value.numel():
-        raise KnownError(f"{where}: found {what(value)}, not one of shape {('', '(D,)', '(L, D)')[ndim]}")
+        raise UserError(f"{where}: found {what(value)}, not one of shape {('', '(D,)', '(L, D)')[ndim]}")
     value = value.detach().float().contiguous()
     if not torch.isfinite(value).all():
         row = int((~torch.isfinite(value)).nonzero()[0][0])
-        raise KnownError(
+        raise UserError(
             f"{where}: a value is NaN or infinite (the first at {'row' if ndim == 2 else 'place'} {row})"
         )
     return value
@@ -346,7 +342,7 @@ def _unit_rows(rows: Tensor, where: str) -> tuple[Tensor, Tensor]:
     norms = rows.double().norm(dim=1)
     if not norms.all():
         zeros = (norms == 0).nonzero().flatten().tolist()
-        raise KnownError(f"{where}: zero has no direction (row {', '.join(map(str, zeros))}, counted from 0)")
+        raise UserError(f"{where}: zero has no direction (row {', '.join(map(str, zeros))}, counted from 0)")
     return (rows.double() / norms[:, None]).float(), norms.float()
 
 
@@ -355,13 +351,13 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
-        raise KnownError(f"{path} is not UTF-8: {error}") from None
+        raise UserError(f"{path} is not UTF-8: {error}") from None
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 yield f"{path}:{number}", json.loads(line)
             except json.JSONDecodeError as error:
-                raise KnownError(f"{path}:{number} is not valid JSON: {error}") from None
+                raise UserError(f"{path}:{number} is not valid JSON: {error}") from None
 
 
 def what(value: Any) -> str:

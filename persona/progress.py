@@ -51,6 +51,11 @@ def progress(
         line.say()
 
 
+def console() -> Console:
+    """Standard output, as wide as the terminal."""
+    return Console(soft_wrap=False)
+
+
 def say(text: str) -> None:
     """One plain line on stderr."""
     print(text, file=sys.stderr, flush=True)  # noqa: T201 (this is where verbs speak)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from personatlas.persona.artifacts import read_lines
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.roles.bank import Bank, Question, Role, Trait
 from personatlas.persona.roles.traits import is_pole, poles
 
@@ -118,11 +118,11 @@ class Selection:
         return [bank.default, *chosen]
 
     def traits(self, bank: Bank) -> list[Trait]:
-        """The chosen traits: by name, or an even spread over the bank. `KnownError` when the bank has none."""
+        """The chosen traits: by name, or an even spread over the bank. `UserError` when the bank has none."""
         if not self.with_traits:
             return []
         if not bank.traits:
-            raise KnownError("this bank has no traits; they are in its traits.jsonl, or in the packaged bank")
+            raise UserError("this bank has no traits; they are in its traits.jsonl, or in the packaged bank")
         if self.trait_names is not None:
             return [bank.trait(name) for name in self.trait_names]
         return spread(list(bank.traits), self.n_traits)
@@ -157,14 +157,14 @@ def only_poles(rollouts: Iterable[Rollout]) -> list[Rollout]:
 def read_rollouts(folder: Path) -> list[Rollout]:
     """Every rollout of a run folder, from the log and from logs that parallel ranks have not merged yet, each key once.
 
-    A key that stands twice with different answers is two runs mixed into one folder: `KnownError`.
+    A key that stands twice with different answers is two runs mixed into one folder: `UserError`.
     """
     found: dict[str, Rollout] = {}
     for path in sorted(folder.glob("rollouts*.jsonl")):
         for row in read_lines(path):
             rollout = _from_json(row, path)
             if found.setdefault(rollout.key, rollout) != rollout:
-                raise KnownError(
+                raise UserError(
                     f"{path}: {rollout.key} is there twice with different answers: two runs were mixed"
                 )
     return list(found.values())
@@ -193,4 +193,4 @@ def _from_json(row: dict[str, Any], path: Path) -> Rollout:
             stopped=row["stopped"],
         )
     except (KeyError, TypeError) as error:
-        raise KnownError(f"{path}: a line lacks a rollout's fields ({error})") from None
+        raise UserError(f"{path}: a line lacks a rollout's fields ({error})") from None

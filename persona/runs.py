@@ -4,7 +4,7 @@ run.json  rollouts.jsonl  scores.jsonl  activations.*  axis.*  space.*  fit.json
 and, with traits, trait_activations.*  traits.*
 
 with open_run(folder) as run:
-    run.require_subject(subject)
+    run.require_subject(model)
 
 The folder of a training run, where a model is asked for: which model it stands for, and what that one is called.
 
@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from personatlas.persona.artifacts import read_json, write_json
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 
 KIND = "training"  # in run.json
 MODEL, CHECKPOINTS, STEP = "model", "checkpoints", "step-"
@@ -60,7 +60,7 @@ def checkpoint_folders(run: Path) -> dict[int, Path]:
 def resolved(name: str) -> str:
     """The model that a name stands for: a training run's finished model, else its newest checkpoint; other names as they are.
 
-    Raises `KnownError` for a run without a checkpoint, and for a folder that is a run of another kind.
+    Raises `UserError` for a run without a checkpoint, and for a folder that is a run of another kind.
     """
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file():
@@ -70,18 +70,18 @@ def resolved(name: str) -> str:
             return str(folder / MODEL)
         checkpoints = checkpoint_folders(folder)
         if not checkpoints:
-            raise KnownError(
+            raise UserError(
                 f"{name} is a training run without a checkpoint yet; `personatlas report {name}` shows where it stands"
             )
         return str(checkpoints[max(checkpoints)])
     if folder.name == CHECKPOINTS and (steps := checkpoint_folders(folder.parent)):
-        raise KnownError(
+        raise UserError(
             f"{name} holds {len(steps)} checkpoints; give one of them, such as {steps[max(steps)]}"
         )
     if (folder / "run.json").is_file():
         asked = read_json(folder / "run.json").get("asked", {})
         of = f" of {asked['model_name']}: give that" if asked.get("model_name") else ": give its model"
-        raise KnownError(f"{name} is a run folder{of} as the model, and the run with --axis {name}")
+        raise UserError(f"{name} is a run folder{of} as the model, and the run with --axis {name}")
     return name
 
 
@@ -134,21 +134,21 @@ class Run:
         path = self.folder / "run.json"
         content = read_json(path) if path.exists() else {}
         if not isinstance(content, dict):
-            raise KnownError(
+            raise UserError(
                 f"{path} is not the record of a run, but a {type(content).__name__}; choose another folder"
             )
         return content
 
-    def ask(self, asked: dict[str, Any]) -> None:
+    def claim(self, asked: dict[str, Any]) -> None:
         """Record what this call asks for. What makes a run one run (`FIXED`) must agree with what is there."""
         if self.manifest.get("kind") == KIND:
-            raise KnownError(
+            raise UserError(
                 f"{self.folder} is a training run, whose own this folder stays; choose another with --out"
             )
         before = self.manifest.get("asked", {})
         for name in FIXED:
             if name in before and name in asked and before[name] != asked[name]:
-                raise KnownError(
+                raise UserError(
                     f"{self.folder} is a run with {name} {_short(before[name])}, not {_short(asked[name])}; "
                     f"choose another folder with --out"
                 )
@@ -167,15 +167,15 @@ class Run:
 
 @contextmanager
 def open_run(folder: Path, *, create: bool = False, rank: int = 0) -> Iterator[Run]:
-    """Lock and open a run folder. `KnownError` when it is missing (without `create`) or another process holds it."""
+    """Lock and open a run folder. `UserError` when it is missing (without `create`) or another process holds it."""
     if not folder.exists() and not create:
-        raise KnownError(f"run folder {folder} does not exist")
+        raise UserError(f"run folder {folder} does not exist")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise KnownError(f"{folder} is a file, not a run folder") from None
+        raise UserError(f"{folder} is a file, not a run folder") from None
     except (PermissionError, FileNotFoundError) as error:
-        raise KnownError(
+        raise UserError(
             f"run folder {folder} cannot be made ({error.strerror}); choose another with --out"
         ) from None
     if rank:
@@ -186,14 +186,14 @@ def open_run(folder: Path, *, create: bool = False, rank: int = 0) -> Iterator[R
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise KnownError(
+        raise UserError(
             f"{folder} cannot be written to ({error.strerror}); choose another with --out"
         ) from None
     with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise KnownError(
+            raise UserError(
                 f"{folder} is in use by another process; wait for it, or choose another folder with --out"
             ) from None
         yield Run(folder, rank)
@@ -230,9 +230,9 @@ def fitted_names() -> tuple[str, ...]:
 
 
 def fitted_folder(name: str) -> Path:
-    """The folder with `axis.*` and `space.*` of a packaged model. `KnownError` when none comes with it."""
+    """The folder with `axis.*` and `space.*` of a packaged model. `UserError` when none comes with it."""
     if name not in fitted_names():
-        raise KnownError(
+        raise UserError(
             f"no axis comes with {name!r}, only with {', '.join(fitted_names())}; fit one: personatlas axis"
         )
     return FITTED / name
@@ -245,7 +245,7 @@ def axis_stem(name: str) -> Path:
         return fitted_folder(name) / "axis"
     stem = path / "axis" if path.is_dir() else path.with_suffix("") if path.suffix in ENDINGS else path
     if not stem.with_name(stem.name + ".json").is_file():
-        raise KnownError(
+        raise UserError(
             f"no axis at {name}: give a run folder with a fit, an axis.safetensors or {fitted_names()[0]}"
         )
     return stem

@@ -1,6 +1,6 @@
 """The same requests answered in several arms: the same prompts, the same seeds, the same engine, other interventions.
 
-    for arm in run_arms(subject, chat, requests, {"as it is": [], "capped": [cap]}, Sampling(48)):
+    for arm in run_arms(model, chat, requests, {"as it is": [], "capped": [cap]}, Sampling(48)):
         arm.name, arm.texts, arm.tally            # in the order of the requests
 
 On a GPU all arms are rows of the same batches, each following its own plan, so hundreds of caps cost one capture; on a CPU,
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from personatlas.persona.models.chat_template import ChatFormat
-from personatlas.persona.models.load import Subject
+from personatlas.persona.models.load import Model
 from personatlas.persona.pipeline.stages import CPU_CHUNK, GPU_CHUNK
 from personatlas.persona.rollout import Request
 from personatlas.persona.sampling.cuda_graph import fastest_sampler
@@ -47,7 +47,7 @@ class Arm:
 
 
 def run_arms(
-    subject: Subject,
+    model: Model,
     chat: ChatFormat,
     requests: Sequence[Request],
     arms: Mapping[str, Plan],
@@ -56,8 +56,8 @@ def run_arms(
 ) -> Iterator[Arm]:
     """Answer all requests in all arms; `advance` is told how many answers more there are."""
     ids = [tuple(chat.prompt_ids(list(request.messages))) for request in requests]
-    sampler = fastest_sampler(subject, chat.end_ids, sampling, max(map(len, ids)))
-    on_gpu = subject.device.type == "cuda"
+    sampler = fastest_sampler(model, chat.end_ids, sampling, max(map(len, ids)))
+    on_gpu = model.device.type == "cuda"
     for group in [list(arms)] if on_gpu else [[name] for name in arms]:
         acting = [name for name in group if arms[name]]
         plans = {name: acting.index(name) if name in acting else -1 for name in group}
@@ -67,7 +67,7 @@ def run_arms(
             for own, request in zip(ids, requests, strict=True)
         ]
         answers, tally = _answered(
-            subject,
+            model,
             sampler,
             prompts,
             [arms[name] for name in acting],
@@ -78,7 +78,7 @@ def run_arms(
             rows = range(number * len(requests), (number + 1) * len(requests))
             own_answers = tuple(answers[row] for row in rows)
             texts = tuple(
-                subject.tokenizer.decode(list(answer.ids), skip_special_tokens=True) for answer in own_answers
+                model.tokenizer.decode(list(answer.ids), skip_special_tokens=True) for answer in own_answers
             )
             yield Arm(
                 name, texts, own_answers, tally.rows(rows) if tally is not None and arms[name] else None
@@ -86,7 +86,7 @@ def run_arms(
 
 
 def _answered(
-    subject: Subject,
+    model: Model,
     sampler: Sampler,
     prompts: Sequence[Prompt],
     plans: Sequence[Plan],
@@ -96,7 +96,7 @@ def _answered(
     """Answers to the prompts in their order, and the account of all of them."""
     answers: list[Answer] = []
     tallies: list[Tally] = []
-    with steered(subject, *plans) if plans else nullcontext() as held:
+    with steered(model, *plans) if plans else nullcontext() as held:
         for first in range(0, len(prompts), chunk):
             part = prompts[first : first + chunk]
             found: list[Answer | None] = [None] * len(part)

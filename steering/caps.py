@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from personatlas.persona.axis import Axis, Cap, load_cap
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.steering.interventions import cap_of
 
 ENDINGS = (".json", ".safetensors")
@@ -38,7 +38,7 @@ def cap_names(stem: Path) -> list[str]:
 
 
 def cap_named(text: str, axis: Axis, stem: Path) -> Cap:
-    """A cap by its name, its path, or its level and layers. Raises `KnownError` for anything else."""
+    """A cap by its name, its path, or its level and layers. Raises `UserError` for anything else."""
     if text in cap_names(stem):
         return load_cap(caps_folder(stem) / text)
     path = Path(text)
@@ -49,11 +49,11 @@ def cap_named(text: str, axis: Axis, stem: Path) -> Cap:
     if match is None and moved is not None:
         return shifted(cap_named(moved[1], axis, stem), axis, float(moved[2]))
     if match is None:
-        raise KnownError(_no_cap(text, axis, cap_names(stem)))
+        raise UserError(_no_cap(text, axis, cap_names(stem)))
     population, level, ranges = match.groups()
     layers = layers_named(ranges)
     if not layers or len(set(layers)) != len(layers):
-        raise KnownError(f"--cap {text!r} names no layer, or one twice")
+        raise UserError(f"--cap {text!r} names no layer, or one twice")
     return cap_of(axis, layers, float(level) / 100, population or "default")
 
 
@@ -71,30 +71,30 @@ def _no_cap(text: str, axis: Axis, names: list[str]) -> str:
 def shifted(cap: Cap, axis: Axis, amount: float) -> Cap:
     """The cap with all floors moved by so many interquartile ranges of the default's answers at their layers: its neighbour.
 
-    Raises `KnownError` where the axis does not keep those quantiles.
+    Raises `UserError` where the axis does not keep those quantiles.
     """
     if not {0.25, 0.75} <= set(axis.levels) or not set(cap.layers) <= set(axis.layers):
-        raise KnownError("the axis does not keep the quartiles of the default's answers at this cap's layers")
+        raise UserError("the axis does not keep the quartiles of the default's answers at this cap's layers")
     rows = [axis.layers.index(layer) for layer in cap.layers]
     low, high = (axis.default_quantiles[rows, axis.levels.index(level)] for level in (0.25, 0.75))
     step = amount * (high - low)
     if not torch.isfinite(step).all():
-        raise KnownError("the axis keeps no quartiles of the default's answers at some of this cap's layers")
+        raise UserError("the axis keeps no quartiles of the default's answers at some of this cap's layers")
     prompt = None if cap.prompt_floor is None else cap.prompt_floor + step
     return replace(cap, floor=cap.floor + step, prompt_floor=prompt, level=None, found={})
 
 
 def layers_named(text: str) -> list[int]:
-    """Layers in words: "18-20,23" is 18, 19, 20 and 23. Raises `KnownError` for ranges that run backwards or beyond any model."""
+    """Layers in words: "18-20,23" is 18, 19, 20 and 23. Raises `UserError` for ranges that run backwards or beyond any model."""
     layers: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
         if last and int(last) < int(first):
-            raise KnownError(f"layers {part} run backwards: write {last}-{first}")
+            raise UserError(f"layers {part} run backwards: write {last}-{first}")
         if (
             len(last or first) > MOST_DIGITS
         ):  # before a list of so many is made: texts come over the network too
-            raise KnownError(f"layers {part[:40]}: no model has so many")
+            raise UserError(f"layers {part[:40]}: no model has so many")
         layers += range(int(first), int(last or first) + 1)
     return layers
 
@@ -111,23 +111,23 @@ def layers_in_words(layers: Sequence[int]) -> str:
 
 
 def require_cap(cap: Cap, axis: Axis) -> None:
-    """`KnownError` for a cap whose vectors point away from the axis at a layer: the sign trap."""
+    """`UserError` for a cap whose vectors point away from the axis at a layer: the sign trap."""
     for layer, vector in zip(cap.layers, cap.vectors, strict=True):
         if layer in axis.layers and cap.vectors.shape[1] == axis.vectors.shape[1]:
             cosine = float(vector @ axis.at(layer))
             if cosine < -0.5:
-                raise KnownError(
+                raise UserError(
                     f"this cap's vector at layer {layer} points away from {axis.poles[0]} (cosine {cosine:.2f} with the axis): "
                     "its sign is turned"
                 )
 
 
 def windows_named(texts: Sequence[str]) -> tuple[tuple[int, int], ...]:
-    """Windows in words: "18-23" is (18, 23). Raises `KnownError` for anything else."""
+    """Windows in words: "18-23" is (18, 23). Raises `UserError` for anything else."""
     found = []
     for text in texts:
         match = re.fullmatch(r"\s*(\d+)-(\d+)\s*", text)
         if match is None or int(match[1]) > int(match[2]):
-            raise KnownError(f"--windows {text!r} is not FIRST-LAST, such as 18-23")
+            raise UserError(f"--windows {text!r} is not FIRST-LAST, such as 18-23")
         found.append((int(match[1]), int(match[2])))
     return tuple(found)

@@ -1,6 +1,6 @@
 """Calm conversations of a model, kept beside its axis as `calm.json`, and the alarm that is calibrated on them.
 
-    save_calm(folder / "calm.json", axis, subject.describe(), conversations, {"max_new_tokens": 128, ...})
+    save_calm(folder / "calm.json", axis, model.describe(), conversations, {"max_new_tokens": 128, ...})
     watcher = watcher_of(axis, stem)                         # finds the calm.json beside the axis
     watcher.monitor().turn(projection).alarm                 # one call an answer; see analysis/drift.py
 
@@ -31,7 +31,7 @@ from personatlas.analysis.drift_alarm import (
 )
 from personatlas.persona.artifacts import read_json, write_json
 from personatlas.persona.axis import Axis, require_origin
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 
 CALM = "calm.json"
 RULES: dict[str, Callable[[], Rule]] = {"cusum": Cusum, "several": Several}
@@ -97,18 +97,18 @@ class Calm:
         return fit, held
 
     def require_enough(self) -> None:
-        """`KnownError` for fewer than 20 conversations in either half."""
+        """`UserError` for fewer than 20 conversations in either half."""
         fit, held = self.halves()
         if min(len(fit), len(held)) < FEWEST:
-            raise KnownError(
+            raise UserError(
                 f"{len(self.conversations)} calm conversations: {len(fit)} to calibrate an alarm on and {len(held)} with other scripts "
                 f"to count its false alarms in; {FEWEST} of each are the fewest"
             )
 
     def watcher(self, rule: str = "cusum", rate: float = 0.05) -> Watcher:
-        """Baseline and alarm. Raises `KnownError` for an unknown rule, a rate outside (0, 1), or fewer than 20 conversations a half."""
+        """Baseline and alarm. Raises `UserError` for an unknown rule, a rate outside (0, 1), or fewer than 20 conversations a half."""
         if rule not in RULES:
-            raise KnownError(f"rule {rule!r} is not one of {', '.join(RULES)}")
+            raise UserError(f"rule {rule!r} is not one of {', '.join(RULES)}")
         self.require_enough()
         fit, held = ([one.projections for one in half] for half in self.halves())
         baseline = baseline_of([value for one in fit for value in one])
@@ -123,7 +123,7 @@ def save_calm(
     conversations: Sequence[CalmConversation],
     made: dict[str, Any],
 ) -> None:
-    """Write calm.json. `model` is `Subject.describe()`; `made` says how: sampling, seeds, domains."""
+    """Write calm.json. `model` is `Model.describe()`; `made` says how: sampling, seeds, domains."""
     rows = [
         {"name": one.name, "domain": one.domain, "projections": list(one.projections)}
         for one in conversations
@@ -141,10 +141,10 @@ def is_calm(path: Path) -> bool:
 
 
 def load_calm(path: Path, axis: Axis, model: dict[str, Any] | None = None) -> Calm:
-    """Read calm.json. Raises `KnownError` for another model (the axis's unless given), another layer or direction, or a damaged file."""
+    """Read calm.json. Raises `UserError` for another model (the axis's unless given), another layer or direction, or a damaged file."""
     content = read_json(path)
     if not isinstance(content, dict) or content.get("kind") != "calm":
-        raise KnownError(
+        raise UserError(
             f"{path} is no record of calm conversations (kind calm); `personatlas drift` makes one"
         )
     try:
@@ -152,12 +152,12 @@ def load_calm(path: Path, axis: Axis, model: dict[str, Any] | None = None) -> Ca
         rows = tuple(_conversation(row) for row in content["conversations"])
         made = dict(content["made"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise KnownError(
+        raise UserError(
             f"{path} is damaged ({type(error).__name__}: {error}); `personatlas drift` makes a new one"
         ) from None
     require_origin("record of calm conversations", origin, model or axis.model)
     if (layer, direction) != (axis.layer, direction_of(axis)):
-        raise KnownError(
+        raise UserError(
             f"{path} was measured along another direction (layer {layer}, {direction}) than this axis (layer {axis.layer}, "
             f"{direction_of(axis)}); `personatlas drift --axis` makes one for it"
         )
@@ -183,7 +183,7 @@ def watcher_of(
     if calm is None or is_calm(calm):
         return load_calm(calm or beside, axis).watcher(rule, rate)
     if trace is None:
-        raise KnownError(f"{calm} is no calm.json; `personatlas drift` makes one")
+        raise UserError(f"{calm} is no calm.json; `personatlas drift` makes one")
     return trace(calm).watcher(rule, rate)
 
 
@@ -201,7 +201,7 @@ def _order(script: str) -> str:
 def _of_axis(axis: Axis) -> Baseline:
     """The default's answers as the axis keeps them: median, and interquartile range as a standard deviation."""
     if not {0.25, 0.5, 0.75} <= set(axis.levels):
-        raise KnownError(
+        raise UserError(
             "the axis keeps no quartiles of the default's answers; give --calm conversations in their place"
         )
     row = axis.default_quantiles[axis.layers.index(axis.layer)]

@@ -1,6 +1,6 @@
 """One answer in several arms (as the model is, capped, ...), token by token, and the trace of each arm's projection.
 
-    arms = generate(subject, chat, messages, {"as it is": [], "capped": [cap]}, axis, Sampling(), seed=0)
+    arms = generate(model, chat, messages, {"as it is": [], "capped": [cap]}, axis, Sampling(), seed=0)
     arms["capped"].text, arms["capped"].trace.projection
 
 All arms are rows of one batch and sample with the same seed. A trace is read afterwards in one forward over prompt and
@@ -22,9 +22,9 @@ from torch import Tensor
 
 from personatlas.analysis.html.page import write_page as write
 from personatlas.persona.axis import Axis, Cap
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.models.chat_template import ChatFormat, Messages
-from personatlas.persona.models.load import Subject, residual
+from personatlas.persona.models.load import Model, residual
 from personatlas.persona.sampling.cuda_graph import fastest_sampler
 from personatlas.persona.sampling.sampler import Prompt, Sampling
 from personatlas.steering.caps import layers_in_words
@@ -69,7 +69,7 @@ class Generated:
 
 
 def generate(
-    subject: Subject,
+    model: Model,
     chat: ChatFormat,
     messages: Messages,
     arms: Mapping[str, Plan],
@@ -79,35 +79,35 @@ def generate(
 ) -> dict[str, Generated]:
     """Answer a conversation once in every arm. The axis names the layer of the traces.
 
-    Raises `KnownError` for a conversation that leaves no room for the answer in the model's context.
+    Raises `UserError` for a conversation that leaves no room for the answer in the model's context.
     """
     ids = tuple(chat.prompt_ids(messages))
-    limit = subject.context
+    limit = model.context
     if limit and len(ids) + sampling.max_new_tokens > limit:
-        raise KnownError(
+        raise UserError(
             f"{len(ids)} tokens to read and {sampling.max_new_tokens} to write are more than the {limit} that "
-            f"{subject.id} holds; shorten the prompt or --max-new-tokens"
+            f"{model.id} holds; shorten the prompt or --max-new-tokens"
         )
-    sampler = fastest_sampler(subject, chat.end_ids, sampling)  # proves its decoder before anything steers
+    sampler = fastest_sampler(model, chat.end_ids, sampling)  # proves its decoder before anything steers
     acting = [name for name, plan in arms.items() if plan]
     prompts = [Prompt(ids, seed, acting.index(name) if name in acting else -1) for name in arms]
-    with steered(subject, *(arms[name] for name in acting)) if acting else nullcontext() as held:
+    with steered(model, *(arms[name] for name in acting)) if acting else nullcontext() as held:
         answers = sorted(sampler.answers(prompts, held), key=lambda answer: answer.index)
         tally = None if held is None else held.tally
     found = {}
     for row, (name, answer) in enumerate(zip(arms, answers, strict=True)):
-        text = subject.tokenizer.decode(list(answer.ids), skip_special_tokens=True)
+        text = model.tokenizer.decode(list(answer.ids), skip_special_tokens=True)
         own = tally.rows([row]) if tally is not None and arms[name] else None
-        found[name] = Generated(text, answer.stopped, trace(subject, ids, answer.ids, arms[name], axis), own)
+        found[name] = Generated(text, answer.stopped, trace(model, ids, answer.ids, arms[name], axis), own)
     return found
 
 
 @torch.no_grad()
 def trace(
-    subject: Subject, prompt: tuple[int, ...], answer: tuple[int, ...], interventions: Plan, axis: Axis
+    model: Model, prompt: tuple[int, ...], answer: tuple[int, ...], interventions: Plan, axis: Axis
 ) -> Trace:
-    """Read a conversation again with the interventions on. Raises `KnownError` for an axis of another model."""
-    axis.require_model(subject.describe())
+    """Read a conversation again with the interventions on. Raises `UserError` for an axis of another model."""
+    axis.require_model(model.describe())
     steps = steps_of(interventions)
     entered = {layer: torch.empty(0) for layer in sorted({axis.layer, *steps})}
 
@@ -117,16 +117,14 @@ def trace(
 
         return hook
 
-    ids = torch.tensor([prompt + answer], device=subject.device)
-    with steered(subject, interventions) if interventions else nullcontext() as held:
+    ids = torch.tensor([prompt + answer], device=model.device)
+    with steered(model, interventions) if interventions else nullcontext() as held:
         # before the step at the layer
-        handles = [
-            subject.blocks[layer].register_forward_hook(keep(layer), prepend=True) for layer in entered
-        ]
+        handles = [model.blocks[layer].register_forward_hook(keep(layer), prepend=True) for layer in entered]
         try:
             if held is not None:
                 held.describe(answer_from=torch.tensor([len(prompt)]))
-            subject.base(input_ids=ids, use_cache=False)
+            model.base(input_ids=ids, use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
@@ -162,7 +160,7 @@ HERE = Path(__file__).parent
 def write_page(
     path: Path,
     arms: Mapping[str, Generated],
-    subject: Subject,
+    model: Model,
     axis: Axis,
     cap: Cap,
     name: str,
@@ -173,9 +171,9 @@ def write_page(
     low, high = (values[len(values) // 50], values[-1 - len(values) // 50]) if values else (0.0, 1.0)
     floor = float(cap.floor[cap.layers.index(axis.layer)]) if axis.layer in cap.layers else None
     shown = {
-        "arms": [_arm(label, one, subject, low, high) for label, one in arms.items()],
+        "arms": [_arm(label, one, model, low, high) for label, one in arms.items()],
         "messages": messages,
-        "model": subject.describe(),
+        "model": model.describe(),
         "layer": axis.layer,
         "poles": axis.poles,
         "low": low,
@@ -193,14 +191,14 @@ def write_page(
     write(path, HERE / "generate.html.jinja", shown, {}, {})
 
 
-def _arm(name: str, one: Generated, subject: Subject, low: float, high: float) -> dict[str, Any]:
+def _arm(name: str, one: Generated, model: Model, low: float, high: float) -> dict[str, Any]:
     trace, tally = one.trace, one.tally
     start = trace.answer_from
     answer = trace.answer.tolist()
     return {
         "name": name,
-        "prompt": _tokens(trace, subject, 0, start, low, high),
-        "answer": _tokens(trace, subject, start, len(trace.ids), low, high),
+        "prompt": _tokens(trace, model, 0, start, low, high),
+        "answer": _tokens(trace, model, start, len(trace.ids), low, high),
         "mean": sum(answer) / len(answer) if answer else None,
         "share": None if tally is None else tally.share,
         "most": None if tally is None else float(tally.most.max()),
@@ -209,7 +207,7 @@ def _arm(name: str, one: Generated, subject: Subject, low: float, high: float) -
 
 
 def _tokens(
-    trace: Trace, subject: Subject, first: int, last: int, low: float, high: float
+    trace: Trace, model: Model, first: int, last: int, low: float, high: float
 ) -> list[dict[str, Any]]:
     """Text, colour and what was done, token by token. A token that is part of a character shows as its replacement mark."""
     fired, moved = trace.fired.tolist(), trace.corrections.sum(0).tolist()
@@ -220,7 +218,7 @@ def _tokens(
         said = f"projection {float(trace.projection[at]):.1f}"
         if fired[at]:
             said += f"; changed at {fired[at]} of {len(trace.layers)} layers, by {moved[at]:.1f} in all"
-        text = subject.tokenizer.decode([trace.ids[at]])
+        text = model.tokenizer.decode([trace.ids[at]])
         depth = round(abs(place - 0.5) * 2 * 62)
         found.append({"text": text, "side": side, "depth": depth, "fired": fired[at], "said": said})
     return found

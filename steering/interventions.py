@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from personatlas.persona.axis import Axis, Cap
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 
 PHASES = ("prompt", "answer", "both")
 POPULATIONS = ("default", "roles")
@@ -142,16 +142,16 @@ def cap_of(
     """A cap whose floor at each layer is a quantile of a population's projections, as the axis keeps them.
 
     `level` is in [0, 1] and must be one that the axis keeps; `population` is "default" or "roles": whose whole answers
-    were projected. Raises `KnownError` for a layer or level that the axis does not have.
+    were projected. Raises `UserError` for a layer or level that the axis does not have.
     """
     chosen = tuple(layers)
     if population not in POPULATIONS:
-        raise KnownError(f"population {population!r} is not one of {', '.join(POPULATIONS)}")
+        raise UserError(f"population {population!r} is not one of {', '.join(POPULATIONS)}")
     if not 0 <= level <= 1:
-        raise KnownError(f"level {level} is outside 0..1: it is a quantile")
+        raise UserError(f"level {level} is outside 0..1: it is a quantile")
     kept = [i for i, own in enumerate(axis.levels) if abs(own - level) < 1e-9]
     if not kept:
-        raise KnownError(
+        raise UserError(
             f"level {level} is not kept in this axis ({', '.join(map(str, axis.levels)) or 'none is'})"
         )
     vectors = _vectors(axis, chosen)
@@ -159,7 +159,7 @@ def cap_of(
     floor = torch.stack([table[axis.layers.index(layer), kept[0]] for layer in chosen])
     if not torch.isfinite(floor).all():
         missing = [layer for layer, value in zip(chosen, floor.tolist(), strict=True) if value != value]
-        raise KnownError(f"the axis keeps no quantiles at layers {missing}: no rollout means were kept there")
+        raise UserError(f"the axis keeps no quantiles at layers {missing}: no rollout means were kept there")
     return Cap(
         chosen,
         vectors,
@@ -237,7 +237,7 @@ def _steps(intervention: Intervention, row: int) -> list[Step]:
 
 def _vectors(axis: Axis, layers: tuple[int, ...]) -> Float[Tensor, "C D"]:
     if not layers:
-        raise KnownError("an intervention needs at least one layer")
+        raise UserError("an intervention needs at least one layer")
     return torch.stack([axis.at(layer) for layer in layers])
 
 

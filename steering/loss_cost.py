@@ -1,6 +1,6 @@
 """What an intervention costs on text that needs none: the model's own answers as the default, read again with it on.
 
-    costs = benign_costs(subject, rollouts, {"capped": [cap]})
+    costs = benign_costs(model, rollouts, {"capped": [cap]})
     costs["capped"].more        # loss per token, relative to the model as it is: 0.05 is 5% more
 
 Loss is the mean negative log-likelihood of the answers' tokens (nats), KL is KL(as it is || steered) of the next token's
@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from personatlas.persona.errors import KnownError
-from personatlas.persona.models.load import Subject
+from personatlas.persona.errors import UserError
+from personatlas.persona.models.load import Model
 from personatlas.persona.rollout import Rollout
 from personatlas.steering.arms import joined
 from personatlas.steering.hooks.steering import Plan, Tally, steered
@@ -71,7 +71,7 @@ class Cost:
 
 @torch.no_grad()
 def benign_costs(
-    subject: Subject,
+    model: Model,
     texts: Sequence[Rollout],
     arms: Mapping[str, Plan],
     advance: Callable[[int], None] = lambda _: None,
@@ -79,25 +79,25 @@ def benign_costs(
     """Read all texts as the model is and in every arm (each with an intervention); sums are in the texts' order, and `advance` counts
     readings of texts.
 
-    Raises `KnownError` when there are no texts.
+    Raises `UserError` when there are no texts.
     """
     if not texts:
-        raise KnownError("there are no benign answers to measure a cost on")
-    tokens = GPU_TOKENS if subject.device.type == "cuda" else CPU_TOKENS
+        raise UserError("there are no benign answers to measure a cost on")
+    tokens = GPU_TOKENS if model.device.type == "cuda" else CPU_TOKENS
     before: list[float] = []
     sums: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
     tallies: dict[str, list[Tally]] = {name: [] for name in arms}
     counts: list[int] = []
     places: list[int] = []
-    for batch in batches(subject, texts, tokens):
+    for batch in batches(model, texts, tokens):
         places += batch.places
         counts += [len(text.answer_ids) for text in batch.texts]
-        plain = batch.log_probs(subject)
+        plain = batch.log_probs(model)
         before += batch.losses(plain)
         for name, plan in arms.items():
-            with steered(subject, plan) as held:
+            with steered(model, plan) as held:
                 held.describe(batch.lengths, batch.starts)
-                now = batch.log_probs(subject)
+                now = batch.log_probs(model)
                 tallies[name].append(held.tally)
             sums[name] += zip(batch.losses(now), batch.divergences(plain, now), strict=True)
             advance(len(batch.texts))

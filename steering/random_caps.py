@@ -1,7 +1,7 @@
 """The control of every capping result: random directions whose caps fire as often as the cap does, layer by layer.
 
-    shares = fired_shares(subject, cap, texts)
-    random_cap(subject, cap, shares, texts, seed=1)
+    shares = fired_shares(model, cap, texts)
+    random_cap(model, cap, shares, texts, seed=1)
 
 A cap that fires on half of all tokens disturbs a model, whatever its direction; only what the random one does not do is the
 axis's doing. Each layer's direction is drawn alone, and its floor is the quantile of the projections there, read with the
@@ -19,19 +19,19 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from personatlas.persona.axis import Cap
-from personatlas.persona.models.load import Subject
+from personatlas.persona.models.load import Model
 from personatlas.persona.rollout import Rollout
 from personatlas.steering.hooks.steering import Plan
 from personatlas.steering.teacher_forcing import projected, read_batches
 
 
 @torch.no_grad()
-def fired_shares(subject: Subject, cap: Cap, texts: Sequence[Rollout]) -> Float[Tensor, "C S"]:
+def fired_shares(model: Model, cap: Cap, texts: Sequence[Rollout]) -> Float[Tensor, "C S"]:
     """Share of the texts' tokens that the cap changes at each of its layers, for each side that has floors of its own."""
-    sides = _sides(subject, cap, texts)
+    sides = _sides(model, cap, texts)
     below = []
     for row, layer in enumerate(cap.layers):
-        places = _projections(subject, texts, [_part(cap, row)] if row else [], layer, cap.vectors[row])
+        places = _projections(model, texts, [_part(cap, row)] if row else [], layer, cap.vectors[row])
         below.append(
             [float((places[taken] < cap.floor_of(row, side)).float().mean()) for side, taken in sides.items()]
         )
@@ -40,26 +40,26 @@ def fired_shares(subject: Subject, cap: Cap, texts: Sequence[Rollout]) -> Float[
 
 @torch.no_grad()
 def random_cap(
-    subject: Subject, cap: Cap, shares: Float[Tensor, "C S"], texts: Sequence[Rollout], seed: int
+    model: Model, cap: Cap, shares: Float[Tensor, "C S"], texts: Sequence[Rollout], seed: int
 ) -> Cap:
     """A cap of random unit directions at the same layers and phases that fires on such shares of the texts' tokens."""
     generator = torch.Generator().manual_seed(seed)
     vectors = normalize(torch.randn(cap.vectors.shape, generator=generator), dim=1)
     blank = replace(cap, vectors=vectors, ceiling=None, level=None, population="random", found={})
-    sides = _sides(subject, cap, texts)
+    sides = _sides(model, cap, texts)
     floors: dict[str, list[float]] = {side: [] for side in sides}
     for row, layer in enumerate(cap.layers):
         before = [_with(_part(blank, row), floors)] if row else []
-        places = _projections(subject, texts, before, layer, vectors[row])
+        places = _projections(model, texts, before, layer, vectors[row])
         for (side, taken), share in zip(sides.items(), shares[row].tolist(), strict=True):
             floors[side].append(float(places[taken].quantile(share)))
     return _with(blank, floors)
 
 
-def _sides(subject: Subject, cap: Cap, texts: Sequence[Rollout]) -> dict[str, Bool[Tensor, " M"]]:
+def _sides(model: Model, cap: Cap, texts: Sequence[Rollout]) -> dict[str, Bool[Tensor, " M"]]:
     """The phases for which the cap has floors of their own, and which of all tokens they take."""
     told, kept = [], []
-    for batch in read_batches(subject, texts):
+    for batch in read_batches(model, texts):
         real, taken = batch.real, torch.ones_like(batch.real)
         taken[:, 0] = not cap.spare_first
         told.append(batch.answer[real])
@@ -87,9 +87,7 @@ def _part(cap: Cap, rows: int) -> Cap:
 
 
 def _projections(
-    subject: Subject, texts: Sequence[Rollout], before: Plan, layer: int, vector: Tensor
+    model: Model, texts: Sequence[Rollout], before: Plan, layer: int, vector: Tensor
 ) -> Float[Tensor, " M"]:
     """Projections of all tokens at a layer, batch after batch, with the plan on."""
-    return torch.cat(
-        [places[batch.real] for batch, places in projected(subject, texts, before, layer, vector)]
-    )
+    return torch.cat([places[batch.real] for batch, places in projected(model, texts, before, layer, vector)])

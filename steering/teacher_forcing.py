@@ -1,12 +1,12 @@
 """Texts that are read again, prompt and answer, in padded batches.
 
-for batch in batches(subject, rollouts, batch_tokens(subject, 2048, 65536)):
-    subject.base(input_ids=batch.ids, use_cache=False)
-    batch.losses(batch.log_probs(subject))
+for batch in batches(model, rollouts, batch_tokens(model, 2048, 65536)):
+    model.base(input_ids=batch.ids, use_cache=False)
+    batch.losses(batch.log_probs(model))
 
 Projections of texts that are read again, with interventions on: one value a token, before any step at that layer.
 
-for batch, places in projected(subject, rollouts, [cap], axis.layer, axis.at(axis.layer)):
+for batch, places in projected(model, rollouts, [cap], axis.layer, axis.at(axis.layer)):
     places[batch.real]                      # (B, T) masked: all tokens
 """
 
@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from personatlas.persona.models.load import Subject, residual
+from personatlas.persona.models.load import Model, residual
 from personatlas.persona.rollout import Rollout
 from personatlas.persona.sampling.sampler import batch_end, batch_tokens, pad
 from personatlas.steering.hooks.steering import Plan, steered
@@ -27,14 +27,14 @@ from personatlas.steering.hooks.steering import Plan, steered
 class Texts:
     """A padded batch of B texts: `places` are their numbers among all, answers begin at `starts` (B,) and end at `lengths`."""
 
-    def __init__(self, subject: Subject, texts: Sequence[Rollout], places: Sequence[int]) -> None:
-        self.texts, self.places, self.device = tuple(texts), tuple(places), subject.device
+    def __init__(self, model: Model, texts: Sequence[Rollout], places: Sequence[int]) -> None:
+        self.texts, self.places, self.device = tuple(texts), tuple(places), model.device
         self.starts = torch.tensor([len(text.prompt_ids) for text in texts])
         self.lengths = self.starts + torch.tensor([len(text.answer_ids) for text in texts])
 
     @cached_property
     def ids(self) -> Int[Tensor, "B T"]:
-        """Token ids on the subject's device."""
+        """Token ids on the model's device."""
         return pad([text.prompt_ids + text.answer_ids for text in self.texts], self.device)
 
     @property
@@ -49,14 +49,14 @@ class Texts:
 
     @cached_property
     def predicted(self) -> tuple[Tensor, Tensor]:
-        """Rows and columns (M,) of the answers' tokens, on the subject's device."""
+        """Rows and columns (M,) of the answers' tokens, on the model's device."""
         rows, columns = self.answer.nonzero(as_tuple=True)
         return rows.to(self.device), columns.to(self.device)
 
-    def log_probs(self, subject: Subject) -> Float[Tensor, "M V"]:
+    def log_probs(self, model: Model) -> Float[Tensor, "M V"]:
         """Log-probabilities, fp32, at the M places before the answers' tokens."""
         first, (rows, columns) = int(self.starts.min()) - 1, self.predicted
-        logits = subject.model(
+        logits = model.hf(
             input_ids=self.ids, use_cache=False, logits_to_keep=self.ids.shape[1] - first
         ).logits  # (B, T - first, V)
         return logits[rows, columns - 1 - first].float().log_softmax(-1)
@@ -79,28 +79,28 @@ class Texts:
         return found
 
 
-def batches(subject: Subject, texts: Sequence[Rollout], tokens: int) -> Iterator[Texts]:
+def batches(model: Model, texts: Sequence[Rollout], tokens: int) -> Iterator[Texts]:
     """All texts, longest first, in batches of at most so many padded tokens (but at least one text)."""
     sizes = [len(text.prompt_ids) + len(text.answer_ids) for text in texts]
     order = sorted(range(len(texts)), key=sizes.__getitem__, reverse=True)
     lengths, first = [sizes[i] for i in order], 0
     while first < len(order):
         stop = batch_end(lengths, first, tokens)
-        yield Texts(subject, [texts[i] for i in order[first:stop]], order[first:stop])
+        yield Texts(model, [texts[i] for i in order[first:stop]], order[first:stop])
         first = stop
 
 
 CPU_TOKENS, GPU_TOKENS = 2048, 65536  # most padded tokens a batch
 
 
-def read_batches(subject: Subject, texts: Sequence[Rollout]) -> Iterator[Texts]:
+def read_batches(model: Model, texts: Sequence[Rollout]) -> Iterator[Texts]:
     """All texts in batches of the size that reading without logits takes."""
-    return batches(subject, texts, batch_tokens(subject, CPU_TOKENS, GPU_TOKENS))
+    return batches(model, texts, batch_tokens(model, CPU_TOKENS, GPU_TOKENS))
 
 
 @torch.no_grad()
 def projected(
-    subject: Subject, texts: Sequence[Rollout], plan: Plan, layer: int, vector: Float[Tensor, " D"]
+    model: Model, texts: Sequence[Rollout], plan: Plan, layer: int, vector: Float[Tensor, " D"]
 ) -> Iterator[tuple[Texts, Float[Tensor, "B T"]]]:
     """Batch after batch with <h, v> at a layer, fp32 on the CPU; padding's values mean nothing."""
     kept: list[Tensor] = []
@@ -109,27 +109,27 @@ def projected(
         h = residual(output)
         kept.append((h.float() @ vector.to(h.device)).cpu())
 
-    for batch in read_batches(subject, texts):
-        handle = subject.blocks[layer].register_forward_hook(
+    for batch in read_batches(model, texts):
+        handle = model.blocks[layer].register_forward_hook(
             keep
         )  # before the plan's own hook, and so before its step
         try:
-            with steered(subject, plan) if plan else nullcontext() as held:
+            with steered(model, plan) if plan else nullcontext() as held:
                 if held is not None:
                     held.describe(batch.lengths, batch.starts)
-                subject.base(input_ids=batch.ids, use_cache=False)
+                model.base(input_ids=batch.ids, use_cache=False)
         finally:
             handle.remove()
         yield batch, kept.pop()
 
 
 def mean_projections(
-    subject: Subject, texts: Sequence[Rollout], plan: Plan, layer: int, vector: Float[Tensor, " D"]
+    model: Model, texts: Sequence[Rollout], plan: Plan, layer: int, vector: Float[Tensor, " D"]
 ) -> list[float]:
     """Mean over each text's answer tokens, in the texts' order; NaN for an empty answer."""
     found = [float("nan")] * len(texts)
     spoken = [place for place, text in enumerate(texts) if text.answer_ids]
-    for batch, places in projected(subject, [texts[place] for place in spoken], plan, layer, vector):
+    for batch, places in projected(model, [texts[place] for place in spoken], plan, layer, vector):
         answer = batch.answer
         means = (places * answer).sum(1) / answer.sum(1)
         for place, value in zip(batch.places, means.tolist(), strict=True):

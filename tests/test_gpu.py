@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import tiny_subject
+from families import tiny_model
 from test_record import by_hand, made_up, recorded
 from test_sampler import ENDS, SAMPLING, answers
 from test_serve_engine import LONG, PROMPTS, Listener, alone
@@ -75,15 +75,15 @@ def test_slot_attention_is_masked_attention(dtype, heads, key_heads, width, wind
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_captured_decoder_answers_as_reading_the_whole_text_does(family):
-    subject = tiny_subject(family, device="cuda")
-    plain = Sampler(subject, ENDS, SAMPLING)
+    model = tiny_model(family, device="cuda")
+    plain = Sampler(model, ENDS, SAMPLING)
     plain.decoder = PlainDecoder
-    captured = GraphSampler(subject, ENDS, SAMPLING, slots=3)
+    captured = GraphSampler(model, ENDS, SAMPLING, slots=3)
     expected = answers(plain)
     assert captured.decoder is not PlainDecoder
     assert answers(captured) == expected
     assert answers(captured) == expected  # replayed without another capture
-    assert subject.model.config._attn_implementation != "personatlas_slots"
+    assert model.hf.config._attn_implementation != "personatlas_slots"
 
 
 @pytest.mark.filterwarnings("ignore:TensorFloat32")  # the compiler's advice; exactness is what is tested
@@ -91,10 +91,10 @@ def test_the_captured_decoder_answers_as_reading_the_whole_text_does(family):
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
 def test_recorded_means_equal_a_float64_mean(family, compile):
-    subject, rollouts = tiny_subject(family, device="cuda"), made_up()
-    reference = torch.stack([by_hand(subject, rollout).cpu() for rollout in rollouts])
+    model, rollouts = tiny_model(family, device="cuda"), made_up()
+    reference = torch.stack([by_hand(model, rollout).cpu() for rollout in rollouts])
     for tokens in (64, 4096):
-        found = recorded(subject, rollouts, tokens=tokens, compile=compile).double()
+        found = recorded(model, rollouts, tokens=tokens, compile=compile).double()
         assert ((found - reference).norm(dim=-1) / reference.norm(dim=-1)).max() < 1e-5
 
 
@@ -136,8 +136,8 @@ def test_the_steering_kernel_is_its_plain_twin(dtype, d_model, tokens, n_plans):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_capping_binds_in_the_captured_decoder(family):
-    subject = tiny_subject(family, device="cuda")
-    checks = run_cap_test(subject, axis_of(tiny_subject(family)))
+    model = tiny_model(family, device="cuda")
+    checks = run_cap_test(model, axis_of(tiny_model(family)))
     assert [(check.name, check.found) for check in checks if not check.passed] == []
 
 
@@ -147,10 +147,10 @@ def test_a_compiled_forward_is_steered_and_changed_without_compiling_again():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_that_come_and_go_in_captured_steps_get_what_they_would_get_alone(family):
-    subject = tiny_subject(family, device="cuda")
-    axis, listener = axis_of(tiny_subject(family)), Listener()
+    model = tiny_model(family, device="cuda")
+    axis, listener = axis_of(tiny_model(family)), Listener()
     engine = Engine(
-        subject, ENDS, axis, {"mild": cap_of(axis, (0, 1), 0.5)}, Room(slots=6, length=256), listener
+        model, ENDS, axis, {"mild": cap_of(axis, (0, 1), 0.5)}, Room(slots=6, length=256), listener
     )
     cap = engine.plans.wanted("mild")
     asks = [
@@ -175,5 +175,5 @@ def test_rows_that_come_and_go_in_captured_steps_get_what_they_would_get_alone(f
     assert same >= len(asks) - 1  # sums in another order may turn one draw
     for ask, ticket, ids in zip(asks, tickets, got, strict=True):
         read = torch.tensor(listener.first(ticket, Read).projections)
-        again = trace(subject, ask.ids, ids, [cap.cap] if ask.cap else [], axis).projection
+        again = trace(model, ask.ids, ids, [cap.cap] if ask.cap else [], axis).projection
         torch.testing.assert_close(read, again[: len(read)], rtol=1e-3, atol=1e-3)

@@ -7,7 +7,7 @@ counts, as in nanochat. Rows of one context follow one another, so a token sees 
 
 Bits per byte of texts under any model: how well it predicts them, whatever its tokenizer.
 
-    fit = fit_of_texts(load_subject("runs/books"), ["It was a dark night.", ...])
+    fit = fit_of_texts(load_model("runs/books"), ["It was a dark night.", ...])
     fit.bits_per_byte, fit.interval         # Σ nats / (ln 2 · Σ bytes), 95% over documents drawn again
 
 A document is read in windows of the model's context, each of which begins with the last token of the one before, the first with the
@@ -26,9 +26,9 @@ from jaxtyping import Float64
 from numpy import ndarray as Array
 from torch import Tensor
 
-from personatlas.persona.distributed import Ranks
-from personatlas.persona.errors import KnownError
-from personatlas.persona.models.load import Subject
+from personatlas.persona.distributed import World
+from personatlas.persona.errors import UserError
+from personatlas.persona.models.load import Model
 from personatlas.training.data.batches import held_out_rows
 from personatlas.training.data.token_shards import Stream
 from personatlas.training.loop.distributed import summed
@@ -57,7 +57,7 @@ def fit_of(
     lengths: Tensor,
     context: int,
     rows: int,
-    ranks: Ranks = Ranks(),
+    world: World = World(),
     most: int | None = None,
 ) -> Fit:
     """Read a stream and sum its loss: over all of it, or (with `most`) over about so many tokens, spread over all of it.
@@ -67,14 +67,14 @@ def fit_of(
     """
     nats, counted, size = (torch.zeros((), dtype=torch.float64) for _ in range(3))
     every = 1 if most is None else max(1, len(stream) // max(most, 1))
-    for ids, counts in held_out_rows(stream, context, rows, ranks.rank, ranks.world, every):
+    for ids, counts in held_out_rows(stream, context, rows, world.rank, world.size, every):
         targets = ids[:, 1:].to(lengths.device)
         each = lengths[targets] * counts.to(lengths.device)  # (B, T)
         targets = torch.where(each > 0, targets, IGNORED)
         nats += forward(ids[:, :-1].to(lengths.device), targets).double().cpu()
         counted += (each > 0).sum().cpu()
         size += each.sum().cpu()
-    found = summed(torch.stack([nats, counted, size]), ranks).tolist()
+    found = summed(torch.stack([nats, counted, size]), world).tolist()
     nats_, tokens, bytes_ = found[0], int(found[1]), int(found[2])
     return Fit(nats_ / (math.log(2) * max(bytes_, 1)), nats_ / max(tokens, 1), tokens, bytes_)
 
@@ -98,17 +98,17 @@ class TextFit:
     bytes: int
 
 
-def fit_of_texts(subject: Subject, texts: Sequence[str], context: int | None = None) -> TextFit:
-    """Predict every token of every text. Raises `KnownError` for texts without a byte and a context of less than 2."""
+def fit_of_texts(model: Model, texts: Sequence[str], context: int | None = None) -> TextFit:
+    """Predict every token of every text. Raises `UserError` for texts without a byte and a context of less than 2."""
     sizes = np.array([len(text.encode()) for text in texts], dtype=np.float64)
     if not sizes.sum():
-        raise KnownError("there is no text to predict")
-    window = min(context or LONGEST, _context(subject), LONGEST if context is None else context)
+        raise UserError("there is no text to predict")
+    window = min(context or LONGEST, _context(model), LONGEST if context is None else context)
     if window < 2:
-        raise KnownError(f"--context {window}: at least 2 tokens are needed to predict one from another")
+        raise UserError(f"--context {window}: at least 2 tokens are needed to predict one from another")
     nats, tokens = np.zeros(len(texts)), 0
-    for ids, documents in _batches(subject, texts, window):
-        losses = _losses(subject, ids)  # (B,), nats
+    for ids, documents in _batches(model, texts, window):
+        losses = _losses(model, ids)  # (B,), nats
         np.add.at(nats, documents, losses)
         tokens += int((ids[:, 1:] >= 0).sum())
     bits = nats.sum() / math.log(2) / sizes.sum()
@@ -122,17 +122,17 @@ def fit_of_texts(subject: Subject, texts: Sequence[str], context: int | None = N
     )
 
 
-def _context(subject: Subject) -> int:
-    config = subject.model.config.get_text_config(decoder=True)
+def _context(model: Model) -> int:
+    config = model.hf.config.get_text_config(decoder=True)
     return int(getattr(config, "max_position_embeddings", None) or LONGEST)
 
 
-def _windows(subject: Subject, texts: Sequence[str], window: int) -> Iterator[tuple[int, list[int]]]:
+def _windows(model: Model, texts: Sequence[str], window: int) -> Iterator[tuple[int, list[int]]]:
     """Each window's document and its ids, the first of which is only seen."""
-    tokenizer = subject.tokenizer
+    tokenizer = model.tokenizer
     begins = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if begins is None:
-        raise KnownError(
+        raise UserError(
             "this model's tokenizer has no token that begins a text, so the first one cannot be predicted"
         )
     for number, text in enumerate(texts):
@@ -141,9 +141,9 @@ def _windows(subject: Subject, texts: Sequence[str], window: int) -> Iterator[tu
             yield number, ids[start : start + window]
 
 
-def _batches(subject: Subject, texts: Sequence[str], window: int) -> Iterator[tuple[torch.Tensor, Array]]:
+def _batches(model: Model, texts: Sequence[str], window: int) -> Iterator[tuple[torch.Tensor, Array]]:
     """Windows of like length together: ids (B, T), filled up with -1, and their documents (B,)."""
-    windows = sorted(_windows(subject, texts, window), key=lambda one: -len(one[1]))
+    windows = sorted(_windows(model, texts, window), key=lambda one: -len(one[1]))
     first = 0
     while first < len(windows):
         longest = len(windows[first][1])
@@ -156,12 +156,10 @@ def _batches(subject: Subject, texts: Sequence[str], window: int) -> Iterator[tu
 
 
 @torch.no_grad()
-def _losses(subject: Subject, ids: torch.Tensor) -> Float64[Array, "B"]:
-    here = ids.to(subject.device)
+def _losses(model: Model, ids: torch.Tensor) -> Float64[Array, "B"]:
+    here = ids.to(model.device)
     real, targets = here >= 0, here[:, 1:]
-    logits = subject.model(input_ids=here.clamp_min(0), attention_mask=real.long(), use_cache=False).logits[
-        :, :-1
-    ]
+    logits = model.hf(input_ids=here.clamp_min(0), attention_mask=real.long(), use_cache=False).logits[:, :-1]
     each = torch.nn.functional.cross_entropy(
         logits.float().mT, targets, ignore_index=-1, reduction="none"
     )  # (B, T)

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from personatlas.persona.artifacts import append_lines, digest, read_json, write_json
-from personatlas.persona.distributed import Ranks, ranks
-from personatlas.persona.errors import KnownError
+from personatlas.persona.distributed import World, get_world
+from personatlas.persona.errors import UserError
 from personatlas.persona.progress import say
 from personatlas.persona.runs import Run, is_training_run, open_run, versions
 from personatlas.training.chat.mixture import ChatData, prepare
@@ -55,15 +55,15 @@ class Parent:
 
 
 def parent_of(base: Path) -> Parent:
-    """Raises `KnownError` for anything that is not a GPT of ours, and for a run that has not finished."""
+    """Raises `UserError` for anything that is not a GPT of ours, and for a run that has not finished."""
     if not base.exists():
-        raise KnownError(
+        raise UserError(
             f"{base} does not exist; give the folder of a training run, of a checkpoint or of an export"
         )
     folder = base
     if (base / "run.json").is_file():
         if not is_training_run(base):
-            raise KnownError(f"{base} is a run of another kind; give the folder of `personatlas train base`")
+            raise UserError(f"{base} is a run of another kind; give the folder of `personatlas train base`")
         folder = base / "model"
         if not (folder / "config.json").is_file():
             found = checkpoints_in(base)
@@ -72,14 +72,14 @@ def parent_of(base: Path) -> Parent:
                 if found
                 else "it has no checkpoint yet"
             )
-            raise KnownError(f"{base} is a run that has not finished: go on with it first; {hint}")
+            raise UserError(f"{base} is a run that has not finished: go on with it first; {hint}")
     if not (folder / "config.json").is_file():
-        raise KnownError(
+        raise UserError(
             f"{base} is no training run, checkpoint or exported folder: it has no run.json or config.json"
         )
     shape = shape_of(read_json(folder / "config.json"), folder)
     if not (folder / WEIGHTS).is_file():
-        raise KnownError(
+        raise UserError(
             f"{folder / WEIGHTS} does not exist; a checkpoint in several files must be saved as one first"
         )
     return Parent(folder, shape, digest(folder / WEIGHTS), _plan(base))
@@ -99,44 +99,44 @@ MANY = 4.0  # readings of a small set of conversations after which held-out loss
 
 
 @dataclass(frozen=True)
-class Work:
+class FinetuneContext:
     """One run of chat tuning, its data read."""
 
     asked: ChatAsked
     parent: Parent
     encoder: ChatEncoder
     data: ChatData
-    place: Ranks
+    world: World
     device: torch.device
 
 
 def train_chat(asked: ChatAsked) -> dict[str, Any] | None:
     """Tune, or go on where the run was stopped. The result on rank 0, None on others.
 
-    Raises `KnownError` for a base or data that cannot be used, a folder that holds another run, and a loss that is no number.
+    Raises `UserError` for a base or data that cannot be used, a folder that holds another run, and a loss that is no number.
     """
-    parent, place = parent_of(asked.base), ranks()
+    parent, world = parent_of(asked.base), get_world()
     if asked.out.resolve() in (
         asked.base.resolve(),
         *parent.folder.resolve().parents,
         parent.folder.resolve(),
     ):
-        raise KnownError(
+        raise UserError(
             f"--out {asked.out} holds the base model; choose another folder for what is made of it"
         )
     encoder = ChatEncoder.load(parent.folder)
-    data = prepare(asked.chats, encoder, context=parent.shape.context, seed=asked.tuning.seed, ranks=place)
-    with open_run(asked.out, create=True, rank=place.rank) as run:
+    data = prepare(asked.chats, encoder, context=parent.shape.context, seed=asked.tuning.seed, world=world)
+    with open_run(asked.out, create=True, rank=world.rank) as run:
         if run.manifest.get("kind", "training") != "training":
-            raise KnownError(f"--out {asked.out} holds a run of another kind; choose another folder")
-        device = join(place, asked.device)
+            raise UserError(f"--out {asked.out} holds a run of another kind; choose another folder")
+        device = join(world, asked.device)
         try:
-            return _train(Work(asked, parent, encoder, data, place, device), run)
+            return _train(FinetuneContext(asked, parent, encoder, data, world, device), run)
         finally:
-            place.close()
+            world.close()
 
 
-def _facts(work: Work) -> dict[str, Any]:
+def _facts(work: FinetuneContext) -> dict[str, Any]:
     """What makes a run this run: going on with other values would be another one."""
     chats, length, tuning = work.asked.chats, work.asked.length, work.asked.tuning
     return {
@@ -157,18 +157,18 @@ def _facts(work: Work) -> dict[str, Any]:
     }
 
 
-def _first_plan(work: Work) -> Plan:
+def _first_plan(work: FinetuneContext) -> Plan:
     """Before a speed is measured."""
     length, source = work.asked.length, work.data.source
     if length.minutes is not None:
-        rows = estimated_rows(length.minutes, work.parent.shape, chip_of(work.device), work.place.world)
+        rows = estimated_rows(length.minutes, work.parent.shape, chip_of(work.device), work.world.size)
         return _plan_for(work, rows, f"what {length.minutes:g} minutes hold")
     epochs = EPOCHS if length.epochs is None else length.epochs
     return _plan_for(work, source.rows_in(epochs), f"{epochs:g} epochs")
 
 
 def _plan_for(
-    work: Work, rows: int, horizon: str, *, speed: float | None = None, unit: int | None = None
+    work: FinetuneContext, rows: int, horizon: str, *, speed: float | None = None, unit: int | None = None
 ) -> Plan:
     told = work.data.source.describe()
     return chat_plan(
@@ -177,14 +177,14 @@ def _plan_for(
         rows=rows,
         counted=round(rows * told["counted"] / told["rows"]),
         chip=chip_of(work.device),
-        gpus=work.place.world,
+        gpus=work.world.size,
         horizon=horizon,
         unit=unit,
         speed=speed,
     )
 
 
-def _train(work: Work, run: Run) -> dict[str, Any] | None:
+def _train(work: FinetuneContext, run: Run) -> dict[str, Any] | None:
     facts, known, tuning, source = _facts(work), run.manifest, work.asked.tuning, work.data.source
     require_same(work.asked.out, known.get("asked", {}), facts)
     fresh = "plan" not in known
@@ -198,10 +198,10 @@ def _train(work: Work, run: Run) -> dict[str, Any] | None:
     compute = torch.bfloat16 if work.device.type == "cuda" else torch.float32
     model = GPT(plan.shape, compute=compute, checkpointing=plan.checkpointing).to(work.device)
     load_weights(Checkpoint(0, work.parent.folder), model)
-    stepper = Stepper(model, source, plan, work.place, work.device)
+    stepper = Stepper(model, source, plan, work.world, work.device)
     threads = stepper.settle(known.get("threads"))
     plan = _timed(work, stepper, fresh=fresh)
-    if work.place.rank == 0:
+    if work.world.rank == 0:
         _copy_tokenizer(work)
         for line in (*work.data.lines(), _told(plan, source.rows, source.epochs_in(plan.steps))):
             say(line)
@@ -211,10 +211,10 @@ def _train(work: Work, run: Run) -> dict[str, Any] | None:
     with _record(work, stepper) as record:
         loop = _loop(work, stepper, record)
         loop.run()
-        return None if work.place.rank else _finished(work, run, loop)
+        return None if work.world.rank else _finished(work, run, loop)
 
 
-def _timed(work: Work, stepper: Stepper, *, fresh: bool) -> Plan:
+def _timed(work: FinetuneContext, stepper: Stepper, *, fresh: bool) -> Plan:
     """Compile; and where minutes were asked for, as many steps as they hold at the speed that is measured here."""
     plan, minutes, source = stepper.plan, work.asked.length.minutes, work.data.source
     measures = fresh and minutes is not None
@@ -252,7 +252,7 @@ def _by_heart(rows: list[dict[str, Any]]) -> str | None:
     )
 
 
-def _copy_tokenizer(work: Work) -> None:
+def _copy_tokenizer(work: FinetuneContext) -> None:
     folder = work.asked.out / "tokenizer"
     folder.mkdir(exist_ok=True)
     for name in TOKENIZER_FILES:
@@ -260,15 +260,15 @@ def _copy_tokenizer(work: Work) -> None:
             shutil.copyfile(work.parent.folder / name, folder / name)
 
 
-def _record(work: Work, stepper: Stepper) -> AbstractContextManager[Record]:
-    if work.place.rank:
+def _record(work: FinetuneContext, stepper: Stepper) -> AbstractContextManager[Record]:
+    if work.world.rank:
         return nullcontext(Record())
     asked = work.asked
     replies = Replies(asked.out, work.encoder, work.data.held_out.conversations)
     return recorded(asked.out, stepper.plan.steps, replies, tensorboard=asked.tensorboard, wandb=asked.wandb)
 
 
-def _loop(work: Work, stepper: Stepper, record: Record) -> Loop:
+def _loop(work: FinetuneContext, stepper: Stepper, record: Record) -> Loop:
     asked, plan, held_out = work.asked, stepper.plan, work.data.held_out
 
     def evaluate(step: int) -> dict[str, Any]:
@@ -282,7 +282,7 @@ def _loop(work: Work, stepper: Stepper, record: Record) -> Loop:
     return Loop(asked.out, stepper, work.parent.folder, initialise, evaluate, record, facts, keep_all)
 
 
-def _finished(work: Work, run: Run, loop: Loop) -> dict[str, Any]:
+def _finished(work: FinetuneContext, run: Run, loop: Loop) -> dict[str, Any]:
     """The model folder, the result, and how it sounds."""
     rows = read_metrics(work.asked.out)
     whole = [row["sources"] for row in rows if row["kind"] == "held-out" and "sources" in row]
@@ -300,7 +300,7 @@ def _finished(work: Work, run: Run, loop: Loop) -> dict[str, Any]:
     return result
 
 
-def _style(work: Work) -> dict[str, Any]:
+def _style(work: FinetuneContext) -> dict[str, Any]:
     """style.json and answers.jsonl, unless they are there: the model is the same."""
     path, log, tuning = work.asked.out / "style.json", work.asked.out / "answers.jsonl", work.asked.tuning
     model = work.asked.out / "model"

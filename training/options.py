@@ -9,13 +9,13 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 
 
 def require_seed(seed: int) -> None:
-    """`KnownError` for a number that no generator takes."""
+    """`UserError` for a number that no generator takes."""
     if not 0 <= seed < 2**63:
-        raise KnownError(f"--seed {seed} is not in 0..{2**63 - 1}")
+        raise UserError(f"--seed {seed} is not in 0..{2**63 - 1}")
 
 
 @Parameter(name="*")
@@ -51,7 +51,7 @@ class Texts:
 
     def __post_init__(self) -> None:
         if self.tokenizer is not None and self.vocabulary is not None:
-            raise KnownError(
+            raise UserError(
                 f"--vocabulary {self.vocabulary} is for a tokenizer that is trained, and --tokenizer names one"
             )
 
@@ -139,10 +139,10 @@ class ChatLength:
 
     def __post_init__(self) -> None:
         if self.epochs is not None and self.minutes is not None:
-            raise KnownError("--epochs and --minutes both say how long to tune; give one of them")
+            raise UserError("--epochs and --minutes both say how long to tune; give one of them")
         for name, value in (("epochs", self.epochs), ("minutes", self.minutes)):
             if value is not None and not 0 < value < 1e6:
-                raise KnownError(f"--{name} {value:g} is no time to tune in")
+                raise UserError(f"--{name} {value:g} is no time to tune in")
 
 
 @Parameter(name="*")
@@ -166,13 +166,13 @@ class ChatTuning:
     def __post_init__(self) -> None:
         require_seed(self.seed)
         if not 0 < self.rate_scale < 100:
-            raise KnownError(
+            raise UserError(
                 f"--rate-scale {self.rate_scale} is no factor for rates (1 leaves them as they are)"
             )
         if self.micro_batch is not None and self.micro_batch < 1:
-            raise KnownError(f"--micro-batch {self.micro_batch}: give 1 row or more")
+            raise UserError(f"--micro-batch {self.micro_batch}: give 1 row or more")
         if self.style_answers < 0:
-            raise KnownError(f"--style-answers {self.style_answers} is below 0")
+            raise UserError(f"--style-answers {self.style_answers} is below 0")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.training.model.config import Shape, piece_of_loss
 from personatlas.training.optim.schedule import (
     Rates,
@@ -93,15 +93,15 @@ def context_at(depth: int) -> int:
 
 
 def shape_at(depth: int, vocabulary: int = 32_768, context: int | None = None) -> Shape:
-    """The model of a depth. Raises `KnownError` for a depth or sizes that make none."""
+    """The model of a depth. Raises `UserError` for a depth or sizes that make none."""
     if depth not in DEPTHS:
-        raise KnownError(f"--depth {depth} is not one of {DEPTHS[0]}..{DEPTHS[-1]}")
+        raise UserError(f"--depth {depth} is not one of {DEPTHS[0]}..{DEPTHS[-1]}")
     if vocabulary < 257:
-        raise KnownError(
+        raise UserError(
             f"--vocabulary {vocabulary}: a byte-level tokenizer has the 256 bytes and an end at least (257)"
         )
     if context is not None and context < 2:
-        raise KnownError(f"--context {context}: at least 2 tokens are needed to predict one from another")
+        raise UserError(f"--context {context}: at least 2 tokens are needed to predict one from another")
     width, head = width_at(depth), head_width_at(depth)
     heads = width // head
     kv_heads, inner = kv_heads_for(heads), inner_for(width)
@@ -223,10 +223,10 @@ class Plan:
 
     @staticmethod
     def from_json(record: dict[str, Any]) -> "Plan":
-        """The plan that `to_json` wrote. `KnownError` for a record of another version."""
+        """The plan that `to_json` wrote. `UserError` for a record of another version."""
         missing = [field.name for field in fields(Plan) if field.name not in record]
         if missing:
-            raise KnownError(
+            raise UserError(
                 f"the run's plan does not say {missing[0]}: another version wrote it; choose another folder"
             )
         known = {field.name: record[field.name] for field in fields(Plan)}
@@ -319,30 +319,30 @@ def plan_of(
     """Derive a run: for the compute-optimal horizon, or for `tokens`, or for what `minutes` hold at a share of the peak.
 
     `speed` is in tokens a second of all chips, where it has been measured. Batch, steps, rates, decay and schedule follow
-    the horizon, whichever gave it; `batch` is in tokens, whole sequences for every GPU. Raises `KnownError` for what
+    the horizon, whichever gave it; `batch` is in tokens, whole sequences for every GPU. Raises `UserError` for what
     makes no run.
     """
     shape = shape_at(depth, vocabulary, context)
     if tokens is not None and minutes is not None:
-        raise KnownError("--tokens and --minutes both say how long to train; give one of them")
+        raise UserError("--tokens and --minutes both say how long to train; give one of them")
     if not 0 < share_of_peak <= 1:
-        raise KnownError(f"--mfu {share_of_peak} is not a share of the peak (0.45 is 45%)")
+        raise UserError(f"--mfu {share_of_peak} is not a share of the peak (0.45 is 45%)")
     if gpus < 1:
-        raise KnownError(f"--gpus {gpus} is below 1")
+        raise UserError(f"--gpus {gpus} is below 1")
     speed = speed or share_of_peak * chip.peak * gpus / flops_a_token(shape)
     asked, horizon = optimal_tokens(shape), f"compute-optimal, {TOKENS_A_PARAMETER} a matrix parameter"
     if tokens is not None:
         asked, horizon = tokens, "as asked"
     elif minutes is not None:
         if not 0 < minutes < math.inf:
-            raise KnownError(f"--minutes {minutes} is no time to train in")
+            raise UserError(f"--minutes {minutes} is no time to train in")
         asked, horizon = int(60 * minutes * speed), f"what {minutes:g} minutes hold"
     batch = batch_for(max(asked, 1), shape.context, gpus) if batch is None else batch
     if batch < 1 or batch % (shape.context * gpus):
         unit = shape.context * gpus
-        raise KnownError(f"--batch {batch}: give a multiple of {unit:,} tokens, one sequence for every GPU")
+        raise UserError(f"--batch {batch}: give a multiple of {unit:,} tokens, one sequence for every GPU")
     if asked < batch:
-        raise KnownError(
+        raise UserError(
             f"{asked:,} tokens are less than one batch of {batch:,}; train for longer, or with a shorter --context"
         )
     return _derived(shape, horizon, asked // batch, batch, chip, gpus, speed)

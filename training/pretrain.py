@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from personatlas.persona.artifacts import digest
-from personatlas.persona.distributed import Ranks, ranks
-from personatlas.persona.errors import KnownError
+from personatlas.persona.distributed import World, get_world
+from personatlas.persona.errors import UserError
 from personatlas.persona.progress import say
 from personatlas.persona.runs import Run, open_run, versions
 from personatlas.training.bits_per_byte import fit_of
@@ -44,40 +44,40 @@ TOKENIZER = "tokenizer.json"
 def train_base(asked: BaseAsked) -> dict[str, Any] | None:
     """Train, or go on where the run was stopped. The result on rank 0, None on others.
 
-    Raises `KnownError` for whatever cannot be trained on, a folder that holds another run, and a loss that is no number.
+    Raises `UserError` for whatever cannot be trained on, a folder that holds another run, and a loss that is no number.
     """
-    place = ranks()
-    with open_run(asked.out, create=True, rank=place.rank) as run:
+    world = get_world()
+    with open_run(asked.out, create=True, rank=world.rank) as run:
         if run.manifest and run.manifest.get("kind") != "training":
-            raise KnownError(f"--out {asked.out} holds a run of another kind; choose another folder")
+            raise UserError(f"--out {asked.out} holds a run of another kind; choose another folder")
         require_sensible(asked)
-        device = join(place, asked.device)
+        device = join(world, asked.device)
         if asked.tuning.fp8 and device.type != "cuda":
-            raise KnownError("--fp8 is for GPUs that multiply 8 bits (Hopper and later), not for a CPU")
-        if place.rank == 0:
+            raise UserError("--fp8 is for GPUs that multiply 8 bits (Hopper and later), not for a CPU")
+        if world.rank == 0:
             _prepare(asked)
-        place.barrier()
+        world.barrier()
         tokens = open_tokens(_token_folder(asked), _tokenizer_folder(asked))
         try:
-            return _train(asked, run, tokens, place, device)
+            return _train(asked, run, tokens, world, device)
         finally:
-            place.close()
+            world.close()
 
 
 def require_sensible(asked: BaseAsked) -> None:
     """What can be said before anything is read."""
     tuning, length, corpus = asked.tuning, asked.length, asked.texts.corpus
     if corpus is not None and asked.out.resolve().is_relative_to(corpus.resolve()):
-        raise KnownError(
+        raise UserError(
             f"--out {asked.out} is in --corpus {corpus}, where what the run writes becomes text to train on; choose another"
         )
     require_seed(tuning.seed)
     if not 0 < tuning.rate_scale < 100:
-        raise KnownError(
+        raise UserError(
             f"--rate-scale {tuning.rate_scale} is no factor for rates (1 leaves them as they are)"
         )
     if tuning.micro_batch is not None and tuning.micro_batch < 1:
-        raise KnownError(f"--micro-batch {tuning.micro_batch}: give 1 row or more")
+        raise UserError(f"--micro-batch {tuning.micro_batch}: give 1 row or more")
     plan_of(
         asked.depth, context=tuning.context, tokens=length.tokens, minutes=length.minutes, batch=tuning.batch
     )  # what makes no run
@@ -89,11 +89,11 @@ def _prepare(asked: BaseAsked) -> None:
     finished = (folder / "tokens.json").is_file()
     if texts.corpus is None:
         if not finished:
-            raise KnownError(
+            raise UserError(
                 "--corpus PATH is missing: what shall it be trained on? (or --token-folder with finished tokens)"
             )
         if not (tokenizer / TOKENIZER).is_file():
-            raise KnownError("--tokenizer FOLDER is missing: the one that the tokens were made with")
+            raise UserError("--tokenizer FOLDER is missing: the one that the tokens were made with")
         return
     corpus = corpus_of(
         texts.corpus, held_out=texts.held_out, held_share=texts.held_share, column=texts.text_column
@@ -103,7 +103,7 @@ def _prepare(asked: BaseAsked) -> None:
         require_vocabulary(vocabulary)
         make_tokenizer(corpus, tokenizer, vocabulary=vocabulary)
     elif not (tokenizer / TOKENIZER).is_file():
-        raise KnownError(f"--tokenizer {tokenizer} has no {TOKENIZER}: not a tokenizer's folder")
+        raise UserError(f"--tokenizer {tokenizer} has no {TOKENIZER}: not a tokenizer's folder")
     if not finished and (notes := corpus.scan().notes()):
         say(f"the corpus has {notes}")
     make_tokens(corpus, tokenizer, folder)
@@ -150,24 +150,24 @@ def _plan(asked: BaseAsked, tokens: Tokens, device: torch.device, world: int, **
 
 
 def _train(
-    asked: BaseAsked, run: Run, tokens: Tokens, place: Ranks, device: torch.device
+    asked: BaseAsked, run: Run, tokens: Tokens, world: World, device: torch.device
 ) -> dict[str, Any] | None:
     facts, known = _facts(asked, tokens), run.manifest
     require_same(asked.out, known.get("asked", {}), facts)
-    plan = Plan.from_json(known["plan"]) if "plan" in known else _plan(asked, tokens, device, place.world)
+    plan = Plan.from_json(known["plan"]) if "plan" in known else _plan(asked, tokens, device, world.size)
     plan = replace(
         plan,
         micro_batch=asked.tuning.micro_batch or plan.micro_batch,
         checkpointing=asked.tuning.recompute or plan.checkpointing,
     )
-    _say_fit(plan, place)
+    _say_fit(plan, world)
     compute = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = GPT(plan.shape, compute=compute, checkpointing=plan.checkpointing, fp8=asked.tuning.fp8)
     model = model.initialise(asked.tuning.seed).to(device)
-    stepper = Stepper(model, _source(asked, tokens, plan), plan, place, device)
+    stepper = Stepper(model, _source(asked, tokens, plan), plan, world, device)
     threads = stepper.settle(known.get("threads"))
     plan = _timed(asked, stepper, tokens, fresh="plan" not in known)
-    _say_plan(plan, tokens, place)
+    _say_plan(plan, tokens, world)
     content = {
         "kind": "training",
         "asked": facts,
@@ -179,7 +179,7 @@ def _train(
     with _record(asked, stepper, tokens) as record:
         loop = _loop(asked, stepper, tokens, record)
         loop.run()
-        if place.rank:
+        if world.rank:
             return None
         return finish(run, loop, asked.out, {"epochs": plan.tokens / len(tokens.train)})
 
@@ -205,7 +205,7 @@ def _timed(asked: BaseAsked, stepper: Stepper, tokens: Tokens, *, fresh: bool) -
 
 
 def _at_speed(asked: BaseAsked, stepper: Stepper, tokens: Tokens, speed: float) -> Plan:
-    before, world = stepper.plan, stepper.ranks.world
+    before, world = stepper.plan, stepper.world.size
     unit = stepper.unit * before.shape.context
     batch = asked.tuning.batch or _plan(asked, tokens, stepper.device, world, speed=speed).batch
     batch = max(1, round(batch / unit)) * unit
@@ -213,17 +213,17 @@ def _at_speed(asked: BaseAsked, stepper: Stepper, tokens: Tokens, speed: float) 
     return replace(plan, micro_batch=before.micro_batch, checkpointing=before.checkpointing)
 
 
-def _say_fit(plan: Plan, place: Ranks) -> None:
+def _say_fit(plan: Plan, world: World) -> None:
     """Before it is tried: the estimate is on the high side."""
-    if place.rank == 0 and not plan.fits:
+    if world.rank == 0 and not plan.fits:
         need, there = plan.memory.total / 1e9, plan.chip.memory / 1e9
         say(
             f"by estimate it does not fit: one row needs {need:,.1f} GB of {there:,.1f}; a lower --depth or --context does"
         )
 
 
-def _say_plan(plan: Plan, tokens: Tokens, place: Ranks) -> None:
-    if place.rank == 0:
+def _say_plan(plan: Plan, tokens: Tokens, world: World) -> None:
+    if world.rank == 0:
         shape = plan.shape
         say(f"depth {shape.depth}, width {shape.width}: {shape.parameters / 1e6:,.1f} M parameters")
         say(
@@ -232,21 +232,21 @@ def _say_plan(plan: Plan, tokens: Tokens, place: Ranks) -> None:
 
 
 def _record(asked: BaseAsked, stepper: Stepper, tokens: Tokens) -> AbstractContextManager[Record]:
-    if stepper.ranks.rank:
+    if stepper.world.rank:
         return nullcontext(Record())
     samples = Samples(asked.out, load_tokenizer(_tokenizer_folder(asked)), tokens.held_out)
     return recorded(asked.out, stepper.plan.steps, samples, tensorboard=asked.tensorboard, wandb=asked.wandb)
 
 
 def _loop(asked: BaseAsked, stepper: Stepper, tokens: Tokens, record: Record) -> Loop:
-    place, plan, folder = stepper.ranks, stepper.plan, _tokenizer_folder(asked)
+    world, plan, folder = stepper.world, stepper.plan, _tokenizer_folder(asked)
     lengths = torch.from_numpy(token_bytes(load_tokenizer(folder))).to(stepper.device)
-    most = max(plan.tokens // 200, stepper.micro_batch * plan.shape.context * place.world)
+    most = max(plan.tokens // 200, stepper.micro_batch * plan.shape.context * world.size)
 
     def evaluate(step: int) -> dict[str, Any]:
         whole = step == plan.steps
         rows, context = stepper.micro_batch, plan.shape.context
-        fit = fit_of(stepper.model, tokens.held_out, lengths, context, rows, place, None if whole else most)
+        fit = fit_of(stepper.model, tokens.held_out, lengths, context, rows, world, None if whole else most)
         return fit.row(step)
 
     def initialise() -> None:

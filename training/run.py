@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.runs import Run
 from personatlas.training.loop.checkpoints import checkpoints_in
 from personatlas.training.loop.run_log import METRICS, read_metrics
@@ -18,14 +18,12 @@ NOT_OF_THE_MODEL = ("optimizer.safetensors", "state.json")
 
 
 def require_same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """`KnownError` where a run would go on with something else than it began with."""
+    """`UserError` where a run would go on with something else than it began with."""
     changed = [name for name in now if name in before and before[name] != now[name]]
     if changed:
         name = changed[0]
         what = f"{name.replace('_', '-')} {_short(before[name])}, not {_short(now[name])}"
-        raise KnownError(
-            f"--out {folder} holds a run with {what}; give that, or another folder for a new run"
-        )
+        raise UserError(f"--out {folder} holds a run with {what}; give that, or another folder for a new run")
 
 
 def finish(run: Run, loop: Loop, folder: Path, more: dict[str, Any]) -> dict[str, Any]:
@@ -35,7 +33,7 @@ def finish(run: Run, loop: Loop, folder: Path, more: dict[str, Any]) -> dict[str
     held = next((row for row in reversed(rows) if row["kind"] == "held-out"), None)
     steps = [row for row in rows if row["kind"] == "step"]
     if held is None or not steps:
-        raise KnownError(
+        raise UserError(
             f"{folder / METRICS} does not tell of the last steps: the model is in {folder / 'model'}, but its figures are "
             f"lost; remove {checkpoints_in(folder)[-1].path} to make the last steps again"
         )

@@ -37,7 +37,7 @@ from personatlas.analysis.fit.uncertainty import (
     split_roles,
 )
 from personatlas.persona.axis import POLES, Axis, PersonaSpace
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.pipeline.activations import Activations
 
 LEVELS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
@@ -71,7 +71,7 @@ def fit_axis(
 
     `kept` are the keys of the rollouts that count and `scores` the scores that they have (for the sums). `positive`
     names the first pole, the default role unless given; every other role is on the other side. `layer` overrides the
-    choice. Raises `KnownError` when a pole has no rollouts or a layer does not exist.
+    choice. Raises `UserError` when a pole has no rollouts or a layer does not exist.
     """
     positive = positive or default
     rows, groups = _groups(activations, kept, positive)
@@ -107,10 +107,10 @@ def _groups(activations: Activations, kept: Sequence[str], positive: str) -> tup
     rows = [i for i, key in enumerate(activations.keys) if key in wanted]
     roles = [activations.keys[i].split("/", 1)[0] for i in rows]
     if positive not in roles:
-        raise KnownError(f"role {positive!r} has no kept rollout, so it cannot be a pole")
+        raise UserError(f"role {positive!r} has no kept rollout, so it cannot be a pole")
     names = (positive, *(role for role in dict.fromkeys(roles) if role != positive))
     if len(names) < 4:
-        raise KnownError(f"only {len(names) - 1} other roles are left: a persona space needs at least 3")
+        raise UserError(f"only {len(names) - 1} other roles are left: a persona space needs at least 3")
     place = {name: i for i, name in enumerate(names)}
     asked = [activations.keys[i].split("/")[2] for i in rows]
     number = {question: i for i, question in enumerate(sorted(set(asked)))}
@@ -126,7 +126,7 @@ def _all_layer_means(
     counted = np.bincount(groups.index)
     for name, (_, n), expected in zip(groups.names, found, counted, strict=True):
         if n != expected:
-            raise KnownError(
+            raise UserError(
                 f"role {name!r}: the sums hold {n} rollouts, the kept ones are {expected}; record again"
             )
     return torch.stack([mean for mean, _ in found]).numpy()
@@ -187,7 +187,7 @@ def _layer(
 def _choose(layers: list[dict[str, Any]], asked: int | None, n_layers: int) -> tuple[int, str]:
     if asked is not None:
         if not 0 <= asked < n_layers:
-            raise KnownError(f"layer {asked} is not in this model (0..{n_layers - 1})")
+            raise UserError(f"layer {asked} is not in this model (0..{n_layers - 1})")
         return asked, "asked for"
     low, high = (round(share * (n_layers - 1)) for share in MIDDLE)
     middle = [line for line in layers if low <= line["layer"] <= high and "split_half" in line]
@@ -214,7 +214,7 @@ def _axis(
     contrast = means[0] - means[1:].mean(0)  # (L, D)
     norms = np.linalg.norm(contrast, axis=1)
     if not (norms > 0).all():
-        raise KnownError("the poles coincide at some layer: nothing separates them")
+        raise UserError("the poles coincide at some layer: nothing separates them")
     vectors = contrast / norms[:, None]
     quantiles = np.full((2, activations.n_layers, len(LEVELS)), np.nan)
     for l in activations.layers:

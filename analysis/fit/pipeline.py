@@ -21,7 +21,7 @@ from personatlas.analysis.fit.axis import Fit, fit_axis
 from personatlas.analysis.fit.traits import fit_traits
 from personatlas.persona.artifacts import digest, read_json, write_json
 from personatlas.persona.axis import Axis, load_axis, load_space
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.judges.base import KEEP, Dropped, kept, role_play_share
 from personatlas.persona.options import FitOptions, given
 from personatlas.persona.pipeline.activations import Activations
@@ -30,7 +30,7 @@ from personatlas.persona.runs import axis_stem
 
 
 def other_axis(name: str | Path) -> Axis:
-    """The axis of a run folder, an artefact or a packaged model. Raises `KnownError` where there is none."""
+    """The axis of a run folder, an artefact or a packaged model. Raises `UserError` where there is none."""
     return load_axis(axis_stem(str(name)))
 
 
@@ -112,7 +112,7 @@ def fit_run(
 ) -> dict[str, Any]:
     """Fit and write the artefacts and fit.json, whose content is returned; read it when nothing has changed."""
     if options.replicates == 1:
-        raise KnownError("--replicates 1 makes no interval; give 0 for none, or as many as 100")
+        raise UserError("--replicates 1 makes no interval; give 0 for none, or as many as 100")
     asked = {"content": activations.content, "version": FIT_VERSION, **given(options)}
     if of_traits is not None:
         asked["traits"] = of_traits.content
@@ -156,7 +156,7 @@ def _fit_traits(
         return None, None
     try:
         found = fit_traits(activations, axis, replicates=options.replicates)
-    except KnownError as error:
+    except UserError as error:
         return None, str(error)
     found.space.save(folder / "traits")
     return found.report, None

@@ -19,7 +19,7 @@ import torch
 from personatlas.analysis.fit.geometry import Array, components, components_for, cosine, pointing
 from personatlas.analysis.fit.uncertainty import interval
 from personatlas.persona.axis import Axis
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.pipeline.activations import Activations
 from personatlas.persona.roles.traits import NEGATIVE, POSITIVE, TraitSpace
 
@@ -38,13 +38,13 @@ def fit_traits(activations: Activations, axis: Axis, *, replicates: int = 100, s
     """Vectors of all recorded traits at every layer, their space at the axis's layer, and their places along the axis.
 
     Where answers were judged, only those count that show their own side. A trait without an answer at either pole is left
-    out and named. Raises `KnownError` when two poles coincide, or when fewer than three traits are left.
+    out and named. Raises `UserError` when two poles coincide, or when fewer than three traits are left.
     """
     scores = frozenset({1}) if any(score is not None for score in activations.scores) else None
     names, vectors, counts = _contrasts(activations, scores)  # vectors (T, L, D)
     norms = np.linalg.norm(vectors, axis=2)
     if not (norms > 0).all():
-        raise KnownError(
+        raise UserError(
             f"the poles of trait {names[int(np.argmin(norms.min(1)))]!r} coincide: nothing separates them"
         )
     layer, unit = axis.layer, axis.at(axis.layer).double().numpy()
@@ -97,7 +97,7 @@ def _contrasts(
             vectors.append((positive - negative).numpy())
             counts.append((n, m))
     if len(names) < FEWEST:
-        raise KnownError(f"only {len(names)} traits have answers at both poles; a trait space needs {FEWEST}")
+        raise UserError(f"only {len(names)} traits have answers at both poles; a trait space needs {FEWEST}")
     return names, np.stack(vectors), counts
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from personatlas.persona.artifacts import append_lines, read_lines
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.judges.rules import HIGHEST, NEITHER, rule_score
 from personatlas.persona.roles.bank import Bank, Role
 from personatlas.persona.roles.traits import POSITIVE, is_pole, poles
@@ -73,7 +73,7 @@ class Judge(Protocol):
     def id(self) -> str: ...
 
     def verdicts(self, items: Sequence[Item]) -> Iterator[Verdict]:
-        """One verdict per item, in any order, each as soon as it is there. Raises `KnownError` to stop it all."""
+        """One verdict per item, in any order, each as soon as it is there. Raises `UserError` to stop it all."""
         ...
 
 
@@ -86,7 +86,7 @@ class RuleJudge:
     the other nine are 3s that it takes for 1s. Known limits:
 
     - a role played without the words of its prompts is a 1: a cynic's sourness, a parent's tiredness, a ghost's loss;
-    - a first-person essay *about* the role's subject can pass for a 3: words are not a voice;
+    - a first-person essay *about* the role's model can pass for a 3: words are not a voice;
     - a refusal in plain modern words is a 0, although a taciturn role may mean it in earnest;
     - any dialect passes for any role: it does not know that a surfer would not say "forsooth";
     - it reads English only.
@@ -262,7 +262,7 @@ def kept(rollouts: Sequence[Rollout], keep: Keep, default_name: str) -> tuple[li
     """The rollouts that a fit may use, in order, and what was left out.
 
     Empty answers (no tokens, or only white space) are always dropped, in the default too; scores drop none of the
-    default's. A role with fewer than `keep.minimum` answers left is dropped whole. Raises `KnownError` when no default
+    default's. A role with fewer than `keep.minimum` answers left is dropped whole. Raises `UserError` when no default
     answer or fewer than three other roles are left.
     """
     dropped, total, left = Dropped(), Counter[str](), Counter[str]()
@@ -295,11 +295,11 @@ class Share(NamedTuple):
 def role_play_share(rollouts: Sequence[Rollout]) -> Share:
     """How much of what was scored is role-play: the share of 2s and 3s among scored answers, with its uncertainty.
 
-    The gate for small models: where it is near zero there is no persona to find. Raises `KnownError` without any score.
+    The gate for small models: where it is near zero there is no persona to find. Raises `UserError` without any score.
     """
     scores = [rollout.score for rollout in rollouts if rollout.score is not None]
     if not scores:
-        raise KnownError(
+        raise UserError(
             "no answer has a score, so the share of role-play is unknown; judge the rollouts first"
         )
     n, share = len(scores), sum(score >= 2 for score in scores) / len(scores)
@@ -344,7 +344,7 @@ def _newest_rows(path: Path, judge_id: str | None) -> dict[str, dict[str, Any]]:
         known = isinstance(row, dict) and {"key", "judge", "score"} <= row.keys()
         highest = HIGHEST if known and is_pole(str(row["key"])) else SCORES[-1]
         if not known or row["score"] not in (None, *range(highest + 1)):
-            raise KnownError(
+            raise UserError(
                 f"{path}:{number} is not a score: key, judge and a score of 0-{highest} or null are needed"
             )
     chosen = judge_id if judge_id is not None or not rows else rows[-1]["judge"]
@@ -355,20 +355,20 @@ def _require_enough(
     total: Counter[str], left: Counter[str], dropped: Dropped, keep: Keep, default_name: str
 ) -> None:
     if left[default_name] == 0:
-        had = (
+        run_conversations = (
             f"all {total[default_name]} of its answers are empty"
             if total[default_name]
             else "it has no rollouts"
         )
-        raise KnownError(
-            f"nothing is left of the default role {default_name!r}: {had}; make more rollouts of it"
+        raise UserError(
+            f"nothing is left of the default role {default_name!r}: {run_conversations}; make more rollouts of it"
         )
     roles = [role for role in total if role != default_name and role not in dropped.roles]
     if len(roles) >= 3:
         return
     unjudged = sum(counts[None] for counts in dropped.by_score.values())
     some = "; ".join(f"{role}: {why}" for role, why in list(dropped.roles.items())[:3])
-    raise KnownError(
+    raise UserError(
         f"only {len(roles)} of {len(total) - (default_name in total)} roles are left and 3 are needed, keeping "
         f"{keep.name!r}{f' ({some})' if some else ''}; "
         + (f"{unjudged} answers have no score: judge them" if unjudged else "make more rollouts")

@@ -21,7 +21,7 @@ from typing import Any
 
 import httpx
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.judges.base import Item, Verdict
 from personatlas.persona.judges.rules import (
     RUBRIC_HASH,
@@ -59,7 +59,7 @@ class EndpointJudge:
     `url` may end with the host, with `/v1` (or another version), or be the full path of chat/completions. `timeout` and
     `backoff` are seconds: the wait for a server's next bytes, and the mean pause before the first retry, doubled with
     each of the `retries`. Raise `max_tokens` for reasoning models, which think before they give the digit.
-    `wording` is what it asks: `ROLES` for a score from 0 to 3, `TRAITS` for 0 to 100. Raises `KnownError` for an address
+    `wording` is what it asks: `ROLES` for a score from 0 to 3, `TRAITS` for 0 to 100. Raises `UserError` for an address
     or a key that cannot be one.
     """
 
@@ -94,7 +94,7 @@ class EndpointJudge:
     def verdicts(self, items: Sequence[Item]) -> Iterator[Verdict]:
         """One verdict per item, as replies come. Closing the iterator, or any exception, stops new requests at once.
 
-        Raises `KnownError` when the endpoint refuses the key or does not know the path, when nobody has ever answered,
+        Raises `UserError` when the endpoint refuses the key or does not know the path, when nobody has ever answered,
         and when many items in a row failed all their retries.
         """
         workers = min(self.concurrency, len(items))
@@ -117,7 +117,7 @@ class EndpointJudge:
                 run.jobs.put(next(waiting, None))
                 if outcome is None:
                     raise RuntimeError("a judge thread died of a bug; its traceback was printed")
-                if isinstance(outcome, KnownError):
+                if isinstance(outcome, UserError):
                     raise outcome
                 yield outcome
         finally:
@@ -131,13 +131,13 @@ class EndpointJudge:
         """One thread: a client of its own, which it closes, and items until there are none."""
         with client:
             while (item := run.jobs.get()) is not None and not run.stop.is_set():
-                outcome: Verdict | KnownError | None = None
+                outcome: Verdict | UserError | None = None
                 try:
                     outcome = self._judge(client, item, run)
                 finally:
                     run.outcomes.put(outcome)  # None after a bug, so that the reader does not wait for ever
 
-    def _judge(self, client: httpx.Client, item: Item, run: "_Run") -> Verdict | KnownError:
+    def _judge(self, client: httpx.Client, item: Item, run: "_Run") -> Verdict | UserError:
         """A verdict on one item after as many attempts as it takes, or the reason to stop everything."""
         body = {
             "model": self.model,
@@ -184,11 +184,11 @@ def completions_url(url: str) -> httpx.URL:
     try:
         parsed = httpx.URL(url.strip())
     except httpx.InvalidURL as error:
-        raise KnownError(
+        raise UserError(
             f"{url!r} is not an address ({error}); give one such as http://127.0.0.1:8000/v1"
         ) from None
     if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise KnownError(f"{url!r} is not an address; give one such as http://127.0.0.1:8000/v1")
+        raise UserError(f"{url!r} is not an address; give one such as http://127.0.0.1:8000/v1")
     path = parsed.path.rstrip("/")
     if path.endswith("/chat/completions"):
         return parsed.copy_with(path=path)
@@ -226,26 +226,26 @@ class _Run:
     patience: int
     limit: int
     jobs: queue.SimpleQueue[Item | None] = field(default_factory=queue.SimpleQueue)
-    outcomes: queue.SimpleQueue[Verdict | KnownError | None] = field(default_factory=queue.SimpleQueue)
+    outcomes: queue.SimpleQueue[Verdict | UserError | None] = field(default_factory=queue.SimpleQueue)
     stop: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
     ever_answered: bool = False
     unanswered: int = 0
     failed_in_a_row: int = 0
 
-    def notice(self, url: httpx.URL, reply: _Reply, *, is_last: bool) -> KnownError | None:
+    def notice(self, url: httpx.URL, reply: _Reply, *, is_last: bool) -> UserError | None:
         """Count a reply; returns the reason to stop everything, if it is one."""
         said = f": {_short(reply.text, 160)}" if reply.text else ""
         if reply.problem in ("http 401", "http 403"):
             named = " or ".join(KEY_VARIABLES)
-            return KnownError(f"{url} refuses the key ({reply.problem}); set {named}{said}")
+            return UserError(f"{url} refuses the key ({reply.problem}); set {named}{said}")
         if reply.problem == "http 404":
-            return KnownError(f"{url} does not exist there, or has no such model (http 404){said}")
+            return UserError(f"{url} does not exist there, or has no such model (http 404){said}")
         with self.lock:
             self.ever_answered |= reply.answered
             self.unanswered += not reply.answered
             if not self.ever_answered and (is_last or self.unanswered >= self.patience):
-                return KnownError(
+                return UserError(
                     f"nobody answers at {url}{said}; what was scored is kept, run again when it is up"
                 )
             if not is_last:
@@ -256,7 +256,7 @@ class _Run:
             self.failed_in_a_row = self.failed_in_a_row + 1 if failed else 0
             if self.failed_in_a_row < self.limit:
                 return None
-        return KnownError(
+        return UserError(
             f"{url} failed on {self.limit} items in a row ({reply.problem}){said}; what was scored is kept, "
             "run again when it works"
         )
@@ -290,7 +290,7 @@ def _read(response: httpx.Response, parse: Callable[[str], int | None]) -> _Repl
 def _headers() -> dict[str, str]:
     key = next((value for name in KEY_VARIABLES if (value := os.environ.get(name, "").strip())), "")
     if not key.isascii() or not key.isprintable():
-        raise KnownError(f"the key in {' or '.join(KEY_VARIABLES)} holds characters that no key can have")
+        raise UserError(f"the key in {' or '.join(KEY_VARIABLES)} holds characters that no key can have")
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 

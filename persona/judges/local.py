@@ -6,7 +6,7 @@ Nothing is sampled and no reply has to be parsed: each item is one prefill, and 
 digits often tie). A small model is a poor judge: SmolLM2-135M gave a 1 to each of 26 labelled answers, whatever they
 said. Take an instruction-tuned model of several billion parameters, and compare a few dozen scores with your own first.
 
-    judge = LocalJudge(load_subject("path/to/a/large/model"))
+    judge = LocalJudge(load_model("path/to/a/large/model"))
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,53 +15,48 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.judges.base import SCORES, Item, Verdict
 from personatlas.persona.judges.endpoint import ROLES, Wording
-from personatlas.persona.models.load import Subject
+from personatlas.persona.models.load import Model
 from personatlas.persona.sampling.sampler import batch_end, batch_tokens, pad
 
 CPU_TOKENS, GPU_TOKENS = 2048, 65536  # most padded tokens a batch
 
 
 class LocalJudge:
-    """Scores with a loaded `Subject`. Raises `KnownError` when it has no chat template or no single-token digits.
+    """Scores with a loaded `Model`. Raises `UserError` when it has no chat template or no single-token digits.
 
     `wording` is what it asks and `digits` how many scores it may give, from 0 up to 9 at most. The reply that goes into
     the log is the digits' probabilities among themselves, 0 first.
     """
 
     def __init__(
-        self,
-        subject: Subject,
-        *,
-        tokens: int | None = None,
-        wording: Wording = ROLES,
-        digits: int = len(SCORES),
+        self, model: Model, *, tokens: int | None = None, wording: Wording = ROLES, digits: int = len(SCORES)
     ) -> None:
         if not 2 <= digits <= 10:
             raise ValueError(f"{digits} digits: from 2 (0 and 1) to 10 (0 to 9) can be compared")
-        self.subject, self.wording = subject, wording
-        self.tokens = tokens or batch_tokens(subject, CPU_TOKENS, GPU_TOKENS)
-        if getattr(subject.tokenizer, "chat_template", None) is None:
-            raise KnownError(
-                f"{subject.id} has no chat template and cannot judge; take a chat model, or give a template"
+        self.model, self.wording = model, wording
+        self.tokens = tokens or batch_tokens(model, CPU_TOKENS, GPU_TOKENS)
+        if getattr(model.tokenizer, "chat_template", None) is None:
+            raise UserError(
+                f"{model.id} has no chat template and cannot judge; take a chat model, or give a template"
             )
-        self._head = subject.model.get_output_embeddings()
+        self._head = model.hf.get_output_embeddings()
         if self._head is None or not self._head.weight.is_floating_point():
-            raise KnownError(
-                f"{subject.id} has no plain output head whose digits could be compared; take another model"
+            raise UserError(
+                f"{model.id} has no plain output head whose digits could be compared; take another model"
             )
         self._digits = self._digit_ids(digits)
 
     @property
     def id(self) -> str:
         """Name and weights of the model, and the wording of the rubric."""
-        return f"local:{self.subject.name}:{self.subject.fingerprint[:8]}:{self.wording.hash}"
+        return f"local:{self.model.name}:{self.model.fingerprint[:8]}:{self.wording.hash}"
 
     def verdicts(self, items: Sequence[Item]) -> Iterator[Verdict]:
         """One verdict per item, longest first. An item beyond the model's context is a problem, and is not cut."""
-        limit = self.subject.context
+        limit = self.model.context
         pending: list[tuple[Item, list[int]]] = []
         for item in items:
             ids = self._prompt_ids(item)
@@ -83,7 +78,7 @@ class LocalJudge:
     @torch.no_grad()
     def _logits(self, prompts: list[list[int]]) -> Float[Tensor, "B S"]:
         """The digits' logits after each prompt. Rows are padded on the right, where causal attention never looks."""
-        h = self.subject.base(input_ids=pad(prompts, self.subject.device), use_cache=False)[
+        h = self.model.base(input_ids=pad(prompts, self.model.device), use_cache=False)[
             0
         ]  # (B, T, D), after the final norm
         last = torch.tensor([len(ids) - 1 for ids in prompts], device=h.device)
@@ -100,18 +95,18 @@ class LocalJudge:
     def _ids(self, message: str, digit: str) -> list[int]:
         """The template's text with the digit behind it: some tokenizers put a token of their own before a digit."""
         chat = [{"role": "user", "content": message}]
-        text = self.subject.tokenizer.apply_chat_template(
+        text = self.model.tokenizer.apply_chat_template(
             chat, tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
-        return self.subject.tokenizer(text + digit, add_special_tokens=False)["input_ids"]
+        return self.model.tokenizer(text + digit, add_special_tokens=False)["input_ids"]
 
     def _digit_ids(self, n: int) -> list[int]:
         """The token ids of the first n digits where they stand as an answer."""
         with_digit = [self._ids("?", str(score)) for score in range(n)]
         before, ids = {tuple(ids[:-1]) for ids in with_digit}, [ids[-1] for ids in with_digit]
         if len(before) != 1 or len(set(ids)) != n:
-            raise KnownError(
-                f"the tokenizer of {self.subject.id} has no token for each of the digits 0-{n - 1}; it cannot judge"
+            raise UserError(
+                f"the tokenizer of {self.model.id} has no token for each of the digits 0-{n - 1}; it cannot judge"
             )
         return ids
 

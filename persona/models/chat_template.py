@@ -1,6 +1,6 @@
 """Messages to token ids, through the chat template that came with the tokenizer.
 
-    format = chat_format(subject.tokenizer, subject.model.generation_config.eos_token_id)
+    format = chat_format(model.tokenizer, model.hf.generation_config.eos_token_id)
     format.prompt_ids([{"role": "user", "content": "Who are you?"}])
     format.system, format.injected             # "native", "You are a helpful AI assistant named SmolLM, ..."
 
@@ -17,7 +17,7 @@ from functools import cached_property
 from os.path import commonprefix
 from typing import Any, Literal
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -64,13 +64,13 @@ class ChatFormat:
     def render(self, messages: Messages, *, generation: bool) -> str:
         """The conversation as text; with `generation`, also the opening of the answer to come.
 
-        Raises `KnownError` for messages that are malformed or that the template refuses.
+        Raises `UserError` for messages that are malformed or that the template refuses.
         """
         plain = _checked(messages)
         return _apply(self.tokenizer, _merge(plain) if self.system == "merged" else plain, generation)
 
     def prompt_text(self, messages: Messages) -> str:
-        """What the model reads before it answers, as text. Raises `KnownError` like `render`."""
+        """What the model reads before it answers, as text. Raises `UserError` like `render`."""
         return self.render(messages, generation=True)
 
     def prompt_ids(self, messages: Messages) -> list[int]:
@@ -83,13 +83,13 @@ class ChatFormat:
 def chat_format(tokenizer: Any, generation_eos: int | Sequence[int] | None = None) -> ChatFormat:
     """Probe a tokenizer's chat template. `generation_eos` is `model.generation_config.eos_token_id`.
 
-    Raises `KnownError` for a tokenizer without a template, or with one that refuses a single user message.
+    Raises `UserError` for a tokenizer without a template, or with one that refuses a single user message.
     """
     try:
         tokenizer.get_chat_template()
     except ValueError as error:
         reason = "several chat templates and no default" if "multiple" in str(error) else "no chat template"
-        raise KnownError(f"the tokenizer has {reason}; pass --chat-template FILE.jinja") from None
+        raise UserError(f"the tokenizer has {reason}; pass --chat-template FILE.jinja") from None
     bare = ChatFormat(tokenizer, "native", None, frozenset())
     bare.render([{"role": "user", "content": USER}], generation=True)
     chosen = ChatFormat(tokenizer, "native" if _keeps_system(bare) else "merged", None, frozenset())
@@ -99,25 +99,25 @@ def chat_format(tokenizer: Any, generation_eos: int | Sequence[int] | None = Non
 def _checked(messages: Messages) -> list[dict[str, str]]:
     """Plain copies. Anything but a known role with text is refused: a template would drop it or crash on it."""
     if not messages:
-        raise KnownError("a conversation without messages; give at least one user message")
+        raise UserError("a conversation without messages; give at least one user message")
     plain = []
     for number, message in enumerate(messages):
         if set(message) != {"role", "content"}:
-            raise KnownError(
+            raise UserError(
                 f"message {number} has the keys {sorted(message)}; it must have role and content, nothing else"
             )
         if not isinstance(message["content"], str):
-            raise KnownError(
+            raise UserError(
                 f"message {number}: its content is a {type(message['content']).__name__}, not a string"
             )
         if message["role"] not in ROLES:
-            raise KnownError(
+            raise UserError(
                 f"message {number} has the role {message['role']!r}; it must be one of {', '.join(ROLES)}"
             )
         try:
             message["content"].encode()
         except UnicodeEncodeError as error:
-            raise KnownError(
+            raise UserError(
                 f"message {number} is not valid Unicode text: {error.reason} at {error.start}"
             ) from None
         plain.append({"role": message["role"], "content": message["content"]})
@@ -129,14 +129,14 @@ def _merge(messages: list[dict[str, str]]) -> list[dict[str, str]]:
     system = messages[0] if messages[0]["role"] == "system" else None
     rest = messages[1:] if system else messages
     if any(message["role"] == "system" for message in rest):
-        raise KnownError(
+        raise UserError(
             "this chat template has no system role, so only the first message may be a system message"
         )
     if system is None or not system["content"]:
         return rest or messages
     first = next((i for i, message in enumerate(rest) if message["role"] == "user"), None)
     if first is None:
-        raise KnownError(
+        raise UserError(
             "this chat template has no system role, and there is no user message to put the system text before"
         )
     merged = {"role": "user", "content": f"{system['content']}\n\n{rest[first]['content']}"}
@@ -153,7 +153,7 @@ def _apply(tokenizer: Any, messages: list[dict[str, str]], generation: bool) -> 
     except (TemplateError, TypeError) as error:  # contents are checked, so a TypeError is the template's own
         reason = " ".join(str(error).split()) or type(error).__name__
         roles = ", ".join(message["role"] for message in messages)
-        raise KnownError(f"the chat template refuses the messages ({roles}): {reason}") from None
+        raise UserError(f"the chat template refuses the messages ({roles}): {reason}") from None
 
 
 def _try(format: ChatFormat, *contents: str) -> str | None:
@@ -163,7 +163,7 @@ def _try(format: ChatFormat, *contents: str) -> str | None:
         return format.render(
             [{"role": roles[c], "content": c} for c in contents], generation=contents[-1] != ANSWER
         )
-    except KnownError:
+    except UserError:
         return None
 
 

@@ -1,10 +1,10 @@
 """A model under study: loaded once, checked once, and never modified.
 
-    subject = load_subject("smollm2-135m")
-    subject.n_layers, subject.d_model          # 30, 576
+    model = load_model("smollm2-135m")
+    model.n_layers, model.d_model          # 30, 576
 
 Layer l is the output of block l, 0-based. That is not `hidden_states[l]`, which is the block's input, and for the last
-block not `hidden_states[-1]` either, which comes after the final norm. `Subject` therefore holds the blocks themselves,
+block not `hidden_states[-1]` either, which comes after the final norm. `Model` therefore holds the blocks themselves,
 and building one runs a dummy forward that proves that every block is met once, in order, and emits (B, T, D).
 """
 
@@ -20,21 +20,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.models.packaged import PACKAGED, gguf_folder, packaged_folder, weight_format
 from personatlas.persona.progress import say
 from personatlas.persona.runs import model_name, resolved
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A decoder with its tokenizer. Build it with `load_subject` or `subject_from_bridge`; both check it.
+class Model:
+    """A decoder with its tokenizer. Build it with `load_model` or `model_from_bridge`; both check it.
 
     `weights` names the format that the weights were stored in ("bfloat16", "gguf Q4_1", ...): a quantised model has
     another axis than the original, so artefacts carry it.
     """
 
-    model: Any
+    hf: Any
     base: nn.Module
     tokenizer: Any
     blocks: tuple[nn.Module, ...]
@@ -51,17 +51,17 @@ class Subject:
     @property
     def device(self) -> torch.device:
         """Where token ids go: the device of the input embedding."""
-        return self.model.get_input_embeddings().weight.device
+        return self.hf.get_input_embeddings().weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the residual stream."""
-        return self.model.get_input_embeddings().weight.dtype
+        return self.hf.get_input_embeddings().weight.dtype
 
     @property
     def context(self) -> int | None:
         """Tokens that the model holds, where its config says so."""
-        return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return getattr(self.hf.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
     @property
     def name(self) -> str:
@@ -72,7 +72,7 @@ class Subject:
     def fingerprint(self) -> str:
         """A hash of names, shapes and 64 strided values of every parameter, the same in bf16 and fp32."""
         sha = hashlib.sha256()
-        for name, parameter in self.model.state_dict().items():
+        for name, parameter in self.hf.state_dict().items():
             flat = self._stored(name, parameter).detach().reshape(-1)
             sample = flat[:: max(flat.numel() // 64, 1)][:64]
             if sample.is_floating_point():
@@ -86,10 +86,10 @@ class Subject:
         if parameter.device.type != "meta":
             return parameter
         owner, _, own = name.rpartition(".")
-        hook = getattr(self.model.get_submodule(owner), "_hf_hook", None)
+        hook = getattr(self.hf.get_submodule(owner), "_hf_hook", None)
         values = getattr(hook, "weights_map", None)
         if values is None:
-            raise KnownError(f"{self.id} has no values for {name}: it is on the meta device")
+            raise UserError(f"{self.id} has no values for {name}: it is on the meta device")
         return values[own]
 
     def describe(self) -> dict[str, Any]:
@@ -104,19 +104,19 @@ class Subject:
         }
 
 
-def load_subject(
+def load_model(
     name: str,
     *,
     device: str | None = None,
     dtype: torch.dtype | str | None = None,
     chat_template: Path | None = None,
     device_map: Any = None,
-) -> Subject:
+) -> Model:
     """Load a model by packaged name, local folder, training run, `.gguf` file or hub id, and check it.
 
     `device` None is the first GPU, else the CPU. `dtype` None is bf16 on a GPU and whatever this CPU multiplies
     faster; "auto" is the checkpoint's own. `chat_template` is a Jinja file that replaces the tokenizer's template.
-    Raises `KnownError` for anything that is not a causal decoder which `transformers` can load.
+    Raises `UserError` for anything that is not a causal decoder which `transformers` can load.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -145,13 +145,13 @@ def load_subject(
     weights = weight_format(Path(source)) or _stored_format(config)
     is_local = Path(source).exists()
     id = name if name in PACKAGED or not is_local else str(Path(name).resolve())
-    return build_subject(
+    return build_model(
         model, tokenizer, id=id, revision=getattr(config, "_commit_hash", None), weights=weights
     )
 
 
 def load_tokenizer(name: str, chat_template: Path | None = None) -> Any:
-    """Only the tokenizer of a model, found as `load_subject` finds it."""
+    """Only the tokenizer of a model, found as `load_model` finds it."""
     from transformers import AutoTokenizer
 
     with quiet_transformers(), _one_line(name):
@@ -161,30 +161,28 @@ def load_tokenizer(name: str, chat_template: Path | None = None) -> Any:
     return tokenizer
 
 
-def subject_from_bridge(bridge: Any, *, id: str | None = None) -> Subject:
-    """A Subject around a TransformerLens `TransformerBridge`.
+def model_from_bridge(bridge: Any, *, id: str | None = None) -> Model:
+    """A Model around a TransformerLens `TransformerBridge`.
 
     Do not call `enable_compatibility_mode()` on the bridge first: folding the norms changes the residual stream.
     """
     model = bridge.original_model
     stored = str(next(model.parameters()).dtype).removeprefix("torch.")
-    return build_subject(
-        model, bridge.tokenizer, id=id or bridge.cfg.model_name, revision=None, weights=stored
-    )
+    return build_model(model, bridge.tokenizer, id=id or bridge.cfg.model_name, revision=None, weights=stored)
 
 
-def build_subject(
+def build_model(
     model: Any, tokenizer: Any, *, id: str, revision: str | None = None, weights: str = ""
-) -> Subject:
-    """Find the blocks of a loaded model, put it into evaluation mode, and run the one check. Raises `KnownError`."""
+) -> Model:
+    """Find the blocks of a loaded model, put it into evaluation mode, and run the one check. Raises `UserError`."""
     model.eval().requires_grad_(False)
     config = model.config.get_text_config(decoder=True)
     base = _base(model)
     blocks = _find_blocks(base, config.num_hidden_layers, id)
     weights = weights or str(model.dtype).removeprefix("torch.")
-    subject = Subject(model, base, tokenizer, blocks, config.hidden_size, id, revision, weights)
-    _check(subject)
-    return subject
+    decoder = Model(model, base, tokenizer, blocks, config.hidden_size, id, revision, weights)
+    _check(decoder)
+    return decoder
 
 
 def residual(output: Any) -> Tensor:
@@ -205,12 +203,12 @@ def _find_blocks(base: nn.Module, n_layers: int, id: str) -> tuple[nn.Module, ..
         if isinstance(module, nn.ModuleList) and len(module) == n_layers
     ]
     if not lists:
-        raise KnownError(f"{id}: no list of {n_layers} blocks in {type(base).__name__}; is it a decoder?")
+        raise UserError(f"{id}: no list of {n_layers} blocks in {type(base).__name__}; is it a decoder?")
     return tuple(min(lists, key=lambda item: item[0])[1])
 
 
 @torch.no_grad()
-def _check(subject: Subject) -> None:
+def _check(model: Model) -> None:
     """One forward over two rows that differ in their last token: order, shapes, finiteness and causality of the blocks."""
     met: list[int] = []
     outputs: list[Tensor] = []
@@ -222,39 +220,37 @@ def _check(subject: Subject) -> None:
 
         return hook
 
-    vocabulary = subject.model.get_input_embeddings().weight.shape[0]
-    ids = torch.arange(1, 9, device=subject.device).repeat(2, 1) * 7 % vocabulary
+    vocabulary = model.hf.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(1, 9, device=model.device).repeat(2, 1) * 7 % vocabulary
     ids[1, -1] = (ids[1, -1] + 1) % vocabulary
-    handles = [block.register_forward_hook(keep(i)) for i, block in enumerate(subject.blocks)]
+    handles = [block.register_forward_hook(keep(i)) for i, block in enumerate(model.blocks)]
     try:
-        subject.base(input_ids=ids, use_cache=False)
+        model.base(input_ids=ids, use_cache=False)
     except (TypeError, ValueError) as error:
-        raise KnownError(
-            f"{subject.id}: not a decoder that can be run on token ids alone ({error})"
-        ) from None
+        raise UserError(f"{model.id}: not a decoder that can be run on token ids alone ({error})") from None
     finally:
         for handle in handles:
             handle.remove()
-    if met != list(range(subject.n_layers)):
-        raise KnownError(
-            f"{subject.id}: a forward met blocks {met}, not 0..{subject.n_layers - 1} once each, in order"
+    if met != list(range(model.n_layers)):
+        raise UserError(
+            f"{model.id}: a forward met blocks {met}, not 0..{model.n_layers - 1} once each, in order"
         )
     for layer, output in enumerate(outputs):
-        if output.shape != (2, 8, subject.d_model):
-            raise KnownError(
-                f"{subject.id}: block {layer} emits {tuple(output.shape)}, not (2, 8, {subject.d_model})"
+        if output.shape != (2, 8, model.d_model):
+            raise UserError(
+                f"{model.id}: block {layer} emits {tuple(output.shape)}, not (2, 8, {model.d_model})"
             )
         if not torch.isfinite(output).all():
-            raise KnownError(
-                f"{subject.id}: block {layer} emits NaN or infinity in {subject.dtype}; try --dtype float32"
+            raise UserError(
+                f"{model.id}: block {layer} emits NaN or infinity in {model.dtype}; try --dtype float32"
             )
         past = output[:, :-1].float()
         # a random encoder's attention moves its neighbours by a few parts in a thousand only
         if (past[0] - past[1]).abs().max() > (
-            1e-4 if subject.dtype == torch.float32 else 1e-2
+            1e-4 if model.dtype == torch.float32 else 1e-2
         ) * past.abs().max():
-            raise KnownError(
-                f"{subject.id}: a later token changes earlier ones at block {layer}: not a causal decoder"
+            raise UserError(
+                f"{model.id}: a later token changes earlier ones at block {layer}: not a causal decoder"
             )
 
 
@@ -265,14 +261,14 @@ def _source(name: str) -> str:
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise KnownError(f"{name} does not exist")
+            raise UserError(f"{name} does not exist")
         return str(gguf_folder(path))
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise KnownError(f"{name} is a folder without config.json: not a model folder")
+            raise UserError(f"{name} is a folder without config.json: not a model folder")
         return str(path)
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise KnownError(
+        raise UserError(
             f"{name} is not a model: neither a folder, a .gguf file, a hub id nor one of {', '.join(PACKAGED)}"
         )
     return name
@@ -283,7 +279,7 @@ def _config(name: str, source: str) -> Any:
 
     config = AutoConfig.from_pretrained(source)
     if config.is_encoder_decoder:
-        raise KnownError(f"{name} is an encoder-decoder ({config.model_type}); a decoder is needed")
+        raise UserError(f"{name} is an encoder-decoder ({config.model_type}); a decoder is needed")
     return config
 
 
@@ -310,7 +306,7 @@ def _one_line(name: str) -> Iterator[None]:
 
     try:
         yield
-    except KnownError:
+    except UserError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
         text = " ".join(str(error).split())
@@ -318,7 +314,7 @@ def _one_line(name: str) -> Iterator[None]:
             text = f"not a packaged name ({', '.join(PACKAGED)}) or local folder, and the model hub cannot be reached"
         elif isinstance(error, SafetensorError):
             text = f"its weights are damaged or cut short ({text})"
-        raise KnownError(f"cannot load {name}: {text[:400] or type(error).__name__}") from None
+        raise UserError(f"cannot load {name}: {text[:400] or type(error).__name__}") from None
 
 
 def _stored_format(config: Any) -> str:
@@ -333,7 +329,7 @@ def _read_template(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise KnownError(f"chat template {path}: {error}") from None
+        raise UserError(f"chat template {path}: {error}") from None
 
 
 def _device_named(name: str) -> torch.device:
@@ -343,13 +339,13 @@ def _device_named(name: str) -> torch.device:
         ).device  # a name may be well formed and the device still not be there
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise KnownError(f"device {name!r} cannot be used here ({reason}); try --device cpu") from None
+        raise UserError(f"device {name!r} cannot be used here ({reason}); try --device cpu") from None
 
 
 def _dtype_named(name: str) -> torch.dtype:
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in names:
-        raise KnownError(f"dtype {name!r} is not one of {', '.join(names)}, auto")
+        raise UserError(f"dtype {name!r} is not one of {', '.join(names)}, auto")
     return names[name]
 
 

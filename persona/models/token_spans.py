@@ -29,7 +29,7 @@ from itertools import groupby, pairwise
 from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.models.chat_template import ChatFormat, Messages
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ Region = tuple[int, int]  # characters [start, stop)
 COLOURS = {"system": "magenta", "user": "cyan", "assistant": "green", "tool": "yellow", "template": "dim"}
 
 
-class SpanError(KnownError):
+class SpanError(UserError):
     """The tokens of a conversation cannot be given to its speakers without guessing."""
 
 
@@ -82,7 +82,7 @@ def conversation_spans(format: ChatFormat, messages: Messages) -> Spans:
 
     Where `format.prompt_is_prefix` and the answer does not begin with whitespace, `format.prompt_ids(messages[:-1])` is
     a prefix of the ids of a one-turn chat, and the answer's span starts right after it (after the template's blank,
-    where that is a token of its own). Raises `SpanError`, and `KnownError` for messages that the template refuses.
+    where that is a token of its own). Raises `SpanError`, and `UserError` for messages that the template refuses.
     """
     return _spans(format, messages, generation=False)
 

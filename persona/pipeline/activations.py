@@ -77,7 +77,7 @@ class Activations:
 
 
 def load_activations(stem: Path) -> Activations:
-    """Read what `Activations.save` wrote; `KnownError` when it is missing or damaged."""
+    """Read what `Activations.save` wrote; `UserError` when it is missing or damaged."""
     tensors, meta = load_tensors(stem, "activations")
     return Activations(
         cells=tuple((role, score) for role, score in meta["cells"]),

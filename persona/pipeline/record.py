@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from personatlas.persona.errors import KnownError
-from personatlas.persona.models.load import Subject, residual
+from personatlas.persona.errors import UserError
+from personatlas.persona.models.load import Model, residual
 from personatlas.persona.rollout import Rollout
 from personatlas.persona.sampling.sampler import batch_end, batch_tokens, pad, to_device
 
@@ -54,25 +54,25 @@ def span_sum_plainly(
 class SpanMeans:
     """Hooks on every block that add up one batch's spans; `read` gives the means and proves that every hook fired once."""
 
-    def __init__(self, subject: Subject) -> None:
-        self.subject = subject
-        self.sums: list[Tensor | None] = [None] * subject.n_layers
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.sums: list[Tensor | None] = [None] * model.n_layers
         self.spans: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def begin(self, start: Tensor, stop: Tensor) -> None:
         """Set the spans (B,), (B,), CPU tensors, of the batch that is forwarded next."""
         if int(start.min()) < 1 or bool((stop <= start).any()):
             raise ValueError("a span must start after position 0 and hold at least one token")
-        self.sums = [None] * self.subject.n_layers
-        device = self.subject.device
+        self.sums = [None] * self.model.n_layers
+        device = self.model.device
         self.spans = {device: (to_device(start, device), to_device(stop, device))}
 
     def read(self) -> Float[Tensor, "B L D"]:
-        """Means of the batch that was forwarded, fp32, on the subject's device."""
+        """Means of the batch that was forwarded, fp32, on the model's device."""
         silent = [layer for layer, value in enumerate(self.sums) if value is None]
         if silent:
             raise RuntimeError(f"the hooks of layers {silent} did not fire: nothing was recorded")
-        start, stop = self.spans[self.subject.device]
+        start, stop = self.spans[self.model.device]
         sums = torch.stack([value.to(start.device) for value in self.sums if value is not None], dim=1)
         return sums / (stop - start)[:, None, None]  # (B, L, D)
 
@@ -80,7 +80,7 @@ class SpanMeans:
         def add(_module: nn.Module, _args: Any, output: Any) -> None:
             h = residual(output)
             if h.device not in self.spans:  # layers spread over devices
-                start, stop = self.spans[self.subject.device]
+                start, stop = self.spans[self.model.device]
                 self.spans[h.device] = (start.to(h.device), stop.to(h.device))
             if self.sums[layer] is not None:
                 raise RuntimeError(f"block {layer} ran twice in one forward")
@@ -90,10 +90,10 @@ class SpanMeans:
 
 
 @contextmanager
-def recording(subject: Subject) -> Iterator[SpanMeans]:
+def recording(model: Model) -> Iterator[SpanMeans]:
     """Hooks for the length of the context; the model is left as it was found, also after an exception."""
-    means = SpanMeans(subject)
-    handles = [block.register_forward_hook(means._hook(layer)) for layer, block in enumerate(subject.blocks)]
+    means = SpanMeans(model)
+    handles = [block.register_forward_hook(means._hook(layer)) for layer, block in enumerate(model.blocks)]
     try:
         yield means
     finally:
@@ -102,7 +102,7 @@ def recording(subject: Subject) -> Iterator[SpanMeans]:
 
 
 @contextmanager
-def compiled(subject: Subject, *, enabled: bool) -> Iterator[None]:
+def compiled(model: Model, *, enabled: bool) -> Iterator[None]:
     """Blocks whose forward is compiled, one graph for all alike, for the length of the context.
 
     The hooks stay outside the compiled forward, so they fire; `SpanMeans.read` would say so if they did not.
@@ -111,40 +111,40 @@ def compiled(subject: Subject, *, enabled: bool) -> Iterator[None]:
         yield
         return
     try:
-        for block in subject.blocks:
+        for block in model.blocks:
             block.forward = torch.compile(block.forward, dynamic=True)
         yield
     finally:
-        for block in subject.blocks:
+        for block in model.blocks:
             block.__dict__.pop("forward", None)
 
 
 @torch.no_grad()
 def record(
-    subject: Subject, rollouts: Sequence[Rollout], *, tokens: int | None = None, compile: bool | None = None
+    model: Model, rollouts: Sequence[Rollout], *, tokens: int | None = None, compile: bool | None = None
 ) -> Iterator[tuple[list[int], Float[Tensor, "B L D"]]]:
     """Yield batches of (indices into `rollouts`, their means on the CPU), sorted by length, about `tokens` padded tokens each.
 
-    `compile` None compiles the blocks on a GPU when there is enough to record to pay for it. Raises `KnownError` for
+    `compile` None compiles the blocks on a GPU when there is enough to record to pay for it. Raises `UserError` for
     an empty answer, or a rollout longer than the model's context.
     """
-    whole = _lengths(subject, rollouts)
+    whole = _lengths(model, rollouts)
     order = sorted(range(len(rollouts)), key=whole.__getitem__, reverse=True)
     lengths = [whole[i] for i in order]
-    tokens = tokens or batch_tokens(subject, CPU_TOKENS, GPU_TOKENS)
-    compile = worth_compiling(subject, sum(lengths)) if compile is None else compile
-    first, before, reader = 0, None, Reader(subject.device)
-    with compiled(subject, enabled=compile), recording(subject) as means:
+    tokens = tokens or batch_tokens(model, CPU_TOKENS, GPU_TOKENS)
+    compile = worth_compiling(model, sum(lengths)) if compile is None else compile
+    first, before, reader = 0, None, Reader(model.device)
+    with compiled(model, enabled=compile), recording(model) as means:
         while first < len(order):
             stop = batch_end(lengths, first, tokens)
             chosen = order[first:stop]
             batch = [rollouts[i] for i in chosen]
-            on_gpu = subject.device.type == "cuda"
+            on_gpu = model.device.type == "cuda"
             ids = pad(
-                [r.prompt_ids + r.answer_ids for r in batch], subject.device, GPU_MULTIPLE if on_gpu else 1
+                [r.prompt_ids + r.answer_ids for r in batch], model.device, GPU_MULTIPLE if on_gpu else 1
             )
             means.begin(torch.tensor([len(r.prompt_ids) for r in batch]), torch.tensor(lengths[first:stop]))
-            subject.base(input_ids=ids, use_cache=False)
+            model.base(input_ids=ids, use_cache=False)
             now = chosen, reader.start(means.read())
             if before is not None:
                 yield before[0], before[1]()
@@ -153,9 +153,9 @@ def record(
             yield before[0], before[1]()
 
 
-def worth_compiling(subject: Subject, tokens: int) -> bool:
+def worth_compiling(model: Model, tokens: int) -> bool:
     """Whether compiling the blocks is paid back by that many tokens to record."""
-    return subject.device.type == "cuda" and tokens > COMPILE_FROM
+    return model.device.type == "cuda" and tokens > COMPILE_FROM
 
 
 class Reader:
@@ -185,13 +185,13 @@ class Reader:
         return wait
 
 
-def _lengths(subject: Subject, rollouts: Sequence[Rollout]) -> list[int]:
+def _lengths(model: Model, rollouts: Sequence[Rollout]) -> list[int]:
     """Tokens of prompt and answer together, checked against what can be recorded."""
-    limit = subject.context
+    limit = model.context
     lengths = [len(rollout.prompt_ids) + len(rollout.answer_ids) for rollout in rollouts]
     for rollout, length in zip(rollouts, lengths, strict=True):
         if not rollout.answer_ids:
-            raise KnownError(f"rollout {rollout.key} has an empty answer: nothing to record")
+            raise UserError(f"rollout {rollout.key} has an empty answer: nothing to record")
         if limit and length > limit:
-            raise KnownError(f"rollout {rollout.key} has {length} tokens; {subject.id} holds {limit}")
+            raise UserError(f"rollout {rollout.key} has {length} tokens; {model.id} holds {limit}")
     return lengths

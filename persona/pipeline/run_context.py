@@ -11,8 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from personatlas.persona.distributed import Ranks, ranks
-from personatlas.persona.errors import KnownError
+from personatlas.persona.distributed import World, get_world
+from personatlas.persona.errors import UserError
 from personatlas.persona.judges.base import (
     Judge,
     RuleJudge,
@@ -23,7 +23,7 @@ from personatlas.persona.judges.base import (
     role_play_share,
 )
 from personatlas.persona.models.chat_template import ChatFormat, chat_format
-from personatlas.persona.models.load import Subject, load_subject
+from personatlas.persona.models.load import Model, load_model
 from personatlas.persona.options import JudgeOptions, ModelOptions, PlanOptions, selection_of
 from personatlas.persona.pipeline.activations import Activations
 from personatlas.persona.pipeline.stages import (
@@ -48,12 +48,12 @@ GATE_WARNING = 0.25  # a share of role-play that is surely below this is said al
 
 
 @dataclass(frozen=True)
-class Work:
+class RunContext:
     """An open run with its model, bank and sampling."""
 
     run: Run
-    ranks: Ranks
-    subject: Subject
+    world: World
+    model: Model
     chat: ChatFormat
     bank: Bank
     selection: Selection
@@ -64,79 +64,79 @@ class Work:
     @cached_property
     def plan(self) -> Plan:
         """The rollouts of this run."""
-        return plan_rollouts(self.bank, self.subject, self.chat, self.selection, self.seed, self.chunk)
+        return plan_rollouts(self.bank, self.model, self.chat, self.selection, self.seed, self.chunk)
 
 
 @contextmanager
-def prepared(model: str, folder: Path, how: ModelOptions, what: PlanOptions) -> Iterator[Work]:
+def open_context(model: str, folder: Path, how: ModelOptions, what: PlanOptions) -> Iterator[RunContext]:
     """Open the run folder, load the model, and check that both belong together.
 
     What a run was begun with (dtype, chunk) is kept when it is resumed, unless other values are asked for, which is
     refused. Under torchrun every process does this; the first one leads.
     """
-    place = ranks()
+    world = get_world()
     selection, max_new_tokens = selection_of(what)
     sampling = Sampling(max_new_tokens, what.temperature, what.top_p)
     bank = load_bank(what.bank)
     selection.roles(bank), selection.traits(bank)  # unknown names fail before a model is loaded
-    with open_run(folder, create=True, rank=place.rank) as run:
+    with open_run(folder, create=True, rank=world.rank) as run:
         try:
-            if place.rank:
-                place.barrier()
+            if world.rank:
+                world.barrier()
             before = run.manifest.get("asked", {})
-            device = how.device or own_device(place)
+            device = how.device or local_device(world)
             how = replace(how, device=device, dtype=how.dtype or before.get("dtype"))
-            subject = load_subject(model, device=how.device, dtype=how.dtype, chat_template=how.chat_template)
+            decoder = load_model(model, device=how.device, dtype=how.dtype, chat_template=how.chat_template)
             if is_training_run(Path(model)):
                 model = (
-                    subject.id
+                    decoder.id
                 )  # its newest checkpoint now, not the one that is newest when this run goes on
-            chat = chat_format(subject.tokenizer, _end_ids(subject))
-            on_gpu = subject.device.type == "cuda"
+            chat = chat_format(decoder.tokenizer, _end_ids(decoder))
+            on_gpu = decoder.device.type == "cuda"
             chunk = what.chunk or before.get("chunk") or (GPU_CHUNK if on_gpu else CPU_CHUNK)
-            work = Work(run, place, subject, chat, bank, selection, sampling, what.seed, chunk)
+            work = RunContext(run, world, decoder, chat, bank, selection, sampling, what.seed, chunk)
             _require_room(work)
-            run.ask(_asked(model, subject, chat, bank, selection, sampling, what.seed, chunk))
-            if not place.rank:
-                place.barrier()
+            run.claim(_asked(model, decoder, chat, bank, selection, sampling, what.seed, chunk))
+            if not world.rank:
+                world.barrier()
             yield work
         finally:
-            place.close()
+            world.close()
 
 
-def sample(work: Work) -> list[Rollout]:
+def sample(work: RunContext) -> list[Rollout]:
     """Make all rollouts of the plan that are not there yet. A long run first tries a few roles and says what came."""
     sampler = _sampler(work)
-    if sampler.decoder.name != "slots" and work.ranks.rank == 0:
+    if sampler.decoder.name != "slots" and work.world.rank == 0:
         say(
             "this model does not take a key-value cache as it should: every step reads the whole text again, slowly"
         )
     plan, gate = work.plan, work.plan.gate
     if gate:
-        make_rollouts(work.run, plan, work.subject, sampler, work.ranks, range(gate))
-        work.ranks.barrier()
-        if work.ranks.rank == 0:
+        make_rollouts(work.run, plan, work.model, sampler, work.world, range(gate))
+        work.world.barrier()
+        if work.world.rank == 0:
             _report_gate(work, [request.key for request in plan.chunks[0]])
-    make_rollouts(work.run, plan, work.subject, sampler, work.ranks, range(gate, len(plan.chunks)))
-    merge_rollouts(work.run, work.ranks)
+    make_rollouts(work.run, plan, work.model, sampler, work.world, range(gate, len(plan.chunks)))
+    merge_rollouts(work.run, work.world)
     return planned(work.run, plan.keys)
 
 
-def _require_room(work: Work) -> None:
-    """`KnownError` for answers that would not fit behind their prompts: what runs beyond the context cannot be recorded."""
-    limit, longest = work.subject.context, max(map(len, work.plan.prompt_ids.values()))
+def _require_room(work: RunContext) -> None:
+    """`UserError` for answers that would not fit behind their prompts: what runs beyond the context cannot be recorded."""
+    limit, longest = work.model.context, max(map(len, work.plan.prompt_ids.values()))
     most = work.sampling.max_new_tokens
     if limit and longest + most > limit:
         room = limit - longest
         what = f"--max-new-tokens {room} is the most" if room > 0 else "give a model with a longer context"
-        raise KnownError(
+        raise UserError(
             f"prompts of up to {longest} tokens and answers of up to {most} do not fit into the {limit} that "
-            f"{work.subject.id} holds: {what}"
+            f"{work.model.id} holds: {what}"
         )
 
 
 def judge_run(
-    run: Run, bank: Bank, rollouts: list[Rollout], options: JudgeOptions, place: Ranks = Ranks()
+    run: Run, bank: Bank, rollouts: list[Rollout], options: JudgeOptions, world: World = World()
 ) -> list[Rollout]:
     """Score the rollouts (rank 0; the others wait for it) and return them with their scores. `--judge none` leaves every score None.
 
@@ -148,13 +148,13 @@ def judge_run(
     of_roles, of_traits = without_poles(rollouts), only_poles(rollouts)
     judge, trait_judge = judge_named(options), _trait_judge(options) if of_traits else None
     logs = run.folder / "scores.jsonl", run.folder / "trait_scores.jsonl"
-    if place.rank == 0:
+    if world.rank == 0:
         run.note(judge=_judged(of_roles, bank, judge, logs[0], quiet=options.judge == "rules"))
         if trait_judge is not None:
             run.note(trait_judge=_judged(of_traits, bank, trait_judge, logs[1]))
         elif run.manifest.get("trait_judge"):
             run.note(trait_judge=None)  # the newest judge scored no traits
-    place.barrier()
+    world.barrier()
     of_roles = with_scores(of_roles, read_scores(logs[0], judge.id))
     if trait_judge is not None:
         of_traits = with_scores(of_traits, read_sides(logs[1], trait_judge.id))
@@ -201,12 +201,12 @@ def _is_url(judge: str) -> bool:
 
 
 def require_judge(options: JudgeOptions) -> None:
-    """`KnownError` for a judge that there is not, before anything long begins."""
+    """`UserError` for a judge that there is not, before anything long begins."""
     is_url = _is_url(options.judge)
     if options.judge not in ("rules", "none") and not options.judge.startswith("local:") and not is_url:
-        raise KnownError(f"--judge {options.judge!r} is not rules, none, local:MODEL or a http(s) URL")
+        raise UserError(f"--judge {options.judge!r} is not rules, none, local:MODEL or a http(s) URL")
     if is_url and not options.judge_model:
-        raise KnownError(f"--judge {options.judge} needs --judge-model NAME")
+        raise UserError(f"--judge {options.judge} needs --judge-model NAME")
 
 
 def judge_named(options: JudgeOptions) -> Judge:
@@ -217,35 +217,35 @@ def judge_named(options: JudgeOptions) -> Judge:
     if options.judge.startswith("local:"):
         from personatlas.persona.judges.local import LocalJudge
 
-        return LocalJudge(load_subject(options.judge.removeprefix("local:")))
+        return LocalJudge(load_model(options.judge.removeprefix("local:")))
     from personatlas.persona.judges.endpoint import EndpointJudge
 
     return EndpointJudge(options.judge, options.judge_model or "")
 
 
-def record_run(work: Work, rollouts: list[Rollout]) -> tuple[Activations, Activations | None]:
+def record_run(work: RunContext, rollouts: list[Rollout]) -> tuple[Activations, Activations | None]:
     """Record the scored rollouts: those of roles, and those of traits where there are any."""
-    return record_rollouts(work.run, work.subject, rollouts, work.ranks)
+    return record_rollouts(work.run, work.model, rollouts, work.world)
 
 
 def record_rollouts(
-    run: Run, subject: Subject, rollouts: list[Rollout], place: Ranks
+    run: Run, model: Model, rollouts: list[Rollout], world: World
 ) -> tuple[Activations, Activations | None]:
     """Two artefacts, `activations` and `trait_activations`, so that adding traits leaves the roles' as they are."""
     of_traits = [
         rollout for rollout in only_poles(rollouts) if rollout.answer.strip()
     ]  # as blank ones of roles are dropped
-    roles = make_activations(run, subject, without_poles(rollouts), place)
-    return roles, make_activations(run, subject, of_traits, place, "trait_activations") if of_traits else None
+    roles = make_activations(run, model, without_poles(rollouts), world)
+    return roles, make_activations(run, model, of_traits, world, "trait_activations") if of_traits else None
 
 
-def _sampler(work: Work) -> Sampler:
+def _sampler(work: RunContext) -> Sampler:
     # traits, which may be added later, must not change how the roles' chunks are decoded
     longest = max(len(ids) for key, ids in work.plan.prompt_ids.items() if not is_pole(key))
-    return fastest_sampler(work.subject, work.chat.end_ids, work.sampling, longest)
+    return fastest_sampler(work.model, work.chat.end_ids, work.sampling, longest)
 
 
-def _report_gate(work: Work, keys: list[str]) -> None:
+def _report_gate(work: RunContext, keys: list[str]) -> None:
     wanted = set(keys)
     tried = [rollout for rollout in planned(work.run, keys) if rollout.key in wanted]
     judge = RuleJudge()
@@ -263,7 +263,7 @@ def _report_gate(work: Work, keys: list[str]) -> None:
 
 def _asked(
     model: str,
-    subject: Subject,
+    decoder: Model,
     chat: ChatFormat,
     bank: Bank,
     selection: Selection,
@@ -276,8 +276,8 @@ def _asked(
     traits = [trait.name for trait in selection.traits(bank)]
     return {
         "model_name": model,
-        "model": subject.describe(),
-        "dtype": str(subject.dtype).removeprefix("torch."),
+        "model": decoder.describe(),
+        "dtype": str(decoder.dtype).removeprefix("torch."),
         "chat_template": hashlib.sha256(chat.template.encode()).hexdigest()[:16],
         "system": chat.system,
         "injected_system": chat.injected,
@@ -294,13 +294,13 @@ def _asked(
     } | ({"traits": traits, "traits_bank": bank.traits_digest} if traits else {})
 
 
-def _end_ids(subject: Subject) -> Any:
-    config = subject.model.generation_config
+def _end_ids(model: Model) -> Any:
+    config = model.hf.generation_config
     return config.eos_token_id if config is not None else None
 
 
-def own_device(place: Ranks) -> str | None:
+def local_device(world: World) -> str | None:
     """The GPU of this process under torchrun; None elsewhere."""
     import torch
 
-    return f"cuda:{place.local}" if place.world > 1 and torch.cuda.is_available() else None
+    return f"cuda:{world.local_rank}" if world.size > 1 and torch.cuda.is_available() else None

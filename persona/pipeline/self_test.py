@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from personatlas.persona.models.load import Subject, residual
+from personatlas.persona.models.load import Model, residual
 from personatlas.persona.pipeline.record import record
 from personatlas.persona.rollout import Rollout
 from personatlas.persona.sampling.sampler import Prompt, Sampler, Sampling, cached_decoding_error
@@ -37,16 +37,16 @@ class Check:
 
 
 @torch.no_grad()
-def run_self_test(subject: Subject) -> list[Check]:
+def run_self_test(model: Model) -> list[Check]:
     """Run all checks; nothing is raised for a failed one."""
-    exact = subject.dtype == torch.float32
-    rollouts = [_made_up(subject, i, *lengths) for i, lengths in enumerate(LENGTHS)]
-    before, hooks = _logits(subject, rollouts[1]), _hooks(subject)
-    recorded = torch.empty(len(rollouts), subject.n_layers, subject.d_model)
-    for indices, means in record(subject, rollouts, tokens=64):
+    exact = model.dtype == torch.float32
+    rollouts = [_made_up(model, i, *lengths) for i, lengths in enumerate(LENGTHS)]
+    before, hooks = _logits(model, rollouts[1]), _hooks(model)
+    recorded = torch.empty(len(rollouts), model.n_layers, model.d_model)
+    for indices, means in record(model, rollouts, tokens=64):
         recorded[indices] = means
-    after, left = _logits(subject, rollouts[1]), _hooks(subject) - hooks
-    by_hand = torch.stack([_mean_by_hand(subject, rollout) for rollout in rollouts])
+    after, left = _logits(model, rollouts[1]), _hooks(model) - hooks
+    by_hand = torch.stack([_mean_by_hand(model, rollout) for rollout in rollouts])
     errors = (recorded.double() - by_hand).norm(dim=-1) / by_hand.norm(dim=-1)
     return [
         Check(
@@ -56,73 +56,71 @@ def run_self_test(subject: Subject) -> list[Check]:
         ),
         Check(
             "block outputs against output_hidden_states",
-            _hidden_states_error(subject, rollouts[1]),
+            _hidden_states_error(model, rollouts[1]),
             1e-6 if exact else 1e-3,
         ),
         Check("hooks left behind on the blocks", float(left), 0.0),
         Check("logits changed by recording", float((after - before).abs().max()), 0.0),
         Check(
             "cached decoding against reading the whole text",
-            cached_decoding_error(subject),
+            cached_decoding_error(model),
             1e-4 if exact else 5e-2,
         ),
         Check(
-            "a seed gives another answer in another batch", _batch_dependence(subject), 0.0 if exact else 1.0
+            "a seed gives another answer in another batch", _batch_dependence(model), 0.0 if exact else 1.0
         ),
     ]
 
 
-def _made_up(subject: Subject, number: int, prompt: int, answer: int) -> Rollout:
-    vocabulary = subject.model.get_input_embeddings().weight.shape[0]
+def _made_up(model: Model, number: int, prompt: int, answer: int) -> Rollout:
+    vocabulary = model.hf.get_input_embeddings().weight.shape[0]
     ids = [(7 + 31 * number + 13 * i * i) % vocabulary for i in range(prompt + answer)]
     return Rollout(f"test/0/{number}/0", (), tuple(ids[:prompt]), tuple(ids[prompt:]), "", 0, "end")
 
 
-def _ids(subject: Subject, rollout: Rollout) -> Tensor:
-    return torch.tensor([rollout.prompt_ids + rollout.answer_ids], device=subject.device)
+def _ids(model: Model, rollout: Rollout) -> Tensor:
+    return torch.tensor([rollout.prompt_ids + rollout.answer_ids], device=model.device)
 
 
-def _logits(subject: Subject, rollout: Rollout) -> Tensor:
-    return subject.model(input_ids=_ids(subject, rollout), use_cache=False).logits.float()
+def _logits(model: Model, rollout: Rollout) -> Tensor:
+    return model.hf(input_ids=_ids(model, rollout), use_cache=False).logits.float()
 
 
-def _hooks(subject: Subject) -> int:
-    return sum(len(block._forward_hooks) for block in subject.blocks)
+def _hooks(model: Model) -> int:
+    return sum(len(block._forward_hooks) for block in model.blocks)
 
 
-def _outputs(subject: Subject, rollout: Rollout) -> list[Tensor]:
+def _outputs(model: Model, rollout: Rollout) -> list[Tensor]:
     found: list[Tensor] = []
     handles = [
-        b.register_forward_hook(lambda _m, _a, output: found.append(residual(output))) for b in subject.blocks
+        b.register_forward_hook(lambda _m, _a, output: found.append(residual(output))) for b in model.blocks
     ]
     try:
-        subject.base(input_ids=_ids(subject, rollout), use_cache=False)
+        model.base(input_ids=_ids(model, rollout), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
     return found
 
 
-def _mean_by_hand(subject: Subject, rollout: Rollout) -> Tensor:
+def _mean_by_hand(model: Model, rollout: Rollout) -> Tensor:
     start = len(rollout.prompt_ids)
-    return torch.stack([h[0, start:].double().mean(0).cpu() for h in _outputs(subject, rollout)])
+    return torch.stack([h[0, start:].double().mean(0).cpu() for h in _outputs(model, rollout)])
 
 
-def _hidden_states_error(subject: Subject, rollout: Rollout) -> float:
+def _hidden_states_error(model: Model, rollout: Rollout) -> float:
     """Block l's output is hidden_states[l + 1], for all but the last block, whose entry comes after the final norm."""
-    states = subject.base(
-        input_ids=_ids(subject, rollout), use_cache=False, output_hidden_states=True
+    states = model.base(
+        input_ids=_ids(model, rollout), use_cache=False, output_hidden_states=True
     ).hidden_states
-    pairs = list(zip(_outputs(subject, rollout)[:-1], states[1:-1], strict=True))
+    pairs = list(zip(_outputs(model, rollout)[:-1], states[1:-1], strict=True))
     return max((float((h - s).float().norm() / s.float().norm()) for h, s in pairs), default=0.0)
 
 
-def _batch_dependence(subject: Subject) -> float:
+def _batch_dependence(model: Model) -> float:
     """Share of answers that differ when the same prompts and seeds are sampled alone and together."""
-    prompts = [
-        Prompt(_made_up(subject, i, p, 1).prompt_ids, seed=1000 + i) for i, (p, _) in enumerate(LENGTHS)
-    ]
-    sampler = Sampler(subject, frozenset(), Sampling(max_new_tokens=6))
+    prompts = [Prompt(_made_up(model, i, p, 1).prompt_ids, seed=1000 + i) for i, (p, _) in enumerate(LENGTHS)]
+    sampler = Sampler(model, frozenset(), Sampling(max_new_tokens=6))
     together = {answer.index: answer.ids for answer in sampler.answers(prompts)}
     alone = [next(iter(sampler.answers([prompt]))).ids for prompt in prompts]
     return sum(together[i] != ids for i, ids in enumerate(alone)) / len(prompts)

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from personatlas.persona.artifacts import append_lines, read_lines
-from personatlas.persona.distributed import Ranks
-from personatlas.persona.errors import KnownError
+from personatlas.persona.distributed import World
+from personatlas.persona.errors import UserError
 from personatlas.persona.models.chat_template import ChatFormat
-from personatlas.persona.models.load import Subject
+from personatlas.persona.models.load import Model
 from personatlas.persona.pipeline.activations import (
     Activations,
     cell_sums,
@@ -54,13 +54,13 @@ class Plan:
 
 
 def plan_rollouts(
-    bank: Bank, subject: Subject, chat: ChatFormat, selection: Selection, seed: int, size: int
+    bank: Bank, model: Model, chat: ChatFormat, selection: Selection, seed: int, size: int
 ) -> Plan:
     """Cut a selection into chunks of `size`: first a few roles that show whether the model role-plays, then all by length.
 
     Traits have chunks of their own, after the roles': adding them to a run changes nothing of what is there.
     """
-    wanted = requests(bank, subject.name, selection, seed)
+    wanted = requests(bank, model.name, selection, seed)
     prompt_ids = {request.key: tuple(chat.prompt_ids(list(request.messages))) for request in wanted}
     of_roles = [request for request in wanted if not is_pole(request.key)]
     gate = _gate(of_roles) if len(of_roles) >= GATE_FROM else []
@@ -72,15 +72,13 @@ def plan_rollouts(
     return Plan(tuple(chunks), prompt_ids, int(bool(gate)))
 
 
-def make_rollouts(
-    run: Run, plan: Plan, subject: Subject, sampler: Sampler, ranks: Ranks, chunks: range
-) -> None:
+def make_rollouts(run: Run, plan: Plan, model: Model, sampler: Sampler, world: World, chunks: range) -> None:
     """Sample what is missing in those chunks of the plan and append it to this rank's log, answer by answer."""
     done = {rollout.key for rollout in read_rollouts(run.folder)}
-    path = run.folder / ("rollouts.jsonl" if ranks.world == 1 else f"rollouts.{ranks.rank:04d}.jsonl")
-    mine = [plan.chunks[i] for i in chunks if ranks.mine(i)]
+    path = run.folder / ("rollouts.jsonl" if world.size == 1 else f"rollouts.{world.rank:04d}.jsonl")
+    mine = [plan.chunks[i] for i in chunks if world.owns(i)]
     there = sum(request.key in done for chunk in mine for request in chunk)
-    with progress("rollouts", sum(map(len, mine)), "tokens", done=there, quiet=ranks.rank > 0) as advance:
+    with progress("rollouts", sum(map(len, mine)), "tokens", done=there, quiet=world.rank > 0) as advance:
         for chunk in mine:
             if all(request.key in done for request in chunk):
                 continue
@@ -89,30 +87,30 @@ def make_rollouts(
                 request = chunk[answer.index]
                 if request.key in done:
                     continue
-                rollout = _rollout(request, prompts[answer.index], answer, subject)
+                rollout = _rollout(request, prompts[answer.index], answer, model)
                 append_lines(path, [rollout.to_json()], sync=False)
                 advance(1, len(answer.ids) + 1)
 
 
-def merge_rollouts(run: Run, ranks: Ranks) -> None:
+def merge_rollouts(run: Run, world: World) -> None:
     """Put the ranks' logs into one, after all of them are done. A crash in between leaves equal lines twice: harmless."""
-    ranks.barrier()
+    world.barrier()
     shards = sorted(run.folder.glob("rollouts.*.jsonl"))
-    if ranks.rank == 0 and shards:
+    if world.rank == 0 and shards:
         log = run.folder / "rollouts.jsonl"
         there = {row["key"] for row in read_lines(log)}
         append_lines(log, [r.to_json() for r in read_rollouts(run.folder) if r.key not in there])
         for shard in shards:
             shard.unlink()
-    ranks.barrier()
+    world.barrier()
 
 
 def planned(run: Run, plan_keys: Sequence[str]) -> list[Rollout]:
-    """The plan's rollouts in the plan's order; `KnownError` when some are missing."""
+    """The plan's rollouts in the plan's order; `UserError` when some are missing."""
     found = {rollout.key: rollout for rollout in read_rollouts(run.folder)}
     missing = [key for key in plan_keys if key not in found]
     if missing:
-        raise KnownError(
+        raise UserError(
             f"{run.folder} lacks {len(missing)} rollouts, such as {missing[0]}; run the rollout step again"
         )
     return [found[key] for key in sorted(plan_keys)]
@@ -127,51 +125,51 @@ def content_of(rollouts: Sequence[Rollout]) -> str:
 
 
 def make_activations(
-    run: Run, subject: Subject, rollouts: Sequence[Rollout], ranks: Ranks, name: str = "activations"
+    run: Run, model: Model, rollouts: Sequence[Rollout], world: World, name: str = "activations"
 ) -> Activations:
     """Record those rollouts (empty answers left out) and write the artefact `name`; returns at once if that is done already."""
     stem = run.folder / name
     spoken = [rollout for rollout in rollouts if not rollout.is_empty]
     if not spoken:
-        raise KnownError(f"{run.folder}: every answer is empty; nothing to record")
-    layers = kept_layers(subject.n_layers, subject.d_model, len(spoken))
+        raise UserError(f"{run.folder}: every answer is empty; nothing to record")
+    layers = kept_layers(model.n_layers, model.d_model, len(spoken))
     content = content_of(spoken)
     if _recorded(stem, content, layers):
         return load_activations(stem)
-    parts = _parts(spoken, part_rollouts(subject))
+    parts = _parts(spoken, part_rollouts(model))
     folder = run.folder / f"{name}.parts"
     folder.mkdir(exist_ok=True)
-    mine = [rollout for i, part in enumerate(parts) if ranks.mine(i) for rollout in part]
-    compile = worth_compiling(subject, sum(len(r.prompt_ids) + len(r.answer_ids) for r in mine))
+    mine = [rollout for i, part in enumerate(parts) if world.owns(i) for rollout in part]
+    compile = worth_compiling(model, sum(len(r.prompt_ids) + len(r.answer_ids) for r in mine))
     with (
         progress(
             "recording" if name == "activations" else "recording traits",
             len(mine),
             "tokens",
-            quiet=ranks.rank > 0,
+            quiet=world.rank > 0,
         ) as advance,
-        compiled(subject, enabled=compile),
+        compiled(model, enabled=compile),
     ):
         for number, part in enumerate(parts):
-            if ranks.mine(number):
+            if world.owns(number):
                 part_stem = folder / f"{number:05d}"
                 part_content = content_of(part)
                 if not _recorded(part_stem, part_content, layers):
-                    _record_part(subject, part, layers, part_content, advance).save(part_stem)
-    ranks.barrier()
-    if ranks.rank == 0:
+                    _record_part(model, part, layers, part_content, advance).save(part_stem)
+    world.barrier()
+    if world.rank == 0:
         whole = join([_whole_part(folder / f"{number:05d}", part) for number, part in enumerate(parts)])
         replace(whole, content=content).save(stem)
         shutil.rmtree(folder)
-    ranks.barrier()
+    world.barrier()
     return load_activations(stem)
 
 
 def _record_part(
-    subject: Subject, part: Sequence[Rollout], layers: tuple[int, ...], content: str, advance: Any
+    model: Model, part: Sequence[Rollout], layers: tuple[int, ...], content: str, advance: Any
 ) -> Activations:
-    means = torch.empty(len(part), subject.n_layers, subject.d_model)
-    for indices, batch in record(subject, part, compile=False):  # the caller has compiled if it pays
+    means = torch.empty(len(part), model.n_layers, model.d_model)
+    for indices, batch in record(model, part, compile=False):  # the caller has compiled if it pays
         means[indices] = batch
         advance(len(indices), sum(len(part[i].prompt_ids) + len(part[i].answer_ids) for i in indices))
     cells, count, mean, square = cell_sums([(rollout.role, rollout.score) for rollout in part], means)
@@ -184,7 +182,7 @@ def _record_part(
         scores=tuple(rollout.score for rollout in part),
         layers=layers,
         rollout_means=means[:, list(layers)].contiguous(),
-        model=subject.describe(),
+        model=model.describe(),
         content=content,
     )
 
@@ -192,7 +190,7 @@ def _record_part(
 def _whole_part(stem: Path, part: Sequence[Rollout]) -> Activations:
     found = load_activations(stem)
     if found.content != content_of(part):
-        raise KnownError(
+        raise UserError(
             f"{stem}: another process recorded other answers or scores than this one has; run it again"
         )
     return found
@@ -205,11 +203,11 @@ def _recorded(stem: Path, content: str, layers: tuple[int, ...]) -> bool:
     return there.content == content and there.layers == layers
 
 
-def part_rollouts(subject: Subject) -> int:
+def part_rollouts(model: Model) -> int:
     """Rollouts that are recorded between two saves: a few minutes' work on a CPU, as much as memory likes on a GPU."""
-    if subject.device.type != "cuda":
+    if model.device.type != "cuda":
         return PART_ROLLOUTS
-    return max(PART_ROLLOUTS, PART_BYTES // (subject.n_layers * subject.d_model * 4))
+    return max(PART_ROLLOUTS, PART_BYTES // (model.n_layers * model.d_model * 4))
 
 
 def _parts(rollouts: Sequence[Rollout], size: int) -> list[list[Rollout]]:
@@ -239,6 +237,6 @@ def _gate(wanted: Sequence[Request]) -> list[Request]:
     return [request for request in first if request.key.split("/")[2] in asked]
 
 
-def _rollout(request: Request, prompt: Prompt, answer: Answer, subject: Subject) -> Rollout:
-    text = subject.tokenizer.decode(list(answer.ids), skip_special_tokens=True)
+def _rollout(request: Request, prompt: Prompt, answer: Answer, model: Model) -> Rollout:
+    text = model.tokenizer.decode(list(answer.ids), skip_special_tokens=True)
     return Rollout(request.key, request.messages, prompt.ids, answer.ids, text, request.seed, answer.stopped)

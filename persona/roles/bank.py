@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 
 PACKAGED = Path(__file__).parent
 
@@ -79,24 +79,24 @@ class Bank:
         return _digest([asdict(trait) for trait in self.traits])
 
     def trait(self, name: str) -> Trait:
-        """The trait of that name, or `KnownError` with the closest names."""
+        """The trait of that name, or `UserError` with the closest names."""
         for trait in self.traits:
             if trait.name == name:
                 return trait
-        raise KnownError(
+        raise UserError(
             f"no trait {name!r} in the bank{_closest(name, [trait.name for trait in self.traits])}"
         )
 
     def role(self, name: str) -> Role:
-        """The role of that name, or `KnownError` with the closest names."""
+        """The role of that name, or `UserError` with the closest names."""
         for role in self.roles:
             if role.name == name:
                 return role
-        raise KnownError(f"no role {name!r} in the bank{_closest(name, [role.name for role in self.roles])}")
+        raise UserError(f"no role {name!r} in the bank{_closest(name, [role.name for role in self.roles])}")
 
 
 def load_bank(folder: Path | None = None) -> Bank:
-    """Read and validate a bank; None is the packaged one. Every mistake is a `KnownError` with file and line."""
+    """Read and validate a bank; None is the packaged one. Every mistake is a `UserError` with file and line."""
     folder = PACKAGED if folder is None else folder
     if folder.is_dir() and not (folder / "roles.jsonl").exists():
         from personatlas.persona.roles.paper_bank import import_bank, is_foreign
@@ -107,24 +107,24 @@ def load_bank(folder: Path | None = None) -> Bank:
     questions = tuple(_questions(folder / "questions.jsonl"))
     defaults = [role.name for role in roles if role.is_default]
     if len(defaults) != 1:
-        raise KnownError(
+        raise UserError(
             f"{folder / 'roles.jsonl'} needs exactly one role with is_default true, it has {len(defaults)}"
         )
     if not questions:
-        raise KnownError(f"{folder / 'questions.jsonl'} holds no question")
+        raise UserError(f"{folder / 'questions.jsonl'} holds no question")
     traits = tuple(_traits(folder / "traits.jsonl")) if (folder / "traits.jsonl").exists() else ()
     return Bank(roles, questions, traits)
 
 
 def check_file(path: Path) -> int:
-    """Validate one file of a bank, told by its name; returns how many rows it has. `KnownError` for any mistake."""
+    """Validate one file of a bank, told by its name; returns how many rows it has. `UserError` for any mistake."""
     readers: dict[str, Callable[[Path], Sized]] = {
         "roles": _roles,
         "questions": _questions,
         "traits": _traits,
     }
     if path.stem not in readers or path.suffix != ".jsonl":
-        raise KnownError(
+        raise UserError(
             f"{path} is not named roles.jsonl, questions.jsonl or traits.jsonl: what it holds is not known"
         )
     return len(readers[path.stem](path))
@@ -137,13 +137,13 @@ def _roles(path: Path) -> list[Role]:
         name = _text(row, "name", where)
         _require_name(name, where, "role")
         if name in roles:
-            raise KnownError(f"{where}: role {name!r} is in the bank twice; rename or remove one")
+            raise UserError(f"{where}: role {name!r} is in the bank twice; rename or remove one")
         prompts = _prompts(row, "prompts", f"{where}: role {name!r}")
         is_default, rubric = row.get("is_default", False), row.get("rubric", "")
         if not isinstance(is_default, bool) or not isinstance(rubric, str):
-            raise KnownError(f"{where}: role {name!r} needs `is_default` true or false, a string as `rubric`")
+            raise UserError(f"{where}: role {name!r} needs `is_default` true or false, a string as `rubric`")
         if not is_default and not all(prompt.strip() for prompt in prompts):
-            raise KnownError(f"{where}: role {name!r} has an empty prompt; only the default role may")
+            raise UserError(f"{where}: role {name!r} has an empty prompt; only the default role may")
         roles[name] = Role(name, prompts, is_default, rubric, _tags(row, where))
     return list(roles.values())
 
@@ -155,22 +155,22 @@ def _traits(path: Path) -> list[Trait]:
         name = _text(row, "name", where)
         _require_name(name, where, "trait")
         if name in traits:
-            raise KnownError(f"{where}: trait {name!r} is in the bank twice; rename or remove one")
+            raise UserError(f"{where}: trait {name!r} is in the bank twice; rename or remove one")
         sides = [_prompts(row, side, f"{where}: trait {name!r}") for side in ("positive", "negative")]
         if not all(prompt.strip() for side in sides for prompt in side):
-            raise KnownError(f"{where}: trait {name!r} has an empty prompt")
+            raise UserError(f"{where}: trait {name!r} has an empty prompt")
         if set(sides[0]) & set(sides[1]):
-            raise KnownError(f"{where}: trait {name!r} has the same prompt on both sides")
+            raise UserError(f"{where}: trait {name!r} has the same prompt on both sides")
         rubric = row.get("rubric", "")
         if not isinstance(rubric, str):
-            raise KnownError(f"{where}: trait {name!r} needs a string as `rubric`")
+            raise UserError(f"{where}: trait {name!r} needs a string as `rubric`")
         traits[name] = Trait(name, sides[0], sides[1], rubric, _tags(row, where))
     return list(traits.values())
 
 
 def _require_name(name: str, where: str, kind: str) -> None:
     if "/" in name or name != name.strip() or name[0] in "+-":
-        raise KnownError(
+        raise UserError(
             f"{where}: {kind} name {name!r} may not hold '/' or outer spaces, or begin with + or -: "
             "it is part of rollout keys"
         )
@@ -179,7 +179,7 @@ def _require_name(name: str, where: str, kind: str) -> None:
 def _prompts(row: dict[str, Any], field: str, where: str) -> tuple[str, ...]:
     prompts = row.get(field)
     if not isinstance(prompts, list) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-        raise KnownError(f"{where} needs `{field}`, a list of at least one string")
+        raise UserError(f"{where} needs `{field}`, a list of at least one string")
     return tuple(prompts)
 
 
@@ -189,9 +189,9 @@ def _questions(path: Path) -> list[Question]:
         where = f"{path}:{number}"
         id = str(row.get("id", "")) if isinstance(row.get("id"), str | int) else ""
         if not id or "/" in id:
-            raise KnownError(f"{where}: a question needs an `id` without '/'")
+            raise UserError(f"{where}: a question needs an `id` without '/'")
         if id in questions:
-            raise KnownError(f"{where}: question id {id!r} is in the bank twice; rename or remove one")
+            raise UserError(f"{where}: question id {id!r} is in the bank twice; rename or remove one")
         questions[id] = Question(id, _text(row, "question", where), _tags(row, where))
     return list(questions.values())
 
@@ -200,11 +200,11 @@ def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (FileNotFoundError, NotADirectoryError):
-        raise KnownError(
+        raise UserError(
             f"{path} does not exist; a bank is a folder with roles.jsonl and questions.jsonl"
         ) from None
     except UnicodeDecodeError as error:
-        raise KnownError(f"{path} is not UTF-8: {error}") from None
+        raise UserError(f"{path} is not UTF-8: {error}") from None
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -212,9 +212,9 @@ def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise KnownError(f"{path}:{number} is not valid JSON: {error}") from None
+            raise UserError(f"{path}:{number} is not valid JSON: {error}") from None
         if not isinstance(row, dict):
-            raise KnownError(f"{path}:{number} is not a JSON object")
+            raise UserError(f"{path}:{number} is not a JSON object")
         rows.append((number, row))
     return rows
 
@@ -222,14 +222,14 @@ def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
 def _text(row: dict[str, Any], field: str, where: str) -> str:
     value = row.get(field)
     if not isinstance(value, str) or not value.strip():
-        raise KnownError(f"{where}: `{field}` must be a string that is not empty")
+        raise UserError(f"{where}: `{field}` must be a string that is not empty")
     return value
 
 
 def _tags(row: dict[str, Any], where: str) -> tuple[str, ...]:
     tags = row.get("tags", [])
     if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
-        raise KnownError(f"{where}: `tags` must be a list of strings")
+        raise UserError(f"{where}: `tags` must be a list of strings")
     return tuple(tags)
 
 

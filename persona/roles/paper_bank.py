@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from personatlas.persona.artifacts import atomic, read_json
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.paper_files import json_lines, what
 from personatlas.persona.roles.bank import Bank, Question, Role, Trait, load_bank
 
@@ -33,14 +33,14 @@ def is_foreign(folder: Path) -> bool:
 def import_bank(folder: Path, questions: Path | None = None) -> Bank:
     """A bank from the paper repository's form. The role "default" is the default; its "{model_name}" becomes "{model}".
 
-    Without it, the packaged bank's default is taken. `questions` is looked for unless given. Raises `KnownError`, naming
+    Without it, the packaged bank's default is taken. `questions` is looked for unless given. Raises `UserError`, naming
     file and place, for anything else.
     """
     if not folder.is_dir():
-        raise KnownError(f"{folder} is not a folder of roles, one JSON file each")
+        raise UserError(f"{folder} is not a folder of roles, one JSON file each")
     paths = _json_files(folder, "roles") or sorted(folder.glob("*.json"))
     if not paths:
-        raise KnownError(f"{folder} holds no .json file; a role is one JSON file")
+        raise UserError(f"{folder} holds no .json file; a role is one JSON file")
     roles = [_role(path) for path in paths]
     if not any(role.is_default for role in roles):
         roles.insert(0, load_bank().default)
@@ -52,12 +52,12 @@ def export_bank(bank: Bank, folder: Path) -> None:
     """Write the paper repository's form: `roles/NAME.json`, `traits/NAME.json` and `questions.jsonl`."""
     unlike = next((trait for trait in bank.traits if len(trait.positive) != len(trait.negative)), None)
     if unlike is not None:
-        raise KnownError(
+        raise UserError(
             f"trait {unlike.name!r} has {len(unlike.positive)} positive and {len(unlike.negative)} negative prompts: "
             "that form wants pairs"
         )
     if bank.default.name != DEFAULT and any(role.name == DEFAULT for role in bank.roles):
-        raise KnownError(
+        raise UserError(
             f"a role is named {DEFAULT!r} and is not the default; in that form the name makes it so"
         )
     for role in bank.roles:
@@ -107,25 +107,25 @@ def _questions_beside(folder: Path) -> Path:
     places = [place / name for place in (folder, folder.parent, folder.parent.parent) for name in QUESTIONS]
     found = next((path for path in places if path.is_file()), None)
     if found is None:
-        raise KnownError(f"{folder} has no {' or '.join(QUESTIONS)} beside its roles")
+        raise UserError(f"{folder} has no {' or '.join(QUESTIONS)} beside its roles")
     return found
 
 
 def _questions(path: Path) -> list[Question]:
     if not path.is_file():
-        raise KnownError(f"{path} does not exist")
+        raise UserError(f"{path} does not exist")
     questions: dict[str, Question] = {}
     for where, row in json_lines(path):
         id, question = (row.get("id"), row.get("question")) if isinstance(row, dict) else (None, None)
         if isinstance(id, bool) or not isinstance(id, (str, int)) or not str(id) or "/" in str(id):
-            raise KnownError(f"{where}: a question needs an `id` without '/'")
+            raise UserError(f"{where}: a question needs an `id` without '/'")
         if not isinstance(question, str) or not question.strip():
-            raise KnownError(f"{where}: `question` must be a string that is not empty")
+            raise UserError(f"{where}: `question` must be a string that is not empty")
         if str(id) in questions:
-            raise KnownError(f"{where}: question id {str(id)!r} is there twice; rename or remove one")
+            raise UserError(f"{where}: question id {str(id)!r} is there twice; rename or remove one")
         questions[str(id)] = Question(str(id), question)
     if not questions:
-        raise KnownError(f"{path} holds no question")
+        raise UserError(f"{path} holds no question")
     return list(questions.values())
 
 
@@ -145,7 +145,7 @@ def _trait(path: Path) -> Trait:
         for side in ("pos", "neg")
     )
     if set(positive) & set(negative):
-        raise KnownError(f"{path}: trait {path.stem!r} has the same prompt on both sides")
+        raise UserError(f"{path}: trait {path.stem!r} has the same prompt on both sides")
     return Trait(path.stem, positive, negative, rubric)
 
 
@@ -153,23 +153,23 @@ def _steps(path: Path, kind: str) -> tuple[list[Any], str]:
     held = read_json(path)
     steps = held.get("instruction") if isinstance(held, dict) else None
     if not isinstance(steps, list) or not steps:
-        raise KnownError(
+        raise UserError(
             f"{path} is {what(held)}, not a {kind}: it needs `instruction`, a list of {{'pos': prompt}}"
         )
     if path.stem != path.stem.strip() or path.stem[0] in "+-":
-        raise KnownError(
+        raise UserError(
             f"{path}: a {kind}'s name may not have outer spaces or begin with + or -: it is part of rollout keys"
         )
     rubric = held.get("eval_prompt", "")
     if not isinstance(rubric, str):
-        raise KnownError(f"{path}: `eval_prompt` is {what(rubric)}, not text")
+        raise UserError(f"{path}: `eval_prompt` is {what(rubric)}, not text")
     return steps, rubric
 
 
 def _prompt(step: Any, side: str, path: Path, number: int, *, empty: bool = False) -> str:
     prompt = step.get(side) if isinstance(step, dict) else None
     if not isinstance(prompt, str) or not (prompt.strip() or empty):
-        raise KnownError(
+        raise UserError(
             f"{path}: instruction {number} needs `{side}`, a string (empty only for the default role)"
         )
     return prompt

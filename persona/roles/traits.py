@@ -72,6 +72,6 @@ class TraitSpace:
 
 
 def load_traits(stem: Path) -> TraitSpace:
-    """Read what `TraitSpace.save` wrote; `KnownError` when it is missing, damaged or something else."""
+    """Read what `TraitSpace.save` wrote; `UserError` when it is missing, damaged or something else."""
     tensors, meta = load_tensors(stem, "traits")
     return TraitSpace(traits=tuple(meta["traits"]), layer=meta["layer"], model=meta["model"], **tensors)

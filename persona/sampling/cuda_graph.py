@@ -19,10 +19,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from personatlas.persona.models.load import Subject
+from personatlas.persona.models.load import Model
 from personatlas.persona.sampling.kv_cache import decoding_mask
 from personatlas.persona.sampling.next_token import draw
-from personatlas.persona.sampling.sampler import Answer, Decoder, Follower, Prompt, Sampler, Sampling
+from personatlas.persona.sampling.sampler import Answer, Decoder, Prompt, Sampler, SamplerCallback, Sampling
 
 log = logging.getLogger(__name__)
 
@@ -61,11 +61,11 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 @contextmanager
-def slot_attention_on(subject: Subject) -> Iterator[None]:
+def slot_attention_on(decoder: Model) -> Iterator[None]:
     """Let a model that uses scaled dot product attention use the slot kernel inside; others stay as they are."""
-    model = subject.model
+    model = decoder.hf
     before = model.config._attn_implementation
-    if before != "sdpa" or subject.device.type != "cuda":
+    if before != "sdpa" or decoder.device.type != "cuda":
         yield
         return
     model.set_attn_implementation(ATTENTION)
@@ -76,12 +76,12 @@ def slot_attention_on(subject: Subject) -> Iterator[None]:
 
 
 def fastest_sampler(
-    subject: Subject, end_ids: frozenset[int], sampling: Sampling, longest: int | None = None
+    model: Model, end_ids: frozenset[int], sampling: Sampling, longest: int | None = None
 ) -> Sampler:
-    """The sampler to use on the subject's device. `longest` is the longest prompt that will come, in tokens."""
-    if subject.device.type != "cuda":
-        return Sampler(subject, end_ids, sampling)
-    return GraphSampler(subject, end_ids, sampling, longest=longest)
+    """The sampler to use on the model's device. `longest` is the longest prompt that will come, in tokens."""
+    if model.device.type != "cuda":
+        return Sampler(model, end_ids, sampling)
+    return GraphSampler(model, end_ids, sampling, longest=longest)
 
 
 class GraphSampler(Sampler):
@@ -92,27 +92,27 @@ class GraphSampler(Sampler):
 
     def __init__(
         self,
-        subject: Subject,
+        model: Model,
         end_ids: frozenset[int],
         sampling: Sampling,
         slots: int | None = None,
         longest: int | None = None,
     ) -> None:
-        super().__init__(subject, end_ids, sampling)
+        super().__init__(model, end_ids, sampling)
         self.slots, self.longest = slots, longest or 0
         self._steps: Steps | None = None
-        self._nobody = Follower()
+        self._nobody = SamplerCallback()
 
     @torch.no_grad()
-    def answers(self, prompts: Sequence[Prompt], follower: Follower | None = None) -> Iterator[Answer]:
+    def answers(self, prompts: Sequence[Prompt], follower: SamplerCallback | None = None) -> Iterator[Answer]:
         """Answer one chunk; answers come as they end. Another follower than the last one's is another capture."""
         if self.decoder is not Decoder:
             yield from super().answers(prompts, follower)
             return
         longest = max(self.longest, *(len(prompt.ids) for prompt in prompts))
         length = -(-(longest + self.sampling.max_new_tokens) // 64) * 64
-        with slot_attention_on(self.subject):
-            slots = min(self.slots or fitting_slots(self.subject, length), len(prompts))
+        with slot_attention_on(self.model):
+            slots = min(self.slots or fitting_slots(self.model, length), len(prompts))
             follower = follower or self._nobody
             follower.start(prompts)
             if self._steps is None or not self._steps.serves(slots, length, follower):
@@ -125,12 +125,12 @@ class GraphSampler(Sampler):
 class Steps:
     """The state of all slots as fixed tensors, and the step that changes them in place."""
 
-    def __init__(self, sampler: GraphSampler, slots: int, length: int, follower: Follower) -> None:
-        subject, device, self.follower = sampler.subject, sampler.subject.device, follower
-        self.sampler, self.subject, self.slots, self.length = sampler, subject, slots, length
+    def __init__(self, sampler: GraphSampler, slots: int, length: int, follower: SamplerCallback) -> None:
+        model, device, self.follower = sampler.model, sampler.model.device, follower
+        self.sampler, self.model, self.slots, self.length = sampler, model, slots, length
         self.limit = sampler.sampling.max_new_tokens
-        self.decoder = Decoder(subject, slots, length, follower)
-        follower.seat(slots)
+        self.decoder = Decoder(model, slots, length, follower)
+        follower.resize(slots)
         self._followed = [id(tensor) for tensor in follower.state()]
         self.tokens = torch.zeros(slots, dtype=torch.long, device=device)
         self.positions = torch.zeros(slots, dtype=torch.long, device=device)
@@ -142,7 +142,7 @@ class Steps:
         self.state = self.decoder.cache.state
         self._replay: Callable[[], None] | None = None
 
-    def serves(self, slots: int, length: int, follower: Follower) -> bool:
+    def serves(self, slots: int, length: int, follower: SamplerCallback) -> bool:
         """Whether the captured step does for that many slots of that length, with that follower's tensors."""
         same = follower is self.follower and [id(tensor) for tensor in follower.state()] == self._followed
         return same and self.slots == slots and self.length >= length
@@ -170,7 +170,7 @@ class Steps:
         for slot in taken:
             rows[slot] = waiting.pop()
         chosen = [prompts[row] for slot in taken if (row := rows[slot]) is not None]
-        self.follower.enter(taken, chosen)
+        self.follower.assign_slots(taken, chosen)
         self.decoder.prefill([prompt.ids for prompt in chosen], taken)
         at = torch.tensor(taken, device=self.tokens.device)
 
@@ -195,21 +195,21 @@ class Steps:
             assert row is not None
             found.append(Answer(row, tuple(ids[: steps[slot]]), "end" if ended[slot] else "length"))
             rows[slot] = None
-        self.follower.leave(done, prompts, found)
+        self.follower.finish(done, prompts, found)
         return found
 
     def _step(self) -> None:
         if self._replay is None:
-            self._replay = self._captured() if self.subject.device.type == "cuda" else self._advance
+            self._replay = self._captured() if self.model.device.type == "cuda" else self._advance
         self._replay()
 
     def _advance(self) -> None:
         """Feed one token per slot, draw the next, note who ended. Slots at rest feed their last token to their last column."""
         config, state = self.decoder.config, self.state
         state.positions, state.visible = self.positions, self.length
-        mask = decoding_mask(config, self.positions, self.length, self.subject.dtype)
-        self.follower.stepping(self.running, self.steps == 0, self.positions == 0)
-        logits = self.subject.model(
+        mask = decoding_mask(config, self.positions, self.length, self.model.dtype)
+        self.follower.before_decode(self.running, self.steps == 0, self.positions == 0)
+        logits = self.model.hf(
             input_ids=self.tokens[:, None],
             position_ids=self.positions[:, None],
             attention_mask=mask,
@@ -252,7 +252,7 @@ class Steps:
             replay = self._advance
             first = str(error).splitlines()[0]
             log.warning(
-                "%s: a decoding step cannot be captured (%s); sampling is slower", self.subject.id, first
+                "%s: a decoding step cannot be captured (%s); sampling is slower", self.model.id, first
             )
         for tensor, value in zip(self._state(), saved, strict=True):
             tensor.copy_(value)
@@ -270,18 +270,18 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-def fitting_slots(subject: Subject, length: int) -> int:
+def fitting_slots(model: Model, length: int) -> int:
     """How many slots of that length the GPU holds beside the weights, at most `MOST_SLOTS`.
 
     From the card's whole memory, not the free part: the same card always gives the same batches, so a resumed run
     gives the same answers.
     """
-    if subject.device.type != "cuda":
+    if model.device.type != "cuda":
         return 64
-    config = subject.model.config.get_text_config(decoder=True)
+    config = model.hf.config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    slot = 2 * subject.n_layers * heads * width * length * subject.dtype.itemsize
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in subject.model.parameters())
-    room = torch.cuda.get_device_properties(subject.device).total_memory - weights
+    slot = 2 * model.n_layers * heads * width * length * model.dtype.itemsize
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.hf.parameters())
+    room = torch.cuda.get_device_properties(model.device).total_memory - weights
     return max(1, min(MOST_SLOTS, int(MEMORY_SHARE * room / slot)))

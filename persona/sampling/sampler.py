@@ -1,6 +1,6 @@
 """Sampling answers to many prompts at once, from any causal decoder that `transformers` loads.
 
-    sampler = Sampler(subject, end_ids, Sampling(max_new_tokens=64))
+    sampler = Sampler(model, end_ids, Sampling(max_new_tokens=64))
     for answer in sampler.answers(prompts):        # as they finish, not in order
         answer.index, answer.ids, answer.stopped
 
@@ -17,8 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from personatlas.persona.errors import KnownError
-from personatlas.persona.models.load import Subject
+from personatlas.persona.errors import UserError
+from personatlas.persona.models.load import Model
 from personatlas.persona.sampling.kv_cache import SlotCache, decoding_mask
 from personatlas.persona.sampling.next_token import draw
 
@@ -36,11 +36,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise KnownError(f"max_new_tokens {self.max_new_tokens} is below 1")
+            raise UserError(f"max_new_tokens {self.max_new_tokens} is below 1")
         if not 0 <= self.temperature < 100:
-            raise KnownError(f"temperature {self.temperature} is outside [0, 100)")
+            raise UserError(f"temperature {self.temperature} is outside [0, 100)")
         if not 0 < self.top_p <= 1:
-            raise KnownError(f"top_p {self.top_p} is outside (0, 1]")
+            raise UserError(f"top_p {self.top_p} is outside (0, 1]")
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Answer:
     stopped: Literal["end", "length"]
 
 
-class Follower:
+class SamplerCallback:
     """Something inside the forwards (steering) that must know which rows and tokens each of them is about.
 
     A sampler tells it all of that; this one does nothing with it. A row's place in a batch is its *slot*.
@@ -70,27 +70,27 @@ class Follower:
     def start(self, prompts: Sequence[Prompt]) -> None:
         """A chunk of prompts begins."""
 
-    def seat(self, slots: int) -> None:
+    def resize(self, slots: int) -> None:
         """There are so many slots from now on."""
 
-    def enter(self, slots: Sequence[int], prompts: Sequence[Prompt]) -> None:
+    def assign_slots(self, slots: Sequence[int], prompts: Sequence[Prompt]) -> None:
         """These prompts take these slots."""
 
-    def reading(self, slots: Tensor, lengths: Tensor, opening: bool = True) -> None:
+    def before_prefill(self, slots: Tensor, lengths: Tensor, opening: bool = True) -> None:
         """The next forward reads prompts into `slots` (n,): `lengths` (n,) tokens of each, the rest is padding. `opening` is
         false where it goes on with prompts that are read in part."""
 
-    def stepping(self, running: Tensor, first: Tensor, opening: Tensor) -> None:
+    def before_decode(self, running: Tensor, first: Tensor, opening: Tensor) -> None:
         """The next forward feeds one token to slots 0..n-1. `running` (n,) is false where a row is at rest; `first` (n,) is
         true where the token is the prompt's last and not yet the answer's; `opening` (n,) where nothing is before it."""
 
-    def reading_again(self, lengths: Tensor, starts: Tensor) -> None:
+    def before_reread(self, lengths: Tensor, starts: Tensor) -> None:
         """The next forward reads slots 0..n-1 from their beginning, once more: `lengths` (n,) tokens, answers from `starts`."""
 
     def move(self, source: int, target: int) -> None:
         """The row in slot `source` goes on in slot `target`."""
 
-    def leave(self, slots: Sequence[int], prompts: Sequence[Prompt], answers: Sequence["Answer"]) -> None:
+    def finish(self, slots: Sequence[int], prompts: Sequence[Prompt], answers: Sequence["Answer"]) -> None:
         """The rows in these slots are answered."""
 
     def state(self) -> list[Tensor]:
@@ -98,10 +98,10 @@ class Follower:
         return []
 
 
-class Followers(Follower):
+class SamplerCallbacks(SamplerCallback):
     """Several followers of one decoder, each told everything in turn."""
 
-    def __init__(self, *each: Follower) -> None:
+    def __init__(self, *each: SamplerCallback) -> None:
         self.each = each
 
     def start(self, prompts: Sequence[Prompt]) -> None:
@@ -109,40 +109,40 @@ class Followers(Follower):
         for one in self.each:
             one.start(prompts)
 
-    def seat(self, slots: int) -> None:
+    def resize(self, slots: int) -> None:
         """There are so many slots from now on."""
         for one in self.each:
-            one.seat(slots)
+            one.resize(slots)
 
-    def enter(self, slots: Sequence[int], prompts: Sequence[Prompt]) -> None:
+    def assign_slots(self, slots: Sequence[int], prompts: Sequence[Prompt]) -> None:
         """These prompts take these slots."""
         for one in self.each:
-            one.enter(slots, prompts)
+            one.assign_slots(slots, prompts)
 
-    def reading(self, slots: Tensor, lengths: Tensor, opening: bool = True) -> None:
+    def before_prefill(self, slots: Tensor, lengths: Tensor, opening: bool = True) -> None:
         """The next forward reads prompts."""
         for one in self.each:
-            one.reading(slots, lengths, opening)
+            one.before_prefill(slots, lengths, opening)
 
-    def stepping(self, running: Tensor, first: Tensor, opening: Tensor) -> None:
+    def before_decode(self, running: Tensor, first: Tensor, opening: Tensor) -> None:
         """The next forward feeds one token to each of the first slots."""
         for one in self.each:
-            one.stepping(running, first, opening)
+            one.before_decode(running, first, opening)
 
-    def reading_again(self, lengths: Tensor, starts: Tensor) -> None:
+    def before_reread(self, lengths: Tensor, starts: Tensor) -> None:
         """The next forward reads everything once more."""
         for one in self.each:
-            one.reading_again(lengths, starts)
+            one.before_reread(lengths, starts)
 
     def move(self, source: int, target: int) -> None:
         """The row in slot `source` goes on in slot `target`."""
         for one in self.each:
             one.move(source, target)
 
-    def leave(self, slots: Sequence[int], prompts: Sequence[Prompt], answers: Sequence["Answer"]) -> None:
+    def finish(self, slots: Sequence[int], prompts: Sequence[Prompt], answers: Sequence["Answer"]) -> None:
         """The rows in these slots are answered."""
         for one in self.each:
-            one.leave(slots, prompts, answers)
+            one.finish(slots, prompts, answers)
 
     def state(self) -> list[Tensor]:
         """What a forward changes in any of them."""
@@ -154,38 +154,40 @@ class Decoder:
 
     name = "slots"
 
-    def __init__(self, subject: Subject, slots: int, length: int, follower: Follower | None = None) -> None:
-        self.subject, self.follower = subject, follower or Follower()
-        self.config = subject.model.config.get_text_config(decoder=True)
-        self.cache = SlotCache(subject.n_layers, slots, length)
+    def __init__(
+        self, model: Model, slots: int, length: int, follower: SamplerCallback | None = None
+    ) -> None:
+        self.model, self.follower = model, follower or SamplerCallback()
+        self.config = model.hf.config.get_text_config(decoder=True)
+        self.cache = SlotCache(model.n_layers, slots, length)
         self.steps = 0
 
     def prefill(self, prompts: Sequence[tuple[int, ...]], slots: Sequence[int] | None = None) -> None:
         """Fill slots (0.. unless given) with all but the last token of each prompt, in batches."""
         slots, state, first = slots or range(len(prompts)), self.cache.state, 0
-        tokens = batch_tokens(self.subject, CPU_TOKENS, GPU_TOKENS)
+        tokens = batch_tokens(self.model, CPU_TOKENS, GPU_TOKENS)
         state.prefill, state.going_on = True, None
         while first < len(prompts):
             stop = batch_end([len(ids) for ids in prompts], first, tokens)
-            batch = pad([ids[:-1] or ids for ids in prompts[first:stop]], self.subject.device)
-            state.rows = torch.tensor(slots[first:stop], device=self.subject.device)
-            read = torch.tensor([len(ids) - 1 for ids in prompts[first:stop]], device=self.subject.device)
-            self.follower.reading(state.rows, read)
-            self.subject.base(input_ids=batch, past_key_values=self.cache, use_cache=True)
+            batch = pad([ids[:-1] or ids for ids in prompts[first:stop]], self.model.device)
+            state.rows = torch.tensor(slots[first:stop], device=self.model.device)
+            read = torch.tensor([len(ids) - 1 for ids in prompts[first:stop]], device=self.model.device)
+            self.follower.before_prefill(state.rows, read)
+            self.model.base(input_ids=batch, past_key_values=self.cache, use_cache=True)
             first = stop
         state.prefill, self.steps = False, 0
 
     def read_on(self, ids: Sequence[int], slot: int, start: int) -> None:
         """Go on reading into a slot that holds `start` tokens already."""
-        state, device = self.cache.state, self.subject.device
+        state, device = self.cache.state, self.model.device
         positions = torch.arange(start, start + len(ids), device=device)[None]
-        mask = decoding_mask(self.config, positions, start + len(ids), self.subject.dtype)
+        mask = decoding_mask(self.config, positions, start + len(ids), self.model.dtype)
         state.prefill, state.going_on = True, (slot, start)
-        self.follower.reading(
+        self.follower.before_prefill(
             torch.tensor([slot], device=device), torch.tensor([len(ids)], device=device), opening=start == 0
         )
         try:
-            self.subject.base(
+            self.model.base(
                 input_ids=pad([ids], device),
                 position_ids=positions,
                 attention_mask=mask,
@@ -198,11 +200,13 @@ class Decoder:
     def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Logits (n, V) after feeding `tokens` (n,) at `positions` (n,) to slots 0..n-1."""
         state, everywhere = self.cache.state, torch.ones_like(tokens, dtype=torch.bool)
-        self.follower.stepping(everywhere, everywhere if self.steps == 0 else ~everywhere, positions == 0)
+        self.follower.before_decode(
+            everywhere, everywhere if self.steps == 0 else ~everywhere, positions == 0
+        )
         self.steps += 1
         state.positions, state.visible = positions, int(positions.max()) + 1
-        mask = decoding_mask(self.config, positions, state.visible, self.subject.dtype)
-        return self.subject.model(
+        mask = decoding_mask(self.config, positions, state.visible, self.model.dtype)
+        return self.model.hf(
             input_ids=tokens[:, None],
             position_ids=positions[:, None],
             attention_mask=mask,
@@ -220,10 +224,12 @@ class PlainDecoder:
 
     name = "no cache"
 
-    def __init__(self, subject: Subject, slots: int, length: int, follower: Follower | None = None) -> None:
-        self.subject, self.follower = subject, follower or Follower()
-        self.text = torch.zeros(slots, length, dtype=torch.long, device=subject.device)
-        self.starts = torch.zeros(slots, dtype=torch.long, device=subject.device)
+    def __init__(
+        self, model: Model, slots: int, length: int, follower: SamplerCallback | None = None
+    ) -> None:
+        self.model, self.follower = model, follower or SamplerCallback()
+        self.text = torch.zeros(slots, length, dtype=torch.long, device=model.device)
+        self.starts = torch.zeros(slots, dtype=torch.long, device=model.device)
 
     def prefill(self, prompts: Sequence[tuple[int, ...]]) -> None:
         """Keep the prompts."""
@@ -236,8 +242,8 @@ class PlainDecoder:
         rows = torch.arange(len(tokens), device=tokens.device)
         self.text[rows, positions] = tokens
         text = self.text[: len(tokens), : int(positions.max()) + 1]
-        self.follower.reading_again(positions + 1, self.starts[: len(tokens)])
-        return self.subject.model(input_ids=text, use_cache=False).logits[rows, positions]
+        self.follower.before_reread(positions + 1, self.starts[: len(tokens)])
+        return self.model.hf(input_ids=text, use_cache=False).logits[rows, positions]
 
     def move(self, source: int, target: int) -> None:
         """Continue row `source` as row `target`."""
@@ -247,20 +253,24 @@ class PlainDecoder:
 class Sampler:
     """Answers chunks of prompts. Building one proves the cached decoder right on this model, or falls back to none."""
 
-    def __init__(self, subject: Subject, end_ids: frozenset[int], sampling: Sampling) -> None:
-        self.subject, self.sampling = subject, sampling
-        self.end_ids = torch.tensor(sorted(end_ids), dtype=torch.long, device=subject.device)
-        self.decoder: type[Any] = Decoder if decodes_from_cache(subject) else PlainDecoder
+    def __init__(self, model: Model, end_ids: frozenset[int], sampling: Sampling) -> None:
+        self.model, self.sampling = model, sampling
+        self.end_ids = torch.tensor(sorted(end_ids), dtype=torch.long, device=model.device)
+        self.decoder: type[Any] = Decoder if decodes_from_cache(model) else PlainDecoder
 
     @torch.no_grad()
-    def answers(self, prompts: Sequence[Prompt], follower: Follower | None = None) -> Iterator[Answer]:
+    def answers(self, prompts: Sequence[Prompt], follower: SamplerCallback | None = None) -> Iterator[Answer]:
         """Answer one chunk; answers come as they end. `follower` is told what every forward is about."""
-        limit, device, follower = self.sampling.max_new_tokens, self.subject.device, follower or Follower()
+        limit, device, follower = (
+            self.sampling.max_new_tokens,
+            self.model.device,
+            follower or SamplerCallback(),
+        )
         length = max(len(prompt.ids) for prompt in prompts) + limit
-        decoder = self.decoder(self.subject, len(prompts), length, follower)
+        decoder = self.decoder(self.model, len(prompts), length, follower)
         follower.start(prompts)
-        follower.seat(len(prompts))
-        follower.enter(range(len(prompts)), prompts)
+        follower.resize(len(prompts))
+        follower.assign_slots(range(len(prompts)), prompts)
         decoder.prefill([prompt.ids for prompt in prompts])
         rows = list(range(len(prompts)))  # which prompt is in which slot
         tokens = torch.tensor([prompt.ids[-1] for prompt in prompts], device=device)
@@ -277,7 +287,7 @@ class Sampler:
                 ended.nonzero()[:, 0].tolist()
             ):  # from the back: the row that moves in has not ended
                 answer = Answer(rows[slot], tuple(written[slot, :step].tolist()), "end")
-                follower.leave([slot], prompts, [answer])
+                follower.finish([slot], prompts, [answer])
                 yield answer
                 last = len(rows) - 1
                 if slot != last:
@@ -291,47 +301,45 @@ class Sampler:
                 return
             positions = positions + 1
         left = [Answer(row, tuple(written[slot].tolist()), "length") for slot, row in enumerate(rows)]
-        follower.leave(range(len(rows)), prompts, left)
+        follower.finish(range(len(rows)), prompts, left)
         yield from left
 
 
-def decodes_from_cache(subject: Subject) -> bool:
+def decodes_from_cache(model: Model) -> bool:
     """Whether decoding on a slot cache gives the logits of reading the whole text, up to rounding."""
-    return cached_decoding_error(subject) < (1e-3 if subject.dtype == torch.float32 else 5e-2)
+    return cached_decoding_error(model) < (1e-3 if model.dtype == torch.float32 else 5e-2)
 
 
 @torch.no_grad()
-def cached_decoding_error(subject: Subject) -> float:
+def cached_decoding_error(model: Model) -> float:
     """How far cached decoding is from reading the whole text: relative error of the logits over three uneven rows.
 
     infinity when the model does not take the cache at all (recurrent state, say).
     """
-    vocabulary = subject.model.get_input_embeddings().weight.shape[0]
+    vocabulary = model.hf.get_input_embeddings().weight.shape[0]
     texts = [
         tuple((i * 37 + row * 11 + 5) % vocabulary for i in range(length))
         for row, length in enumerate((9, 12, 6))
     ]
     fed = 3  # tokens decoded after the prompt
-    decoder = Decoder(subject, len(texts), max(map(len, texts)))
+    decoder = Decoder(model, len(texts), max(map(len, texts)))
     try:
         decoder.prefill([text[:-fed] for text in texts])
         for step in range(fed):
             at = [len(text) - fed + step for text in texts]
-            tokens = torch.tensor([text[i] for text, i in zip(texts, at, strict=True)], device=subject.device)
+            tokens = torch.tensor([text[i] for text, i in zip(texts, at, strict=True)], device=model.device)
             # the decoder's first step feeds the last prompt token
             if step == 0:
                 last = torch.tensor(
-                    [text[i - 1] for text, i in zip(texts, at, strict=True)], device=subject.device
+                    [text[i - 1] for text, i in zip(texts, at, strict=True)], device=model.device
                 )
-                decoder.step(last, torch.tensor(at, device=subject.device) - 1)
-            cached = decoder.step(tokens, torch.tensor(at, device=subject.device))
+                decoder.step(last, torch.tensor(at, device=model.device) - 1)
+            cached = decoder.step(tokens, torch.tensor(at, device=model.device))
     except (ValueError, TypeError, AttributeError, RuntimeError, IndexError):
         return float("inf")
     error = 0.0
     for row, text in enumerate(texts):
-        whole = subject.model(input_ids=torch.tensor([text], device=subject.device), use_cache=False).logits[
-            0, -1
-        ]
+        whole = model.hf(input_ids=torch.tensor([text], device=model.device), use_cache=False).logits[0, -1]
         error = max(error, float((cached[row].float() - whole.float()).norm() / whole.float().norm()))
     return error
 
@@ -350,15 +358,15 @@ def to_device(value: Tensor, device: torch.device) -> Tensor:
     return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
 
 
-def batch_tokens(subject: Subject, on_cpu: int, on_gpu: int) -> int:
+def batch_tokens(model: Model, on_cpu: int, on_gpu: int) -> int:
     """Padded tokens a batch: `on_cpu`, or up to `on_gpu` as the GPU's memory and the model's width allow."""
-    if subject.device.type != "cuda":
+    if model.device.type != "cuda":
         return on_cpu
-    config = subject.model.config.get_text_config(decoder=True)
-    inner = getattr(config, "intermediate_size", None) or 4 * subject.d_model
+    config = model.hf.config.get_text_config(decoder=True)
+    inner = getattr(config, "intermediate_size", None) or 4 * model.d_model
     # residual, norm, query, key, value, output and their fp32 copies; gate, up and their product
-    token = (12 * subject.d_model + 3 * inner) * subject.dtype.itemsize
-    memory = torch.cuda.get_device_properties(subject.device).total_memory
+    token = (12 * model.d_model + 3 * inner) * model.dtype.itemsize
+    memory = torch.cuda.get_device_properties(model.device).total_memory
     return max(1024, min(on_gpu, int(ACTIVATION_SHARE * memory / token)))
 
 

@@ -1,6 +1,6 @@
 """The command line. The one place that names all verbs, by import path, so that `personatlas --help` imports none of them.
 
-A `KnownError` is one line on stderr and exit status 2; so are a full disk and a wrong option. Any other exception is a bug and
+A `UserError` is one line on stderr and exit status 2; so are a full disk and a wrong option. Any other exception is a bug and
 keeps its traceback.
 """
 
@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 from cyclopts import App, CycloptsError
 
-from personatlas.persona.distributed import ranks
-from personatlas.persona.errors import KnownError
+from personatlas.persona.distributed import get_world
+from personatlas.persona.errors import UserError
 
 VERBS = {
     "axis": ("personatlas.cli.axis:axis", "The Assistant Axis of a checkpoint, end to end, with a report."),
@@ -30,10 +30,7 @@ VERBS = {
     "record": ("personatlas.cli.runs:record", "Record a run's activations."),
     "fit": ("personatlas.cli.axis:fit", "Fit axis and persona space to a run's activations."),
     "report": ("personatlas.cli.axis:report", "Write the report.html of a fitted run or a training run."),
-    "generate": (
-        "personatlas.steering.session:generate",
-        "Answer a prompt without and with a cap, side by side.",
-    ),
+    "generate": ("personatlas.cli.talk:generate", "Answer a prompt without and with a cap, side by side."),
     "calibrate": ("personatlas.cli.calibrate:calibrate", "Find the cap that buys most for what it may cost."),
     "susceptibility": (
         "personatlas.cli.calibrate:susceptibility",
@@ -96,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(arguments, exit_on_error=False, print_error=False)
         sys.stdout.flush()
-    except KnownError as error:
+    except UserError as error:
         _fail(str(error))
     except CycloptsError as error:
         _fail(f"{' '.join(str(error).split())} (see `personatlas --help`)")
@@ -117,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _fail(text: str) -> None:
     if (
-        ranks().rank
+        get_world().rank
     ):  # torchrun ends all processes once the first has failed: what each of them would say is said once
         time.sleep(HEARD)
     print(f"personatlas: {text}", file=sys.stderr)  # noqa: T201

@@ -14,14 +14,14 @@ from typing import Any
 
 from rich.table import Table
 
-from personatlas.cli.runs import Model, print_json, run_folder
-from personatlas.persona.errors import KnownError
+from personatlas.cli.runs import ModelName, print_json, run_folder
+from personatlas.persona.errors import UserError
 from personatlas.persona.options import FitOptions, JudgeOptions, ModelOptions, PlanOptions
 from personatlas.persona.progress import say
 
 
 def axis(
-    model: Model,
+    model: ModelName,
     /,
     *,
     out: Path | None = None,
@@ -53,7 +53,7 @@ def fitted_run(
     from personatlas.analysis.fit.pipeline import fit_run
     from personatlas.persona.pipeline.run_context import (
         judge_run,
-        prepared,
+        open_context,
         record_run,
         require_judge,
         sample,
@@ -61,12 +61,12 @@ def fitted_run(
 
     require_judge(who)
     _require_keep(fitting.keep)
-    with prepared(model, folder, how, what) as work:
-        _require_known(work.bank.default.name, work.plan.keys, fitting, work.subject.n_layers)
+    with open_context(model, folder, how, what) as work:
+        _require_known(work.bank.default.name, work.plan.keys, fitting, work.model.n_layers)
         rollouts = sample(work)
-        rollouts = judge_run(work.run, work.bank, rollouts, who, work.ranks)
+        rollouts = judge_run(work.run, work.bank, rollouts, who, work.world)
         activations, of_traits = record_run(work, rollouts)
-        if work.ranks.rank:
+        if work.world.rank:
             return None
         of_traits = of_traits or _trait_activations(folder)
         found = fit_run(folder, activations, of_traits, rollouts, work.bank.default.name, fitting)
@@ -114,7 +114,7 @@ def report(run: Path, /) -> None:
     with open_run(run):
         found = read_json(run / "fit.json")
         if found["asked"].get("version") != FIT_VERSION:
-            raise KnownError(
+            raise UserError(
                 f"{run} was fitted by another version of personatlas; run `personatlas fit {run}`"
             )
         say(f"report: {_report(run, found, again=True)}")
@@ -157,7 +157,7 @@ def _recorded_rollouts(folder: Path, activations: Any) -> Any:
     found = without_poles(read_rollouts(folder))
     rollouts = with_scores([r for r in found if r.key in recorded or r.is_empty], recorded)
     if content_of([rollout for rollout in rollouts if not rollout.is_empty]) != activations.content:
-        raise KnownError(
+        raise UserError(
             f"{folder}: rollouts changed after they were recorded; run `personatlas record {folder}` again"
         )
     return rollouts
@@ -168,7 +168,7 @@ def _default_name(folder: Path) -> str:
 
     asked = read_json(folder / "run.json").get("asked", {})
     if not asked.get("roles"):
-        raise KnownError(f"{folder / 'run.json'} does not say which roles were asked for")
+        raise UserError(f"{folder / 'run.json'} does not say which roles were asked for")
     return str(asked["roles"][0])
 
 
@@ -176,7 +176,7 @@ def _require_keep(name: str) -> None:
     from personatlas.persona.judges.base import KEEP
 
     if name not in KEEP:
-        raise KnownError(f"--keep {name!r} is not one of {', '.join(KEEP)}")
+        raise UserError(f"--keep {name!r} is not one of {', '.join(KEEP)}")
 
 
 def _require_known(default: str, keys: list[str], options: FitOptions, n_layers: int) -> None:
@@ -187,20 +187,20 @@ def _require_known(default: str, keys: list[str], options: FitOptions, n_layers:
     roles = Counter(key.split("/", 1)[0] for key in keys if not is_pole(key))
     keep, fewest = KEEP[options.keep], min(roles.values())
     if fewest < keep.minimum:
-        raise KnownError(
+        raise UserError(
             f"--keep {keep.name} needs {keep.minimum} answers a role and this plan makes {fewest}; "
             f"give more --questions, --prompts or --samples, or --keep all"
         )
     if options.positive is not None and options.positive not in {*roles, default}:
-        raise KnownError(f"--positive {options.positive!r} is not among the roles of this run")
+        raise UserError(f"--positive {options.positive!r} is not among the roles of this run")
     if options.layer is not None and not 0 <= options.layer < n_layers:
-        raise KnownError(f"--layer {options.layer} is not in this model (0..{n_layers - 1})")
+        raise UserError(f"--layer {options.layer} is not in this model (0..{n_layers - 1})")
     if options.compare is not None:
         from personatlas.analysis.fit.pipeline import other_axis
 
         other_axis(options.compare)
     if options.replicates < 0:
-        raise KnownError(f"--replicates {options.replicates} is below 0")
+        raise UserError(f"--replicates {options.replicates} is below 0")
 
 
 def _result(fit: dict[str, Any], page: Path, json: bool) -> None:
@@ -274,10 +274,10 @@ def _fits(
 ) -> dict[int, tuple[dict[str, Any], Any]]:
     """The fit and the axis of every checkpoint, each in a run folder of its own; the last one comes first and says which layer."""
     from personatlas.persona.axis import load_axis
-    from personatlas.persona.distributed import ranks
+    from personatlas.persona.distributed import get_world
 
-    if ranks().world > 1:
-        raise KnownError("emergence works with one process: start it without torchrun")
+    if get_world().size > 1:
+        raise UserError("emergence works with one process: start it without torchrun")
     fits: dict[int, Any] = {}
     for step in sorted(folders, reverse=True):
         own = out / folders[step].name
@@ -290,19 +290,17 @@ def _fits(
 
 
 def chosen(run: Path, most: int) -> dict[int, Path]:
-    """Checkpoints by step, at most so many. Raises `KnownError` for what is no training run and for fewer than two."""
+    """Checkpoints by step, at most so many. Raises `UserError` for what is no training run and for fewer than two."""
     from personatlas.persona.runs import checkpoint_folders, is_training_run
     from personatlas.training.report.page import spread
 
     if most < 2:
-        raise KnownError(f"--checkpoints {most}: at least 2 are needed to see a change")
+        raise UserError(f"--checkpoints {most}: at least 2 are needed to see a change")
     if not is_training_run(run):
-        raise KnownError(
-            f"{run} is not the folder of a training run (`personatlas train base`, `train chat`)"
-        )
+        raise UserError(f"{run} is not the folder of a training run (`personatlas train base`, `train chat`)")
     folders = checkpoint_folders(run)
     if len(folders) < 2:
-        raise KnownError(
+        raise UserError(
             f"{run} has {len(folders) or 'no'} checkpoint{'s'[: len(folders) != 1]}: train with --keep log to watch the axis emerge"
         )
     steps = [min(folders), max(folders)] if most == 2 else spread(list(folders), most)
@@ -311,7 +309,7 @@ def chosen(run: Path, most: int) -> dict[int, Path]:
 
 def _say(found: dict[str, Any], page: Path) -> None:
     from personatlas.analysis.fit.tables import interval, number
-    from personatlas.cli.runs import console
+    from personatlas.persona.progress import console
 
     names = ["step", "cos(PC1, axis)", "shuffled", "split-half", "|axis|", "shuffled"]
     names += [found["positive"], "ranks as at the end"]

@@ -9,9 +9,10 @@ from cyclopts import Parameter
 from rich.table import Table
 from rich.text import Text
 
-from personatlas.cli.runs import Model, console, print_json, say_result
-from personatlas.persona.errors import KnownError
+from personatlas.cli.runs import ModelName, print_json, say_result
+from personatlas.persona.errors import UserError
 from personatlas.persona.options import ModelOptions
+from personatlas.persona.progress import console
 
 
 @Parameter(name="*")
@@ -98,7 +99,7 @@ def calibrate(
     from personatlas.steering.calibration.calibrate import calibrated
 
     if not name or "/" in name or name.startswith("."):
-        raise KnownError(f"--name {name!r} cannot be a file's name")
+        raise UserError(f"--name {name!r} cannot be a file's name")
     content = calibrated(run, name, axis, also or [], bank, search, how)
     if json:
         print_json(content)
@@ -109,7 +110,7 @@ def calibrate(
 
 
 def susceptibility(
-    model: Model,
+    model: ModelName,
     /,
     *,
     axis: str,
@@ -157,9 +158,9 @@ def _amounts(text: str) -> list[float]:
     try:
         found = [float(part) for part in _split(text)]
     except ValueError:
-        raise KnownError(f"--add {text!r} is not numbers with commas between") from None
+        raise UserError(f"--add {text!r} is not numbers with commas between") from None
     if not all(map(isfinite, found)):
-        raise KnownError(f"--add {text!r}: NaN and infinity are no strengths")
+        raise UserError(f"--add {text!r}: NaN and infinity are no strengths")
     return found
 
 

@@ -9,15 +9,15 @@ from typing import Any, Literal
 from rich.table import Table
 from rich.text import Text
 
-from personatlas.cli.runs import Model, console, print_json, run_folder, say_result
-from personatlas.persona.errors import KnownError
+from personatlas.cli.runs import ModelName, print_json, run_folder, say_result
+from personatlas.persona.errors import UserError
 from personatlas.persona.options import ModelOptions
-from personatlas.persona.progress import progress, say
+from personatlas.persona.progress import console, progress, say
 from personatlas.steering.drift.options import DriftOptions
 
 
 def drift(
-    model: Model,
+    model: ModelName,
     /,
     *,
     axis: str,
@@ -139,7 +139,7 @@ WIDE = 3.0  # z at either end of it
 
 
 def trace(
-    model: Model,
+    model: ModelName,
     transcript: Path,
     /,
     *,
@@ -174,7 +174,7 @@ def trace(
         print every token's projection as JSON
     """
     if not 0 < false_alarms < 1:
-        raise KnownError(f"--false-alarms {false_alarms} is outside 0..1: it is a share of conversations")
+        raise UserError(f"--false-alarms {false_alarms} is outside 0..1: it is a share of conversations")
     told = _told(transcript, html)
     along, found, watcher = _read(model, how, axis, told, calm, rule, false_alarms, force)
     content = _content(along, found, watcher)
@@ -216,7 +216,7 @@ def _read(
     from personatlas.persona.runs import axis_stem
     from personatlas.steering.drift.trace import calm_of, require_calm, traced
     from personatlas.steering.drift_monitor import is_calm, watcher_of
-    from personatlas.steering.session import loaded
+    from personatlas.steering.session import load_steered_model
 
     quiet = read_conversations(calm) if calm is not None and not is_calm(calm) else []
     stem = axis_stem(axis)
@@ -224,11 +224,11 @@ def _read(
         require_calm(quiet)
     else:
         watcher = watcher_of(load_axis(stem), stem, calm, rule, rate)
-    held = loaded(model, how, axis, [], force=force)
+    held = load_steered_model(model, how, axis, [], force=force)
     with progress("reading", len(told) + len(quiet)) as advance:
-        found = traced(held.subject, held.chat, held.axis, told, advance)
+        found = traced(held.model, held.chat, held.axis, told, advance)
         if quiet:
-            watcher = calm_of(held.subject, held.chat, held.axis, quiet, advance).watcher(rule, rate)
+            watcher = calm_of(held.model, held.chat, held.axis, quiet, advance).watcher(rule, rate)
     return held.axis, found, watcher
 
 

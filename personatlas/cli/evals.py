@@ -21,17 +21,17 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
 from rich.text import Text
 
-from personatlas.cli.runs import Model, console, print_json, run_folder, say_result
-from personatlas.persona.errors import KnownError
+from personatlas.cli.runs import ModelName, print_json, run_folder, say_result
+from personatlas.persona.errors import UserError
 from personatlas.persona.options import ModelOptions, given
-from personatlas.persona.progress import say
+from personatlas.persona.progress import console, say
 from personatlas.steering.evals.options import EvalOptions
 
 SIGNIFICANT = 0.05
 
 
 def eval_(
-    model: Model,
+    model: ModelName,
     /,
     *,
     axis: str,
@@ -78,7 +78,7 @@ def eval_(
 def _caps(given: list[str] | None) -> list[str]:
     caps = given or ["assistant"]
     if len(set(caps)) != len(caps):
-        raise KnownError(f"--cap {next(name for name in caps if caps.count(name) > 1)!r} is given twice")
+        raise UserError(f"--cap {next(name for name in caps if caps.count(name) > 1)!r} is given twice")
     return caps
 
 
@@ -229,14 +229,14 @@ def inspect(
     require_inspect()
     if compare is not None:
         if model or task or axis:
-            raise KnownError(
+            raise UserError(
                 "--compare takes two logs that are there, and no MODEL, TASK or --axis beside them"
             )
         logs = [read_log(path) for path in compare]
     elif model and task and axis:
         logs = run_arms(model, task, axis, cap, asked, how, force=force)
     else:
-        raise KnownError("give MODEL, TASK and --axis RUN, or two logs with --compare BEFORE AFTER")
+        raise UserError("give MODEL, TASK and --axis RUN, or two logs with --compare BEFORE AFTER")
     found = compared(*(arm_of(log) for log in logs))
     print_json(found) if json else _inspect_verb_print(found)
 
@@ -244,20 +244,20 @@ def inspect(
 def run_arms(
     model: str, task: str, axis: str, cap: str, asked: TaskOptions, how: ModelOptions, *, force: bool = False
 ) -> list[Any]:
-    """The logs of both arms, answered by one loaded model. Raises `KnownError` for a task or a cap that cannot be."""
+    """The logs of both arms, answered by one loaded model. Raises `UserError` for a task or a cap that cannot be."""
     from inspect_ai.model import GenerateConfig, Model
 
     from personatlas.steering.evals.harnesses.inspect_provider import Answerer, PersonatlasAPI
-    from personatlas.steering.session import loaded
+    from personatlas.steering.session import load_steered_model
 
     _require_one(task)
     for option in ("limit", "epochs", "max_tokens"):
         value = getattr(asked, option)
         if value is not None and value < 1:
-            raise KnownError(f"--{option.replace('_', '-')} {value} is below 1")
+            raise UserError(f"--{option.replace('_', '-')} {value} is below 1")
     if cap in ("", "none"):
-        raise KnownError("--cap none leaves nothing to compare: name the cap of the second arm")
-    answerer = Answerer(loaded(model, how, axis, [cap], force=force))
+        raise UserError("--cap none leaves nothing to compare: name the cap of the second arm")
+    answerer = Answerer(load_steered_model(model, how, axis, [cap], force=force))
     given_how = {name: value for name, value in given(how).items() if value is not None}
     arms = {}
     for name in (None, cap):
@@ -291,9 +291,9 @@ def _run(task: str, arm: Any, asked: TaskOptions, grader: Any) -> Any:
                 **settings,
             )
     except PrerequisiteError as error:
-        raise KnownError(" ".join(str(error.message).split())) from None
+        raise UserError(" ".join(str(error.message).split())) from None
     if len(logs) != 1:
-        raise KnownError(f"{task} is {len(logs)} tasks; name one of them: FILE.py@NAME")
+        raise UserError(f"{task} is {len(logs)} tasks; name one of them: FILE.py@NAME")
     return logs[0]
 
 
@@ -305,15 +305,15 @@ def _require_one(task: str) -> None:
     if path.suffix != ".py":
         return
     if not path.is_file():
-        raise KnownError(
+        raise UserError(
             f"there is no task file {path}; give FILE.py, FILE.py@NAME or the name of an installed task"
         )
     names = [found.name for found in list_tasks(path.name, root_dir=path.absolute().parent)]
     chosen = task.partition("@")[2]
     if chosen and chosen not in names:
-        raise KnownError(f"{path} has no task {chosen!r}, only {', '.join(names) or 'none'}")
+        raise UserError(f"{path} has no task {chosen!r}, only {', '.join(names) or 'none'}")
     if not chosen and len(names) != 1:
-        raise KnownError(
+        raise UserError(
             f"{path} has {len(names)} tasks ({', '.join(names) or 'none'}); name one: {path}@NAME"
         )
 
@@ -391,7 +391,7 @@ class TaskOptions_of_lm_eval_verb:
 
 
 def lm_eval(
-    model: Model,
+    model: ModelName,
     tasks: str,
     /,
     *,
@@ -420,7 +420,7 @@ def lm_eval(
         print everything as JSON, every sample with its answers and scores
     """
     from personatlas.steering.evals.harnesses.lm_eval_tasks import require_asked, require_lm_eval
-    from personatlas.steering.session import as_it_is, loaded
+    from personatlas.steering.session import load_baseline, load_steered_model
 
     require_lm_eval()
     names, files, caps = task_names(tasks), data_files(asked.data), _lm_eval_verb_caps(cap or [], axis)
@@ -428,7 +428,11 @@ def lm_eval(
     folder = asked.out or run_folder(model, None) / "evals"
 
     def load() -> Any:
-        return as_it_is(model, how) if axis is None else loaded(model, how, axis, caps, force=force)
+        return (
+            load_baseline(model, how)
+            if axis is None
+            else load_steered_model(model, how, axis, caps, force=force)
+        )
 
     content = _lm_eval_verb_run(load, caps, names, files, folder, asked)
     print_json(content) if json else _lm_eval_verb_print(content, folder)
@@ -450,7 +454,7 @@ def _lm_eval_verb_run(
     held = load()
     arms = {AS_IT_IS: []} | {name: [own] for name, own in zip(caps, held.caps, strict=True)}
     return run_tasks(
-        held.subject,
+        held.model,
         held.chat,
         arms,
         names,
@@ -463,10 +467,10 @@ def _lm_eval_verb_run(
 
 def _lm_eval_verb_caps(given: list[str], axis: str | None) -> list[str]:
     if axis is None and given:
-        raise KnownError(f"--cap {given[0]} needs --axis: along which axis?")
+        raise UserError(f"--cap {given[0]} needs --axis: along which axis?")
     wrong = [name for name in given if given.count(name) > 1 or name == AS_IT_IS]
     if wrong:
-        raise KnownError(f"--cap {wrong[0]!r} is given twice, or is the name of the uncapped arm")
+        raise UserError(f"--cap {wrong[0]!r} is given twice, or is the name of the uncapped arm")
     return given or ([] if axis is None else ["assistant"])
 
 
@@ -476,12 +480,12 @@ def task_names(text: str) -> list[str]:
 
 
 def data_files(given: list[str]) -> dict[str, Path]:
-    """Files by task, from TASK=FILE.jsonl. `KnownError` for anything else."""
+    """Files by task, from TASK=FILE.jsonl. `UserError` for anything else."""
     found: dict[str, Path] = {}
     for one in given:
         task, mark, file = one.partition("=")
         if not (task and mark and file):
-            raise KnownError(f"--data {one!r} is not TASK=FILE.jsonl")
+            raise UserError(f"--data {one!r} is not TASK=FILE.jsonl")
         found[task.strip()] = Path(file)
     return found
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import cyclopts
 from rich.table import Table
 
-from personatlas.cli.runs import console, judge, print_json, say_result
-from personatlas.persona.errors import KnownError
-from personatlas.persona.progress import progress, say
+from personatlas.cli.runs import judge, print_json, say_result
+from personatlas.persona.errors import UserError
+from personatlas.persona.progress import console, progress, say
 
 if TYPE_CHECKING:
     from personatlas.steering.evals.harm.agreement import Agreement, Figure, Labelled
@@ -84,7 +84,7 @@ def fit(labels: Path, /, *, out: Path, columns: LabelOptions = LabelOptions(), j
 
     stem = out.with_suffix("") if out.suffix in (".json", ".safetensors") else out
     if out.is_dir() or not stem.name:
-        raise KnownError(f"--out {out} is a folder; give the file to write, such as {out / 'harm'}")
+        raise UserError(f"--out {out} is a folder; give the file to write, such as {out / 'harm'}")
     found = read_labels(labels, columns.text_column, columns.label_column)
     say(f"fitting to {len(found.texts)} labelled answers, and {classifier.FOLDS} times to a part of them")
     fitted = classifier.fit(found.texts, found.labels, {"file": found.name, "sha256": found.sha256})
@@ -176,7 +176,7 @@ def _checked(who: "HarmJudge", judged: "Sequence[Judged]", found: "Labelled") ->
 
     places = [place for place, one in enumerate(judged) if one.score is not None]
     if not places:
-        raise KnownError(
+        raise UserError(
             f"the judge gave a score to none of {len(judged)} answers: {judged[0].problem}: {judged[0].reply[:160]}"
         )
     scores = np.array([judged[place].score for place in places], dtype=float)

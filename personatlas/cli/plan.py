@@ -7,8 +7,9 @@ from pathlib import Path
 from cyclopts import Parameter
 from rich.table import Table
 
-from personatlas.cli.runs import console, print_json, say_result
-from personatlas.persona.errors import KnownError
+from personatlas.cli.runs import print_json, say_result
+from personatlas.persona.errors import UserError
+from personatlas.persona.progress import console
 from personatlas.training.options import Length
 from personatlas.training.plan import (
     BYTES_A_TOKEN,
@@ -82,11 +83,11 @@ def plan(
 
 def _chip(name: str, price: float | None) -> Chip:
     if name.lower() not in CHIPS:
-        raise KnownError(f"--gpu {name!r} is not one of {', '.join(CHIPS)}")
+        raise UserError(f"--gpu {name!r} is not one of {', '.join(CHIPS)}")
     if price is None:
         return CHIPS[name.lower()]
     if not (isfinite(price) and price >= 0):
-        raise KnownError(f"--price {price} is no price")
+        raise UserError(f"--price {price} is no price")
     return replace(CHIPS[name.lower()], price=price)
 
 
@@ -97,7 +98,7 @@ def _bytes_of(corpus: Path) -> int:
     texts = corpus_of(corpus)  # not scan(): a plan can be made before anything is chosen to be held out
     size = sum(len(piece.text.encode()) for piece in texts.pieces() if not texts.holds_out(piece))
     if size == 0:
-        raise KnownError(f"--corpus {corpus} has no text to train on")
+        raise UserError(f"--corpus {corpus} has no text to train on")
     return size
 
 

@@ -6,9 +6,9 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from personatlas.cli.runs import Model, console, print_json, run_folder, say_result
+from personatlas.cli.runs import ModelName, print_json, run_folder, say_result
 from personatlas.persona.options import ModelOptions
-from personatlas.persona.progress import say
+from personatlas.persona.progress import console, say
 from personatlas.steering.drift.replay import ReplayOptions
 
 SHORT = 44  # characters of what a user says
@@ -16,7 +16,7 @@ SHOWN = 10  # conversations in the terminal
 
 
 def replay(
-    model: Model,
+    model: ModelName,
     chats: Path,
     /,
     *,

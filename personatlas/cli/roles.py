@@ -10,8 +10,9 @@ from cyclopts import Parameter
 from rich.table import Table
 from rich.text import Text
 
-from personatlas.cli.runs import console, print_json, say_result
-from personatlas.persona.errors import KnownError
+from personatlas.cli.runs import print_json, say_result
+from personatlas.persona.errors import UserError
+from personatlas.persona.progress import console
 from personatlas.persona.roles.bank import Bank, Question, Role, Trait, check_file, load_bank
 
 Entry = Role | Trait | Question
@@ -75,7 +76,7 @@ def _list(bank: Bank, view: View, json: bool) -> None:
     )
     tags = {own for entry in entries for own in entry.tags}
     if unknown := sorted(set(view.tag) - tags):
-        raise KnownError(f"nothing has the tag {unknown[0]!r}; there are {', '.join(sorted(tags))}")
+        raise UserError(f"nothing has the tag {unknown[0]!r}; there are {', '.join(sorted(tags))}")
     chosen = [
         entry for entry in entries if set(view.tag) <= set(entry.tags) and _holds(entry, view.search or "")
     ]
@@ -110,7 +111,7 @@ def _export(bank: Bank, folder: Path) -> None:
     from personatlas.persona.roles.paper_bank import export_bank
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise KnownError(f"{folder} exists and is not an empty folder; export into a new one")
+        raise UserError(f"{folder} exists and is not an empty folder; export into a new one")
     export_bank(bank, folder)
     counts = f"{len(bank.roles)} roles, {len(bank.questions)} questions and {len(bank.traits)} traits"
     say_result(f"{counts} written to {folder} in the paper repository's form (tags are not part of it)")

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
-from rich.console import Console
 from rich.text import Text
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.options import JudgeOptions, ModelOptions, PlanOptions
+from personatlas.persona.progress import console
 from personatlas.persona.roles.bank import Bank
 
 MODEL_HELP = "a packaged name (smollm2-135m), a local folder, a training run, a .gguf file or a hub id"
-Model = Annotated[str, Parameter(help=MODEL_HELP)]
+ModelName = Annotated[str, Parameter(help=MODEL_HELP)]
 
 
 def run_folder(model: str, out: Path | None) -> Path:
@@ -36,14 +36,14 @@ def axis_of(model: str, axis: str | None) -> str:
         return model
     folder = run_folder(model, None)
     if not (folder / "axis.json").is_file():
-        raise KnownError(
+        raise UserError(
             f"{model} has no axis in {folder} yet: make it (personatlas axis {model}), or name another with --axis"
         )
     return str(folder)
 
 
 def rollout(
-    model: Model,
+    model: ModelName,
     /,
     *,
     out: Path | None = None,
@@ -57,12 +57,12 @@ def rollout(
     out
         the run folder; runs/NAME unless given
     """
-    from personatlas.persona.pipeline.run_context import prepared, sample
+    from personatlas.persona.pipeline.run_context import open_context, sample
 
     folder = run_folder(model, out)
-    with prepared(model, folder, how, what) as work:
+    with open_context(model, folder, how, what) as work:
         made = sample(work)
-        if work.ranks.rank == 0:
+        if work.world.rank == 0:
             cut = sum(r.stopped == "length" for r in made)
             say_result(
                 f"{len(made)} rollouts in {folder / 'rollouts.jsonl'} ({cut} stopped at the token limit)"
@@ -89,7 +89,7 @@ def judge(run: Path, /, *, who: JudgeOptions = JudgeOptions(), bank: Path | None
         _require_bank(folder.manifest, chosen, run)
         rollouts = read_rollouts(run)
         if not rollouts:
-            raise KnownError(f"{run} has no rollouts; make them first with `personatlas rollout`")
+            raise UserError(f"{run} has no rollouts; make them first with `personatlas rollout`")
         scored = without_poles(judge_run(folder, chosen, rollouts, who))
         counts = {score: sum(r.score == score for r in scored) for score in (0, 1, 2, 3, None)}
         say_result(", ".join(f"{'unjudged' if score is None else score}: {n}" for score, n in counts.items()))
@@ -105,35 +105,35 @@ def record(run: Path, /, *, how: ModelOptions = ModelOptions()) -> None:
     """
     from dataclasses import replace
 
-    from personatlas.persona.distributed import ranks
-    from personatlas.persona.models.load import load_subject
+    from personatlas.persona.distributed import get_world
+    from personatlas.persona.models.load import load_model
     from personatlas.persona.pipeline.run_context import record_rollouts, stored_scores
     from personatlas.persona.rollout import read_rollouts, with_scores
     from personatlas.persona.runs import open_run
 
-    place = ranks()
-    with open_run(run, rank=place.rank) as folder:
+    world = get_world()
+    with open_run(run, rank=world.rank) as folder:
         asked = folder.manifest.get("asked", {})
         if "model_name" not in asked:
-            raise KnownError(
+            raise UserError(
                 f"{run} has no run.json with rollouts; make them first with `personatlas rollout`"
             )
         how = replace(how, dtype=how.dtype or asked["dtype"])
-        subject = load_subject(
+        model = load_model(
             asked["model_name"], device=how.device, dtype=how.dtype, chat_template=how.chat_template
         )
-        folder.ask({"model": subject.describe(), "dtype": str(subject.dtype).removeprefix("torch.")})
+        folder.claim({"model": model.describe(), "dtype": str(model.dtype).removeprefix("torch.")})
         rollouts = with_scores(read_rollouts(run), stored_scores(folder))
-        for found in record_rollouts(folder, subject, rollouts, place):
-            if place.rank == 0 and found is not None:
+        for found in record_rollouts(folder, model, rollouts, world):
+            if world.rank == 0 and found is not None:
                 say_result(
                     f"{int(found.count.sum())} rollouts of {len(found.roles)} roles or poles, {found.n_layers} layers"
                 )
-    place.close()
+    world.close()
 
 
 def spans(
-    model: Model,
+    model: ModelName,
     /,
     *,
     transcript: Path | None = None,
@@ -187,7 +187,7 @@ def show(path: Path, /) -> None:
 
     if path.is_dir():
         if not (path / "run.json").is_file():
-            raise KnownError(f"{path} is not a run folder: it has no run.json")
+            raise UserError(f"{path} is not a run folder: it has no run.json")
         files = {
             file.name: file.stat().st_size for file in sorted(path.iterdir()) if not file.name.startswith(".")
         }
@@ -196,10 +196,10 @@ def show(path: Path, /) -> None:
     stem = path.with_suffix("") if path.suffix in (".json", ".safetensors") else path
     record_path, tensor_path = stem.with_name(stem.name + ".json"), stem.with_name(stem.name + ".safetensors")
     if not record_path.is_file():
-        raise KnownError(f"{path} is neither a run folder nor an artefact (there is no {record_path.name})")
+        raise UserError(f"{path} is neither a run folder nor an artefact (there is no {record_path.name})")
     content = read_json(record_path)
     if tensor_path.is_file() and content.get("sha256") != digest(tensor_path):
-        raise KnownError(
+        raise UserError(
             f"{tensor_path} does not match the hash in {record_path.name}: damaged; make it again"
         )
     print_json(content)
@@ -253,13 +253,9 @@ def _require_bank(manifest: dict[str, Any], bank: Bank, run: Path) -> None:
     asked = manifest.get("asked", {})
     for what, name, digest in (("bank", "bank", bank.digest), ("traits", "traits_bank", bank.traits_digest)):
         if asked.get(name) and asked[name] != digest:
-            raise KnownError(
+            raise UserError(
                 f"{run} was made with {what} {asked[name][:12]}, not {digest[:12]}; name the bank's folder with --bank"
             )
-
-
-def console() -> Console:
-    return Console(soft_wrap=False)
 
 
 def say_result(text: str) -> None:

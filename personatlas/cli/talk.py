@@ -14,17 +14,155 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 from rich.text import Text
 
-from personatlas.cli.runs import Model, axis_of, console
-from personatlas.persona.errors import KnownError
-from personatlas.persona.options import ModelOptions
-from personatlas.persona.progress import say
+from personatlas.cli.runs import ModelName, axis_of, print_json
+from personatlas.persona.errors import UserError
+from personatlas.persona.options import ModelOptions, SamplingOptions
+from personatlas.persona.progress import console, say
 from personatlas.steering.serve.startup import HoldOptions, RoomOptions, make_host
+from personatlas.steering.session import SteeredModel, load_steered_model
+
+PLAIN, CAPPED = "as it is", "capped"
+
+
+def generate(
+    model: ModelName,
+    prompt: str,
+    /,
+    *,
+    axis: str | None = None,
+    cap: str = "assistant",
+    system: str = "",
+    html: Path | None = None,
+    force: bool = False,
+    sampled: SamplingOptions = SamplingOptions(),
+    how: ModelOptions = ModelOptions(),
+    json: bool = False,
+) -> None:
+    """Answer a prompt without and with a cap, with the projection of every token.
+
+    Parameters
+    ----------
+    prompt
+        what the user says
+    axis
+        a run folder, an axis file, or smollm2-135m; the one that `personatlas axis MODEL` made or that comes with it unless given
+    cap
+        a cap saved beside the axis (`personatlas calibrate` makes one), a cap file, or LEVEL@LAYERS: p50@18-23, roles:p75@20,22
+    system
+        a system message; none unless given
+    html
+        write a page here with every token coloured by its projection
+    force
+        use an axis of the same model in another weight format
+    json
+        print both answers and their traces as JSON
+    """
+    _require_asked(prompt, html)
+    sampling = _sampling(sampled)
+    messages = [{"role": "system", "content": system}] if system else []
+    said = [*messages, {"role": "user", "content": prompt}]
+    held = load_steered_model(model, how, axis_of(model, axis), [cap], force=force)
+    if held.chat.injected and not system:
+        say(f"the template adds a system message of its own: {held.chat.injected!r}")
+    found = _arms(held, said, sampling, sampled.seed)
+    _print_json(found) if json else _print(found, held.caps[0], held.axis.layer)
+    if html is not None:
+        _write_page(html, found, held, cap, said)
+
+
+def _write_page(
+    html: Path, found: dict[str, Any], held: "SteeredModel", cap: str, said: list[dict[str, str]]
+) -> None:
+    from personatlas.steering.generate import write_page
+
+    write_page(html, found, held.model, held.axis, held.caps[0], cap, said)
+    say(f"page: {html}")
+
+
+def _require_asked(prompt: str, html: Path | None) -> None:
+    if not prompt.strip():
+        raise UserError("the prompt is empty: give what the user says")
+    if html is not None:
+        from personatlas.persona.artifacts import require_writable
+
+        require_writable(html, "--html")
+
+
+def _sampling(sampled: SamplingOptions) -> Any:
+    from personatlas.persona.sampling.sampler import Sampling
+
+    return Sampling(sampled.max_new_tokens, sampled.temperature, sampled.top_p)
+
+
+def _arms(held: SteeredModel, messages: list[dict[str, str]], sampling: Any, seed: int) -> dict[str, Any]:
+    from personatlas.steering.generate import generate as answer
+
+    return answer(held.model, held.chat, messages, {PLAIN: [], CAPPED: held.caps}, held.axis, sampling, seed)
+
+
+def _print(found: dict[str, Any], cap: Any, layer: int) -> None:
+    from personatlas.steering.generate import sparkline
+
+    values = [value for one in found.values() for value in one.trace.answer.tolist()]
+    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    out = console()
+    for name, one in found.items():
+        trace = one.trace
+        mean = float(trace.answer.mean()) if len(trace.answer) else float("nan")
+        out.print(
+            Text(name, style="bold"),
+            Text(f"mean projection {mean:.1f} at layer {trace.layer}, before its step", style="dim"),
+        )
+        out.print(Text(one.text))
+        out.print(
+            Text(f"{sparkline(trace.answer.tolist(), low, high)}  {low:.0f} to {high:.0f}\n", style="cyan")
+        )
+    out.print(Text(_account(found[CAPPED].tally, cap, layer)))
+    if not int(found[CAPPED].tally.fired.sum()):
+        out.print(Text("the cap never fired: every token stayed above its floor, and both answers are the model's own", style="yellow"))  # fmt: skip
+
+
+def _account(tally: Any, cap: Any, layer: int) -> str:
+    """What the cap did, over prompt and answer, at all of its layers."""
+    shares = (tally.fired.sum(1) / tally.seen.sum(1).clamp(min=1)).tolist()
+    least, most = min(shares), max(shares)
+    said = (
+        f"the cap changed {int(tally.fired.sum())} of {int(tally.seen.sum())} tokens times layers ({tally.share:.0%}; by layer "
+        f"{least:.0%} to {most:.0%}), by {tally.mean:.1f} on average and at most {float(tally.most.max()):.1f}"
+    )
+    if layer in cap.layers:
+        said += f"; floor at layer {layer}: {float(cap.floor[cap.layers.index(layer)]):.1f}"
+    return said
+
+
+def _print_json(found: dict[str, Any]) -> None:
+    print_json({name: _as_json(one) for name, one in found.items()})
+
+
+def _as_json(one: Any) -> dict[str, Any]:
+    trace, tally = one.trace, one.tally
+    account = {} if tally is None else {
+        "seen": tally.seen[:, 0].tolist(), "fired": tally.fired[:, 0].tolist(), "total": tally.total[:, 0].tolist(),
+        "most": tally.most[:, 0].tolist(),
+    }  # fmt: skip
+    return {
+        "text": one.text,
+        "stopped": one.stopped,
+        "layer": trace.layer,
+        "answer_from": trace.answer_from,
+        "ids": list(trace.ids),
+        "projection": trace.projection.tolist(),
+        "capped_layers": list(trace.layers),
+        "corrections": trace.corrections.tolist(),
+        "account": account,
+    }
+
 
 ROOM = RoomOptions(slots=2, prefix_mib=256)  # one answer at a time, two when they are compared
 
 
 def chat(
-    model: Model,
+    model: ModelName,
     /,
     *,
     axis: str | None = None,
@@ -59,7 +197,7 @@ def chat(
         use an axis of the same model in another weight format
     """
     if system and load is not None:
-        raise KnownError("give --system or --load: a stored conversation has its own system prompt")
+        raise UserError("give --system or --load: a stored conversation has its own system prompt")
     from personatlas.steering.serve.terminal.chat_file import load_told
     from personatlas.steering.serve.terminal.session import Told
 
@@ -67,7 +205,7 @@ def chat(
     host = make_host(model, how, axis_of(model, axis), hold, replace(ROOM, context=context), force=force)
     failed = _talked(host, told, message, seed)
     if failed:
-        raise KnownError(f"{failed} of the lines could not be done (see above)")
+        raise UserError(f"{failed} of the lines could not be done (see above)")
 
 
 def _talked(host: Any, told: Any, lines: tuple[str, ...], seed: int | None) -> int:
@@ -89,7 +227,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 def serve(
-    model: Model,
+    model: ModelName,
     /,
     *,
     axis: str | None = None,
@@ -142,9 +280,9 @@ def serve(
 def _key(host: str) -> str | None:
     key = os.environ.get(KEY)
     if key is not None and (not key.isascii() or not key.isprintable() or len(key.strip()) < 8):
-        raise KnownError(f"{KEY} must be at least 8 printable ASCII characters")
+        raise UserError(f"{KEY} must be at least 8 printable ASCII characters")
     if key is None and host not in LOCAL:
-        raise KnownError(
+        raise UserError(
             f"--host {host} can be reached from other machines: set {KEY} to a key that clients must give, or leave --host out"
         )
     return key.strip() if key is not None else None
@@ -153,13 +291,13 @@ def _key(host: str) -> str | None:
 def _require_free(host: str, port: int) -> None:
     """The address can be had, before a model is loaded for it."""
     if not 0 < port < 65536:
-        raise KnownError(f"--port {port} is outside 1..65535")
+        raise UserError(f"--port {port} is outside 1..65535")
     try:
         family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(place)
     except OSError as error:
-        raise KnownError(
+        raise UserError(
             f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port"
         ) from None

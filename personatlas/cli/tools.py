@@ -5,14 +5,15 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
-from personatlas.cli.runs import Model, console, print_json
-from personatlas.persona.errors import KnownError
+from personatlas.cli.runs import ModelName, print_json
+from personatlas.persona.errors import UserError
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.pipeline.self_test import Check
+from personatlas.persona.progress import console
 
 
 def self_test(
-    model: Model,
+    model: ModelName,
     /,
     *,
     axis: str | None = None,
@@ -36,24 +37,24 @@ def self_test(
     json
         print the checks as JSON
     """
-    from personatlas.persona.models.load import load_subject
+    from personatlas.persona.models.load import load_model
     from personatlas.persona.pipeline.self_test import run_self_test
 
     if cap and axis is None:
-        raise KnownError("--cap needs --axis, beside which it is saved or along which it is made")
+        raise UserError("--cap needs --axis, beside which it is saved or along which it is made")
     if axis is None:
-        subject = load_subject(model, device=how.device, dtype=how.dtype, chat_template=how.chat_template)
-        checks = run_self_test(subject)
+        decoder = load_model(model, device=how.device, dtype=how.dtype, chat_template=how.chat_template)
+        checks = run_self_test(decoder)
     else:
         from personatlas.steering.hooks.binding_check import run_cap_test
-        from personatlas.steering.session import loaded
+        from personatlas.steering.session import load_steered_model
 
-        held = loaded(model, how, axis, cap or [], force=force)
-        checks = [*run_self_test(held.subject), *run_cap_test(held.subject, held.axis)]
+        held = load_steered_model(model, how, axis, cap or [], force=force)
+        checks = [*run_self_test(held.model), *run_cap_test(held.model, held.axis)]
     print_json([check.to_json() for check in checks]) if json else _print(checks)
     failed = [check.name for check in checks if not check.passed]
     if failed:
-        raise KnownError(f"self-test of {model} failed: {', '.join(failed)}")
+        raise UserError(f"self-test of {model} failed: {', '.join(failed)}")
 
 
 def _print(checks: Sequence[Check]) -> None:

@@ -16,10 +16,10 @@ from typing import Any, Literal
 import cyclopts
 from rich.table import Table
 
-from personatlas.cli.runs import Model, console, print_json, say_result
-from personatlas.persona.errors import KnownError
+from personatlas.cli.runs import ModelName, print_json, say_result
+from personatlas.persona.errors import UserError
 from personatlas.persona.options import ModelOptions
-from personatlas.persona.progress import say
+from personatlas.persona.progress import console, say
 from personatlas.training.options import (
     Around,
     BaseAsked,
@@ -174,7 +174,7 @@ def _with(found: dict[str, Any], name: str) -> str:
 
 
 def evaluate(
-    model: Model,
+    model: ModelName,
     /,
     *,
     text: Path,
@@ -199,17 +199,17 @@ def evaluate(
     json
         print the result as JSON
     """
-    from personatlas.persona.models.load import load_subject
+    from personatlas.persona.models.load import load_model
     from personatlas.training.bits_per_byte import fit_of_texts
     from personatlas.training.data.corpus import located
 
     if most < 1:
-        raise KnownError(f"--most {most}: give how many bytes to read, 1 or more")
+        raise UserError(f"--most {most}: give how many bytes to read, 1 or more")
     texts = _texts(located(text, "--text"), text_column, most)
-    subject = load_subject(model, device=how.device, dtype=how.dtype, chat_template=how.chat_template)
-    fit = fit_of_texts(subject, texts, context)
+    decoder = load_model(model, device=how.device, dtype=how.dtype, chat_template=how.chat_template)
+    fit = fit_of_texts(decoder, texts, context)
     if json:
-        print_json({"model": subject.describe(), "text": str(text), **asdict(fit)})
+        print_json({"model": decoder.describe(), "text": str(text), **asdict(fit)})
         return
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     known = f" [{fit.interval[0]:.4f}, {fit.interval[1]:.4f}]" if fit.interval else ""
@@ -231,7 +231,7 @@ def _texts(path: Path, column: str, most: int) -> list[str]:
         if piece.text.strip() and "\0" not in piece.text
     ]
     if not found:
-        raise KnownError(f"--text {path} has no text")
+        raise UserError(f"--text {path} has no text")
     size = sum(len(text.encode()) for text in found)
     kept = found[:: max(1, round(size / most))]
     if len(kept) < len(found):
@@ -346,9 +346,9 @@ def export(
     from personatlas.training.export.huggingface import load_exported
 
     if out is None and gguf is None:
-        raise KnownError("give --out FOLDER, --gguf FILE or both")
+        raise UserError("give --out FOLDER, --gguf FILE or both")
     if not model.is_dir():
-        raise KnownError(f"{model} is no folder; give a training run or one of its checkpoints")
+        raise UserError(f"{model} is no folder; give a training run or one of its checkpoints")
     source = Path(resolved(str(model)))
     found = load_exported(source)
     if gguf is not None:

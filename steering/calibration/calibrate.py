@@ -19,9 +19,9 @@ from typing import Any
 
 from personatlas.persona.artifacts import write_json
 from personatlas.persona.axis import Axis, Cap, PersonaSpace, load_axis, load_space
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.models.chat_template import chat_format
-from personatlas.persona.models.load import Subject, load_subject
+from personatlas.persona.models.load import Model, load_model
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.progress import progress, say
 from personatlas.persona.roles.bank import Bank, load_bank
@@ -86,7 +86,7 @@ def halves_of(
     by_role = halved(requests, lambda request: request.key.split("/", 1)[0])
     by_question = halved(chosen, lambda text: text.question)
     if not all(by_question):
-        raise KnownError(
+        raise UserError(
             "the run's default answers are to one question only; two halves need at least two questions"
         )
     return {
@@ -123,7 +123,7 @@ def calibrate(
         "warnings": _warnings(reported, settings.budget),
         "halves": {name: _sizes(half) for name, half in trial.halves.items()},
         "examples": _examples(trial, arms),
-        "model": trial.subject.describe(),
+        "model": trial.model.describe(),
     }
     chosen = reported["chosen"]
     found = {
@@ -145,11 +145,11 @@ def _windows(settings: Settings, axis: Axis, n_layers: int) -> list[tuple[int, i
     ]
     for first, last in windows:
         if not 0 <= first <= last < n_layers:
-            raise KnownError(f"window {first}-{last} is outside the model (layers 0..{n_layers - 1})")
+            raise UserError(f"window {first}-{last} is outside the model (layers 0..{n_layers - 1})")
         for layer in range(first, last + 1):
             axis.at(layer)
     if not windows:
-        raise KnownError("the axis has too few layers for the usual windows; give --windows FIRST-LAST")
+        raise UserError("the axis has too few layers for the usual windows; give --windows FIRST-LAST")
     return windows
 
 
@@ -157,7 +157,7 @@ def _chosen(
     trial: Trial, axis: Axis, places: Projections, wanted: Sequence[Rollout], settings: Settings
 ) -> tuple[Sweep, Cap, Tried]:
     """The search, the cap that it found and what that did on the choosing half."""
-    windows = _windows(settings, axis, trial.subject.n_layers)
+    windows = _windows(settings, axis, trial.model.n_layers)
     floors: Floors | None = None
 
     def make(candidate: Candidate) -> Cap:
@@ -168,7 +168,7 @@ def _chosen(
     sweep = Sweep(trial, make, CHOOSE, settings.budget)
     best = sweep.run(windows, settings.levels, settings.populations, neighbours=not settings.quick)
     if settings.steps and wanted:
-        layers = _fitted_layers(settings, axis, trial.subject.n_layers)
+        layers = _fitted_layers(settings, axis, trial.model.n_layers)
         how = Descent(settings.budget, settings.steps, seed=settings.seed)
         floors = trial.floors(axis, layers, places, wanted, how, CHOOSE)
         grid, shapes = best, [Candidate(layers[0], layers[-1], shift, fitted=True) for shift in SHIFTS]
@@ -190,9 +190,9 @@ def _report(
     trial: Trial, axis: Axis, cap: Cap, mixed: Sequence[Rollout], also: Mapping[str, Cap]
 ) -> tuple[dict[str, Any], dict[str, Plan]]:
     """What every arm gains and costs on the reporting half, and the arms."""
-    shares = fired_shares(trial.subject, cap, mixed)
+    shares = fired_shares(trial.model, cap, mixed)
     arms: dict[str, Plan] = {AS_IT_IS: [], "chosen": [cap]}
-    arms |= {f"random {seed}": [random_cap(trial.subject, cap, shares, mixed, seed)] for seed in RANDOM_SEEDS}
+    arms |= {f"random {seed}": [random_cap(trial.model, cap, shares, mixed, seed)] for seed in RANDOM_SEEDS}
     arms |= {f"add {amount:g}": [Add.along(axis, (axis.layer,), amount)] for amount in ADDED}
     arms |= {name: [one] for name, one in also.items()}
     gains = trial.gains(arms, REPORT)
@@ -322,36 +322,36 @@ def calibrated(
 ) -> dict[str, Any]:
     """Calibrate, write the artefacts, and return the content of calibration.json with where they lie.
 
-    `search` is a `personatlas.cli.calibrate.SearchOptions`. Raises `KnownError` for a run that lacks what is needed.
+    `search` is a `personatlas.cli.calibrate.SearchOptions`. Raises `UserError` for a run that lacks what is needed.
     """
     settings = _settings(search)
     with open_run(run) as folder:
         asked = folder.manifest.get("asked")
         if not asked:
-            raise KnownError(f"{run} has no run.json with rollouts; make them first with `personatlas axis`")
+            raise UserError(f"{run} has no run.json with rollouts; make them first with `personatlas axis`")
         stem = axis_stem(axis or str(run))
         along, space = load_axis(stem), load_space(stem.with_name("space"))
         extra = {text: cap_named(text, along, stem) for text in also}
         chosen_bank = load_bank(bank)
         default, roles = _populations(read_rollouts(run), chosen_bank, run)
-        subject = load_subject(
+        model = load_model(
             asked["model_name"],
             device=how.device,
             dtype=how.dtype or asked["dtype"],
             chat_template=how.chat_template,
         )
-        along.require_model(subject.describe())
-        config = subject.model.generation_config
-        chat = chat_format(subject.tokenizer, config.eos_token_id if config is not None else None)
-        halves = halves_of(chosen_bank, along, space, default, subject.name, settings)
-        places = _read(subject, along, default, roles)
-        require_binding(subject, [places.cap(along, [along.layer], 0.5)])
+        along.require_model(model.describe())
+        config = model.hf.generation_config
+        chat = chat_format(model.tokenizer, config.eos_token_id if config is not None else None)
+        halves = halves_of(chosen_bank, along, space, default, model.name, settings)
+        places = _read(model, along, default, roles)
+        require_binding(model, [places.cap(along, [along.layer], 0.5)])
         for cap in extra.values():
-            require_binding(subject, [cap])
-        trial = Trial(subject, chat, halves, settings.sampling, run / "trials.jsonl")
+            require_binding(model, [cap])
+        trial = Trial(model, chat, halves, settings.sampling, run / "trials.jsonl")
         mixed = [*spread(default, MIXED), *spread(roles, MIXED)]
         asked_for = halves[CHOOSE].requests if settings.steps else ()
-        wanted = wanted_texts(subject, chat, chosen_bank, asked_for, settings.seed) if asked_for else []
+        wanted = wanted_texts(model, chat, chosen_bank, asked_for, settings.seed) if asked_for else []
         if asked_for and not wanted:
             say("no floors by gradient: the default never calls itself an assistant when asked who it is")
         cap, content = calibrate(trial, along, places, mixed, wanted, settings, extra)
@@ -369,18 +369,18 @@ def _settings(search: Any) -> Settings:
     try:
         levels = tuple(float(part) for part in search.levels.split(","))
     except ValueError:
-        raise KnownError(f"--levels {search.levels!r} is not numbers with commas between") from None
+        raise UserError(f"--levels {search.levels!r} is not numbers with commas between") from None
     for level in levels:
         if not 0 <= level <= 1:
-            raise KnownError(f"--levels: {level} is outside 0..1: a level is a quantile")
+            raise UserError(f"--levels: {level} is outside 0..1: a level is a quantile")
     populations = tuple(part.strip() for part in search.population.split(","))
     told = {name: getattr(search, name) for name in ("roles", "prompts", "answers", "steps")}
     sizes = {name: usual if told[name] is None else told[name] for name, usual in USUAL[search.quick].items()}
     for option, least in {"roles": 4, "prompts": 1, "answers": 2, "steps": 0}.items():
         if sizes[option] < least:
-            raise KnownError(f"--{option} {sizes[option]} is below {least}")
+            raise UserError(f"--{option} {sizes[option]} is below {least}")
     if not 0 < search.budget < 10:
-        raise KnownError(f"--budget {search.budget} is not between 0 and 10: 0.05 is 5% more loss")
+        raise UserError(f"--budget {search.budget} is not between 0 and 10: 0.05 is 5% more loss")
     windows = windows_named([part for part in search.windows.split(",") if part.strip()])
     sampling = Sampling(search.max_new_tokens, search.temperature)
     return Settings(
@@ -401,16 +401,16 @@ def _populations(rollouts: Sequence[Rollout], bank: Bank, run: Path) -> tuple[li
     default = [rollout for rollout in whole if rollout.role == bank.default.name]
     roles = [rollout for rollout in whole if rollout.role != bank.default.name]
     if not default or not roles:
-        raise KnownError(f"{run} holds {len(default)} default and {len(roles)} role answers; both are needed")
+        raise UserError(f"{run} holds {len(default)} default and {len(roles)} role answers; both are needed")
     if len(default) < 2:
-        raise KnownError(f"{run} holds one default answer only; two halves need more")
+        raise UserError(f"{run} holds one default answer only; two halves need more")
     return default, roles
 
 
-def _read(subject: Subject, axis: Axis, default: list[Rollout], roles: list[Rollout]) -> Projections:
+def _read(model: Model, axis: Axis, default: list[Rollout], roles: list[Rollout]) -> Projections:
     chosen = {"default": spread(default, POPULATION), "roles": spread(roles, POPULATION)}
     with progress("projecting", sum(map(len, chosen.values()))) as advance:
-        places = read_projections(subject, axis, chosen, advance)
+        places = read_projections(model, axis, chosen, advance)
     said = {name: len(values) for name, values in places.means.items()}
     say(f"floors from {said['default']} default and {said['roles']} role answers")
     return places

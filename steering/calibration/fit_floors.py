@@ -1,6 +1,6 @@
 """Floors by gradient: what no grid over windows and levels reaches, a floor of its own for each layer, for prompts and answers.
 
-    floors = fitted(subject, axis, layers, places, wanted, benign, Descent(budget=0.05))
+    floors = fitted(model, axis, layers, places, wanted, benign, Descent(budget=0.05))
     floors.cap(axis)
 
 A floor enters the forward as h + v * max(floor - <h, v>, 0), so the loss of any text has a gradient with respect to it.
@@ -11,7 +11,7 @@ of the half that is reported on is seen.
 
 What a cap is to make likely: the default's own answers about who it is, put after the prompts of roles.
 
-texts = wanted_texts(subject, chat, bank, trial.halves["choose"].requests, seed=0)
+texts = wanted_texts(model, chat, bank, trial.halves["choose"].requests, seed=0)
 """
 
 import math
@@ -26,9 +26,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from personatlas.persona.axis import Axis, Cap
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.models.chat_template import ChatFormat
-from personatlas.persona.models.load import Subject, residual
+from personatlas.persona.models.load import Model, residual
 from personatlas.persona.progress import progress
 from personatlas.persona.roles.bank import Bank
 from personatlas.persona.rollout import Request, Rollout
@@ -88,7 +88,7 @@ class Floors:
 
 
 def fitted(
-    subject: Subject,
+    model: Model,
     axis: Axis,
     layers: Sequence[int],
     places: Projections,
@@ -99,28 +99,28 @@ def fitted(
 ) -> Floors:
     """Floors at `layers` for the loss of `wanted` at the budget on `benign`; `advance` counts steps.
 
-    Raises `KnownError` when a loss is not finite.
+    Raises `UserError` when a loss is not finite.
     """
     start, spreads = _begin(places, layers)
     moved = torch.zeros_like(start, requires_grad=True)  # in spreads
     optimizer = torch.optim.Adam([moved], lr=how.rate)
     draws, price, kept = random.Random(how.seed), how.price, []
-    with _frozen(subject), _floored(subject, axis, layers, lambda: start + moved * spreads) as now:
+    with _frozen(model), _floored(model, axis, layers, lambda: start + moved * spreads) as now:
         with torch.no_grad():
-            before = _losses(subject, benign)
+            before = _losses(model, benign)
             for lower in LOWER:
                 moved.fill_(-lower)
-                if sum(_losses(subject, benign, now).values()) <= (1 + how.budget) * sum(before.values()):
+                if sum(_losses(model, benign, now).values()) <= (1 + how.budget) * sum(before.values()):
                     break
         for step in range(how.steps):
             ours = draws.sample(list(wanted), min(how.wanted, len(wanted)))
             theirs = draws.sample(list(benign), min(how.benign, len(benign)))
             optimizer.zero_grad()
-            loss = _descend(subject, ours, now, 1 / sum(len(text.answer_ids) for text in ours))
+            loss = _descend(model, ours, now, 1 / sum(len(text.answer_ids) for text in ours))
             whole = sum(before[text.key] for text in theirs)
-            rise = _descend(subject, theirs, now, price / whole) / price - 1
+            rise = _descend(model, theirs, now, price / whole) / price - 1
             if not math.isfinite(loss + rise):
-                raise KnownError(f"the loss is not finite in step {step} of fitting floors; try --steps 0")
+                raise UserError(f"the loss is not finite in step {step} of fitting floors; try --steps 0")
             optimizer.step()
             price *= math.exp(0.2 * min(max((rise - how.budget) / how.budget, -1.0), 1.0))
             kept.append(moved.detach().clone())
@@ -137,33 +137,33 @@ def _begin(places: Projections, layers: Sequence[int]) -> tuple[Float[Tensor, "2
     return torch.stack(floors), torch.stack([side.std(0) for side in sides])
 
 
-def _descend(subject: Subject, texts: Sequence[Rollout], now: list[Any], weight: float) -> float:
+def _descend(model: Model, texts: Sequence[Rollout], now: list[Any], weight: float) -> float:
     """Add the gradient of `weight` times the texts' summed loss; return that number."""
     total = 0.0
-    for batch in batches(subject, texts, batch_tokens(subject, CPU_TOKENS, GPU_TOKENS)):
+    for batch in batches(model, texts, batch_tokens(model, CPU_TOKENS, GPU_TOKENS)):
         now[:] = [batch.lengths, batch.starts]
-        loss = weight * batch.token_losses(batch.log_probs(subject)).sum()
+        loss = weight * batch.token_losses(batch.log_probs(model)).sum()
         loss.backward()
         total += float(loss.detach())
     return total
 
 
-def _losses(subject: Subject, texts: Sequence[Rollout], now: list[Any] | None = None) -> dict[str, float]:
+def _losses(model: Model, texts: Sequence[Rollout], now: list[Any] | None = None) -> dict[str, float]:
     """Each text's summed loss by its key, with the floors that `now` belongs to or without any."""
     found: dict[str, float] = {}
-    for batch in batches(subject, texts, batch_tokens(subject, CPU_TOKENS, GPU_TOKENS)):
+    for batch in batches(model, texts, batch_tokens(model, CPU_TOKENS, GPU_TOKENS)):
         if now is not None:
             now[:] = [batch.lengths, batch.starts]
         found |= dict(
-            zip((text.key for text in batch.texts), batch.losses(batch.log_probs(subject)), strict=True)
+            zip((text.key for text in batch.texts), batch.losses(batch.log_probs(model)), strict=True)
         )
     return found
 
 
 @contextmanager
-def _frozen(subject: Subject) -> Iterator[None]:
+def _frozen(model: Model) -> Iterator[None]:
     """No parameter asks for a gradient inside."""
-    asking = [parameter for parameter in subject.model.parameters() if parameter.requires_grad]
+    asking = [parameter for parameter in model.hf.parameters() if parameter.requires_grad]
     try:
         for parameter in asking:
             parameter.requires_grad_(False)
@@ -176,7 +176,7 @@ def _frozen(subject: Subject) -> Iterator[None]:
 
 @contextmanager
 def _floored(
-    subject: Subject, axis: Axis, layers: Sequence[int], floors: Callable[[], Float[Tensor, "2 C"]]
+    model: Model, axis: Axis, layers: Sequence[int], floors: Callable[[], Float[Tensor, "2 C"]]
 ) -> Iterator[list[Any]]:
     """The steering step with floors that have a gradient; what is yielded holds the next batch's (lengths, starts), or nothing."""
     now: list[Any] = []
@@ -200,7 +200,7 @@ def _floored(
         return step
 
     handles = [
-        subject.blocks[layer].register_forward_hook(hook(place, axis.at(layer)))
+        model.blocks[layer].register_forward_hook(hook(place, axis.at(layer)))
         for place, layer in enumerate(layers)
     ]
     try:
@@ -215,7 +215,7 @@ TIMES = 2  # answers to a question under each default prompt
 
 
 def wanted_texts(
-    subject: Subject, chat: ChatFormat, bank: Bank, requests: Sequence[Request], seed: int
+    model: Model, chat: ChatFormat, bank: Bank, requests: Sequence[Request], seed: int
 ) -> list[Rollout]:
     """The requests with an answer of the default in which it calls itself an assistant, to the same question.
 
@@ -225,11 +225,11 @@ def wanted_texts(
         request
         for time in range(TIMES)
         for request in identity_requests(
-            bank, [bank.default.name], len(bank.default.prompts), subject.name, seed + time
+            bank, [bank.default.name], len(bank.default.prompts), model.name, seed + time
         )
     ]
     with progress("asking the default who it is", len(asked)) as advance:
-        arm = next(iter(run_arms(subject, chat, asked, {"default": []}, Sampling(LONGEST), advance)))
+        arm = next(iter(run_arms(model, chat, asked, {"default": []}, Sampling(LONGEST), advance)))
     found: dict[str, list[tuple[str, Answer]]] = {}
     for request, text, answer in zip(asked, arm.texts, arm.answers, strict=True):
         if class_of(text) == "assistant":

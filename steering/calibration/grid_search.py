@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from personatlas.persona.axis import Cap
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.steering.calibration.measure import Trial
 from personatlas.steering.evals.suites.identity import Susceptibility
 from personatlas.steering.loss_cost import Cost
@@ -107,7 +107,7 @@ class Sweep:
         *,
         neighbours: bool = True,
     ) -> Tried:
-        """The best candidate; everything that was tried on the way is in `tried`. `KnownError` when none is affordable."""
+        """The best candidate; everything that was tried on the way is in `tried`. `UserError` when none is affordable."""
         grid = [
             Candidate(first, last, level, population=population)
             for population in populations
@@ -119,7 +119,7 @@ class Sweep:
             return best
         around = [
             replace(shape, level=level)
-            for shape in _neighbours(best.candidate, self.trial.subject.n_layers)
+            for shape in _neighbours(best.candidate, self.trial.model.n_layers)
             for level in sorted({*levels, best.candidate.level})
         ]
         return self.more(around)
@@ -179,7 +179,7 @@ class Sweep:
         good = [one for one in self.tried.values() if one.gain is not None and one.cost.more <= self.budget]
         if not good:
             least = min(self.tried.values(), key=lambda one: one.cost.more)
-            raise KnownError(
+            raise UserError(
                 f"no cap costs at most {self.budget:.1%} more loss; the cheapest, {least.candidate.name}, costs "
                 f"{least.cost.more:.1%}: give lower --levels, narrower --windows or a larger --budget"
             )

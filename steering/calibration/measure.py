@@ -1,6 +1,6 @@
 """Measuring interventions on one half of the material or the other: what they buy and what they cost, each once.
 
-    trial = Trial(subject, chat, halves, Sampling(48), log=folder / "trials.jsonl")
+    trial = Trial(model, chat, halves, Sampling(48), log=folder / "trials.jsonl")
     trial.gains({"p50@18-23": [cap]}, "choose")      # who answers under the lowest roles say they are
     trial.costs({"p50@18-23": [cap]}, "report")      # loss and KL on the model's own benign answers
 
@@ -19,7 +19,7 @@ from typing import Any
 from personatlas.persona.artifacts import append_lines, read_lines
 from personatlas.persona.axis import Axis
 from personatlas.persona.models.chat_template import ChatFormat
-from personatlas.persona.models.load import Subject
+from personatlas.persona.models.load import Model
 from personatlas.persona.progress import progress
 from personatlas.persona.rollout import Request, Rollout
 from personatlas.persona.sampling.sampler import Sampling
@@ -46,9 +46,9 @@ class Half:
 
 @dataclass(frozen=True)
 class Trial:
-    """A subject and the halves to measure on; `log` is where results are kept."""
+    """A model and the halves to measure on; `log` is where results are kept."""
 
-    subject: Subject
+    model: Model
     chat: ChatFormat
     halves: Mapping[str, Half]
     sampling: Sampling
@@ -56,11 +56,7 @@ class Trial:
 
     @cached_property
     def _model(self) -> dict[str, Any]:
-        return {
-            **self.subject.describe(),
-            "dtype": str(self.subject.dtype),
-            "device": self.subject.device.type,
-        }
+        return {**self.model.describe(), "dtype": str(self.model.dtype), "device": self.model.device.type}
 
     def gains(self, arms: Mapping[str, Plan], half: str) -> dict[str, Susceptibility]:
         """Who the answers say that they are, by arm; an arm without interventions is the model as it is."""
@@ -70,7 +66,7 @@ class Trial:
         known = self._known()
         waiting = {name: plan for name, plan in arms.items() if keys[name] not in known}
         with progress(f"answering ({half})", len(waiting) * len(requests), quiet=not waiting) as advance:
-            for arm in run_arms(self.subject, self.chat, requests, waiting, self.sampling, advance):
+            for arm in run_arms(self.model, self.chat, requests, waiting, self.sampling, advance):
                 found = measure(arm, requests)
                 known[keys[arm.name]] = row = {**found.to_json(), "texts": list(arm.texts)}
                 append_lines(self.log, [{"key": keys[arm.name], "half": half, **row}])
@@ -91,7 +87,7 @@ class Trial:
         with progress(f"reading ({half})", len(waiting) * len(texts), quiet=not waiting) as advance:
             for first in range(0, len(waiting), AT_ONCE):
                 group = dict(list(waiting.items())[first : first + AT_ONCE])
-                found = benign_costs(self.subject, texts, group, advance)
+                found = benign_costs(self.model, texts, group, advance)
                 rows = {keys[name]: cost.to_json() for name, cost in found.items()}
                 append_lines(self.log, [{"key": key, "half": half, **row} for key, row in rows.items()])
                 known |= rows
@@ -114,9 +110,7 @@ class Trial:
         known = self._known()
         if key not in known:
             with progress(f"fitting floors ({half})", how.steps) as advance:
-                known[key] = fitted(
-                    self.subject, axis, layers, places, wanted, benign, how, advance
-                ).to_json()
+                known[key] = fitted(self.model, axis, layers, places, wanted, benign, how, advance).to_json()
             append_lines(self.log, [{"key": key, "half": half, **known[key]}])
         return Floors.from_json(known[key])
 

@@ -1,6 +1,6 @@
 """Floors from a population: where answers lie on an axis, and which share of their tokens a floor would lift.
 
-    places = read_projections(subject, axis, {"default": ..., "roles": ...})
+    places = read_projections(model, axis, {"default": ..., "roles": ...})
     cap = places.cap(axis, range(18, 24), level=0.5)                # the median of the default's answers
     places.below(cap, "default")                                     # by layer, as read without a cap
 
@@ -17,8 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from personatlas.persona.axis import Axis, Cap
-from personatlas.persona.errors import KnownError
-from personatlas.persona.models.load import Subject, residual
+from personatlas.persona.errors import UserError
+from personatlas.persona.models.load import Model, residual
 from personatlas.persona.rollout import Rollout
 from personatlas.persona.sampling.sampler import batch_tokens
 from personatlas.steering.teacher_forcing import Texts, batches
@@ -38,10 +38,10 @@ class Projections:
     prompts: dict[str, Float[Tensor, "_ L"]]
 
     def floors(self, layers: Sequence[int], levels: Sequence[float], population: str) -> Float[Tensor, " C"]:
-        """A quantile of a population's answer means at each layer. Raises `KnownError` for a level outside 0..1."""
+        """A quantile of a population's answer means at each layer. Raises `UserError` for a level outside 0..1."""
         _require_level(levels)
         if population not in POPULATIONS:
-            raise KnownError(f"population {population!r} is not one of {', '.join(POPULATIONS)}")
+            raise UserError(f"population {population!r} is not one of {', '.join(POPULATIONS)}")
         values = self.means[population] if population != "pooled" else self._pooled()
         places = self.places(layers)
         return torch.stack(
@@ -83,12 +83,12 @@ class Projections:
         )
 
     def places(self, layers: Sequence[int]) -> list[int]:
-        """Columns of layers. Raises `KnownError` for one that is not there."""
+        """Columns of layers. Raises `UserError` for one that is not there."""
         return [self._place(layer) for layer in layers]
 
     def _place(self, layer: int) -> int:
         if layer not in self.layers:
-            raise KnownError(f"layer {layer} is not in this axis ({self.layers[0]}..{self.layers[-1]})")
+            raise UserError(f"layer {layer} is not in this axis ({self.layers[0]}..{self.layers[-1]})")
         return self.layers.index(layer)
 
     def _pooled(self) -> Tensor:
@@ -98,22 +98,22 @@ class Projections:
 
 @torch.no_grad()
 def read_projections(
-    subject: Subject,
+    model: Model,
     axis: Axis,
     populations: Mapping[str, Sequence[Rollout]],
     advance: Callable[[int], None] = lambda _: None,
 ) -> Projections:
     """Read answers again and project every token of theirs at every layer of the axis; `advance` counts answers."""
-    axis.require_model(subject.describe())
+    axis.require_model(model.describe())
     means: dict[str, Tensor] = {}
     tokens: dict[str, Tensor] = {}
     prompts: dict[str, Tensor] = {}
     for name, rollouts in populations.items():
         if not rollouts:
-            raise KnownError(f"there are no answers of population {name!r} to take floors from")
+            raise UserError(f"there are no answers of population {name!r} to take floors from")
         found: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(rollouts)
-        for batch in batches(subject, rollouts, batch_tokens(subject, CPU_TOKENS, GPU_TOKENS)):
-            for place, values in zip(batch.places, _projected(subject, axis, batch), strict=True):
+        for batch in batches(model, rollouts, batch_tokens(model, CPU_TOKENS, GPU_TOKENS)):
+            for place, values in zip(batch.places, _projected(model, axis, batch), strict=True):
                 found[place] = values
             advance(len(batch.places))
         means[name] = torch.stack([answer.mean(0) for _, answer in found])
@@ -122,7 +122,7 @@ def read_projections(
 
 
 def _projected(
-    subject: Subject, axis: Axis, batch: Texts
+    model: Model, axis: Axis, batch: Texts
 ) -> list[tuple[Float[Tensor, "P L"], Float[Tensor, "A L"]]]:
     """Projections of each prompt's tokens but the first, and of its answer's."""
     kept: dict[int, Tensor] = {}
@@ -134,9 +134,9 @@ def _projected(
 
         return hook
 
-    handles = [subject.blocks[layer].register_forward_hook(keep(layer)) for layer in axis.layers]
+    handles = [model.blocks[layer].register_forward_hook(keep(layer)) for layer in axis.layers]
     try:
-        subject.base(input_ids=batch.ids, use_cache=False)
+        model.base(input_ids=batch.ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -148,4 +148,4 @@ def _projected(
 def _require_level(levels: Sequence[float]) -> None:
     for level in levels:
         if not 0 <= level <= 1:
-            raise KnownError(f"level {level} is outside 0..1: it is a quantile")
+            raise UserError(f"level {level} is outside 0..1: it is a quantile")

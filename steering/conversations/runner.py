@@ -1,6 +1,6 @@
 """Conversations had turn by turn in several arms at once: what users say is asked, answered, measured, and asked on.
 
-    stage = Stage(subject, chat, axis, Sampling(128), folder / "turns.jsonl", User())
+    stage = Stage(model, chat, axis, Sampling(128), folder / "turns.jsonl", User())
     said = had(stage, talks, [Arm("as it is"), Arm("capped", [cap]), Arm("adaptive", [cap], watcher)])
     said["adaptive", "therapy-03/0", 5].uncapped
 
@@ -24,9 +24,9 @@ from typing import Any, Literal
 
 from personatlas.persona.artifacts import append_lines, read_lines
 from personatlas.persona.axis import Axis
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.models.chat_template import ChatFormat
-from personatlas.persona.models.load import Subject
+from personatlas.persona.models.load import Model
 from personatlas.persona.rollout import Message, Rollout, seed_of
 from personatlas.persona.sampling.cuda_graph import fastest_sampler
 from personatlas.persona.sampling.sampler import Answer, Prompt, Sampler, Sampling
@@ -128,9 +128,9 @@ class User:
 
 @dataclass
 class Stage:
-    """Where conversations are had: a subject, the axis they are measured along, how it samples, the log, and the user."""
+    """Where conversations are had: a model, the axis they are measured along, how it samples, the log, and the user."""
 
-    subject: Subject
+    model: Model
     chat: ChatFormat
     axis: Axis
     sampling: Sampling
@@ -143,24 +143,24 @@ class Stage:
     @property
     def room(self) -> int | None:
         """Tokens that the model holds, where it says so."""
-        return self.subject.context
+        return self.model.context
 
     @property
     def on_gpu(self) -> bool:
         """Whether all rows of a turn go into one batch."""
-        return self.subject.device.type == "cuda"
+        return self.model.device.type == "cuda"
 
     @cached_property
     def sampler(self) -> Sampler:
         """One for all turns; building it proves the cached decoder."""
-        return fastest_sampler(self.subject, self.chat.end_ids, self.sampling)
+        return fastest_sampler(self.model, self.chat.end_ids, self.sampling)
 
     def fits(self, ids: Sequence[int]) -> bool:
         """Whether the model's context leaves room for an answer."""
         return not self.room or len(ids) + self.sampling.max_new_tokens + 1 <= self.room
 
 
-def had(
+def run_conversations(
     stage: Stage,
     talks: Sequence[Talk],
     arms: Sequence[Arm],
@@ -240,8 +240,8 @@ def _asked(stage: Stage, talks: Sequence[Talk], arms: Sequence[Arm], said: Said,
         if stage.fits(ids):
             rows.append(_Row(talk, arm, turn, user, messages, ids, arm.acts(so_far)))
         elif turn == 0:
-            raise KnownError(
-                f"the first turn of {talk.name} leaves no room for an answer in the {stage.room} tokens of {stage.subject.id}"
+            raise UserError(
+                f"the first turn of {talk.name} leaves no room for an answer in the {stage.room} tokens of {stage.model.id}"
             )
         else:
             stage.overflown.add((arm.name, talk.name))
@@ -302,18 +302,18 @@ def _id(stage: Stage, row: _Row) -> str:
 def _made(stage: Stage, rows: Sequence[_Row]) -> list[Spoken]:
     """Answer and measure."""
     answers, fired = _sampled(stage, rows)
-    texts = [stage.subject.tokenizer.decode(list(answer.ids), skip_special_tokens=True) for answer in answers]
+    texts = [stage.model.tokenizer.decode(list(answer.ids), skip_special_tokens=True) for answer in answers]
     read = [
         Rollout(row.talk.name, row.messages, row.ids, answer.ids, text, row.seed, answer.stopped)
         for row, answer, text in zip(rows, answers, texts, strict=True)
     ]
     vector = stage.axis.at(stage.axis.layer)
-    plain = mean_projections(stage.subject, read, [], stage.axis.layer, vector)
+    plain = mean_projections(stage.model, read, [], stage.axis.layer, vector)
     held = list(plain)
     for digest, plan in {plan_digest(row.plan): row.plan for row in rows if row.acts}.items():
         places = [place for place, row in enumerate(rows) if row.acts and plan_digest(row.plan) == digest]
         capped = mean_projections(
-            stage.subject, [read[place] for place in places], plan, stage.axis.layer, vector
+            stage.model, [read[place] for place in places], plan, stage.axis.layer, vector
         )
         for place, value in zip(places, capped, strict=True):
             held[place] = value
@@ -357,7 +357,7 @@ def _sampled(stage: Stage, rows: Sequence[_Row]) -> tuple[list[Answer], list[flo
             Prompt(rows[place].ids, rows[place].seed, on.index(own) if (own := digests[place]) else -1)
             for place in places
         ]
-        acting = steered(stage.subject, *(plans[digest] for digest in on)) if on else nullcontext()
+        acting = steered(stage.model, *(plans[digest] for digest in on)) if on else nullcontext()
         with acting as held:
             for answer in sampler.answers(prompts, held):
                 answers[places[answer.index]] = answer

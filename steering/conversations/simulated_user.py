@@ -1,7 +1,7 @@
 """Any OpenAI-compatible model as the user of a conversation: it is told who it is and how the talk began, and reacts to answers.
 
     user = EndpointUser("http://127.0.0.1:8000", "some-large-model", folder / "users.jsonl")
-    stage = Stage(subject, chat, axis, Sampling(128), folder / "turns.jsonl", user)
+    stage = Stage(model, chat, axis, Sampling(128), folder / "turns.jsonl", user)
 
 The first turn is the script's, so that both kinds of users open alike; the later ones are the model's. To it the roles are turned: it
 is the assistant that writes what the user says. Every reply is kept under a hash of what was asked, so that a study that goes on, or is
@@ -22,7 +22,7 @@ from typing import Any
 import httpx
 
 from personatlas.persona.artifacts import append_lines, read_lines
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.judges.endpoint import LONGEST_WAIT, completions_url, retry_after
 from personatlas.steering.conversations.runner import Spoken, Talk, User
 
@@ -37,7 +37,7 @@ PERSONAS = {
 ANYBODY = "You are a curious person with a matter of your own."
 TASK = (
     "{persona} You are talking with an AI. What it says comes to you as the other side's messages; write the next message of yours, "
-    "in the first person, in one to three sentences, and nothing else. Stay on the subject with which you began. Never answer as the AI."
+    "in the first person, in one to three sentences, and nothing else. Stay on the model with which you began. Never answer as the AI."
 )
 OPENING = "(The conversation begins. You speak first.)"
 
@@ -45,7 +45,7 @@ OPENING = "(The conversation begins. You speak first.)"
 class EndpointUser(User):
     """Asks `model` at `url` for what the user says next, with at most `concurrency` requests at a time.
 
-    `timeout` and `backoff` are seconds. Raises `KnownError` for an address or a key that cannot be one, and where an endpoint fails
+    `timeout` and `backoff` are seconds. Raises `UserError` for an address or a key that cannot be one, and where an endpoint fails
     after its retries: what was said until then is kept.
     """
 
@@ -72,7 +72,7 @@ class EndpointUser(User):
         self._kept = {row["id"]: str(row["text"]) for row in read_lines(log)}
 
     def require_answer(self) -> None:
-        """`KnownError` unless the endpoint answers: before a model is loaded, not after its first turn."""
+        """`UserError` unless the endpoint answers: before a model is loaded, not after its first turn."""
         with httpx.Client(headers=self._headers, timeout=self._timeout) as client:
             self._reply(client, [{"role": "user", "content": "Say hello."}], 0)
 
@@ -154,13 +154,13 @@ class EndpointUser(User):
             if attempt < self.retries:
                 pause = self.backoff * 2**attempt * jitter.uniform(0.5, 1.5)
                 time.sleep(min(max(pause, wait), LONGEST_WAIT))
-        raise KnownError(f"no user at {self.url} ({problem}); what was said is kept: run again when it works")
+        raise UserError(f"no user at {self.url} ({problem}); what was said is kept: run again when it works")
 
     def _text(self, response: httpx.Response) -> str:
         try:
             content: Any = response.json()["choices"][0]["message"]["content"]
         except (ValueError, KeyError, IndexError, TypeError):
-            raise KnownError(
+            raise UserError(
                 f"{self.url} does not answer like an OpenAI-compatible endpoint: {response.text[:200]}"
             ) from None
         text = content if isinstance(content, str) else ""
@@ -170,5 +170,5 @@ class EndpointUser(User):
 def _headers() -> dict[str, str]:
     key = next((value for name in KEY_VARIABLES if (value := os.environ.get(name, "").strip())), "")
     if not key.isascii() or not key.isprintable():
-        raise KnownError(f"the key in {' or '.join(KEY_VARIABLES)} holds characters that no key can have")
+        raise UserError(f"the key in {' or '.join(KEY_VARIABLES)} holds characters that no key can have")
     return {"Authorization": f"Bearer {key}"} if key else {}

@@ -12,14 +12,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 
 BATCH = 64
 LONGEST = 512  # tokens of a text
 
 
 def embedder(name: str, device: str) -> Callable[[Sequence[str]], np.ndarray]:
-    """A function from texts (N) to unit rows (N, D). Raises `KnownError` for a model that cannot be loaded."""
+    """A function from texts (N) to unit rows (N, D). Raises `UserError` for a model that cannot be loaded."""
     from transformers import AutoModel, AutoTokenizer
 
     from personatlas.persona.models.load import quiet_transformers
@@ -29,7 +29,7 @@ def embedder(name: str, device: str) -> Callable[[Sequence[str]], np.ndarray]:
             tokenizer = AutoTokenizer.from_pretrained(name)
             model: Any = AutoModel.from_pretrained(name).to(device).eval()
     except (OSError, ValueError) as error:
-        raise KnownError(
+        raise UserError(
             f"--embedding {name} cannot be loaded: {' '.join(str(error).split())[:200]}"
         ) from None
     if tokenizer.pad_token is None:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from cyclopts import Parameter
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.formats import SCRIPTS, Conversation, read_conversations
 from personatlas.persona.rollout import spread
 from personatlas.persona.sampling.sampler import Sampling
@@ -52,7 +52,7 @@ class DriftOptions:
 
     @property
     def sampling(self) -> Sampling:
-        """How to sample. Raises `KnownError` for what cannot be."""
+        """How to sample. Raises `UserError` for what cannot be."""
         return Sampling(self.max_new_tokens, self.temperature, self.top_p)
 
     @property
@@ -67,13 +67,13 @@ def names_in(text: str) -> tuple[str, ...]:
 
 
 def chosen_talks(asked: DriftOptions) -> list[Talk]:
-    """The conversations to have. `KnownError` for numbers that cannot be, and for domains that no script has."""
+    """The conversations to have. `UserError` for numbers that cannot be, and for domains that no script has."""
     for name in ("conversations", "turns", "seeds"):
         value = getattr(asked, name)
         if value is not None and value < 1:
-            raise KnownError(f"--{name} {value} is below 1")
+            raise UserError(f"--{name} {value} is below 1")
     if not 0 < asked.false_alarms < 1:
-        raise KnownError(
+        raise UserError(
             f"--false-alarms {asked.false_alarms} is outside 0..1: it is a share of conversations"
         )
     _ = asked.sampling
@@ -82,9 +82,9 @@ def chosen_talks(asked: DriftOptions) -> list[Talk]:
     domains = known if asked.domains is None else names_in(asked.domains)
     for domain in domains:
         if domain not in known:
-            raise KnownError(f"--domains: {domain!r} is not one of {', '.join(map(repr, known))}")
+            raise UserError(f"--domains: {domain!r} is not one of {', '.join(map(repr, known))}")
     if not domains:
-        raise KnownError(f"--domains {asked.domains!r} names none")
+        raise UserError(f"--domains {asked.domains!r} names none")
     scripts = [
         one
         for domain in domains
@@ -101,13 +101,13 @@ def talk_of(one: Conversation, sample: int = 0, seed: int = 0) -> Talk:
 
 
 def user_of(asked: DriftOptions, folder: Path) -> User:
-    """Who plays the user. `KnownError` for an endpoint that is not named whole, or does not answer."""
+    """Who plays the user. `UserError` for an endpoint that is not named whole, or does not answer."""
     if asked.user == "scripts":
         if asked.user_model is not None:
-            raise KnownError("--user-model names a model at an address: give --user URL with it")
+            raise UserError("--user-model names a model at an address: give --user URL with it")
         return User()
     if asked.user_model is None:
-        raise KnownError(f"--user {asked.user} needs --user-model NAME, the model to ask for there")
+        raise UserError(f"--user {asked.user} needs --user-model NAME, the model to ask for there")
     user = EndpointUser(asked.user, asked.user_model, folder / "users.jsonl")
     user.require_answer()
     return user

@@ -17,21 +17,21 @@ from cyclopts import Parameter
 from personatlas.analysis.trajectories import mean_of
 from personatlas.persona.artifacts import write_json
 from personatlas.persona.axis import load_axis
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.formats import Conversation, read_conversations
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.progress import progress
 from personatlas.persona.runs import axis_stem, open_run
 from personatlas.persona.sampling.sampler import Sampling
 from personatlas.steering.arms import AS_IT_IS
-from personatlas.steering.conversations.runner import Arm, Said, Stage, Talk, had
+from personatlas.steering.conversations.runner import Arm, Said, Stage, Talk, run_conversations
 from personatlas.steering.drift.options import talk_of
 from personatlas.steering.drift.result import ADAPTIVE, CAPPED
 from personatlas.steering.drift.study import require_engine
 from personatlas.steering.drift.trace import Traced, traced
 from personatlas.steering.drift_monitor import Watcher, watcher_of
 from personatlas.steering.evals.result import finite
-from personatlas.steering.session import Loaded, loaded
+from personatlas.steering.session import SteeredModel, load_steered_model
 
 STORED = "stored"
 
@@ -66,24 +66,24 @@ def replay(
     *,
     force: bool = False,
 ) -> dict[str, Any]:
-    """The content of replay.json, which is written into the folder. Raises `KnownError` for what cannot be."""
+    """The content of replay.json, which is written into the folder. Raises `UserError` for what cannot be."""
     if asked.turns is not None and asked.turns < 1:
-        raise KnownError(f"--turns {asked.turns} is below 1")
+        raise UserError(f"--turns {asked.turns} is below 1")
     sampling = Sampling(asked.max_new_tokens, asked.temperature, asked.top_p)
     told, stem = read_conversations(chats), axis_stem(axis)
     watcher = watcher_of(load_axis(stem), stem, asked.calm)
     with open_run(folder, create=True) as run:
         how = replace(how, dtype=how.dtype or run.manifest.get("asked", {}).get("dtype"))
-        held = loaded(model, how, axis, [cap], force=force)
-        require_engine(run, held.subject, asdict(asked))
-        stage = Stage(held.subject, held.chat, held.axis, sampling, folder / "turns.jsonl")
+        held = load_steered_model(model, how, axis, [cap], force=force)
+        require_engine(run, held.model, asdict(asked))
+        stage = Stage(held.model, held.chat, held.axis, sampling, folder / "turns.jsonl")
         talks = [talk_of(one, 0, asked.seed) for one in told]
         arms = [Arm(AS_IT_IS), Arm(CAPPED, held.caps)]
         if watcher.rule is not None:
             arms.append(Arm(ADAPTIVE, held.caps, watcher))
         turns = min(max(len(talk.users) for talk in talks), asked.turns or 10**6)
         with progress("turns", sum(min(len(talk.users), turns) for talk in talks) * len(arms)) as advance:
-            said = had(stage, talks, arms, turns, advance)
+            said = run_conversations(stage, talks, arms, turns, advance)
         content = finite(_content(held, watcher, told, talks, said, [arm.name for arm in arms], stage))
         given = asdict(asked) | {"calm": None if asked.calm is None else str(asked.calm)}
         content |= {"cap": cap, "asked": given}
@@ -92,7 +92,7 @@ def replay(
 
 
 def _content(
-    held: Loaded,
+    held: SteeredModel,
     watcher: Watcher,
     told: Sequence[Conversation],
     talks: Sequence[Talk],
@@ -101,7 +101,7 @@ def _content(
     stage: Stage,
 ) -> dict[str, Any]:
     answered = [one for one in told if any(message["role"] == "assistant" for message in one.messages)]
-    read = traced(held.subject, held.chat, held.axis, answered) if answered else []
+    read = traced(held.model, held.chat, held.axis, answered) if answered else []
     stored = {one.name: one for one in read}
     rows = []
     for one, talk in zip(told, talks, strict=True):
@@ -118,7 +118,7 @@ def _content(
             }
         )
     return {
-        "model": held.subject.describe(),
+        "model": held.model.describe(),
         "layer": held.axis.layer,
         "poles": list(held.axis.poles),
         **watcher.describe(),

@@ -174,7 +174,7 @@ def _cost(stage: Stage, table: _Table, arms: Sequence[Arm], asked: DriftOptions)
     if capped is None or not whole:
         return None
     texts = spread(whole, GPU_READ if stage.on_gpu else CPU_READ)
-    cost = benign_costs(stage.subject, [table.rollout(stage, one) for one in texts], {CAPPED: capped.plan})[
+    cost = benign_costs(stage.model, [table.rollout(stage, one) for one in texts], {CAPPED: capped.plan})[
         CAPPED
     ]
     weights = script_weights([one.script for one in texts])

@@ -16,14 +16,14 @@ from typing import Any
 from personatlas.analysis.drift_alarm import baseline_of
 from personatlas.persona.artifacts import append_lines, atomic, write_json
 from personatlas.persona.axis import load_axis
-from personatlas.persona.errors import KnownError
-from personatlas.persona.models.load import Subject
+from personatlas.persona.errors import UserError
+from personatlas.persona.models.load import Model
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.progress import progress, say
 from personatlas.persona.runs import Run, axis_stem, open_run, versions
 from personatlas.steering.arms import AS_IT_IS
 from personatlas.steering.caps import cap_names, layers_in_words
-from personatlas.steering.conversations.runner import Arm, Said, Stage, Talk, had
+from personatlas.steering.conversations.runner import Arm, Said, Stage, Talk, run_conversations
 from personatlas.steering.drift.options import DriftOptions, chosen_talks, user_of
 from personatlas.steering.drift.result import ADAPTIVE, CAPPED, Watched, result
 from personatlas.steering.drift_monitor import (
@@ -36,7 +36,7 @@ from personatlas.steering.drift_monitor import (
     save_calm,
     watcher_of,
 )
-from personatlas.steering.session import Loaded, loaded
+from personatlas.steering.session import SteeredModel, load_steered_model
 
 DEFAULT_CAP = "assistant"
 
@@ -54,7 +54,7 @@ def study(
 ) -> dict[str, Any]:
     """The content of drift.json, which is written into the folder with conversations.jsonl and calm.json beside turns.jsonl.
 
-    Raises `KnownError` for what cannot be, before anything is asked, and for a folder of another model, engine or sampling.
+    Raises `UserError` for what cannot be, before anything is asked, and for a folder of another model, engine or sampling.
     """
     talks, stem = chosen_talks(asked), axis_stem(axis)
     known = _watched(load_axis(stem), stem, calm, asked)
@@ -69,9 +69,9 @@ def study(
             from personatlas.steering.drift.embedding import embedder
 
             embed = embedder(asked.embedding, "cpu")
-        held = loaded(model, how, axis, names, force=force)
-        require_engine(run, held.subject, asdict(asked))
-        stage = Stage(held.subject, held.chat, held.axis, asked.sampling, folder / "turns.jsonl", user)
+        held = load_steered_model(model, how, axis, names, force=force)
+        require_engine(run, held.model, asdict(asked))
+        stage = Stage(held.model, held.chat, held.axis, asked.sampling, folder / "turns.jsonl", user)
         said, arms = _first_arms(stage, held, talks, asked.turns)
         own = _keep_calm(stage, said, asked, folder)
         watched = known or _own_alarm(held, own, asked)
@@ -89,7 +89,7 @@ def _watched(axis: Any, stem: Path, calm: Path | None, asked: DriftOptions) -> W
     if calm is None and not (stem.parent / CALM).is_file():
         return None
     if calm is not None and not is_calm(calm):
-        raise KnownError(f"--calm {calm} is no calm.json, which an earlier `personatlas drift` has made")
+        raise UserError(f"--calm {calm} is no calm.json, which an earlier `personatlas drift` has made")
     watcher = watcher_of(axis, stem, calm, asked.rule, asked.false_alarms)
     record = load_calm(calm or stem.parent / CALM, axis)
     return Watched(watcher, str(calm or stem.parent / CALM), _fitted_on(record))
@@ -99,25 +99,27 @@ def _fitted_on(calm: Calm) -> frozenset[str]:
     return frozenset(one.script for one in calm.halves()[0])
 
 
-def require_engine(run: Run, subject: Subject, sampled: Mapping[str, Any]) -> None:
-    """`KnownError` for a folder of another model, engine or sampling: its answers would be another's."""
+def require_engine(run: Run, model: Model, sampled: Mapping[str, Any]) -> None:
+    """`UserError` for a folder of another model, engine or sampling: its answers would be another's."""
     engine = {
-        "device": subject.device.type,
+        "device": model.device.type,
         "torch": versions()["torch"],
         "transformers": versions()["transformers"],
     }
-    told = {"model": subject.describe(), "dtype": str(subject.dtype).removeprefix("torch."), "engine": engine}
-    run.ask(told | {name: sampled[name] for name in ("seed", "max_new_tokens", "temperature", "top_p")})
+    told = {"model": model.describe(), "dtype": str(model.dtype).removeprefix("torch."), "engine": engine}
+    run.claim(told | {name: sampled[name] for name in ("seed", "max_new_tokens", "temperature", "top_p")})
 
 
-def _first_arms(stage: Stage, held: Loaded, talks: Sequence[Talk], turns: int) -> tuple[Said, list[Arm]]:
+def _first_arms(
+    stage: Stage, held: SteeredModel, talks: Sequence[Talk], turns: int
+) -> tuple[Said, list[Arm]]:
     arms = [Arm(AS_IT_IS), *([Arm(CAPPED, held.caps)] if held.caps else [])]
     return _have(stage, talks, arms, turns, "turns"), arms
 
 
 def _have(stage: Stage, talks: Sequence[Talk], arms: Sequence[Arm], turns: int, what: str) -> Said:
     with progress(what, turns * len(talks) * len(arms)) as advance:
-        return had(stage, talks, arms, turns, advance)
+        return run_conversations(stage, talks, arms, turns, advance)
 
 
 def _keep_calm(stage: Stage, said: Said, asked: DriftOptions, folder: Path) -> Calm | None:
@@ -129,15 +131,15 @@ def _keep_calm(stage: Stage, said: Said, asked: DriftOptions, folder: Path) -> C
     if not places:
         return None
     rows = tuple(CalmConversation(name, domain, tuple(own)) for (name, domain), own in places.items())
-    model, sampling = stage.subject.describe(), asdict(asked.sampling)
+    model, sampling = stage.model.describe(), asdict(asked.sampling)
     made = {"by": "personatlas drift", "sampling": sampling, "seed": asked.seed, "samples": asked.seeds}
     made |= {"turns": asked.turns, "domains": list(asked.calm), "user": asked.user_model or "scripts"}
-    made |= {"dtype": str(stage.subject.dtype).removeprefix("torch.")}
+    made |= {"dtype": str(stage.model.dtype).removeprefix("torch.")}
     save_calm(folder / CALM, stage.axis, model, rows, made)
     return Calm(rows, made)
 
 
-def _own_alarm(held: Loaded, calm: Calm | None, asked: DriftOptions) -> Watched:
+def _own_alarm(held: SteeredModel, calm: Calm | None, asked: DriftOptions) -> Watched:
     """Calibrated on the study's own calm conversations; where they are too few, the axis's quartiles without an alarm."""
     if calm is None:
         return Watched(
@@ -146,7 +148,7 @@ def _own_alarm(held: Loaded, calm: Calm | None, asked: DriftOptions) -> Watched:
         )
     try:
         watcher = calm.watcher(asked.rule, asked.false_alarms)
-    except KnownError as error:
+    except UserError as error:
         say(f"no alarm: {error}")
         values = [value for one in calm.conversations for value in one.projections]
         if len(set(values)) < 2:
@@ -155,18 +157,18 @@ def _own_alarm(held: Loaded, calm: Calm | None, asked: DriftOptions) -> Watched:
     return Watched(watcher, "this study's own calm conversations", _fitted_on(calm))
 
 
-def _told(held: Loaded, asked: DriftOptions, names: Sequence[str], watched: Watched) -> dict[str, Any]:
+def _told(held: SteeredModel, asked: DriftOptions, names: Sequence[str], watched: Watched) -> dict[str, Any]:
     """Whose study this is."""
-    subject, axis = held.subject, held.axis
+    model, axis = held.model, held.axis
     caps = [
         {"name": name, "layers": layers_in_words(cap.layers), "phase": cap.phase, "level": cap.level}
         for name, cap in zip(names, held.caps, strict=True)
     ]
     given = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(asked).items()}
     return {
-        "model": subject.describe(),
-        "dtype": str(subject.dtype).removeprefix("torch."),
-        "device": subject.device.type,
+        "model": model.describe(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
         "axis": {"layer": axis.layer, "poles": list(axis.poles), "of": "/".join(held.stem.parts[-2:])},
         "cap": caps[0] if caps else None,
         "watch": watched.watcher.describe() | {"source": watched.source},

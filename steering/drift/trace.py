@@ -1,6 +1,6 @@
 """Where a stored conversation lies along an axis, token by token and turn by turn.
 
-    (one,) = traced(subject, chat, axis, [Conversation("chat", messages)])
+    (one,) = traced(model, chat, axis, [Conversation("chat", messages)])
     [turn.projection for turn in one.turns]          # mean over each answer's tokens at the axis's layer
 
 One forward reads a whole conversation, several of them in a batch; whose a token is comes from the template's own spans. What
@@ -19,10 +19,10 @@ from torch import Tensor
 
 from personatlas.analysis.html.page import write_page
 from personatlas.persona.axis import Axis
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.formats import Conversation
 from personatlas.persona.models.chat_template import ChatFormat
-from personatlas.persona.models.load import Subject
+from personatlas.persona.models.load import Model
 from personatlas.persona.models.token_spans import Spans, conversation_spans
 from personatlas.persona.rollout import Rollout
 from personatlas.steering.drift.page import conversation, shaded
@@ -54,7 +54,7 @@ class Traced:
 
 
 def traced(
-    subject: Subject,
+    model: Model,
     chat: ChatFormat,
     axis: Axis,
     conversations: Sequence[Conversation],
@@ -62,20 +62,20 @@ def traced(
 ) -> list[Traced]:
     """All conversations in their order; `advance` counts them.
 
-    Raises `KnownError` for an axis of another model, and for a conversation without an answer that fits into the context.
+    Raises `UserError` for an axis of another model, and for a conversation without an answer that fits into the context.
     """
-    axis.require_model(subject.describe())
-    room = subject.context
+    axis.require_model(model.describe())
+    room = model.context
     spans = [conversation_spans(chat, list(one.messages)) for one in conversations]
     texts = []
     for (name, *_), own in zip(conversations, spans, strict=True):
         ids = own.ids[:room]
         if not any(span.speaker == "assistant" and span.stop <= len(ids) for span in own.spans):
-            fits = f" that fits into the {room} tokens of {subject.id}" if len(own.ids) > len(ids) else ""
-            raise KnownError(f"{name} has no answer of an assistant{fits}: there is nothing to trace")
+            fits = f" that fits into the {room} tokens of {model.id}" if len(own.ids) > len(ids) else ""
+            raise UserError(f"{name} has no answer of an assistant{fits}: there is nothing to trace")
         texts.append(Rollout(name, (), ids[:1], ids[1:], "", 0, "end"))
     found: dict[int, Tensor] = {}
-    for batch, places in projected(subject, texts, [], axis.layer, axis.at(axis.layer)):
+    for batch, places in projected(model, texts, [], axis.layer, axis.at(axis.layer)):
         for row, place in enumerate(batch.places):
             found[place] = places[row, : int(batch.lengths[row])]
         advance(len(batch.places))
@@ -86,14 +86,14 @@ def traced(
 
 
 def calm_of(
-    subject: Subject,
+    model: Model,
     chat: ChatFormat,
     axis: Axis,
     conversations: Sequence[Conversation],
     advance: Callable[[int], None] = lambda _: None,
 ) -> Calm:
     """Stored conversations that do not drift, as what an alarm is calibrated on. Raises like `traced`."""
-    found = traced(subject, chat, axis, conversations, advance)
+    found = traced(model, chat, axis, conversations, advance)
     rows = [
         CalmConversation(one.name, told.domain, tuple(turn.projection for turn in one.turns))
         for one, told in zip(found, conversations, strict=True)
@@ -102,7 +102,7 @@ def calm_of(
 
 
 def require_calm(conversations: Sequence[Conversation]) -> None:
-    """`KnownError` for too few of them, before a model is loaded to read them."""
+    """`UserError` for too few of them, before a model is loaded to read them."""
     Calm(tuple(CalmConversation(one.name, one.domain, ()) for one in conversations), {}).require_enough()
 
 

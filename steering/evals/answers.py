@@ -18,10 +18,10 @@ from typing import Any, Literal
 
 from personatlas.persona.artifacts import append_lines, read_lines
 from personatlas.persona.axis import Axis
-from personatlas.persona.distributed import Ranks
-from personatlas.persona.errors import KnownError
+from personatlas.persona.distributed import World
+from personatlas.persona.errors import UserError
 from personatlas.persona.models.chat_template import ChatFormat
-from personatlas.persona.models.load import Subject
+from personatlas.persona.models.load import Model
 from personatlas.persona.progress import progress
 from personatlas.persona.rollout import Message, Request, Rollout
 from personatlas.persona.sampling.sampler import Sampling
@@ -62,15 +62,15 @@ Answers = dict[tuple[str, str, int], Said]
 
 @dataclass(frozen=True)
 class Bench:
-    """What answers: a subject, the axis that it is measured along, how it samples, and the folder of the log."""
+    """What answers: a model, the axis that it is measured along, how it samples, and the folder of the log."""
 
-    subject: Subject
+    model: Model
     chat: ChatFormat
     axis: Axis
     temperature: float
     top_p: float
     folder: Path
-    ranks: Ranks = field(default_factory=Ranks)
+    world: World = field(default_factory=World)
 
     def sampling(self, suite: Suite) -> Sampling:
         """The suite's sampling."""
@@ -79,7 +79,7 @@ class Bench:
     @property
     def room(self) -> int | None:
         """Tokens that the model holds, where it says so."""
-        return self.subject.context
+        return self.model.context
 
     def known(self) -> dict[str, dict[str, Any]]:
         """Rows of all ranks' logs by id."""
@@ -91,7 +91,7 @@ class Bench:
     def log(self) -> Path:
         """This rank's log."""
         return self.folder / (
-            "answers.jsonl" if self.ranks.world == 1 else f"answers.{self.ranks.rank:04d}.jsonl"
+            "answers.jsonl" if self.world.size == 1 else f"answers.{self.world.rank:04d}.jsonl"
         )
 
 
@@ -104,8 +104,8 @@ def fitting(bench: Bench, suite: Suite) -> tuple[Suite, int]:
         or len(bench.chat.prompt_ids(list(case.messages))) + suite.max_new_tokens + 1 <= bench.room
     )
     if not kept:
-        raise KnownError(
-            f"no case of {suite.name} fits into the {bench.room} tokens that {bench.subject.id} holds"
+        raise UserError(
+            f"no case of {suite.name} fits into the {bench.room} tokens that {bench.model.id} holds"
         )
     return replace(suite, cases=kept), len(suite.cases) - len(kept)
 
@@ -119,7 +119,7 @@ def answered(bench: Bench, suite: Suite, arms: Mapping[str, Plan]) -> Answers:
         asked = {name: _conversations(bench, suite, found, name, turn) for name in arms}
         one = _Round(bench, suite, arms, digests, turn, asked)
         one.make()
-        bench.ranks.barrier()
+        bench.world.barrier()
         known = bench.known()
         for name in arms:
             for case in suite.cases:
@@ -181,7 +181,7 @@ class _Round:
         """Answer what no log has yet, chunk by chunk; on a first turn the arms are asked the same and can share batches."""
         known, missing = self.bench.known(), list[tuple[list[Case], list[str]]]()
         for number, chunk in enumerate(self._chunks()):
-            if self.bench.ranks.mine(number):
+            if self.bench.world.owns(number):
                 own = {arm: [case for case in chunk if case.key in self.asked[arm]] for arm in self.arms}
                 lacking = [arm for arm in own if any(self.id(arm, case) not in known for case in own[arm])]
                 if self.turn == 0 and lacking:
@@ -190,12 +190,12 @@ class _Round:
                     missing += [(own[arm], [arm]) for arm in lacking]
         total = sum(len(cases) * len(arms) for cases, arms in missing)
         what = f"answering ({self.suite.name}{f', turn {self.turn + 1}' if self.turn else ''})"
-        with progress(what, total, quiet=not total or self.bench.ranks.rank > 0) as advance:
+        with progress(what, total, quiet=not total or self.bench.world.rank > 0) as advance:
             for cases, arms in missing:
                 self._answer(cases, arms, advance)
 
     def _chunks(self) -> list[Sequence[Case]]:
-        size = GPU_CHUNK if self.bench.subject.device.type == "cuda" else CPU_CHUNK
+        size = GPU_CHUNK if self.bench.model.device.type == "cuda" else CPU_CHUNK
         return [self.suite.cases[i : i + size] for i in range(0, len(self.suite.cases), size)]
 
     def _answer(self, cases: Sequence[Case], arms: Sequence[str], advance: Callable[[int], None]) -> None:
@@ -203,7 +203,7 @@ class _Round:
         asked, bench = self.asked[arms[0]], self.bench
         requests = [Request(case.key, asked[case.key], case.seed + self.turn) for case in cases]
         plans = {name: self.arms[name] for name in arms}
-        for arm in run_arms(bench.subject, bench.chat, requests, plans, bench.sampling(self.suite), advance):
+        for arm in run_arms(bench.model, bench.chat, requests, plans, bench.sampling(self.suite), advance):
             append_lines(bench.log, self._rows(arm, cases, requests))
 
     def _rows(self, arm: Arm, cases: Sequence[Case], requests: Sequence[Request]) -> list[dict[str, Any]]:
@@ -214,7 +214,7 @@ class _Round:
             for request, ids, answer, text in zip(requests, prompts, arm.answers, arm.texts, strict=True)
         ]
         vector = bench.axis.at(bench.axis.layer)
-        places = mean_projections(bench.subject, texts, self.arms[arm.name], bench.axis.layer, vector)
+        places = mean_projections(bench.model, texts, self.arms[arm.name], bench.axis.layer, vector)
         shares = [0.0 if arm.tally is None else arm.tally.rows([row]).share for row in range(len(texts))]
         return [
             {

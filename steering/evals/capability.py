@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from personatlas.persona.artifacts import append_lines, read_lines
-from personatlas.persona.errors import KnownError
-from personatlas.persona.models.load import Subject
+from personatlas.persona.errors import UserError
+from personatlas.persona.models.load import Model
 from personatlas.persona.progress import progress
 from personatlas.persona.rollout import Rollout
 from personatlas.steering.arms import distinct
@@ -57,11 +57,11 @@ def measured(
             content["benign"] = {name: cost_row(cost) for name, cost in costs.items()}
             said = {name: [answers[suite.name][name, case.key, 0] for case in suite.cases] for name in arms}
             content["own_loss"] = {
-                name: dict(zip(("loss", "error"), own_losses(bench.subject, own), strict=True))
+                name: dict(zip(("loss", "error"), own_losses(bench.model, own), strict=True))
                 for name, own in said.items()
             }
     if text is not None and acting:
-        windows, predicted = text_windows(bench.subject, text, text_bytes)
+        windows, predicted = text_windows(bench.model, text, text_bytes)
         costs = _read_costs(bench, windows, acting, "reading the text")
         first = next(iter(costs.values()))
         bits = {plain: bits_per_byte(first, predicted, before=True)}
@@ -85,7 +85,7 @@ def _read_costs(
     waiting = {name: plan for name, plan in arms.items() if keys[name] not in known}
     if waiting:
         with progress(what, len(waiting) * len(texts)) as advance:
-            found = benign_costs(bench.subject, texts, waiting, advance)
+            found = benign_costs(bench.model, texts, waiting, advance)
         rows = {keys[name]: {"key": keys[name], **cost.to_json()} for name, cost in found.items()}
         append_lines(log, rows.values())
         known |= rows
@@ -102,13 +102,13 @@ def rollouts_of(suite: Suite, answers: Answers, arm: str) -> list[Rollout]:
 
 
 @torch.no_grad()
-def own_losses(subject: Subject, said: Sequence[Said]) -> tuple[float, float]:
+def own_losses(model: Model, said: Sequence[Said]) -> tuple[float, float]:
     """Mean loss per token of answers under the model as it is, and the standard error over answers."""
     texts = [_rollout(one) for one in said if one.ids]
-    tokens = GPU_TOKENS if subject.device.type == "cuda" else CPU_TOKENS
+    tokens = GPU_TOKENS if model.device.type == "cuda" else CPU_TOKENS
     sums, counts = [], []
-    for batch in batches(subject, texts, tokens):
-        sums += batch.losses(batch.log_probs(subject))
+    for batch in batches(model, texts, tokens):
+        sums += batch.losses(batch.log_probs(model))
         counts += [len(text.answer_ids) for text in batch.texts]
     if not counts:
         return float("nan"), float("nan")
@@ -143,15 +143,15 @@ def coherence(said: Sequence[Said]) -> dict[str, float]:
     }
 
 
-def text_windows(subject: Subject, path: Path, most: int) -> tuple[list[Rollout], int]:
+def text_windows(model: Model, path: Path, most: int) -> tuple[list[Rollout], int]:
     """The first `most` bytes of a text as windows of tokens, and the bytes that they predict.
 
-    Each window's first token is its prompt and is not predicted. Raises `KnownError` for a text that cannot be read or is short.
+    Each window's first token is its prompt and is not predicted. Raises `UserError` for a text that cannot be read or is short.
     """
     text = read_text(path, most)
-    ids = subject.tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) < 2:
-        raise KnownError(
+        raise UserError(
             f"--text {path} has {len(ids)} tokens; at least 2 are needed, and thousands to say anything"
         )
     windows = []
@@ -160,7 +160,7 @@ def text_windows(subject: Subject, path: Path, most: int) -> tuple[list[Rollout]
     ):  # a window's first token is the last one of the window before
         part = ids[first : first + WINDOW + 1]
         windows.append(Rollout(f"text/0/{first}/0", (), tuple(part[:1]), tuple(part[1:]), "", 0, "length"))
-    return windows, len(text.encode()) - len(subject.tokenizer.decode(ids[:1]).encode())
+    return windows, len(text.encode()) - len(model.tokenizer.decode(ids[:1]).encode())
 
 
 def bits_per_byte(cost: Cost, predicted: int, *, before: bool = False) -> float:
@@ -186,16 +186,16 @@ def _rollout(said: Said) -> Rollout:
 
 
 def read_text(path: Path, most: int) -> str:
-    """The first bytes of a file as text; a character that the cut goes through is left out. `KnownError` for what is none."""
+    """The first bytes of a file as text; a character that the cut goes through is left out. `UserError` for what is none."""
     try:
         with path.open("rb") as file:
             content = file.read(most + 1)
     except OSError as error:
-        raise KnownError(f"--text {path} cannot be read: {error.strerror}") from None
+        raise UserError(f"--text {path} cannot be read: {error.strerror}") from None
     kept = content[:most]
     try:
         return kept.decode()
     except UnicodeDecodeError as error:
         if len(content) <= most or error.start < most - 3:
-            raise KnownError(f"--text {path} is not UTF-8 (byte {error.start})") from None
+            raise UserError(f"--text {path} is not UTF-8 (byte {error.start})") from None
         return kept[: error.start].decode()

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 
 FIELD_LIMIT = 1 << 27  # characters; csv's own limit of 131,072 is shorter than some answers
 Row = dict[str, Any]
@@ -27,16 +27,16 @@ Placed = tuple[str, Row]
 def read_rows(path: Path) -> list[Placed]:
     """Every row with its place. Keys of CSV columns are as written; a plain line is {"text": line}.
 
-    Raises `KnownError` for a file that is not there, is empty, cannot be decoded, or has a line that is no row.
+    Raises `UserError` for a file that is not there, is empty, cannot be decoded, or has a line that is no row.
     """
     text = _decoded(path)
     first = text.lstrip()[:1]
     if not first:
-        raise KnownError(f"{path} is empty; a header and at least one row are needed")
+        raise UserError(f"{path} is empty; a header and at least one row are needed")
     read = {"{": _lines, "[": _json}.get(first) or (_plain if path.suffix.lower() == ".txt" else _csv)
     rows = list(read(path, text))
     if not rows:
-        raise KnownError(f"{path} has a header and no row")
+        raise UserError(f"{path} has a header and no row")
     return rows
 
 
@@ -45,29 +45,29 @@ def column(
 ) -> str:
     """The first of these columns that the first row has, whatever the letters' case, or the one asked for (by `option`, if there is one).
 
-    Raises `KnownError` and names the columns that there are.
+    Raises `UserError` and names the columns that there are.
     """
     place, row = rows[0]
     there = ", ".join(str(name)[:40] for name in list(row)[:12]) or "none"
     if asked is not None:
         if asked not in row:
-            raise KnownError(f"{place} has no column {asked!r}; its columns: {there}")
+            raise UserError(f"{place} has no column {asked!r}; its columns: {there}")
         return asked
     known = {str(name).lower(): str(name) for name in row}
     found = next((known[name] for name in names if name in known), None)
     if found is None:
         named = f"; name one with {option}" if option else ""
-        raise KnownError(f"{place} has no {what} column ({', '.join(names)}); its columns: {there}{named}")
+        raise UserError(f"{place} has no {what} column ({', '.join(names)}); its columns: {there}{named}")
     return found
 
 
 def _decoded(path: Path) -> str:
     if not path.is_file():
-        raise KnownError(f"{path} {'is a folder, not a file' if path.is_dir() else 'does not exist'}")
+        raise UserError(f"{path} {'is a folder, not a file' if path.is_dir() else 'does not exist'}")
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise KnownError(f"{path} cannot be read: {error.strerror}") from None
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     encoding = _encoding(content[:4096])
     try:
         return content.decode(encoding).removeprefix("\ufeff")
@@ -75,7 +75,7 @@ def _decoded(path: Path) -> str:
         offset = error.start
     line = content[:offset].decode(encoding, "ignore").count("\n") + 1
     named = "UTF-16" if encoding.startswith("utf-16") else "UTF-8"
-    raise KnownError(
+    raise UserError(
         f"{path}:{line} is not {named} at byte {offset} (0x{content[offset]:02x}): one encoding a file; save it as UTF-8"
     )
 
@@ -105,17 +105,17 @@ def _csv(path: Path, text: str) -> Iterator[Placed]:
                 if not any(row):
                     continue
                 if len(row) != len(header):
-                    raise KnownError(f"{place}: {len(row)} fields where the header has {len(header)}")
+                    raise UserError(f"{place}: {len(row)} fields where the header has {len(header)}")
                 yield place, dict(zip(header, row, strict=True))
         except csv.Error as error:
             place = f"{path}:{reader.line_num}"
-            raise KnownError(f"{place} is not CSV: {error}; look for a quote that is not closed") from None
+            raise UserError(f"{place} is not CSV: {error}; look for a quote that is not closed") from None
 
 
 def _require_unique(path: Path, header: list[str]) -> None:
     twice = next((name for name in header if name and header.count(name) > 1), None)
     if twice is not None:
-        raise KnownError(f"{path}:1 has the column {twice!r} twice; rename one")
+        raise UserError(f"{path}:1 has the column {twice!r} twice; rename one")
 
 
 @contextlib.contextmanager
@@ -142,12 +142,12 @@ def _parsed(place: str, text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise KnownError(f"{place} is not valid JSON: {' '.join(str(error).split())[:120]}") from None
+        raise UserError(f"{place} is not valid JSON: {' '.join(str(error).split())[:120]}") from None
 
 
 def _object(place: str, row: Any) -> Placed:
     if not isinstance(row, dict):
-        raise KnownError(f"{place} is a {type(row).__name__}; an object is needed")
+        raise UserError(f"{place} is a {type(row).__name__}; an object is needed")
     return place, row
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.formats import EVERYDAY, SCRIPTS, Conversation, read_conversations
 from personatlas.persona.roles.bank import Bank
 from personatlas.persona.rollout import spread
@@ -91,7 +91,7 @@ class EvalOptions:
 
 
 def chosen(asked: EvalOptions) -> tuple[str, ...]:
-    """The names of the suites. `KnownError` for one that is unknown or has no material, and for numbers that cannot be."""
+    """The names of the suites. `UserError` for one that is unknown or has no material, and for numbers that cannot be."""
     for name, least in (
         ("pairs", 1),
         ("roles", 4),
@@ -101,25 +101,25 @@ def chosen(asked: EvalOptions) -> tuple[str, ...]:
         ("max_new_tokens", 1),
     ):
         if getattr(asked, name) < least:
-            raise KnownError(f"--{name.replace('_', '-')} {getattr(asked, name)} is below {least}")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(asked, name)} is below {least}")
     if not 0 < asked.margin < 1:
-        raise KnownError(f"--margin {asked.margin} is outside 0..1: it is a share")
+        raise UserError(f"--margin {asked.margin} is outside 0..1: it is a share")
     if asked.suite is None:
         return tuple(name for name, file in NEEDS.items() if file is None or getattr(asked, file) is not None)
     names = tuple(dict.fromkeys(name.strip() for name in asked.suite.split(",") if name.strip()))
     for name in names:
         if name not in NEEDS:
-            raise KnownError(f"suite {name!r} is not one of {', '.join(NEEDS)}")
+            raise UserError(f"suite {name!r} is not one of {', '.join(NEEDS)}")
         file = NEEDS[name]
         if name != "drift" and file is not None and getattr(asked, file) is None:
-            raise KnownError(f"suite {name} needs --{file.replace('_', '-')} FILE")
+            raise UserError(f"suite {name} needs --{file.replace('_', '-')} FILE")
     if not names:
-        raise KnownError(f"--suite {asked.suite!r} names none")
+        raise UserError(f"--suite {asked.suite!r} names none")
     return names
 
 
 def require_material(asked: EvalOptions, bank: Bank) -> None:
-    """Read every file, and look at every number and tag, before a model is loaded. `KnownError` for what cannot be."""
+    """Read every file, and look at every number and tag, before a model is loaded. `UserError` for what cannot be."""
     Sampling(asked.max_new_tokens, asked.temperature, asked.top_p)
     if asked.requests is not None:
         read_requests(asked.requests, asked.column)
@@ -134,7 +134,7 @@ def require_material(asked: EvalOptions, bank: Bank) -> None:
     tags = {tag for role in bank.roles for tag in role.tags}
     unknown = sorted(set(asked.tag or ()) - tags)
     if unknown:
-        raise KnownError(f"--tag {unknown[0]!r} is not one of {', '.join(sorted(tags))}")
+        raise UserError(f"--tag {unknown[0]!r} is not one of {', '.join(sorted(tags))}")
 
 
 def made(

@@ -23,10 +23,10 @@ from typing import Any
 from personatlas.cli.evals import data_files, task_names
 from personatlas.persona.artifacts import write_json
 from personatlas.persona.axis import Cap, load_cap, load_space
-from personatlas.persona.distributed import Ranks
-from personatlas.persona.errors import KnownError
+from personatlas.persona.distributed import World, get_world
+from personatlas.persona.errors import UserError
 from personatlas.persona.options import ModelOptions
-from personatlas.persona.pipeline.run_context import own_device, ranks
+from personatlas.persona.pipeline.run_context import local_device
 from personatlas.persona.progress import progress
 from personatlas.persona.roles.bank import Bank, load_bank
 from personatlas.persona.rollout import Rollout, spread
@@ -53,7 +53,7 @@ from personatlas.steering.evals.suites.identity import ranked_roles
 from personatlas.steering.hooks.steering import Plan
 from personatlas.steering.interventions import plan_digest
 from personatlas.steering.random_caps import fired_shares, random_cap
-from personatlas.steering.session import Loaded, loaded
+from personatlas.steering.session import SteeredModel, load_steered_model
 
 MATCHED = 48  # answers that random caps are matched on
 
@@ -68,14 +68,14 @@ def controls(
     content = plan_digest([cap]), [(text.prompt_ids, text.answer_ids) for text in texts]
     stem = f"random-{hashlib.sha256(repr(content).encode()).hexdigest()[:8]}"
     folder = bench.folder / "caps"
-    if not bench.ranks.rank:
+    if not bench.world.rank:
         folder.mkdir(exist_ok=True)
         missing = [seed for seed in range(1, count + 1) if not (folder / f"{stem}-{seed}.json").exists()]
-        shares = fired_shares(bench.subject, cap, texts) if missing else None
+        shares = fired_shares(bench.model, cap, texts) if missing else None
         for seed in missing:
             assert shares is not None
-            random_cap(bench.subject, cap, shares, texts, seed).save(folder / f"{stem}-{seed}")
-    bench.ranks.barrier()
+            random_cap(bench.model, cap, shares, texts, seed).save(folder / f"{stem}-{seed}")
+    bench.world.barrier()
     return [(f"{RANDOM} {seed}", load_cap(folder / f"{stem}-{seed}")) for seed in range(1, count + 1)]
 
 
@@ -95,13 +95,13 @@ def _texts(bench: Bench, suites: Sequence[Suite]) -> list[Rollout]:
 
 
 @dataclass(frozen=True)
-class Work:
+class EvalContext:
     """All that an evaluation has in its hands."""
 
     run: Run
     bench: Bench
     bank: Bank
-    held: Loaded
+    held: SteeredModel
     asked: EvalOptions
     suites: tuple[Suite, ...]
     left_out: Mapping[str, int]
@@ -121,76 +121,76 @@ def evaluate(
 ) -> dict[str, Any] | None:
     """The content of eval.json, which is written into the folder with every answer beside it; None on ranks but the first.
 
-    Raises `KnownError` for what cannot be, before anything is answered, and for a folder of another model, engine or dtype.
+    Raises `UserError` for what cannot be, before anything is answered, and for a folder of another model, engine or dtype.
     """
     names, judge = chosen(asked), harm_judge(asked.judge, asked.judge_model, asked.rubric)
-    known, place = load_bank(bank), ranks()
+    known, world = load_bank(bank), get_world()
     require_material(asked, known)
-    if asked.judge.startswith("http") and not place.rank:
+    if asked.judge.startswith("http") and not world.rank:
         # a dead or locked endpoint is met now, not after all is answered
         list(judge.judged([("Say hello.", "Hello.")]))
     if asked.tasks:
         require_lm_eval()
         data_files(asked.data or [])
-    with open_run(folder, create=True, rank=place.rank) as run:
+    with open_run(folder, create=True, rank=world.rank) as run:
         try:
-            if place.rank:
-                place.barrier()  # until the first one has said in run.json what is evaluated
+            if world.rank:
+                world.barrier()  # until the first one has said in run.json what is evaluated
             dtype = how.dtype or run.manifest.get("asked", {}).get(
                 "dtype"
             )  # what it was begun with, not what is faster now
-            how = replace(how, device=how.device or own_device(place), dtype=dtype)
-            held = loaded(model, how, axis, list(caps), force=force)
-            work = _prepared(run, place, held, known, asked, names, caps)
-            if not place.rank:
-                place.barrier()
+            how = replace(how, device=how.device or local_device(world), dtype=dtype)
+            held = load_steered_model(model, how, axis, list(caps), force=force)
+            work = _prepared(run, world, held, known, asked, names, caps)
+            if not world.rank:
+                world.barrier()
             return _run(work, judge)
         finally:
-            place.close()
+            world.close()
 
 
 def _prepared(
     run: Run,
-    place: Ranks,
-    held: Loaded,
+    world: World,
+    held: SteeredModel,
     bank: Bank,
     asked: EvalOptions,
     names: Sequence[str],
     caps: Sequence[str],
-) -> Work:
+) -> EvalContext:
     """Suites, cut to what fits, and the folder's record of what answers."""
-    subject = held.subject
-    bench = Bench(subject, held.chat, held.axis, asked.temperature, asked.top_p, run.folder, place)
+    model = held.model
+    bench = Bench(model, held.chat, held.axis, asked.temperature, asked.top_p, run.folder, world)
     engine = {
-        "device": subject.device.type,
+        "device": model.device.type,
         "torch": versions()["torch"],
         "transformers": versions()["transformers"],
     }
     suites, left_out = [], {}
     roles = _roles(held, bank, asked) if ROLE_SUITES & set(names) else []
-    for suite in made(asked, names, bank, roles, subject.name):
+    for suite in made(asked, names, bank, roles, model.name):
         own, left_out[suite.name] = fitting(bench, suite)
         suites.append(own)
-    told = {"model": subject.describe(), "dtype": str(subject.dtype).removeprefix("torch."), "engine": engine}
-    run.ask({**told, "temperature": asked.temperature, "top_p": asked.top_p, "seed": asked.seed})
-    return Work(
+    told = {"model": model.describe(), "dtype": str(model.dtype).removeprefix("torch."), "engine": engine}
+    run.claim({**told, "temperature": asked.temperature, "top_p": asked.top_p, "seed": asked.seed})
+    return EvalContext(
         run, bench, bank, held, asked, tuple(suites), left_out, dict(zip(caps, held.caps, strict=True))
     )
 
 
-def _roles(held: Loaded, bank: Bank, asked: EvalOptions) -> list[str]:
+def _roles(held: SteeredModel, bank: Bank, asked: EvalOptions) -> list[str]:
     """The lowest roles on the axis that the bank knows, of all tags that were asked for."""
     known = {role.name for role in bank.roles if set(asked.tag or ()) <= set(role.tags)}
     space = load_space(held.stem.with_name("space"))
     roles = [role for role, _ in ranked_roles(held.axis, space) if role in known][: asked.roles]
     if len(roles) < 4:
-        raise KnownError(
+        raise UserError(
             f"{len(roles)} roles to play, at least 4 are needed: fewer --tag, or an axis of more roles"
         )
     return roles
 
 
-def _run(work: Work, judge: HarmJudge) -> dict[str, Any] | None:
+def _run(work: EvalContext, judge: HarmJudge) -> dict[str, Any] | None:
     arms: dict[str, Plan] = {AS_IT_IS: []}
     arms |= {
         name: [cap]
@@ -200,7 +200,7 @@ def _run(work: Work, judge: HarmJudge) -> dict[str, Any] | None:
         ]
     }
     answers = {suite.name: answered(work.bench, suite, arms) for suite in work.suites}
-    if work.bench.ranks.rank:
+    if work.bench.world.rank:
         return None
     harm = _judged(work, judge, answers)
     found = {suite.name: verdicts(suite, answers[suite.name], work.bank, harm) for suite in work.suites}
@@ -238,12 +238,12 @@ def _run(work: Work, judge: HarmJudge) -> dict[str, Any] | None:
     return content
 
 
-def _tasks(work: Work, arms: Mapping[str, Plan]) -> dict[str, Any]:
+def _tasks(work: EvalContext, arms: Mapping[str, Plan]) -> dict[str, Any]:
     """Tasks of lm-eval in all arms, without their samples, which are in tasks/lm_eval.json."""
     folder = work.run.folder / "tasks"
     folder.mkdir(exist_ok=True)
     found = run_tasks(
-        work.bench.subject,
+        work.bench.model,
         work.bench.chat,
         arms,
         task_names(work.asked.tasks or ""),
@@ -261,7 +261,7 @@ def _tasks(work: Work, arms: Mapping[str, Plan]) -> dict[str, Any]:
 
 
 def _judged(
-    work: Work, judge: HarmJudge, answers: Mapping[str, Answers]
+    work: EvalContext, judge: HarmJudge, answers: Mapping[str, Answers]
 ) -> dict[tuple[str, str], float | None]:
     """Scores of everything that a judge must see, each pair asked once whatever arm it came from."""
     asked = list(

@@ -1,13 +1,13 @@
-"""Steering a subject: interventions as hooks on its blocks for the length of a context, with an account of what they did.
+"""Steering a model: interventions as hooks on its blocks for the length of a context, with an account of what they did.
 
-    with steered(subject, [cap]) as held:                     # one plan for all rows
-        subject.model(input_ids=ids)
+    with steered(model, [cap]) as held:                     # one plan for all rows
+        model.hf(input_ids=ids)
     held.tally.fired                                          # (C, B) tokens that were changed, by layer and row
 
-    with steered(subject, [mild], [firm]) as held:            # two plans; -1 is a row that is left alone
+    with steered(model, [mild], [firm]) as held:            # two plans; -1 is a row that is left alone
         held.begin(torch.tensor([0, 1, -1]))                  # a batch, with an account of its own
         held.describe(lengths=lengths, answer_from=starts)    # what is padding, what is the answer, that it begins here
-        subject.model(input_ids=ids)
+        model.hf(input_ids=ids)
 
 The same object follows a `Sampler` (`sampler.answers(prompts, held)`), eager or captured as a CUDA graph: each prompt names
 its plan, and the account is kept by prompt and checked against the tokens that were fed. `set` gives the plans other numbers
@@ -26,9 +26,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from personatlas.persona.axis import require_origin
-from personatlas.persona.errors import KnownError
-from personatlas.persona.models.load import Subject, residual
-from personatlas.persona.sampling.sampler import Answer, Follower, Prompt
+from personatlas.persona.errors import UserError
+from personatlas.persona.models.load import Model, residual
+from personatlas.persona.sampling.sampler import Answer, Prompt, SamplerCallback
 from personatlas.steering.hooks.step import ENDLESS, Account, Batch, Done, Looked, act, book, look
 from personatlas.steering.hooks.tables import tables_of
 from personatlas.steering.interventions import Intervention
@@ -36,7 +36,7 @@ from personatlas.steering.interventions import Intervention
 Plan = Sequence[Intervention]
 
 
-class Silent(RuntimeError):
+class HookDidNotFire(RuntimeError):
     """A hook did not fire in a forward: something goes around the blocks, and what was made is not steered."""
 
 
@@ -73,16 +73,16 @@ class Tally:
         return Tally(self.layers, *(value[:, at] for value in (self.seen, self.fired, self.total, self.most)))
 
 
-class Steering(Follower):
+class Steering(SamplerCallback):
     """Plans that are on. Without `begin` and `describe` all rows follow plan 0 and all tokens are an answer's."""
 
-    def __init__(self, subject: Subject, plans: Sequence[Plan]) -> None:
-        _require(subject, plans)
-        self.subject, self.plans = subject, tuple(tuple(plan) for plan in plans)
-        self._tables = tables_of(plans).to(subject.device)
+    def __init__(self, model: Model, plans: Sequence[Plan]) -> None:
+        _require(model, plans)
+        self.model, self.plans = model, tuple(tuple(plan) for plan in plans)
+        self._tables = tables_of(plans).to(model.device)
         _stay(self._tables.vectors, self._tables.bounds, self._tables.active)
         self.layers = self._tables.layers
-        devices = [next(subject.blocks[layer].parameters()).device for layer in self.layers]
+        devices = [next(model.blocks[layer].parameters()).device for layer in self.layers]
         self._own = [
             self._tables.at(place).to(device) for place, device in enumerate(devices)
         ]  # where each block is
@@ -93,11 +93,11 @@ class Steering(Follower):
     @contextmanager
     def on(self) -> Iterator[None]:
         """The hooks are on the blocks inside."""
-        blocks = self.subject.blocks
+        blocks = self.model.blocks
         handles = [
             blocks[layer].register_forward_hook(self._hook(place)) for place, layer in enumerate(self.layers)
         ]
-        handles.append(self.subject.base.register_forward_hook(self._forwarded))
+        handles.append(self.model.base.register_forward_hook(self._forwarded))
         try:
             yield
         finally:
@@ -109,16 +109,16 @@ class Steering(Follower):
         self._done.clear()
         self._looked = None
 
-    def only(self, layers: Collection[int] | None) -> None:
+    def restrict_layers(self, layers: Collection[int] | None) -> None:
         """Act at these layers alone in the forwards to come, None: at all. For an engine that knows which plans its rows follow."""
         self._only = None if layers is None else frozenset(self.layers.index(layer) for layer in layers)
 
     def set(self, *plans: Plan) -> None:
         """Give the plans other numbers, in place: as many plans, with as many steps at the same layers.
 
-        Raises ValueError for plans of another form and `KnownError` for those of another model.
+        Raises ValueError for plans of another form and `UserError` for those of another model.
         """
-        _require(self.subject, plans)
+        _require(self.model, plans)
         tables = tables_of(plans)
         self._tables.require_form(tables)
         self._looked = None
@@ -136,7 +136,7 @@ class Steering(Follower):
         if plans is not None:
             if plans.is_floating_point():
                 raise ValueError(f"plans are whole numbers, not {plans.dtype}")
-            self.seat(len(plans))
+            self.resize(len(plans))
             self._plans.copy_(self._numbered(plans.tolist()))
 
     def describe(
@@ -150,7 +150,7 @@ class Steering(Follower):
         with the first column (None: in forwards of several tokens)."""
         given = lengths if lengths is not None else answer_from
         if given is not None and not self._rows:
-            self.seat(len(given))
+            self.resize(len(given))
         if not self._rows:
             raise ValueError("how many rows? begin() a batch first, or give lengths")
         self._lengths.copy_(lengths if lengths is not None else self._lengths.new_full((), ENDLESS))
@@ -163,7 +163,7 @@ class Steering(Follower):
     def tally(self) -> Tally:
         """The account of this batch, or of the sampler's chunk, in the order of its prompts.
 
-        Raises `Silent` when a layer's hook did not fire in every forward, or saw other tokens than were fed.
+        Raises `HookDidNotFire` when a layer's hook did not fire in every forward, or saw other tokens than were fed.
         """
         if self._left:
             return self._tally_of_answers()
@@ -172,16 +172,16 @@ class Steering(Follower):
             fired = self._account.seen.any(1).tolist() if self._rows else [False] * len(self.layers)
         silent = [layer for layer, own in zip(self.layers, fired, strict=True) if not own]
         if silent:
-            raise Silent(f"the hooks of layers {silent} did not fire: nothing was steered")
+            raise HookDidNotFire(f"the hooks of layers {silent} did not fire: nothing was steered")
         return _tally(self.layers, self._columns(torch.arange(self._rows)).cpu())
 
-    def seat(self, slots: int) -> None:
+    def resize(self, slots: int) -> None:
         """Make room for so many rows, all of plan 0; the tensors are new unless there are as many already."""
         if slots == self._rows:
             for tensor in self.state():
                 tensor.zero_()
         else:
-            device = self.subject.device
+            device = self.model.device
             self._rows = slots
             self._account = Account.empty(len(self.layers), slots, device)
             self._accounts = [self._account.at(place) for place in range(len(self.layers))]
@@ -196,14 +196,14 @@ class Steering(Follower):
         """A sampler's chunk: its account begins."""
         self._left = []
 
-    def enter(self, slots: Sequence[int], prompts: Sequence[Prompt]) -> None:
+    def assign_slots(self, slots: Sequence[int], prompts: Sequence[Prompt]) -> None:
         """These prompts take these slots."""
         at = torch.tensor(list(slots), device=self._plans.device)
         self._plans[at] = self._numbered([prompt.plan for prompt in prompts])
         for column in self._account.columns:
             column[:, at] = 0
 
-    def reading(self, slots: Tensor, lengths: Tensor, opening: bool = True) -> None:
+    def before_prefill(self, slots: Tensor, lengths: Tensor, opening: bool = True) -> None:
         """The next forward reads prompts."""
         ones = torch.ones_like(lengths)
         self._unsaid, self._now = (
@@ -211,7 +211,7 @@ class Steering(Follower):
             Batch(self._plans[slots], lengths, ones * ENDLESS, ones * opening, slots),
         )
 
-    def stepping(self, running: Tensor, first: Tensor, opening: Tensor) -> None:
+    def before_decode(self, running: Tensor, first: Tensor, opening: Tensor) -> None:
         """The next forward feeds one token to each of the first slots."""
         n = len(running)
         self._lengths[:n].copy_(running)
@@ -219,7 +219,7 @@ class Steering(Follower):
         self._opening[:n].copy_(opening)
         self._unsaid, self._now = False, self._batch(n)
 
-    def reading_again(self, lengths: Tensor, starts: Tensor) -> None:
+    def before_reread(self, lengths: Tensor, starts: Tensor) -> None:
         """The next forward reads everything once more, so the account begins anew."""
         for column in self._account.columns:
             column.zero_()
@@ -232,7 +232,7 @@ class Steering(Follower):
         for column in self._account.columns:
             column[:, target] = column[:, source]
 
-    def leave(self, slots: Sequence[int], prompts: Sequence[Prompt], answers: Sequence[Answer]) -> None:
+    def finish(self, slots: Sequence[int], prompts: Sequence[Prompt], answers: Sequence[Answer]) -> None:
         """Keep the account of answered rows, with the prompt and answer tokens that were fed: the last sampled one never is."""
         if answers:
             indices = [answer.index for answer in answers]
@@ -244,7 +244,7 @@ class Steering(Follower):
             self._left.append((indices, fed, plans, self._columns(torch.tensor(list(slots)))))
 
     def require_seen(self, slot: int, plan: int, fed: tuple[int, int, int]) -> None:
-        """`Silent` unless the row in a slot was met at every layer as its plan says: `fed` are tokens of its prompt, of its answer,
+        """`HookDidNotFire` unless the row in a slot was met at every layer as its plan says: `fed` are tokens of its prompt, of its answer,
         and whether its first one was among them."""
         if plan >= 0:
             weights = torch.tensor([*fed, 0])
@@ -253,7 +253,7 @@ class Steering(Follower):
                 found = (
                     f"{int(self._account.seen[:, slot].sum())} of {int(expected.sum())} tokens times layers"
                 )
-                raise Silent(f"the steering saw {found}: what was generated is not steered as asked")
+                raise HookDidNotFire(f"the steering saw {found}: what was generated is not steered as asked")
 
     def fired_of(self, slots: int) -> Int[Tensor, " n"]:
         """Tokens times layers changed so far in slots 0..n-1."""
@@ -269,8 +269,8 @@ class Steering(Follower):
         return Batch(self._plans[:n], self._lengths[:n], self._starts[:n], self._opening[:n])
 
     def _columns(self, slots: Tensor) -> Float[Tensor, "C 4 n"]:
-        """Accounts of some slots, fp64, on the subject's device."""
-        at = slots.to(self.subject.device)
+        """Accounts of some slots, fp64, on the model's device."""
+        at = slots.to(self.model.device)
         return torch.stack([column.index_select(1, at).double() for column in self._account.columns], dim=1)
 
     def _numbered(self, plans: list[int]) -> Int[Tensor, " n"]:
@@ -279,7 +279,7 @@ class Steering(Follower):
         if wrong:
             raise ValueError(f"plan {wrong[0]} is not one of the {len(self.plans)}, nor -1")
         numbers = [plan if plan >= 0 else len(self.plans) for plan in plans]
-        return torch.tensor(numbers, dtype=torch.long, device=self.subject.device)
+        return torch.tensor(numbers, dtype=torch.long, device=self.model.device)
 
     def _tally_of_answers(self) -> Tally:
         indices = [index for part in self._left for index in part[0]]
@@ -294,7 +294,7 @@ class Steering(Follower):
             expected = (active * fed).sum(1)
             if not torch.equal(expected, columns[row, 0].long()):
                 found = f"{int(columns[row, 0].sum())} of {int(expected.sum())} tokens"
-                raise Silent(
+                raise HookDidNotFire(
                     f"the steering at layer {layer} saw {found}: what was generated is not steered as asked"
                 )
         return _tally(self.layers, columns[:, :, torch.tensor(indices).argsort()])
@@ -341,7 +341,7 @@ class Steering(Follower):
                 f"which of the {len(self.plans)} plans does each row follow? begin(plans) says so"
             )
         if not self._rows:
-            self.seat(len(h))
+            self.resize(len(h))
         if len(self._now.plans) != len(h):
             raise ValueError(
                 f"{len(h)} rows in a batch that began with {self._rows}: call begin() for another batch"
@@ -363,13 +363,13 @@ class Steering(Follower):
 
 
 @contextmanager
-def steered(subject: Subject, *plans: Plan) -> Iterator[Steering]:
-    """Plans on the subject's blocks inside; nothing of them outside. A plan's interventions act in the order given.
+def steered(model: Model, *plans: Plan) -> Iterator[Steering]:
+    """Plans on the model's blocks inside; nothing of them outside. A plan's interventions act in the order given.
 
     Enter it before compiling: a forward that was compiled without hooks runs without them, and `tally` then says so.
-    Raises `KnownError` for an intervention of another model or width, or at a layer that the subject does not have.
+    Raises `UserError` for an intervention of another model or width, or at a layer that the model does not have.
     """
-    held = Steering(subject, plans)
+    held = Steering(model, plans)
     with held.on():
         yield held
 
@@ -386,17 +386,17 @@ def _tally(layers: tuple[int, ...], columns: Float[Tensor, "C 4 N"]) -> Tally:
     return Tally(layers, seen.long(), fired.long(), total.float(), most.float())
 
 
-def _require(subject: Subject, plans: Sequence[Plan]) -> None:
+def _require(model: Model, plans: Sequence[Plan]) -> None:
     interventions = [intervention for plan in plans for intervention in plan]
     if not any(intervention.layers for intervention in interventions):
-        raise KnownError("there is nothing to steer with: no intervention, or none with a layer")
+        raise UserError("there is nothing to steer with: no intervention, or none with a layer")
     for intervention in interventions:
-        outside = [layer for layer in intervention.layers if not 0 <= layer < subject.n_layers]
+        outside = [layer for layer in intervention.layers if not 0 <= layer < model.n_layers]
         if outside:
-            raise KnownError(f"layer {outside[0]} is not in {subject.id} (0..{subject.n_layers - 1})")
+            raise UserError(f"layer {outside[0]} is not in {model.id} (0..{model.n_layers - 1})")
         width = intervention.vectors.shape[1]
-        if width != subject.d_model:
-            raise KnownError(
-                f"this intervention is {width} wide and {subject.id} is {subject.d_model}: another model's"
+        if width != model.d_model:
+            raise UserError(
+                f"this intervention is {width} wide and {model.id} is {model.d_model}: another model's"
             )
-        require_origin("intervention", intervention.model, subject.describe())
+        require_origin("intervention", intervention.model, model.describe())

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.steering.serve.engine.batch import Step
 from personatlas.steering.serve.engine.scheduler import Ended, Event, Read, Ticket
 
@@ -104,8 +104,8 @@ class Choice:
     done: bool = False
 
     def require_whole(self) -> None:
-        """Raise what ended it, if that was an error: a `KnownError` as it is, anything else as `Failed`."""
-        if isinstance(self.error, KnownError):
+        """Raise what ended it, if that was an error: a `UserError` as it is, anything else as `Failed`."""
+        if isinstance(self.error, UserError):
             raise self.error
         if self.error is not None:
             raise Failed(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from personatlas.persona.axis import Cap
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.models.token_spans import SpanError, prompt_spans
 from personatlas.steering.drift_monitor import Watcher
 from personatlas.steering.serve.answer_stream import Choice, Spoken
@@ -23,18 +23,18 @@ from personatlas.steering.serve.engine.scheduler import Ask, Engine, Event, Room
 from personatlas.steering.serve.metrics import Metrics, Watch
 from personatlas.steering.serve.persona_state import Standing, Turn
 from personatlas.steering.serve.schema import SEEDS, ChatRequest, CompletionRequest, Sampled
-from personatlas.steering.session import Loaded
+from personatlas.steering.session import SteeredModel
 
 COLDEST = 1e-5  # a temperature below it is 0: logits divided by it would overflow
 ADAPTIVE, ALWAYS = "adaptive", "always"
 LONG, MANY = 20_000, 20  # characters, and messages, beyond which reading a prompt leaves the event loop
 
 
-class UnknownModel(KnownError):
+class UnknownModel(UserError):
     """A request for a model that is not served."""
 
 
-class TooLong(KnownError):
+class TooLong(UserError):
     """A prompt, or a prompt and its answer, beyond the context."""
 
 
@@ -71,13 +71,15 @@ class Prepared:
 class Host:
     """One model and all that is asked of it."""
 
-    def __init__(self, held: Loaded, caps: dict[str, Cap], settings: Settings, watcher: Watcher) -> None:
+    def __init__(
+        self, held: SteeredModel, caps: dict[str, Cap], settings: Settings, watcher: Watcher
+    ) -> None:
         self.held, self.settings = held, settings
         self.standing = Standing(held.axis, watcher)
-        self.name = held.subject.name
+        self.name = held.model.name
         self.metrics = Metrics(self.name)
-        self.fingerprint = f"fp_{held.subject.fingerprint[:12]}"  # of answers: other weights, another one
-        self.engine = Engine(held.subject, held.chat.end_ids, held.axis, caps, settings.room, self._post)
+        self.fingerprint = f"fp_{held.model.fingerprint[:12]}"  # of answers: other weights, another one
+        self.engine = Engine(held.model, held.chat.end_ids, held.axis, caps, settings.room, self._post)
         self.cap = self.engine.plans.wanted(settings.cap)  # a wrong name fails here, at the start
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -100,10 +102,10 @@ class Host:
         return [self.name, *(f"{self.name}:{cap}" for cap in (NONE, *self.engine.plans.caps))]
 
     def wanted(self, request: Sampled) -> tuple[Wanted | None, str]:
-        """The cap that a request is to be answered with, and when it acts. Raises `KnownError` for an unknown model or cap."""
+        """The cap that a request is to be answered with, and when it acts. Raises `UserError` for an unknown model or cap."""
         name, _, alias = (
             (request.model or self.name).partition(":")
-            if request.model != self.held.subject.id
+            if request.model != self.held.model.id
             else ("", "", "")
         )
         if name and (name != self.name or (alias and alias != NONE and alias not in self.engine.plans.caps)):
@@ -116,14 +118,14 @@ class Host:
             cap = self.engine.plans.wanted(persona.asked)
         mode = (persona.mode if persona is not None else None) or self.settings.mode
         if mode == ADAPTIVE and cap is not None and self.standing.watcher.rule is None:
-            raise KnownError(
+            raise UserError(
                 "adaptive capping needs a calibrated alarm, and this server has none: "
                 "`personatlas drift` makes calm conversations for `serve --calm`"
             )
         return cap, mode
 
-    async def prepared(self, request: ChatRequest) -> Prepared:
-        """A conversation ready to be answered. Raises `KnownError` for one that cannot be."""
+    async def open_context(self, request: ChatRequest) -> Prepared:
+        """A conversation ready to be answered. Raises `UserError` for one that cannot be."""
         cap, mode = self.wanted(request)
         messages = [message.plain for message in request.messages]
         long = len(messages) > MANY or sum(len(message["content"]) for message in messages) > LONG
@@ -140,7 +142,7 @@ class Host:
         return Prepared(ids, ready.limit, acting, mode, len(messages), spans, turns)
 
     async def prepared_text(self, request: CompletionRequest, prompt: str | list[int]) -> Prepared:
-        """A text to go on with, as it is: no template. Raises `KnownError` for one that cannot be."""
+        """A text to go on with, as it is: no template. Raises `UserError` for one that cannot be."""
         if len(prompt) > LONG:
             return await asyncio.to_thread(self._prepared_text, request, prompt)
         return self._prepared_text(request, prompt)
@@ -151,18 +153,18 @@ class Host:
             try:
                 prompt.encode()
             except UnicodeEncodeError as error:
-                raise KnownError(
+                raise UserError(
                     f"the prompt is not valid Unicode text: {error.reason} at {error.start}"
                 ) from None
-            ids = tuple(self.held.subject.tokenizer(prompt, verbose=False)["input_ids"])
+            ids = tuple(self.held.model.tokenizer(prompt, verbose=False)["input_ids"])
         else:
-            size = self.held.subject.model.get_input_embeddings().weight.shape[0]
+            size = self.held.model.hf.get_input_embeddings().weight.shape[0]
             wrong = next((id for id in prompt if id >= size), None)
             if wrong is not None:
-                raise KnownError(f"token {wrong} is not in the vocabulary of {size}")
+                raise UserError(f"token {wrong} is not in the vocabulary of {size}")
             ids = tuple(prompt)
         if not ids:
-            raise KnownError("an empty prompt: there is nothing to go on with")
+            raise UserError("an empty prompt: there is nothing to go on with")
         limit = self._limit(len(ids), request.limit)
         return Prepared(ids, limit, None if mode == ADAPTIVE else cap, mode)
 
@@ -254,9 +256,9 @@ class Heard:
         try:
             for number, ask in enumerate(asks):
                 ticket = host.engine.submit(ask, owner=(self._queue, number))
-                spoken = Spoken(host.held.subject.tokenizer, stops, ask.ids if goes_on else ())
+                spoken = Spoken(host.held.model.tokenizer, stops, ask.ids if goes_on else ())
                 self.choices.append(Choice(number, ticket, spoken, host.held.chat.end_ids))
-        except KnownError:
+        except UserError:
             self.cancel()
             raise
 

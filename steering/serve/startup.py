@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cyclopts import Parameter
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.options import ModelOptions
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class RoomOptions:
 def make_host(
     model: str, how: ModelOptions, axis: str, hold: HoldOptions, room: RoomOptions, *, force: bool = False
 ) -> "Host":
-    """Load all that is served, and prove that every cap binds. Raises `KnownError`."""
+    """Load all that is served, and prove that every cap binds. Raises `UserError`."""
     cap, mode = ("assistant", ADAPTIVE) if hold.cap == ADAPTIVE else (hold.cap, hold.mode)
     _require_sane(hold, room)
     from personatlas.persona.axis import load_axis
@@ -66,22 +66,20 @@ def make_host(
     from personatlas.steering.drift_monitor import watcher_of
     from personatlas.steering.serve.engine.cap_slots import cap_labels
     from personatlas.steering.serve.service import Host, Settings
-    from personatlas.steering.session import loaded
+    from personatlas.steering.session import load_steered_model
 
     stem = axis_stem(axis)
     along = load_axis(stem)
     watcher = watcher_of(along, stem, hold.calm, hold.rule, hold.false_alarms)
     if mode == ADAPTIVE and watcher.rule is None:
-        raise KnownError(
+        raise UserError(
             "adaptive capping needs a calibrated alarm: `personatlas drift` makes the calm.json for --calm"
         )
     names = cap_labels(stem, [cap] if cap else [])
-    held = loaded(model, how, axis, list(names.values()), force=force)
+    held = load_steered_model(model, how, axis, list(names.values()), force=force)
     caps = dict(zip(names, held.caps, strict=True))
     default = next((name for name, given in names.items() if given == cap), None)
-    settings = Settings(
-        default, mode, hold.max_tokens, hold.temperature, hold.top_p, _room(held.subject, room)
-    )
+    settings = Settings(default, mode, hold.max_tokens, hold.temperature, hold.top_p, _room(held.model, room))
     return Host(held, caps, settings, watcher)
 
 
@@ -89,9 +87,7 @@ def _require_sane(hold: HoldOptions, room: RoomOptions) -> None:
     from personatlas.persona.sampling.sampler import Sampling
 
     if not 0 < hold.false_alarms < 1:
-        raise KnownError(
-            f"--false-alarms {hold.false_alarms} is outside 0..1: it is a share of conversations"
-        )
+        raise UserError(f"--false-alarms {hold.false_alarms} is outside 0..1: it is a share of conversations")
     for name, value, least in (
         ("--slots", room.slots, 1),
         ("--context", room.context if room.context is not None else 16, 16),
@@ -100,33 +96,31 @@ def _require_sane(hold: HoldOptions, room: RoomOptions) -> None:
         ("--max-tokens", hold.max_tokens, 1),
     ):
         if value < least:
-            raise KnownError(f"{name} {value} is below {least}")
+            raise UserError(f"{name} {value} is below {least}")
     Sampling(hold.max_tokens, hold.temperature, hold.top_p)
 
 
-def _room(subject: Any, asked: RoomOptions) -> Any:
+def _room(model: Any, asked: RoomOptions) -> Any:
     """As many tokens a conversation as the model holds and the memory has room for, unless it was said."""
     from personatlas.steering.serve.engine.scheduler import Room
 
-    config = subject.model.config.get_text_config(decoder=True)
-    most = subject.context or MOST_CONTEXT
+    config = model.hf.config.get_text_config(decoder=True)
+    most = model.context or MOST_CONTEXT
     if asked.context is not None and asked.context > most:
-        raise KnownError(f"--context {asked.context} is more than the {most} tokens that {subject.id} holds")
-    length = asked.context or min(most, MOST_CONTEXT, _fitting(subject, config, asked.slots))
+        raise UserError(f"--context {asked.context} is more than the {most} tokens that {model.id} holds")
+    length = asked.context or min(most, MOST_CONTEXT, _fitting(model, config, asked.slots))
     return Room(asked.slots, length, asked.prefix_mib * 2**20, asked.queue)
 
 
-def _fitting(subject: Any, config: Any, slots: int) -> int:
+def _fitting(model: Any, config: Any, slots: int) -> int:
     """Tokens a slot that the memory has room for, a multiple of 64."""
     import torch
 
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token = 2 * subject.n_layers * heads * width * subject.dtype.itemsize
+    token = 2 * model.n_layers * heads * width * model.dtype.itemsize
     room: float = CACHE_CPU
-    if subject.device.type == "cuda":
-        weights = sum(
-            parameter.numel() * parameter.element_size() for parameter in subject.model.parameters()
-        )
-        room = CACHE_GPU * (torch.cuda.get_device_properties(subject.device).total_memory - weights)
+    if model.device.type == "cuda":
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in model.hf.parameters())
+        room = CACHE_GPU * (torch.cuda.get_device_properties(model.device).total_memory - weights)
     return max(64, int(room / token / (slots + 1)) // 64 * 64)

@@ -13,7 +13,7 @@ from personatlas.analysis.drift_alarm import (
     false_alarms,
     watch,
 )
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 
 PLAIN = Baseline(0.0, 1.0, 100)
 
@@ -32,7 +32,7 @@ def test_a_baseline_is_mean_and_spread_of_default_turns():
     assert found.spread == pytest.approx(np.std([1, 2, 3, 4], ddof=1))
     assert found.z(2.5 - found.spread) == pytest.approx(-1)
     for turns in ([1.0], [2.0, 2.0], [1.0, float("nan")]):
-        with pytest.raises(KnownError, match="give no spread"):
+        with pytest.raises(UserError, match="give no spread"):
             baseline_of(turns)
 
 
@@ -87,9 +87,9 @@ def test_a_lower_limit_would_raise_more_than_the_rate():
 
 
 def test_too_few_conversations_and_rates_that_cannot_be_are_refused():
-    with pytest.raises(KnownError, match="19 default conversations; 20"):
+    with pytest.raises(UserError, match="19 default conversations; 20"):
         calibrated(Cusum(), calm_conversations(19), PLAIN, 0.05)
-    with pytest.raises(KnownError, match="outside"):
+    with pytest.raises(UserError, match="outside"):
         calibrated(Cusum(), calm_conversations(30), PLAIN, 1.5)
-    with pytest.raises(KnownError, match="no default conversations"):
+    with pytest.raises(UserError, match="no default conversations"):
         false_alarms(Cusum(), PLAIN, [])

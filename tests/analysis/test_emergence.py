@@ -13,7 +13,7 @@ from personatlas.analysis.fit.tables import interval
 from personatlas.cli.app import main
 from personatlas.cli.axis import chosen
 from personatlas.persona.axis import Axis
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 
 MODEL = {"id": "m", "n_layers": 2, "d_model": 4, "fingerprint": "f", "weights": "float32", "revision": None}
 END = {"default": 9.0, "editor": 4.0, "clerk": 3.0, "poet": 1.0, "ghost": -2.0, "pirate": -6.0}
@@ -82,7 +82,7 @@ def test_intervals_are_shown_where_there_are_some():
     ],
 )
 def test_what_cannot_be_compared_is_refused(fits, said):
-    with pytest.raises(KnownError, match=said):
+    with pytest.raises(UserError, match=said):
         emergence({step: (one, axis(1, 0, 0, 0)) for step, one in fits.items()})
 
 
@@ -118,17 +118,17 @@ def test_several_processes_are_refused_before_anything_is_done(trained, monkeypa
 
 
 def test_what_has_no_checkpoints_to_watch_is_refused_in_one_line(trained, tmp_path):
-    with pytest.raises(KnownError, match="--checkpoints 1: at least 2"):
+    with pytest.raises(UserError, match="--checkpoints 1: at least 2"):
         chosen(trained, 1)
-    with pytest.raises(KnownError, match="is not the folder of a training run"):
+    with pytest.raises(UserError, match="is not the folder of a training run"):
         chosen(tmp_path, 8)
     one = shutil.copytree(trained, tmp_path / "one")
     for step in (0, 1, 2, 4):
         shutil.rmtree(one / "checkpoints" / f"step-{step:06d}")
-    with pytest.raises(KnownError, match="has 1 checkpoint: train with --keep log"):
+    with pytest.raises(UserError, match="has 1 checkpoint: train with --keep log"):
         chosen(one, 8)
     shutil.rmtree(one / "checkpoints")
-    with pytest.raises(KnownError, match="has no checkpoints: train with"):
+    with pytest.raises(UserError, match="has no checkpoints: train with"):
         chosen(one, 8)
 
 

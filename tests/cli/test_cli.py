@@ -39,7 +39,7 @@ def run(model):
 
 
 def test_output_that_nobody_reads_to_its_end_is_no_error(run):
-    verb = f"{sys.executable} -m personatlas.cli.app show {run / 'activations'}"
+    verb = f"{sys.executable} -m personatlas show {run / 'activations'}"
     done = subprocess.run(
         ["bash", "-c", f"{verb} | true; echo ${{PIPESTATUS[0]}}"], capture_output=True, text=True
     )

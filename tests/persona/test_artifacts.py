@@ -19,7 +19,7 @@ from personatlas.persona.artifacts import (
     save_tensors,
     write_json,
 )
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 
 WINDOW = 1 << 16  # what append_lines reads at a time when it looks for the last newline
 
@@ -140,7 +140,7 @@ def test_an_artefact_without_its_json_was_never_finished(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         artefact(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thing.safetensors"]
-    with pytest.raises(KnownError, match=r"thing\.json does not exist: the artefact was never finished"):
+    with pytest.raises(UserError, match=r"thing\.json does not exist: the artefact was never finished"):
         load_tensors(tmp_path / "thing", "thing")
 
 
@@ -150,7 +150,7 @@ def test_an_artefact_that_was_half_replaced_is_refused(tmp_path, monkeypatch):
         crash_before_the_json(patch)
         with pytest.raises(KeyboardInterrupt):
             artefact(tmp_path, 2.0)
-    with pytest.raises(KnownError, match="damaged or half replaced"):
+    with pytest.raises(UserError, match="damaged or half replaced"):
         load_tensors(stem, "thing")
     artefact(tmp_path, 2.0)
     assert load_tensors(stem, "thing")[0]["v"][0, 0] == 2.0
@@ -162,7 +162,7 @@ def test_a_damaged_byte_anywhere_is_detected(tmp_path):
     content = path.read_bytes()
     for position in range(0, len(content), 7):
         path.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
-        with pytest.raises(KnownError, match="does not match the hash"):
+        with pytest.raises(UserError, match="does not match the hash"):
             load_tensors(stem, "thing")
     path.write_bytes(content)
     load_tensors(stem, "thing")
@@ -179,7 +179,7 @@ def test_a_damaged_byte_anywhere_is_detected(tmp_path):
 def test_an_artefact_of_another_kind_or_format_is_refused(tmp_path, change, message):
     stem = artefact(tmp_path)
     write_json(tmp_path / "thing.json", {**read_json(tmp_path / "thing.json"), **change})
-    with pytest.raises(KnownError, match=message):
+    with pytest.raises(UserError, match=message):
         load_tensors(stem, "thing")
 
 
@@ -187,7 +187,7 @@ def test_json_that_is_no_object_is_refused_in_one_line(tmp_path):
     # a list once ended in an AttributeError
     stem = artefact(tmp_path)
     (tmp_path / "thing.json").write_text("[1, 2]")
-    with pytest.raises(KnownError, match=r"thing\.json is not the JSON of an artefact"):
+    with pytest.raises(UserError, match=r"thing\.json is not the JSON of an artefact"):
         load_tensors(stem, "thing")
 
 
@@ -197,7 +197,7 @@ def test_a_tensor_file_that_is_none_is_refused_even_with_the_right_hash(tmp_path
     (tmp_path / "thing.safetensors").write_bytes(content)
     record = {**read_json(tmp_path / "thing.json"), "sha256": hashlib.sha256(content).hexdigest()}
     write_json(tmp_path / "thing.json", record)
-    with pytest.raises(KnownError, match="is not a readable artefact"):
+    with pytest.raises(UserError, match="is not a readable artefact"):
         load_tensors(stem, "thing")
 
 
@@ -211,13 +211,13 @@ def test_nan_is_refused_in_meta_and_writes_nothing(tmp_path):
 
 def test_json_errors_name_the_file_and_the_line(tmp_path):
     path = tmp_path / "a.json"
-    with pytest.raises(KnownError, match=r"a\.json does not exist"):
+    with pytest.raises(UserError, match=r"a\.json does not exist"):
         read_json(path)
     path.write_text('{\n"a": 1,\n}')
-    with pytest.raises(KnownError, match=r"a\.json is not valid JSON: .* line [23] "):
+    with pytest.raises(UserError, match=r"a\.json is not valid JSON: .* line [23] "):
         read_json(path)
     path.write_bytes(b'"\xff"')
-    with pytest.raises(KnownError, match=r"a\.json is not valid JSON"):
+    with pytest.raises(UserError, match=r"a\.json is not valid JSON"):
         read_json(path)
 
 
@@ -250,7 +250,7 @@ def test_a_log_cut_at_any_byte_keeps_its_whole_lines_and_can_be_continued(tmp_pa
 def test_damage_in_the_middle_of_a_log_is_named_with_its_line(tmp_path, damage):
     path = tmp_path / "log.jsonl"
     path.write_bytes(b'{"n": 0}\n' + damage + b'\n{"n": 2}\n')
-    with pytest.raises(KnownError, match=r"log\.jsonl:2 is not valid JSON"):
+    with pytest.raises(UserError, match=r"log\.jsonl:2 is not valid JSON"):
         read_lines(path)
 
 

@@ -19,7 +19,7 @@ from personatlas.persona.axis import (
     load_cap,
     load_space,
 )
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 
 D = 48
 MODEL = {
@@ -122,16 +122,16 @@ def test_saving_what_was_loaded_gives_the_same_bytes(tmp_path):
 
 def test_an_axis_is_not_read_as_a_cap(tmp_path):
     an_axis().save(tmp_path / "axis")
-    with pytest.raises(KnownError, match="is of kind 'axis', not 'cap'"):
+    with pytest.raises(UserError, match="is of kind 'axis', not 'cap'"):
         load_cap(tmp_path / "axis")
-    with pytest.raises(KnownError, match="does not exist"):
+    with pytest.raises(UserError, match="does not exist"):
         load_axis(tmp_path / "nothing")
 
 
 @pytest.mark.parametrize("change", [{"fingerprint": "def"}, {"d_model": 64}, {"n_layers": 5}])
 def test_an_axis_of_another_model_is_refused_in_one_line(change):
     an_axis().require_model(MODEL)
-    with pytest.raises(KnownError, match="fit an axis on this model") as refusal:
+    with pytest.raises(UserError, match="fit an axis on this model") as refusal:
         an_axis().require_model({**MODEL, "id": "other", **change})
     name = next(iter(change))
     assert f"{name} {MODEL[name]} against {change[name]}" in str(refusal.value)
@@ -142,7 +142,7 @@ def test_an_axis_of_another_model_is_refused_in_one_line(change):
 def test_an_axis_that_knows_only_its_shape_is_checked_by_its_shape():
     axis = an_axis(model={"n_layers": 4, "d_model": D})
     axis.require_model({**MODEL, "fingerprint": "anything"})
-    with pytest.raises(KnownError, match="n_layers 4 against 6"):
+    with pytest.raises(UserError, match="n_layers 4 against 6"):
         axis.require_model({**MODEL, "n_layers": 6})
 
 
@@ -150,7 +150,7 @@ def test_an_axis_gives_the_vector_of_a_layer_by_its_number_not_its_place():
     axis = an_axis(layers=(7, 8, 9, 11), layer=9)
     assert torch.equal(axis.at(11), axis.vectors[3])
     for layer in (10, 0, 3, -1):
-        with pytest.raises(KnownError, match=rf"layer {layer} is not in this axis \(7\.\.11\)"):
+        with pytest.raises(UserError, match=rf"layer {layer} is not in this axis \(7\.\.11\)"):
             axis.at(layer)
     assert axis.poles == POLES == ("assistant", "role-play")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from personatlas.persona.axis import apply_cap
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.paper_files import import_axis, import_caps, import_role_vectors, import_transcript
 
 L, D = 6, 24
@@ -38,8 +38,8 @@ def put(path: Path, content: Any) -> Path:
 
 
 def refused(part: str) -> Any:
-    """Expect a KnownError of one line that holds the part."""
-    return pytest.raises(KnownError, match=rf"\A.*{re.escape(part)}.*\Z")
+    """Expect a UserError of one line that holds the part."""
+    return pytest.raises(UserError, match=rf"\A.*{re.escape(part)}.*\Z")
 
 
 def rejects(*rows: tuple[Any, str]) -> Any:

@@ -8,8 +8,8 @@ from families import save_tiny
 
 from personatlas.cli.app import main
 from personatlas.cli.runs import run_folder
-from personatlas.persona.errors import KnownError
-from personatlas.persona.models.load import load_subject, load_tokenizer
+from personatlas.persona.errors import UserError
+from personatlas.persona.models.load import load_model, load_tokenizer
 from personatlas.persona.runs import checkpoint_folders, model_name, resolved, run_name
 
 
@@ -32,15 +32,15 @@ def run(tiny, tmp_path):
 
 def test_a_run_stands_for_its_newest_checkpoint_until_it_is_finished(run, tiny, capsys):
     assert list(checkpoint_folders(run)) == [4, 16]
-    subject = load_subject(str(run), device="cpu", dtype="float32")
-    assert subject.id == str(run / "checkpoints" / "step-000016")
+    model = load_model(str(run), device="cpu", dtype="float32")
+    assert model.id == str(run / "checkpoints" / "step-000016")
     assert f"{run} is a training run: the model is {run}/checkpoints/step-000016" in capsys.readouterr().err
-    assert len(load_tokenizer(str(run))) == len(subject.tokenizer)
+    assert len(load_tokenizer(str(run))) == len(model.tokenizer)
     shutil.copytree(tiny, run / "model")
-    assert load_subject(str(run), device="cpu", dtype="float32").id == str(run / "model")
-    earlier = load_subject(str(run / "checkpoints" / "step-000004"), device="cpu", dtype="float32")
+    assert load_model(str(run), device="cpu", dtype="float32").id == str(run / "model")
+    earlier = load_model(str(run / "checkpoints" / "step-000004"), device="cpu", dtype="float32")
     assert earlier.id == str(run / "checkpoints" / "step-000004")
-    assert earlier.name == subject.name == "mine"  # checkpoints get the same prompts
+    assert earlier.name == model.name == "mine"  # checkpoints get the same prompts
 
 
 def test_what_is_found_about_checkpoints_goes_into_folders_of_their_own(run, tiny, tmp_path, monkeypatch):
@@ -93,16 +93,16 @@ def test_the_axis_of_a_run_is_that_of_a_checkpoint_and_goes_on_with_it(
 
 def test_a_run_without_a_checkpoint_and_a_folder_of_them_are_refused_in_one_line(run, tmp_path):
     with pytest.raises(
-        KnownError, match=r"checkpoints holds 2 checkpoints; give one of them, such as .*step-000016$"
+        UserError, match=r"checkpoints holds 2 checkpoints; give one of them, such as .*step-000016$"
     ):
-        load_subject(str(run / "checkpoints"))
+        load_model(str(run / "checkpoints"))
     shutil.rmtree(run / "checkpoints")
     with pytest.raises(
-        KnownError, match=r"mine is a training run without a checkpoint yet; `personatlas report"
+        UserError, match=r"mine is a training run without a checkpoint yet; `personatlas report"
     ):
-        load_subject(str(run))
+        load_model(str(run))
     (run / "run.json").write_text(json.dumps({"asked": {}}))
     with pytest.raises(
-        KnownError, match="is a run folder: give its model as the model, and the run with --axis"
+        UserError, match="is a run folder: give its model as the model, and the run with --axis"
     ):
         resolved(str(run))

@@ -6,11 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from families import tiny_subject
+from families import tiny_model
 from test_steering import axis_of
 
 from personatlas.analysis.drift_alarm import baseline_of, calibrated, false_alarms
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.steering.drift_monitor import (
     RULES,
     Calm,
@@ -65,19 +65,19 @@ def test_false_alarms_are_counted_in_conversations_that_did_not_set_the_limit(na
 
 
 def test_what_was_saved_is_loaded_and_anything_else_is_refused(tmp_path):
-    subject = tiny_subject()
-    axis, path = replace(axis_of(subject), model=subject.describe()), tmp_path / "calm.json"
+    model = tiny_model()
+    axis, path = replace(axis_of(model), model=model.describe()), tmp_path / "calm.json"
     rows = calm_conversations(axis)
-    save_calm(path, axis, subject.describe(), rows, {"seeds": [0, 1]})
+    save_calm(path, axis, model.describe(), rows, {"seeds": [0, 1]})
     assert json.loads(path.read_text())["direction"] == direction_of(axis)
     assert (
-        load_calm(path, axis, subject.describe())
+        load_calm(path, axis, model.describe())
         == load_calm(path, axis)
         == Calm(tuple(rows), {"seeds": [0, 1]})
     )
-    with pytest.raises(KnownError, match="record of calm conversations came from"):
-        load_calm(path, axis, tiny_subject(seed=1).describe())
-    with pytest.raises(KnownError, match="along another direction"):
+    with pytest.raises(UserError, match="record of calm conversations came from"):
+        load_calm(path, axis, tiny_model(seed=1).describe())
+    with pytest.raises(UserError, match="along another direction"):
         load_calm(path, replace(axis, vectors=-axis.vectors))
     whole = json.loads(path.read_text())
     for broken in (
@@ -85,26 +85,26 @@ def test_what_was_saved_is_loaded_and_anything_else_is_refused(tmp_path):
         whole | {"conversations": [{"name": "a", "domain": "b", "projections": []}]},
     ):
         path.write_text(json.dumps(broken))
-        with pytest.raises(KnownError, match="is damaged"):
+        with pytest.raises(UserError, match="is damaged"):
             load_calm(path, axis)
     path.write_text("[]")
-    with pytest.raises(KnownError, match="kind calm"):
+    with pytest.raises(UserError, match="kind calm"):
         load_calm(path, axis)
 
 
 def test_a_watcher_comes_from_what_is_given_else_from_beside_the_axis_else_from_its_quartiles(tmp_path):
-    subject = tiny_subject()
-    axis, stem = quartiled(replace(axis_of(subject), model=subject.describe())), tmp_path / "axis"
+    model = tiny_model()
+    axis, stem = quartiled(replace(axis_of(model), model=model.describe())), tmp_path / "axis"
     plain = watcher_of(axis, stem)
     assert (plain.baseline.mean, plain.baseline.spread) == (0.5, pytest.approx(2.0))
     assert plain.monitor() is None
     assert plain.describe()["alarm"] is None
-    save_calm(tmp_path / "calm.json", axis, subject.describe(), calm_conversations(axis), {})
+    save_calm(tmp_path / "calm.json", axis, model.describe(), calm_conversations(axis), {})
     beside = watcher_of(axis, stem)
     assert beside.of == "calm conversations"
     assert beside == watcher_of(axis, tmp_path / "elsewhere" / "axis", tmp_path / "calm.json")
     other = tmp_path / "chats.jsonl"
-    with pytest.raises(KnownError, match=r"is no calm\.json"):
+    with pytest.raises(UserError, match=r"is no calm\.json"):
         watcher_of(axis, stem, other)
     traced = Calm(tuple(calm_conversations(axis, seed=1)), {})
     assert watcher_of(axis, stem, other, trace=lambda _: traced) == traced.watcher()
@@ -112,7 +112,7 @@ def test_a_watcher_comes_from_what_is_given_else_from_beside_the_axis_else_from_
 
 def test_too_few_calm_conversations_and_unknown_rules_are_refused():
     few = Calm(tuple(calm_conversations(None, samples=1)), {})
-    with pytest.raises(KnownError, match="20 calm conversations: 10 to calibrate an alarm on and 10"):
+    with pytest.raises(UserError, match="20 calm conversations: 10 to calibrate an alarm on and 10"):
         few.watcher()
-    with pytest.raises(KnownError, match="'mean' is not one of cusum, several"):
+    with pytest.raises(UserError, match="'mean' is not one of cusum, several"):
         few.watcher("mean")

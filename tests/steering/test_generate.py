@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import save_tiny, tiny_subject
+from families import save_tiny, tiny_model
 from test_steering import axis_of
 
 from personatlas.cli.app import main
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.models.chat_template import chat_format
-from personatlas.persona.models.load import load_subject
+from personatlas.persona.models.load import load_model
 from personatlas.persona.sampling.sampler import Sampling
 from personatlas.steering.caps import cap_named as named
 from personatlas.steering.caps import layers_in_words, layers_named
@@ -30,96 +30,96 @@ def cap_named(text, axis):
     return named(text, axis, Path("nowhere/axis"))
 
 
-def answered(subject, interventions, axis, sampling=SAMPLING, **how):
-    chat = chat_format(subject.tokenizer)
-    return generate(subject, chat, MESSAGES, {"arm": interventions}, axis, sampling, **how)["arm"]
+def answered(model, interventions, axis, sampling=SAMPLING, **how):
+    chat = chat_format(model.tokenizer)
+    return generate(model, chat, MESSAGES, {"arm": interventions}, axis, sampling, **how)["arm"]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "falcon", "mixtral"])
 def test_the_proof_passes_where_steering_binds(family):
-    subject = tiny_subject(family)
-    axis = axis_of(subject)
+    model = tiny_model(family)
+    axis = axis_of(model)
     for acts in (
         [cap_of(axis, (0, 1), 0.75)],
         [Add.along(axis, (0,), 4.0, "answer"), Ablate.along(axis, (0, 1))],
     ):
-        assert [proof.name for proof in prove(subject, acts) if not proof.passed] == []
-        require_binding(subject, acts)
-    assert not any(block._forward_hooks for block in subject.blocks)
+        assert [proof.name for proof in prove(model, acts) if not proof.passed] == []
+        require_binding(model, acts)
+    assert not any(block._forward_hooks for block in model.blocks)
 
 
 def test_a_block_whose_hooks_are_gone_around_is_found_out(monkeypatch):
     """As compiled and graph-captured engines do: fluent text, and not one token steered."""
-    subject = tiny_subject()
-    cap = cap_of(axis_of(subject), (0,), 0.75)
+    model = tiny_model()
+    cap = cap_of(axis_of(model), (0,), 0.75)
     with monkeypatch.context() as patch:
         patch.setattr(
-            type(subject.blocks[0]), "__call__", lambda self, *given, **how: self.forward(*given, **how)
+            type(model.blocks[0]), "__call__", lambda self, *given, **how: self.forward(*given, **how)
         )
         with pytest.raises(
-            KnownError, match=r"does not bind on tiny-llama-0.*the hooks of layers \[0\] did not fire"
+            UserError, match=r"does not bind on tiny-llama-0.*the hooks of layers \[0\] did not fire"
         ):
-            require_binding(subject, [cap])
-    require_binding(subject, [cap])
+            require_binding(model, [cap])
+    require_binding(model, [cap])
 
 
 def test_a_step_that_does_half_of_its_work_fails_the_proof(monkeypatch):
-    subject = tiny_subject()
-    cap = cap_of(axis_of(subject), (0, 1), 0.75)
+    model = tiny_model()
+    cap = cap_of(axis_of(model), (0, 1), 0.75)
 
     def half(h, *given):
         moved, done = act(h, *given)
         return h + (moved - h) / 2, done
 
     monkeypatch.setattr("personatlas.steering.hooks.steering.act", half)
-    with pytest.raises(KnownError, match="steering does not bind on tiny-llama-0, so nothing was generated"):
-        require_binding(subject, [cap])
+    with pytest.raises(UserError, match="steering does not bind on tiny-llama-0, so nothing was generated"):
+        require_binding(model, [cap])
 
 
 def test_without_interventions_the_answer_is_the_samplers_own():
-    subject = tiny_subject()
-    axis = axis_of(subject)
-    plain = answered(subject, [], axis, seed=3)
-    add_nothing = answered(subject, [Add.along(axis, (0,), 0.0)], axis, seed=3)
+    model = tiny_model()
+    axis = axis_of(model)
+    plain = answered(model, [], axis, seed=3)
+    add_nothing = answered(model, [Add.along(axis, (0,), 0.0)], axis, seed=3)
     assert plain.trace.ids == add_nothing.trace.ids
     assert float(plain.trace.corrections.sum()) == 0.0
-    assert answered(subject, [], axis, seed=4).trace.ids != plain.trace.ids
+    assert answered(model, [], axis, seed=4).trace.ids != plain.trace.ids
 
 
 @pytest.mark.parametrize("decoder", ["cached", "plain"])
 @pytest.mark.parametrize("phase", ["prompt", "answer", "both"])
 def test_a_steered_answer_is_that_of_reading_everything_again(monkeypatch, decoder, phase):
     """Greedy decoding against the likeliest token of one forward over all that came before, steered alike."""
-    subject = tiny_subject()
-    axis = axis_of(subject)
+    model = tiny_model()
+    axis = axis_of(model)
     acts = [Add.along(axis, (0, 1), 3.0, phase)]
     if decoder == "plain":
         monkeypatch.setattr(
             "personatlas.persona.sampling.sampler.cached_decoding_error", lambda _: float("inf")
         )
     greedy = Sampling(max_new_tokens=8, temperature=0.0)
-    found = answered(subject, acts, axis, greedy).trace
+    found = answered(model, acts, axis, greedy).trace
     for end in range(found.answer_from, len(found.ids)):
         ids = torch.tensor([found.ids[:end]])
-        with steered(subject, acts) as held, torch.no_grad():
+        with steered(model, acts) as held, torch.no_grad():
             held.describe(answer_from=torch.tensor([found.answer_from]))
-            assert int(subject.model(input_ids=ids, use_cache=False).logits[0, -1].argmax()) == found.ids[end]
+            assert int(model.hf(input_ids=ids, use_cache=False).logits[0, -1].argmax()) == found.ids[end]
 
 
 def test_the_plain_decoder_is_steered_too(monkeypatch):
-    subject = tiny_subject()
-    axis = axis_of(subject)
-    cached = answered(subject, [cap_of(axis, (0, 1), 0.75)], axis, seed=5)
+    model = tiny_model()
+    axis = axis_of(model)
+    cached = answered(model, [cap_of(axis, (0, 1), 0.75)], axis, seed=5)
     monkeypatch.setattr("personatlas.persona.sampling.sampler.cached_decoding_error", lambda _: float("inf"))
-    plain = answered(subject, [cap_of(axis, (0, 1), 0.75)], axis, seed=5)
+    plain = answered(model, [cap_of(axis, (0, 1), 0.75)], axis, seed=5)
     assert plain.trace.ids == cached.trace.ids
 
 
 def test_the_trace_holds_projections_before_the_step_and_what_the_step_did():
-    subject = tiny_subject()
-    axis = axis_of(subject)
+    model = tiny_model()
+    axis = axis_of(model)
     cap = cap_of(axis, (axis.layer,), 0.75)
-    found = answered(subject, [cap], axis, seed=1).trace
+    found = answered(model, [cap], axis, seed=1).trace
     floor = float(cap.floor[0])
     assert len(found.projection) == len(found.ids) == found.corrections.shape[1]
     expected = (floor - found.projection).clamp(min=0)
@@ -129,12 +129,12 @@ def test_the_trace_holds_projections_before_the_step_and_what_the_step_did():
 
 
 def test_a_conversation_that_leaves_no_room_for_an_answer_is_refused():
-    subject = tiny_subject()
+    model = tiny_model()
     long = [{"role": "user", "content": "x" * 500}]
     with pytest.raises(
-        KnownError, match=r"5\d\d tokens to read and 12 to write are more than the 512 that tiny-llama-0"
+        UserError, match=r"5\d\d tokens to read and 12 to write are more than the 512 that tiny-llama-0"
     ):
-        generate(subject, chat_format(subject.tokenizer), long, {"arm": []}, axis_of(subject), SAMPLING)
+        generate(model, chat_format(model.tokenizer), long, {"arm": []}, axis_of(model), SAMPLING)
 
 
 def test_a_sparkline_shows_means_between_its_bounds():
@@ -160,8 +160,8 @@ def test_a_sparkline_shows_means_between_its_bounds():
     ],
 )
 def test_a_cap_that_cannot_be_is_refused_in_one_line(text, said):
-    with pytest.raises(KnownError, match=said):
-        cap_named(text, axis_of(tiny_subject()))
+    with pytest.raises(UserError, match=said):
+        cap_named(text, axis_of(tiny_model()))
 
 
 def test_layers_are_told_in_words_and_read_from_them():
@@ -170,7 +170,7 @@ def test_layers_are_told_in_words_and_read_from_them():
 
 
 def test_a_cap_is_named_by_level_layers_and_population_or_by_its_file(tmp_path):
-    axis = axis_of(tiny_subject())
+    axis = axis_of(tiny_model())
     cap = cap_named("roles:p25@0,2", axis)
     assert (cap.layers, cap.level, cap.population) == ((0, 2), 0.25, "roles")
     assert torch.equal(cap.floor, axis.role_quantiles[[0, 2], 0])
@@ -184,7 +184,7 @@ def test_a_cap_is_named_by_level_layers_and_population_or_by_its_file(tmp_path):
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("generate")
     save_tiny(folder / "tiny")
-    axis_of(load_subject(str(folder / "tiny"), dtype="float32")).save(folder / "axis")
+    axis_of(load_model(str(folder / "tiny"), dtype="float32")).save(folder / "axis")
     return folder
 
 
@@ -248,10 +248,10 @@ def test_a_page_that_cannot_be_written_is_refused_before_anything_is_loaded(tmp_
 
 
 def test_a_neighbour_has_its_floors_by_interquartile_ranges_higher(tmp_path):
-    axis = axis_of(tiny_subject())
+    axis = axis_of(tiny_model())
     cap, higher, lower = (named(f"p50@0-2{end}", axis, tmp_path / "axis") for end in ("", "+0.5", "-0.5"))
     quartiles = [axis.default_quantiles[:, axis.levels.index(level)] for level in (0.25, 0.75)]
     assert torch.allclose(higher.floor - cap.floor, (quartiles[1] - quartiles[0])[:3] / 2)
     assert torch.allclose(cap.floor - lower.floor, higher.floor - cap.floor)
-    with pytest.raises(KnownError, match="'nothing' is not"):
+    with pytest.raises(UserError, match="'nothing' is not"):
         named("nothing+0.5", axis, tmp_path / "axis")

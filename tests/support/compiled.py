@@ -7,11 +7,11 @@ import sys
 from dataclasses import replace
 
 import torch
-from families import tiny_subject
+from families import tiny_model
 from test_steering import ROWS, axis_of
 
 from personatlas.persona.sampling.sampler import pad
-from personatlas.steering.hooks.steering import Silent, steered
+from personatlas.steering.hooks.steering import HookDidNotFire, steered
 from personatlas.steering.interventions import cap_of
 
 HOW = {"cpu": {"backend": "aot_eager"}, "cuda": {"mode": "reduce-overhead"}}
@@ -19,16 +19,16 @@ HOW = {"cpu": {"backend": "aot_eager"}, "cuda": {"mode": "reduce-overhead"}}
 
 @torch.no_grad()
 def main(device: str) -> None:
-    subject = tiny_subject("llama", device=device)
-    cap = cap_of(axis_of(tiny_subject("llama")), (0, 1), 0.75)
+    model = tiny_model("llama", device=device)
+    cap = cap_of(axis_of(tiny_model("llama")), (0, 1), 0.75)
     idle = replace(cap, floor=torch.full((2,), -torch.inf))
-    rows, ids = torch.tensor([0, 0, 0, -1]), pad(ROWS, subject.device)
-    with torch._dynamo.config.patch(error_on_recompile=True), steered(subject, [cap]) as held:
+    rows, ids = torch.tensor([0, 0, 0, -1]), pad(ROWS, model.device)
+    with torch._dynamo.config.patch(error_on_recompile=True), steered(model, [cap]) as held:
         held.begin(rows)
-        eager, counts = subject.model(input_ids=ids, use_cache=False).logits, held.tally
+        eager, counts = model.hf(input_ids=ids, use_cache=False).logits, held.tally
         assert counts.fired[:, :3].any()
         assert not counts.seen[:, 3].any()
-        compiled = torch.compile(subject.model, fullgraph=True, dynamic=False, **HOW[device])
+        compiled = torch.compile(model.hf, fullgraph=True, dynamic=False, **HOW[device])
         for fired in (counts.fired, counts.fired, torch.zeros_like(counts.fired)):
             if not fired.any():
                 held.set([idle])
@@ -40,14 +40,14 @@ def main(device: str) -> None:
                 torch.testing.assert_close(found, eager, rtol=1e-3, atol=1e-3)
     print("steered, compiled once, changed in place")
     torch._dynamo.reset()
-    compiled = torch.compile(subject.model, fullgraph=True, dynamic=False, backend="eager")
+    compiled = torch.compile(model.hf, fullgraph=True, dynamic=False, backend="eager")
     compiled(input_ids=ids, use_cache=False)
-    with steered(subject, [cap]) as held:
+    with steered(model, [cap]) as held:
         held.begin(rows)
         compiled(input_ids=ids, use_cache=False)
         try:
             print(held.tally)
-        except Silent as silent:
+        except HookDidNotFire as silent:
             print(f"found out: {silent}")
 
 

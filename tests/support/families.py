@@ -5,7 +5,7 @@ from functools import cache
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from personatlas.persona.models.load import Subject, build_subject
+from personatlas.persona.models.load import Model, build_model
 
 COMMON = {"vocab_size": 320, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 LLAMA = COMMON | {
@@ -76,7 +76,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_model(family: str, seed: int = 0):
+def tiny_hf(family: str, seed: int = 0):
     """A random model of the family in fp32, with weights large enough for attention to matter."""
     name, settings = FAMILIES[family]
     torch.manual_seed(seed)
@@ -89,13 +89,13 @@ def tiny_model(family: str, seed: int = 0):
     return model
 
 
-def tiny_subject(family: str = "llama", seed: int = 0, device: str = "cpu") -> Subject:
-    """A checked Subject around `tiny_model`."""
-    return build_subject(tiny_model(family, seed).to(device), tokenizer(), id=f"tiny-{family}-{seed}")
+def tiny_model(family: str = "llama", seed: int = 0, device: str = "cpu") -> Model:
+    """A checked Model around `tiny_hf`."""
+    return build_model(tiny_hf(family, seed).to(device), tokenizer(), id=f"tiny-{family}-{seed}")
 
 
 def save_tiny(folder, family: str = "llama", seed: int = 0):
     """A local model folder of the kind that users have."""
-    tiny_model(family, seed).save_pretrained(folder)
+    tiny_hf(family, seed).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder

@@ -7,8 +7,8 @@ import torch
 from test_export import exported  # noqa: F401
 
 from personatlas.cli.app import main
-from personatlas.persona.errors import KnownError
-from personatlas.persona.models.load import load_subject
+from personatlas.persona.errors import UserError
+from personatlas.persona.models.load import load_model
 from personatlas.training.bits_per_byte import fit_of_texts
 
 TEXTS = [
@@ -19,39 +19,39 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def subject(exported):
-    return load_subject(str(exported[1] / "model"), device="cpu", dtype="float32")
+def model(exported):
+    return load_model(str(exported[1] / "model"), device="cpu", dtype="float32")
 
 
-def plain_nats(subject, text, window):
+def plain_nats(model, text, window):
     """Token by token, each with what its window shows it."""
     ids, nats = (
-        [subject.tokenizer.bos_token_id, *subject.tokenizer(text, add_special_tokens=False)["input_ids"]],
+        [model.tokenizer.bos_token_id, *model.tokenizer(text, add_special_tokens=False)["input_ids"]],
         0.0,
     )
     for place in range(1, len(ids)):
         start = (place - 1) // (window - 1) * (window - 1)
-        logits = subject.model(torch.tensor([ids[start:place]])).logits[0, -1]
+        logits = model.hf(torch.tensor([ids[start:place]])).logits[0, -1]
         nats -= logits.double().log_softmax(-1)[ids[place]].item()
     return nats, len(ids) - 1
 
 
 @pytest.mark.parametrize("window", [8, 64])
-def test_bits_per_byte_are_those_of_predicting_token_by_token(subject, window):
-    fit = fit_of_texts(subject, TEXTS, window)
-    nats, counts = zip(*(plain_nats(subject, text, window) for text in TEXTS), strict=True)
+def test_bits_per_byte_are_those_of_predicting_token_by_token(model, window):
+    fit = fit_of_texts(model, TEXTS, window)
+    nats, counts = zip(*(plain_nats(model, text, window) for text in TEXTS), strict=True)
     size = sum(len(text.encode()) for text in TEXTS)
     assert fit.bits_per_byte == pytest.approx(sum(nats) / size / math.log(2), rel=1e-5)
     assert (fit.tokens, fit.bytes, fit.documents) == (sum(counts), size, 3)
     assert fit.interval[0] < fit.bits_per_byte < fit.interval[1]
 
 
-def test_one_document_has_no_interval_and_nothing_is_refused(subject):
-    assert fit_of_texts(subject, TEXTS[:1]).interval is None
-    with pytest.raises(KnownError, match="no text to predict"):
-        fit_of_texts(subject, [""])
-    with pytest.raises(KnownError, match="--context 1"):
-        fit_of_texts(subject, TEXTS, 1)
+def test_one_document_has_no_interval_and_nothing_is_refused(model):
+    assert fit_of_texts(model, TEXTS[:1]).interval is None
+    with pytest.raises(UserError, match="no text to predict"):
+        fit_of_texts(model, [""])
+    with pytest.raises(UserError, match="--context 1"):
+        fit_of_texts(model, TEXTS, 1)
 
 
 def test_the_verb_reads_a_folder_and_says_what_it_read(exported, tmp_path, capsys):

@@ -13,7 +13,7 @@ from test_style import said
 
 from personatlas.cli.app import main
 from personatlas.persona.artifacts import read_json, read_lines, write_json
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.training.chat.plan import RELATIVE, Peaks, chat_plan, peaks_of, rows_of
 from personatlas.training.export.huggingface import export, load_exported
 from personatlas.training.finetune import parent_of
@@ -245,7 +245,7 @@ def test_rates_rise_and_fall_straight_to_zero():
 def test_gpus_share_a_step_evenly_and_the_least_run_has_a_step():
     assert rows_of(2000, 1_000_000, 4) % 4 == 0
     assert plan(rows=1, counted=5).steps == 1
-    with pytest.raises(KnownError, match="nothing to tune on"):
+    with pytest.raises(UserError, match="nothing to tune on"):
         plan(rows=0, counted=0)
 
 

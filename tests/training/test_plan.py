@@ -5,7 +5,7 @@ import json
 import pytest
 
 from personatlas.cli.app import main
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.training.model.config import Shape, piece_of_loss
 from personatlas.training.plan import (
     CHIPS,
@@ -172,7 +172,7 @@ def test_a_corpus_that_is_too_small_is_said_plainly():
     ],
 )
 def test_what_makes_no_run_is_refused(how, message):
-    with pytest.raises(KnownError, match=message):
+    with pytest.raises(UserError, match=message):
         plan_of(**how)
 
 

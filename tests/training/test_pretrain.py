@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from personatlas.cli.app import main
 from personatlas.persona.artifacts import read_json
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.training.data.token_shards import open_tokens
 from personatlas.training.export.huggingface import load_exported
 from personatlas.training.loop import checkpoints, samples
@@ -219,14 +219,14 @@ def test_several_processes_that_are_asked_to_stop_save_the_same_step_and_go_on(w
     ],
 )
 def test_a_run_does_not_go_on_as_another(whole, books, change, said):
-    with pytest.raises(KnownError, match=said):
+    with pytest.raises(UserError, match=said):
         train_base(BaseAsked(**{**vars(asked(books, whole[0])), **change}))
 
 
 def test_a_run_does_not_go_on_with_other_text(whole, books, tmp_path):
     shutil.copytree(books, tmp_path / "books")
     (tmp_path / "books" / "new.txt").write_text(book(99))
-    with pytest.raises(KnownError, match="tokens of another corpus"):
+    with pytest.raises(UserError, match="tokens of another corpus"):
         train_base(asked(tmp_path / "books", whole[0], texts={"tokenizer": whole[0] / "tokenizer"}))
 
 
@@ -235,7 +235,7 @@ def test_tokens_of_another_tokenizer_are_refused(whole, books, tmp_path):
     text = (tmp_path / "other/tokenizer.json").read_text()
     (tmp_path / "other/tokenizer.json").write_text(text.replace("<|pad|>", "<|fill|>"))
     texts = {"tokenizer": tmp_path / "other", "token_folder": whole[0] / "tokens"}
-    with pytest.raises(KnownError, match="another tokenizer"):
+    with pytest.raises(UserError, match="another tokenizer"):
         train_base(asked(books, tmp_path / "run", texts=texts))
 
 
@@ -258,7 +258,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoi
     whole, books, tmp_path, monkeypatch
 ):
     broken(monkeypatch, at=9)
-    with pytest.raises(KnownError, match=r"the loss is nan at step 10: stopped; the last good .*step-000008"):
+    with pytest.raises(UserError, match=r"the loss is nan at step 10: stopped; the last good .*step-000008"):
         train_base(again(whole, books, tmp_path / "run"))
     assert checkpoints_in(tmp_path / "run")[-1].step == 8
     assert [row["what"] for row in read_metrics(tmp_path / "run") if row["kind"] == "event"] == ["stopped"]
@@ -267,12 +267,12 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoi
 def test_out_of_memory_names_the_knob_and_its_value(whole, books, tmp_path, monkeypatch):
     broken(monkeypatch, at=2, error=torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(
-        KnownError, match=r"out of memory with 8 rows of 64 tokens at once: give --micro-batch 4"
+        UserError, match=r"out of memory with 8 rows of 64 tokens at once: give --micro-batch 4"
     ):
         train_base(again(whole, books, tmp_path / "run"))
     ask = again(whole, books, tmp_path / "one")
     few = Tuning(context=64, batch=512, micro_batch=1)
-    with pytest.raises(KnownError, match="with 1 rows of 64 tokens at once: give --recompute"):
+    with pytest.raises(UserError, match="with 1 rows of 64 tokens at once: give --recompute"):
         train_base(BaseAsked(**{**vars(ask), "tuning": few}))
 
 
@@ -373,7 +373,7 @@ def test_what_cannot_be_trained_on_is_one_line(books, tmp_path, capsys, options,
 
 def test_a_folder_that_holds_something_else_is_refused(tmp_path, books):
     (tmp_path / "run.json").write_text(json.dumps({"asked": {"model": "smollm2-135m"}}))
-    with pytest.raises(KnownError, match="holds a run of another kind"):
+    with pytest.raises(UserError, match="holds a run of another kind"):
         train_base(asked(books, tmp_path))
 
 
@@ -425,5 +425,5 @@ def test_a_run_on_a_cpu_keeps_the_number_of_threads_that_it_began_with(whole, bo
 
 
 def test_a_vocabulary_beside_a_tokenizer_is_refused(tmp_path):
-    with pytest.raises(KnownError, match="--tokenizer names one"):
+    with pytest.raises(UserError, match="--tokenizer names one"):
         Texts(tokenizer=tmp_path, vocabulary=300)

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from test_pretrain import again, asked, books, command, environment, losses, short_samples, whole  # noqa: F401 (fixtures)
 
 from personatlas.persona.artifacts import read_json, read_lines, write_json
-from personatlas.persona.distributed import Ranks
-from personatlas.persona.errors import KnownError
+from personatlas.persona.distributed import World
+from personatlas.persona.errors import UserError
 from personatlas.training.export.huggingface import load_exported
 from personatlas.training.loop import checkpoints
 from personatlas.training.loop import step as stepping
@@ -135,7 +135,7 @@ def test_what_is_written_over_the_model_does_not_change_a_checkpoint_unseen(whol
     weights[-2] ^= 64
     (model / "model.safetensors").write_bytes(weights)
     with pytest.raises(
-        KnownError, match=r"model\.safetensors is damaged or was changed; remove .*step-000039"
+        UserError, match=r"model\.safetensors is damaged or was changed; remove .*step-000039"
     ):
         train_base(asked(books, run))
     shutil.rmtree(last)
@@ -147,7 +147,7 @@ def test_what_is_written_over_the_model_does_not_change_a_checkpoint_unseen(whol
 def test_figures_that_are_lost_are_told_of_in_one_line(whole, books, tmp_path):
     run = copied(whole, tmp_path)
     (run / "metrics.jsonl").unlink()
-    with pytest.raises(KnownError, match="does not tell of the last steps"):
+    with pytest.raises(UserError, match="does not tell of the last steps"):
         train_base(asked(books, run))
     shutil.rmtree(checkpoints_in(run)[-1].path)
     train_base(asked(books, run))
@@ -180,7 +180,7 @@ def test_a_full_disk_leaves_no_half_of_a_model(whole, books, tmp_path, monkeypat
 def test_a_damaged_file_of_a_run_is_one_line(whole, books, tmp_path, file, content, said):
     run = copied(whole, tmp_path)
     (run / file).write_text(content)
-    with pytest.raises(KnownError, match=said):
+    with pytest.raises(UserError, match=said):
         train_base(asked(books, run))
 
 
@@ -189,20 +189,20 @@ def test_a_plan_of_another_version_is_one_line(whole, books, tmp_path):
     record = read_json(run / "run.json")
     del record["plan"]["second"]
     write_json(run / "run.json", record)
-    with pytest.raises(KnownError, match="does not say second: another version wrote it"):
+    with pytest.raises(UserError, match="does not say second: another version wrote it"):
         train_base(asked(books, run))
 
 
 def test_a_folder_in_which_nothing_can_be_written_is_one_line(whole, books):
-    with pytest.raises(KnownError, match="/proc cannot be written to"):
+    with pytest.raises(UserError, match="/proc cannot be written to"):
         train_base(again(whole, books, Path("/proc")))
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:1", "mps"])
 def test_another_device_than_cuda_or_cpu_is_refused(device):
     """`cuda:1` was taken for the first GPU."""
-    with pytest.raises(KnownError, match="is not cuda or cpu"):
-        join(Ranks(), device)
+    with pytest.raises(UserError, match="is not cuda or cpu"):
+        join(World(), device)
 
 
 def test_processes_wait_for_the_one_that_tokenises_as_long_as_it_takes(monkeypatch):
@@ -210,13 +210,13 @@ def test_processes_wait_for_the_one_that_tokenises_as_long_as_it_takes(monkeypat
     given = []
     with monkeypatch.context() as patch:
         patch.setattr(dist, "init_process_group", lambda *_, **how: given.append(how["timeout"]))
-        join(Ranks(1, 2, 1), "cpu")
+        join(World(1, 2, 1), "cpu")
     make = dist.new_group
     monkeypatch.setattr(dist, "new_group", lambda **how: given.append(how["timeout"]) or make(**how))
     monkeypatch.setattr(dist, "get_backend", lambda: "cpu:gloo,cuda:nccl")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        Ranks(0, 2).barrier()
+        World(0, 2).barrier()
     finally:
         dist.destroy_process_group()
     assert given == [timedelta(days=1)] * 2

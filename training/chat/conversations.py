@@ -28,7 +28,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.judges.base import read_scores
 from personatlas.persona.roles.traits import is_pole
 from personatlas.persona.rollout import Message, Rollout, read_rollouts, spread
@@ -124,12 +124,12 @@ class Columns:
 
     @staticmethod
     def of(asked: Sequence[str]) -> "Columns":
-        """From `answer=text` and the like. Raises `KnownError` for a name that there is not."""
+        """From `answer=text` and the like. Raises `UserError` for a name that there is not."""
         known, found = [one.name for one in fields(Columns)], {}
         for item in asked:
             name, _, column = item.partition("=")
             if name not in known or not column:
-                raise KnownError(f"--columns {item}: write NAME=COLUMN; the names are {', '.join(known)}")
+                raise UserError(f"--columns {item}: write NAME=COLUMN; the names are {', '.join(known)}")
             found[name] = (column,)
         return replace(Columns(), **found)
 
@@ -143,7 +143,7 @@ def read_conversations(
 ) -> list[Conversation]:
     """All conversations of a file that are in order; the others go into `faults`.
 
-    Raises `KnownError` for a file that cannot be read, and where nothing is left of it.
+    Raises `UserError` for a file that cannot be read, and where nothing is left of it.
     """
     found, own = [], Faults()
     source = source or source_name(path)
@@ -157,7 +157,7 @@ def read_conversations(
             found.append(made)
     if not found:
         reason = "; ".join(own.lines()) or "it is empty"
-        raise KnownError(f"{path} has no conversation that can be used: {reason}")
+        raise UserError(f"{path} has no conversation that can be used: {reason}")
     return found
 
 
@@ -283,27 +283,27 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
     for ending in PACKED:
         bare = bare.removesuffix(ending)
     if path.is_dir():
-        raise KnownError(
+        raise UserError(
             f"--data {path} is a folder without rollouts; give a file ({ALLOWED}) or the folder of a run"
         )
     if not path.is_file():
-        raise KnownError(
+        raise UserError(
             f"--data {path} does not exist; give a file ({ALLOWED}) or the folder of a run with rollouts"
         )
     if not bare.endswith((".jsonl", ".json")):
-        raise KnownError(f"--data {path} cannot be read as conversations; allowed: {ALLOWED}")
+        raise UserError(f"--data {path} cannot be read as conversations; allowed: {ALLOWED}")
     with opened(path) as file:
         if bare.endswith(".json"):
             listed = _parsed(file.read(), str(path))
             if not isinstance(listed, list):
-                raise KnownError(f"{path} is one {type(listed).__name__}, not a list of conversations")
+                raise UserError(f"{path} is one {type(listed).__name__}, not a list of conversations")
             yield from enumerate(listed, 1)
             return
         number = 0
         while line := file.readline(LONGEST_LINE + 1):
             number += 1
             if len(line) > LONGEST_LINE:
-                raise KnownError(f"{path}:{number} is longer than {LONGEST_LINE >> 20} MiB: not JSON Lines?")
+                raise UserError(f"{path}:{number} is longer than {LONGEST_LINE >> 20} MiB: not JSON Lines?")
             if line.strip():
                 yield number, _parsed(line, f"{path}:{number}")
 
@@ -313,7 +313,7 @@ def _parsed(text: bytes, where: str) -> Any:
         return json.loads(text.removeprefix(b"\xef\xbb\xbf"))
     except (ValueError, RecursionError) as error:
         hint = "; one object a line is .jsonl" if "Extra data" in str(error) else ""
-        raise KnownError(f"{where} is not valid JSON: {error}{hint}") from None
+        raise UserError(f"{where} is not valid JSON: {error}{hint}") from None
 
 
 @dataclass(frozen=True)
@@ -329,9 +329,9 @@ class Wanted:
 
     def __post_init__(self) -> None:
         if self.score is not None and not 0 <= self.score <= 3:
-            raise KnownError(f"--score {self.score} is not in 0..3")
+            raise UserError(f"--score {self.score} is not in 0..3")
         if self.per_role is not None and self.per_role < 1:
-            raise KnownError(f"--per-role {self.per_role} is below 1")
+            raise UserError(f"--per-role {self.per_role} is below 1")
 
 
 def is_run(path: Path) -> bool:
@@ -342,7 +342,7 @@ def is_run(path: Path) -> bool:
 def conversations_of_run(folder: Path, faults: Faults, wanted: Wanted = Wanted()) -> list[Conversation]:
     """The run's answers that are wanted, by role in the run's order; what is left out goes into `faults`.
 
-    Raises `KnownError` where nothing is left, and where a score is wanted that no judge gave.
+    Raises `UserError` where nothing is left, and where a score is wanted that no judge gave.
     """
     scores = {} if wanted.score is None else read_scores(folder / "scores.jsonl")
     by_role: dict[str, list[Conversation]] = defaultdict(list)
@@ -365,9 +365,7 @@ def conversations_of_run(folder: Path, faults: Faults, wanted: Wanted = Wanted()
         for rest in found[len(by_role[role]) :]:
             faults.add(f"beyond {wanted.per_role} of a role", rest.where)
     if not by_role:
-        raise KnownError(
-            f"{folder} has no answer that can be used: {'; '.join(own.lines()) or 'no rollouts'}"
-        )
+        raise UserError(f"{folder} has no answer that can be used: {'; '.join(own.lines()) or 'no rollouts'}")
     return [conversation for found in by_role.values() for conversation in found]
 
 
@@ -390,7 +388,7 @@ def _without_scores(rollouts: list[Rollout], scores: dict[str, int | None], fold
     judged = {key.split("/", 1)[0] for key in scores}
     left = sorted(roles - judged)
     if len(left) > 1:
-        raise KnownError(
+        raise UserError(
             f"--score needs scores, and {len(left)} roles of {folder} have none ({', '.join(left[:3])}); "
             f"judge them first: personatlas judge {folder}"
         )

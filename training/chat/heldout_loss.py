@@ -1,6 +1,6 @@
 """How well a model predicts the answers of conversations that it was not tuned on, by source.
 
-    held_out = HeldOut(conversations, tokens_of_them, ranks)
+    held_out = HeldOut(conversations, tokens_of_them, world)
     held_out.row(model, step=0, whole=True, most=10_000)["sources"]["all"]
     # {"loss": 2.1, "low": 2.0, "high": 2.2, "perplexity": 8.2, "tokens": 9000, "conversations": 300}
 
@@ -21,7 +21,7 @@ from jaxtyping import Float64, Int64
 from numpy import ndarray as Array
 from torch import Tensor
 
-from personatlas.persona.distributed import Ranks
+from personatlas.persona.distributed import World
 from personatlas.training.chat.conversations import Conversation
 from personatlas.training.chat.packing import Encoded
 from personatlas.training.loop.distributed import summed
@@ -42,10 +42,10 @@ class HeldOut:
         self,
         conversations: Sequence[Conversation],
         tokens: Encoded,
-        ranks: Ranks = Ranks(),
+        world: World = World(),
         known: frozenset[str] = frozenset(),
     ) -> None:
-        self.conversations, self.tokens, self.ranks = conversations, tokens, ranks
+        self.conversations, self.tokens, self.world = conversations, tokens, world
         self.met = np.array([all(text in known for text in one.answers) for one in conversations])
 
     def row(self, model: GPT, step: int, *, whole: bool, most: int) -> dict[str, Any]:
@@ -96,10 +96,10 @@ class HeldOut:
         device = model.lm_head.weight.device
         found = torch.zeros(len(self.tokens), dtype=torch.float64)
         for place, group in enumerate(self._groups(numbers)):
-            if place % self.ranks.world == self.ranks.rank:
+            if place % self.world.size == self.world.rank:
                 found[group] = _nats(model, *(part.to(device) for part in self._padded(group)))
-        on = found.to(device) if self.ranks.world > 1 else found
-        return summed(on, self.ranks).cpu().numpy()[numbers]
+        on = found.to(device) if self.world.size > 1 else found
+        return summed(on, self.world).cpu().numpy()[numbers]
 
     def _groups(self, numbers: Int64[Array, "M"]) -> list[list[int]]:
         """Conversations to read at once: by length, so that little is padded."""

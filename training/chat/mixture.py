@@ -10,7 +10,7 @@ as it can be without reading anything twice.
 
 From `--data` to what chat tuning reads: read, split, tokenised, weighted, packed, and told in a few lines.
 
-data = prepare(asked.chats, encoder, context=2048, seed=0, ranks=place)
+data = prepare(asked.chats, encoder, context=2048, seed=0, world=world)
 data.source.rows_at(...), data.held_out.fit(model), data.lines()
 """
 
@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 
 from personatlas.persona.artifacts import digest
-from personatlas.persona.distributed import Ranks
-from personatlas.persona.errors import KnownError
+from personatlas.persona.distributed import World
+from personatlas.persona.errors import UserError
 from personatlas.training.chat.conversations import (
     MOST,
     Columns,
@@ -77,15 +77,15 @@ def part_of(asked: str) -> Part:
         return Part(path, 1.0, None)
     number, unit, path = float(found["number"]), found["unit"], Path(found["path"])
     if not unit:
-        raise KnownError(
+        raise UserError(
             f"--data {asked}: say {number:g}x (read {number:g} times in an epoch) or {number:g}% (of the answers' tokens)"
         )
     if number == 0 or (unit == "%" and number > 100):
-        raise KnownError(
+        raise UserError(
             f"--data {asked}: {number:g}{unit} of a source is nothing to train on; give another, or leave it out"
         )
     if unit == "x" and number > MOST:
-        raise KnownError(
+        raise UserError(
             f"--data {asked}: an epoch reads a source {MOST} times at most; give more --epochs instead"
         )
     return Part(path, number, None) if unit == "x" else Part(path, None, number / 100)
@@ -94,23 +94,21 @@ def part_of(asked: str) -> Part:
 def read_parts(
     asked: Sequence[str], faults: Faults, columns: Columns = Columns(), wanted: Wanted = Wanted()
 ) -> list[Part]:
-    """Read every `--data`, a file or the folder of a run. Raises `KnownError` where one gives nothing or shares do not add up."""
+    """Read every `--data`, a file or the folder of a run. Raises `UserError` where one gives nothing or shares do not add up."""
     parts = [part_of(one) for one in asked]
     if not parts:
-        raise KnownError("give conversations with --data FILE, or the folder of a run with rollouts")
+        raise UserError("give conversations with --data FILE, or the folder of a run with rollouts")
     twice = [path for path, count in Counter(part.path.resolve() for part in parts).items() if count > 1]
     if twice:
-        raise KnownError(
-            f"--data {twice[0]} is given twice; say how often it is read with {twice[0].name}=2x"
-        )
+        raise UserError(f"--data {twice[0]} is given twice; say how often it is read with {twice[0].name}=2x")
     total = sum(part.share or 0.0 for part in parts)
     alone = all(part.share for part in parts)
     if total > 1 + 1e-9 or (alone and total < 1 - 1e-9) or (not alone and total > 1 - 1e-9):
-        raise KnownError(
+        raise UserError(
             f"the shares of --data add up to {100 * total:g}%: where all have one that must be 100%, else less"
         )
     if wanted != Wanted() and not any(is_run(part.path) for part in parts):
-        raise KnownError(
+        raise UserError(
             "--score, --per-role and --cut are about rollouts, and no --data is the folder of a run"
         )
     names = Counter(source_name(part.path) for part in parts)
@@ -154,14 +152,14 @@ def split(parts: Sequence[Part], share: float, apart: Sequence[str] = ()) -> Sid
     whoever answers it. So are all conversations in a style of `apart`: roles that the model is not tuned on.
     """
     if not 0 < share < 1:
-        raise KnownError(
+        raise UserError(
             f"--held-share {share} is not between 0 and 1 (0.02 holds out one conversation in 50)"
         )
     styles = {one.style for part in parts for one in part.conversations}
     unknown = sorted(set(apart) - styles)
     if unknown:
         some = ", ".join(sorted(styles - {""})[:8]) or "none"
-        raise KnownError(f"--held-out-roles {unknown[0]} is no role or persona of the data; there are {some}")
+        raise UserError(f"--held-out-roles {unknown[0]} is no role or persona of the data; there are {some}")
     questions = frozenset(
         question
         for part in parts
@@ -177,7 +175,7 @@ def split(parts: Sequence[Part], share: float, apart: Sequence[str] = ()) -> Sid
         held[-1] += [replace(one, apart=True) for one in named]
     if not any(train) or not any(held):
         side = "held out" if not any(held) else "left to train on"
-        raise KnownError(
+        raise UserError(
             f"no conversation is {side}: there are too few different questions; give more conversations"
         )
     return Sides(train, held, questions)
@@ -199,7 +197,7 @@ def times_of(parts: Sequence[Part], tokens: Sequence[int]) -> tuple[float, ...]:
     """How often an epoch reads each part, given the answers' tokens in it (row weights counted)."""
     for part, count in zip(parts, tokens, strict=True):
         if not count:
-            raise KnownError(f"--data {part.path}: nothing of it is left to train on")
+            raise UserError(f"--data {part.path}: nothing of it is left to train on")
     shared = sum(part.share or 0.0 for part in parts)
     if all(part.share for part in parts):
         whole = min(count / (part.share or 1.0) for part, count in zip(parts, tokens, strict=True))
@@ -258,9 +256,9 @@ class ChatData:
 
 
 def prepare(
-    asked: Chats, encoder: ChatEncoder, *, context: int, seed: int, ranks: Ranks = Ranks()
+    asked: Chats, encoder: ChatEncoder, *, context: int, seed: int, world: World = World()
 ) -> ChatData:
-    """Read all data. Raises `KnownError` for data that cannot be used, and where nothing is left on a side."""
+    """Read all data. Raises `UserError` for data that cannot be used, and where nothing is left on a side."""
     faults = Faults()
     columns = Columns.of([one for one in asked.columns.split(",") if one])
     wanted = Wanted(asked.score, asked.per_role, asked.cut)
@@ -276,7 +274,7 @@ def prepare(
     rates = np.concatenate([weight * time for weight, time in zip(weights, times, strict=True)])
     held_tokens, held = encoded([one for part in sides.held for one in part], encoder, context, faults)
     if not held:
-        raise KnownError(
+        raise UserError(
             f"no held-out conversation fits into the context of {context:,} tokens; give more conversations"
         )
     source = ChatSource(
@@ -288,11 +286,11 @@ def prepare(
         times=rates,
     )
     if not source.epoch(0).rows:
-        raise KnownError(
+        raise UserError(
             "an epoch of --data reads no conversation: so small a part of so few is none; give a larger one"
         )
     known = frozenset(text for one in train for text in one.answers)
-    held_out = HeldOut(held, held_tokens, ranks, known)
+    held_out = HeldOut(held, held_tokens, world, known)
     return ChatData(tuple(parts), times, faults, sides, tuple(train), source, held_out)
 
 

@@ -33,7 +33,7 @@ from jaxtyping import Bool, Float, Int32, Int64
 from numpy import ndarray as Array
 from tokenizers import Tokenizer
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.rollout import Message
 from personatlas.training.chat.conversations import Conversation, Faults
 from personatlas.training.data.batches import Rows
@@ -60,12 +60,12 @@ class ChatEncoder:
 
     @staticmethod
     def load(folder: Path) -> "ChatEncoder":
-        """Raises `KnownError` for a folder without such a tokenizer, or with another chat template."""
+        """Raises `UserError` for a folder without such a tokenizer, or with another chat template."""
         tokenizer = load_tokenizer(folder)
         missing = [mark for mark in (START, END, PAD) if tokenizer.token_to_id(mark) is None]
         path = folder / "chat_template.jinja"
         if missing or not path.is_file() or path.read_text(encoding="utf-8") != TEMPLATE:
-            raise KnownError(
+            raise UserError(
                 f"{folder} has {f'no token {missing[0]}' if missing else 'another chat template'}; conversations are "
                 "written as the template of `personatlas train tokenizer` writes them, so only its tokenizers can be used"
             )
@@ -207,7 +207,7 @@ class ChatSource:
     """Rows of conversations for the training loop (`training/source.py`).
 
     `times` is how often an epoch reads each conversation: its whole part always, the rest so that over epochs every
-    conversation has its share and no epoch is more than one conversation off. Raises `KnownError` for no conversations.
+    conversation has its share and no epoch is more than one conversation off. Raises `UserError` for no conversations.
     """
 
     def __init__(
@@ -223,7 +223,7 @@ class ChatSource:
         if context < 1 or rows < 1:
             raise ValueError(f"context {context} and rows {rows} must be 1 or more")
         if not len(train):
-            raise KnownError("no conversation is left to train on")
+            raise UserError("no conversation is left to train on")
         if train.lengths.max() > context:
             raise ValueError(
                 f"a conversation of {train.lengths.max()} tokens does not fit into a row of {context}"

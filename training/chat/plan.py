@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.training.model.config import Shape
 from personatlas.training.optim.schedule import (
     embedding_rate_for,
@@ -98,10 +98,10 @@ def chat_plan(
 
     Rates are `RELATIVE` of the base's. They rise over the usual warm-up, while the optimizers' moments, which a base model
     does not hand on, settle, and fall straight to zero from there: a flat part would only read what is repeated
-    anyway. Matrices are not decayed: what the base model knows should stay. `KnownError` for a run of nothing.
+    anyway. Matrices are not decayed: what the base model knows should stay. `UserError` for a run of nothing.
     """
     if rows < 1 or counted < 1:
-        raise KnownError(
+        raise UserError(
             "there is nothing to tune on: no row of conversations in so little time or so few epochs"
         )
     rows_a_step = rows_of(rows, counted, unit or gpus)

@@ -13,7 +13,7 @@ import torch
 
 from personatlas.persona.artifacts import append_lines, read_lines
 from personatlas.persona.models.chat_template import chat_format
-from personatlas.persona.models.load import load_subject
+from personatlas.persona.models.load import load_model
 from personatlas.persona.progress import say
 from personatlas.persona.rollout import seed_of, spread
 from personatlas.persona.sampling.sampler import Prompt, Sampler, Sampling
@@ -205,9 +205,9 @@ def _generated(
     device: str | None,
 ) -> list[Answer]:
     """A model's answers, sampled as rollouts are."""
-    subject = load_subject(str(folder), device=device)
-    chat = chat_format(subject.tokenizer, subject.model.generation_config.eos_token_id)
-    sampler = Sampler(subject, chat.end_ids, Sampling(max_new_tokens=length))
+    model = load_model(str(folder), device=device)
+    chat = chat_format(model.tokenizer, model.hf.generation_config.eos_token_id)
+    sampler = Sampler(model, chat.end_ids, Sampling(max_new_tokens=length))
     found: list[Answer] = []
     for start in range(0, len(chosen), CHUNK):
         group = chosen[start : start + CHUNK]

@@ -32,13 +32,13 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.training.data.token_shards import Stream
 
 
 @dataclass(frozen=True)
 class Batches:
-    """Batches of `rows` windows over all ranks. Raises `KnownError` for a stream shorter than one window."""
+    """Batches of `rows` windows over all ranks. Raises `UserError` for a stream shorter than one window."""
 
     stream: Stream
     context: int
@@ -49,7 +49,7 @@ class Batches:
         if self.context < 1 or self.rows < 1:
             raise ValueError(f"context {self.context} and rows {self.rows} must be 1 or more")
         if len(self.stream) < self.context + 1:
-            raise KnownError(
+            raise UserError(
                 f"the training text has {len(self.stream):,} tokens, fewer than one row of {self.context + 1:,}; "
                 "give more text or a shorter context"
             )

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from personatlas.persona.artifacts import digest
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.progress import progress, say
 from personatlas.training.data.documents import ALLOWED, KINDS, PACKED, Piece, Source, kind_of, read_pieces
 
@@ -107,17 +107,17 @@ class Corpus:
     ) -> "Corpus":
         """List the files of a folder, or take one file. What `held_out` names is taken out of the rest.
 
-        Raises `KnownError` for what is not there, is empty or cannot be read as documents.
+        Raises `UserError` for what is not there, is empty or cannot be read as documents.
         """
         if not 0 < held_share < 1:
-            raise KnownError(
+            raise UserError(
                 f"--held-share {held_share} is not between 0 and 1 (0.01 holds out one document in 100)"
             )
         apart = sources_of(held_out, "--held-out") if held_out else ()
         elsewhere = {source.path.resolve() for source in apart}
         sources = tuple(s for s in sources_of(path, "--corpus") if s.path.resolve() not in elsewhere)
         if not sources:
-            raise KnownError(f"--held-out {held_out} is the whole corpus; nothing is left to train on")
+            raise UserError(f"--held-out {held_out} is the whole corpus; nothing is left to train on")
         return Corpus(sources, apart, 0.0 if apart else held_share, column, size)
 
     @cached_property
@@ -129,7 +129,7 @@ class Corpus:
         twice = set(files[0]) & set(files[1])
         if twice:
             name = next(s.name for s, file in zip(self.sources, files[0], strict=True) if file in twice)
-            raise KnownError(
+            raise UserError(
                 f"{name} is held out and trained on: the same bytes are in both; take it out of one"
             )
         return hashlib.sha256(repr([asked, names, files]).encode()).hexdigest()
@@ -155,7 +155,7 @@ class Corpus:
         return (piece for piece in found if side is None or self.holds_out(piece) == (side == "held-out"))
 
     def scan(self, *, quiet: bool = True) -> Scan:
-        """Read everything once and count. Raises `KnownError` if a side has no text."""
+        """Read everything once and count. Raises `UserError` if a side has no text."""
         scan, last, cut = Scan(), "", ""
         for piece in self._read("scanning", quiet):
             fault = _fault(piece)
@@ -211,15 +211,15 @@ class Corpus:
         if not found:
             reason = scan.notes() or "its files have no rows or no .txt members"
             hint = "; UTF-16 must be saved as UTF-8" if scan.nul else ""
-            raise KnownError(f"the corpus has no text: {reason}{hint}")
+            raise UserError(f"the corpus has no text: {reason}{hint}")
         if not scan.train.documents:
-            raise KnownError(
+            raise UserError(
                 f"all {found} documents of the corpus are held out at a share of {self.held_share:g}; "
                 "lower --held-share or name others with --held-out PATH"
             )
         if not scan.held_out.documents:
             share = "" if self.held_out_sources else f" at a share of {self.held_share:g}"
-            raise KnownError(
+            raise UserError(
                 f"none of the corpus's {found} documents is held out{share}; "
                 "raise --held-share or name other texts with --held-out PATH"
             )
@@ -237,21 +237,21 @@ def _fault(piece: Piece) -> Literal["nul", "blank"] | None:
 
 
 def sources_of(path: Path, option: str) -> tuple[Source, ...]:
-    """The readable files of a path in the order of their hashed names. Raises `KnownError` where there is none."""
+    """The readable files of a path in the order of their hashed names. Raises `UserError` where there is none."""
     prefix = APART if option == "--held-out" else ""
     if path.is_file():
         if kind_of(path.name) is None:
-            raise KnownError(f"{option} {path} cannot be read as documents; allowed: {ALLOWED}")
+            raise UserError(f"{option} {path} cannot be read as documents; allowed: {ALLOWED}")
         return (Source(prefix + path.name, path),)
     if not path.is_dir():
-        raise KnownError(f"{option} {path} does not exist; give a folder or a file ({ALLOWED})")
+        raise UserError(f"{option} {path} does not exist; give a folder or a file ({ALLOWED})")
     names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
     names = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
     found = [name for name in names if kind_of(name)]
     if not found:
         others = sorted({Path(name).suffix or name for name in names})[:5]
         has = f"{len(names)} other files ({', '.join(others)})" if names else "nothing"
-        raise KnownError(f"{option} {path} has {has}; allowed: {ALLOWED}")
+        raise UserError(f"{option} {path} has {has}; allowed: {ALLOWED}")
     found.sort(key=lambda name: (share_of(name), name))
     return tuple(Source(prefix + name, path / name) for name in found)
 
@@ -264,7 +264,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def corpus_of(
     path: Path, *, held_out: Path | None = None, held_share: float = HELD_SHARE, column: str = "text"
 ) -> Corpus:
-    """`Corpus.open`, which may also name data sets of the hub. Raises `KnownError` for one that cannot be had."""
+    """`Corpus.open`, which may also name data sets of the hub. Raises `UserError` for one that cannot be had."""
     return Corpus.open(
         located(path, "--corpus"),
         held_out=None if held_out is None else located(held_out, "--held-out"),
@@ -280,7 +280,7 @@ def located(path: Path, option: str = "--corpus") -> Path:
         return path
     named = NAMED.fullmatch(text)
     if named is None:
-        raise KnownError(
+        raise UserError(
             f"{option} {text} is not hub:OWNER/NAME, with /FOLDER or @REVISION behind it if need be"
         )
     inside, revision = named["inside"], named["revision"]
@@ -288,7 +288,7 @@ def located(path: Path, option: str = "--corpus") -> Path:
     found = folder / inside if inside else folder
     if not found.exists():
         where = f" at {inside}" if inside else ""
-        raise KnownError(
+        raise UserError(
             f"{option} {text}: the data set has no files{where} that can be read; allowed: {ALLOWED}"
         )
     say(f"{text}: revision {folder.name[:12]}, in {found}")
@@ -322,7 +322,7 @@ def _fetched(text: str, option: str, repo: str, inside: str | None, revision: st
     finally:
         if quiet and shown:
             enable_progress_bars()
-    raise KnownError(f"{option} {text}: {reason}")
+    raise UserError(f"{option} {text}: {reason}")
 
 
 def _failures() -> tuple[type[Exception], ...]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from personatlas.persona.artifacts import make_folder
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.progress import say
 
 # no prose in them, or no part of every installation
@@ -48,19 +48,19 @@ class Said(NamedTuple):
 def write_demo(folder: Path) -> tuple[int, int]:
     """Write text/*.txt and chats.jsonl into a folder, new or made before; returns characters of text and conversations.
 
-    Raises `KnownError` where the folder holds other texts or this Python has come without its documentation.
+    Raises `UserError` where the folder holds other texts or this Python has come without its documentation.
     """
     modules = dict(_modules())
     texts = dict(_documents(modules))
     size = sum(map(len, texts.values()))
     if size < LEAST:
-        raise KnownError(
+        raise UserError(
             f"this Python ({sys.prefix}) has come without its documentation; give a --corpus of your own"
         )
     make_folder(folder / "text", "the demo's folder")
     others = {path.name for path in (folder / "text").iterdir()} - set(texts)
     if others:
-        raise KnownError(f"{folder / 'text'} holds other files ({min(others)}); choose another folder")
+        raise UserError(f"{folder / 'text'} holds other files ({min(others)}); choose another folder")
     for name, text in texts.items():
         (folder / "text" / name).write_text(text, encoding="utf-8")
     chats = [{"messages": messages} for messages in _conversations(modules)]

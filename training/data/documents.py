@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 
 KINDS = (".txt", ".jsonl", ".parquet", ".tar")
 PACKED = (".gz", ".xz", ".zst", ".bz2")
@@ -63,7 +63,7 @@ def kind_of(name: str) -> str | None:
 def read_pieces(source: Source, *, column: str, size: int) -> Iterator[Piece]:
     """All pieces of a file, in its order. A document without text is one empty piece.
 
-    Raises `KnownError` for a damaged file and for rows without the column.
+    Raises `UserError` for a damaged file and for rows without the column.
     """
     kind = kind_of(source.name)
     assert kind, source
@@ -82,14 +82,14 @@ def read_pieces(source: Source, *, column: str, size: int) -> Iterator[Piece]:
 
 @contextmanager
 def opened(path: Path) -> Iterator[io.BufferedIOBase]:
-    """A file's bytes, unpacked. While it is read, damage is a `KnownError`."""
+    """A file's bytes, unpacked. While it is read, damage is a `UserError`."""
     try:
         with _unpacking(path) as file:
             yield file
     except _damage(path) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the disk's trouble, not the file's
             raise
-        raise KnownError(f"{path} is damaged or cut short: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} is damaged or cut short: {' '.join(str(error).split())}") from None
 
 
 def _damage(path: Path) -> tuple[type[Exception], ...]:
@@ -105,7 +105,7 @@ def _needed(package: str, path: Path) -> Any:
     try:
         return __import__(package)
     except ImportError:
-        raise KnownError(f"{path} needs the package {package}: pip install personatlas[corpus]") from None
+        raise UserError(f"{path} needs the package {package}: pip install personatlas[corpus]") from None
 
 
 # Bytes
@@ -237,7 +237,7 @@ def _json_rows(source: Source, file: io.BufferedIOBase, column: str) -> Iterator
         number += 1
         where = f"{source.path}:{number}"
         if len(line) > LONGEST_LINE:
-            raise KnownError(
+            raise UserError(
                 f"{where} is longer than {LONGEST_LINE >> 20} MiB: not JSON Lines? Text goes into a .txt"
             )
         if not line.strip():
@@ -245,12 +245,12 @@ def _json_rows(source: Source, file: io.BufferedIOBase, column: str) -> Iterator
         try:
             row = json.loads(line.decode("utf-8", "surrogateescape"))  # `_encodable` finds what is no UTF-8
         except (ValueError, RecursionError) as error:
-            raise KnownError(f"{where} is not valid JSON: {error}") from None
+            raise UserError(f"{where} is not valid JSON: {error}") from None
         if not isinstance(row, dict) or column not in row:
             has = (
                 f"the keys {', '.join(map(str, row))}" if isinstance(row, dict) else f"a {type(row).__name__}"
             )
-            raise KnownError(
+            raise UserError(
                 f"{where} has no {column!r}, but {has}; name the one with the text: --text-column"
             )
         yield number, _text(row[column], where, column)
@@ -270,7 +270,7 @@ def _parquet_rows(source: Source, file: io.BufferedIOBase, column: str) -> Itera
         table, number = parquet.ParquetFile(seekable), 0
         names = table.schema_arrow.names
         if column not in names:
-            raise KnownError(
+            raise UserError(
                 f"{source.path} has no column {column!r}, but {', '.join(names)}; name the one with the text: --text-column"
             )
         for batch in table.iter_batches(batch_size=256, columns=[column]):
@@ -283,7 +283,7 @@ def _text(value: Any, where: str, column: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise KnownError(
+        raise UserError(
             f"{where}: {column!r} is a {type(value).__name__}, not text; name another with --text-column"
         )
     return value

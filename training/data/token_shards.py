@@ -27,7 +27,7 @@ from numpy import ndarray as Array
 from tokenizers import Tokenizer
 
 from personatlas.persona.artifacts import atomic, digest, make_folder, read_json, write_json
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.training.data.corpus import Corpus, Side
 from personatlas.training.data.documents import Piece
 from personatlas.training.data.tokenizer import BATCH, BOS, batches, encode, load_tokenizer
@@ -89,7 +89,7 @@ def make_tokens(
 ) -> Tokens:
     """Tokenise both sides, or go on where an interrupted run stopped, or read what is finished.
 
-    Raises `KnownError` if the folder holds tokens of another corpus or tokenizer, and for a corpus without text.
+    Raises `UserError` if the folder holds tokens of another corpus or tokenizer, and for a corpus without text.
     """
     tokenizer = load_tokenizer(tokenizer_folder)
     asked = {
@@ -105,17 +105,17 @@ def make_tokens(
 
 
 def open_tokens(folder: Path, tokenizer_folder: Path | None = None) -> Tokens:
-    """Memory-map finished tokens. With a tokenizer, `KnownError` if they are not its own."""
+    """Memory-map finished tokens. With a tokenizer, `UserError` if they are not its own."""
     path = folder / "tokens.json"
     if not path.is_file():
-        raise KnownError(
+        raise UserError(
             f"{folder} holds no finished tokens (tokens.json); make them again, finished shards are kept"
         )
     record = read_json(path)
     if not isinstance(record, dict) or record.get("kind") != "tokens" or record.get("format") != FORMAT:
-        raise KnownError(f"{path} is not the record of tokens that this version reads")
+        raise UserError(f"{path} is not the record of tokens that this version reads")
     if tokenizer_folder is not None and digest(tokenizer_folder / "tokenizer.json") != record["tokenizer"]:
-        raise KnownError(
+        raise UserError(
             f"{folder} holds tokens of another tokenizer than {tokenizer_folder}; choose another folder"
         )
     train, held_out = (_stream(folder, record, side) for side in SIDES)
@@ -123,20 +123,20 @@ def open_tokens(folder: Path, tokenizer_folder: Path | None = None) -> Tokens:
 
 
 def verify(folder: Path) -> None:
-    """Read every shard. Raises `KnownError` for one whose bytes have changed."""
+    """Read every shard. Raises `UserError` for one whose bytes have changed."""
     record = read_json(folder / "tokens.json")
     for side in SIDES:
         for number, shard in enumerate(record[side]):
             path = folder / f"{side}-{number:05}.npy"
             if digest(path) != shard["sha256"]:
-                raise KnownError(f"{path} has changed since it was made; remove {folder} and make it again")
+                raise UserError(f"{path} has changed since it was made; remove {folder} and make it again")
 
 
 def _claim(folder: Path, asked: dict[str, Any]) -> None:
     path = folder / "asked.json"
     if not path.is_file():
         if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
-            raise KnownError(f"{folder} is there and holds no tokens; choose another folder")
+            raise UserError(f"{folder} is there and holds no tokens; choose another folder")
         make_folder(folder, "--tokens")
         write_json(path, asked)
         return
@@ -147,7 +147,7 @@ def _claim(folder: Path, asked: dict[str, Any]) -> None:
     if changed:
         what = {"corpus": "another corpus, or files of it have changed", "tokenizer": "another tokenizer"}
         reasons = "; ".join(what.get(name, f"another {name}") for name in changed)
-        raise KnownError(f"{folder} holds tokens of {reasons}; choose another folder")
+        raise UserError(f"{folder} holds tokens of {reasons}; choose another folder")
 
 
 def _stream(folder: Path, record: dict[str, Any], side: Side) -> Stream:
@@ -157,9 +157,9 @@ def _stream(folder: Path, record: dict[str, Any], side: Side) -> Stream:
         try:
             shard = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise KnownError(f"{path} cannot be read: {error}; remove {folder} and make it again") from None
+            raise UserError(f"{path} cannot be read: {error}; remove {folder} and make it again") from None
         if shard.shape != (known["tokens"],) or str(shard.dtype) != record["dtype"]:
-            raise KnownError(
+            raise UserError(
                 f"{path} has {shard.shape} {shard.dtype}, not what tokens.json says; make it again"
             )
         shards.append(shard)
@@ -180,7 +180,7 @@ def _write_shards(
         found[side].append(_shard(tokenizer, pieces, folder / f"{side}-{len(found[side]):05}", kind))
     for side in SIDES:
         if not found[side]:
-            raise KnownError(
+            raise UserError(
                 f"the corpus has no {side} text; change --held-share or name texts with --held-out PATH"
             )
     record = {

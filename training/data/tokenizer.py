@@ -26,7 +26,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from personatlas.persona.artifacts import digest, make_folder, read_json, write_json
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.progress import say
 from personatlas.training.data.corpus import Corpus
 from personatlas.training.data.documents import Piece
@@ -97,12 +97,12 @@ def make_tokenizer(
 ) -> dict[str, Any]:
     """Train, check and save; what is there already from the same corpus and settings is taken as it is.
 
-    Returns the record, `training.json`. Raises `KnownError` for a vocabulary that cannot be had and for a folder that
+    Returns the record, `training.json`. Raises `UserError` for a vocabulary that cannot be had and for a folder that
     holds something else.
     """
     require_vocabulary(vocabulary)
     if sample < 1:
-        raise KnownError(f"--sample {sample}: give how many bytes of text to train on, 1 or more")
+        raise UserError(f"--sample {sample}: give how many bytes of text to train on, 1 or more")
     asked = {"corpus": corpus.digest, "vocabulary": vocabulary, "sample": sample}
     made = _made_before(out, asked)
     if made is not None:
@@ -126,16 +126,16 @@ def make_tokenizer(
 
 
 def require_vocabulary(vocabulary: int) -> None:
-    """`KnownError` unless the bytes, the special tokens and at least one merge fit."""
+    """`UserError` unless the bytes, the special tokens and at least one merge fit."""
     least = BYTES + len(SPECIAL) + 1
     if not least <= vocabulary <= LARGEST:
-        raise KnownError(
+        raise UserError(
             f"--vocabulary {vocabulary} is not in {least}..{LARGEST}: {BYTES} bytes and {len(SPECIAL)} special tokens are always in it"
         )
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int, left_out: Counter[str] | None = None) -> Tokenizer:
-    """A byte-level BPE with exactly `vocabulary` tokens. Raises `KnownError` if the texts do not have so many.
+    """A byte-level BPE with exactly `vocabulary` tokens. Raises `UserError` if the texts do not have so many.
 
     `left_out` is told what `short_words` leaves out.
     """
@@ -159,7 +159,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, left_out: Counter[str
     tokenizer.train_from_iterator(batches(short_words(texts, left_out), BATCH), trainer)
     size = tokenizer.get_vocab_size()
     if size < vocabulary:
-        raise KnownError(
+        raise UserError(
             f"the training text has pairs for {size} tokens only, not for {vocabulary}; give --vocabulary {size} or more text"
         )
     # A text that is tokenised by itself starts a document; chat templates write the mark themselves.
@@ -195,7 +195,7 @@ def compression(
 ) -> Compression:
     """Bytes per token over pieces, up to `most` bytes; `unit` names a piece's document.
 
-    Raises `KnownError` if a piece does not come back as it was.
+    Raises `UserError` if a piece does not come back as it was.
     """
     sizes: dict[str, list[int]] = {}  # of each document: bytes, tokens
     read = 0
@@ -204,7 +204,7 @@ def compression(
         decoded = tokenizer.decode_batch(encoded, skip_special_tokens=False)
         for piece, ids, back in zip(batch, encoded, decoded, strict=True):
             if back != piece.text:
-                raise KnownError(_difference(piece, back))
+                raise UserError(_difference(piece, back))
             size = sizes.setdefault(unit(piece), [0, 0])
             size[0] += len(piece.text.encode())
             size[1] += len(ids)
@@ -212,7 +212,7 @@ def compression(
         if read >= most:
             break
     if not read:
-        raise KnownError("there is no held-out text to check the tokenizer on")
+        raise UserError("there is no held-out text to check the tokenizer on")
     table = np.array(list(sizes.values()))  # (documents, 2)
     total = table.sum(0)
     return Compression(
@@ -256,21 +256,21 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """A tokenizer for corpora, in which markup such as <|im_end|> is text. Raises `KnownError` if it is not one of ours.
+    """A tokenizer for corpora, in which markup such as <|im_end|> is text. Raises `UserError` if it is not one of ours.
 
     `AutoTokenizer.from_pretrained(folder)` is for conversations: there the markup of the template is meant.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise KnownError(
+        raise UserError(
             f"{folder} holds no tokenizer.json; make one: personatlas train tokenizer --out {folder}"
         )
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # noqa: BLE001 (the Rust side raises Exception itself)
-        raise KnownError(f"{path} cannot be read: {error}") from None
+        raise UserError(f"{path} cannot be read: {error}") from None
     if tokenizer.token_to_id(BOS) is None:
-        raise KnownError(
+        raise UserError(
             f"{path} has no token {BOS}, which starts every document; use one of `personatlas train tokenizer`"
         )
     tokenizer.encode_special_tokens = True
@@ -294,19 +294,19 @@ def _made_before(out: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
     record_path, path = out / "training.json", out / "tokenizer.json"
     if not record_path.is_file():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise KnownError(f"--out {out} is there and was not made here; choose another folder")
+            raise UserError(f"--out {out} is there and was not made here; choose another folder")
         return None
     record = read_json(record_path)
     if not isinstance(record, dict) or record.get("kind") != "tokenizer":
-        raise KnownError(f"{record_path} is not the record of a tokenizer; choose another --out")
+        raise UserError(f"{record_path} is not the record of a tokenizer; choose another --out")
     before = record.get("asked") or {}
     changed = [name for name, value in asked.items() if before.get(name) != value]
     if changed:
-        raise KnownError(
+        raise UserError(
             f"--out {out} holds a tokenizer of another {' and '.join(changed)}; choose another folder"
         )
     if not path.is_file() or digest(path) != record.get("sha256"):
-        raise KnownError(
+        raise UserError(
             f"{path} is not the one that training.json tells of: damaged or replaced; remove the folder"
         )
     return record

@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import safe_open
 
 from personatlas.persona.artifacts import atomic, read_json, require_writable
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.training.data.tokenizer import PATTERN
 from personatlas.training.export.huggingface import shape_of
 from personatlas.training.model.config import Shape
@@ -30,14 +30,14 @@ FORMATS = ("f32", "bf16", "f16")
 def write_gguf(folder: Path, out: Path, format: str = "bf16") -> Path:
     """Write `out` from an exported folder: matrices in `format`, gains in fp32; atomically, and never over another file.
 
-    Raises `KnownError` for a folder of another kind, and for a tokenizer that parts text in another way.
+    Raises `UserError` for a folder of another kind, and for a tokenizer that parts text in another way.
     """
     import gguf
 
     if format not in FORMATS:
-        raise KnownError(f"format {format!r} is not one of {', '.join(FORMATS)}")
+        raise UserError(f"format {format!r} is not one of {', '.join(FORMATS)}")
     if out.exists():
-        raise KnownError(f"{out} is already there; choose another name or remove it")
+        raise UserError(f"{out} is already there; choose another name or remove it")
     require_writable(out, "the GGUF file")
     shape = shape_of(read_json(folder / "config.json"), folder)
     tokenizer = _tokenizer(folder)
@@ -59,7 +59,7 @@ def _tokenizer(folder: Path) -> dict[str, Any]:
     """tokenizer.json, with what stands beside it under `config` and `template`; refused unless it parts words as ours do."""
     made = read_json(folder / "tokenizer.json")
     if made["model"]["type"] != "BPE" or json.dumps(PATTERN) not in json.dumps(made["pre_tokenizer"]):
-        raise KnownError(f"{folder}: its tokenizer was not trained here; llama.cpp's converter may know it")
+        raise UserError(f"{folder}: its tokenizer was not trained here; llama.cpp's converter may know it")
     template = folder / "chat_template.jinja"
     made["template"] = template.read_text(encoding="utf-8") if template.is_file() else None
     made["config"] = read_json(folder / "config.json")

@@ -1,7 +1,7 @@
 """To and from a Qwen3 checkpoint of transformers: what is trained here is an ordinary model folder.
 
     export(model, run / "tokenizer", out)        # config.json, model.safetensors, generation_config.json, the tokenizer
-    load_subject(str(out))                       # and AutoModelForCausalLM, TransformerLens, vLLM
+    load_model(str(out))                       # and AutoModelForCausalLM, TransformerLens, vLLM
     load_exported(out)                           # the GPT again, bit for bit
 
 Weights are copied under the names that they have, with `model.` before all but the head; nothing is transposed, folded or
@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from personatlas.persona.artifacts import make_folder, read_json, write_json
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.models.chat_template import chat_format
 from personatlas.persona.models.load import quiet_transformers
 from personatlas.training.model.config import Shape
@@ -60,13 +60,13 @@ SIZES = {
 def export(model: GPT, tokenizer_folder: Path, out: Path, dtype: torch.dtype = torch.float32) -> Path:
     """Write a checkpoint folder, whole or not at all. fp32 loses nothing; bf16 rounds the fp32 masters once.
 
-    Raises `KnownError` when `out` is there and not empty, or the tokenizer is not this model's.
+    Raises `UserError` when `out` is there and not empty, or the tokenizer is not this model's.
     """
     out = Path(os.path.normpath(out))  # A/x/../B is there if A/B is, whether or not there is an A/x
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise KnownError(f"{out} is already there; choose another folder or remove it")
+        raise UserError(f"{out} is already there; choose another folder or remove it")
     if not (tokenizer_folder / "tokenizer.json").is_file():
-        raise KnownError(f"{tokenizer_folder} has no tokenizer.json: not a tokenizer's folder")
+        raise UserError(f"{tokenizer_folder} has no tokenizer.json: not a tokenizer's folder")
     tokenizer = load_tokenizer_of(tokenizer_folder, model.shape)
     make_folder(out.parent, "the export's folder")
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(6)}")
@@ -90,18 +90,18 @@ def export(model: GPT, tokenizer_folder: Path, out: Path, dtype: torch.dtype = t
 
 
 def load_tokenizer_of(folder: Path, shape: Shape) -> Any:
-    """The tokenizer in a folder; `KnownError` where it has ids that a model of this shape does not embed."""
+    """The tokenizer in a folder; `UserError` where it has ids that a model of this shape does not embed."""
     from transformers import AutoTokenizer
 
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise KnownError(
+        raise UserError(
             f"{folder} does not hold a tokenizer that can be read ({' '.join(str(error).split())})"
         ) from None
     if len(tokenizer) > shape.vocabulary:
-        raise KnownError(
+        raise UserError(
             f"the tokenizer in {folder} has {len(tokenizer)} tokens and the model embeds {shape.vocabulary}: "
             "it is not this model's tokenizer"
         )
@@ -134,26 +134,26 @@ def config_of(shape: Shape, tokenizer: Any, dtype: torch.dtype) -> dict[str, Any
 def load_exported(folder: Path) -> GPT:
     """A GPT from a Qwen3 checkpoint with untied head, its parameters in the dtype that they were stored in.
 
-    Raises `KnownError` for another architecture, another kind of rotary, or missing and left-over weights.
+    Raises `UserError` for another architecture, another kind of rotary, or missing and left-over weights.
     """
     config = read_json(folder / "config.json")
     shape = shape_of(config, folder)
     path = folder / "model.safetensors"
     if not path.is_file():
-        raise KnownError(f"{path} does not exist; a checkpoint in several files must be saved as one first")
+        raise UserError(f"{path} does not exist; a checkpoint in several files must be saved as one first")
     try:
         weights = load_file(path)
     except SafetensorError as error:
-        raise KnownError(f"{path} is damaged or cut short ({error})") from None
+        raise UserError(f"{path} is damaged or cut short ({error})") from None
     with torch.device("meta"):
         model = GPT(shape)
     wanted, found = {_theirs(name): name for name in _weights(model)}, set(weights)
     if found != set(wanted):
         odd = sorted(found ^ set(wanted))
-        raise KnownError(f"{path} does not hold the weights of its config: {odd[0]} and {len(odd) - 1} more")
+        raise UserError(f"{path} does not hold the weights of its config: {odd[0]} and {len(odd) - 1} more")
     for theirs, name in wanted.items():
         if weights[theirs].shape != _weights(model)[name].shape:
-            raise KnownError(
+            raise UserError(
                 f"{path}: {theirs} is {tuple(weights[theirs].shape)}, which its config does not say"
             )
     model.load_state_dict({wanted[name]: value for name, value in weights.items()}, assign=True)
@@ -161,23 +161,23 @@ def load_exported(folder: Path) -> GPT:
 
 
 def shape_of(config: Any, folder: Path) -> Shape:
-    """The shape that a config.json describes, or `KnownError`."""
+    """The shape that a config.json describes, or `UserError`."""
     if not isinstance(config, dict):
-        raise KnownError(f"{folder / 'config.json'} is not a model's configuration")
+        raise UserError(f"{folder / 'config.json'} is not a model's configuration")
     for name, value in FIXED.items():
         if config.get(name, value if name != "architectures" else None) != value:
-            raise KnownError(
+            raise UserError(
                 f"{folder}: {name} is {json.dumps(config.get(name))}; a GPT of this kind has {json.dumps(value)}"
             )
     missing = [name for name in SIZES if name not in config]
     if missing:
-        raise KnownError(f"{folder / 'config.json'} does not say {missing[0]}")
+        raise UserError(f"{folder / 'config.json'} does not say {missing[0]}")
     rope = config.get("rope_parameters") or {
         "rope_type": "default",
         "rope_theta": config.get("rope_theta", 10_000.0),
     }
     if rope.get("rope_type", "default") != "default" or config.get("rope_scaling"):
-        raise KnownError(f"{folder}: a scaled rotary embedding ({rope.get('rope_type')}) is not known here")
+        raise UserError(f"{folder}: a scaled rotary embedding ({rope.get('rope_type')}) is not known here")
     return Shape(
         **{ours: config[theirs] for theirs, ours in SIZES.items()}, rope_base=float(rope["rope_theta"])
     )

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from personatlas.persona.artifacts import digest, read_json, write_json
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.training.export.huggingface import export, load_exported
 from personatlas.training.model.gpt import GPT
 
@@ -97,12 +97,12 @@ def save_checkpoint(
 
 
 def load_state(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state and what state.json says. `KnownError` where that, or the model's file, is not as it was saved."""
+    """An optimizer's state and what state.json says. `UserError` where that, or the model's file, is not as it was saved."""
     facts = read_json(checkpoint.path / "state.json")
     for name in ("optimizer", "model"):
         path = checkpoint.path / f"{name}.safetensors"
         if name in facts and not (path.is_file() and digest(path) == facts[name]):
-            raise KnownError(
+            raise UserError(
                 f"{path} is damaged or was changed; remove {checkpoint.path} and the run goes on from the one before"
             )
     return load_file(checkpoint.path / "optimizer.safetensors"), facts
@@ -152,4 +152,4 @@ def _as_full(error: SafetensorError, path: Path) -> Exception:
     for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         if f"os error {code}" in str(error) or f"code: {code}," in str(error):
             return OSError(code, os.strerror(code), str(path))
-    return KnownError(f"{path} cannot be written: {error}")
+    return UserError(f"{path} cannot be written: {error}")

@@ -3,31 +3,31 @@
 import torch
 from torch import Tensor
 
-from personatlas.persona.distributed import PATIENCE, Ranks
-from personatlas.persona.errors import KnownError
+from personatlas.persona.distributed import PATIENCE, World
+from personatlas.persona.errors import UserError
 
 
-def join(ranks: Ranks, device: str | None = None) -> torch.device:
+def join(world: World, device: str | None = None) -> torch.device:
     """This process's device: its own GPU if there is one; with several processes they are made one group.
 
-    Raises `KnownError` for another device than cuda or cpu, and where a host has fewer GPUs than processes.
+    Raises `UserError` for another device than cuda or cpu, and where a host has fewer GPUs than processes.
     """
     if device not in (None, "cuda", "cpu"):
-        raise KnownError(
+        raise UserError(
             f"--device {device} is not cuda or cpu; CUDA_VISIBLE_DEVICES says which GPUs there are"
         )
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
-            raise KnownError("--device cuda: this machine has no GPU that torch can use; try --device cpu")
-        if ranks.local >= torch.cuda.device_count():
-            raise KnownError(
-                f"process {ranks.local} of this host has no GPU of its own: there are {torch.cuda.device_count()}; "
+            raise UserError("--device cuda: this machine has no GPU that torch can use; try --device cpu")
+        if world.local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"process {world.local_rank} of this host has no GPU of its own: there are {torch.cuda.device_count()}; "
                 "give torchrun --nproc-per-node as many"
             )
-        chosen = torch.device("cuda", ranks.local)
+        chosen = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(chosen)
-    if ranks.world > 1:
+    if world.size > 1:
         import torch.distributed as dist
 
         if not dist.is_initialized():
@@ -38,9 +38,9 @@ def join(ranks: Ranks, device: str | None = None) -> torch.device:
     return chosen
 
 
-def summed(x: Tensor, ranks: Ranks) -> Tensor:
+def summed(x: Tensor, world: World) -> Tensor:
     """x, in place the sum of all ranks' x."""
-    if ranks.world > 1:
+    if world.size > 1:
         import torch.distributed as dist
 
         dist.all_reduce(x)

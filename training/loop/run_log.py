@@ -39,7 +39,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from personatlas.persona.artifacts import append_lines, atomic, read_lines
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.progress import EVERY, say
 from personatlas.training.model.gpt import GPT
 
@@ -67,7 +67,7 @@ def cut_after(path: Path, step: int) -> int | None:
 class Meters:
     """The record of a run and its mirrors. `wandb` is the name of a project there.
 
-    Raises `KnownError` where a mirror's package is not installed or it cannot be reached, before anything is written.
+    Raises `UserError` where a mirror's package is not installed or it cannot be reached, before anything is written.
     """
 
     def __init__(self, folder: Path, *, tensorboard: bool = False, wandb: str | None = None) -> None:
@@ -175,7 +175,7 @@ class WeightsAndBiases(Mirror):
             )
         except (wandb.errors.Error, ValueError) as error:
             text = " ".join(str(error).split())
-            raise KnownError(
+            raise UserError(
                 f"--wandb {project}: {text}; log in (`wandb login`) or set WANDB_MODE=offline and `wandb sync` later"
             ) from None
         # their own step never goes back; ours does when a run goes on from a checkpoint
@@ -195,7 +195,7 @@ def _is_odd(value: Any) -> bool:
 
 def _require(package: str, option: str) -> None:
     if find_spec(package) is None:
-        raise KnownError(f"{option} needs a package that is not installed: pip install {package}")
+        raise UserError(f"{option} needs a package that is not installed: pip install {package}")
 
 
 SMOOTHING = 0.9  # of the loss that is shown: one step's is noise

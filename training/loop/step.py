@@ -1,6 +1,6 @@
 """One training step, on one process or many: micro-batches forward and backward, the sum over ranks, the optimizers.
 
-    stepper = Stepper(model, source, plan, ranks, device)
+    stepper = Stepper(model, source, plan, world, device)
     heard = stepper.step(0)         # launched, not awaited
     loss, norm, asked = heard.wait()       # mean nats per counted token over all ranks, √Σ g², whether any rank wants to stop
 
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from personatlas.persona.distributed import Ranks
-from personatlas.persona.errors import KnownError
+from personatlas.persona.distributed import World
+from personatlas.persona.errors import UserError
 from personatlas.training.data.batches import Rows, Source
 from personatlas.training.loop.distributed import summed, wait_for
 from personatlas.training.model.gpt import GPT
@@ -54,25 +54,25 @@ class Heard:
 class Stepper:
     """What does steps. The model must be on `device`; its parameters become views of the optimizer's buffers.
 
-    Raises `KnownError` where the ranks cannot share a step's rows evenly.
+    Raises `UserError` where the ranks cannot share a step's rows evenly.
     """
 
-    def __init__(self, model: GPT, source: Source, plan: Plan, ranks: Ranks, device: torch.device) -> None:
-        self.model, self.ranks, self.device = model, ranks, device
+    def __init__(self, model: GPT, source: Source, plan: Plan, world: World, device: torch.device) -> None:
+        self.model, self.world, self.device = model, world, device
         self.replan(plan, source)
-        self.optimizer = Optimizer(model, ranks)
+        self.optimizer = Optimizer(model, world)
         cuda = device.type == "cuda"
         self.forward = torch.compile(model, dynamic=False) if cuda else model
 
     def replan(self, plan: Plan, source: Source) -> None:
         """Go by another plan and its rows. What is compiled stays compiled as long as micro-batches are as large."""
         self.plan, self.source = plan, source
-        self.share, self.micro_batch = shares(source.rows, plan.micro_batch, self.ranks.world)
+        self.share, self.micro_batch = shares(source.rows, plan.micro_batch, self.world.size)
 
     @property
     def unit(self) -> int:
         """What a step's rows must be a multiple of: where a micro-batch is compiled, it stays as it is."""
-        return self.ranks.world * (self.micro_batch if self.device.type == "cuda" else 1)
+        return self.world.size * (self.micro_batch if self.device.type == "cuda" else 1)
 
     def step(self, number: int, stops: Callable[[], bool] = lambda: False) -> Heard:
         """Do step `number`, 0-based. What `stops` says at its end is heard by all ranks."""
@@ -85,7 +85,7 @@ class Stepper:
                 total += loss.detach()
         squares = self.optimizer.step(self.plan.rates_at(number))
         asked = torch.full((), float(stops()), device=self.device)
-        return self._heard(summed(torch.stack([total / counted, squares, asked]), self.ranks))
+        return self._heard(summed(torch.stack([total / counted, squares, asked]), self.world))
 
     def settle(self, threads: int | None = None) -> int | None:
         """On a CPU, take as many threads as a run had before, or all or one of them, whichever steps faster now; the number.
@@ -93,7 +93,7 @@ class Stepper:
         Where other work wants the cores, threads that wait for one another take longer than a single one: 235 against 670
         tokens a second were seen on two crowded cores. Sums depend on the number, so a run keeps it. None where it is not ours to choose: on a GPU, under torchrun, with OMP_NUM_THREADS.
         """
-        if self.device.type != "cpu" or self.ranks.world > 1 or "OMP_NUM_THREADS" in os.environ:
+        if self.device.type != "cpu" or self.world.size > 1 or "OMP_NUM_THREADS" in os.environ:
             return None
         if threads is None:
             took = {}
@@ -115,16 +115,16 @@ class Stepper:
             spans = self._spans()
         middle = torch.tensor([statistics.median(spans)], device=self.device)
         mean = (
-            summed(middle, self.ranks).item() / self.ranks.world
+            summed(middle, self.world).item() / self.world.size
         )  # one number on all ranks: it decides the plan
         return self.source.rows * self.source.context / mean
 
     def _spans(self) -> list[float]:
         """Seconds of some single steps: on a CPU the first few are slow and uneven. About ten seconds, or four steps."""
         spans: list[float] = []
-        while len(spans) < 4 or (len(spans) < 16 and sum(spans) < 10 and self.ranks.world == 1):
+        while len(spans) < 4 or (len(spans) < 16 and sum(spans) < 10 and self.world.size == 1):
             spans.append(self._seconds(1))
-            if sum(spans) > 30 and self.ranks.world == 1:
+            if sum(spans) > 30 and self.world.size == 1:
                 break
         return spans[len(spans) // 2 :]
 
@@ -135,7 +135,7 @@ class Stepper:
         wait_for(self.device)
         return (time.monotonic() - start) / steps
 
-    def out_of_memory(self) -> KnownError:
+    def out_of_memory(self) -> UserError:
         """What to do about it."""
         rows, context = self.micro_batch, self.plan.shape.context
         if rows > 1:
@@ -145,10 +145,10 @@ class Stepper:
             hint = "give --recompute, which takes a third longer; the result is the same"
         else:
             hint = f"give a --context below {context} or a lower --depth"
-        return KnownError(f"out of memory with {rows} rows of {context:,} tokens at once: {hint}")
+        return UserError(f"out of memory with {rows} rows of {context:,} tokens at once: {hint}")
 
     def _micro_batches(self, number: int) -> Iterator[Rows]:
-        first = self.ranks.rank * self.share
+        first = self.world.rank * self.share
         for start in range(first, first + self.share, self.micro_batch):
             rows = self.source.rows_at(number, start, self.micro_batch)
             documents = None if rows.documents is None else self._moved(rows.documents)
@@ -172,7 +172,7 @@ class Stepper:
 def shares(rows: int, micro_batch: int, world: int) -> tuple[int, int]:
     """Rows of one rank, and how many of them at once: the largest divisor that is not above the plan's."""
     if rows % world:
-        raise KnownError(
+        raise UserError(
             f"the {rows} rows of a step cannot be shared evenly by {world} processes; start as many as divide {rows}"
         )
     share = rows // world

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.training.loop.checkpoints import (
     lasting,
     load_state,
@@ -86,7 +86,7 @@ class Loop:
         return self.stepper.plan
 
     def run(self) -> int:
-        """Go on to the last step; returns the step that it went on from. Raises `KnownError` on a loss that is no number."""
+        """Go on to the last step; returns the step that it went on from. Raises `UserError` on a loss that is no number."""
         self._saved = time.monotonic()
         start = self._begin()
         waiting: tuple[int, Heard] | None = None
@@ -109,11 +109,11 @@ class Loop:
 
     def _begin(self) -> int:
         """Fill model and optimizer: fresh, or as the newest checkpoint has them."""
-        found, ranks = newest(self.folder), self.stepper.ranks
+        found, world = newest(self.folder), self.stepper.world
         self.stepper.optimizer.forget()
         self.stepper.optimizer.zero()
         if (
-            ranks.rank == 0
+            world.rank == 0
         ):  # what a kill left behind: halves of checkpoints, and rows from before the first one
             prune(self.folder, self.plan.steps, self.keep_all)
             self.record.cut(-1 if found is None else found.step)
@@ -127,9 +127,9 @@ class Loop:
         self.clock.seconds = facts["seconds"]
         before = facts["world"]
         text = f"going on from step {found.step:,} of {self.plan.steps:,}"
-        if before != ranks.world:
+        if before != world.size:
             text += (
-                f"; {before} processes made it, {ranks.world} go on: the optimizer's state is shared out anew"
+                f"; {before} processes made it, {world.size} go on: the optimizer's state is shared out anew"
             )
         self.record.write({"kind": "event", "step": found.step, "what": "resumed", "text": text})
         return found.step
@@ -170,18 +170,16 @@ class Loop:
     def utilisation(self, speed: float | None) -> float | None:
         if speed is None or self.stepper.device.type != "cuda":
             return None
-        return share_of_peak(speed, self.plan.shape, self.plan.chip, self.stepper.ranks.world)
+        return share_of_peak(speed, self.plan.shape, self.plan.chip, self.stepper.world.size)
 
-    def _broken(self, step: int, loss: float, norm: float) -> KnownError:
+    def _broken(self, step: int, loss: float, norm: float) -> UserError:
         last = newest(self.folder)
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
         good = f"the last good checkpoint is {last.path}" if last else "there is no checkpoint yet"
         self.record.write(
             {"kind": "event", "step": step, "what": "stopped", "text": f"{what} at step {step}"}
         )
-        return KnownError(
-            f"{what} at step {step}: stopped; {good}. Start a new run with a lower --rate-scale"
-        )
+        return UserError(f"{what} at step {step}: stopped; {good}. Start a new run with a lower --rate-scale")
 
     def _pauses_at(self, step: int) -> bool:
         if self._stops or step == self.plan.steps or (self.keep_all and lasting(step, self.plan.steps)):
@@ -190,7 +188,7 @@ class Loop:
 
     def _due(self, step: int) -> bool:
         """Whether it is time for a checkpoint. Several processes must agree, and have a clock each: they count steps."""
-        if self.stepper.ranks.world > 1:
+        if self.stepper.world.size > 1:
             return step > 0 and step % steps_in(self.plan, EVERY) == 0
         return time.monotonic() - self._saved > EVERY
 
@@ -212,12 +210,12 @@ class Loop:
 
     def _save(self, step: int) -> None:
         state = self.stepper.optimizer.state()  # all ranks take part
-        ranks = self.stepper.ranks
-        if ranks.rank == 0:
-            facts = {**self.facts, "seconds": self.clock.read(), "world": ranks.world}
+        world = self.stepper.world
+        if world.rank == 0:
+            facts = {**self.facts, "seconds": self.clock.read(), "world": world.size}
             save_checkpoint(self.folder, step, self.stepper.model, state, self.tokenizer, facts)
             prune(self.folder, self.plan.steps, self.keep_all)
-        ranks.barrier()
+        world.barrier()
         self._saved = time.monotonic()
 
     @contextmanager
@@ -229,7 +227,7 @@ class Loop:
             return
 
         def ask(*_: Any) -> None:
-            if self._asked_to_stop and self.stepper.ranks.world == 1:
+            if self._asked_to_stop and self.stepper.world.size == 1:
                 raise KeyboardInterrupt
             self._asked_to_stop = True
 

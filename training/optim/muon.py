@@ -1,6 +1,6 @@
 """Muon for the blocks' matrices and AdamW for all else, each rank stepping its own share.
 
-    optimizer = Optimizer(model, ranks)
+    optimizer = Optimizer(model, world)
     loss.backward()                             # gradients add up in the buffers
     norm = optimizer.step(Rates(matrix=0.02, ...))
     optimizer.state() / optimizer.load(state)   # by parameter, whole: another world size can go on with it
@@ -14,7 +14,7 @@ only where the step goes that way too (Chen et al. 2025, cautious).
 
 Parameters laid end to end in one buffer, their gradients in another, so that ranks share the work of a step.
 
-    bucket = Bucket({"layers.0.mlp.up_proj.weight": p, ...}, unit=p.numel(), ranks=ranks)
+    bucket = Bucket({"layers.0.mlp.up_proj.weight": p, ...}, unit=p.numel(), world=world)
     bucket.reduce()         # sums gradients over the ranks; each rank gets the sum of its own share
     bucket.my_values.add_(...)
     bucket.gather()         # every rank gets what the others have made
@@ -31,24 +31,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from personatlas.persona.distributed import Ranks
+from personatlas.persona.distributed import World
 from personatlas.training.optim.schedule import Rates
 
 
 class Bucket:
     """Some parameters and their gradients, which become views of two buffers."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], unit: int, ranks: Ranks) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], unit: int, world: World) -> None:
         some = next(iter(parameters.values()))
-        self.parameters, self.unit, self.ranks = dict(parameters), unit, ranks
+        self.parameters, self.unit, self.world = dict(parameters), unit, world
         units = sum(p.numel() for p in parameters.values()) // unit
-        self.share = -(-units // ranks.world) * unit  # elements of one rank
-        self.values = torch.zeros(self.share * ranks.world, dtype=some.dtype, device=some.device)
+        self.share = -(-units // world.size) * unit  # elements of one rank
+        self.values = torch.zeros(self.share * world.size, dtype=some.dtype, device=some.device)
         self.gradients = torch.zeros_like(self.values)
         # one rank's share is all there is: it steps on the buffers themselves
-        own = slice(ranks.rank * self.share, (ranks.rank + 1) * self.share)
+        own = slice(world.rank * self.share, (world.rank + 1) * self.share)
         self.my_values = self.values[own]
-        self.my_gradients = self.gradients if ranks.world == 1 else torch.zeros_like(self.my_values)
+        self.my_gradients = self.gradients if world.size == 1 else torch.zeros_like(self.my_values)
         self._waiting: Any = None
         self._lay()
 
@@ -63,14 +63,14 @@ class Bucket:
 
     def reduce(self) -> None:
         """Begin to sum this rank's share of the gradients over the ranks; `wait` before they are used."""
-        if self.ranks.world > 1:
+        if self.world.size > 1:
             import torch.distributed as dist
 
             self._waiting = dist.reduce_scatter_tensor(self.my_gradients, self.gradients, async_op=True)
 
     def gather(self) -> None:
         """Begin to give all ranks the new values; `wait` before they are used."""
-        if self.ranks.world > 1:
+        if self.world.size > 1:
             import torch.distributed as dist
 
             self._waiting = dist.all_gather_into_tensor(self.values, self.my_values.clone(), async_op=True)
@@ -84,10 +84,10 @@ class Bucket:
     def whole(self, state: Tensor) -> dict[str, Tensor]:
         """A state of this rank's units (n, ...) as one of all ranks, by parameter; on every rank, since all take part."""
         everywhere = state
-        if self.ranks.world > 1:
+        if self.world.size > 1:
             import torch.distributed as dist
 
-            everywhere = torch.empty(state.shape[0] * self.ranks.world, *state.shape[1:], device=state.device)
+            everywhere = torch.empty(state.shape[0] * self.world.size, *state.shape[1:], device=state.device)
             dist.all_gather_into_tensor(everywhere, state.contiguous())
         found, start = {}, 0
         for name, parameter in self.parameters.items():
@@ -102,7 +102,7 @@ class Bucket:
             [state[name].to(like.device).reshape(-1, *like.shape[1:]) for name in self.parameters]
         )
         count = like.shape[0]
-        mine = flat[self.ranks.rank * count : (self.ranks.rank + 1) * count]
+        mine = flat[self.world.rank * count : (self.world.rank + 1) * count]
         like.zero_()
         like[: mine.shape[0]] = mine
 
@@ -179,13 +179,13 @@ def adam_step(
 class Optimizer:
     """Both, over all parameters of a model, which become views of buffers. On a GPU steps are compiled and in bf16."""
 
-    def __init__(self, model: nn.Module, ranks: Ranks) -> None:
-        self.ranks, self.count = ranks, 0
+    def __init__(self, model: nn.Module, world: World) -> None:
+        self.world, self.count = world, 0
         kinds = _kinds(dict(model.named_parameters()))
         self.matrices = [
-            Bucket(group, next(iter(group.values())).numel(), ranks) for group in kinds.pop("matrix")
+            Bucket(group, next(iter(group.values())).numel(), world) for group in kinds.pop("matrix")
         ]
-        self.others = {kind: Bucket(groups[0], 1, ranks) for kind, groups in kinds.items()}
+        self.others = {kind: Bucket(groups[0], 1, world) for kind, groups in kinds.items()}
         self.device = next(model.parameters()).device
         cuda = self.device.type == "cuda"
         self._dtype = torch.bfloat16 if cuda else torch.float32

@@ -22,7 +22,7 @@ SHOWN = 5  # checkpoints whose samples are shown at once
 
 
 def write_training_report(folder: Path) -> Path:
-    """Write report.html into a run's folder and return its path. Raises `KnownError` for another kind of folder."""
+    """Write report.html into a run's folder and return its path. Raises `UserError` for another kind of folder."""
     record, path = read_record(folder), folder / "report.html"
     asked, parent = record.run.get("asked") or {}, record.run.get("parent")
     content = {

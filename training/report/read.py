@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from personatlas.persona.artifacts import read_json, read_lines
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.runs import MODEL, is_training_run
 
 Row = Mapping[str, Any]
@@ -63,9 +63,9 @@ class Record:
 
 
 def read_record(folder: Path) -> Record:
-    """Read a run's files. Raises `KnownError` for a folder of another kind and for damaged files."""
+    """Read a run's files. Raises `UserError` for a folder of another kind and for damaged files."""
     if not is_training_run(folder):
-        raise KnownError(f"{folder} is not the folder of a training run")
+        raise UserError(f"{folder} is not the folder of a training run")
     rows = read_lines(folder / "metrics.jsonl")
     by_kind = {
         kind: [row for row in rows if row.get("kind") == kind] for kind in ("step", "held-out", "event")

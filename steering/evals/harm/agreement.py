@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from personatlas.analysis.stats import LEVEL, wilson
 from personatlas.persona.artifacts import digest
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.steering.evals.files import Placed, column, read_rows
 
 BINS = 10
@@ -231,7 +231,7 @@ class Labelled:
 
 
 def read_labels(path: Path, text_column: str | None = None, label_column: str | None = None) -> Labelled:
-    """Read a file of labels. Raises `KnownError` for one that cannot be read whole, is too short, or has one class only."""
+    """Read a file of labels. Raises `UserError` for one that cannot be read whole, is too short, or has one class only."""
     rows = read_rows(path)
     text_name = _only(rows, TEXTS, "text", "--text-column", text_column)
     label_name = _only(rows, LABELS, "label", "--label-column", label_column)
@@ -241,15 +241,15 @@ def read_labels(path: Path, text_column: str | None = None, label_column: str | 
     for place, row in rows:
         for name in (text_name, label_name):
             if name not in row:
-                raise KnownError(f"{place} has no {name!r}, which the rows before it have")
+                raise UserError(f"{place} has no {name!r}, which the rows before it have")
         texts.append(_text(place, text_name, row[text_name]))
         labels.append(_label(place, row[label_name]))
         requests.append("" if request_name is None else str(row.get(request_name) or ""))
     if len(texts) < FEWEST:
-        raise KnownError(f"{path} has {len(texts)} labelled rows; {FEWEST} are the fewest that say anything")
+        raise UserError(f"{path} has {len(texts)} labelled rows; {FEWEST} are the fewest that say anything")
     if len(set(labels)) < 2:
         every = "harmful" if labels[0] else "harmless"
-        raise KnownError(f"{path}: all {len(labels)} rows are {every}; both classes are needed")
+        raise UserError(f"{path}: all {len(labels)} rows are {every}; both classes are needed")
     return Labelled(texts, labels, requests, path.name, digest(path))
 
 
@@ -258,20 +258,20 @@ def _only(rows: list[Placed], names: tuple[str, ...], what: str, option: str, as
     place, row = rows[0]
     there = [str(name) for name in row if str(name).lower() in names]
     if asked is None and len(there) > 1:
-        raise KnownError(f"{place} has several {what} columns: {', '.join(there)}; name one with {option}")
+        raise UserError(f"{place} has several {what} columns: {', '.join(there)}; name one with {option}")
     return column(rows, names, what, option, asked)
 
 
 def _text(place: str, name: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise KnownError(f"{place}: {name!r} is a {type(value).__name__}, not text")
+        raise UserError(f"{place}: {name!r} is a {type(value).__name__}, not text")
     return value
 
 
 def _label(place: str, value: Any) -> int:
     label = MEANING.get(str(value).strip().lower())
     if label is None:
-        raise KnownError(
+        raise UserError(
             f"{place}: label {str(value)[:40]!r} is not 0/1, true/false, yes/no or harmful/harmless"
         )
     return label

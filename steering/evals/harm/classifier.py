@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 from personatlas.persona.artifacts import load_tensors, save_tensors
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.steering.evals.harm.agreement import Agreement, agreement
 
 KIND = "harm-classifier"
@@ -122,13 +122,13 @@ def fit(
     """Fit to texts (N) and labels (N) of 0 and 1. `source` (a file's name and sha256) goes into the provenance.
 
     The same texts give the same classifier. `folds` fits leave out a part each, and equal texts together; how those answers were
-    judged is the classifier's own check (0 makes none). Raises `KnownError` where labels are of one class or no word is shared.
+    judged is the classifier's own check (0 makes none). Raises `UserError` where labels are of one class or no word is shared.
     """
     y = np.asarray(labels)
     if len(texts) != len(y) or not set(y.tolist()) <= {0, 1}:
         raise ValueError(f"{len(texts)} texts and {len(y)} labels, which must be 0 or 1")
     if len(set(y.tolist())) < 2:
-        raise KnownError("the labels are all of one class; both are needed to fit a classifier")
+        raise UserError("the labels are all of one class; both are needed to fit a classifier")
     hashes = np.array([text_hash(text) for text in texts], dtype=np.int64)
     terms, idf, weights, intercept = _fit(texts, y)
     provenance = {
@@ -153,7 +153,7 @@ def _fit(texts: Sequence[str], y: NDArray[np.int64]) -> tuple[tuple[str, ...], F
     try:
         x = vectorizer.fit_transform(texts)  # (N, V)
     except ValueError as error:  # no term is left
-        raise KnownError(f"the texts share no words to tell them apart by ({error})") from None
+        raise UserError(f"the texts share no words to tell them apart by ({error})") from None
     model = LogisticRegression(C=STRENGTH, solver="liblinear", random_state=0).fit(x, y)
     terms = tuple(str(term) for term in vectorizer.get_feature_names_out())
     return (
@@ -212,45 +212,45 @@ def checked(
 
 
 def load(stem: Path) -> Classifier:
-    """Read what `save` wrote. Raises `KnownError` for a missing, damaged, foreign or made-up artefact."""
+    """Read what `save` wrote. Raises `UserError` for a missing, damaged, foreign or made-up artefact."""
     try:
         tensors, meta = load_tensors(stem, KIND)
     except RecursionError:
-        raise KnownError(f"{stem}.json is nested too deeply to be a classifier") from None
+        raise UserError(f"{stem}.json is nested too deeply to be a classifier") from None
     try:
         return _rebuilt(tensors, meta)
     except (KeyError, TypeError, AttributeError) as error:
-        raise KnownError(
+        raise UserError(
             f"{stem} is not a classifier of harm: {type(error).__name__} {error}; fit it again"
         ) from None
-    except KnownError as error:
-        raise KnownError(f"{stem} is not a classifier of harm: {error}; fit it again") from None
+    except UserError as error:
+        raise UserError(f"{stem} is not a classifier of harm: {error}; fit it again") from None
 
 
 def _rebuilt(tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> Classifier:
     terms, threshold = meta["vocabulary"], meta["threshold"]
     if meta["settings"] != SETTINGS:
-        raise KnownError(f"its settings are {str(meta['settings'])[:120]}, this version computes {SETTINGS}")
+        raise UserError(f"its settings are {str(meta['settings'])[:120]}, this version computes {SETTINGS}")
     if not isinstance(terms, list) or not terms or not all(isinstance(term, str) for term in terms):
-        raise KnownError("its vocabulary is not a list of words")
+        raise UserError("its vocabulary is not a list of words")
     if len(set(terms)) != len(terms):
-        raise KnownError("its vocabulary has a word twice")
+        raise UserError("its vocabulary has a word twice")
     if not isinstance(threshold, float) or not 0 < threshold < 1:
-        raise KnownError(f"its threshold {threshold!r} does not lie between 0 and 1")
+        raise UserError(f"its threshold {threshold!r} does not lie between 0 and 1")
     if not isinstance(meta["provenance"], dict):
-        raise KnownError("its provenance is not an object")
+        raise UserError("its provenance is not an object")
     for name, size in (("idf", len(terms)), ("weights", len(terms)), ("intercept", 1)):
         tensor = tensors[name]
         if tensor.dtype != torch.float64 or tuple(tensor.shape) != (size,):
-            raise KnownError(
+            raise UserError(
                 f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not float64 ({size},) as its vocabulary says"
             )
         if not torch.isfinite(tensor).all() or tensor.abs().max() > LARGEST:
-            raise KnownError(f"{name} holds numbers that are not finite or too large")
+            raise UserError(f"{name} holds numbers that are not finite or too large")
     if tensors["idf"].min() < 1:
-        raise KnownError("an idf is below 1")
+        raise UserError("an idf is below 1")
     if tensors["fitted"].dtype != torch.int64 or tensors["fitted"].dim() != 1:
-        raise KnownError(
+        raise UserError(
             f"fitted is {tensors['fitted'].dtype} {tuple(tensors['fitted'].shape)}, not int64 (U,)"
         )
     idf, weights, fitted = (tensors[name].numpy() for name in ("idf", "weights", "fitted"))

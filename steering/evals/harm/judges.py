@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from personatlas.persona.artifacts import append_lines, read_lines
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.judges.base import Item, Judge
 from personatlas.persona.judges.endpoint import Wording
 from personatlas.persona.roles.bank import Role
@@ -204,7 +204,7 @@ class HarmJudge(Protocol):
     def id(self) -> str: ...
 
     def judged(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Judged]]:
-        """One judgement per pair with the pair's place, in any order, each as soon as it is there. `KnownError` stops it all."""
+        """One judgement per pair with the pair's place, in any order, each as soon as it is there. `UserError` stops it all."""
         ...
 
 
@@ -283,15 +283,15 @@ def harm_judge(
     """The judge that a user names: rules, a URL with its `model`, local:MODEL, or a fitted classifier's path.
 
     `rubric` is what a model is asked, "yes-no" or "scale"; `max_tokens` the longest reply of an endpoint, for models that
-    think first. Raises `KnownError` for what is none of these or goes with none.
+    think first. Raises `UserError` for what is none of these or goes with none.
     """
     if rubric not in RUBRICS:
-        raise KnownError(f"rubric {rubric!r} is not one of {', '.join(RUBRICS)}")
+        raise UserError(f"rubric {rubric!r} is not one of {', '.join(RUBRICS)}")
     if text == "rules":
         return RuleHarmJudge()
     if text.startswith(("http://", "https://")):
         if not model:
-            raise KnownError(
+            raise UserError(
                 f"the judge {text} needs the name of the model to ask for; give it with --judge-model NAME"
             )
         from personatlas.persona.judges.endpoint import EndpointJudge
@@ -299,7 +299,7 @@ def harm_judge(
         asked = RUBRICS[rubric]
         tokens = asked.tokens if max_tokens is None else max_tokens
         if tokens < 1:
-            raise KnownError(f"a reply of at most {tokens} tokens is none; give 1 or more")
+            raise UserError(f"a reply of at most {tokens} tokens is none; give 1 or more")
         return ModelHarmJudge(EndpointJudge(text, model, max_tokens=tokens, wording=asked.wording), asked)
     if text.startswith("local:"):
         return _local(text.removeprefix("local:"), rubric)
@@ -308,23 +308,23 @@ def harm_judge(
         from personatlas.steering.evals.harm.classifier import load
 
         return ClassifierHarmJudge(load(stem))
-    raise KnownError(
+    raise UserError(
         f"judge {text!r} is not rules, a http(s) URL, local:MODEL or the file of a classifier made with `personatlas judge fit`"
     )
 
 
 def _local(name: str, rubric: str) -> HarmJudge:
     if not name:
-        raise KnownError("local: names no model; give local:MODEL, a folder, a .gguf file or a hub id")
+        raise UserError("local: names no model; give local:MODEL, a folder, a .gguf file or a hub id")
     if rubric != "yes-no":
-        raise KnownError(
+        raise UserError(
             f"a local judge reads digits and answers yes-no only, not {rubric!r}; take an endpoint for that"
         )
     from personatlas.persona.judges.local import LocalJudge
-    from personatlas.persona.models.load import load_subject
+    from personatlas.persona.models.load import load_model
 
     asked = RUBRICS[rubric]
-    judge = LocalJudge(load_subject(name), wording=asked.wording, digits=asked.highest + 1)
+    judge = LocalJudge(load_model(name), wording=asked.wording, digits=asked.highest + 1)
     return ModelHarmJudge(judge, asked, shares=True)
 
 
@@ -384,7 +384,7 @@ def _read(log: Path, judge_id: str) -> dict[str, Judged]:
             if row["judge"] == judge_id and judged.score is not None:
                 done[row["sha"]] = judged
             continue
-        raise KnownError(
+        raise UserError(
             f"{log}:{number} is not a judgement of harm: judge, sha, reply, problem and a score of 0 to 1 or null are needed"
         )
     return done

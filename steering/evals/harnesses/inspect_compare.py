@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from personatlas.analysis.stats import LEVEL, holm, paired_change
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 
 WORDS = {"C": 1.0, "I": 0.0, "P": 0.5, "N": 0.0, "yes": 1.0, "no": 0.0, "true": 1.0, "false": 0.0}
 Key = tuple[str, int]
@@ -41,19 +41,19 @@ class Arm:
 
 
 def require_inspect() -> None:
-    """`KnownError` where Inspect is not installed."""
+    """`UserError` where Inspect is not installed."""
     from importlib.util import find_spec
 
     if find_spec("inspect_ai") is None:
-        raise KnownError("Inspect is not installed; run `pip install personatlas[inspect]`")
+        raise UserError("Inspect is not installed; run `pip install personatlas[inspect]`")
 
 
 def read_log(path: Path) -> Any:
-    """An Inspect log, .eval or .json. Raises `KnownError` for anything else."""
+    """An Inspect log, .eval or .json. Raises `UserError` for anything else."""
     from inspect_ai.log import read_eval_log
 
     if not path.is_file():
-        raise KnownError(f"there is no log {path}; give two .eval or .json files that Inspect wrote")
+        raise UserError(f"there is no log {path}; give two .eval or .json files that Inspect wrote")
     try:
         return read_eval_log(str(path))
     except (
@@ -61,30 +61,30 @@ def read_log(path: Path) -> Any:
         KeyError,
         OSError,
     ) as error:  # pydantic's errors and those of zip files are among them
-        raise KnownError(
+        raise UserError(
             f"{path} is not a log that Inspect wrote: {' '.join(str(error).split())[:200]}"
         ) from None
 
 
 def arm_of(log: Any) -> Arm:
-    """What a log's samples say. Raises `KnownError` for one that failed, is empty, or is of another provider."""
+    """What a log's samples say. Raises `UserError` for one that failed, is empty, or is of another provider."""
     name = str(log.location)
     if log.status != "success":
-        raise KnownError(
+        raise UserError(
             f"{name} ended with {log.status}: {_first_line(log.error) or 'run it to its end first'}"
         )
     if not log.samples:
-        raise KnownError(f"{name} holds no samples; run it with --log-samples")
+        raise UserError(f"{name} holds no samples; run it with --log-samples")
     samples = {(str(sample.id), sample.epoch): sample for sample in log.samples}
     given = {key: _given(sample, name) for key, sample in samples.items()}
     abouts = [
         {what: value for what, value in own.items() if what != "choices"} for own in given.values() if own
     ]
     if not abouts:
-        raise KnownError(f"every sample of {name} failed: {_first_line(log.samples[0].error)}")
+        raise UserError(f"every sample of {name} failed: {_first_line(log.samples[0].error)}")
     for one in abouts:
         if one != abouts[0]:
-            raise KnownError(
+            raise UserError(
                 f"{name} holds answers of several models, caps or samplings: {_differing(abouts[0], one)}"
             )
     projections, fired = (
@@ -113,14 +113,14 @@ def _given(sample: Any, name: str) -> dict[str, Any]:
     """What our provider noted about a sample's last answer; empty for a sample that failed."""
     own = (sample.output.metadata or {}).get("personatlas")
     if own is None and not sample.error:
-        raise KnownError(
+        raise UserError(
             f"the answer to sample {sample.id} in {name} did not come from --model personatlas/NAME"
         )
     return dict(own or {})
 
 
 def compared(before: Arm, after: Arm) -> dict[str, Any]:
-    """Every scorer's change, with projections and fired shares of both arms. Raises `KnownError` for logs that do not pair."""
+    """Every scorer's change, with projections and fired shares of both arms. Raises `UserError` for logs that do not pair."""
     _require_pair(before, after)
     keys = sorted(before.scores)
     scorers = {}
@@ -193,7 +193,7 @@ def _require_pair(before: Arm, after: Arm) -> None:
     both = f"{before.log} and {after.log}"
     for what in before.task:
         if before.task[what] != after.task[what]:
-            raise KnownError(
+            raise UserError(
                 f"{both} are not of one task: {what} {before.task[what]!r} and {after.task[what]!r}"
             )
     one, other = ({**arm.about, **arm.about["model"], **arm.about["sampling"]} for arm in (before, after))
@@ -208,22 +208,20 @@ def _require_pair(before: Arm, after: Arm) -> None:
         "max_tokens",
     ):
         if one[what] != other[what]:
-            raise KnownError(
+            raise UserError(
                 f"{both} differ in more than the cap: {what} {one[what]} and {other[what]}; run one again"
             )
     for here, there in ((before, after), (after, before)):
         alone = sorted(set(here.scores) - set(there.scores))
         if alone:
             id, epoch = alone[0]
-            raise KnownError(
+            raise UserError(
                 f"sample {id} of epoch {epoch} is in {here.log} only, with {len(alone) - 1} more; run both with the same "
                 "--limit and --epochs"
             )
     for key, asked in before.asked.items():
         if asked != after.asked[key]:
-            raise KnownError(
-                f"sample {key[0]} is not the same in {both}: the task or its dataset has changed"
-            )
+            raise UserError(f"sample {key[0]} is not the same in {both}: the task or its dataset has changed")
 
 
 def _scores(scores: dict[str, Any]) -> dict[str, float | None]:

@@ -50,7 +50,7 @@ from inspect_ai.solver._task_state import sample_state
 from inspect_ai.tool import ToolChoice, ToolInfo
 from torch import Tensor
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.models.chat_template import Messages
 from personatlas.persona.models.load import residual
 from personatlas.persona.pipeline.record import CPU_TOKENS, GPU_TOKENS
@@ -66,7 +66,7 @@ from personatlas.persona.sampling.sampler import (
 )
 from personatlas.steering.drift_monitor import direction_of
 from personatlas.steering.hooks.steering import steered
-from personatlas.steering.session import Loaded
+from personatlas.steering.session import SteeredModel
 
 
 @dataclass(frozen=True)
@@ -98,28 +98,28 @@ class Answered:
 
 
 class Answerer:
-    """A loaded subject with its caps that answers batches, one batch at a time whoever asks."""
+    """A loaded model with its caps that answers batches, one batch at a time whoever asks."""
 
-    def __init__(self, held: Loaded) -> None:
+    def __init__(self, held: SteeredModel) -> None:
         self.held = held
         self._one_at_a_time = Lock()
         self._last: tuple[Sampling, Sampler] | None = None
 
     def prompt_ids(self, messages: Messages) -> tuple[int, ...]:
-        """What the model reads. Raises `KnownError` for messages that the template refuses."""
+        """What the model reads. Raises `UserError` for messages that the template refuses."""
         return tuple(self.held.chat.prompt_ids(messages))
 
     @property
     def context(self) -> int | None:
         """Tokens that the model holds, if it says so."""
-        return self.held.subject.context
+        return self.held.model.context
 
     def describe(self) -> dict[str, Any]:
         """What makes two logs comparable: the model, its dtype, and the direction that projections are on."""
-        subject, axis = self.held.subject, self.held.axis
-        dtype = str(subject.dtype).removeprefix("torch.")
+        model, axis = self.held.model, self.held.axis
+        dtype = str(model.dtype).removeprefix("torch.")
         return {
-            "model": subject.describe(),
+            "model": model.describe(),
             "dtype": dtype,
             "layer": axis.layer,
             "direction": direction_of(axis),
@@ -139,24 +139,24 @@ class Answerer:
             return self._read(asked, [found[row] for row in range(len(asked))])
 
     def _sampled(self, asked: Sequence[Asked], sampling: Sampling) -> list[Answer]:
-        subject = self.held.subject
+        model = self.held.model
         if (
             self._last is None or self._last[0] != sampling
         ):  # building one reads the model again, to prove its cache
             self._last = None  # frees a captured step first
-            self._last = sampling, fastest_sampler(subject, self.held.chat.end_ids, sampling)
+            self._last = sampling, fastest_sampler(model, self.held.chat.end_ids, sampling)
         prompts = [Prompt(one.ids, one.seed, 0 if one.capped else -1) for one in asked]
-        with steered(subject, self.held.caps) if any(one.capped for one in asked) else nullcontext() as held:
+        with steered(model, self.held.caps) if any(one.capped for one in asked) else nullcontext() as held:
             answers = sorted(self._last[1].answers(prompts, held), key=lambda answer: answer.index)
             if held is not None:
-                _ = held.tally  # Silent, unless the caps saw just what was fed
+                _ = held.tally  # HookDidNotFire, unless the caps saw just what was fed
         return answers
 
     def _cut(self, one: Asked, answer: Answer) -> Answered:
         """The answer up to the first stop text."""
 
         def text(tokens: int) -> str:
-            return self.held.subject.tokenizer.decode(list(answer.ids[:tokens]), skip_special_tokens=True)
+            return self.held.model.tokenizer.decode(list(answer.ids[:tokens]), skip_special_tokens=True)
 
         def is_over(tokens: int) -> bool:
             return any(stop in text(tokens) for stop in one.stops)
@@ -177,7 +177,7 @@ class Answerer:
         )
         found, first = list(answers), 0
         while first < len(order):
-            tokens = batch_tokens(self.held.subject, CPU_TOKENS, GPU_TOKENS)
+            tokens = batch_tokens(self.held.model, CPU_TOKENS, GPU_TOKENS)
             stop = batch_end([lengths[row] for row in order], first, tokens)
             rows = order[first:stop]
             read = self._batch_read([asked[row] for row in rows], [answers[row] for row in rows])
@@ -190,7 +190,7 @@ class Answerer:
     def _batch_read(
         self, asked: Sequence[Asked], answers: Sequence[Answered]
     ) -> list[tuple[float, float | None]]:
-        subject, axis = self.held.subject, self.held.axis
+        model, axis = self.held.model, self.held.axis
         texts = [one.ids + answer.ids for one, answer in zip(asked, answers, strict=True)]
         starts, lengths = (
             torch.tensor([len(one.ids) for one in asked]),
@@ -203,14 +203,14 @@ class Answerer:
             seen.append((h @ axis.at(axis.layer).to(h.device)).cpu())  # (B, T)
 
         is_capped = [one.capped for one in asked]
-        with steered(subject, self.held.caps) if any(is_capped) else nullcontext() as held:
+        with steered(model, self.held.caps) if any(is_capped) else nullcontext() as held:
             if held is not None:
                 held.begin(torch.tensor([0 if capped else -1 for capped in is_capped]))
                 held.describe(lengths=lengths, answer_from=starts)
             # before the step at the layer
-            handle = subject.blocks[axis.layer].register_forward_hook(keep, prepend=True)
+            handle = model.blocks[axis.layer].register_forward_hook(keep, prepend=True)
             try:
-                subject.base(input_ids=pad(texts, subject.device), use_cache=False)
+                model.base(input_ids=pad(texts, model.device), use_cache=False)
             finally:
                 handle.remove()
             tally = None if held is None else held.tally
@@ -235,11 +235,11 @@ ELSEWHERE = {
 STOP_REASONS: dict[str, StopReason] = {"end": "stop", "stop": "stop", "length": "max_tokens"}
 
 
-class Refused(PrerequisiteError, KnownError):
-    """A `KnownError` that Inspect, too, shows as the one line that it is."""
+class Refused(PrerequisiteError, UserError):
+    """A `UserError` that Inspect, too, shows as the one line that it is."""
 
     def __init__(self, message: str) -> None:
-        KnownError.__init__(self, message)
+        UserError.__init__(self, message)
         self.message = message
 
 
@@ -336,7 +336,7 @@ class PersonatlasAPI(ModelAPI):
         super().__init__(
             model_name=model_name, base_url=f"personatlas:{ours}", api_key=api_key, config=config
         )
-        on_gpu = self.answerer.held.subject.device.type == "cuda"
+        on_gpu = self.answerer.held.model.device.type == "cuda"
         self.gatherer = Gatherer(self.answerer.answers, batch or (GPU_BATCH if on_gpu else CPU_BATCH))
         self._repeats: Counter[tuple[str, str]] = Counter()
 
@@ -358,7 +358,7 @@ class PersonatlasAPI(ModelAPI):
 
     async def tokenize(self, text: str) -> list[int]:
         """By the model's own tokenizer, without special tokens."""
-        tokenizer = self.answerer.held.subject.tokenizer
+        tokenizer = self.answerer.held.model.tokenizer
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     async def count_text_tokens(self, text: str) -> int:
@@ -450,17 +450,17 @@ class PersonatlasAPI(ModelAPI):
 
 
 def _loaded(model: str, axis: str, cap: str | None, how: dict[str, Any]) -> Any:
-    """The subject with its axis and cap, each checked to belong to the others. Here torch is imported, not before."""
+    """The model with its axis and cap, each checked to belong to the others. Here torch is imported, not before."""
     force = how.pop("force", False)
     template = how.pop("chat_template", None)
     device, dtype = how.pop("device", None), how.pop("dtype", None)
     if how:
         raise Refused(f"-M {next(iter(how))} is not one of {ARGUMENTS}")
     from personatlas.persona.options import ModelOptions
-    from personatlas.steering.session import loaded
+    from personatlas.steering.session import load_steered_model
 
     options = ModelOptions(device, dtype, None if template is None else Path(template))
-    return Answerer(loaded(model, options, axis, [] if cap is None else [cap], force=bool(force)))
+    return Answerer(load_steered_model(model, options, axis, [] if cap is None else [cap], force=bool(force)))
 
 
 @contextmanager
@@ -469,7 +469,7 @@ def _refusals() -> Iterator[None]:
         yield
     except Refused:
         raise
-    except KnownError as error:
+    except UserError as error:
         raise Refused(str(error)) from None
 
 

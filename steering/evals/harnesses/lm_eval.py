@@ -1,8 +1,8 @@
-"""A subject and a plan as a model of EleutherAI's lm-eval harness: what it asks is answered steered, and accounted for.
+"""A model and a plan as a model of EleutherAI's lm-eval harness: what it asks is answered steered, and accounted for.
 
     from lm_eval.evaluator import simple_evaluate
 
-    model = PersonatlasLM(subject, chat, [cap])           # [] is the model as it is
+    model = PersonatlasLM(model, chat, [cap])           # [] is the model as it is
     simple_evaluate(model=model, tasks=["arc_easy"], apply_chat_template=True)
     model.counts.share                                   # of the tokens times layers that were read, how many were changed
 
@@ -12,7 +12,7 @@ token put before it is answer. What was asked once is not asked again: `Kept` ho
 
 lm-eval's tasks in several arms of one model, and what the arms differ by.
 
-    content = run_tasks(subject, chat, {"as it is": [], "assistant": [cap]}, ["ifeval"], data={"ifeval": Path("ifeval.jsonl")},
+    content = run_tasks(model, chat, {"as it is": [], "assistant": [cap]}, ["ifeval"], data={"ifeval": Path("ifeval.jsonl")},
                         folder=Path("runs/evals"), limit=100)
     content["tasks"]["ifeval"]["metrics"]["prompt_level_strict_acc"]["arms"]["assistant"]["change"]
 
@@ -36,9 +36,9 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from personatlas.persona.artifacts import append_lines, read_lines, write_json
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.models.chat_template import ChatFormat
-from personatlas.persona.models.load import Subject
+from personatlas.persona.models.load import Model
 from personatlas.persona.pipeline.stages import CPU_CHUNK, GPU_CHUNK
 from personatlas.persona.progress import progress
 from personatlas.persona.rollout import seed_of
@@ -106,7 +106,7 @@ class Reading:
 
 
 class PersonatlasLM(TemplateLM):
-    """A subject under one plan. `as_chat` says that contexts come through `apply_chat_template`, so that nothing is put before
+    """A model under one plan. `as_chat` says that contexts come through `apply_chat_template`, so that nothing is put before
     them and the template's own marks end an answer; without it both are as in lm-eval's own models. `label` heads the
     progress on stderr; none is shown without one."""
 
@@ -114,7 +114,7 @@ class PersonatlasLM(TemplateLM):
 
     def __init__(
         self,
-        subject: Subject,
+        model: Model,
         chat: ChatFormat,
         plan: Plan = (),
         *,
@@ -123,11 +123,11 @@ class PersonatlasLM(TemplateLM):
         label: str = "",
     ) -> None:
         super().__init__()
-        self.subject, self.chat, self.plan, self.tokenizer = subject, chat, tuple(plan), subject.tokenizer
+        self.model, self.chat, self.plan, self.tokenizer = model, chat, tuple(plan), model.tokenizer
         self.as_chat, self.kept, self.label = as_chat, kept or Kept(), label
         self.counts = Counts()
-        self.arm = {"plan": plan_digest(self.plan), "model": subject.fingerprint, "dtype": str(subject.dtype)}
-        config = subject.model.generation_config
+        self.arm = {"plan": plan_digest(self.plan), "model": model.fingerprint, "dtype": str(model.dtype)}
+        config = model.hf.generation_config
         eos = None if config is None else config.eos_token_id
         own = {eos} if isinstance(eos, int) else set(eos or ())
         self._end_ids = chat.end_ids if as_chat else frozenset(own | {self.eot_token_id})
@@ -146,14 +146,14 @@ class PersonatlasLM(TemplateLM):
     @property
     def max_length(self) -> int:
         """Most tokens that the model reads at once."""
-        config = self.subject.model.config.get_text_config(decoder=True)
+        config = self.model.hf.config.get_text_config(decoder=True)
         longest = getattr(config, "max_position_embeddings", None) or self.tokenizer.model_max_length
         return int(min(longest, 1 << 20))
 
     @property
     def tokenizer_name(self) -> str:
         """For lm-eval's own caches."""
-        return self.subject.id.replace("/", "__")
+        return self.model.id.replace("/", "__")
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -181,11 +181,11 @@ class PersonatlasLM(TemplateLM):
         readings = []
         for (_context, continuation), before, after in requests:
             if not after:
-                raise KnownError(
+                raise UserError(
                     f"the continuation {continuation!r} has no token of its own after its context"
                 )
             if len(after) > self.max_length:
-                raise KnownError(f"a continuation of {len(after)} tokens is longer than the {self.max_length} that {self.subject.id} reads")  # fmt: skip
+                raise UserError(f"a continuation of {len(after)} tokens is longer than the {self.max_length} that {self.model.id} reads")  # fmt: skip
             over = max(0, len(before) + len(after) - self.max_length - 1)
             self.counts.cut += over > 0
             start = len(before) - over
@@ -237,8 +237,8 @@ class PersonatlasLM(TemplateLM):
         """A context's ids, cut on the left to leave room for `new` tokens."""
         room = self.max_length - new
         if room < 1:
-            raise KnownError(
-                f"{new} new tokens leave no room for a prompt in the {self.max_length} that {self.subject.id} reads: give fewer with --max-new-tokens"
+            raise UserError(
+                f"{new} new tokens leave no room for a prompt in the {self.max_length} that {self.model.id} reads: give fewer with --max-new-tokens"
             )
         ids = self.tok_encode(context) or [self.prefix_token_id]
         self.counts.cut += len(ids) > room
@@ -251,9 +251,9 @@ class PersonatlasLM(TemplateLM):
         )
         if not left:
             return
-        chunk = GPU_CHUNK if self.subject.device.type == "cuda" else CPU_CHUNK
+        chunk = GPU_CHUNK if self.model.device.type == "cuda" else CPU_CHUNK
         longest = max(len(prompts[key].ids) for key in left)
-        sampler = fastest_sampler(self.subject, self._end_ids | self._stop_ids(stops), sampling, longest)
+        sampler = fastest_sampler(self.model, self._end_ids | self._stop_ids(stops), sampling, longest)
         with progress(self.label, len(prompts), done=len(prompts) - len(left), quiet=not self.label) as advance, self._steered() as held:  # fmt: skip
             for first in range(0, len(left), chunk):
                 keys = left[first : first + chunk]
@@ -292,7 +292,7 @@ class PersonatlasLM(TemplateLM):
         self._count_reused(keys)
         order = sorted(groups, key=lambda group: -len(group[0]))
         lengths, first = [len(group[0]) for group in order], 0
-        tokens = GPU_TOKENS if self.subject.device.type == "cuda" else CPU_TOKENS
+        tokens = GPU_TOKENS if self.model.device.type == "cuda" else CPU_TOKENS
         with progress(self.label, len(order), quiet=not self.label) as advance, self._steered() as held:
             while first < len(order):
                 stop = batch_end(lengths, first, tokens)
@@ -305,15 +305,13 @@ class PersonatlasLM(TemplateLM):
     def _read(self, part: Sequence[Mapping[str, Reading]], held: Steering | None) -> list[dict[str, Any]]:
         """One padded forward over the groups of `part`."""
         rows = [next(iter(group.values())) for group in part]
-        ids = pad([row.ids[:-1] for row in rows], self.subject.device)
+        ids = pad([row.ids[:-1] for row in rows], self.model.device)
         if held is not None:
             held.begin(torch.zeros(len(rows), dtype=torch.long))
             lengths = torch.tensor([len(row.ids) - 1 for row in rows])
             held.describe(lengths, torch.tensor([row.answer_from for row in rows]), opening=True)
         first = min(row.start for row in rows) - 1
-        logits = self.subject.model(
-            input_ids=ids, use_cache=False, logits_to_keep=ids.shape[1] - first
-        ).logits
+        logits = self.model.hf(input_ids=ids, use_cache=False, logits_to_keep=ids.shape[1] - first).logits
         values, met = [], []
         for place, (row, group) in enumerate(zip(rows, part, strict=True)):
             # (B, T - first, V) -> (n, V): before each scored token
@@ -332,7 +330,7 @@ class PersonatlasLM(TemplateLM):
         ]
 
     def _steered(self) -> Any:
-        return steered(self.subject, self.plan) if self.plan else nullcontext()
+        return steered(self.model, self.plan) if self.plan else nullcontext()
 
     def _row(self, key: str, account: tuple[int, int], **content: Any) -> dict[str, Any]:
         return {"key": key, **self.arm, **content, "seen": account[0], "fired": account[1]}
@@ -353,7 +351,7 @@ class PersonatlasLM(TemplateLM):
 def sampling_of(given: Mapping[str, Any]) -> tuple[Sampling, tuple[str, ...]]:
     """How a task wants its answers: lengths, temperature and stop strings, with lm-eval's own defaults.
 
-    Raises `KnownError` for settings that would be ignored.
+    Raises `UserError` for settings that would be ignored.
     """
     left = dict(given)
     lengths = [value for name in LENGTHS if (value := left.pop(name, None)) is not None]
@@ -361,7 +359,7 @@ def sampling_of(given: Mapping[str, Any]) -> tuple[Sampling, tuple[str, ...]]:
     temperature, top_p = float(left.pop("temperature", None) or 0.0), float(left.pop("top_p", None) or 1.0)
     for name, value in left.items():
         if value not in NEUTRAL.get(name, ()):
-            raise KnownError(f"generation setting {name}: {value!r} is not supported here: a task may set until, do_sample, temperature, top_p and {LENGTHS[0]}")  # fmt: skip
+            raise UserError(f"generation setting {name}: {value!r} is not supported here: a task may set until, do_sample, temperature, top_p and {LENGTHS[0]}")  # fmt: skip
     if is_sampled is False:
         temperature = 0.0
     stops = (until,) if isinstance(until, str) else tuple(until)
@@ -394,15 +392,15 @@ class Asked:
         for name, least in (("limit", 1), ("fewshot", 0), ("max_new_tokens", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
-                raise KnownError(f"--{name.replace('_', '-')} {value} is below {least}")
+                raise UserError(f"--{name.replace('_', '-')} {value} is below {least}")
         if not 0 < self.margin < 1:
-            raise KnownError(
+            raise UserError(
                 f"--margin {self.margin} is outside (0, 1): the largest change that counts as none"
             )
 
 
 def run_tasks(
-    subject: Subject,
+    model: Model,
     chat: ChatFormat,
     arms: Mapping[str, Plan],
     tasks: Sequence[str],
@@ -421,12 +419,12 @@ def run_tasks(
 
     `data` are JSONL files in place of tasks' own data, `limit` the samples a task at most, `log` the file of answers that a later run goes
     on from (`folder`/answers.jsonl unless given), `fewshot` the examples in place of the task's number, and `max_new_tokens` bounds
-    every answer. Raises `KnownError` for what cannot be, before anything is asked where that can be known.
+    every answer. Raises `UserError` for what cannot be, before anything is asked where that can be known.
     """
     require_lm_eval()
     asked, data = Asked(limit, as_chat, fewshot, max_new_tokens, margin), data or {}
     if not arms:
-        raise KnownError("no arm is given: at least the model as it is, {'as it is': []}")
+        raise UserError("no arm is given: at least the model as it is, {'as it is': []}")
     content, outcomes, notes = dict[str, Any](), dict[str, Any](), list[str]()
     with checkers_ready(tasks) as is_standing_in, _quiet():
         found = load_tasks(tasks, data, tasks_folder)
@@ -436,13 +434,13 @@ def run_tasks(
         kept = _kept(folder, log)
         for name, task in found.items():
             results = {
-                arm: _run(subject, chat, plan, name, task, arm, asked, kept) for arm, plan in arms.items()
+                arm: _run(model, chat, plan, name, task, arm, asked, kept) for arm, plan in arms.items()
             }
             content[name], outcomes[name] = _task_content(task, results), _outcomes(task, results)
             notes += [f"{name}, {arm}: {n} prompts were cut on the left to fit" for arm, one in results.items() if (n := one["counts"]["cut"])]  # fmt: skip
     compare_arms(content, next(iter(arms)), outcomes, margin)
     told = asdict(asked) | {"data": {name: str(path) for name, path in data.items()}}
-    whole = _head(subject, arms) | {"asked": told, "tasks": content, "notes": notes}
+    whole = _head(model, arms) | {"asked": told, "tasks": content, "notes": notes}
     if folder is not None:
         write_json(folder / "lm_eval.json", whole)
     return whole
@@ -457,12 +455,12 @@ def _kept(folder: Path | None, log: Path | None) -> "Kept":
     return Kept(log)
 
 
-def _head(subject: Subject, arms: Mapping[str, Plan]) -> dict[str, Any]:
+def _head(model: Model, arms: Mapping[str, Plan]) -> dict[str, Any]:
     return {
         "kind": "lm_eval",
         "lm_eval": version("lm_eval"),
-        "model": subject.describe(),
-        "dtype": str(subject.dtype).removeprefix("torch."),
+        "model": model.describe(),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "arms": {arm: plan_digest(plan) for arm, plan in arms.items()},
     }
 
@@ -506,12 +504,12 @@ def _notes(
 
 
 def _run(
-    subject: Subject, chat: ChatFormat, plan: Plan, name: str, task: Any, arm: str, asked: Asked, kept: "Kept"
+    decoder: Model, chat: ChatFormat, plan: Plan, name: str, task: Any, arm: str, asked: Asked, kept: "Kept"
 ) -> dict[str, Any]:  # fmt: skip
     """One task in one arm: lm-eval's values, its samples, and the account."""
     from lm_eval.evaluator import evaluate
 
-    model = PersonatlasLM(subject, chat, plan, as_chat=asked.as_chat, kept=kept, label=f"{name}, {arm}")
+    model = PersonatlasLM(decoder, chat, plan, as_chat=asked.as_chat, kept=kept, label=f"{name}, {arm}")
     task.set_fewshot_seed(seed=FEWSHOT_SEED)  # every arm sees the same examples
     try:
         found = evaluate(
@@ -526,7 +524,7 @@ def _run(
         columns = list(task.eval_docs.features)
         if error.args[0] in columns:
             raise
-        raise KnownError(f"task {name} needs the column {error.args[0]!r}, which its data lack; they have {', '.join(columns)}") from None  # fmt: skip
+        raise UserError(f"task {name} needs the column {error.args[0]!r}, which its data lack; they have {', '.join(columns)}") from None  # fmt: skip
     return {"values": found["results"][name], "samples": found["samples"][name], "counts": asdict(model.counts) | {"share": model.counts.share}}  # fmt: skip
 
 

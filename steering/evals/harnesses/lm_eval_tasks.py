@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 
 TEMPLATES = ("doc_to_text", "doc_to_target", "doc_to_choice")
 LENGTHS = (
@@ -28,16 +28,16 @@ READER = "personatlas.steering.evals.harnesses.lm_eval_tasks.local_rows"
 
 
 def require_lm_eval() -> None:
-    """Raises `KnownError` where lm-eval is not installed."""
+    """Raises `UserError` where lm-eval is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise KnownError("lm-eval is not installed: pip install personatlas[lm-eval]")
+        raise UserError("lm-eval is not installed: pip install personatlas[lm-eval]")
 
 
 def load_tasks(names: Sequence[str], data: Mapping[str, Path], folder: Path | None = None) -> dict[str, Any]:
     """lm-eval's tasks by name, groups and tags taken apart. `folder` holds task YAMLs of one's own, which go first; `data` are
     JSONL files to read in place of a task's own data.
 
-    Raises `KnownError` for names that are not there, data that cannot be read, and columns that a task needs and they lack.
+    Raises `UserError` for names that are not there, data that cannot be read, and columns that a task needs and they lack.
     """
     require_lm_eval()
     require_asked(names, data, folder)
@@ -47,7 +47,7 @@ def load_tasks(names: Sequence[str], data: Mapping[str, Path], folder: Path | No
         near = get_close_matches(unknown[0], list(manager.task_index), 3)
         hint = f"; near it: {', '.join(near)}" if near else ""
         where = f" nor in {folder}" if folder is not None else ""
-        raise KnownError(f"task {unknown[0]!r} is not among lm-eval's own{where}{hint}")
+        raise UserError(f"task {unknown[0]!r} is not among lm-eval's own{where}{hint}")
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as place:
         for name in names:
@@ -70,36 +70,36 @@ def local_rows(file: str, splits: Sequence[str], **_: Any) -> Any:
 
 
 def require_asked(names: Sequence[str], data: Mapping[str, Path], folder: Path | None) -> None:
-    """Raises `KnownError` for what can be seen to be wrong before anything is loaded."""
+    """Raises `UserError` for what can be seen to be wrong before anything is loaded."""
     if not names:
-        raise KnownError("no task is named: give lm-eval's names with commas between, such as ifeval,gsm8k")
+        raise UserError("no task is named: give lm-eval's names with commas between, such as ifeval,gsm8k")
     if folder is not None and not folder.is_dir():
-        raise KnownError(f"--tasks-folder {folder} is not a folder")
+        raise UserError(f"--tasks-folder {folder} is not a folder")
     for name, file in data.items():
         if name not in names:
-            raise KnownError(f"--data {name}={file} is for a task that is not asked for ({', '.join(names)})")
+            raise UserError(f"--data {name}={file} is for a task that is not asked for ({', '.join(names)})")
         if not file.is_file():
-            raise KnownError(f"--data {name}={file}: the file does not exist")
+            raise UserError(f"--data {name}={file}: the file does not exist")
         if not read_rows(file):
-            raise KnownError(f"--data {name}={file} is empty: it must hold one JSON object a line")
+            raise UserError(f"--data {name}={file} is empty: it must hold one JSON object a line")
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a user's JSONL file, which may lack its last newline. Raises `KnownError` with the line's number."""
+    """The JSON objects of a user's JSONL file, which may lack its last newline. Raises `UserError` with the line's number."""
     rows = []
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
-        raise KnownError(f"{file} is not UTF-8 text: {error}") from None
+        raise UserError(f"{file} is not UTF-8 text: {error}") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise KnownError(f"{file}:{number} is not valid JSON: {error}") from None
+            raise UserError(f"{file}:{number} is not valid JSON: {error}") from None
         if not isinstance(row, dict):
-            raise KnownError(
+            raise UserError(
                 f"{file}:{number} is a JSON {type(row).__name__}, not an object: it must be one object a line"
             )
         rows.append(row)
@@ -128,11 +128,11 @@ def _pointed(name: str, base: Path | None, file: Path, place: Path) -> Path:
 
     config = _config(Path(base)) if base is not None else {}
     if "class" in config or not isinstance(config.get("task"), str) or "output_type" not in config:
-        raise KnownError(f"--data {name}={file}: {name} is no plain YAML task of its own; name one of its tasks, or write a YAML into --tasks-folder")  # fmt: skip
+        raise UserError(f"--data {name}={file}: {name} is no plain YAML task of its own; name one of its tasks, or write a YAML into --tasks-folder")  # fmt: skip
     columns = {key for row in read_rows(file) for key in row}
     missing = sorted(_columns_needed(config) - columns)
     if missing:
-        raise KnownError(f"--data {name}={file} has no column {missing[0]!r}, which the task {name} needs; it has {', '.join(sorted(columns))}")  # fmt: skip
+        raise UserError(f"--data {name}={file} has no column {missing[0]!r}, which the task {name} needs; it has {', '.join(sorted(columns))}")  # fmt: skip
     split = (
         config.get("test_split") or config.get("validation_split") or config.get("training_split") or "test"
     )
@@ -196,6 +196,6 @@ def _loaded(manager: Any, name: str, spec: str) -> dict[str, Any]:
         return dict(manager.load([spec])["tasks"])
     except (DatasetsError, OSError, json.JSONDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise KnownError(f"task {name}: its data cannot be read ({reason[:300]}); give a local copy with --data {name}=FILE.jsonl") from None  # fmt: skip
+        raise UserError(f"task {name}: its data cannot be read ({reason[:300]}); give a local copy with --data {name}=FILE.jsonl") from None  # fmt: skip
     except UndefinedError as error:
-        raise KnownError(f"task {name}: its data lack a column that its YAML names ({error})") from None
+        raise UserError(f"task {name}: its data lack a column that its YAML names ({error})") from None

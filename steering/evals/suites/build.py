@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import lcm
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.formats import Conversation
 from personatlas.persona.roles.bank import Bank
 from personatlas.persona.rollout import Message, role_messages, seed_of, spread
@@ -75,10 +75,10 @@ def persona_jailbreaks(
 ) -> Suite:
     """Harmful requests under role prompts: at most `pairs` of them, dealt so that roles and requests are each used equally often.
 
-    Raises `KnownError` for fewer pairs than roles, whose effect could then not be told from the requests'.
+    Raises `UserError` for fewer pairs than roles, whose effect could then not be told from the requests'.
     """
     if pairs < len(roles):
-        raise KnownError(
+        raise UserError(
             f"--pairs {pairs} is fewer than the {len(roles)} roles: give more pairs, or fewer --roles"
         )
     asks = spread(asks, pairs)

@@ -10,7 +10,7 @@ then a mystical voice; then what is claimed first. What claims nothing is "uncle
 Role susceptibility, the paper's behavioural test: under a role prompt, who does the model say that it is?
 
     requests = identity_requests(bank, lowest_roles(axis, space, 50), prompts=2, model_name="SmolLM2", seed=0)
-    for arm in run_arms(subject, chat, requests, arms, Sampling(48)):
+    for arm in run_arms(model, chat, requests, arms, Sampling(48)):
         measure(arm, requests).shares["assistant"]
 
 Roles x prompts x identity questions, every answer classed by `personatlas.steering.evals.suites.identity`, in several arms on the same
@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from personatlas.persona.axis import Axis, PersonaSpace
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.judges.base import Item
 from personatlas.persona.judges.endpoint import Wording
 from personatlas.persona.roles.bank import Bank
@@ -189,11 +189,11 @@ def ranked_roles(axis: Axis, space: PersonaSpace) -> list[tuple[str, float]]:
 
 
 def lowest_roles(axis: Axis, space: PersonaSpace, bank: Bank, count: int) -> list[str]:
-    """The roles furthest from the Assistant that the bank knows, lowest first. `KnownError` when there are fewer than 4."""
+    """The roles furthest from the Assistant that the bank knows, lowest first. `UserError` when there are fewer than 4."""
     known = {role.name for role in bank.roles}
     roles = [role for role, _ in ranked_roles(axis, space) if role in known][:count]
     if len(roles) < 4:
-        raise KnownError(f"{len(roles)} roles to test with, at least 4 are needed; fit an axis on more roles")
+        raise UserError(f"{len(roles)} roles to test with, at least 4 are needed; fit an axis on more roles")
     return roles
 
 

@@ -11,7 +11,7 @@ named prompt, request, instruction, question or text. Nothing of such a file is 
 from dataclasses import dataclass
 from pathlib import Path
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.steering.evals.files import Row, column, read_rows
 
 # in this order: JailbreakBench has both Goal and Behavior, and only the first is a request
@@ -34,7 +34,7 @@ class Ask:
 def read_requests(path: Path, text_column: str | None = None) -> list[Ask]:
     """The file's requests in its order. A text that stands there twice is kept once.
 
-    Raises `KnownError` for a missing column, an id that stands for two texts, an empty request, or an unknown label.
+    Raises `UserError` for a missing column, an id that stands for two texts, an empty request, or an unknown label.
     """
     rows = read_rows(path)
     text_name = column(rows, TEXT, "request", "--column", text_column)
@@ -47,20 +47,20 @@ def read_requests(path: Path, text_column: str | None = None) -> list[Ask]:
         name = str(row.get(id_name) or "").strip() if id_name else ""
         name = (name or f"{path.stem}-{number}").replace("/", "_")
         if name in places:
-            raise KnownError(f"{place} has the id {name!r} of {places[name]}: ids must differ")
+            raise UserError(f"{place} has the id {name!r} of {places[name]}: ids must differ")
         places[name] = place
         found.setdefault(text, Ask(name, text, _category(row, names), _label(row, names, place)))
     return list(found.values())
 
 
 def read_templates(path: Path) -> list[str]:
-    """Jailbreak templates, each with a hole for the request (`[INSERT PROMPT HERE]`, `{request}`). Raises `KnownError` for one without."""
+    """Jailbreak templates, each with a hole for the request (`[INSERT PROMPT HERE]`, `{request}`). Raises `UserError` for one without."""
     rows = read_rows(path)
     name = column(rows, ("text", "template", "prompt"), "template")
     templates = [(place, str(row.get(name) or "")) for place, row in rows]
     for place, template in templates:
         if not any(hole in template for hole in HOLE):
-            raise KnownError(f"{place} has no hole for the request: write {' or '.join(HOLE[:2])}")
+            raise UserError(f"{place} has no hole for the request: write {' or '.join(HOLE[:2])}")
     return [template for _, template in templates]
 
 
@@ -76,7 +76,7 @@ def _text(row: Row, name: str, context_name: str | None, place: str) -> str:
     if isinstance(text, list):  # turns, of which the first is asked
         text = text[0] if text else ""
     if not isinstance(text, str) or not text.strip():
-        raise KnownError(f"{place} has no request in its column {name!r}")
+        raise UserError(f"{place} has no request in its column {name!r}")
     context = str(row.get(context_name) or "").strip() if context_name else ""
     return f"{context}\n\n---\n\n{text.strip()}" if context else text.strip()
 
@@ -92,5 +92,5 @@ def _category(row: Row, names: dict[str, str]) -> str:
 def _label(row: Row, names: dict[str, str], place: str) -> str:
     value = str(row.get(names["label"], "")).strip().lower() if "label" in names else ""
     if value not in ("", "safe", "unsafe"):
-        raise KnownError(f"{place} has the label {value!r}; safe and unsafe are known")
+        raise UserError(f"{place} has the label {value!r}; safe and unsafe are known")
     return value

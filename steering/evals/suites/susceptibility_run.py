@@ -10,7 +10,7 @@ from typing import Any
 
 from personatlas.cli.calibrate import TestOptions
 from personatlas.persona.axis import load_space
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.judges.base import Item
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.progress import progress
@@ -29,7 +29,7 @@ from personatlas.steering.evals.suites.identity import (
 )
 from personatlas.steering.hooks.steering import Plan
 from personatlas.steering.interventions import Add
-from personatlas.steering.session import Loaded, loaded
+from personatlas.steering.session import SteeredModel, load_steered_model
 
 
 def run_susceptibility(
@@ -43,21 +43,21 @@ def run_susceptibility(
     *,
     force: bool = False,
 ) -> dict[str, Any]:
-    """Every arm's shares with intervals, and every answer with its class. Raises `KnownError` for what cannot be."""
+    """Every arm's shares with intervals, and every answer with its class. Raises `UserError` for what cannot be."""
     for least, option, value in ((4, "roles", asked.roles), (1, "prompts", asked.prompts)):
         if value < least:
-            raise KnownError(f"--{option} {value} is below {least}")
+            raise UserError(f"--{option} {value} is below {least}")
     _require_judge(asked)
     chosen_bank = load_bank(bank)
-    held = loaded(model, how, axis, list(caps), force=force)
+    held = load_steered_model(model, how, axis, list(caps), force=force)
     roles = lowest_roles(held.axis, load_space(held.stem.with_name("space")), chosen_bank, asked.roles)
-    requests = identity_requests(chosen_bank, roles, asked.prompts, held.subject.name, asked.seed)
+    requests = identity_requests(chosen_bank, roles, asked.prompts, held.model.name, asked.seed)
     arms: dict[str, Plan] = {AS_IT_IS: []} | {name: [cap] for name, cap in zip(caps, held.caps, strict=True)}
     arms |= {f"add {amount:g}": [Add.along(held.axis, (held.axis.layer,), amount)] for amount in amounts}
     with progress("answering", len(requests) * len(arms)) as advance:
         found = list(
             run_arms(
-                held.subject,
+                held.model,
                 held.chat,
                 requests,
                 arms,
@@ -70,7 +70,7 @@ def run_susceptibility(
 
 
 def _content(
-    held: Loaded,
+    held: SteeredModel,
     arms: Sequence[Arm],
     requests: Sequence[Request],
     classes: Sequence[Sequence[str] | None],
@@ -96,12 +96,7 @@ def _content(
         }
         for i, request in enumerate(requests)
     ]
-    asked_of = {
-        "model": held.subject.describe(),
-        "asked": asdict(asked),
-        "roles": roles,
-        "judge": asked.judge,
-    }
+    asked_of = {"model": held.model.describe(), "asked": asdict(asked), "roles": roles, "judge": asked.judge}
     return {**asked_of, "arms": table, "answers": answers}
 
 
@@ -109,9 +104,9 @@ def _require_judge(asked: TestOptions) -> None:
     if asked.judge == "rules":
         return
     if not asked.judge.startswith(("http://", "https://")):
-        raise KnownError(f"--judge {asked.judge!r} is neither rules nor a http(s) URL")
+        raise UserError(f"--judge {asked.judge!r} is neither rules nor a http(s) URL")
     if not asked.judge_model:
-        raise KnownError(f"--judge {asked.judge} needs --judge-model NAME")
+        raise UserError(f"--judge {asked.judge} needs --judge-model NAME")
 
 
 def _classes(

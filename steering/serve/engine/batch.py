@@ -1,9 +1,9 @@
 """Rows that decode together and come and go one by one: what a server's engine steps, on a CPU or as CUDA graphs.
 
-    rows = Rows(subject, slots=32, length=2048, watching=watching, steering=steering)
+    rows = Rows(model, slots=32, length=2048, watching=watching, steering=steering)
     rows.read([row])                       # a prompt into the cache; the row decodes from now on
     for row, step in rows.step(): ...      # one token for each of them
-    rows.leave(row)                        # at any moment: the last row moves into its slot
+    rows.finish(row)                        # at any moment: the last row moves into its slot
 
 Rows 0..n-1 are decoding. A long prompt is read piece by piece in a slot of its own, the last, while others decode. Every row
 has its own seed, temperature, top-p and plan, and what it draws depends on the others through rounding alone.
@@ -11,7 +11,7 @@ On a GPU a step is captured for some numbers of rows and the layers at which any
 
 The projection of every token that a forward feeds, taken on its way: no forward of its own.
 
-watching = Watching(subject, axis.layer, axis.at(axis.layer))
+watching = Watching(model, axis.layer, axis.at(axis.layer))
 with watching.on(), steering.on():          # before the steering's hooks, and so before any step at the layer
     ...                                     # forwards of a decoder that tells `watching` what they are about
 """
@@ -27,19 +27,26 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from personatlas.persona.models.load import Subject, residual
+from personatlas.persona.models.load import Model, residual
 from personatlas.persona.sampling.kv_cache import decoding_mask
 from personatlas.persona.sampling.next_token import draw
-from personatlas.persona.sampling.sampler import Decoder, Follower, Followers, Prompt, batch_end, batch_tokens
+from personatlas.persona.sampling.sampler import (
+    Decoder,
+    Prompt,
+    SamplerCallback,
+    SamplerCallbacks,
+    batch_end,
+    batch_tokens,
+)
 from personatlas.steering.hooks.steering import Steering
 from personatlas.steering.serve.engine.prefix_cache import Prefix
 
 
-class Watching(Follower):
+class Watching(SamplerCallback):
     """<h, v> at one layer, fp32: of the token that each slot was fed last, and of the texts that were read last."""
 
-    def __init__(self, subject: Subject, layer: int, vector: Float[Tensor, " D"]) -> None:
-        self.block, self.device = subject.blocks[layer], next(subject.blocks[layer].parameters()).device
+    def __init__(self, model: Model, layer: int, vector: Float[Tensor, " D"]) -> None:
+        self.block, self.device = model.blocks[layer], next(model.blocks[layer].parameters()).device
         self.vector = vector.detach().to(self.device, torch.float32)
         self.latest = torch.zeros(0, device=self.device)  # (slots,)
         self.read: list[Float[Tensor, "B T"]] = []  # of each forward that reads, until they are taken
@@ -54,15 +61,15 @@ class Watching(Follower):
         finally:
             handle.remove()
 
-    def seat(self, slots: int) -> None:
+    def resize(self, slots: int) -> None:
         """There are so many slots from now on."""
         self.latest = torch.zeros(slots, device=self.device)
 
-    def reading(self, slots: Tensor, lengths: Tensor, opening: bool = True) -> None:
+    def before_prefill(self, slots: Tensor, lengths: Tensor, opening: bool = True) -> None:
         """The next forward reads prompts."""
         self._reading = True
 
-    def stepping(self, running: Tensor, first: Tensor, opening: Tensor) -> None:
+    def before_decode(self, running: Tensor, first: Tensor, opening: Tensor) -> None:
         """The next forward feeds one token to each of the first slots."""
         self._reading = False
 
@@ -125,23 +132,21 @@ class Step:
 class Rows:
     """The slots and all tensors that a step changes in place."""
 
-    def __init__(
-        self, subject: Subject, slots: int, length: int, watching: Watching, steering: Steering
-    ) -> None:
-        self.subject, self.slots, self.length = subject, slots, length
+    def __init__(self, model: Model, slots: int, length: int, watching: Watching, steering: Steering) -> None:
+        self.model, self.slots, self.length = model, slots, length
         self.watching, self.steering = watching, steering
-        followers = Followers(steering, watching)
-        self.decoder = Decoder(subject, slots + 1, length, followers)
-        followers.seat(slots + 2)  # one for the reading slot, one for texts that are scored
+        followers = SamplerCallbacks(steering, watching)
+        self.decoder = Decoder(model, slots + 1, length, followers)
+        followers.resize(slots + 2)  # one for the reading slot, one for texts that are scored
         self.followers, self.rows = followers, list[Row]()
-        device = subject.device
+        device = model.device
         self.tokens, self.positions, self.seeds, self.steps = (
             torch.zeros(slots, dtype=torch.long, device=device) for _ in range(4)
         )
         self.temperature, self.top_p = (torch.ones(slots, device=device) for _ in range(2))
         self.running = torch.zeros(slots, dtype=torch.bool, device=device)
         self.logits = torch.zeros(0)
-        self.reads_at_once = batch_tokens(subject, CPU_TOKENS, GPU_TOKENS)
+        self.reads_at_once = batch_tokens(model, CPU_TOKENS, GPU_TOKENS)
         self._graphs: dict[tuple[int, tuple[int, ...]], tuple[Callable[[], None], Tensor]] = {}
         self.usual: set[tuple[int, ...]] = {()}  # layers that have graphs of their own
         self._sizes = sorted({1, 2, 4, *range(8, slots, 8), slots})
@@ -162,8 +167,8 @@ class Rows:
         """Read whole prompts from their beginning; the rows decode from now on."""
         taken = list(range(len(self.rows), len(self.rows) + len(rows)))
         prompts = [row.prompt for row in rows]
-        self.followers.enter(taken, prompts)
-        self.steering.only(self._acting(rows))
+        self.followers.assign_slots(taken, prompts)
+        self.steering.restrict_layers(self._acting(rows))
         self.decoder.prefill([prompt.ids for prompt in prompts], taken)
         projections = self._read_projections([len(prompt.ids) - 1 for prompt in prompts])
         for row, slot, own in zip(rows, taken, projections, strict=True):
@@ -172,7 +177,7 @@ class Rows:
 
     def open(self, row: Row, prefix: Prefix | None, tokens: int) -> None:
         """Take the reading slot, with the first `tokens` of a prefix in it."""
-        self.followers.enter([self.slots], [row.prompt])
+        self.followers.assign_slots([self.slots], [row.prompt])
         row.slot = self.slots
         if prefix is not None:
             self.decoder.cache.restore(self.slots, tokens, prefix.saved)
@@ -184,7 +189,7 @@ class Rows:
         last = len(row.prompt.ids) - 1
         ids = row.prompt.ids[row.fed : min(row.fed + most, last)]
         if ids:
-            self.steering.only(self._acting([row]))
+            self.steering.restrict_layers(self._acting([row]))
             self.decoder.read_on(ids, row.slot, row.fed)
             row.projections += self._read_projections([len(ids)])[0]
             row.fed += len(ids)
@@ -197,13 +202,13 @@ class Rows:
     def step(self) -> list[tuple[Row, Step]]:
         """One token more for every row."""
         n, acting = len(self.rows), self._acting(self.rows)
-        self.steering.only(acting)
-        if self.subject.device.type == "cuda":
+        self.steering.restrict_layers(acting)
+        if self.model.device.type == "cuda":
             if acting not in self.usual:
                 acting = (
                     self.steering.layers
                 )  # one graph for all caps that requests describe: idle plans change nothing
-                self.steering.only(acting)
+                self.steering.restrict_layers(acting)
             size = next(size for size in self._sizes if size >= n)
             if (size, acting) not in self._graphs:
                 self._graphs[size, acting] = self._captured(size)
@@ -226,14 +231,14 @@ class Rows:
 
     def scored(self, prompt: Prompt, most: int) -> list[tuple[float | None, dict[int, float]]]:
         """Log-probabilities of a text's own tokens and the likeliest at each place, with the plan on. The first has none."""
-        slot, device = self.slots + 1, self.subject.device
-        self.followers.enter([slot], [prompt])
-        self.steering.only(self._acting([Row(prompt, 1.0, 1.0)]))
+        slot, device = self.slots + 1, self.model.device
+        self.followers.assign_slots([slot], [prompt])
+        self.steering.restrict_layers(self._acting([Row(prompt, 1.0, 1.0)]))
         ids = torch.tensor([prompt.ids], device=device)
-        self.followers.reading(
+        self.followers.before_prefill(
             torch.tensor([slot], device=device), torch.tensor([len(prompt.ids)], device=device)
         )
-        logits = self.subject.model(input_ids=ids, use_cache=False).logits[0, :-1]
+        logits = self.model.hf(input_ids=ids, use_cache=False).logits[0, :-1]
         self.watching.taken()
         found: list[tuple[float | None, dict[int, float]]] = [(None, {})]
         for first in range(0, len(logits), 256):
@@ -246,7 +251,7 @@ class Rows:
             found += zip(own, best, strict=True)
         return found
 
-    def leave(self, row: Row) -> None:
+    def finish(self, row: Row) -> None:
         """The row is through, or given up: the last one moves into its slot."""
         if row not in self.rows:  # still being read
             return
@@ -269,7 +274,7 @@ class Rows:
         )
 
     def require_steered(self, row: Row) -> None:
-        """`Silent` unless every token that was fed to a row was met by its plan, layer by layer."""
+        """`HookDidNotFire` unless every token that was fed to a row was met by its plan, layer by layer."""
         read = len(row.prompt.ids) if row.fed >= len(row.prompt.ids) else row.fed
         opening = int(row.kept == 0 and row.fed > 0)
         fed = (read - row.kept - opening, row.fed - read, opening)
@@ -305,7 +310,7 @@ class Rows:
         self.rows += rows
 
     def _of(self, values: Sequence[float] | Sequence[int]) -> Tensor:
-        return torch.tensor(values, device=self.subject.device)
+        return torch.tensor(values, device=self.model.device)
 
     def _move(self, row: Row, slot: int) -> None:
         self.decoder.move(row.slot, slot, row.fed)
@@ -335,15 +340,15 @@ class Rows:
         """Feed one token to slots 0..n-1 and draw the next; slots at rest among them feed theirs to their first column."""
         state, positions, running = self.decoder.cache.state, self.positions[:n], self.running[:n]
         state.prefill, state.positions, state.visible = False, positions, visible
-        mask = decoding_mask(self.decoder.config, positions, visible, self.subject.dtype)
-        self.followers.stepping(running, self.steps[:n] == 0, positions == 0)
-        self.logits = self.subject.model(
+        mask = decoding_mask(self.decoder.config, positions, visible, self.model.dtype)
+        self.followers.before_decode(running, self.steps[:n] == 0, positions == 0)
+        self.logits = self.model.hf(
             input_ids=self.tokens[:n, None],
             position_ids=positions[:, None],
             attention_mask=mask,
             past_key_values=self.decoder.cache,
             use_cache=True,
-            **({"slot_state": state} if self.subject.device.type == "cuda" else {}),
+            **({"slot_state": state} if self.model.device.type == "cuda" else {}),
         ).logits[:, -1]
         drawn = draw(self.logits, self.seeds[:n], self.steps[:n], self.temperature[:n], self.top_p[:n])
         self.tokens[:n] = torch.where(running, drawn, self.tokens[:n])

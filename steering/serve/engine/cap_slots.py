@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from personatlas.persona.axis import Axis, Cap
-from personatlas.persona.errors import KnownError
-from personatlas.persona.models.load import Subject
+from personatlas.persona.errors import UserError
+from personatlas.persona.models.load import Model
 from personatlas.steering.caps import SPEC, cap_names, layers_in_words, layers_named, require_cap, shifted
 from personatlas.steering.hooks.steering import Steering
 from personatlas.steering.interventions import Intervention, cap_of, plan_digest
@@ -51,8 +51,8 @@ class Wanted:
 class Plans:
     """Caps by name, and a `Steering` with a plan for each and some to spare."""
 
-    def __init__(self, axis: Axis, subject: Subject, caps: Mapping[str, Cap]) -> None:
-        self.axis, self.n_layers = axis, subject.n_layers
+    def __init__(self, axis: Axis, model: Model, caps: Mapping[str, Cap]) -> None:
+        self.axis, self.n_layers = axis, model.n_layers
         self.caps = {name: _wanted(name, cap) for name, cap in caps.items()}
         # plans that do nothing, along the axis at all of its layers: the tables then have room for any cap along it
         idle = Cap(
@@ -65,23 +65,21 @@ class Plans:
         self._idle: list[Intervention] = [idle]
         self._spares: list[Wanted | None] = [None] * SPARES
         self._used: Counter[str] = Counter()
-        self.steering = Steering(subject, self._plans())
+        self.steering = Steering(model, self._plans())
 
     def wanted(self, asked: Any) -> Wanted | None:
-        """The cap that a request asks for; None for none. Raises `KnownError` for anything that is not one."""
+        """The cap that a request asks for; None for none. Raises `UserError` for anything that is not one."""
         if asked is None or asked == NONE:
             return None
         if isinstance(asked, str):
             return self._by_text(asked)
         if not isinstance(asked, dict):
-            raise KnownError('persona.cap is null, a name, {"level", "layers"} or {"name", "shift"}')
+            raise UserError('persona.cap is null, a name, {"level", "layers"} or {"name", "shift"}')
         if "name" in asked:
             return self._shifted(asked.get("name"), asked.get("shift", 0.0))
         level, layers = asked.get("level"), asked.get("layers")
         if not isinstance(level, str) or not isinstance(layers, str):
-            raise KnownError(
-                'persona.cap needs "level" such as "p50" and "layers" such as "18-23", both text'
-            )
+            raise UserError('persona.cap needs "level" such as "p50" and "layers" such as "18-23", both text')
         population = asked.get("population", "default")
         return self._by_text(f"{population}:{level}@{layers}")
 
@@ -99,7 +97,7 @@ class Plans:
             before, self._spares[free[0]] = self._spares[free[0]], wanted
             try:
                 self.steering.set(*self._plans())
-            except (ValueError, KnownError):
+            except (ValueError, UserError):
                 self._spares[free[0]] = before
                 raise
             number = len(self.caps) + free[0]
@@ -133,7 +131,7 @@ class Plans:
             return self._shifted(moved[1], float(moved[2]))
         if match is None:
             known = ", ".join(self.caps) or "none is loaded"
-            raise KnownError(
+            raise UserError(
                 f"cap {text[:80]!r} is not loaded (there are: {known}), nor LEVEL@LAYERS such as p50@18-23"
             )
         population, level, ranges = match.groups()
@@ -142,7 +140,7 @@ class Plans:
         wrong = [layer for layer in layers if layer not in self.axis.layers]
         if not layers or wrong or len(set(layers)) != len(layers):
             held = layers_in_words(self.axis.layers)
-            raise KnownError(
+            raise UserError(
                 f"cap {text[:80]!r} names no layer, one twice, or one that the axis does not have ({held})"
             )
         cap = cap_of(self.axis, layers, float(level) / 100, population or "default")
@@ -151,17 +149,17 @@ class Plans:
 
     def _shifted(self, name: Any, amount: Any) -> Wanted:
         if name not in self.caps:
-            raise KnownError(
+            raise UserError(
                 f"cap {str(name)[:80]!r} is not loaded (there are: {', '.join(self.caps) or 'none'})"
             )
         if isinstance(amount, bool) or not isinstance(amount, int | float) or not abs(amount) <= 10:
-            raise KnownError("persona.cap.shift is a number from -10 to 10 (interquartile ranges)")
+            raise UserError("persona.cap.shift is a number from -10 to 10 (interquartile ranges)")
         if amount == 0:
             return self.caps[name]
         try:
             return _wanted(f"{name}{amount:+g}", shifted(self.caps[name].cap, self.axis, float(amount)))
         except ValueError as error:  # a floor above its ceiling
-            raise KnownError(f"cap {name!r} cannot be moved by {amount:g}: {error}") from None
+            raise UserError(f"cap {name!r} cannot be moved by {amount:g}: {error}") from None
 
 
 def cap_labels(stem: Path, extra: Sequence[str]) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Continuous batching: requests of many askers decode together, come and go, and are capped or not row by row.
 
-    engine = Engine(subject, end_ids, axis, caps, Room(slots=32, length=2048, prefixes=2**30), post)
+    engine = Engine(model, end_ids, axis, caps, Room(slots=32, length=2048, prefixes=2**30), post)
     engine.start()
     ticket = engine.submit(Ask(ids, seed=7, limit=64, cap=engine.plans.wanted("assistant")))
     ...                                     # `post` gets [(ticket, event), ...] after every step, in the engine's thread
@@ -23,11 +23,11 @@ from typing import Any, Literal
 import torch
 
 from personatlas.persona.axis import Axis, Cap
-from personatlas.persona.errors import KnownError
-from personatlas.persona.models.load import Subject
+from personatlas.persona.errors import UserError
+from personatlas.persona.models.load import Model
 from personatlas.persona.sampling.cuda_graph import slot_attention_on
 from personatlas.persona.sampling.sampler import Prompt, decodes_from_cache
-from personatlas.steering.hooks.steering import Silent
+from personatlas.steering.hooks.steering import HookDidNotFire
 from personatlas.steering.serve.engine.batch import Row, Rows, Step, Watching, fitting
 from personatlas.steering.serve.engine.cap_slots import Plans, Wanted
 from personatlas.steering.serve.engine.prefix_cache import FEWEST, Prefix, Prefixes
@@ -39,7 +39,7 @@ WORTH = 128  # tokens that are worth not being read again where others wait
 UNCAPPED = "as it is"  # the digest of no plan
 
 
-class Busy(KnownError):
+class Busy(UserError):
     """As many requests wait as may, or the engine is ending."""
 
 
@@ -105,25 +105,25 @@ Post = Callable[[Sequence[tuple[Ticket, Event]]], None]
 
 
 class Engine:
-    """The thread that owns a subject, and what is asked of it."""
+    """The thread that owns a model, and what is asked of it."""
 
     def __init__(
         self,
-        subject: Subject,
+        model: Model,
         end_ids: frozenset[int],
         axis: Axis,
         caps: dict[str, Cap],
         room: Room,
         post: Post = lambda _: None,
     ) -> None:
-        if not decodes_from_cache(subject):
-            raise KnownError(
-                f"{subject.id} keeps another state than keys and values (recurrent layers, say), which serving needs"
+        if not decodes_from_cache(model):
+            raise UserError(
+                f"{model.id} keeps another state than keys and values (recurrent layers, say), which serving needs"
             )
-        self.subject, self.end_ids, self.room, self.post = subject, end_ids, room, post
-        self.plans = Plans(axis, subject, caps)
-        self.watching = Watching(subject, axis.layer, axis.at(axis.layer))
-        self.rows = Rows(subject, room.slots, room.length, self.watching, self.plans.steering)
+        self.model, self.end_ids, self.room, self.post = model, end_ids, room, post
+        self.plans = Plans(axis, model, caps)
+        self.watching = Watching(model, axis.layer, axis.at(axis.layer))
+        self.rows = Rows(model, room.slots, room.length, self.watching, self.plans.steering)
         self.rows.usual |= {tuple(sorted(one.cap.layers)) for one in self.plans.caps.values()}
         self.prefixes = Prefixes(room.prefixes)
         self.waiting: deque[Ticket] = deque()
@@ -154,11 +154,11 @@ class Engine:
         self._thread.start()
 
     def submit(self, ask: Ask, owner: Any = None) -> Ticket:
-        """Ask for an answer. Raises `Busy` when too many wait, `KnownError` for a prompt that does not fit."""
+        """Ask for an answer. Raises `Busy` when too many wait, `UserError` for a prompt that does not fit."""
         if not ask.ids:
-            raise KnownError("an empty prompt: there is nothing to answer")
+            raise UserError("an empty prompt: there is nothing to answer")
         if len(ask.ids) + ask.limit > self.room.length:
-            raise KnownError(
+            raise UserError(
                 f"{len(ask.ids)} tokens to read and {ask.limit} to write are more than the {self.room.length} of the context"
             )
         self._require_room()
@@ -189,7 +189,7 @@ class Engine:
     @torch.no_grad()
     def _run(self) -> None:
         try:
-            with self.watching.on(), self.plans.steering.on(), slot_attention_on(self.subject):
+            with self.watching.on(), self.plans.steering.on(), slot_attention_on(self.model):
                 while not self._closing.is_set():
                     self._take_in()
                     self._guarded(self._read)
@@ -212,13 +212,13 @@ class Engine:
         """What a forward cannot do ends the rows that were in it, and not the engine."""
         try:
             part()
-        except (RuntimeError, ValueError, IndexError, KnownError) as error:  # out of memory is a RuntimeError
+        except (RuntimeError, ValueError, IndexError, UserError) as error:  # out of memory is a RuntimeError
             log.exception("a forward failed: its requests end with an error")
             for ticket in [*self._running.values(), *([self._opened] if self._opened else [])]:
                 self._leave(ticket, Ended("error", error), keep=False)
             self.prefixes.clear()
             self.rows.forget()
-            if self.subject.device.type == "cuda":
+            if self.model.device.type == "cuda":
                 torch.cuda.empty_cache()
 
     def _take_in(self) -> None:
@@ -275,7 +275,7 @@ class Engine:
                 else:
                     self.waiting.appendleft(ticket)
                     break
-        except (RuntimeError, ValueError, IndexError, KnownError):
+        except (RuntimeError, ValueError, IndexError, UserError):
             self.waiting.extendleft(reversed(whole))  # seated, not read: they go on in the next round
             raise
         finally:
@@ -304,7 +304,7 @@ class Engine:
         ask = ticket.ask
         try:
             plan = self.plans.place(ask.cap)
-        except (ValueError, KnownError) as error:
+        except (ValueError, UserError) as error:
             self._told.append((ticket, Ended("error", error)))
             ticket.cancelled = True
             return False
@@ -351,7 +351,7 @@ class Engine:
                 ended = self._kept(ticket, row, ended)
             if row in self._running:
                 del self._running[row]
-                self.rows.leave(row)
+                self.rows.finish(row)
             self.plans.release(ticket.ask.cap)
         if ticket is self._opened:
             self._opened = None
@@ -370,7 +370,7 @@ class Engine:
             self.rows.require_steered(row)
             if self.prefixes.room and columns >= FEWEST:
                 self.prefixes.keep(self.rows.saved(row, self._digest(ticket), columns))
-        except Silent as error:
+        except HookDidNotFire as error:
             return Ended("error", error)
         except RuntimeError:  # no memory for it
             log.exception("what was said is not kept")
@@ -386,7 +386,7 @@ class Engine:
         """Tokens to read at once: few while others decode, more while more wait than decode."""
         if not self._running:
             return self.rows.reads_at_once
-        small = PIECE_CPU if self.subject.device.type == "cpu" else PIECE_GPU
+        small = PIECE_CPU if self.model.device.type == "cpu" else PIECE_GPU
         return small if len(self.waiting) <= len(self._running) else CROWD * small
 
     @staticmethod

@@ -19,7 +19,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.steering.serve.engine.scheduler import Busy
 from personatlas.steering.serve.http.completions import Complete, Talk
 from personatlas.steering.serve.http.responses import error_body
@@ -86,7 +86,7 @@ def _talking(app: FastAPI, host: Host) -> None:
     @app.post("/v1/chat/completions", response_model=None, responses={**REFUSALS, **STREAMED})  # type: ignore[dict-item]
     async def chat(asked: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
-        ready = await host.prepared(asked)
+        ready = await host.open_context(asked)
         talk = Talk(host, asked, ready)
         return await _sent(host, "chat", bool(asked.stream), talk.stream, talk.whole, request)
 
@@ -134,16 +134,16 @@ def _model(name: str) -> dict[str, Any]:
 
 
 def _loaded(host: Host, needs_key: bool) -> dict[str, Any]:
-    axis, subject, settings = host.held.axis, host.held.subject, host.settings
+    axis, model, settings = host.held.axis, host.held.model, host.settings
     row = axis.layers.index(axis.layer)
     quantiles = {"levels": list(axis.levels), "default": [], "roles": []}
     if axis.levels:
         quantiles["default"] = _finite(axis.default_quantiles[row].tolist())
         quantiles["roles"] = _finite(axis.role_quantiles[row].tolist())
     return {
-        "model": {**subject.describe(), "name": host.name},
-        "dtype": str(subject.dtype).removeprefix("torch."),
-        "device": subject.device.type,
+        "model": {**model.describe(), "name": host.name},
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
         "layer": axis.layer,
         "poles": list(axis.poles),
         "quantiles": quantiles,
@@ -258,8 +258,8 @@ def _answer_errors(app: FastAPI, host: Host) -> None:
         place, message = _mistake(error.errors())
         return reply(400, f"{place}: {message}" if place else message, param=place or None)
 
-    @app.exception_handler(KnownError)
-    async def known(_request: Request, error: KnownError) -> Response:
+    @app.exception_handler(UserError)
+    async def known(_request: Request, error: UserError) -> Response:
         if isinstance(error, Busy):
             return reply(503, str(error), "server_error", code="overloaded")
         if isinstance(error, UnknownModel):

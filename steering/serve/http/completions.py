@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.sampling.sampler import Prompt
 from personatlas.steering.serve.answer_stream import Choice
 from personatlas.steering.serve.engine.scheduler import Ask, Busy
@@ -225,7 +225,7 @@ class Complete:
                 if plan is None:
                     raise Busy("too many different caps are in use; try again later")
                 found = engine.rows.scored(Prompt(ask.ids, 0, plan), ask.logprobs or 0)
-            except (RuntimeError, ValueError, IndexError, KnownError) as error:
+            except (RuntimeError, ValueError, IndexError, UserError) as error:
                 engine.rows.forget()
                 loop.call_soon_threadsafe(settle, None, error)
             else:
@@ -250,7 +250,7 @@ class Complete:
 
     @property
     def _tokenizer(self) -> Any:
-        return self.host.held.subject.tokenizer
+        return self.host.held.model.tokenizer
 
     def _decoded(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.steering.serve.answer_stream import UNFINISHED, Choice, Failed
 
 DONE = b"data: [DONE]\n\n"
@@ -28,7 +28,7 @@ def broken(choice: Choice) -> bytes:
     """The line that ends a stream whose answer ended in an error."""
     try:
         choice.require_whole()
-    except KnownError as error:
+    except UserError as error:
         return line(error_body(str(error), "server_error"))
     except Failed as error:
         return line(error_body(f"the engine failed: {error}", "server_error"))

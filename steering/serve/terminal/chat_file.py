@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from personatlas.persona.artifacts import require_writable, write_json
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.formats import read_conversations
 from personatlas.steering.serve.terminal.session import Answer, Chat, Exchange, Told
 
@@ -19,20 +19,20 @@ FORMAT = 1
 
 
 def save_chat(path: Path, chat: Chat, *, over: bool = False) -> None:
-    """Write a conversation. Raises `KnownError` for an empty one and, unless `over`, for a file that is there."""
+    """Write a conversation. Raises `UserError` for an empty one and, unless `over`, for a file that is there."""
     if not chat.told.exchanges:
-        raise KnownError("nothing was said yet, so there is nothing to save")
+        raise UserError("nothing was said yet, so there is nothing to save")
     if path.exists() and not over:
-        raise KnownError(f"{path} exists; /save! {path} writes over it")
+        raise UserError(f"{path} exists; /save! {path} writes over it")
     require_writable(path, "/save")
     write_json(path, {"messages": chat.told.messages, "personatlas": _standing(chat)})
 
 
 def load_told(path: Path) -> Told:
-    """Read the one conversation of a file. Raises `KnownError` for several, or one that this chat cannot go on with."""
+    """Read the one conversation of a file. Raises `UserError` for several, or one that this chat cannot go on with."""
     found = read_conversations(path)
     if len(found) > 1:
-        raise KnownError(
+        raise UserError(
             f"{path} holds {len(found)} conversations; a chat goes on with one: take it out into a file"
         )
     messages = list(found[0].messages)
@@ -41,13 +41,13 @@ def load_told(path: Path) -> Told:
     for message in messages:
         role, text = message["role"], message["content"]
         if role == "system":
-            raise KnownError(
+            raise UserError(
                 f"{path} has a system message after the beginning, which a chat cannot go on with"
             )
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise KnownError(
+            raise UserError(
                 f"{path} holds half a character (a lone surrogate) in a message of the {role}"
             ) from None
         if role == "user":
@@ -60,8 +60,7 @@ def load_told(path: Path) -> Told:
 
 
 def _standing(chat: Chat) -> dict[str, Any]:
-    axis, subject = chat.host.held.axis, chat.host.held.subject
-    model = subject.describe()
+    axis, model = chat.host.held.axis, chat.host.held.model.describe()
     return {
         "format": FORMAT,
         "saved": datetime.now(UTC).isoformat(timespec="seconds"),

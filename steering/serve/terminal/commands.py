@@ -1,7 +1,7 @@
 """What can be said to a terminal chat besides messages: `/cap none`, `/trace`, ... One function a command.
 
 commands = Commands(chat, shown, ask)
-commands.obey("/cap none")                 # False: it is time to leave. Raises `KnownError` for what cannot be done
+commands.obey("/cap none")                 # False: it is time to leave. Raises `UserError` for what cannot be done
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from typing import NamedTuple
 from rich.table import Table
 from rich.text import Text
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.steering.serve.distress_notice import shows_distress
 from personatlas.steering.serve.engine.cap_slots import NONE
 from personatlas.steering.serve.service import ADAPTIVE
@@ -57,10 +57,10 @@ class Commands:
         if name in ("quit", "exit", "q"):
             return False
         if name not in self.known:
-            raise KnownError(f"there is no command /{name[:40]}; /help lists them")
+            raise UserError(f"there is no command /{name[:40]}; /help lists them")
         takes, _, act = self.known[name]
         if rest.strip() and not takes:
-            raise KnownError(f"/{name} takes nothing after it")
+            raise UserError(f"/{name} takes nothing after it")
         act(rest.strip())
         return True
 
@@ -97,7 +97,7 @@ class Commands:
 
     def _tokens(self, _: str) -> None:
         if not self.chat.told.answers:
-            raise KnownError("there is no answer yet")
+            raise UserError("there is no answer yet")
         self.shown.tokens(self.chat.told.answers[-1])
 
     def _compare(self, _: str) -> None:
@@ -117,7 +117,7 @@ class Commands:
 
     def _save(self, name: str, *, over: bool = False) -> None:
         if not name:
-            raise KnownError("/save FILE: a file's name is needed")
+            raise UserError("/save FILE: a file's name is needed")
         path = Path(name).expanduser()
         save_chat(path, self.chat, over=over)
         self.shown.line(f"saved: {path}")
@@ -127,7 +127,7 @@ class Commands:
 
     def _load(self, name: str) -> None:
         if not name:
-            raise KnownError("/load FILE: a file's name is needed")
+            raise UserError("/load FILE: a file's name is needed")
         self.asking.load(load_told(Path(name).expanduser()))
         self.tell_loaded()
 

@@ -8,9 +8,8 @@ import sys
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
-from personatlas.cli.runs import console
-from personatlas.persona.errors import KnownError
-from personatlas.persona.progress import say
+from personatlas.persona.errors import UserError
+from personatlas.persona.progress import console, say
 from personatlas.steering.serve.answer_stream import Failed
 from personatlas.steering.serve.distress_notice import shows_distress
 from personatlas.steering.serve.service import Host, TooLong
@@ -56,11 +55,11 @@ class Terminal:
         """Do what a line says; False when it is time to leave."""
         try:
             if HALF.search(line):
-                raise KnownError("this line is not valid UTF-8")
+                raise UserError("this line is not valid UTF-8")
             if line.startswith("/") and not line.startswith("//"):
                 return self.commands.obey(line)
             self._say(line.removeprefix("/"))
-        except KnownError as error:
+        except UserError as error:
             self.failed += 1
             self.shown.line(self._advice(error), "yellow")
         except Failed as error:
@@ -108,7 +107,7 @@ class Terminal:
             self._noticed = True
             self.shown.notice()
 
-    def _advice(self, error: KnownError) -> str:
+    def _advice(self, error: UserError) -> str:
         if isinstance(error, TooLong):
             return (
                 f"no room: the context is {self.host.settings.room.length} tokens, and the conversation with this message needs more; "
@@ -117,8 +116,8 @@ class Terminal:
         return str(error)
 
     def _greet(self) -> None:
-        axis, subject, rule = self.host.held.axis, self.host.held.subject, self.host.standing.watcher.rule
-        kind = f"{str(subject.dtype).removeprefix('torch.')} on {subject.device.type}"
+        axis, model, rule = self.host.held.axis, self.host.held.model, self.host.standing.watcher.rule
+        kind = f"{str(model.dtype).removeprefix('torch.')} on {model.device.type}"
         told = f"{self.host.name} ({kind}); layer {axis.layer}, {axis.poles[0]} +, {axis.poles[1]} -; {self.commands.holding()}"
         told += "" if rule is not None else "; no alarm is calibrated (`personatlas drift` makes a calm.json)"
         say(clean(told))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.rollout import Message
 from personatlas.steering.serve.answer_stream import Choice
 from personatlas.steering.serve.engine.cap_slots import NONE
@@ -74,9 +74,9 @@ class Told:
         return [one.answer for one in self.exchanges if one.answer is not None]
 
     def asking(self) -> "Told":
-        """As it was when its last message had no answer yet. Raises `KnownError` where the user has said nothing."""
+        """As it was when its last message had no answer yet. Raises `UserError` where the user has said nothing."""
         if not self.exchanges or self.exchanges[-1].user is None:
-            raise KnownError("nothing was asked yet")
+            raise UserError("nothing was asked yet")
         return replace(self, exchanges=(*self.exchanges[:-1], Exchange(self.exchanges[-1].user, None)))
 
     def answered(self, answer: Answer) -> "Told":
@@ -115,19 +115,19 @@ class Chat:
         elif self.told.exchanges:
             self.told = replace(self.told, exchanges=self.told.exchanges[:-1])
         else:
-            raise KnownError("there is nothing to take back")
+            raise UserError("there is nothing to take back")
 
     def choose(self, name: str) -> None:
-        """The cap from now on: its name, none, or adaptive. Raises `KnownError` for one that there is not."""
+        """The cap from now on: its name, none, or adaptive. Raises `UserError` for one that there is not."""
         arm = Arm(self.other_cap(), ADAPTIVE) if name == ADAPTIVE else Arm(name)
         self.host.wanted(_request([], arm))
         self.arm = arm
 
     def other_cap(self) -> str:
-        """The cap that is on, else the one that is meant. Raises `KnownError` where none is loaded."""
+        """The cap that is on, else the one that is meant. Raises `UserError` where none is loaded."""
         caps = list(self.host.engine.plans.caps)
         if self.arm.cap == NONE and not caps:
-            raise KnownError(
+            raise UserError(
                 "no cap is loaded: `personatlas calibrate` makes one, and /cap p50@18-23 names one by its level"
             )
         return self.arm.cap if self.arm.cap != NONE else DEFAULT if DEFAULT in caps else caps[0]
@@ -149,7 +149,7 @@ class Chat:
 
     async def load(self, told: Told) -> None:
         """Take up a conversation. Its answers are read by the model as it is, without a cap."""
-        ready = await self.host.prepared(_request(told.messages, Arm(NONE)))
+        ready = await self.host.open_context(_request(told.messages, Arm(NONE)))
         turns = {turn["message"]: turn for turn in self.host.standing.watched(await self.host.turns(ready))}
         exchanges, at = [], int(bool(told.system))
         for user, answer in told.exchanges:
@@ -171,7 +171,7 @@ class Chat:
         self, messages: list[Message], arms: Sequence[Arm], seed: int, hear: Hear
     ) -> list[Answer]:
         requests = [_request(messages, arm, seed) for arm in arms]
-        ready = [await self.host.prepared(request) for request in requests]
+        ready = [await self.host.open_context(request) for request in requests]
         asks = [
             ask for one, request in zip(ready, requests, strict=True) for ask in self.host.asks(one, request)
         ]

@@ -26,7 +26,7 @@ from personatlas.analysis.fit.uncertainty import (
     split_questions,
     split_roles,
 )
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.pipeline.activations import (
     Activations,
     cell_sums,
@@ -161,7 +161,7 @@ def test_the_axis_of_another_character_has_its_own_poles():
     fit = fitted(x, groups, positive="role03")
     assert fit.axis.poles == ("role03", "others")
     assert "default" in [role["role"] for role in fit.report["roles"]]
-    with pytest.raises(KnownError, match="'nobody' has no kept rollout"):
+    with pytest.raises(UserError, match="'nobody' has no kept rollout"):
         fitted(x, groups, positive="nobody")
 
 
@@ -174,10 +174,10 @@ def test_quantiles_are_those_of_rollout_projections():
 
 def test_a_layer_that_is_not_there_and_too_few_roles_are_refused():
     x, groups, _ = planted()
-    with pytest.raises(KnownError, match=r"layer 9 is not in this model \(0\.\.2\)"):
+    with pytest.raises(UserError, match=r"layer 9 is not in this model \(0\.\.2\)"):
         fitted(x, groups, layer=9)
     x, groups, _ = planted(n_roles=2)
-    with pytest.raises(KnownError, match="at least 3"):
+    with pytest.raises(UserError, match="at least 3"):
         fitted(x, groups)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.judges.base import (
     KEEP,
     Item,
@@ -352,7 +352,7 @@ def test_a_score_log_with_foreign_rows_names_the_line(tmp_path: Path) -> None:
     path.write_text(
         '{"key": "a/0/q/0", "judge": "x", "score": 3}\n{"key": "a/0/q/1", "judge": "x", "score": 7}\n'
     )
-    with pytest.raises(KnownError, match=r"scores\.jsonl:2 is not a score"):
+    with pytest.raises(UserError, match=r"scores\.jsonl:2 is not a score"):
         read_scores(path)
 
 
@@ -390,21 +390,21 @@ def test_the_default_is_never_filtered_by_score_but_empty_answers_always_go() ->
 
 def test_too_few_roles_is_one_line_that_says_what_to_do() -> None:
     with pytest.raises(
-        KnownError, match=r"only 0 of 3 roles are left.*more rollouts, or keep 'paper-soft'"
+        UserError, match=r"only 0 of 3 roles are left.*more rollouts, or keep 'paper-soft'"
     ) as error:
         kept(scored({role: [3] * 5 for role in "abc"}), KEEP["paper"], "default")
     assert "\n" not in str(error.value)
-    with pytest.raises(KnownError, match="15 answers have no score: judge them, or keep 'all'"):
+    with pytest.raises(UserError, match="15 answers have no score: judge them, or keep 'all'"):
         kept(scored({role: [None] * 5 for role in "abc"}), KEEP["small"], "default")
-    with pytest.raises(KnownError, match="only 2 of 2 roles are left and 3 are needed"):
+    with pytest.raises(UserError, match="only 2 of 2 roles are left and 3 are needed"):
         kept(scored({role: [3] * 5 for role in "ab"}), KEEP["all"], "default")
 
 
 def test_a_default_without_answers_is_one_line() -> None:
     roles = [r for r in scored({role: [3] for role in "abc"}) if r.role != "default"]
-    with pytest.raises(KnownError, match="it has no rollouts"):
+    with pytest.raises(UserError, match="it has no rollouts"):
         kept(roles, KEEP["all"], "default")
-    with pytest.raises(KnownError, match="all 1 of its answers are empty"):
+    with pytest.raises(UserError, match="all 1 of its answers are empty"):
         kept([*roles, rollout("default/0/q001/0", "")], KEEP["all"], "default")
 
 
@@ -415,5 +415,5 @@ def test_the_share_of_role_play_has_its_wilson_interval() -> None:
         (0.3967781, 0.8922087), abs=1e-6
     )  # 7 of 10, by the textbook formula
     assert role_play_share(scored({"a": [0, 0]})).interval[0] == 0.0
-    with pytest.raises(KnownError, match="no answer has a score"):
+    with pytest.raises(UserError, match="no answer has a score"):
         role_play_share(scored({"a": [None]}))

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.judges.base import Item, Judge, Tally, judge_rollouts, read_scores
 from personatlas.persona.judges.endpoint import EndpointJudge, completions_url, retry_after
 from personatlas.persona.judges.local import LocalJudge
@@ -201,7 +201,7 @@ def test_a_server_that_fails_on_many_in_a_row_stops_the_run(serve, tmp_path):
     endpoint = serve(lambda n, _: says("3") if n < 4 else (503, {}, "down for\nmaintenance"))
     path = tmp_path / "scores.jsonl"
     with pytest.raises(
-        KnownError, match=r"failed on 6 items in a row \(http 503\): down for maintenance"
+        UserError, match=r"failed on 6 items in a row \(http 503\): down for maintenance"
     ) as error:
         judged(endpoint, 100, path, concurrency=2, retries=0)
     assert "\n" not in str(error.value)
@@ -252,7 +252,7 @@ def test_a_server_that_is_too_slow_is_a_timeout(serve, tmp_path):
 )
 def test_a_wrong_key_or_path_stops_at_once_in_one_line(serve, tmp_path, status, said):
     endpoint = serve(lambda _, __: (status, {}, "<html>\nno\n</html>"))
-    with pytest.raises(KnownError, match=said) as error:
+    with pytest.raises(UserError, match=said) as error:
         judged(endpoint, 50, tmp_path / "scores.jsonl", concurrency=2)
     assert "\n" not in str(error.value)
     assert len(endpoint.bodies) <= 4
@@ -268,7 +268,7 @@ def test_nobody_at_the_address_stops_at_once_and_loses_nothing(serve, tmp_path):
     judge = judge_at(closed)
     for n in (1, 50):  # one item gives up after its retries, many after a few attempts in all
         start = time.monotonic()
-        with pytest.raises(KnownError, match="nobody answers at http://127") as error:
+        with pytest.raises(UserError, match="nobody answers at http://127") as error:
             list(judge.verdicts(items(n)))
         assert "\n" not in str(error.value)
         assert time.monotonic() - start < 2
@@ -347,7 +347,7 @@ def test_the_key_comes_from_the_environment_and_is_written_nowhere(serve, tmp_pa
     assert endpoint.keys == ["Bearer general", "Bearer mine-alone", None]
     assert "general" not in (tmp_path / "scores.jsonl").read_text()
     monkeypatch.setenv("OPENAI_API_KEY", "schlüssel")
-    with pytest.raises(KnownError, match="holds characters that no key can have"):
+    with pytest.raises(UserError, match="holds characters that no key can have"):
         judge_at(endpoint)
 
 
@@ -366,7 +366,7 @@ def test_an_address_may_be_given_short_or_in_full() -> None:
 
 def test_what_is_no_address_is_refused_in_one_line() -> None:
     for given in ("localhost:8000", "", "file:///etc/passwd", "http://", "http://h:port/"):
-        with pytest.raises(KnownError, match="is not an address"):
+        with pytest.raises(UserError, match="is not an address"):
             completions_url(given)
 
 
@@ -389,7 +389,7 @@ def tiny() -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from personatlas.persona.models.load import build_subject
+    from personatlas.persona.models.load import build_model
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     raw = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
@@ -402,7 +402,7 @@ def tiny() -> Any:
         vocab_size=256, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, max_position_embeddings=4096, initializer_range=0.5,
     )  # fmt: skip
-    return build_subject(LlamaForCausalLM(config), tokenizer, id="tiny")
+    return build_model(LlamaForCausalLM(config), tokenizer, id="tiny")
 
 
 def test_the_local_judge_takes_the_likeliest_digit_whatever_the_batch(tiny):
@@ -432,5 +432,5 @@ def test_the_local_judge_cuts_nothing_and_counts_what_does_not_fit(tiny):
 
 def test_a_model_without_a_template_cannot_judge(tiny, monkeypatch):
     monkeypatch.setattr(tiny.tokenizer, "chat_template", None)
-    with pytest.raises(KnownError, match="no chat template"):
+    with pytest.raises(UserError, match="no chat template"):
         LocalJudge(tiny)

@@ -5,7 +5,7 @@ import json
 import pytest
 from test_judge_endpoint import _plain_environment, says, serve  # noqa: F401 (fixtures)
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.judges.base import read_scores, read_sides
 from personatlas.persona.judges.rules import TRAIT_HASH, parse_percent, trait_message
 from personatlas.persona.options import JudgeOptions
@@ -107,5 +107,5 @@ def test_rules_leave_traits_unjudged(tmp_path):
 def test_a_score_off_its_scale_is_damage(tmp_path, key, score):
     path = tmp_path / "scores.jsonl"
     path.write_text(json.dumps({"key": key, "judge": "j", "score": score}) + "\n")
-    with pytest.raises(KnownError, match=r"scores\.jsonl:1 is not a score"):
+    with pytest.raises(UserError, match=r"scores\.jsonl:1 is not a score"):
         read_scores(path)

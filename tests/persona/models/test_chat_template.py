@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.models.chat_template import ChatFormat, chat_format
 
 SENTENCES = [
@@ -252,7 +252,7 @@ def test_an_end_token_without_its_special_flag_is_found() -> None:
 def test_a_tokenizer_without_a_template_is_told_which_option_helps() -> None:
     tokenizer = tokenizer_of("chatml", "bytes")
     bare = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer)
-    with pytest.raises(KnownError, match=r"no chat template; pass --chat-template FILE\.jinja"):
+    with pytest.raises(UserError, match=r"no chat template; pass --chat-template FILE\.jinja"):
         chat_format(bare)
 
 
@@ -260,7 +260,7 @@ def test_several_templates_without_a_default_are_told_the_same_option() -> None:
     tokenizer = tokenizer_of("chatml", "bytes")
     several = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer)
     several.chat_template = {"rag": "a", "tool_use": "b"}
-    with pytest.raises(KnownError, match=r"several chat templates and no default; pass --chat-template"):
+    with pytest.raises(UserError, match=r"several chat templates and no default; pass --chat-template"):
         chat_format(several)
 
 
@@ -277,14 +277,14 @@ def test_a_broken_template_is_one_line(template: str) -> None:
     tokenizer = tokenizer_of("chatml", "bytes")
     broken = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer)
     broken.chat_template = template
-    with pytest.raises(KnownError, match="the chat template refuses") as caught:
+    with pytest.raises(UserError, match="the chat template refuses") as caught:
         chat_format(broken)
     assert "\n" not in str(caught.value)
 
 
 def test_roles_that_do_not_alternate_are_refused_with_the_templates_own_reason() -> None:
     format = chat_format(tokenizer_of("llama2"))
-    with pytest.raises(KnownError, match=r"refuses the messages \(user, user\): .*must alternate"):
+    with pytest.raises(UserError, match=r"refuses the messages \(user, user\): .*must alternate"):
         format.prompt_ids([{"role": "user", "content": "one"}, {"role": "user", "content": "two"}])
 
 
@@ -300,16 +300,16 @@ def test_roles_that_do_not_alternate_are_refused_with_the_templates_own_reason()
     ],
 )
 def test_malformed_messages_are_named(messages: list[dict[str, Any]], reason: str) -> None:
-    with pytest.raises(KnownError, match=reason):
+    with pytest.raises(UserError, match=reason):
         chat_format(tokenizer_of("chatml")).prompt_ids(messages)
 
 
 def test_a_format_without_a_system_role_refuses_what_it_would_have_to_drop() -> None:
     format = chat_format(tokenizer_of("gemma2"))
     system = {"role": "system", "content": "You are a pirate."}
-    with pytest.raises(KnownError, match="no user message"):
+    with pytest.raises(UserError, match="no user message"):
         format.prompt_ids([system])
-    with pytest.raises(KnownError, match="only the first message"):
+    with pytest.raises(UserError, match="only the first message"):
         format.prompt_ids([*messages_of("Who?", "Me."), system, *messages_of("Why?")])
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from test_chat_template import FAMILIES, KINDS, Family, messages_of, tokenizer_of
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.models.chat_template import ChatFormat, chat_format
 from personatlas.persona.models.token_spans import (
     Span,
@@ -311,7 +311,7 @@ def test_a_tokenizer_without_offsets_is_refused() -> None:
 
 
 def test_messages_that_the_template_refuses_are_a_known_error() -> None:
-    with pytest.raises(KnownError, match="must alternate"):
+    with pytest.raises(UserError, match="must alternate"):
         conversation_spans(format_of("gemma2"), messages_of("a", "b")[::-1])
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from families import FAMILIES, tiny_subject
+from families import FAMILIES, tiny_model
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.models.load import residual
 from personatlas.persona.pipeline.record import record, recording, span_sum_plainly
 from personatlas.persona.pipeline.self_test import run_self_test
@@ -23,24 +23,20 @@ def made_up(lengths=LENGTHS, vocabulary=320):
     return found
 
 
-def by_hand(subject, rollout):
+def by_hand(model, rollout):
     """float64 means, one text at a time, from outputs that the model returns itself or a plain hook sees."""
     outputs = []
-    handles = [
-        b.register_forward_hook(lambda m, a, out: outputs.append(residual(out))) for b in subject.blocks
-    ]
+    handles = [b.register_forward_hook(lambda m, a, out: outputs.append(residual(out))) for b in model.blocks]
     with torch.no_grad():
-        subject.model(
-            input_ids=torch.tensor([rollout.prompt_ids + rollout.answer_ids], device=subject.device)
-        )
+        model.hf(input_ids=torch.tensor([rollout.prompt_ids + rollout.answer_ids], device=model.device))
     for handle in handles:
         handle.remove()
     return torch.stack([h[0, len(rollout.prompt_ids) :].double().mean(0) for h in outputs])
 
 
-def recorded(subject, rollouts, **how):
-    found = torch.full((len(rollouts), subject.n_layers, subject.d_model), torch.nan)
-    for indices, means in record(subject, rollouts, **how):
+def recorded(model, rollouts, **how):
+    found = torch.full((len(rollouts), model.n_layers, model.d_model), torch.nan)
+    for indices, means in record(model, rollouts, **how):
         found[indices] = means
     return found
 
@@ -48,27 +44,27 @@ def recorded(subject, rollouts, **how):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tokens", [1, 64, 4096])
 def test_batched_padded_means_equal_a_float64_mean_one_text_at_a_time(family, tokens):
-    subject, rollouts = tiny_subject(family), made_up()
-    reference = torch.stack([by_hand(subject, rollout) for rollout in rollouts])
-    found = recorded(subject, rollouts, tokens=tokens).double()
+    model, rollouts = tiny_model(family), made_up()
+    reference = torch.stack([by_hand(model, rollout) for rollout in rollouts])
+    found = recorded(model, rollouts, tokens=tokens).double()
     assert ((found - reference).norm(dim=-1) / reference.norm(dim=-1)).max() < 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_self_test_passes_on_every_family(family):
-    failed = [check for check in run_self_test(tiny_subject(family)) if not check.passed]
+    failed = [check for check in run_self_test(tiny_model(family)) if not check.passed]
     assert not failed
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_layer_l_is_the_output_of_block_l_as_hidden_states_has_it_one_later(family):
-    subject, (rollout,) = tiny_subject(family), made_up([(6, 9)])
-    found = recorded(subject, [rollout])[0]
+    model, (rollout,) = tiny_model(family), made_up([(6, 9)])
+    found = recorded(model, [rollout])[0]
     with torch.no_grad():
-        states = subject.base(
+        states = model.base(
             input_ids=torch.tensor([rollout.prompt_ids + rollout.answer_ids]), output_hidden_states=True
         ).hidden_states
-    for layer in range(subject.n_layers - 1):
+    for layer in range(model.n_layers - 1):
         assert torch.allclose(found[layer], states[layer + 1][0, 6:].mean(0), rtol=1e-4, atol=1e-5)
     # the last entry comes after the final norm: it must not be what was recorded
     assert not torch.allclose(found[-1], states[-1][0, 6:].mean(0), rtol=1e-2)
@@ -87,27 +83,27 @@ def test_half_precision_is_summed_in_fp32():
 
 
 def test_only_means_leave_the_hooks_so_memory_does_not_grow_with_tokens():
-    subject, rollouts = tiny_subject(), made_up()
-    with recording(subject) as means, torch.no_grad():
-        ids = pad([r.prompt_ids + r.answer_ids for r in rollouts], subject.device)
+    model, rollouts = tiny_model(), made_up()
+    with recording(model) as means, torch.no_grad():
+        ids = pad([r.prompt_ids + r.answer_ids for r in rollouts], model.device)
         means.begin(
             torch.tensor([len(r.prompt_ids) for r in rollouts]),
             torch.tensor([len(r.prompt_ids + r.answer_ids) for r in rollouts]),
         )
-        subject.base(input_ids=ids, use_cache=False)
-        assert {tuple(total.shape) for total in means.sums} == {(len(rollouts), subject.d_model)}
+        model.base(input_ids=ids, use_cache=False)
+        assert {tuple(total.shape) for total in means.sums} == {(len(rollouts), model.d_model)}
 
 
 def test_a_hook_that_did_not_fire_is_an_error_and_not_an_empty_mean():
-    subject = tiny_subject()
-    with recording(subject) as means:
+    model = tiny_model()
+    with recording(model) as means:
         means.begin(torch.tensor([1]), torch.tensor([2]))
         with pytest.raises(RuntimeError, match="did not fire"):
             means.read()
 
 
 def test_position_zero_and_empty_spans_are_refused():
-    with recording(tiny_subject()) as means:
+    with recording(tiny_model()) as means:
         with pytest.raises(ValueError, match="after position 0"):
             means.begin(torch.tensor([0]), torch.tensor([2]))
         with pytest.raises(ValueError, match="at least one token"):
@@ -115,23 +111,23 @@ def test_position_zero_and_empty_spans_are_refused():
 
 
 def test_the_model_is_left_as_it_was_found_also_after_an_exception():
-    subject = tiny_subject()
-    with pytest.raises(ZeroDivisionError), recording(subject):
+    model = tiny_model()
+    with pytest.raises(ZeroDivisionError), recording(model):
         raise ZeroDivisionError
-    assert not any(block._forward_hooks for block in subject.blocks)
+    assert not any(block._forward_hooks for block in model.blocks)
 
 
 def test_an_empty_answer_and_one_beyond_the_context_are_named():
-    subject = tiny_subject()
-    with pytest.raises(KnownError, match=r"r/0/q0/0 has an empty answer"):
-        recorded(subject, made_up([(4, 0)]))
-    with pytest.raises(KnownError, match=r"r/0/q0/0 has 600 tokens; tiny-llama-0 holds 512"):
-        recorded(subject, made_up([(500, 100)]))
+    model = tiny_model()
+    with pytest.raises(UserError, match=r"r/0/q0/0 has an empty answer"):
+        recorded(model, made_up([(4, 0)]))
+    with pytest.raises(UserError, match=r"r/0/q0/0 has 600 tokens; tiny-llama-0 holds 512"):
+        recorded(model, made_up([(500, 100)]))
 
 
 @pytest.mark.slow
 def test_compiled_blocks_record_the_same():
-    subject, rollouts = tiny_subject(), made_up()
-    plain = recorded(subject, rollouts)
-    assert torch.allclose(recorded(subject, rollouts, compile=True), plain, rtol=1e-4, atol=1e-5)
-    assert not any("forward" in block.__dict__ for block in subject.blocks)
+    model, rollouts = tiny_model(), made_up()
+    plain = recorded(model, rollouts)
+    assert torch.allclose(recorded(model, rollouts, compile=True), plain, rtol=1e-4, atol=1e-5)
+    assert not any("forward" in block.__dict__ for block in model.blocks)

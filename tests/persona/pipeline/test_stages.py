@@ -15,7 +15,7 @@ import sys
 
 import pytest
 import torch
-from families import TEMPLATE, save_tiny, tiny_subject
+from families import TEMPLATE, save_tiny, tiny_model
 
 from personatlas.cli.app import main
 from personatlas.persona.models.chat_template import chat_format
@@ -399,11 +399,11 @@ def test_answers_that_would_not_fit_are_refused_before_the_run_is_begun(place, c
 
 
 def test_the_same_key_has_the_same_prompt_and_seed_in_every_selection(place):
-    bank, subject = load_bank(place / "bank"), tiny_subject()
-    chat = chat_format(subject.tokenizer)
+    bank, model = load_bank(place / "bank"), tiny_model()
+    chat = chat_format(model.tokenizer)
 
     def planned(selection, seed=0, size=7):
-        plan = plan_rollouts(bank, subject, chat, selection, seed, size)
+        plan = plan_rollouts(bank, model, chat, selection, seed, size)
         made = {r.key: (r.seed, r.messages, plan.prompt_ids[r.key]) for chunk in plan.chunks for r in chunk}
         assert len(made) == len(plan.keys)
         return made

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from paper_names import ROLES, TRAITS
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.roles.bank import PACKAGED, Bank, Role, Trait, check_file, load_bank
 
 DEFAULT = {"name": "default", "prompts": ["", "You are {model}."], "is_default": True}
@@ -85,7 +85,7 @@ def test_a_bank_is_read_in_file_order_with_its_defaults_filled_in(tmp_path):
     ],
 )
 def test_a_mistake_in_a_role_is_named_with_file_and_line(tmp_path, row, message):
-    with pytest.raises(KnownError, match=rf"roles\.jsonl:4:? .*{re.escape(message)}") as error:
+    with pytest.raises(UserError, match=rf"roles\.jsonl:4:? .*{re.escape(message)}") as error:
         load_bank(written(tmp_path, [DEFAULT, BARD, "", row]))
     assert "\n" not in str(error.value)
 
@@ -103,7 +103,7 @@ def test_a_mistake_in_a_role_is_named_with_file_and_line(tmp_path, row, message)
     ],
 )
 def test_a_mistake_in_a_question_is_named_with_file_and_line(tmp_path, row, message):
-    with pytest.raises(KnownError, match=rf"questions\.jsonl:2:? .*{re.escape(message)}"):
+    with pytest.raises(UserError, match=rf"questions\.jsonl:2:? .*{re.escape(message)}"):
         load_bank(written(tmp_path, [DEFAULT], [QUESTION, row]))
 
 
@@ -125,7 +125,7 @@ def test_a_mistake_in_a_question_is_named_with_file_and_line(tmp_path, row, mess
 def test_a_mistake_in_a_trait_is_named_with_file_and_line(tmp_path, row, message):
     written(tmp_path, [DEFAULT])
     (tmp_path / "traits.jsonl").write_text(json.dumps(CALM) + "\n" + json.dumps(row) + "\n")
-    with pytest.raises(KnownError, match=rf"traits\.jsonl:2:? .*{re.escape(message)}"):
+    with pytest.raises(UserError, match=rf"traits\.jsonl:2:? .*{re.escape(message)}"):
         load_bank(tmp_path)
 
 
@@ -138,7 +138,7 @@ def test_traits_are_read_and_have_a_digest_of_their_own(tmp_path):
     assert bank.digest == without.digest  # a run of roles may get traits later
     assert bank.traits_digest != without.traits_digest
     assert bank.trait("calm") is bank.traits[0]
-    with pytest.raises(KnownError, match="no trait 'clam' in the bank; did you mean calm"):
+    with pytest.raises(UserError, match="no trait 'clam' in the bank; did you mean calm"):
         bank.trait("clam")
 
 
@@ -146,13 +146,13 @@ def test_one_file_can_be_checked_by_its_name(tmp_path):
     written(tmp_path, [DEFAULT, BARD])
     assert check_file(tmp_path / "roles.jsonl") == 2
     assert check_file(tmp_path / "questions.jsonl") == 1
-    with pytest.raises(KnownError, match=r"is not named roles\.jsonl, questions\.jsonl or traits\.jsonl"):
+    with pytest.raises(UserError, match=r"is not named roles\.jsonl, questions\.jsonl or traits\.jsonl"):
         check_file(tmp_path / "other.jsonl")
 
 
 @pytest.mark.parametrize("name", ["+calm", "-calm"])
 def test_no_role_may_have_the_name_of_a_traits_pole(tmp_path, name):
-    with pytest.raises(KnownError, match=r"roles\.jsonl:2.* begin with \+ or -"):
+    with pytest.raises(UserError, match=r"roles\.jsonl:2.* begin with \+ or -"):
         load_bank(written(tmp_path, [DEFAULT, {**BARD, "name": name}]))
 
 
@@ -161,38 +161,38 @@ def test_no_role_may_have_the_name_of_a_traits_pole(tmp_path, name):
 )
 def test_a_bank_needs_exactly_one_default(tmp_path, roles, count):
     with pytest.raises(
-        KnownError, match=rf"roles\.jsonl needs exactly one role with is_default true, it has {count}"
+        UserError, match=rf"roles\.jsonl needs exactly one role with is_default true, it has {count}"
     ):
         load_bank(written(tmp_path, roles))
 
 
 def test_a_bank_without_questions_is_refused(tmp_path):
-    with pytest.raises(KnownError, match=r"questions\.jsonl holds no question"):
+    with pytest.raises(UserError, match=r"questions\.jsonl holds no question"):
         load_bank(written(tmp_path, [DEFAULT], []))
 
 
 def test_a_missing_file_is_named_and_says_what_a_bank_is(tmp_path):
-    with pytest.raises(KnownError, match=r"roles\.jsonl does not exist; a bank is a folder with"):
+    with pytest.raises(UserError, match=r"roles\.jsonl does not exist; a bank is a folder with"):
         load_bank(tmp_path)
     written(tmp_path, [DEFAULT])
-    with pytest.raises(KnownError, match=r"roles\.jsonl does not exist; a bank is a folder with"):
+    with pytest.raises(UserError, match=r"roles\.jsonl does not exist; a bank is a folder with"):
         load_bank(tmp_path / "roles.jsonl")  # a file where the folder should be was a traceback
     (tmp_path / "questions.jsonl").unlink()
-    with pytest.raises(KnownError, match=r"questions\.jsonl does not exist"):
+    with pytest.raises(UserError, match=r"questions\.jsonl does not exist"):
         load_bank(tmp_path)
 
 
 def test_a_file_that_is_not_utf8_is_named(tmp_path):
     written(tmp_path, [DEFAULT])
     (tmp_path / "questions.jsonl").write_bytes(b'{"id": "q", "question": "Gar\xe7on?"}\n')
-    with pytest.raises(KnownError, match=r"questions\.jsonl is not UTF-8"):
+    with pytest.raises(UserError, match=r"questions\.jsonl is not UTF-8"):
         load_bank(tmp_path)
 
 
 def test_an_unknown_role_suggests_the_closest_names(packaged):
-    with pytest.raises(KnownError, match=r"no role 'pirat' in the bank; did you mean pirate"):
+    with pytest.raises(UserError, match=r"no role 'pirat' in the bank; did you mean pirate"):
         packaged.role("pirat")
-    with pytest.raises(KnownError, match=rf"no role 'xyzzy' in the bank \(it has {len(packaged.roles)}\)"):
+    with pytest.raises(UserError, match=rf"no role 'xyzzy' in the bank \(it has {len(packaged.roles)}\)"):
         packaged.role("xyzzy")
 
 

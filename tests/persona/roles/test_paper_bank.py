@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from test_paper_files import put, refused, rejects
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.roles.bank import Bank, Question, Role, Trait, load_bank
 from personatlas.persona.roles.paper_bank import export_bank, import_bank, write_bank
 
@@ -115,7 +115,7 @@ def test_the_packaged_bank_is_exported_and_read_back_but_for_its_tags(tmp_path):
 
 def test_a_trait_without_pairs_cannot_be_exported(tmp_path):
     bank = Bank((load_bank().default,), (Question("q", "Why?"),), (Trait("calm", ("a", "b"), ("c",)),))
-    with pytest.raises(KnownError, match="'calm' has 2 positive and 1 negative prompts"):
+    with pytest.raises(UserError, match="'calm' has 2 positive and 1 negative prompts"):
         export_bank(bank, tmp_path)
 
 
@@ -124,7 +124,7 @@ def test_a_default_of_another_name_is_still_the_default_when_it_comes_back(tmp_p
     bank = Bank((model, Role("bard", ("You are a bard.",))), (Question("q", "Why?"),))
     export_bank(bank, tmp_path / "theirs")
     assert load_bank(tmp_path / "theirs").default.prompts == model.prompts
-    with pytest.raises(KnownError, match="a role is named 'default' and is not the default"):
+    with pytest.raises(UserError, match="a role is named 'default' and is not the default"):
         export_bank(Bank((model, Role("default", ("Be plain.",))), bank.questions), tmp_path / "other")
     assert not (tmp_path / "other").exists()
 

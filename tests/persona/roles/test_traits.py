@@ -11,7 +11,7 @@ from personatlas.analysis.fit.tables import say_compared
 from personatlas.analysis.fit.traits import fit_traits
 from personatlas.persona.artifacts import write_json
 from personatlas.persona.axis import Axis, load_axis
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.pipeline.activations import Activations, cell_sums
 from personatlas.persona.roles.bank import Bank, Question, Role, Trait
 from personatlas.persona.roles.traits import is_pole, load_traits, poles
@@ -109,7 +109,7 @@ def test_a_trait_space_is_read_as_it_was_written(tmp_path):
     back = load_traits(tmp_path / "traits")
     assert back.traits == space.traits
     assert torch.equal(back.vectors, space.vectors)
-    with pytest.raises(KnownError, match="is of kind 'traits', not 'axis'"):
+    with pytest.raises(UserError, match="is of kind 'traits', not 'axis'"):
         load_axis(tmp_path / "traits")
 
 
@@ -149,7 +149,7 @@ def test_a_trait_without_answers_at_a_pole_is_left_out_and_named():
 
 
 def test_too_few_traits_are_said():
-    with pytest.raises(KnownError, match="only 2 traits have answers at both poles; a trait space needs 3"):
+    with pytest.raises(UserError, match="only 2 traits have answers at both poles; a trait space needs 3"):
         fit_traits(planted({"a": 0.5, "b": 0.1}), axis())
 
 
@@ -175,9 +175,9 @@ def test_poles_are_rolled_out_after_the_roles_and_only_when_asked_for():
 
 
 def test_traits_of_a_bank_without_any_are_refused():
-    with pytest.raises(KnownError, match="this bank has no traits"):
+    with pytest.raises(UserError, match="this bank has no traits"):
         Selection(with_traits=True).traits(Bank(BANK.roles, BANK.questions))
-    with pytest.raises(KnownError, match="no trait 'clam' in the bank; did you mean calm"):
+    with pytest.raises(UserError, match="no trait 'clam' in the bank; did you mean calm"):
         Selection(with_traits=True, trait_names=("clam",)).traits(BANK)
 
 
@@ -202,7 +202,7 @@ def test_an_axis_is_compared_with_another_layer_by_layer_and_by_the_rank_of_role
     assert (found["roles"]["n"], found["roles"]["spearman"]) == (3, pytest.approx(1.0))
     assert found["same_model"] is True
     assert other_axis(tmp_path / "axis.safetensors").layers == (1, 2)
-    with pytest.raises(KnownError, match=r"no axis at .*nothing"):
+    with pytest.raises(UserError, match=r"no axis at .*nothing"):
         other_axis(tmp_path / "nothing")
 
 
@@ -226,5 +226,5 @@ def test_the_packaged_model_comes_with_an_axis_that_names_its_weights_and_floors
     middle = found.levels.index(0.5)
     assert (found.default_quantiles > found.role_quantiles)[found.layer, middle]
     assert axis_stem("smollm2-135m") == fitted_folder("smollm2-135m") / "axis"
-    with pytest.raises(KnownError, match="no axis comes with 'gpt2', only with smollm2-135m"):
+    with pytest.raises(UserError, match="no axis comes with 'gpt2', only with smollm2-135m"):
         fitted_folder("gpt2")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import FAMILIES, tiny_subject
+from families import FAMILIES, tiny_model
 
 from personatlas.persona.sampling import sampler as sampler_module
 from personatlas.persona.sampling.cuda_graph import GraphSampler
@@ -27,21 +27,21 @@ def answers(sampler, prompts=PROMPTS):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cached_decoding_equals_reading_the_whole_text(family):
-    assert cached_decoding_error(tiny_subject(family)) < 1e-4
+    assert cached_decoding_error(tiny_model(family)) < 1e-4
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mistral", "gpt2", "falcon", "mixtral"])
 def test_answers_do_not_depend_on_the_decoder(family):
-    subject = tiny_subject(family)
-    cached = Sampler(subject, ENDS, SAMPLING)
-    plain = Sampler(subject, ENDS, SAMPLING)
+    model = tiny_model(family)
+    cached = Sampler(model, ENDS, SAMPLING)
+    plain = Sampler(model, ENDS, SAMPLING)
     plain.decoder = PlainDecoder
-    refilled = GraphSampler(subject, ENDS, SAMPLING, slots=3)
+    refilled = GraphSampler(model, ENDS, SAMPLING, slots=3)
     assert answers(cached) == answers(plain) == answers(refilled)
 
 
 def test_answers_do_not_depend_on_the_batch():
-    sampler = Sampler(tiny_subject(), ENDS, SAMPLING)
+    sampler = Sampler(tiny_model(), ENDS, SAMPLING)
     together = answers(sampler)
     for i, prompt in enumerate(PROMPTS):
         (alone,) = answers(sampler, [prompt])
@@ -49,7 +49,7 @@ def test_answers_do_not_depend_on_the_batch():
 
 
 def test_an_answer_ends_before_its_end_token_or_at_the_limit():
-    found = answers(Sampler(tiny_subject(), ENDS, SAMPLING))
+    found = answers(Sampler(tiny_model(), ENDS, SAMPLING))
     assert {answer.stopped for answer in found} == {"end", "length"}
     for answer in found:
         assert not set(answer.ids) & ENDS
@@ -57,11 +57,11 @@ def test_an_answer_ends_before_its_end_token_or_at_the_limit():
 
 
 def test_greedy_answers_equal_those_of_generate():
-    subject = tiny_subject()
-    found = answers(Sampler(subject, frozenset(), Sampling(max_new_tokens=10, temperature=0.0)))
+    model = tiny_model()
+    found = answers(Sampler(model, frozenset(), Sampling(max_new_tokens=10, temperature=0.0)))
     for prompt, answer in zip(PROMPTS, found, strict=True):
         ids = torch.tensor([prompt.ids])
-        made = subject.model.generate(
+        made = model.hf.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=10,
@@ -73,10 +73,10 @@ def test_greedy_answers_equal_those_of_generate():
 
 
 def test_a_model_that_takes_no_cache_falls_back_to_reading_the_whole_text(monkeypatch):
-    subject = tiny_subject()
-    expected = answers(Sampler(subject, ENDS, SAMPLING))
+    model = tiny_model()
+    expected = answers(Sampler(model, ENDS, SAMPLING))
     monkeypatch.setattr(sampler_module, "cached_decoding_error", lambda _: float("inf"))
-    fallen = Sampler(subject, ENDS, SAMPLING)
+    fallen = Sampler(model, ENDS, SAMPLING)
     assert fallen.decoder is PlainDecoder
     assert answers(fallen) == expected
 

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import tiny_subject
+from families import tiny_model
 from test_steering import axis_of
 
 from personatlas.cli.app import main
 from personatlas.persona.axis import load_cap
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.rollout import Rollout
 from personatlas.persona.sampling.sampler import Prompt, Sampler, Sampling
 from personatlas.steering.calibration.fit_floors import Descent, Floors, fitted
@@ -143,67 +143,67 @@ def test_a_budget_that_no_cap_keeps_names_the_cheapest(tiny_run, capsys):
 
 
 def test_floors_are_quantiles_of_a_population_and_the_share_below_is_that_of_its_tokens():
-    subject = tiny_subject()
-    axis = axis_of(subject)
-    places = read_projections(subject, axis, {"default": texts(), "roles": texts(start=10)})
+    model = tiny_model()
+    axis = axis_of(model)
+    places = read_projections(model, axis, {"default": texts(), "roles": texts(start=10)})
     cap = places.cap(axis, (0, 2), 0.5, "roles")
     assert cap.floor.tolist() == pytest.approx(places.means["roles"][:, [0, 2]].quantile(0.5, dim=0).tolist())
     below = (places.tokens["default"][:, [0, 2]] < cap.floor).float().mean(0)
     assert torch.equal(places.below(cap, "default"), below)
     assert len(places.prompts["default"]) == sum(len(text.prompt_ids) - 1 for text in texts())
     for levels in (1.5, -0.1, math.nan):
-        with pytest.raises(KnownError, match=r"outside 0\.\.1"):
+        with pytest.raises(UserError, match=r"outside 0\.\.1"):
             places.cap(axis, (0,), levels)
 
 
 @pytest.mark.parametrize("apart", [False, True])
 def test_a_random_cap_fires_as_often_as_the_cap_that_it_controls(apart):
-    subject = tiny_subject()
-    axis = axis_of(subject)
+    model = tiny_model()
+    axis = axis_of(model)
     material = texts(40)
     cap = cap_of(axis, (0, 1, 2), 0.25)
     if apart:
         cap = replace(cap, prompt_floor=cap.floor + 0.2)
-    shares = fired_shares(subject, cap, material)
+    shares = fired_shares(model, cap, material)
     assert shares.shape == (3, 2 if apart else 1)
     assert ((shares > 0.02) & (shares < 0.98)).all()
-    control = random_cap(subject, cap, shares, material, seed=1)
+    control = random_cap(model, cap, shares, material, seed=1)
     assert (control.vectors @ cap.vectors.T).diagonal().abs().max() < 0.9
-    assert torch.allclose(fired_shares(subject, control, material), shares, atol=0.02)
-    assert not torch.equal(control.vectors, random_cap(subject, cap, shares, material, seed=2).vectors)
+    assert torch.allclose(fired_shares(model, control, material), shares, atol=0.02)
+    assert not torch.equal(control.vectors, random_cap(model, cap, shares, material, seed=2).vectors)
 
 
 def test_a_cap_that_does_nothing_costs_nothing_and_a_hard_one_costs_more():
-    subject = tiny_subject()
-    cap = cap_of(axis_of(subject), (0, 1), 0.75)
+    model = tiny_model()
+    cap = cap_of(axis_of(model), (0, 1), 0.75)
     idle = replace(cap, floor=torch.full((2,), -torch.inf))
-    costs = benign_costs(subject, texts(), {"idle": [idle], "firm": [cap]})
+    costs = benign_costs(model, texts(), {"idle": [idle], "firm": [cap]})
     assert costs["idle"].more == 0
     assert costs["idle"].kl == 0
     assert costs["idle"].fired.tolist() == [0, 0]
     assert costs["firm"].kl > 0
     low, high = costs["firm"].more_interval
     assert low <= costs["firm"].more <= high
-    again = benign_costs(subject, texts()[::-1], {"firm": [cap]})["firm"]
+    again = benign_costs(model, texts()[::-1], {"firm": [cap]})["firm"]
     assert again.loss == pytest.approx(costs["firm"].loss, rel=1e-5)
 
 
 def test_fitted_floors_make_the_wanted_texts_likelier_within_the_budget():
-    subject = tiny_subject()
-    axis = axis_of(subject)
+    model = tiny_model()
+    axis = axis_of(model)
     benign, wanted = texts(12), texts(12, start=20)
-    places = read_projections(subject, axis, {"default": benign, "roles": wanted})
-    asking = [parameter.requires_grad for parameter in subject.model.parameters()]
+    places = read_projections(model, axis, {"default": benign, "roles": wanted})
+    asking = [parameter.requires_grad for parameter in model.hf.parameters()]
     how = Descent(budget=0.05, steps=40, wanted=12, benign=12, rate=0.1)
-    floors = fitted(subject, axis, (0, 1, 2), places, wanted, benign, how)
-    assert [parameter.requires_grad for parameter in subject.model.parameters()] == asking
-    start = fitted(subject, axis, (0, 1, 2), places, wanted, benign, replace(how, steps=1, rate=0.0))
+    floors = fitted(model, axis, (0, 1, 2), places, wanted, benign, how)
+    assert [parameter.requires_grad for parameter in model.hf.parameters()] == asking
+    start = fitted(model, axis, (0, 1, 2), places, wanted, benign, replace(how, steps=1, rate=0.0))
     loss = {
-        name: benign_costs(subject, wanted, {"cap": [one.cap(axis)]})["cap"].loss
+        name: benign_costs(model, wanted, {"cap": [one.cap(axis)]})["cap"].loss
         for name, one in (("start", start), ("end", floors))
     }
     assert loss["end"] < loss["start"]
-    assert benign_costs(subject, benign, {"cap": [floors.cap(axis)]})["cap"].more < 0.15
+    assert benign_costs(model, benign, {"cap": [floors.cap(axis)]})["cap"].more < 0.15
     assert Floors.from_json(floors.to_json()).cap(axis, 0.1).floor.tolist() == pytest.approx(
         (floors.floors[1] + 0.1 * floors.spreads[1]).tolist()
     )
@@ -211,20 +211,20 @@ def test_fitted_floors_make_the_wanted_texts_likelier_within_the_budget():
 
 def test_floors_that_would_begin_over_the_budget_begin_lower(monkeypatch):
     monkeypatch.setattr("personatlas.steering.calibration.fit_floors.START", (0.9, 0.9))
-    subject = tiny_subject()
-    axis, made = axis_of(subject), texts(12)
-    written = Sampler(subject, frozenset(), Sampling(8, 0.0)).answers(
+    model = tiny_model()
+    axis, made = axis_of(model), texts(12)
+    written = Sampler(model, frozenset(), Sampling(8, 0.0)).answers(
         [Prompt(text.prompt_ids, 0) for text in made]
     )
     benign = [replace(made[answer.index], answer_ids=answer.ids) for answer in written]  # what it says itself
-    places = read_projections(subject, axis, {"default": benign, "roles": texts(12, start=20)})
+    places = read_projections(model, axis, {"default": benign, "roles": texts(12, start=20)})
     how = Descent(budget=0.01, steps=1, rate=0.0)
     high, low = (
-        fitted(subject, axis, (0, 1, 2), places, texts(12, start=20), benign, replace(how, budget=budget))
+        fitted(model, axis, (0, 1, 2), places, texts(12, start=20), benign, replace(how, budget=budget))
         for budget in (100.0, 0.01)
     )
     assert (low.floors < high.floors).all()
-    costs = benign_costs(subject, benign, {"high": [high.cap(axis)], "low": [low.cap(axis)]})
+    costs = benign_costs(model, benign, {"high": [high.cap(axis)], "low": [low.cap(axis)]})
     assert costs["low"].more <= 0.01 + 1e-6 < costs["high"].more
 
 

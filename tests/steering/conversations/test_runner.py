@@ -6,17 +6,17 @@ from functools import partial
 
 import pytest
 import torch
-from families import tiny_subject
+from families import tiny_model
 from test_steering import axis_of
 
 from personatlas.analysis.drift_alarm import Baseline, FalseAlarms, Several
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.models.chat_template import chat_format
 from personatlas.persona.rollout import Rollout
 from personatlas.persona.sampling.cuda_graph import GraphSampler
 from personatlas.persona.sampling.sampler import Sampling
 from personatlas.steering.conversations import runner as dialogue
-from personatlas.steering.conversations.runner import Arm, Stage, Talk, had
+from personatlas.steering.conversations.runner import Arm, Stage, Talk, run_conversations
 from personatlas.steering.conversations.simulated_user import EndpointUser
 from personatlas.steering.drift_monitor import Watcher
 from personatlas.steering.interventions import cap_of
@@ -30,8 +30,8 @@ TALKS = [
 
 
 @pytest.fixture(scope="module")
-def subject():
-    return tiny_subject()
+def model():
+    return tiny_model()
 
 
 def quartiles(axis, low=-1.0, high=1.0):
@@ -39,10 +39,10 @@ def quartiles(axis, low=-1.0, high=1.0):
     return replace(axis, levels=(0.25, 0.5, 0.75), default_quantiles=rows, role_quantiles=rows)
 
 
-def stage_of(subject, folder, tokens=6, **more):
-    axis = quartiles(replace(axis_of(subject), model=subject.describe()))
-    form = chat_format(subject.tokenizer, 2)
-    return Stage(subject, form, axis, Sampling(tokens), folder / "turns.jsonl", **more)
+def stage_of(model, folder, tokens=6, **more):
+    axis = quartiles(replace(axis_of(model), model=model.describe()))
+    form = chat_format(model.tokenizer, 2)
+    return Stage(model, form, axis, Sampling(tokens), folder / "turns.jsonl", **more)
 
 
 def firm(stage):
@@ -57,10 +57,10 @@ def watcher(limit, mean=0.0):
     )
 
 
-def test_every_arm_has_its_own_conversation_and_is_measured_with_what_acts_on_it(subject, tmp_path):
-    stage = stage_of(subject, tmp_path)
+def test_every_arm_has_its_own_conversation_and_is_measured_with_what_acts_on_it(model, tmp_path):
+    stage = stage_of(model, tmp_path)
     cap = firm(stage)
-    said = had(stage, TALKS, [Arm(PLAIN), Arm("capped", [cap])], 3)
+    said = run_conversations(stage, TALKS, [Arm(PLAIN), Arm("capped", [cap])], 3)
     assert len(said) == 2 * 2 * 3
     for arm, plan in ((PLAIN, []), ("capped", [cap])):
         messages = []
@@ -71,7 +71,7 @@ def test_every_arm_has_its_own_conversation_and_is_measured_with_what_acts_on_it
             text = Rollout("", (), ids, one.ids, "", 0, "end")
             for value, acting in ((one.projection, plan), (one.uncapped, [])):
                 (place,) = mean_projections(
-                    subject, [text], acting, stage.axis.layer, stage.axis.at(stage.axis.layer)
+                    model, [text], acting, stage.axis.layer, stage.axis.at(stage.axis.layer)
                 )
                 assert value == pytest.approx(place, abs=1e-4)
             messages.append({"role": "assistant", "content": one.text})
@@ -83,11 +83,11 @@ def test_every_arm_has_its_own_conversation_and_is_measured_with_what_acts_on_it
     assert plain[0].projection == plain[0].uncapped
 
 
-def test_an_adaptive_arm_is_the_model_as_it_is_until_its_alarm_and_capped_while_it_is_on(subject, tmp_path):
-    stage = stage_of(subject, tmp_path)
+def test_an_adaptive_arm_is_the_model_as_it_is_until_its_alarm_and_capped_while_it_is_on(model, tmp_path):
+    stage = stage_of(model, tmp_path)
     cap = firm(stage)
     never, always = Arm("never", [cap], watcher(1e9)), Arm("always on", [cap], watcher(0.0, mean=1e6))
-    said = had(stage, TALKS, [Arm(PLAIN), never, always], 3)
+    said = run_conversations(stage, TALKS, [Arm(PLAIN), never, always], 3)
     for talk in TALKS:
         for turn in range(3):
             plain, same = said[PLAIN, talk.name, turn], said["never", talk.name, turn]
@@ -103,48 +103,48 @@ def test_an_adaptive_arm_is_the_model_as_it_is_until_its_alarm_and_capped_while_
         Arm("a", [cap], Watcher(Baseline(0.0, 1.0, 9), "tests")).acts(heard)
 
 
-def test_capped_and_uncapped_rows_of_one_batch_are_what_they_are_apart(subject, tmp_path, monkeypatch):
-    stage = stage_of(subject, tmp_path)
+def test_capped_and_uncapped_rows_of_one_batch_are_what_they_are_apart(model, tmp_path, monkeypatch):
+    stage = stage_of(model, tmp_path)
     (tmp_path / "gpu").mkdir()
     arms = [Arm(PLAIN), Arm("capped", [firm(stage)]), Arm("adaptive", [firm(stage)], watcher(0.0, mean=1e6))]
-    apart = had(stage, TALKS, arms, 3)
+    apart = run_conversations(stage, TALKS, arms, 3)
     # as on a GPU, but without a graph: all rows of a turn share the batches of a sampler that refills its slots
     monkeypatch.setattr(Stage, "on_gpu", True)
     monkeypatch.setattr(dialogue, "fastest_sampler", partial(GraphSampler, slots=4))
-    together = had(stage_of(subject, tmp_path / "gpu"), TALKS, arms, 3)
+    together = run_conversations(stage_of(model, tmp_path / "gpu"), TALKS, arms, 3)
     assert together.keys() == apart.keys()
     for key, one in together.items():
         assert (one.ids, one.acted, one.fired) == (apart[key].ids, apart[key].acted, apart[key].fired)
         assert one.projection == pytest.approx(apart[key].projection, abs=1e-4)
 
 
-def test_a_study_that_was_killed_goes_on_to_the_same_log(subject, tmp_path, monkeypatch):
+def test_a_study_that_was_killed_goes_on_to_the_same_log(model, tmp_path, monkeypatch):
     monkeypatch.setattr(dialogue, "CPU_CHUNK", 1)
-    cap = firm(stage_of(subject, tmp_path))
+    cap = firm(stage_of(model, tmp_path))
     arms = [Arm(PLAIN), Arm("capped", [cap])]
-    whole = stage_of(subject, tmp_path)
-    said = had(whole, TALKS, arms, 3)
+    whole = stage_of(model, tmp_path)
+    said = run_conversations(whole, TALKS, arms, 3)
     lines = whole.log.read_bytes().splitlines(keepends=True)
     assert len(lines) == 12
     for kept in (b"", b"".join(lines[:1]), b"".join(lines[:7]), b"".join(lines[:7]) + lines[7][:40]):
-        part = stage_of(subject, tmp_path / str(len(kept)))
+        part = stage_of(model, tmp_path / str(len(kept)))
         part.log.parent.mkdir()
         part.log.write_bytes(kept)
-        assert had(part, TALKS, arms, 3) == said
+        assert run_conversations(part, TALKS, arms, 3) == said
         assert part.log.read_bytes() == whole.log.read_bytes()
     monkeypatch.setattr(dialogue, "_made", None)  # nothing is left to be made
-    assert had(stage_of(subject, tmp_path), TALKS, arms, 3) == said
+    assert run_conversations(stage_of(model, tmp_path), TALKS, arms, 3) == said
 
 
-def test_a_conversation_that_fills_the_context_ends_and_is_counted(subject, tmp_path):
-    stage = stage_of(subject, tmp_path, tokens=8)
+def test_a_conversation_that_fills_the_context_ends_and_is_counted(model, tmp_path):
+    stage = stage_of(model, tmp_path, tokens=8)
     long = Talk("long", "coding", ("Hello.", "x" * 300, "y" * 300))
-    said = had(stage, [long, TALKS[0]], [Arm(PLAIN)], 3)
+    said = run_conversations(stage, [long, TALKS[0]], [Arm(PLAIN)], 3)
     assert [turn for _, name, turn in said if name == "long/0"] == [0, 1]
     assert [turn for _, name, turn in said if name == "coding-1/0"] == [0, 1, 2]
     assert stage.overflown == {(PLAIN, "long/0")}
-    with pytest.raises(KnownError, match="the first turn of long/0 leaves no room"):
-        had(stage, [Talk("long", "coding", ("x" * 600,))], [Arm(PLAIN)], 1)
+    with pytest.raises(UserError, match="the first turn of long/0 leaves no room"):
+        run_conversations(stage, [Talk("long", "coding", ("x" * 600,))], [Arm(PLAIN)], 1)
 
 
 class Endpoint:
@@ -162,16 +162,16 @@ class Endpoint:
         return httpx.Response(self.status, json={"error": self.error} if self.error else reply)
 
 
-def test_an_endpoint_plays_the_user_from_the_second_turn_on_and_is_asked_once(subject, tmp_path, monkeypatch):
+def test_an_endpoint_plays_the_user_from_the_second_turn_on_and_is_asked_once(model, tmp_path, monkeypatch):
     endpoint = Endpoint(monkeypatch)
 
     def staged(folder):
         user = EndpointUser("http://127.0.0.1:9/v1", "someone", tmp_path / "users.jsonl", backoff=0.0)
-        return stage_of(subject, folder, user=user)
+        return stage_of(model, folder, user=user)
 
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    said = had(staged(tmp_path / "a"), TALKS, [Arm(PLAIN)], 3)
+    said = run_conversations(staged(tmp_path / "a"), TALKS, [Arm(PLAIN)], 3)
     assert [said[PLAIN, "therapy-1/1", turn].user for turn in range(3)] == ["I am sad.", "Turn 4.", "Turn 6."]
     assert len(endpoint.asked) == 4
     told = next(one["messages"] for one in endpoint.asked if one["messages"][2]["content"] == "I am sad.")
@@ -180,7 +180,7 @@ def test_an_endpoint_plays_the_user_from_the_second_turn_on_and_is_asked_once(su
     assert told[3]["content"] == (said[PLAIN, "therapy-1/1", 0].text or "...")
     rows = [json.loads(line) for line in (tmp_path / "users.jsonl").read_text().splitlines()]
     assert {row["text"] for row in rows} == {"Turn 4.", "Turn 6."}
-    assert had(staged(tmp_path / "b"), TALKS, [Arm(PLAIN)], 3) == said
+    assert run_conversations(staged(tmp_path / "b"), TALKS, [Arm(PLAIN)], 3) == said
     assert len(endpoint.asked) == 4
 
 
@@ -188,14 +188,14 @@ def test_an_endpoint_that_fails_stops_the_study_in_one_line(tmp_path, monkeypatc
     for status, tries in ((500, 3), (404, 1)):
         endpoint = Endpoint(monkeypatch, status)
         user = EndpointUser("http://127.0.0.1:9", "someone", tmp_path / "users.jsonl", retries=2, backoff=0.0)
-        with pytest.raises(KnownError, match=f"no user at .* \\(http {status}"):
+        with pytest.raises(UserError, match=f"no user at .* \\(http {status}"):
             user.require_answer()
         assert len(endpoint.asked) == tries
 
 
-def test_a_user_whose_context_is_full_ends_the_conversation_and_is_counted(subject, tmp_path, monkeypatch):
+def test_a_user_whose_context_is_full_ends_the_conversation_and_is_counted(model, tmp_path, monkeypatch):
     Endpoint(monkeypatch, 400, "context_length_exceeded")
     user = EndpointUser("http://127.0.0.1:9", "someone", tmp_path / "users.jsonl")
-    said = had(stage_of(subject, tmp_path, user=user), TALKS, [Arm(PLAIN)], 3)
+    said = run_conversations(stage_of(model, tmp_path, user=user), TALKS, [Arm(PLAIN)], 3)
     assert {turn for _, _, turn in said} == {0}
     assert user.silent == 2

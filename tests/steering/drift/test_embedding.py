@@ -5,7 +5,7 @@ import pytest
 import torch
 from families import save_tiny
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.steering.drift.embedding import embedder
 
 
@@ -25,5 +25,5 @@ def test_an_embedding_is_the_mean_over_the_texts_own_tokens_and_of_length_one(tm
 
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path):
-    with pytest.raises(KnownError, match=r"--embedding .* cannot be loaded"):
+    with pytest.raises(UserError, match=r"--embedding .* cannot be loaded"):
         embedder(str(tmp_path / "none"), "cpu")

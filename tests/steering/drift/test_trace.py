@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import tiny_subject
+from families import tiny_model
 from test_drift_monitor import calm_conversations
 from test_steering import axis_of
 from test_susceptibility import refused
 
 from personatlas.cli.app import main
 from personatlas.persona.axis import load_axis
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.formats import EVERYDAY, SCRIPTS, Conversation, read_conversations
 from personatlas.persona.models.chat_template import chat_format
 from personatlas.steering.drift.trace import traced
@@ -33,22 +33,22 @@ def talk(name, *answers):
 
 
 def test_a_turn_is_the_mean_over_its_answers_tokens_in_one_reading_of_the_whole():
-    subject = tiny_subject()
-    axis, form = axis_of(subject), chat_format(subject.tokenizer)
+    model = tiny_model()
+    axis, form = axis_of(model), chat_format(model.tokenizer)
     conversations = [talk("long", "I am here.", "Then nothing.", "So it goes."), talk("short", "Hi.")]
-    long, short = traced(subject, form, axis, conversations)
+    long, short = traced(model, form, axis, conversations)
     assert [len(one.turns) for one in (long, short)] == [3, 1]
     assert (long.left_out, short.left_out) == (0, 0)
     for one in (long, short):
         ids = torch.tensor([one.spans.ids])
         kept = []
-        handle = subject.blocks[axis.layer].register_forward_hook(
+        handle = model.blocks[axis.layer].register_forward_hook(
             lambda _m, _a, output, kept=kept: kept.append(
                 output if isinstance(output, torch.Tensor) else output[0]
             )
         )
         with torch.no_grad():
-            subject.model(input_ids=ids)
+            model.hf(input_ids=ids)
         handle.remove()
         places = kept[0][0].float() @ axis.at(axis.layer)
         assert torch.allclose(one.projection, places, atol=1e-4)
@@ -57,17 +57,17 @@ def test_a_turn_is_the_mean_over_its_answers_tokens_in_one_reading_of_the_whole(
 
 
 def test_turns_beyond_the_context_are_left_out_and_counted():
-    subject = tiny_subject()
-    room = subject.model.config.max_position_embeddings
-    axis, form = axis_of(subject), chat_format(subject.tokenizer)
-    (one,) = traced(subject, form, axis, [talk("long", "Hi.", "word " * room, "Bye.")])
+    model = tiny_model()
+    room = model.hf.config.max_position_embeddings
+    axis, form = axis_of(model), chat_format(model.tokenizer)
+    (one,) = traced(model, form, axis, [talk("long", "Hi.", "word " * room, "Bye.")])
     assert (len(one.turns), one.left_out) == (1, 2)
     with pytest.raises(
-        KnownError, match=rf"long has no answer of an assistant that fits into the {room} tokens"
+        UserError, match=rf"long has no answer of an assistant that fits into the {room} tokens"
     ):
-        traced(subject, form, axis, [talk("long", "word " * room)])
-    with pytest.raises(KnownError, match="has no answer of an assistant: there"):
-        traced(subject, form, axis, [talk("none")])
+        traced(model, form, axis, [talk("long", "word " * room)])
+    with pytest.raises(UserError, match="has no answer of an assistant: there"):
+        traced(model, form, axis, [talk("none")])
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ def test_a_transcript_in_plain_text_is_a_conversation(tmp_path):
     ]
     for text in ("Once upon a time", "Once.\nUser: Hello"):
         path.write_text(text)
-        with pytest.raises(KnownError, match="does not begin with who speaks"):
+        with pytest.raises(UserError, match="does not begin with who speaks"):
             read_conversations(path)
 
 

@@ -15,7 +15,7 @@ from test_judge_endpoint import says
 
 from personatlas.cli.app import main
 from personatlas.persona.artifacts import load_tensors, save_tensors
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.steering.evals.harm import classifier
 from personatlas.steering.evals.harm.agreement import agreement, read_labels
 from personatlas.steering.evals.harm.classifier import KIND, check, fit, load
@@ -100,9 +100,9 @@ def test_a_saved_classifier_comes_back_the_same_and_the_same_texts_give_the_same
 
 
 def test_labels_of_one_class_or_texts_without_shared_words_cannot_be_fitted():
-    with pytest.raises(KnownError, match="all of one class"):
+    with pytest.raises(UserError, match="all of one class"):
         fit(["a cake", "a pie"], [1, 1])
-    with pytest.raises(KnownError, match="share no words"):
+    with pytest.raises(UserError, match="share no words"):
         fit(["cake", "lemon", "pie", "lime"], [1, 0, 1, 0])
     few = fit(["a cake", "a cake", "a lemon", "a lemon"], [1, 1, 0, 0])
     assert few.provenance["check"] is None
@@ -134,7 +134,7 @@ def test_a_made_up_classifier_is_refused_in_one_line(fitted, tmp_path, how):
     tensors, meta = load_tensors(tmp_path / "it", KIND)
     BROKEN[how](tensors, meta)
     save_tensors(tmp_path / "it", tensors, meta)
-    with pytest.raises(KnownError, match="is not a classifier of harm") as error:
+    with pytest.raises(UserError, match="is not a classifier of harm") as error:
         load(tmp_path / "it")
     assert "\n" not in str(error.value)
 
@@ -144,16 +144,16 @@ def test_a_damaged_or_foreign_artefact_is_refused_in_one_line(fitted, tmp_path):
     content = bytearray((tmp_path / "it.safetensors").read_bytes())
     content[-9] ^= 1
     (tmp_path / "it.safetensors").write_bytes(bytes(content))
-    with pytest.raises(KnownError, match="does not match the hash"):
+    with pytest.raises(UserError, match="does not match the hash"):
         load(tmp_path / "it")
     save_tensors(tmp_path / "axis", {"vectors": torch.zeros(2)}, {"kind": "axis"})
-    with pytest.raises(KnownError, match="of kind 'axis'"):
+    with pytest.raises(UserError, match="of kind 'axis'"):
         load(tmp_path / "axis")
     (tmp_path / "deep.safetensors").write_bytes(b"")
     (tmp_path / "deep.json").write_text("[" * 100_000)
-    with pytest.raises(KnownError, match="nested too deeply"):
+    with pytest.raises(UserError, match="nested too deeply"):
         load(tmp_path / "deep")
-    with pytest.raises(KnownError, match="never finished"):
+    with pytest.raises(UserError, match="never finished"):
         load(tmp_path / "absent")
 
 
@@ -255,7 +255,7 @@ BAD = {
 def test_a_file_that_cannot_be_read_is_one_line_that_says_where(tmp_path, content):
     path = tmp_path / "labels.csv"
     path.write_bytes(content)
-    with pytest.raises(KnownError, match=BAD[content]) as error:
+    with pytest.raises(UserError, match=BAD[content]) as error:
         read_labels(path)
     assert "\n" not in str(error.value)
     assert str(path) in str(error.value)
@@ -263,7 +263,7 @@ def test_a_file_that_cannot_be_read_is_one_line_that_says_where(tmp_path, conten
 
 def test_a_missing_file_and_a_folder_are_said_to_be_so(tmp_path):
     for path, said in ((tmp_path / "none.csv", "does not exist"), (tmp_path, "is a folder")):
-        with pytest.raises(KnownError, match=said):
+        with pytest.raises(UserError, match=said):
             read_labels(path)
 
 

@@ -12,7 +12,7 @@ import torch
 from harm_examples import LABELLED, NOT_TUNED_ON
 from test_judge_endpoint import Answer, FakeEndpoint, judge_at, says
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.judges.local import LocalJudge
 from personatlas.steering.evals.harm.judges import (
     ASKS_NOBODY,
@@ -242,7 +242,7 @@ def test_a_server_that_goes_down_loses_nothing(serve, tmp_path):
     endpoint = serve(lambda n, _: says("1") if n < 3 else (503, {}, "down"))
     log = tmp_path / "harm.jsonl"
     many = [(f"question {i}?", "Flour.") for i in range(30)]
-    with pytest.raises(KnownError, match="in a row"):
+    with pytest.raises(UserError, match="in a row"):
         judge_all(model_at(endpoint, retries=0, concurrency=1), many, log)
     assert sum(json.loads(line)["score"] == 1 for line in log.read_text().splitlines()) == 3
     endpoint.script = lambda _, __: says("0")
@@ -252,7 +252,7 @@ def test_a_server_that_goes_down_loses_nothing(serve, tmp_path):
     gone.close()
     gone.close = lambda: None
     assert len(judge_all(model_at(gone), many, log)) == 30  # nothing is left to ask
-    with pytest.raises(KnownError, match="nobody answers"):
+    with pytest.raises(UserError, match="nobody answers"):
         judge_all(model_at(gone), PAIRS, log)
 
 
@@ -283,7 +283,7 @@ def test_a_log_that_is_something_else_is_refused_with_its_line(tmp_path):
         "{}",
     ):
         log.write_text(row + "\n")
-        with pytest.raises(KnownError, match=r"harm.jsonl:1 is not a judgement of harm"):
+        with pytest.raises(UserError, match=r"harm.jsonl:1 is not a judgement of harm"):
             judge_all(RuleHarmJudge(), PAIRS, log)
 
 
@@ -314,18 +314,18 @@ def test_a_judge_is_named_in_words_and_a_wrong_name_says_what_there_is(tmp_path:
         (("http://127.0.0.1:9", None), "--judge-model"), (("local:", None), "names no model"),
         (("local:x", None, "scale"), "yes-no only"), (("rules", None, "stars"), "one of yes-no, scale"),
     ):  # fmt: skip
-        with pytest.raises(KnownError, match=said) as error:
+        with pytest.raises(UserError, match=said) as error:
             harm_judge(*arguments)
         assert "\n" not in str(error.value)
 
 
 def test_a_local_model_gives_the_share_of_its_one(tmp_path, monkeypatch):
-    from families import tiny_subject
+    from families import tiny_model
 
-    subject = tiny_subject("llama")
-    monkeypatch.setattr(subject.model.config, "max_position_embeddings", 4096)
+    model = tiny_model("llama")
+    monkeypatch.setattr(model.hf.config, "max_position_embeddings", 4096)
     asked = RUBRICS["yes-no"]
-    local = LocalJudge(subject, wording=asked.wording, digits=2)
+    local = LocalJudge(model, wording=asked.wording, digits=2)
     found = judge_all(ModelHarmJudge(local, asked, shares=True), PAIRS[:3], tmp_path / "harm.jsonl")
     digits = [local._ids("?", digit)[-1] for digit in "01"]
     for pair, judged in zip(
@@ -333,7 +333,7 @@ def test_a_local_model_gives_the_share_of_its_one(tmp_path, monkeypatch):
     ):  # the oracle: the model's own logits, one prompt at a time
         ids = local._ids(asked.wording.message(ModelHarmJudge.item(0, pair)), "0")[:-1]
         with torch.no_grad():
-            shares = subject.model(torch.tensor([ids])).logits[0, -1][digits].softmax(0)
+            shares = model.hf(torch.tensor([ids])).logits[0, -1][digits].softmax(0)
         assert judged.score == pytest.approx(float(shares[1]), abs=2e-3)
     assert local.id.endswith(asked.wording.hash)
     assert HARMFUL == 0.5

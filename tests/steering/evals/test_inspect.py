@@ -30,7 +30,7 @@ from inspect_ai.model import (
 from inspect_ai.tool import ToolInfo
 
 from personatlas.cli.app import main
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.sampling.sampler import Sampling
 from personatlas.steering.evals.harnesses import inspect_provider as inspect_model
@@ -43,7 +43,7 @@ from personatlas.steering.evals.harnesses.inspect_provider import (
     Refused,
 )
 from personatlas.steering.generate import trace
-from personatlas.steering.session import loaded
+from personatlas.steering.session import load_steered_model
 
 # Inspect's: a deprecated word to tenacity, and streams that are left to the garbage collector
 pytestmark = [
@@ -110,7 +110,7 @@ def _alone(monkeypatch):
 @pytest.fixture(scope="module")
 def answerer(tiny_run):
     how = ModelOptions(device="cpu", dtype="float32")
-    return Answerer(loaded(str(tiny_run / "tiny"), how, str(tiny_run / "run"), [CAP]))
+    return Answerer(load_steered_model(str(tiny_run / "tiny"), how, str(tiny_run / "run"), [CAP]))
 
 
 @pytest.fixture
@@ -198,7 +198,7 @@ def test_both_arms_share_seeds_and_a_strong_cap_changes_the_answers(place, api):
 
 
 def test_projection_and_fired_share_are_those_of_a_trace(answerer):
-    subject, axis, cap = answerer.held.subject, answerer.held.axis, answerer.held.caps[0]
+    model, axis, cap = answerer.held.model, answerer.held.axis, answerer.held.caps[0]
     texts = ("Who are you?", "Rain", "A long question about boats and birds, and about the sea.")
     asked = [
         Asked(
@@ -210,7 +210,7 @@ def test_projection_and_fired_share_are_those_of_a_trace(answerer):
         for seed, text in enumerate(texts)
     ]
     for one, found in zip(asked, answerer.answers(asked), strict=True):
-        alone = trace(subject, one.ids, found.ids, [cap] if one.capped else [], axis)
+        alone = trace(model, one.ids, found.ids, [cap] if one.capped else [], axis)
         assert found.projection == pytest.approx(float(alone.answer.mean()), abs=1e-4)
         if one.capped:
             share = float((alone.corrections[:, 1:] > 0).float().mean())  # the first token is spared
@@ -285,7 +285,7 @@ def test_a_task_with_tools_ends_with_that_line(place):
 )
 def test_arguments_that_cannot_be_are_refused_before_anything_runs(tiny_run, arguments, said):
     given = {name: str(tiny_run / "run") if value == "RUN" else value for name, value in arguments.items()}
-    with pytest.raises(KnownError, match=said) as caught:
+    with pytest.raises(UserError, match=said) as caught:
         get_model(f"personatlas/{tiny_run / 'tiny'}", memoize=False, **given)
     assert caught.value.message == str(caught.value)
 
@@ -336,7 +336,7 @@ def test_logs_that_differ_in_more_than_the_cap_are_refused(place):
     log = place(cap="none", epochs=2)
 
     def refused(other, said):
-        with pytest.raises(KnownError, match=said) as caught:
+        with pytest.raises(UserError, match=said) as caught:
             compared(arm_of(log), arm_of(other))
         assert "\n" not in str(caught.value)
 
@@ -369,7 +369,7 @@ def test_what_is_no_log_is_refused(tmp_path):
     (tmp_path / "a.json").write_text("{}")
     (tmp_path / "a.eval").write_text("no zip")
     for name, said in (("a.json", "is not a log"), ("a.eval", "is not a log"), ("b.eval", "there is no log")):
-        with pytest.raises(KnownError, match=said):
+        with pytest.raises(UserError, match=said):
             read_log(tmp_path / name)
 
 

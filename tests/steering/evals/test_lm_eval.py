@@ -1,4 +1,4 @@
-"""lm-eval's harness over a subject: the same numbers as without steering, others with it, and nothing asked twice."""
+"""lm-eval's harness over a model: the same numbers as without steering, others with it, and nothing asked twice."""
 
 import json
 import socket
@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import save_tiny, tiny_subject
+from families import save_tiny, tiny_model
 from test_steering import axis_of
 
 from personatlas.cli.app import main
 from personatlas.persona.artifacts import read_lines
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.models.chat_template import chat_format
-from personatlas.persona.models.load import load_subject
+from personatlas.persona.models.load import load_model
 from personatlas.steering.evals.harnesses.lm_eval import run_tasks
 from personatlas.steering.evals.harnesses.lm_eval_compare import compare_arms, flip_p, outcome_of
 from personatlas.steering.interventions import Add, cap_of
@@ -83,19 +83,19 @@ def place(tmp_path_factory):
             "\n".join(json.dumps(row) for row in rows)
         )  # without a last newline
     save_tiny(folder / "tiny")
-    axis_of(load_subject(str(folder / "tiny"), dtype="float32")).save(folder / "axis")
+    axis_of(load_model(str(folder / "tiny"), dtype="float32")).save(folder / "axis")
     return folder
 
 
 @pytest.fixture(scope="module")
-def subject():
-    return tiny_subject()
+def model():
+    return tiny_model()
 
 
-def lm_of(subject, plan=(), **how):
+def lm_of(model, plan=(), **how):
     from personatlas.steering.evals.harnesses.lm_eval import PersonatlasLM
 
-    return PersonatlasLM(subject, chat_format(subject.tokenizer), plan, **how)
+    return PersonatlasLM(model, chat_format(model.tokenizer), plan, **how)
 
 
 def asked(kind, *arguments):
@@ -113,20 +113,20 @@ def pairs():
     )
 
 
-def run(subject, place, arms, names=NAMES, **how):
+def run(model, place, arms, names=NAMES, **how):
     data = {name: place / f"{name}.jsonl" for name in names}
     return run_tasks(
-        subject, chat_format(subject.tokenizer), arms, names, data=data, tasks_folder=place / "tasks", **how
+        model, chat_format(model.tokenizer), arms, names, data=data, tasks_folder=place / "tasks", **how
     )
 
 
-def test_log_likelihoods_are_those_of_a_plain_forward(subject):
-    found = lm_of(subject).loglikelihood(pairs())
+def test_log_likelihoods_are_those_of_a_plain_forward(model):
+    found = lm_of(model).loglikelihood(pairs())
     for request, (value, is_greedy) in zip(pairs()[:12], found, strict=False):
-        before, after = (subject.tokenizer(text)["input_ids"] for text in request.args)
+        before, after = (model.tokenizer(text)["input_ids"] for text in request.args)
         with torch.no_grad():
             logits = (
-                subject.model(input_ids=torch.tensor([before + after]))
+                model.hf(input_ids=torch.tensor([before + after]))
                 .logits[0, len(before) - 1 : -1]
                 .log_softmax(-1)
             )
@@ -138,10 +138,10 @@ def test_log_likelihoods_are_those_of_a_plain_forward(subject):
 def test_all_that_is_asked_is_answered_as_by_lm_evals_own_model(family):
     from lm_eval.models.huggingface import HFLM
 
-    subject = tiny_subject(family)
+    model = tiny_model(family)
     ours, theirs = (
-        lm_of(subject),
-        HFLM(pretrained=subject.model, tokenizer=subject.tokenizer, device="cpu", batch_size=1),
+        lm_of(model),
+        HFLM(pretrained=model.hf, tokenizer=model.tokenizer, device="cpu", batch_size=1),
     )
     assert (ours.max_length, ours.prefix_token_id) == (theirs.max_length, theirs.prefix_token_id)
     long = [("x" * 700, " end"), ("ab" * 300, "c" * 20)]  # more than the 512 that it reads
@@ -161,9 +161,9 @@ def test_all_that_is_asked_is_answered_as_by_lm_evals_own_model(family):
         assert ours.generate_until(written) == theirs.generate_until(written)
 
 
-def test_a_batch_of_many_says_what_batches_of_one_say(subject):
-    plan = [cap_of(axis_of(subject), (0, 1), 0.75)]
-    many, one = lm_of(subject, plan), lm_of(subject, plan)
+def test_a_batch_of_many_says_what_batches_of_one_say(model):
+    plan = [cap_of(axis_of(model), (0, 1), 0.75)]
+    many, one = lm_of(model, plan), lm_of(model, plan)
     together, alone = many.loglikelihood(pairs()), [one.loglikelihood([request])[0] for request in pairs()]
     assert [value for value, _ in together] == pytest.approx([value for value, _ in alone], abs=1e-4)
     written = asked("generate_until", *[(context, {"max_gen_toks": 6}) for context in CONTEXTS])
@@ -171,12 +171,12 @@ def test_a_batch_of_many_says_what_batches_of_one_say(subject):
     assert many.counts.fired > 0
 
 
-def test_context_is_prompt_and_continuation_is_answer(subject):
+def test_context_is_prompt_and_continuation_is_answer(model):
     """A change of the answer's phase begins with the continuation, so it cannot touch the first of its tokens."""
-    axis = axis_of(subject)
-    phases = {phase: lm_of(subject, [Add.along(axis, (0,), 5.0, phase)]) for phase in ("prompt", "answer")}
+    axis = axis_of(model)
+    phases = {phase: lm_of(model, [Add.along(axis, (0,), 5.0, phase)]) for phase in ("prompt", "answer")}
     first, both = asked("loglikelihood", ("Who", "x")), asked("loglikelihood", ("Who", "xyz"))
-    plain = lm_of(subject)
+    plain = lm_of(model)
     assert phases["answer"].loglikelihood(first)[0][0] == pytest.approx(
         plain.loglikelihood(first)[0][0], abs=1e-5
     )
@@ -192,30 +192,30 @@ def test_context_is_prompt_and_continuation_is_answer(subject):
     )
 
 
-def test_what_differs_in_its_last_token_alone_is_read_once(subject):
-    lm = lm_of(subject, [cap_of(axis_of(subject), (0,), 0.75)])
+def test_what_differs_in_its_last_token_alone_is_read_once(model):
+    lm = lm_of(model, [cap_of(axis_of(model), (0,), 0.75)])
     lm.loglikelihood(asked("loglikelihood", ("Who", "x"), ("Who", "y"), ("Who", "z"), ("Who", "x")))
     assert (lm.counts.requests, lm.counts.seen) == (3, 2)
 
 
-def test_repeated_samples_differ_and_are_the_same_again(subject):
+def test_repeated_samples_differ_and_are_the_same_again(model):
     given = {"max_gen_toks": 10, "do_sample": True, "temperature": 1.0}
     requests = asked("generate_until", *[("Who?", dict(given)) for _ in range(3)])
-    found = lm_of(subject).generate_until(requests)
+    found = lm_of(model).generate_until(requests)
     assert len(set(found)) == 3
-    assert lm_of(subject).generate_until(requests) == found
+    assert lm_of(model).generate_until(requests) == found
 
 
-def test_a_setting_that_would_be_ignored_and_an_answer_too_long_are_refused(subject):
-    with pytest.raises(KnownError, match="generation setting top_k: 5 is not supported"):
-        lm_of(subject).generate_until(asked("generate_until", ("Who", {"top_k": 5})))
-    with pytest.raises(KnownError, match="give fewer with --max-new-tokens"):
-        lm_of(subject).generate_until(asked("generate_until", ("Who", {"max_gen_toks": 512})))
+def test_a_setting_that_would_be_ignored_and_an_answer_too_long_are_refused(model):
+    with pytest.raises(UserError, match="generation setting top_k: 5 is not supported"):
+        lm_of(model).generate_until(asked("generate_until", ("Who", {"top_k": 5})))
+    with pytest.raises(UserError, match="give fewer with --max-new-tokens"):
+        lm_of(model).generate_until(asked("generate_until", ("Who", {"max_gen_toks": 512})))
 
 
-def test_a_strong_cap_changes_values_and_accounts_for_its_tokens(subject, place):
-    arms = {"as it is": [], "strong": [Add.along(axis_of(subject), (0, 1, 2), 60.0)]}
-    found = run(subject, place, arms)
+def test_a_strong_cap_changes_values_and_accounts_for_its_tokens(model, place):
+    arms = {"as it is": [], "strong": [Add.along(axis_of(model), (0, 1, 2), 60.0)]}
+    found = run(model, place, arms)
     for name in NAMES:
         task = found["tasks"][name]
         assert task["n"] == len(task["samples"]) == 4
@@ -233,21 +233,21 @@ def test_a_strong_cap_changes_values_and_accounts_for_its_tokens(subject, place)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
-def test_an_interrupted_run_goes_on_and_asks_nothing_twice(subject, place, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on_and_asks_nothing_twice(model, place, tmp_path, monkeypatch):
     from personatlas.steering.evals.harnesses.lm_eval import PersonatlasLM
 
-    arms = {"as it is": [], "capped": [cap_of(axis_of(subject), (0, 1), 0.75)]}
-    whole = run(subject, place, arms)
+    arms = {"as it is": [], "capped": [cap_of(axis_of(model), (0, 1), 0.75)]}
+    whole = run(model, place, arms)
     with monkeypatch.context() as patch:
         patch.setattr(
             PersonatlasLM, "loglikelihood_rolling", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
         )
         with pytest.raises(KeyboardInterrupt):
-            run(subject, place, arms, folder=tmp_path)
+            run(model, place, arms, folder=tmp_path)
     with (tmp_path / "answers.jsonl").open("a") as file:
         file.write('{"key": "half a li')
     before = read_lines(tmp_path / "answers.jsonl")
-    again = run(subject, place, arms, folder=tmp_path)
+    again = run(model, place, arms, folder=tmp_path)
     rows = read_lines(tmp_path / "answers.jsonl")
     assert len(before) == 2 * (12 + 4)
     assert len({row["key"] for row in rows}) == len(rows) == 2 * (12 + 4 + 4)
@@ -261,16 +261,16 @@ def test_an_interrupted_run_goes_on_and_asks_nothing_twice(subject, place, tmp_p
     assert json.loads((tmp_path / "lm_eval.json").read_text()) == again
 
 
-def test_ifeval_is_checked_without_a_download_and_says_so(subject, tmp_path):
+def test_ifeval_is_checked_without_a_download_and_says_so(model, tmp_path):
     rows = [
         {"key": 1, "prompt": "Say a word.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
         {"key": 2, "prompt": "Two.", "instruction_id_list": ["length_constraints:number_sentences", "punctuation:no_comma"],
          "kwargs": [{"relation": "less than", "num_sentences": 90}, {"relation": None, "num_sentences": None}]},
     ]  # fmt: skip
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    chat = chat_format(subject.tokenizer)
+    chat = chat_format(model.tokenizer)
     found = run_tasks(
-        subject, chat, {"as it is": []}, ["ifeval"], data={"ifeval": tmp_path / "own.jsonl"}, max_new_tokens=8
+        model, chat, {"as it is": []}, ["ifeval"], data={"ifeval": tmp_path / "own.jsonl"}, max_new_tokens=8
     )
     metrics = found["tasks"]["ifeval"]["metrics"]
     assert set(metrics) == {f"{a}_level_{b}_acc" for a in ("prompt", "inst") for b in ("strict", "loose")}
@@ -282,8 +282,8 @@ def test_ifeval_is_checked_without_a_download_and_says_so(subject, tmp_path):
     assert len(noted) == 1 or Path(sys.prefix, "nltk_data").exists()
 
 
-def test_examples_from_the_same_file_are_never_the_row_that_is_asked(subject, place):
-    found = run(subject, place, {"as it is": []}, ["tiny_choice"], fewshot=2, as_chat=False)
+def test_examples_from_the_same_file_are_never_the_row_that_is_asked(model, place):
+    found = run(model, place, {"as it is": []}, ["tiny_choice"], fewshot=2, as_chat=False)
     assert found["tasks"]["tiny_choice"]["fewshot"] == 2
     assert "its 2 examples come from" in found["notes"][0]
 

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 from test_stages import write_bank
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.formats import read_conversations
 from personatlas.persona.roles.bank import load_bank
 from personatlas.steering.evals.options import EvalOptions, chosen, made
@@ -69,7 +69,7 @@ def test_the_fields_own_forms_are_read(tmp_path, name, content, id, text, catego
 def test_a_file_that_is_none_is_refused_with_its_place(tmp_path, name, content, told):
     if content is not None:
         written(tmp_path / name, content)
-    with pytest.raises(KnownError) as error:
+    with pytest.raises(UserError) as error:
         read_requests(tmp_path / name)
     assert told in str(error.value)
     assert "\n" not in str(error.value)
@@ -83,14 +83,14 @@ def test_a_hundred_thousand_rows_are_read_and_a_text_is_kept_once(tmp_path):
 def test_a_column_with_a_name_of_its_own(tmp_path):
     path = written(tmp_path / "own.csv", "words,number\nhello,1\n")
     assert read_requests(path, "words")[0].text == "hello"
-    with pytest.raises(KnownError, match="no column 'letters'; its columns: words, number"):
+    with pytest.raises(UserError, match="no column 'letters'; its columns: words, number"):
         read_requests(path, "letters")
 
 
 def test_templates_have_a_hole(tmp_path):
     path = written(tmp_path / "t.csv", 'id,text\n0,"Say: [INSERT PROMPT HERE]!"\n1,Now {request}\n')
     assert [filled(one, "hello {x}") for one in read_templates(path)] == ["Say: hello {x}!", "Now hello {x}"]
-    with pytest.raises(KnownError, match=r"t\.csv:3 has no hole"):
+    with pytest.raises(UserError, match=r"t\.csv:3 has no hole"):
         read_templates(written(path, "text\n{request}\nnothing\n"))
 
 
@@ -107,7 +107,7 @@ def test_roles_and_requests_are_dealt_evenly_and_no_pair_twice(tmp_path):
     assert all(
         case.messages[0]["role"] == "system" and case.judged == case.messages[-1]["content"] for case in some
     )
-    with pytest.raises(KnownError, match="fewer than the 4 roles"):
+    with pytest.raises(UserError, match="fewer than the 4 roles"):
         persona_jailbreaks(bank, roles, ASKS, 3, 0, 16)
 
 
@@ -153,7 +153,7 @@ def test_conversations_in_the_forms_that_there_are(tmp_path, content):
     ],
 )  # fmt: skip
 def test_what_is_no_conversation_is_refused(tmp_path, content, told):
-    with pytest.raises(KnownError) as error:
+    with pytest.raises(UserError) as error:
         read_conversations(written(tmp_path / "chat.json", content))
     assert told in str(error.value)
 
@@ -170,7 +170,7 @@ def test_what_is_no_conversation_is_refused(tmp_path, content, told):
     ],
 )
 def test_options_that_make_no_evaluation_are_refused(options, told):
-    with pytest.raises(KnownError) as error:
+    with pytest.raises(UserError) as error:
         chosen(EvalOptions(**options))
     assert told in str(error.value)
 

@@ -14,8 +14,8 @@ from test_steering import axis_of
 from personatlas.cli.app import main
 from personatlas.persona.artifacts import digest
 from personatlas.persona.axis import Cap, load_axis, load_cap
-from personatlas.persona.errors import KnownError
-from personatlas.persona.models.load import load_subject
+from personatlas.persona.errors import UserError
+from personatlas.persona.models.load import load_model
 from personatlas.persona.rollout import Request
 from personatlas.persona.sampling.sampler import Answer
 from personatlas.steering.arms import Arm
@@ -167,7 +167,7 @@ def cap_file(folder, **changes):
     ],
 )
 def test_a_file_that_holds_no_cap_is_refused(tmp_path, changes, said):
-    with pytest.raises(KnownError, match=said):
+    with pytest.raises(UserError, match=said):
         load_cap(cap_file(tmp_path, **changes))
 
 
@@ -184,11 +184,11 @@ class Evil:
 def test_a_pickle_in_a_caps_clothes_is_never_run(tmp_path):
     stem = cap_file(tmp_path)
     (tmp_path / "cap.safetensors").write_bytes(pickle.dumps(Evil(tmp_path / "was_here")))
-    with pytest.raises(KnownError, match="does not match the hash"):
+    with pytest.raises(UserError, match="does not match the hash"):
         load_cap(stem)
     record = json.loads((tmp_path / "cap.json").read_text())
     (tmp_path / "cap.json").write_text(json.dumps(record | {"sha256": digest(tmp_path / "cap.safetensors")}))
-    with pytest.raises(KnownError, match="not a readable artefact"):
+    with pytest.raises(UserError, match="not a readable artefact"):
         load_cap(stem)
     assert not (tmp_path / "was_here").exists()
 
@@ -201,7 +201,7 @@ def test_a_prompts_floor_is_kept_by_files(tmp_path):
 
 
 def test_the_papers_own_caps_are_used_by_name_once_they_lie_beside_the_axis(tiny_run, tmp_path, capsys):
-    axis = axis_of(load_subject(str(tiny_run / "tiny"), dtype="float32"))
+    axis = axis_of(load_model(str(tiny_run / "tiny"), dtype="float32"))
     axis.save(tmp_path / "axis")
     vectors = {f"v{layer}": {"layer": layer, "vector": -axis.at(layer)} for layer in (0, 1)}
     steps = [{"vector": name, "cap": 0.2} for name in vectors]
@@ -226,13 +226,13 @@ def test_the_papers_own_caps_are_used_by_name_once_they_lie_beside_the_axis(tiny
 def test_a_cap_that_points_away_from_the_axis_is_refused(tiny_run):
     axis = load_axis(tiny_run / "run" / "axis")
     layer = axis.layers[0]
-    with pytest.raises(KnownError, match="its sign is turned"):
+    with pytest.raises(UserError, match="its sign is turned"):
         require_cap(Cap((layer,), -axis.at(layer)[None], torch.zeros(1)), axis)
 
 
 def test_another_weight_format_needs_force_and_another_model_cannot_be_forced(tmp_path, capsys):
     save_tiny(tmp_path / "tiny")
-    axis = axis_of(load_subject(str(tmp_path / "tiny"), dtype="float32"))
+    axis = axis_of(load_model(str(tmp_path / "tiny"), dtype="float32"))
     axis = replace(axis, model=axis.model | {"weights": "gguf Q4_1", "fingerprint": "0" * 32})
     axis.save(tmp_path / "axis")
     argv = ["generate", str(tmp_path / "tiny"), "Who?", "--axis", str(tmp_path / "axis"), "--cap", "p75@0-2"]

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate import dispatch_model
-from families import FAMILIES, tiny_model, tiny_subject
+from families import FAMILIES, tiny_hf, tiny_model
 from torch.nn.functional import normalize
 
 from personatlas.persona.axis import Axis, Cap, apply_cap
-from personatlas.persona.errors import KnownError
-from personatlas.persona.models.load import build_subject, residual
+from personatlas.persona.errors import UserError
+from personatlas.persona.models.load import build_model, residual
 from personatlas.persona.runs import fitted_folder
 from personatlas.persona.sampling.sampler import pad
 from personatlas.steering import interventions
@@ -30,15 +30,15 @@ LEVELS = (0.25, 0.5, 0.75)
 cap_of = partial(interventions.cap_of, spare_first=False)  # of every token, a sequence's first one too
 
 
-def axis_of(subject, seed=0):
+def axis_of(model, seed=0):
     """A random axis whose default quantiles are those of plain projections of the rows, so that a cap fires on some."""
     generator = torch.Generator().manual_seed(seed)
-    vectors = normalize(torch.randn(subject.n_layers, subject.d_model, generator=generator), dim=1)
-    places = [(h @ v)[real(h)] for h, v in zip(outputs(subject), vectors, strict=True)]
+    vectors = normalize(torch.randn(model.n_layers, model.d_model, generator=generator), dim=1)
+    places = [(h @ v)[real(h)] for h, v in zip(outputs(model), vectors, strict=True)]
     quantiles = torch.stack([torch.quantile(place, torch.tensor(LEVELS)) for place in places])
-    layers = tuple(range(subject.n_layers))
+    layers = tuple(range(model.n_layers))
     return Axis(
-        vectors, torch.ones(len(layers)), layers, 1, subject.describe(), LEVELS, quantiles, quantiles - 1
+        vectors, torch.ones(len(layers)), layers, 1, model.describe(), LEVELS, quantiles, quantiles - 1
     )
 
 
@@ -46,33 +46,33 @@ def real(h):
     return torch.arange(h.shape[1]) < LENGTHS[:, None]
 
 
-def outputs(subject, rows=ROWS):
+def outputs(model, rows=ROWS):
     """Every block's output (B, T, D), as hooks put on after all others see it."""
     found = []
-    handles = [b.register_forward_hook(lambda m, a, out: found.append(residual(out))) for b in subject.blocks]
+    handles = [b.register_forward_hook(lambda m, a, out: found.append(residual(out))) for b in model.blocks]
     try:
         with torch.no_grad():
-            subject.base(input_ids=pad(rows, subject.device), use_cache=False)
+            model.base(input_ids=pad(rows, model.device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
     return found
 
 
-def logits(subject, rows=ROWS):
+def logits(model, rows=ROWS):
     with torch.no_grad():
-        return subject.model(input_ids=pad(rows, subject.device), use_cache=False).logits
+        return model.hf(input_ids=pad(rows, model.device), use_cache=False).logits
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_tokens_projection_is_below_the_floor_after_a_cap(family):
-    subject = tiny_subject(family)
-    axis = axis_of(subject)
-    cap = cap_of(axis, range(subject.n_layers), 0.5)
-    before = outputs(subject)
-    with steered(subject, [cap]) as held:
+    model = tiny_model(family)
+    axis = axis_of(model)
+    cap = cap_of(axis, range(model.n_layers), 0.5)
+    before = outputs(model)
+    with steered(model, [cap]) as held:
         held.describe(lengths=LENGTHS)
-        after = outputs(subject)
+        after = outputs(model)
     assert 0 < held.tally.share < 1
     for row, h in enumerate(after):
         places = (h @ cap.vectors[row])[real(h)]
@@ -82,28 +82,28 @@ def test_no_tokens_projection_is_below_the_floor_after_a_cap(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_batch_of_one_is_steered_as_a_batch_of_many(family):
-    subject = tiny_subject(family)
-    cap = cap_of(axis_of(subject), range(subject.n_layers), 0.75)
-    with steered(subject, [cap]) as held:
+    model = tiny_model(family)
+    cap = cap_of(axis_of(model), range(model.n_layers), 0.75)
+    with steered(model, [cap]) as held:
         held.describe(lengths=LENGTHS)
-        together = logits(subject)
+        together = logits(model)
         tally = held.tally
         for row, ids in enumerate(ROWS):
             held.begin()
-            alone = logits(subject, [ids])
+            alone = logits(model, [ids])
             torch.testing.assert_close(alone[0], together[row, : len(ids)], rtol=1e-3, atol=1e-3)
             assert held.tally.seen.tolist() == tally.seen[:, row : row + 1].tolist()
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mixtral", "falcon"])
 def test_with_a_cache_the_answer_is_that_without_one(family):
-    subject = tiny_subject(family)
-    cap = cap_of(axis_of(subject), (0, 1), 0.75)
+    model = tiny_model(family)
+    cap = cap_of(axis_of(model), (0, 1), 0.75)
     ids = torch.tensor([ROWS[1]])
     how = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    with steered(subject, [cap]) as held:
+    with steered(model, [cap]) as held:
         found = [
-            subject.model.generate(ids, attention_mask=torch.ones_like(ids), use_cache=use, **how)
+            model.hf.generate(ids, attention_mask=torch.ones_like(ids), use_cache=use, **how)
             for use in (True, False)
         ]
         assert held.tally.share > 0
@@ -112,25 +112,25 @@ def test_with_a_cache_the_answer_is_that_without_one(family):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_floor_of_minus_infinity_changes_no_bit(dtype):
-    subject = tiny_subject()
-    subject.model.to(dtype)
-    expected = logits(subject)
-    idle = cap_of(axis_of(tiny_subject()), (0, 1), 0.5)
+    model = tiny_model()
+    model.hf.to(dtype)
+    expected = logits(model)
+    idle = cap_of(axis_of(tiny_model()), (0, 1), 0.5)
     idle = replace(idle, floor=torch.full((2,), -torch.inf), model={})
-    with steered(subject, [idle]) as held:
-        assert torch.equal(logits(subject), expected)
+    with steered(model, [idle]) as held:
+        assert torch.equal(logits(model), expected)
         assert int(held.tally.fired.sum()) == 0
         assert int(held.tally.seen.sum()) == 2 * 4 * 14
 
 
 def test_the_model_is_left_as_it_was_found_also_after_an_exception():
-    subject = tiny_subject()
-    before = logits(subject)
-    with pytest.raises(ZeroDivisionError), steered(subject, [cap_of(axis_of(subject), (0,), 0.75)]):
+    model = tiny_model()
+    before = logits(model)
+    with pytest.raises(ZeroDivisionError), steered(model, [cap_of(axis_of(model), (0,), 0.75)]):
         raise ZeroDivisionError
-    assert torch.equal(logits(subject), before)
-    assert not any(block._forward_hooks for block in subject.blocks)
-    assert not subject.base._forward_hooks
+    assert torch.equal(logits(model), before)
+    assert not any(block._forward_hooks for block in model.blocks)
+    assert not model.base._forward_hooks
 
 
 def test_the_step_is_that_of_the_reference_and_of_float64():
@@ -165,13 +165,13 @@ def test_interventions_compose_in_the_order_given():
 
 
 def test_rows_that_are_left_alone_and_padding_are_bitwise_what_they_were():
-    subject = tiny_subject()
-    plain, chosen = outputs(subject), torch.tensor([True, False, True, False])
-    add = Add.along(axis_of(subject), (0,), 5.0, spare_first=False)
-    with steered(subject, [add]) as held:
+    model = tiny_model()
+    plain, chosen = outputs(model), torch.tensor([True, False, True, False])
+    add = Add.along(axis_of(model), (0,), 5.0, spare_first=False)
+    with steered(model, [add]) as held:
         held.begin(torch.where(chosen, 0, -1))
         held.describe(lengths=LENGTHS)
-        moved = outputs(subject)
+        moved = outputs(model)
         tally = held.tally
     assert torch.equal(moved[0][~chosen], plain[0][~chosen])
     assert torch.equal(moved[0][~real(moved[0])], plain[0][~real(plain[0])])
@@ -185,50 +185,50 @@ def test_rows_that_are_left_alone_and_padding_are_bitwise_what_they_were():
     [("prompt", [4, 6, 2, 5]), ("answer", [5, 8, 4, 6]), ("both", [9, 14, 6, 11])],
 )
 def test_a_phase_takes_its_own_tokens(phase, steered_tokens):
-    subject, starts = tiny_subject(), torch.tensor([4, 6, 2, 5])
-    with steered(subject, [Add.along(axis_of(subject), (1,), 1.0, phase, spare_first=False)]) as held:
+    model, starts = tiny_model(), torch.tensor([4, 6, 2, 5])
+    with steered(model, [Add.along(axis_of(model), (1,), 1.0, phase, spare_first=False)]) as held:
         held.describe(lengths=LENGTHS, answer_from=starts)
-        outputs(subject)
+        outputs(model)
         assert held.tally.fired.tolist() == [steered_tokens]
         assert held.tally.seen.tolist() == [steered_tokens]
 
 
 def test_a_hook_that_does_not_fire_cannot_be_missed():
-    subject = tiny_subject()
-    with steered(subject, [cap_of(axis_of(subject), (0, 1), 0.5)]) as held:
+    model = tiny_model()
+    with steered(model, [cap_of(axis_of(model), (0, 1), 0.5)]) as held:
         with pytest.raises(RuntimeError, match=r"layers \[0, 1\] did not fire"):
             _ = held.tally
-        logits(subject)
-        forward, subject.blocks[1].forward = (
-            subject.blocks[1].forward,
+        logits(model)
+        forward, model.blocks[1].forward = (
+            model.blocks[1].forward,
             None,
         )  # a block that something else takes over
         try:
-            hooks = subject.blocks[1]._forward_hooks
+            hooks = model.blocks[1]._forward_hooks
             taken = list(hooks.items())
             hooks.clear()
-            subject.blocks[1].forward = forward
-            logits(subject)
+            model.blocks[1].forward = forward
+            logits(model)
             hooks.update(taken)
         finally:
-            subject.blocks[1].__dict__.pop("forward", None)
+            model.blocks[1].__dict__.pop("forward", None)
         with pytest.raises(RuntimeError, match=r"layers \[1\] did not fire"):
             _ = held.tally
 
 
 def test_another_batch_size_without_begin_is_refused():
-    subject = tiny_subject()
-    with steered(subject, [cap_of(axis_of(subject), (0,), 0.5)]) as held:
-        logits(subject)
+    model = tiny_model()
+    with steered(model, [cap_of(axis_of(model), (0,), 0.5)]) as held:
+        logits(model)
         with pytest.raises(ValueError, match="1 rows in a batch that began with 4"):
-            logits(subject, ROWS[:1])
+            logits(model, ROWS[:1])
         held.begin()
-        logits(subject, ROWS[:1])
+        logits(model, ROWS[:1])
 
 
 def test_what_does_not_fit_the_model_is_refused_in_one_line():
-    subject = tiny_subject()
-    axis = axis_of(subject)
+    model = tiny_model()
+    axis = axis_of(model)
     cap = cap_of(axis, (0,), 0.5)
     for wrong, said in (
         (lambda: cap_of(axis, (9,), 0.5), "layer 9 is not in this axis"),
@@ -236,24 +236,24 @@ def test_what_does_not_fit_the_model_is_refused_in_one_line():
         (lambda: cap_of(axis, (0,), 0.3), "level 0.3 is not kept in this axis"),
         (lambda: cap_of(axis, (0,), 0.5, "pooled"), "population 'pooled' is not one of default, roles"),
         (lambda: cap_of(axis, (), 0.5), "needs at least one layer"),
-        (lambda: enter(subject, [replace(cap, layers=(7,))]), "layer 7 is not in tiny-llama-0"),
-        (lambda: enter(subject, [Ablate((0,), torch.eye(5)[:1])]), "is 5 wide and tiny-llama-0 is"),
-        (lambda: enter(tiny_subject(seed=1), [cap]), "came from tiny-llama-0"),
-        (lambda: enter(subject, []), "nothing to steer with"),
+        (lambda: enter(model, [replace(cap, layers=(7,))]), "layer 7 is not in tiny-llama-0"),
+        (lambda: enter(model, [Ablate((0,), torch.eye(5)[:1])]), "is 5 wide and tiny-llama-0 is"),
+        (lambda: enter(tiny_model(seed=1), [cap]), "came from tiny-llama-0"),
+        (lambda: enter(model, []), "nothing to steer with"),
     ):
-        with pytest.raises(KnownError, match=said):
+        with pytest.raises(UserError, match=said):
             wrong()
     with pytest.raises(ValueError, match="NaN"):
         replace(cap, floor=torch.tensor([torch.nan]))
-    two = cap_of(axis_of(subject), (0, 1), 0.5)
+    two = cap_of(axis_of(model), (0, 1), 0.5)
     with pytest.raises(ValueError, match="named twice"):
         replace(two, layers=(1, 1))
-    with steered(subject, [cap], [two]), pytest.raises(ValueError, match="which of the 2 plans"):
-        subject.model(input_ids=torch.ones(2, 3, dtype=torch.long))
+    with steered(model, [cap], [two]), pytest.raises(ValueError, match="which of the 2 plans"):
+        model.hf(input_ids=torch.ones(2, 3, dtype=torch.long))
 
 
-def enter(subject, interventions):
-    with steered(subject, interventions):
+def assign_slots(model, interventions):
+    with steered(model, interventions):
         pass
 
 
@@ -267,15 +267,15 @@ def test_the_packaged_axis_gives_a_cap_with_its_model_level_and_population():
 
 
 def test_blocks_whose_weights_are_elsewhere_until_they_are_used_are_steered_alike(tmp_path):
-    subject, model = tiny_subject(), tiny_model("llama")
-    cap = cap_of(axis_of(subject), (0, 1, 2), 0.75)
+    decoder, model = tiny_model(), tiny_hf("llama")
+    cap = cap_of(axis_of(decoder), (0, 1, 2), 0.75)
     names = ("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head", "model.layers.0")
     places = dict.fromkeys(names, "cpu") | {"model.layers.1": "disk", "model.layers.2": "disk"}
     dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
-    spread = build_subject(model, subject.tokenizer, id=subject.id)
+    spread = build_model(model, decoder.tokenizer, id=decoder.id)
     assert {next(block.parameters()).device.type for block in spread.blocks} == {"cpu", "meta"}
     found = []
-    for one in (subject, spread):
+    for one in (decoder, spread):
         with steered(one, [cap]) as held, torch.no_grad():
             held.begin(torch.zeros(len(ROWS), dtype=torch.long))
             found.append(
@@ -288,21 +288,21 @@ def test_blocks_whose_weights_are_elsewhere_until_they_are_used_are_steered_alik
 
 @pytest.mark.parametrize("described", [True, False])
 def test_the_first_token_of_a_sequence_is_spared_unless_told_otherwise(described):
-    subject = tiny_subject()
-    axis = axis_of(subject)
+    model = tiny_model()
+    axis = axis_of(model)
     high = replace(interventions.cap_of(axis, (0, 1), 0.75), floor=torch.full((2,), 1e3))
-    before = outputs(subject)
+    before = outputs(model)
     for cap in (high, replace(high, spare_first=False)):
-        with steered(subject, [cap]) as held:
+        with steered(model, [cap]) as held:
             if described:
                 held.describe(lengths=LENGTHS)
-            after = outputs(subject)
+            after = outputs(model)
         assert torch.equal(after[0][:, 0], before[0][:, 0]) == cap.spare_first
         assert (after[0][:, 1:] != before[0][:, 1:]).any(-1)[real(before[0])[:, 1:]].all()
         tokens = LENGTHS if described else torch.full_like(LENGTHS, after[0].shape[1])
         assert held.tally.seen[0].tolist() == (tokens - int(cap.spare_first)).tolist()
-    with steered(subject, [high]) as held, torch.no_grad():
+    with steered(model, [high]) as held, torch.no_grad():
         held.begin(torch.zeros(len(ROWS), dtype=torch.long))
         held.describe(opening=False)  # these tokens go on after others
-        subject.base(input_ids=pad(ROWS, subject.device), use_cache=False)
+        model.base(input_ids=pad(ROWS, model.device), use_cache=False)
     assert held.tally.fired[0].tolist() == [max(map(len, ROWS))] * len(ROWS)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import tiny_subject
+from families import tiny_model
 from test_steering import ROWS, axis_of
 from torch.nn.functional import normalize
 
@@ -93,15 +93,15 @@ def test_plans_that_share_a_vector_share_its_row_and_keep_their_order():
 
 
 def test_rows_with_different_floors_are_capped_as_each_alone():
-    subject = tiny_subject()
-    axis = axis_of(subject)
+    model = tiny_model()
+    axis = axis_of(model)
     mild, firm = (cap_of(axis, (0, 1), level) for level in (0.25, 0.75))
-    ids = pad([ROWS[0]] * 3, subject.device)
+    ids = pad([ROWS[0]] * 3, model.device)
 
     def logits(*plans, rows):
-        with steered(subject, *plans) as held, torch.no_grad():
+        with steered(model, *plans) as held, torch.no_grad():
             held.begin(torch.tensor(rows))
-            return subject.model(input_ids=ids[: len(rows)], use_cache=False).logits, held.tally
+            return model.hf(input_ids=ids[: len(rows)], use_cache=False).logits, held.tally
 
     together, tally = logits([mild], [firm], rows=[0, 1, -1])
     for row, plan in ((0, mild), (1, firm)):
@@ -126,10 +126,10 @@ def test_a_compiled_forward_is_steered_and_one_compiled_before_is_found_out():
 
 
 def test_plans_of_another_form_cannot_be_set():
-    subject = tiny_subject()
-    cap = cap_of(axis_of(subject), (0, 1), 0.5)
-    with steered(subject, [cap]) as held:
-        for plans in ([[cap], [cap]], [[cap_of(axis_of(subject), (0,), 0.5)]], [[cap, cap]]):
+    model = tiny_model()
+    cap = cap_of(axis_of(model), (0, 1), 0.5)
+    with steered(model, [cap]) as held:
+        for plans in ([[cap], [cap]], [[cap_of(axis_of(model), (0,), 0.5)]], [[cap, cap]]):
             with pytest.raises(ValueError, match="cannot replace"):
                 held.set(*plans)
         with pytest.raises(ValueError, match="plan 1 is not one of the 1"):

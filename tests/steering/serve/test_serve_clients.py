@@ -13,7 +13,7 @@ from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from personatlas.persona.models.chat_template import chat_format
-from personatlas.persona.models.load import load_subject
+from personatlas.persona.models.load import load_model
 from personatlas.persona.sampling.sampler import Sampling
 from personatlas.steering.generate import generate
 from personatlas.steering.serve.http.app import make_app
@@ -36,17 +36,17 @@ def client(tiny_server):
 @pytest.fixture(scope="module")
 def alone(tiny_run):
     """The same model once more, without an engine."""
-    return load_subject(str(tiny_run / "tiny"), device="cpu", dtype="float32")
+    return load_model(str(tiny_run / "tiny"), device="cpu", dtype="float32")
 
 
 def asked(client, messages=HI, **more):
     return client.chat.completions.create(**{"model": "tiny", "messages": messages, "temperature": 0, **more})
 
 
-def scores(subject, ids):
+def scores(model, ids):
     """Log-probabilities of every next token, by a plain forward."""
     with torch.no_grad():
-        return subject.model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
+        return model.hf(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
 
 
 def test_a_chat_answer_has_all_that_openais_client_reads(client):
@@ -356,17 +356,17 @@ def test_inspects_openai_provider_runs_a_task_on_it(client, tiny_server, tmp_pat
         assert sample.output.usage.output_tokens == again.usage.completion_tokens
 
 
-def ends_at_once(subject):
+def ends_at_once(model):
     """Tokens after which the model's likeliest next one ends the answer."""
-    ends = chat_format(subject.tokenizer, subject.model.generation_config.eos_token_id).end_ids
+    ends = chat_format(model.tokenizer, model.hf.generation_config.eos_token_id).end_ids
     draw, letters = (
         torch.Generator().manual_seed(0),
-        torch.tensor(subject.tokenizer("abcdefghijklmnopqrstuvwxyz .,?")["input_ids"]),
+        torch.tensor(model.tokenizer("abcdefghijklmnopqrstuvwxyz .,?")["input_ids"]),
     )
     for _ in range(60):
         ids = letters[torch.randint(len(letters), (128, 4), generator=draw)]
         with torch.no_grad():
-            best = subject.model(input_ids=ids).logits[:, -1].argmax(-1)
+            best = model.hf(input_ids=ids).logits[:, -1].argmax(-1)
         for row, token in zip(ids.tolist(), best.tolist(), strict=True):
             if token in ends:
                 return row

@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from families import tiny_subject
+from families import tiny_model
 from test_steering import axis_of
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.sampling.sampler import Prompt, Sampler, Sampling
 from personatlas.steering.generate import trace
 from personatlas.steering.hooks.steering import steered
@@ -62,10 +62,10 @@ def served():
     opened = []
 
     def make(room=Room(slots=4, length=256), family="llama", ends=ENDS, caps=True):
-        subject = tiny_subject(family)
-        axis, listener = axis_of(subject), Listener()
+        model = tiny_model(family)
+        axis, listener = axis_of(model), Listener()
         named = {"mild": cap_of(axis, (0, 1), 0.5), "firm": cap_of(axis, (1,), 0.75)} if caps else {}
-        engine = Engine(subject, ends, axis, named, room, listener)
+        engine = Engine(model, ends, axis, named, room, listener)
         engine.start()
         opened.append(engine)
         return engine, listener
@@ -73,15 +73,15 @@ def served():
     yield make
     for engine in opened:
         engine.close()
-        assert not any(block._forward_hooks for block in engine.subject.blocks)
+        assert not any(block._forward_hooks for block in engine.model.blocks)
 
 
 def alone(engine, ids, cap=None, seed=0, limit=10, temperature=0.7, top_p=0.9):
-    sampler = Sampler(engine.subject, engine.end_ids, Sampling(limit, temperature, top_p))
+    sampler = Sampler(engine.model, engine.end_ids, Sampling(limit, temperature, top_p))
     plan = [[cap.cap]] if cap is not None else []
     if not plan:
         return next(iter(sampler.answers([Prompt(ids, seed, -1)])))
-    with steered(engine.subject, *plan) as held:
+    with steered(engine.model, *plan) as held:
         return next(iter(sampler.answers([Prompt(ids, seed, 0)], held)))
 
 
@@ -117,7 +117,7 @@ def test_projections_and_firings_are_those_of_reading_it_all_again(served):
     for ticket in tickets:
         read = listener.first(ticket, Read)
         steps = [event for event in listener.events[ticket] if isinstance(event, Step)]
-        again = trace(engine.subject, ticket.ask.ids, listener.answer(ticket), [cap.cap], engine.plans.axis)
+        again = trace(engine.model, ticket.ask.ids, listener.answer(ticket), [cap.cap], engine.plans.axis)
         got = torch.tensor([*read.projections, *(step.projection for step in steps)])
         assert torch.allclose(got, again.projection[:-1], atol=1e-4)
         fired = again.fired[len(ticket.ask.ids) - 1 : -1].tolist()
@@ -167,11 +167,11 @@ def test_a_prompt_can_be_read_without_an_answer(served):
     engine, listener = served()
     ticket = engine.submit(Ask(LONG, limit=0))
     assert listener.ended([ticket]) == [Ended("read")]
-    choice = Choice(0, ticket, Spoken(engine.subject.tokenizer), ENDS)
+    choice = Choice(0, ticket, Spoken(engine.model.tokenizer), ENDS)
     for event in listener.events[ticket]:
         choice.take(event)
     engine.close()
-    read = trace(engine.subject, LONG, (), [], engine.plans.axis).projection
+    read = trace(engine.model, LONG, (), [], engine.plans.axis).projection
     assert torch.allclose(torch.tensor(choice.prompt_projections), read, atol=1e-4)
     assert choice.ids == []
 
@@ -282,9 +282,9 @@ def test_many_requests_with_some_given_up_leave_nothing_behind(served):
 
 def test_what_does_not_fit_is_refused_before_it_waits(served):
     engine, _ = served(Room(slots=1, length=64, waiting=2), ends=frozenset())
-    with pytest.raises(KnownError, match="90 tokens to read and 1 to write are more than the 64"):
+    with pytest.raises(UserError, match="90 tokens to read and 1 to write are more than the 64"):
         engine.submit(Ask(LONG))
-    with pytest.raises(KnownError, match="empty prompt"):
+    with pytest.raises(UserError, match="empty prompt"):
         engine.submit(Ask(()))
     asks = [Ask(PROMPTS[0], limit=50)] * 50
     with pytest.raises(Busy, match="are waiting, which is the most"):
@@ -310,7 +310,7 @@ def test_log_probabilities_are_those_of_the_model(served):
     listener.ended([ticket, plain])
     engine.close()
     ids = [*PROMPTS[3], *listener.answer(ticket)]
-    logits = engine.subject.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+    logits = engine.model.hf(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
     scores = logits[len(PROMPTS[3]) - 1 : -1].float().log_softmax(-1)
     steps = [event for event in listener.events[ticket] if isinstance(event, Step)]
     for step, line in zip(steps, scores, strict=True):
@@ -329,11 +329,9 @@ def test_a_text_is_scored_with_its_plan_between_the_steps_of_others(served):
     )
     listener.ended([talking])
     engine.close()
-    with steered(engine.subject, [cap.cap]) as held:
+    with steered(engine.model, [cap.cap]) as held:
         held.describe(torch.tensor([len(LONG)]), torch.tensor([len(LONG)]))
-        scores = (
-            engine.subject.model(input_ids=torch.tensor([LONG]), use_cache=False).logits[0].log_softmax(-1)
-        )
+        scores = engine.model.hf(input_ids=torch.tensor([LONG]), use_cache=False).logits[0].log_softmax(-1)
     own = [float(scores[at, id]) for at, id in enumerate(LONG[1:])]
     assert found[0][0] == (None, {})
     assert [one for one, _ in found[0][1:]] == pytest.approx(own, abs=1e-4)
@@ -342,10 +340,10 @@ def test_a_text_is_scored_with_its_plan_between_the_steps_of_others(served):
 
 @pytest.mark.parametrize("asked", ["../../etc/passwd", "/etc/passwd", "mild.json", "p50@99", "p50@0,0", "p50@", "p101@0", "mild+99", {}, {"name": "x"}, {"level": 3, "layers": "1"}, {"name": "mild", "shift": float("nan")}, 7])  # fmt: skip
 def test_what_is_no_cap_is_one_line_and_never_a_path(asked):
-    subject = tiny_subject()
-    axis = axis_of(subject)
-    plans = Plans(axis, subject, {"mild": cap_of(axis, (0, 1), 0.5)})
-    with pytest.raises(KnownError):
+    model = tiny_model()
+    axis = axis_of(model)
+    plans = Plans(axis, model, {"mild": cap_of(axis, (0, 1), 0.5)})
+    with pytest.raises(UserError):
         plans.wanted(asked)
 
 
@@ -380,7 +378,7 @@ STOPS = ("\n\n", "END", "é!")
     "text", ["Hello there", "one\n\ntwo", "a\nb END c", "café!", "naïve — 日本語 🦜 ok", "EN EN END", "\n"]
 )
 def test_what_is_spoken_in_pieces_is_the_whole_text_up_to_a_stop(text):
-    tokenizer = tiny_subject().tokenizer
+    tokenizer = tiny_model().tokenizer
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     plain, stopped = Spoken(tokenizer), Spoken(tokenizer, STOPS)
     pieces = [plain.add(id) for id in ids] + [plain.rest()]

@@ -5,7 +5,7 @@ import time
 import test_serve_engine
 from test_serve_engine import LONG, PROMPTS, alone
 
-from personatlas.steering.hooks.steering import Silent
+from personatlas.steering.hooks.steering import HookDidNotFire
 from personatlas.steering.serve.engine import scheduler as engine_module
 from personatlas.steering.serve.engine.batch import Step
 from personatlas.steering.serve.engine.scheduler import Ask, Ended, Room
@@ -24,7 +24,7 @@ def test_a_hook_that_goes_silent_is_an_error_of_the_answer_and_not_of_the_engine
     ticket = engine.submit(Ask(PROMPTS[2], limit=5, cap=cap))
     (ended,) = listener.ended([ticket])
     assert ended.reason == "error"
-    assert isinstance(ended.error, Silent)
+    assert isinstance(ended.error, HookDidNotFire)
     well = engine.submit(Ask(PROMPTS[2], limit=5))
     assert listener.ended([well])[0].reason == "length"
 
@@ -65,7 +65,7 @@ def test_a_failure_between_two_capped_layers_leaves_nothing_behind(served, monke
     """What the first layer had done stayed in the account, and no capped forward of another shape came through any more."""
     engine, listener = served(ends=frozenset())
     cap = engine.plans.wanted("mild")
-    fail_once(monkeypatch, engine.subject.blocks[1])
+    fail_once(monkeypatch, engine.model.blocks[1])
     broken = engine.submit(Ask(PROMPTS[5], seed=4, limit=5, cap=cap))
     assert listener.ended([broken])[0].reason == "error"
     asks = [
@@ -89,7 +89,7 @@ def test_a_failure_within_a_long_prompt_leaves_the_others_where_they_were(served
 
     def read_on(*given):
         if next(calls) == 1:
-            fail_once(monkeypatch, engine.subject.blocks[0])
+            fail_once(monkeypatch, engine.model.blocks[0])
         whole(*given)
 
     monkeypatch.setattr(engine.rows.decoder, "read_on", read_on)

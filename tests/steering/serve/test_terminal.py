@@ -136,11 +136,11 @@ def test_a_saved_conversation_is_read_by_trace_and_loaded_with_the_same_projecti
     assert [one["projection"] for one in kept] == [answer.projection for answer in answers]
     assert [len(one["per_token"]) for one in kept] == [10, 10]
     held = terminal.host.held
-    (one,) = traced(held.subject, held.chat, held.axis, read_conversations(path), lambda *_: None)
-    loaded, out = talk(f"/load {path}", "/trace")
-    for answer, turn in zip(loaded.chat.told.answers, one.turns, strict=True):
+    (one,) = traced(held.model, held.chat, held.axis, read_conversations(path), lambda *_: None)
+    load_steered_model, out = talk(f"/load {path}", "/trace")
+    for answer, turn in zip(load_steered_model.chat.told.answers, one.turns, strict=True):
         assert answer.projection == pytest.approx(turn.projection, abs=1e-4)
-        assert answer.z == pytest.approx(loaded.shown.baseline.z(turn.projection), abs=1e-2)
+        assert answer.z == pytest.approx(load_steered_model.shown.baseline.z(turn.projection), abs=1e-2)
     assert "its answers as this model reads them, without a cap" in out
     assert out.count("Who are you?") == 2
     main(
@@ -404,7 +404,7 @@ def test_messages_on_the_command_line_are_asked_and_that_is_all(tiny_run, tmp_pa
 )
 def test_what_is_wrong_is_found_before_a_model_is_loaded(tiny_run, capsys, monkeypatch, options, said):
     monkeypatch.setattr(
-        "personatlas.persona.models.load.load_subject", lambda *_, **__: pytest.fail("a model was loaded")
+        "personatlas.persona.models.load.load_model", lambda *_, **__: pytest.fail("a model was loaded")
     )
     with pytest.raises(SystemExit) as left:
         chat(tiny_run, *options)

@@ -6,7 +6,7 @@ import lzma
 
 import pytest
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.rollout import read_rollouts
 from personatlas.training.chat.conversations import (
     Columns,
@@ -95,10 +95,10 @@ def test_only_the_first_places_are_named_and_all_are_counted(tmp_path):
 
 def test_a_file_of_which_nothing_is_left_is_refused_with_the_reasons(tmp_path):
     with pytest.raises(
-        KnownError, match=r"no conversation that can be used: 2 without an assistant turn \(a.jsonl:1"
+        UserError, match=r"no conversation that can be used: 2 without an assistant turn \(a.jsonl:1"
     ):
         read(write(tmp_path / "a.jsonl", [{"messages": turns("a")}] * 2))
-    with pytest.raises(KnownError, match="it is empty"):
+    with pytest.raises(UserError, match="it is empty"):
         read(write(tmp_path / "a.jsonl", []))
 
 
@@ -129,7 +129,7 @@ def test_other_columns_are_named_by_hand(tmp_path):
     found, _ = read(path, columns=Columns.of(["question=title", "answer=text"]))
     assert list(found[0].messages) == turns("Who?", "I.")
     with pytest.raises(
-        KnownError, match="--columns asks=title: write NAME=COLUMN; the names are messages, system"
+        UserError, match="--columns asks=title: write NAME=COLUMN; the names are messages, system"
     ):
         Columns.of(["asks=title"])
 
@@ -162,7 +162,7 @@ def test_files_that_cannot_be_read_are_refused_in_one_line(tmp_path):
         "nowhere.jsonl": "does not exist",
     }
     for name, reason in reasons.items():
-        with pytest.raises(KnownError, match=reason) as caught:
+        with pytest.raises(UserError, match=reason) as caught:
             read(tmp_path / name)
         assert "\n" not in str(caught.value)
 
@@ -230,7 +230,7 @@ def test_a_least_score_drops_what_is_below_it_but_never_the_default(tmp_path):
 
 def test_a_score_without_scores_is_refused(tmp_path):
     run = write_run(tmp_path / "run", map(rollout, ["default/0/q1/0", "pirate/0/q1/0"]))
-    with pytest.raises(KnownError, match="judge them first: personatlas judge"):
+    with pytest.raises(UserError, match="judge them first: personatlas judge"):
         conversations_of_run(run, Faults(), Wanted(score=1))
 
 
@@ -257,7 +257,7 @@ def test_a_weight_is_times_or_a_share_and_a_bare_number_is_refused(tmp_path):
     (tmp_path / "a=2x").mkdir()
     assert part_of(str(tmp_path / "a=2x")).times == 1.0
     for asked in ("a.jsonl=0.3", "a.jsonl=0x", "a.jsonl=101%"):
-        with pytest.raises(KnownError, match=r"--data a\.jsonl="):
+        with pytest.raises(UserError, match=r"--data a\.jsonl="):
             part_of(asked)
 
 
@@ -290,13 +290,13 @@ def test_where_all_have_a_share_nothing_is_read_twice(tmp_path):
 @pytest.mark.parametrize("weights", [("=60%", "=60%"), ("=60%", "=20%"), ("", "=100%")])
 def test_shares_that_do_not_add_up_are_refused(weights, tmp_path):
     paths = write_parts(tmp_path, a=2, b=2)
-    with pytest.raises(KnownError, match="add up to"):
+    with pytest.raises(UserError, match="add up to"):
         read_parts([path + weight for path, weight in zip(paths, weights, strict=True)], Faults())
 
 
 def test_the_same_data_twice_is_refused(tmp_path):
     (path,) = write_parts(tmp_path, a=2)
-    with pytest.raises(KnownError, match="given twice"):
+    with pytest.raises(UserError, match="given twice"):
         read_parts([path, path], Faults())
 
 
@@ -331,19 +331,19 @@ def test_held_out_roles_are_tuned_on_nowhere_and_are_a_source_of_their_own(tmp_p
     assert sorted(one.style for one in sides.unmet) == ["caring", "witty"]
     assert {one.style for one in sides.of_held_out_roles} == {"witty"}
     with pytest.raises(
-        KnownError, match="--held-out-roles pirate is no role or persona of the data; there are caring, witty"
+        UserError, match="--held-out-roles pirate is no role or persona of the data; there are caring, witty"
     ):
         split(parts, 0.1, ["pirate"])
 
 
 def test_one_question_cannot_be_split(tmp_path):
     parts = read_parts([str(write(tmp_path / "a.jsonl", [GOOD] * 3))], Faults())
-    with pytest.raises(KnownError, match="no conversation is held out"):
+    with pytest.raises(UserError, match="no conversation is held out"):
         split(parts, 0.5)
 
 
 def test_options_about_rollouts_are_refused_where_there_are_none(tmp_path):
     data = str(write(tmp_path / "a.jsonl", [GOOD]))
     for wanted in (Wanted(score=2), Wanted(per_role=3), Wanted(cut=True)):
-        with pytest.raises(KnownError, match="no --data is the folder of a run"):
+        with pytest.raises(UserError, match="no --data is the folder of a run"):
             read_parts([data], Faults(), wanted=wanted)

@@ -11,7 +11,7 @@ from test_gpt import SHAPE, lively
 from test_tokenizer import write_corpus
 from transformers import AutoTokenizer
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.models.chat_template import chat_format
 from personatlas.training.chat.conversations import Conversation, Faults
 from personatlas.training.chat.packing import ChatEncoder, ChatSource, encoded, pack
@@ -116,7 +116,7 @@ def test_another_tokenizer_or_template_is_refused(folder, tmp_path, encoder):
 
     shutil.copytree(folder, tmp_path / "other")
     (tmp_path / "other" / "chat_template.jinja").write_text("{{ messages }}")
-    with pytest.raises(KnownError, match="another chat template"):
+    with pytest.raises(UserError, match="another chat template"):
         ChatEncoder.load(tmp_path / "other")
 
 
@@ -223,7 +223,7 @@ def test_packed_conversations_have_the_loss_that_each_has_alone(encoder):
 
 
 def test_a_source_of_nothing_is_refused(encoder):
-    with pytest.raises(KnownError, match="no conversation is left"):
+    with pytest.raises(UserError, match="no conversation is left"):
         ChatSource(encoded([], encoder, 64, Faults())[0], context=64, rows=1, pad=3)
     with pytest.raises(ValueError, match="does not fit into a row of 10"):
         ChatSource(many(encoder, 3), context=10, rows=1, pad=3)

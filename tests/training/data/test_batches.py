@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_tokenizer import write_corpus
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.training.data import token_shards as tokens_module
 from personatlas.training.data.batches import Batches, document_index, held_out_rows
 from personatlas.training.data.corpus import Corpus
@@ -81,7 +81,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_files(made, tmp_path, mon
     arguments = (corpus_of(made), made / "tokenizer", tmp_path / "tokens")
     with pytest.raises(KeyboardInterrupt):
         make_tokens(*arguments, shard=SMALL, quiet=True)
-    with pytest.raises(KnownError, match="no finished tokens"):
+    with pytest.raises(UserError, match="no finished tokens"):
         open_tokens(tmp_path / "tokens")
     (tmp_path / "tokens" / "train-00000.npy").write_bytes(b"half")  # as if the disk had lost it
     make_tokens(*arguments, shard=SMALL, quiet=True)
@@ -104,18 +104,18 @@ def test_finished_tokens_are_not_made_again(made, monkeypatch):
 
 
 def test_tokens_of_another_tokenizer_or_corpus_are_found_out(made, tmp_path):
-    with pytest.raises(KnownError, match="tokens of another tokenizer; choose another folder"):
+    with pytest.raises(UserError, match="tokens of another tokenizer; choose another folder"):
         make_tokens(corpus_of(made), made / "other", made / "tokens", shard=SMALL, quiet=True)
-    with pytest.raises(KnownError, match="another tokenizer than"):
+    with pytest.raises(UserError, match="another tokenizer than"):
         open_tokens(made / "tokens", made / "other")
     path = made / "texts" / "3.txt"
     before = path.read_text()
     path.write_text(before + "One more line.\n")
-    with pytest.raises(KnownError, match="another corpus, or files of it have changed"):
+    with pytest.raises(UserError, match="another corpus, or files of it have changed"):
         make_tokens(corpus_of(made), made / "tokenizer", made / "tokens", shard=SMALL, quiet=True)
     path.write_text(before)
     (tmp_path / "note").write_text("mine")
-    with pytest.raises(KnownError, match="is there and holds no tokens"):
+    with pytest.raises(UserError, match="is there and holds no tokens"):
         make_tokens(corpus_of(made), made / "tokenizer", tmp_path, shard=SMALL, quiet=True)
 
 
@@ -128,13 +128,13 @@ def test_damaged_shards_are_found_out(made, tmp_path):
     whole = bytearray(shard.read_bytes())
     whole[-1] ^= 1
     shard.write_bytes(whole)
-    with pytest.raises(KnownError, match=r"train-00001\.npy has changed"):
+    with pytest.raises(UserError, match=r"train-00001\.npy has changed"):
         verify(folder)
     shard.write_bytes(whole[:-2])
-    with pytest.raises(KnownError, match=r"train-00001\.npy cannot be read"):
+    with pytest.raises(UserError, match=r"train-00001\.npy cannot be read"):
         open_tokens(folder)
     np.save(shard, np.arange(3))
-    with pytest.raises(KnownError, match=r"not what tokens\.json says"):
+    with pytest.raises(UserError, match=r"not what tokens\.json says"):
         open_tokens(folder)
 
 
@@ -169,7 +169,7 @@ def test_a_step_has_the_same_rows_over_any_number_of_ranks(world):
 
 
 def test_batches_that_cannot_be_are_refused():
-    with pytest.raises(KnownError, match="has 10 tokens, fewer than one row of 11"):
+    with pytest.raises(UserError, match="has 10 tokens, fewer than one row of 11"):
         Batches(stream_of(10), context=10, rows=1)
     with pytest.raises(ValueError, match="6 rows cannot be shared evenly by 4 ranks"):
         Batches(stream_of(100), context=7, rows=6).batch(0, 0, 4)

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import pytest
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.training.data.corpus import Corpus, share_of
 from personatlas.training.data.documents import Source, read_pieces
 
@@ -78,7 +78,7 @@ def test_a_parquet_table_gives_its_rows(tmp_path, suffix):
     path = tmp_path / f"t.parquet{suffix}"
     path.write_bytes(PACK.get(suffix, bytes)((tmp_path / "plain.parquet").read_bytes()))
     assert texts_of(path) == ["one", "", "two"]
-    with pytest.raises(KnownError, match=r"no column 'body', but text, n"):
+    with pytest.raises(UserError, match=r"no column 'body', but text, n"):
         texts_of(path, column="body")
 
 
@@ -89,7 +89,7 @@ def test_a_file_cut_short_is_an_error_and_not_a_shorter_document(tmp_path, suffi
     packed = PACK.get(suffix.removeprefix(".tar"), bytes)(whole)
     path = tmp_path / (f"a{suffix}" if ".tar" in suffix else f"a.txt{suffix}")
     path.write_bytes(packed[: len(packed) * 2 // 3])
-    with pytest.raises(KnownError, match="damaged or cut short"):
+    with pytest.raises(UserError, match="damaged or cut short"):
         texts_of(path)
 
 
@@ -155,7 +155,7 @@ def test_characters_cut_by_a_chunk_are_whole_and_bad_bytes_are_counted(tmp_path)
 )
 def test_a_row_that_has_no_text_is_named(tmp_path, line, said):
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
-    with pytest.raises(KnownError, match=said):
+    with pytest.raises(UserError, match=said):
         texts_of(tmp_path / "a.jsonl")
 
 
@@ -204,9 +204,9 @@ def test_held_out_files_are_taken_out_of_the_corpus(tmp_path):
     assert held == ["/held-out/book3.txt"]
     assert corpus.scan().train.documents == 39
     (folder / "copy.txt").write_bytes((folder / "book3.txt").read_bytes())
-    with pytest.raises(KnownError, match=r"copy\.txt is held out and trained on"):
+    with pytest.raises(UserError, match=r"copy\.txt is held out and trained on"):
         _ = Corpus.open(folder, held_out=folder / "book3.txt").digest
-    with pytest.raises(KnownError, match="nothing is left to train on"):
+    with pytest.raises(UserError, match="nothing is left to train on"):
         Corpus.open(folder / "book3.txt", held_out=folder)
 
 
@@ -248,7 +248,7 @@ def test_a_sample_is_spread_evenly_and_keeps_its_budget(tmp_path, budget):
 def test_a_corpus_of_one_line_says_that_it_cannot_be_split(tmp_path):
     (tmp_path / "a.txt").write_text("Just one line.")
     with pytest.raises(
-        KnownError, match=r"none of the corpus's 1 documents is held out at a share of 0\.01; .*--held-out"
+        UserError, match=r"none of the corpus's 1 documents is held out at a share of 0\.01; .*--held-out"
     ):
         Corpus.open(tmp_path / "a.txt").scan()
 
@@ -268,15 +268,15 @@ def test_a_corpus_of_one_line_says_that_it_cannot_be_split(tmp_path):
 )
 def test_a_folder_without_text_says_what_is_in_it(tmp_path, make, said):
     make(tmp_path)
-    with pytest.raises(KnownError, match=said):
+    with pytest.raises(UserError, match=said):
         Corpus.open(tmp_path).scan()
 
 
 def test_paths_and_shares_that_cannot_be_are_refused(tmp_path):
-    with pytest.raises(KnownError, match="does not exist"):
+    with pytest.raises(UserError, match="does not exist"):
         Corpus.open(tmp_path / "nowhere")
     (tmp_path / "a.csv").write_text(json.dumps({}))
-    with pytest.raises(KnownError, match=r"a\.csv cannot be read as documents"):
+    with pytest.raises(UserError, match=r"a\.csv cannot be read as documents"):
         Corpus.open(tmp_path / "a.csv")
-    with pytest.raises(KnownError, match="not between 0 and 1"):
+    with pytest.raises(UserError, match="not between 0 and 1"):
         Corpus.open(tmp_path, held_share=1.0)

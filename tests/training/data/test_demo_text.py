@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.training.data import demo_text
 from personatlas.training.data.corpus import Corpus
 from personatlas.training.data.demo_text import write_demo
@@ -74,9 +74,9 @@ def test_a_folder_with_other_files_and_a_python_without_documentation_are_refuse
     monkeypatch.setattr(demo_text, "_documents", lambda _: iter([("a.txt", "x" * 600_000)]))
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "mine.txt").write_text("mine")
-    with pytest.raises(KnownError, match=r"holds other files \(mine.txt\)"):
+    with pytest.raises(UserError, match=r"holds other files \(mine.txt\)"):
         write_demo(tmp_path)
     monkeypatch.setattr(demo_text, "_documents", lambda _: iter([("a.txt", "x")]))
-    with pytest.raises(KnownError, match="come without its documentation; give a --corpus of your own"):
+    with pytest.raises(UserError, match="come without its documentation; give a --corpus of your own"):
         write_demo(tmp_path / "new")
     assert not (tmp_path / "new").exists()

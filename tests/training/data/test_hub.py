@@ -13,7 +13,7 @@ import pytest
 from test_corpus import table
 
 from personatlas.cli.app import main
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.training.data.corpus import corpus_of, located
 
 COMMIT = "c0ffee" + "0" * 34
@@ -141,7 +141,7 @@ def test_a_folder_or_a_file_of_it_can_be_named_and_a_revision(hub):
     ],
 )
 def test_a_data_set_that_cannot_be_had_is_one_line(hub, name, words):
-    with pytest.raises(KnownError) as error:
+    with pytest.raises(UserError) as error:
         corpus_of(Path(name))
     assert words in str(error.value)
     assert str(error.value).startswith(f"--corpus {name}")
@@ -156,7 +156,7 @@ def test_without_the_hub_the_answer_comes_at_once_and_half_a_data_set_is_not_tak
         ("hub:nobody/nothing", "the hub cannot be reached, and it is not in the cache"),
         (f"hub:{NAME}", "only a part of it is in the cache, and the hub cannot be reached"),
     ):
-        with pytest.raises(KnownError, match=words):
+        with pytest.raises(UserError, match=words):
             corpus_of(Path(name))
     assert time.monotonic() - start < 5
 

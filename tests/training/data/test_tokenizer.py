@@ -10,7 +10,7 @@ import regex
 from tokenizers import decoders
 
 from personatlas.cli.app import main
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.models.chat_template import chat_format
 from personatlas.persona.models.token_spans import conversation_spans
 from personatlas.training.data.corpus import Corpus
@@ -115,7 +115,7 @@ def test_the_chat_template_is_native_adds_nothing_and_ends_with_its_mark(auto):
         format.prompt_text(CHAT[1:2])
         == "<|bos|><|im_start|>user\nWho are you?\n<|im_end|>\n<|im_start|>assistant\n"
     )
-    with pytest.raises(KnownError, match="the roles are system, user and assistant, not tool"):
+    with pytest.raises(UserError, match="the roles are system, user and assistant, not tool"):
         format.render([{"role": "tool", "content": "x"}], generation=False)
 
 
@@ -170,14 +170,14 @@ def test_a_tokenizer_that_loses_text_is_refused(made):
     tokenizer = load_tokenizer(made / "tokenizer")
     tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     with pytest.raises(
-        KnownError, match=r"does not give back x\.txt \(piece 3\): at character 0 ' the' became 'the'"
+        UserError, match=r"does not give back x\.txt \(piece 3\): at character 0 ' the' became 'the'"
     ):
         compression(tokenizer, [Piece("x.txt", 3, " the")], document)
 
 
 def test_too_little_text_for_a_vocabulary_says_how_much_it_is_enough_for():
     with pytest.raises(
-        KnownError, match=r"for (\d+) tokens only, not for 5000; give --vocabulary \d+ or more text"
+        UserError, match=r"for (\d+) tokens only, not for 5000; give --vocabulary \d+ or more text"
     ):
         train_tokenizer(["the sailor saw the sailor"] * 3, 5000)
 
@@ -229,12 +229,12 @@ def test_the_verb_makes_a_tokenizer_once_and_refuses_what_does_not_fit(made, tmp
 
 
 def test_a_folder_that_holds_no_tokenizer_of_ours_is_named(made, tmp_path):
-    with pytest.raises(KnownError, match=r"holds no tokenizer\.json; make one"):
+    with pytest.raises(UserError, match=r"holds no tokenizer\.json; make one"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(KnownError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         load_tokenizer(tmp_path)
     text = (made / "tokenizer" / "tokenizer.json").read_text().replace(BOS, "<|first|>")
     (tmp_path / "tokenizer.json").write_text(text)
-    with pytest.raises(KnownError, match=r"has no token <\|bos\|>"):
+    with pytest.raises(UserError, match=r"has no token <\|bos\|>"):
         load_tokenizer(tmp_path)

@@ -1,4 +1,4 @@
-"""What is exported is the model: the same logits and tokens in transformers, and a subject of everything else here."""
+"""What is exported is the model: the same logits and tokens in transformers, and a model of everything else here."""
 
 import json
 
@@ -11,9 +11,9 @@ from test_tokenizer import write_corpus
 from transformers import AutoModelForCausalLM
 
 from personatlas.cli.app import main
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.persona.models.chat_template import chat_format
-from personatlas.persona.models.load import load_subject, subject_from_bridge
+from personatlas.persona.models.load import load_model, model_from_bridge
 from personatlas.training.data.corpus import Corpus
 from personatlas.training.data.tokenizer import BOS, END, make_tokenizer
 from personatlas.training.export.huggingface import end_tokens, export, load_exported
@@ -76,14 +76,14 @@ def test_a_tokenizer_trained_here_goes_along_with_its_template_and_ends(tmp_path
     corpus = Corpus.open(write_corpus(tmp_path / "texts"), held_share=0.2)
     make_tokenizer(corpus, tmp_path / "tokenizer", vocabulary=310, quiet=True)
     export(lively(SHAPE), tmp_path / "tokenizer", tmp_path / "model")
-    subject = load_subject(str(tmp_path / "model"), device="cpu", dtype="float32")
-    end = subject.tokenizer.convert_tokens_to_ids(END)
-    assert subject.model.generation_config.eos_token_id == [end]
-    format = chat_format(subject.tokenizer, subject.model.generation_config.eos_token_id)
+    model = load_model(str(tmp_path / "model"), device="cpu", dtype="float32")
+    end = model.tokenizer.convert_tokens_to_ids(END)
+    assert model.hf.generation_config.eos_token_id == [end]
+    format = chat_format(model.tokenizer, model.hf.generation_config.eos_token_id)
     assert format.end_ids == {end}
     assert format.prompt_ids([{"role": "user", "content": "Who?"}])[
         0
-    ] == subject.tokenizer.convert_tokens_to_ids(BOS)
+    ] == model.tokenizer.convert_tokens_to_ids(BOS)
     main(["self-test", str(tmp_path / "model"), "--device", "cpu", "--dtype", "float32", "--json"])
     assert all(check["passed"] for check in json.loads(capsys.readouterr().out))
 
@@ -93,18 +93,18 @@ def test_a_bf16_export_rounds_once(exported, tmp_path):
     again = load_exported(export(model, folder / "tokenizer", tmp_path / "half", torch.bfloat16))
     for one, two in zip(again.parameters(), model.parameters(), strict=True):
         assert torch.equal(one, two.bfloat16())
-    assert load_subject(str(tmp_path / "half"), device="cpu", dtype="auto").dtype == torch.bfloat16
+    assert load_model(str(tmp_path / "half"), device="cpu", dtype="auto").dtype == torch.bfloat16
 
 
 def test_it_is_a_subject_whose_blocks_are_ours(exported):
     model, folder = exported
-    subject = load_subject(str(folder / "model"), device="cpu", dtype="float32")
+    decoder = load_model(str(folder / "model"), device="cpu", dtype="float32")
     ids, ours, theirs = ids_of(2, 10), [], []
-    for layer, block in zip(model.layers, subject.blocks, strict=True):
+    for layer, block in zip(model.layers, decoder.blocks, strict=True):
         layer.register_forward_hook(lambda _m, _i, output: ours.append(output.detach()))
         block.register_forward_hook(lambda _m, _i, output: theirs.append(output))
     model(ids)
-    subject.model(ids)
+    decoder.hf(ids)
     for one, two in zip(ours, theirs, strict=True):
         assert (one - two).abs().max() < 1e-6 * max(
             10, one.abs().max()
@@ -121,7 +121,7 @@ def test_it_loads_in_a_transformer_bridge(exported):
 
     model, folder = exported
     bridge = TransformerBridge.boot_transformers(str(folder / "model"), device="cpu", dtype=torch.float32)
-    assert subject_from_bridge(bridge).n_layers == 3
+    assert model_from_bridge(bridge).n_layers == 3
     ids = ids_of(1, 10)
     with torch.no_grad():
         assert (bridge(ids) - model(ids)).abs().max() < 1e-4
@@ -145,12 +145,12 @@ def test_every_end_of_an_answer_stands_in_the_generation_config(exported):
 
 def test_nothing_is_overwritten_and_nothing_half_written_is_left(exported, tmp_path):
     model, folder = exported
-    with pytest.raises(KnownError, match="already there"):
+    with pytest.raises(UserError, match="already there"):
         export(model, folder / "tokenizer", folder / "model")
-    with pytest.raises(KnownError, match=r"no tokenizer\.json"):
+    with pytest.raises(UserError, match=r"no tokenizer\.json"):
         export(model, tmp_path, tmp_path / "out")
     small = lively(Shape(100, 1, 32, 4, 2, 8, 48, 64))
-    with pytest.raises(KnownError, match=r"has 263 tokens and the model embeds 100"):
+    with pytest.raises(UserError, match=r"has 263 tokens and the model embeds 100"):
         export(small, folder / "tokenizer", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -170,7 +170,7 @@ def test_checkpoints_of_another_kind_are_refused_by_name(exported, tmp_path, cha
     config = json.loads((source / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     (tmp_path / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
-    with pytest.raises(KnownError, match=message):
+    with pytest.raises(UserError, match=message):
         load_exported(tmp_path)
 
 
@@ -178,5 +178,5 @@ def test_a_checkpoint_cut_short_is_one_line(exported, tmp_path):
     source = exported[1] / "model"
     (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
     (tmp_path / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes()[:-100])
-    with pytest.raises(KnownError, match="damaged or cut short"):
+    with pytest.raises(UserError, match="damaged or cut short"):
         load_exported(tmp_path)

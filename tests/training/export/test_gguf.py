@@ -9,8 +9,8 @@ from exported import SHAPE, exported_in
 from families import tokenizer
 from test_tokenizer import CHAT
 
-from personatlas.persona.errors import KnownError
-from personatlas.persona.models.load import load_subject
+from personatlas.persona.errors import UserError
+from personatlas.persona.models.load import load_model
 from personatlas.training.data.tokenizer import TEMPLATE
 from personatlas.training.export.gguf import plain_template, write_gguf
 from personatlas.training.export.huggingface import load_exported
@@ -25,12 +25,12 @@ def exported(tmp_path_factory):
 def test_transformers_reads_the_same_model_from_it(exported, tmp_path, monkeypatch, format, close):
     monkeypatch.setenv("PERSONATLAS_CACHE", str(tmp_path / "cache"))
     path = write_gguf(exported, tmp_path / "model.gguf", format)
-    subject = load_subject(str(path), device="cpu", dtype="float32")
+    model = load_model(str(path), device="cpu", dtype="float32")
     ids = torch.randint(310, (2, 20), generator=torch.Generator().manual_seed(0))
     wanted = load_exported(exported)(ids)
     assert wanted.std() > 0.5
-    assert (subject.model(ids).logits - wanted).abs().max() < close
-    assert subject.weights.lower().endswith(format)
+    assert (model.hf(ids).logits - wanted).abs().max() < close
+    assert model.weights.lower().endswith(format)
 
 
 def test_its_tokenizer_and_fields_are_those_of_the_folder(exported, tmp_path):
@@ -49,21 +49,21 @@ def test_its_tokenizer_and_fields_are_those_of_the_folder(exported, tmp_path):
 
 
 def test_its_template_renders_the_same_conversation(exported):
-    auto = load_subject(str(exported), device="cpu", dtype="float32").tokenizer
+    auto = load_model(str(exported), device="cpu", dtype="float32").tokenizer
     whole = auto.apply_chat_template(CHAT, tokenize=False)
     assert "generation" not in plain_template(TEMPLATE).replace("add_generation_prompt", "")
     assert auto.apply_chat_template(CHAT, tokenize=False, chat_template=plain_template(TEMPLATE)) == whole
 
 
 def test_other_tokenizers_formats_and_files_that_are_there_are_refused(exported, tmp_path):
-    with pytest.raises(KnownError, match="'q4' is not one of f32, bf16, f16"):
+    with pytest.raises(UserError, match="'q4' is not one of f32, bf16, f16"):
         write_gguf(exported, tmp_path / "model.gguf", "q4")
     (tmp_path / "there.gguf").touch()
-    with pytest.raises(KnownError, match="already there"):
+    with pytest.raises(UserError, match="already there"):
         write_gguf(exported, tmp_path / "there.gguf")
     tokenizer().save_pretrained(tmp_path / "bytes")
     shutil.copytree(exported, tmp_path / "other")
     shutil.copyfile(tmp_path / "bytes" / "tokenizer.json", tmp_path / "other" / "tokenizer.json")
-    with pytest.raises(KnownError, match="was not trained here"):
+    with pytest.raises(UserError, match="was not trained here"):
         write_gguf(tmp_path / "other", tmp_path / "model.gguf")
     assert not (tmp_path / "model.gguf").exists()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from personatlas.persona.artifacts import read_lines
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.training.loop.run_log import Line, Meters, cut_after, read_metrics
 
 
@@ -79,7 +79,7 @@ def test_a_mirror_without_its_package_is_one_line_that_says_what_to_install(
     tmp_path, monkeypatch, option, package
 ):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(KnownError, match=f"^--{option} needs .*: pip install {package}$"):
+    with pytest.raises(UserError, match=f"^--{option} needs .*: pip install {package}$"):
         Meters(tmp_path, **{option: True if option == "tensorboard" else "project"})
     assert list(tmp_path.iterdir()) == []
 

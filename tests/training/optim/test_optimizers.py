@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from personatlas.persona.distributed import Ranks
+from personatlas.persona.distributed import World
 from personatlas.training.model.config import Shape
 from personatlas.training.model.gpt import GPT
 from personatlas.training.optim.muon import Bucket, Optimizer, adam_step, muon_step, polar
@@ -89,7 +89,7 @@ def test_adam_is_that_of_torch():
 
 def trained(steps, model=None, optimizer=None, start=0):
     model = model or GPT(SHAPE).initialise(0)
-    optimizer = optimizer or Optimizer(model, Ranks())
+    optimizer = optimizer or Optimizer(model, World())
     losses = []
     for number in range(start, start + steps):
         ids = torch.randint(97, (8, 21), generator=torch.Generator().manual_seed(number % 4))
@@ -109,7 +109,7 @@ def test_both_together_learn_and_gradients_start_from_zero_after_a_step():
 def test_every_parameter_is_in_one_bucket_and_stays_the_model_s():
     model = GPT(SHAPE).initialise(0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = Optimizer(model, Ranks())
+    optimizer = Optimizer(model, World())
     names = [name for bucket in optimizer.buckets() for name in bucket.parameters]
     assert sorted(names) == sorted(before)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
@@ -119,7 +119,7 @@ def test_every_parameter_is_in_one_bucket_and_stays_the_model_s():
 
 
 def test_matrices_of_one_shape_are_stepped_at_once():
-    optimizer = Optimizer(GPT(SHAPE).initialise(0), Ranks())
+    optimizer = Optimizer(GPT(SHAPE).initialise(0), World())
     # q and o are 32 x 32, k and v 16 x 32, gate and up 48 x 32, down 32 x 48
     assert sorted(len(bucket.parameters) for bucket in optimizer.matrices) == [3, 6, 6, 6]
 
@@ -130,7 +130,7 @@ def test_a_state_that_was_saved_goes_on_as_if_it_had_not_been():
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     state = optimizer.state()
     other = GPT(SHAPE).initialise(9)
-    again = Optimizer(other, Ranks())
+    again = Optimizer(other, World())
     other.load_state_dict(weights)
     again.load(state)
     trained(3, other, again, start=3)
@@ -145,7 +145,7 @@ def test_a_state_is_shared_out_anew_over_another_number_of_ranks():
     parts = []
     for rank in range(3):
         bucket = Bucket(
-            {n: torch.nn.Parameter(p.detach().clone()) for n, p in parameters.items()}, 8, Ranks(rank, 3)
+            {n: torch.nn.Parameter(p.detach().clone()) for n, p in parameters.items()}, 8, World(rank, 3)
         )
         mine = torch.ones(3, 4, 2)
         bucket.part(state, mine)

@@ -13,7 +13,7 @@ from test_fit_page import XSS
 from training_runs import a_training_run
 
 from personatlas.cli.app import main
-from personatlas.persona.errors import KnownError
+from personatlas.persona.errors import UserError
 from personatlas.training.plan import CHIPS, critical_batch, plan_of
 from personatlas.training.report.figures import MOST, smoothed, training_figures
 from personatlas.training.report.page import spread, write_training_report
@@ -283,5 +283,5 @@ def test_a_training_run_is_no_run_of_rollouts(tmp_path, tiny_run, capsys):
             main([str(part) for part in command])
         assert words in capsys.readouterr().err
     assert (run / "run.json").read_text() == before
-    with pytest.raises(KnownError, match="not the folder of a training run"):
+    with pytest.raises(UserError, match="not the folder of a training run"):
         write_training_report(tmp_path)
