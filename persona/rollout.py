@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from personatlas.persona.artifacts import read_lines
 from personatlas.persona.errors import UserError
+from personatlas.persona.logs import read_lines
 from personatlas.persona.roles.bank import Bank, Question, Role, Trait
 from personatlas.persona.roles.traits import is_pole, poles
 

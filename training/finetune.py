@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from personatlas.persona.artifacts import append_lines, digest, read_json, write_json
+from personatlas.persona.artifacts import digest, read_json, write_json
 from personatlas.persona.distributed import World, get_world
 from personatlas.persona.errors import UserError
+from personatlas.persona.logs import append_lines
 from personatlas.persona.progress import say
 from personatlas.persona.runs import Run, is_training_run, open_run, versions
 from personatlas.training.chat.mixture import ChatData, prepare

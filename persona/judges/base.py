@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from personatlas.persona.artifacts import append_lines, read_lines
 from personatlas.persona.errors import UserError
 from personatlas.persona.judges.rules import HIGHEST, NEITHER, rule_score
+from personatlas.persona.logs import append_lines, read_lines
 from personatlas.persona.roles.bank import Bank, Role
 from personatlas.persona.roles.traits import POSITIVE, is_pole, poles
 from personatlas.persona.rollout import Rollout

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from personatlas.persona.artifacts import append_lines, read_lines
 from personatlas.persona.distributed import World
 from personatlas.persona.errors import UserError
+from personatlas.persona.logs import append_lines, read_lines
 from personatlas.persona.models.chat_template import ChatFormat
 from personatlas.persona.models.load import Model
 from personatlas.persona.pipeline.activations import (

@@ -22,9 +22,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from personatlas.persona.artifacts import append_lines, read_lines
 from personatlas.persona.axis import Axis
 from personatlas.persona.errors import UserError
+from personatlas.persona.logs import append_lines, read_lines
 from personatlas.persona.models.chat_template import ChatFormat
 from personatlas.persona.models.load import Model
 from personatlas.persona.rollout import Message, Rollout, seed_of

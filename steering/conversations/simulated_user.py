@@ -21,9 +21,9 @@ from typing import Any
 
 import httpx
 
-from personatlas.persona.artifacts import append_lines, read_lines
 from personatlas.persona.errors import UserError
 from personatlas.persona.judges.endpoint import LONGEST_WAIT, completions_url, retry_after
+from personatlas.persona.logs import append_lines, read_lines
 from personatlas.steering.conversations.runner import Spoken, Talk, User
 
 KEY_VARIABLES = ("PERSONATLAS_USER_KEY", "OPENAI_API_KEY")

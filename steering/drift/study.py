@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from personatlas.analysis.drift_alarm import baseline_of
-from personatlas.persona.artifacts import append_lines, atomic, write_json
+from personatlas.persona.artifacts import atomic, write_json
 from personatlas.persona.axis import load_axis
 from personatlas.persona.errors import UserError
+from personatlas.persona.logs import append_lines
 from personatlas.persona.models.load import Model
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.progress import progress, say

@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from personatlas.persona.artifacts import append_lines, read_lines
 from personatlas.persona.axis import Axis
 from personatlas.persona.distributed import World
 from personatlas.persona.errors import UserError
+from personatlas.persona.logs import append_lines, read_lines
 from personatlas.persona.models.chat_template import ChatFormat
 from personatlas.persona.models.load import Model
 from personatlas.persona.progress import progress

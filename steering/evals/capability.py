@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from personatlas.persona.artifacts import append_lines, read_lines
 from personatlas.persona.errors import UserError
+from personatlas.persona.logs import append_lines, read_lines
 from personatlas.persona.models.load import Model
 from personatlas.persona.progress import progress
 from personatlas.persona.rollout import Rollout

@@ -10,16 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from personatlas.persona.artifacts import (
-    append_lines,
-    atomic,
-    load_tensors,
-    read_json,
-    read_lines,
-    save_tensors,
-    write_json,
-)
+from personatlas.persona.artifacts import atomic, load_tensors, read_json, save_tensors, write_json
 from personatlas.persona.errors import UserError
+from personatlas.persona.logs import append_lines, read_lines
 
 WINDOW = 1 << 16  # what append_lines reads at a time when it looks for the last newline
 
@@ -283,7 +276,8 @@ def test_a_log_row_holding_nan_is_refused_and_writes_nothing(tmp_path):
 FULL_DISK = """
 import json, resource, signal, sys, torch
 from pathlib import Path
-from personatlas.persona.artifacts import append_lines, save_tensors, write_json
+from personatlas.persona.artifacts import save_tensors, write_json
+from personatlas.persona.logs import append_lines
 
 folder, limit = Path(sys.argv[1]), 4096
 save_tensors(folder / "thing", {"v": torch.ones(3)}, {"kind": "thing", "layers": [1]})

@@ -12,8 +12,9 @@ from test_packing import folder  # noqa: F401 (fixture)
 from test_style import said
 
 from personatlas.cli.app import main
-from personatlas.persona.artifacts import read_json, read_lines, write_json
+from personatlas.persona.artifacts import read_json, write_json
 from personatlas.persona.errors import UserError
+from personatlas.persona.logs import read_lines
 from personatlas.training.chat.plan import RELATIVE, Peaks, chat_plan, peaks_of, rows_of
 from personatlas.training.export.huggingface import export, load_exported
 from personatlas.training.finetune import parent_of

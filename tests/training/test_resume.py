@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from test_pretrain import again, asked, books, command, environment, losses, short_samples, whole  # noqa: F401 (fixtures)
 
-from personatlas.persona.artifacts import read_json, read_lines, write_json
+from personatlas.persona.artifacts import read_json, write_json
 from personatlas.persona.distributed import World
 from personatlas.persona.errors import UserError
+from personatlas.persona.logs import read_lines
 from personatlas.training.export.huggingface import load_exported
 from personatlas.training.loop import checkpoints
 from personatlas.training.loop import step as stepping

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from personatlas.persona.artifacts import append_lines, read_lines
+from personatlas.persona.logs import append_lines, read_lines
 from personatlas.persona.models.chat_template import chat_format
 from personatlas.persona.models.load import load_model
 from personatlas.persona.progress import say

@@ -38,8 +38,9 @@ from typing import Any, Protocol, runtime_checkable
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from personatlas.persona.artifacts import append_lines, atomic, read_lines
+from personatlas.persona.artifacts import atomic
 from personatlas.persona.errors import UserError
+from personatlas.persona.logs import append_lines, read_lines
 from personatlas.persona.progress import EVERY, say
 from personatlas.training.model.gpt import GPT
 

@@ -15,7 +15,7 @@ from jaxtyping import Int64
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from personatlas.persona.artifacts import append_lines, read_lines
+from personatlas.persona.logs import append_lines, read_lines
 from personatlas.training.data.token_shards import Stream
 from personatlas.training.loop.run_log import cut_after
 from personatlas.training.model.gpt import GPT

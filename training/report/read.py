@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from personatlas.persona.artifacts import read_json, read_lines
+from personatlas.persona.artifacts import read_json
 from personatlas.persona.errors import UserError
+from personatlas.persona.logs import read_lines
 from personatlas.persona.runs import MODEL, is_training_run
 
 Row = Mapping[str, Any]

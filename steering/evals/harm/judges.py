@@ -32,10 +32,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from personatlas.persona.artifacts import append_lines, read_lines
 from personatlas.persona.errors import UserError
 from personatlas.persona.judges.base import Item, Judge
 from personatlas.persona.judges.endpoint import Wording
+from personatlas.persona.logs import append_lines, read_lines
 from personatlas.persona.roles.bank import Role
 from personatlas.steering.evals.harm.refusal_rules import RULES_HASH, refusal_of
 

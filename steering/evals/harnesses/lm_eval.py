@@ -35,8 +35,9 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from personatlas.persona.artifacts import append_lines, read_lines, write_json
+from personatlas.persona.artifacts import write_json
 from personatlas.persona.errors import UserError
+from personatlas.persona.logs import append_lines, read_lines
 from personatlas.persona.models.chat_template import ChatFormat
 from personatlas.persona.models.load import Model
 from personatlas.persona.pipeline.stages import CPU_CHUNK, GPU_CHUNK

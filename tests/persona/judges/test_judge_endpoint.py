@@ -414,7 +414,7 @@ def test_the_local_judge_takes_the_likeliest_digit_whatever_the_batch(tiny):
     assert {k: v.score for k, v in together.items()} == {v.key: v.score for v in single.verdicts(some)}
     for item in some:  # the oracle: the model's own logits, one prompt at a time
         ids = judge._prompt_ids(item)
-        logits = tiny.model(torch.tensor([ids])).logits[0, -1]
+        logits = tiny.hf(torch.tensor([ids])).logits[0, -1]
         digits = [tiny.tokenizer.convert_tokens_to_ids(d) for d in "0123"]
         assert together[item.key].score == int(logits[digits].argmax())
         shares = [float(share) for share in together[item.key].reply.split()]

@@ -9,7 +9,8 @@ from test_judge_endpoint import says
 from test_susceptibility import refused
 
 from personatlas.cli.app import main
-from personatlas.persona.artifacts import read_json, read_lines
+from personatlas.persona.artifacts import read_json
+from personatlas.persona.logs import read_lines
 from personatlas.steering.evals import answers as answers_module
 from personatlas.steering.evals.answers import Said
 from personatlas.steering.evals.capability import coherence, loops

@@ -11,8 +11,8 @@ from families import save_tiny, tiny_model
 from test_steering import axis_of
 
 from personatlas.cli.app import main
-from personatlas.persona.artifacts import read_lines
 from personatlas.persona.errors import UserError
+from personatlas.persona.logs import read_lines
 from personatlas.persona.models.chat_template import chat_format
 from personatlas.persona.models.load import load_model
 from personatlas.steering.evals.harnesses.lm_eval import run_tasks

@@ -252,7 +252,7 @@ def test_what_does_not_fit_the_model_is_refused_in_one_line():
         model.hf(input_ids=torch.ones(2, 3, dtype=torch.long))
 
 
-def assign_slots(model, interventions):
+def enter(model, interventions):
     with steered(model, interventions):
         pass
 
@@ -278,9 +278,7 @@ def test_blocks_whose_weights_are_elsewhere_until_they_are_used_are_steered_alik
     for one in (decoder, spread):
         with steered(one, [cap]) as held, torch.no_grad():
             held.begin(torch.zeros(len(ROWS), dtype=torch.long))
-            found.append(
-                (one.model(input_ids=pad(ROWS, one.device), use_cache=False).logits, held.tally.fired)
-            )
+            found.append((one.hf(input_ids=pad(ROWS, one.device), use_cache=False).logits, held.tally.fired))
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
     assert found[0][1].any()

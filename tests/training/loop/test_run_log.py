@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from personatlas.persona.artifacts import read_lines
 from personatlas.persona.errors import UserError
+from personatlas.persona.logs import read_lines
 from personatlas.training.loop.run_log import Line, Meters, cut_after, read_metrics
 
 

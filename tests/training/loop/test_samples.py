@@ -6,7 +6,7 @@ import torch
 from test_gpt import lively
 from test_tokenizer import write_corpus
 
-from personatlas.persona.artifacts import read_lines
+from personatlas.persona.logs import read_lines
 from personatlas.training.data.corpus import Corpus
 from personatlas.training.data.token_shards import Stream, make_tokens
 from personatlas.training.data.tokenizer import load_tokenizer, make_tokenizer
