@@ -122,7 +122,7 @@ FIXED = (
 
 
 @dataclass(frozen=True)
-class Run:
+class RunFolder:
     """An open run folder. `rank` 0 writes the shared files; other ranks write only their own shards."""
 
     folder: Path
@@ -166,7 +166,7 @@ class Run:
 
 
 @contextmanager
-def open_run(folder: Path, *, create: bool = False, rank: int = 0) -> Iterator[Run]:
+def open_run(folder: Path, *, create: bool = False, rank: int = 0) -> Iterator[RunFolder]:
     """Lock and open a run folder. `UserError` when it is missing (without `create`) or another process holds it."""
     if not folder.exists() and not create:
         raise UserError(f"run folder {folder} does not exist")
@@ -179,7 +179,7 @@ def open_run(folder: Path, *, create: bool = False, rank: int = 0) -> Iterator[R
             f"run folder {folder} cannot be made ({error.strerror}); choose another with --out"
         ) from None
     if rank:
-        yield Run(folder, rank)
+        yield RunFolder(folder, rank)
         return
     try:
         lock = (folder / ".lock").open("w")
@@ -196,7 +196,7 @@ def open_run(folder: Path, *, create: bool = False, rank: int = 0) -> Iterator[R
             raise UserError(
                 f"{folder} is in use by another process; wait for it, or choose another folder with --out"
             ) from None
-        yield Run(folder, rank)
+        yield RunFolder(folder, rank)
 
 
 def versions() -> dict[str, str]:

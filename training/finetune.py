@@ -22,7 +22,7 @@ from personatlas.persona.distributed import World, get_world
 from personatlas.persona.errors import UserError
 from personatlas.persona.logs import append_lines
 from personatlas.persona.progress import say
-from personatlas.persona.runs import Run, is_training_run, open_run, versions
+from personatlas.persona.runs import RunFolder, is_training_run, open_run, versions
 from personatlas.training.chat.mixture import ChatData, prepare
 from personatlas.training.chat.packing import ChatEncoder
 from personatlas.training.chat.plan import EPOCHS, chat_plan, estimated_rows, peaks_of
@@ -185,7 +185,7 @@ def _plan_for(
     )
 
 
-def _train(work: FinetuneContext, run: Run) -> dict[str, Any] | None:
+def _train(work: FinetuneContext, run: RunFolder) -> dict[str, Any] | None:
     facts, known, tuning, source = _facts(work), run.manifest, work.asked.tuning, work.data.source
     require_same(work.asked.out, known.get("asked", {}), facts)
     fresh = "plan" not in known
@@ -283,7 +283,7 @@ def _loop(work: FinetuneContext, stepper: Stepper, record: Record) -> Loop:
     return Loop(asked.out, stepper, work.parent.folder, initialise, evaluate, record, facts, keep_all)
 
 
-def _finished(work: FinetuneContext, run: Run, loop: Loop) -> dict[str, Any]:
+def _finished(work: FinetuneContext, run: RunFolder, loop: Loop) -> dict[str, Any]:
     """The model folder, the result, and how it sounds."""
     rows = read_metrics(work.asked.out)
     whole = [row["sources"] for row in rows if row["kind"] == "held-out" and "sources" in row]

@@ -16,7 +16,7 @@ from personatlas.persona.artifacts import digest
 from personatlas.persona.distributed import World, get_world
 from personatlas.persona.errors import UserError
 from personatlas.persona.progress import say
-from personatlas.persona.runs import Run, open_run, versions
+from personatlas.persona.runs import RunFolder, open_run, versions
 from personatlas.training.bits_per_byte import fit_of
 from personatlas.training.data.batches import Batches, BooksSource
 from personatlas.training.data.corpus import corpus_of
@@ -150,7 +150,7 @@ def _plan(asked: BaseAsked, tokens: Tokens, device: torch.device, world: int, **
 
 
 def _train(
-    asked: BaseAsked, run: Run, tokens: Tokens, world: World, device: torch.device
+    asked: BaseAsked, run: RunFolder, tokens: Tokens, world: World, device: torch.device
 ) -> dict[str, Any] | None:
     facts, known = _facts(asked, tokens), run.manifest
     require_same(asked.out, known.get("asked", {}), facts)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from personatlas.persona.errors import UserError
-from personatlas.persona.runs import Run
+from personatlas.persona.runs import RunFolder
 from personatlas.training.loop.checkpoints import checkpoints_in
 from personatlas.training.loop.run_log import METRICS, read_metrics
 from personatlas.training.loop.trainer import Loop
@@ -26,7 +26,7 @@ def require_same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> N
         raise UserError(f"--out {folder} holds a run with {what}; give that, or another folder for a new run")
 
 
-def finish(run: Run, loop: Loop, folder: Path, more: dict[str, Any]) -> dict[str, Any]:
+def finish(run: RunFolder, loop: Loop, folder: Path, more: dict[str, Any]) -> dict[str, Any]:
     """Make RUN/model of the last checkpoint, note the result in run.json, write the report; returns the result."""
     make_model(folder)
     rows = read_metrics(folder)

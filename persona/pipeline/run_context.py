@@ -40,7 +40,7 @@ from personatlas.persona.progress import progress, say
 from personatlas.persona.roles.bank import Bank, load_bank
 from personatlas.persona.roles.traits import is_pole
 from personatlas.persona.rollout import Rollout, Selection, only_poles, with_scores, without_poles
-from personatlas.persona.runs import Run, is_training_run, open_run
+from personatlas.persona.runs import RunFolder, is_training_run, open_run
 from personatlas.persona.sampling.cuda_graph import fastest_sampler
 from personatlas.persona.sampling.sampler import Sampler, Sampling
 
@@ -51,7 +51,7 @@ GATE_WARNING = 0.25  # a share of role-play that is surely below this is said al
 class RunContext:
     """An open run with its model, bank and sampling."""
 
-    run: Run
+    run: RunFolder
     world: World
     model: Model
     chat: ChatFormat
@@ -136,7 +136,7 @@ def _require_room(work: RunContext) -> None:
 
 
 def judge_run(
-    run: Run, bank: Bank, rollouts: list[Rollout], options: JudgeOptions, world: World = World()
+    run: RunFolder, bank: Bank, rollouts: list[Rollout], options: JudgeOptions, world: World = World()
 ) -> list[Rollout]:
     """Score the rollouts (rank 0; the others wait for it) and return them with their scores. `--judge none` leaves every score None.
 
@@ -161,7 +161,7 @@ def judge_run(
     return [*of_roles, *of_traits]
 
 
-def stored_scores(run: Run) -> dict[str, int | None]:
+def stored_scores(run: RunFolder) -> dict[str, int | None]:
     """Scores of the newest judge, and traits' sides where that judge scored traits."""
     scores = read_scores(run.folder / "scores.jsonl")
     trait_judge = run.manifest.get("trait_judge")
@@ -229,7 +229,7 @@ def record_run(work: RunContext, rollouts: list[Rollout]) -> tuple[Activations, 
 
 
 def record_rollouts(
-    run: Run, model: Model, rollouts: list[Rollout], world: World
+    run: RunFolder, model: Model, rollouts: list[Rollout], world: World
 ) -> tuple[Activations, Activations | None]:
     """Two artefacts, `activations` and `trait_activations`, so that adding traits leaves the roles' as they are."""
     of_traits = [

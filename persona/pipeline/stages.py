@@ -31,7 +31,7 @@ from personatlas.persona.progress import progress
 from personatlas.persona.roles.bank import Bank
 from personatlas.persona.roles.traits import is_pole
 from personatlas.persona.rollout import Request, Rollout, Selection, read_rollouts, requests
-from personatlas.persona.runs import Run
+from personatlas.persona.runs import RunFolder
 from personatlas.persona.sampling.sampler import Answer, Prompt, Sampler
 
 CPU_CHUNK, GPU_CHUNK = 64, 16384
@@ -72,7 +72,9 @@ def plan_rollouts(
     return Plan(tuple(chunks), prompt_ids, int(bool(gate)))
 
 
-def make_rollouts(run: Run, plan: Plan, model: Model, sampler: Sampler, world: World, chunks: range) -> None:
+def make_rollouts(
+    run: RunFolder, plan: Plan, model: Model, sampler: Sampler, world: World, chunks: range
+) -> None:
     """Sample what is missing in those chunks of the plan and append it to this rank's log, answer by answer."""
     done = {rollout.key for rollout in read_rollouts(run.folder)}
     path = run.folder / ("rollouts.jsonl" if world.size == 1 else f"rollouts.{world.rank:04d}.jsonl")
@@ -92,7 +94,7 @@ def make_rollouts(run: Run, plan: Plan, model: Model, sampler: Sampler, world: W
                 advance(1, len(answer.ids) + 1)
 
 
-def merge_rollouts(run: Run, world: World) -> None:
+def merge_rollouts(run: RunFolder, world: World) -> None:
     """Put the ranks' logs into one, after all of them are done. A crash in between leaves equal lines twice: harmless."""
     world.barrier()
     shards = sorted(run.folder.glob("rollouts.*.jsonl"))
@@ -105,7 +107,7 @@ def merge_rollouts(run: Run, world: World) -> None:
     world.barrier()
 
 
-def planned(run: Run, plan_keys: Sequence[str]) -> list[Rollout]:
+def planned(run: RunFolder, plan_keys: Sequence[str]) -> list[Rollout]:
     """The plan's rollouts in the plan's order; `UserError` when some are missing."""
     found = {rollout.key: rollout for rollout in read_rollouts(run.folder)}
     missing = [key for key in plan_keys if key not in found]
@@ -125,7 +127,7 @@ def content_of(rollouts: Sequence[Rollout]) -> str:
 
 
 def make_activations(
-    run: Run, model: Model, rollouts: Sequence[Rollout], world: World, name: str = "activations"
+    run: RunFolder, model: Model, rollouts: Sequence[Rollout], world: World, name: str = "activations"
 ) -> Activations:
     """Record those rollouts (empty answers left out) and write the artefact `name`; returns at once if that is done already."""
     stem = run.folder / name

@@ -21,7 +21,7 @@ from personatlas.persona.logs import append_lines
 from personatlas.persona.models.load import Model
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.progress import progress, say
-from personatlas.persona.runs import Run, axis_stem, open_run, versions
+from personatlas.persona.runs import RunFolder, axis_stem, open_run, versions
 from personatlas.steering.arms import AS_IT_IS
 from personatlas.steering.caps import cap_names, layers_in_words
 from personatlas.steering.conversations.runner import Arm, Said, Stage, Talk, run_conversations
@@ -100,7 +100,7 @@ def _fitted_on(calm: Calm) -> frozenset[str]:
     return frozenset(one.script for one in calm.halves()[0])
 
 
-def require_engine(run: Run, model: Model, sampled: Mapping[str, Any]) -> None:
+def require_engine(run: RunFolder, model: Model, sampled: Mapping[str, Any]) -> None:
     """`UserError` for a folder of another model, engine or sampling: its answers would be another's."""
     engine = {
         "device": model.device.type,

@@ -30,7 +30,7 @@ from personatlas.persona.pipeline.run_context import local_device
 from personatlas.persona.progress import progress
 from personatlas.persona.roles.bank import Bank, load_bank
 from personatlas.persona.rollout import Rollout, spread
-from personatlas.persona.runs import Run, open_run, versions
+from personatlas.persona.runs import RunFolder, open_run, versions
 from personatlas.steering.arms import AS_IT_IS
 from personatlas.steering.caps import layers_in_words
 from personatlas.steering.evals.answers import Answers, Bench, answered, fitting
@@ -98,7 +98,7 @@ def _texts(bench: Bench, suites: Sequence[Suite]) -> list[Rollout]:
 class EvalContext:
     """All that an evaluation has in its hands."""
 
-    run: Run
+    run: RunFolder
     bench: Bench
     bank: Bank
     held: SteeredModel
@@ -150,7 +150,7 @@ def evaluate(
 
 
 def _prepared(
-    run: Run,
+    run: RunFolder,
     world: World,
     held: SteeredModel,
     bank: Bank,

@@ -13,7 +13,7 @@ from personatlas.persona.pipeline.run_context import judge_run
 from personatlas.persona.roles.bank import Bank, Question, Role, Trait
 from personatlas.persona.roles.traits import poles
 from personatlas.persona.rollout import Rollout
-from personatlas.persona.runs import Run
+from personatlas.persona.runs import RunFolder
 
 CALM = Trait("calm", ("Be calm.",), ("Be frantic.",), rubric="100 serene, 0 frantic.")
 BANK = Bank(
@@ -69,7 +69,7 @@ def test_roles_and_traits_are_judged_on_their_own_scales_into_their_own_logs(ser
         rollout("-calm", 2, "blank"),
     ]
     options = JudgeOptions(judge=endpoint.url, judge_model="m")
-    found = {r.key: r.score for r in judge_run(Run(tmp_path), BANK, made, options)}
+    found = {r.key: r.score for r in judge_run(RunFolder(tmp_path), BANK, made, options)}
     assert found == {
         "bard/0/q/0": 3, "+calm/0/q/0": 1, "+calm/0/q/1": 0, "-calm/0/q/0": 1, "-calm/0/q/1": 0, "-calm/0/q/2": None,
     }  # fmt: skip
@@ -78,7 +78,7 @@ def test_roles_and_traits_are_judged_on_their_own_scales_into_their_own_logs(ser
     rows = [json.loads(line) for line in (tmp_path / "trait_scores.jsonl").read_text().splitlines()]
     assert {row["judge"] for row in rows} == {f"endpoint:m:{TRAIT_HASH}"}
     asked = len(endpoint.bodies)
-    judge_run(Run(tmp_path), BANK, made, options)  # from the log, but for the one without a score
+    judge_run(RunFolder(tmp_path), BANK, made, options)  # from the log, but for the one without a score
     assert len(endpoint.bodies) == asked + 1
 
 
@@ -97,7 +97,7 @@ def test_a_score_of_neither_side_counts_for_neither_pole(tmp_path):
 
 def test_rules_leave_traits_unjudged(tmp_path):
     made = [rollout("bard", 0, "Hark, I sing!"), rollout("+calm", 0, "Slowly.")]
-    found = {r.key: r.score for r in judge_run(Run(tmp_path), BANK, made, JudgeOptions())}
+    found = {r.key: r.score for r in judge_run(RunFolder(tmp_path), BANK, made, JudgeOptions())}
     assert found["+calm/0/q/0"] is None
     assert found["bard/0/q/0"] is not None
     assert not (tmp_path / "trait_scores.jsonl").exists()
