@@ -1,24 +1,35 @@
 """Append-only JSONL logs that survive a crash: a kill loses at most the line that was being written.
 
-append_lines(folder / "rollouts.jsonl", [{"key": "pirate/0/q1/0", ...}])
-rows = read_lines(folder / "rollouts.jsonl")
+    append_lines(folder / "rollouts.jsonl", [{"key": "pirate/0/q1/0", ...}])
+    rows = read_lines(folder / "rollouts.jsonl")
+
+    with ResultCache(folder / "trials.jsonl", key="key") as cache:      # nothing is computed twice
+        if key not in cache:
+            cache.add([{"key": key, **measure()}])
+        cache[key]
 """
 
 import contextlib
 import json
 import os
-from collections.abc import Iterable
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, BinaryIO
 
 from personatlas.persona.errors import UserError
 
+Row = dict[str, Any]
+BATCH_ROWS, BATCH_SECONDS = 64, 0.5  # one fsync a row would hold a fast judge to a few hundred answers a second
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+
+def read_lines(path: Path) -> list[Row]:
     """All whole lines of a JSONL log; a missing file is an empty log.
 
-    A last line without its newline is one that a crash cut short: it is left out (and cut off by `append_lines`).
-    Anything else that does not parse is damage and raises `UserError` with its line number.
+    A last line without its newline is one that a crash cut short: it is left out (and cut off by
+    `append_lines`). Anything else that does not parse is damage and raises `UserError` with its line number.
     """
     if not path.exists():
         return []
@@ -28,20 +39,24 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             if not line.endswith(b"\n"):
                 break
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except ValueError as error:
                 raise UserError(f"{path}:{number} is not valid JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{path}:{number} is not a JSON object")
+            rows.append(row)
     return rows
 
 
-def append_lines(path: Path, rows: Iterable[dict[str, Any]], *, sync: bool = True) -> None:
-    """Append rows to a JSONL log, all of them or (on an error) none; a half line left by a crash is cut off first.
+def append_lines(path: Path, rows: Iterable[Row], *, sync: bool = True) -> None:
+    """Append rows to a JSONL log, all of them or (on an error) none; a half line of a crash is cut off first.
 
-    `sync` waits for the disk, which only a power cut makes necessary: a killed process loses nothing that was written.
+    `sync` waits for the disk, which only a power cut makes necessary: a killed process loses nothing that was
+    written.
     """
     content = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode()
     with path.open("a+b", buffering=0) as file:  # a buffer would be flushed again by truncate and by close
-        end = _whole_lines_end(file)
+        end = _end_of_whole_lines(file)
         file.truncate(end)
         try:
             rest = memoryview(content)
@@ -55,17 +70,113 @@ def append_lines(path: Path, rows: Iterable[dict[str, Any]], *, sync: bool = Tru
             raise
 
 
-def _whole_lines_end(file: Any) -> int:
-    size = int(file.seek(0, os.SEEK_END))
-    step = 1 << 16
-    for start in range(max(size - step, 0), -1, -step) if size else ():
-        file.seek(start)
-        found = file.read(step).rfind(b"\n")
-        if found >= 0:
-            return start + int(found) + 1
-        if start == 0:
-            break
-    if size > step:  # a single line longer than the window
-        file.seek(0)
-        return int(file.read().rfind(b"\n")) + 1
+def _end_of_whole_lines(file: BinaryIO) -> int:
+    """The offset behind the last newline, searched from the end in a window that is 64 KiB and then the file."""
+    size = file.seek(0, os.SEEK_END)
+    for window in (min(size, 1 << 16), size):
+        file.seek(size - window)
+        newline = file.read().rfind(b"\n")
+        if newline >= 0:
+            return size - window + newline + 1
     return 0
+
+
+class ResultCache:
+    """Results by key in an append-only JSONL log, so that an interrupted job goes on where it was.
+
+    Thread-safe. The last row of a key counts.
+
+    Parameters
+    ----------
+    path
+        the log, which need not exist; None keeps the rows in memory only
+    key
+        the field that identifies a row, or several fields, whose values are then a key as a tuple
+    also
+        further logs to read, such as those of other processes; nothing is written to them
+    check
+        says what is wrong with a row ("a score: ... are needed", after "is not"), None if nothing is
+    keep
+        which rows count; the others stay in the log and out of the cache
+    sync
+        whether `add` waits for the disk
+    batched
+        write 64 rows, or those of half a second, together; the context manager's exit (or `flush`) writes the rest
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        key: str | tuple[str, ...] = "id",
+        *,
+        also: Iterable[Path] = (),
+        check: Callable[[Row], str | None] | None = None,
+        keep: Callable[[Row], bool] | None = None,
+        sync: bool = True,
+        batched: bool = False,
+    ) -> None:
+        self.path, self._key, self._keep, self._sync, self._batched = path, key, keep, sync, batched
+        self._lock, self._waiting, self._written = threading.Lock(), list[Row](), time.monotonic()
+        self._rows: dict[Hashable, Row] = {}
+        self.newest: Row | None = None
+        for log in dict.fromkeys((*also, *(() if path is None else (path,)))):
+            for number, row in enumerate(read_lines(log), 1):
+                if check is not None and (problem := check(row)) is not None:
+                    raise UserError(f"{log}:{number} is not {problem}")
+                self._remember(row)
+
+    def key_of(self, row: Row) -> Hashable:
+        """The key that a row has."""
+        return row[self._key] if isinstance(self._key, str) else tuple(row[field] for field in self._key)
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._rows
+
+    def __getitem__(self, key: Hashable) -> Row:
+        return self._rows[key]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def get(self, key: Hashable) -> Row | None:
+        """The row of a key, None if there is none."""
+        return self._rows.get(key)
+
+    def rows(self) -> list[Row]:
+        """All rows that count, in order of first appearance of their keys."""
+        return list(self._rows.values())
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Append rows to the log, all of them or (on an error) none, and remember them."""
+        rows = list(rows)
+        with self._lock:
+            self._waiting += rows
+            late = time.monotonic() - self._written >= BATCH_SECONDS
+            if not self._batched or late or len(self._waiting) >= BATCH_ROWS:
+                self._write()
+            for row in rows:
+                self._remember(row)
+
+    def flush(self) -> None:
+        """Write what `batched` holds back."""
+        with self._lock:
+            self._write()
+
+    def __enter__(self) -> "ResultCache":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.flush()
+
+    def _write(self) -> None:
+        if self._waiting and self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            append_lines(self.path, self._waiting, sync=self._sync)
+        self._waiting, self._written = [], time.monotonic()
+
+    def _remember(self, row: Row) -> None:
+        if self._keep is None or self._keep(row):
+            self._rows[self.key_of(row)] = row
+            self.newest = row

@@ -10,25 +10,23 @@ judge could not decide is a `problem`, counted and asked again on the next run, 
     used, dropped = kept(rollouts, KEEP["small"], bank.default.name)
 """
 
+import contextlib
 import hashlib
 import math
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from personatlas.persona.errors import UserError
 from personatlas.persona.judges.rules import HIGHEST, NEITHER, rule_score
-from personatlas.persona.logs import append_lines, read_lines
+from personatlas.persona.logs import ResultCache, Row
 from personatlas.persona.roles.bank import Bank, Role
 from personatlas.persona.roles.traits import POSITIVE, is_pole, poles
 from personatlas.persona.rollout import Rollout
 
 SCORES = (0, 1, 2, 3)
-# Rows are forced to disk in batches: one fsync a row would hold a fast judge to a few hundred answers a second.
-BATCH_ROWS, BATCH_SECONDS = 64, 0.5
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class Judge(Protocol):
     @property
     def id(self) -> str: ...
 
-    def verdicts(self, items: Sequence[Item]) -> Iterator[Verdict]:
+    def verdicts(self, items: Sequence[Item]) -> Generator[Verdict, None, None]:
         """One verdict per item, in any order, each as soon as it is there. Raises `UserError` to stop it all."""
         ...
 
@@ -97,7 +95,7 @@ class RuleJudge:
 
     id = "rules-1"
 
-    def verdicts(self, items: Sequence[Item]) -> Iterator[Verdict]:
+    def verdicts(self, items: Sequence[Item]) -> Generator[Verdict, None, None]:
         """One verdict per item, in order; no item is a problem."""
         for item in items:
             score, why = rule_score(item.role, item.question, item.answer)
@@ -162,32 +160,30 @@ def judge_rollouts(
     `len(items_of(...))`.
     """
     items = {item.key: item for item in items_of(rollouts, bank)}
-    done = {
-        key: row["score"]
-        for key, row in _newest_rows(path, judge.id).items()
-        if row["score"] is not None and key in items and row.get("answer_sha") == items[key].sha
-    }
+    log = _score_log(path, batched=True)
+    done: dict[str, int] = {}
+    for key, item in items.items():
+        row = log.get((judge.id, key))
+        if row is not None and row["score"] is not None and row.get("answer_sha") == item.sha:
+            done[key] = row["score"]
     tally = Tally(judge.id, {item.role.name: Counter() for item in items.values()}, Counter(), len(done))
     for key, score in done.items():
         tally.by_role[items[key].role.name][score] += 1
-    log = _Log(path, judge.id)
     if done and progress is not None:
         progress(len(done))
     waiting = {key: item for key, item in items.items() if key not in done}
-    verdicts = judge.verdicts(list(waiting.values()))
-    try:
+    # a generator that is closed ends its threads here rather than at some later garbage collection
+    with log, contextlib.closing(judge.verdicts(list(waiting.values()))) as verdicts:
         for verdict in verdicts:
             item = waiting.pop(verdict.key)
-            log.add(item, verdict)
+            reply = verdict.reply.encode("utf-8", "replace").decode()  # a lone surrogate cannot be written
+            row = {"key": item.key, "judge": judge.id, "answer_sha": item.sha, "score": verdict.score}
+            log.add([{**row, "reply": reply, "problem": verdict.problem}])
             tally.by_role[item.role.name][verdict.score] += 1
             if verdict.problem is not None:
                 tally.problems[verdict.problem] += 1
             if progress is not None:
                 progress(1)
-    finally:
-        if (close := getattr(verdicts, "close", None)) is not None:
-            close()  # a generator ends its threads here rather than at some later garbage collection
-        log.flush()
     if waiting:
         raise ValueError(
             f"judge {judge.id} gave no verdict on {len(waiting)} items, {next(iter(waiting))} for one"
@@ -195,23 +191,23 @@ def judge_rollouts(
     return tally
 
 
-def read_sides(path: Path, judge_id: str | None = None) -> dict[str, int | None]:
-    """For traits' answers, from their log: 1 where the score, 0 to 100, is on the answer's own side, 0 elsewhere."""
-    rows = _newest_rows(path, judge_id)
-    scores = {key: row["score"] for key, row in rows.items()}
-    toward = {key: None if score is None else score - NEITHER for key, score in scores.items()}
-    return {
-        key: None if value is None else int(value > 0 if key[0] == POSITIVE else value < 0)
-        for key, value in toward.items()
-    }
-
-
 def read_scores(path: Path, judge_id: str | None = None) -> dict[str, int | None]:
     """Scores by rollout key from the log: of the given judge, or of the one whose row is the last in the file.
 
     None stands for an item whose last attempt was a problem. A missing log gives {}.
     """
-    return {key: row["score"] for key, row in _newest_rows(path, judge_id).items()}
+    log = _score_log(path)
+    if judge_id is None and log.newest is not None:
+        judge_id = log.newest["judge"]
+    return {row["key"]: row["score"] for row in log.rows() if row["judge"] == judge_id}
+
+
+def read_sides(path: Path, judge_id: str | None = None) -> dict[str, int | None]:
+    """For traits' answers, from their log: 1 where the score, 0 to 100, is on the answer's own side, 0 elsewhere."""
+    return {
+        key: None if score is None else int(score > NEITHER if key[0] == POSITIVE else score < NEITHER)
+        for key, score in read_scores(path, judge_id).items()
+    }
 
 
 @dataclass(frozen=True)
@@ -309,46 +305,17 @@ def role_play_share(rollouts: Sequence[Rollout]) -> Share:
     return Share(share, n, (max(low, 0.0), min(high, 1.0)))
 
 
-class _Log:
-    """Rows on their way to the score log; `flush` must be called at the end."""
+def _score_log(path: Path, *, batched: bool = False) -> ResultCache:
+    """The log's rows by judge and rollout key; `UserError` for a row that is no score."""
 
-    def __init__(self, path: Path, judge_id: str) -> None:
-        self._path, self._judge = path, judge_id
-        self._rows: list[dict[str, Any]] = []
-        self._flushed = time.monotonic()
+    def check(row: Row) -> str | None:
+        whole = {"key", "judge", "score"} <= row.keys()
+        highest = HIGHEST if whole and is_pole(str(row["key"])) else SCORES[-1]
+        if whole and row["score"] in (None, *range(highest + 1)):
+            return None
+        return f"a score: key, judge and a score of 0-{highest} or null are needed"
 
-    def add(self, item: Item, verdict: Verdict) -> None:
-        reply = verdict.reply.encode("utf-8", "replace").decode()  # a lone surrogate cannot be written
-        row = {
-            "key": item.key,
-            "judge": self._judge,
-            "answer_sha": item.sha,
-            "score": verdict.score,
-            "reply": reply,
-        }
-        self._rows.append({**row, "problem": verdict.problem})
-        if len(self._rows) >= BATCH_ROWS or time.monotonic() - self._flushed >= BATCH_SECONDS:
-            self.flush()
-
-    def flush(self) -> None:
-        if self._rows:
-            append_lines(self._path, self._rows)
-        self._rows = []
-        self._flushed = time.monotonic()
-
-
-def _newest_rows(path: Path, judge_id: str | None) -> dict[str, dict[str, Any]]:
-    """The last row of each key by one judge; None is the judge of the file's last row."""
-    rows = read_lines(path)
-    for number, row in enumerate(rows, 1):
-        known = isinstance(row, dict) and {"key", "judge", "score"} <= row.keys()
-        highest = HIGHEST if known and is_pole(str(row["key"])) else SCORES[-1]
-        if not known or row["score"] not in (None, *range(highest + 1)):
-            raise UserError(
-                f"{path}:{number} is not a score: key, judge and a score of 0-{highest} or null are needed"
-            )
-    chosen = judge_id if judge_id is not None or not rows else rows[-1]["judge"]
-    return {row["key"]: row for row in rows if row["judge"] == chosen}
+    return ResultCache(path, ("judge", "key"), check=check, batched=batched)
 
 
 def _require_enough(

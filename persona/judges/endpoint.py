@@ -15,7 +15,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,7 +91,7 @@ class EndpointJudge:
         """Model and wording of the rubric; not the address, which may change under one and the same model."""
         return f"endpoint:{self.model}:{self.wording.hash}"
 
-    def verdicts(self, items: Sequence[Item]) -> Iterator[Verdict]:
+    def verdicts(self, items: Sequence[Item]) -> Generator[Verdict, None, None]:
         """One verdict per item, as replies come. Closing the iterator, or any exception, stops new requests at once.
 
         Raises `UserError` when the endpoint refuses the key or does not know the path, when nobody has ever answered,

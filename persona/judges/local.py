@@ -9,7 +9,7 @@ said. Take an instruction-tuned model of several billion parameters, and compare
     judge = LocalJudge(load_model("path/to/a/large/model"))
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 import torch
 from jaxtyping import Float
@@ -54,7 +54,7 @@ class LocalJudge:
         """Name and weights of the model, and the wording of the rubric."""
         return f"local:{self.model.name}:{self.model.fingerprint[:8]}:{self.wording.hash}"
 
-    def verdicts(self, items: Sequence[Item]) -> Iterator[Verdict]:
+    def verdicts(self, items: Sequence[Item]) -> Generator[Verdict, None, None]:
         """One verdict per item, longest first. An item beyond the model's context is a problem, and is not cut."""
         limit = self.model.context
         pending: list[tuple[Item, list[int]]] = []

@@ -1,0 +1,90 @@
+"""Results by key in an append-only log: nothing twice, nothing lost, and other people's lines left as they are."""
+
+import json
+import threading
+
+import pytest
+
+from personatlas.persona.errors import UserError
+from personatlas.persona.logs import BATCH_ROWS, ResultCache, append_lines, read_lines
+
+
+def test_a_result_is_found_again_by_the_next_process(tmp_path):
+    path = tmp_path / "made" / "results.jsonl"
+    cache = ResultCache(path)
+    assert cache.get("a") is None and "a" not in cache
+    cache.add([{"id": "a", "value": 1}, {"id": "b", "value": 2}])
+    assert cache["a"]["value"] == 1 and len(cache) == 2
+    again = ResultCache(path)
+    assert again.rows() == cache.rows() == read_lines(path)
+
+
+def test_the_last_row_of_a_key_counts_and_the_log_keeps_both(tmp_path):
+    path = tmp_path / "results.jsonl"
+    append_lines(path, [{"id": "a", "value": 1}, {"id": "b", "value": 2}, {"id": "a", "value": 3}])
+    cache = ResultCache(path)
+    assert cache["a"]["value"] == 3 and cache.newest == {"id": "a", "value": 3}
+    assert len(read_lines(path)) == 3
+
+
+def test_several_fields_are_a_key_and_rows_can_be_left_out(tmp_path):
+    path = tmp_path / "results.jsonl"
+    cache = ResultCache(path, ("judge", "key"), keep=lambda row: row["score"] is not None)
+    cache.add([{"judge": "x", "key": "a", "score": 1}, {"judge": "y", "key": "a", "score": None}])
+    assert ("x", "a") in cache and ("y", "a") not in cache
+    assert len(read_lines(path)) == 2
+
+
+def test_logs_of_other_processes_are_read_and_never_written(tmp_path):
+    other = tmp_path / "other.jsonl"
+    append_lines(other, [{"id": "a", "value": 1}])
+    before = other.read_bytes()
+    cache = ResultCache(tmp_path / "own.jsonl", also=tmp_path.glob("o*.jsonl"))
+    cache.add([{"id": "b", "value": 2}])
+    assert "a" in cache and other.read_bytes() == before
+    assert [row["id"] for row in read_lines(tmp_path / "own.jsonl")] == ["b"]
+
+
+def test_without_a_path_rows_are_kept_in_memory_alone(tmp_path):
+    cache = ResultCache(None, "key")
+    cache.add([{"key": "a"}])
+    assert "a" in cache
+
+
+def test_batched_rows_are_written_together_and_all_of_them_at_the_end(tmp_path):
+    path = tmp_path / "results.jsonl"
+    with ResultCache(path, batched=True) as cache:
+        for number in range(BATCH_ROWS + 3):
+            cache.add([{"id": number}])
+            assert number in cache
+        assert len(read_lines(path)) >= BATCH_ROWS
+    assert [row["id"] for row in read_lines(path)] == list(range(BATCH_ROWS + 3))
+
+
+def test_an_exception_loses_no_batched_row(tmp_path):
+    path = tmp_path / "results.jsonl"
+    with pytest.raises(KeyboardInterrupt), ResultCache(path, batched=True) as cache:
+        cache.add([{"id": "a"}])
+        raise KeyboardInterrupt
+    assert [row["id"] for row in read_lines(path)] == ["a"]
+
+
+def test_threads_add_whole_rows(tmp_path):
+    path = tmp_path / "results.jsonl"
+    cache = ResultCache(path, sync=False)
+    threads = [threading.Thread(target=lambda n=n: cache.add([{"id": n}])) for n in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(row["id"] for row in read_lines(path)) == list(range(20))
+
+
+def test_a_row_that_the_check_refuses_is_named_with_its_line(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps({"id": "a", "score": 9}) + "\n")
+    with pytest.raises(UserError, match=r"results\.jsonl:1 is not a score of 0-3"):
+        ResultCache(path, check=lambda row: None if row["score"] <= 3 else "a score of 0-3")
+    path.write_text('{"id": "a"}\n3\n')
+    with pytest.raises(UserError, match=r"results\.jsonl:2 is not a JSON object"):
+        ResultCache(path)
