@@ -71,7 +71,7 @@ def resolved(name: str) -> str:
         checkpoints = checkpoint_folders(folder)
         if not checkpoints:
             raise UserError(
-                f"{name} is a training run without a checkpoint yet; `personatlas report {name}` shows where it stands"
+                f"{name} is a training run without a checkpoint yet; `personatlas run report {name}` shows where it stands"
             )
         return str(checkpoints[max(checkpoints)])
     if folder.name == CHECKPOINTS and (steps := checkpoint_folders(folder.parent)):

@@ -1,6 +1,9 @@
-"""The command line. The one place that names all verbs, by import path, so that `personatlas --help` imports none of them.
+"""The command line: every command by import path, so that `personatlas --help` imports none of them.
 
-A `UserError` is one line on stderr and exit status 2; so are a full disk and a wrong option. Any other exception is a bug and
+    personatlas axis smollm2-135m --plan demo
+    personatlas run report runs/smollm2-135m
+
+A `UserError`, a wrong option and a full disk are one line on stderr and exit status 2. Any other exception is a bug and
 keeps its traceback.
 """
 
@@ -10,78 +13,95 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from itertools import count
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, Group, Parameter
 
 from personatlas.persona.distributed import get_world
 from personatlas.persona.errors import UserError
 
-VERBS = {
-    "axis": ("personatlas.cli.axis:axis", "The Assistant Axis of a checkpoint, end to end, with a report."),
-    "emergence": (
-        "personatlas.cli.axis:emergence",
-        "Watch the axis of a training run emerge over its checkpoints.",
-    ),
-    "rollout": ("personatlas.cli.runs:rollout", "Sample answers under role prompts into a run folder."),
-    "judge": (
-        "personatlas.cli.judge:app",  # itself, and its commands fit and check
-        "Score whether a run's answers play their roles; fit and check judges of harm.",
-    ),
-    "record": ("personatlas.cli.runs:record", "Record a run's activations."),
-    "fit": ("personatlas.cli.axis:fit", "Fit axis and persona space to a run's activations."),
-    "report": ("personatlas.cli.axis:report", "Write the report.html of a fitted run or a training run."),
-    "generate": ("personatlas.cli.talk:generate", "Answer a prompt without and with a cap, side by side."),
-    "calibrate": ("personatlas.cli.calibrate:calibrate", "Find the cap that buys most for what it may cost."),
-    "susceptibility": (
-        "personatlas.cli.calibrate:susceptibility",
-        "Who a model says it is under role prompts.",
-    ),
-    "eval": ("personatlas.cli.evals:eval_", "Evaluate a model capped against uncapped."),
-    "lm-eval": ("personatlas.cli.evals:lm_eval", "The lm-eval harness's tasks, capped and uncapped."),
-    "replay": ("personatlas.cli.replay:replay", "Ask stored conversations again with a cap off and on."),
-    "inspect": ("personatlas.cli.evals:inspect", "A task of Inspect with and without a cap, compared."),
-    "serve": (
-        "personatlas.cli.talk:serve",
-        "An OpenAI-compatible server, and a page, with every conversation's persona measured.",
-    ),
-    "chat": ("personatlas.cli.talk:chat", "Talk to a model in the terminal, and see where it stands."),
-    "drift": (
-        "personatlas.cli.drift:drift",
-        "Do conversations leave the Assistant, and does a cap hold them?",
-    ),
-    "trace": ("personatlas.cli.drift:trace", "Trace stored conversations along an axis, turn by turn."),
-    "train": (
-        "personatlas.cli.train:app",
-        "Make a small model of one's own: `train tokenizer`, `train base`, `train chat`, `train evaluate`.",
-    ),
-    "plan": (
-        "personatlas.cli.plan:plan",
-        "What training a GPT of some depth takes: size, tokens, memory, hours, cost.",
-    ),
-    "export": ("personatlas.cli.train:export", "A trained model as a Hugging Face folder or a GGUF file."),
-    "roles": ("personatlas.cli.roles:roles", "List, search, show, check and export a role bank."),
-    "spans": ("personatlas.cli.runs:spans", "Show which tokens a chat template gives to whom."),
-    "show": ("personatlas.cli.runs:show", "Print any artefact or run folder as JSON."),
-    "import": (
-        "personatlas.cli.runs:import_",
-        "Turn the paper repository's files into artefacts of this project.",
-    ),
-    "self-test": ("personatlas.cli.tools:self_test", "Prove that recording and capping bind on a model."),
-}
+COMMANDS = {
+    "Map": {
+        "axis": ("axis:axis", "Compute the Assistant Axis of a checkpoint, with a report: all steps of `run`."),
+        "run": ("", "Run one step of `axis` on a run folder; write the report of a run."),
+        "run rollout": ("runs:rollout", "Sample answers under role prompts into a run folder."),
+        "run judge": ("runs:judge", "Score whether a run's answers play their roles."),
+        "run record": ("runs:record", "Record a run's mean activations."),
+        "run fit": ("axis:fit", "Fit axis and persona space to a run's activations."),
+        "run report": ("axis:report", "Write the report.html of a fitted run or of a training run."),
+        "emergence": ("axis:emergence", "Compare the axes of a training run's checkpoints."),
+    },
+    "Steer": {
+        "calibrate": ("calibrate:calibrate", "Find the strongest cap within a loss budget."),
+        "generate": ("talk:generate", "Answer a prompt without and with a cap, side by side."),
+        "chat": ("talk:chat", "Chat with a model in the terminal, with its persona measured."),
+        "serve": ("talk:serve", "Serve an OpenAI-compatible API and a web page, with personas measured."),
+    },
+    "Measure": {
+        "eval": ("evals:eval_", "Evaluate a model with and without caps."),
+        "lm-eval": ("evals:lm_eval", "Run tasks of the lm-eval harness with and without caps."),
+        "inspect": ("evals:inspect", "Run a task of Inspect with and without a cap."),
+        "susceptibility": ("calibrate:susceptibility", "Ask a model under role prompts who it is."),
+        "trace": ("drift:trace", "Trace stored conversations along an axis, turn by turn."),
+        "drift": ("drift:drift", "Measure persona drift over conversations, with and without a cap."),
+        "replay": ("replay:replay", "Ask stored conversations again with a cap off and on."),
+    },
+    "Train": {
+        "train": ("", "Train a small GPT, tune it to chat, evaluate and export it."),
+        "train plan": ("plan:plan", "Print size, memory, hours and cost of a training run; nothing is run."),
+        "train tokenizer": ("train:tokenizer", "Train a byte-level BPE tokenizer on a corpus."),
+        "train base": ("train:base", "Train a GPT on a corpus."),
+        "train chat": ("train:chat", "Tune a base model on conversations."),
+        "train eval": ("train:evaluate", "Bits per byte of a text under any model."),
+        "train export": ("train:export", "Write a trained model as a Hugging Face folder or a GGUF file."),
+    },
+    "Tools": {
+        "roles": ("roles:roles", "List, search, show, check and export a role bank."),
+        "tools": ("", "Inspect templates and artefacts, import the paper's files, test a machine."),
+        "tools spans": ("runs:spans", "Show which speaker a chat template gives each token to."),
+        "tools show": ("runs:show", "Print any artefact or run folder as JSON."),
+        "tools import": ("runs:import_", "Convert the files of the paper's repository."),
+        "tools self-test": ("tools:self_test", "Test that recording and capping bind on a model and machine."),
+        "tools harm-judge": ("", "Fit a classifier of harm to human labels; check any judge of harm."),
+        "tools harm-judge fit": ("harm_judge:fit", "Fit a classifier of harm to human labels."),
+        "tools harm-judge check": ("harm_judge:check", "Measure how well a judge of harm agrees with human labels."),
+    },
+}  # fmt: skip
+"Commands by panel of `--help`: name to (module of personatlas.cli:function, help); no function for a group of commands."
 
-app = App(
-    name="personatlas",
-    help="Map, watch and hold the persona of a language model.",
-    help_epilogue="`personatlas VERB --help` explains a verb. A first run: `personatlas axis smollm2-135m --plan demo`.",
-    version_flags=["--version"],
-    result_action="return_value",
-    suppress_keyboard_interrupt=False,  # `main` says that the work goes on from there
-)
-for name, (path, text) in VERBS.items():
-    app.command(path, name=name, help=text)
 
-HEARD = 2.0  # seconds
-FULL = {
+def _build() -> App:
+    root = App(
+        name="personatlas",
+        help="Map, monitor and hold the persona of a language model.",
+        help_epilogue="`personatlas COMMAND --help` explains a command. "
+        "A first run: `personatlas axis smollm2-135m --plan demo`.",
+        version_flags=["--version"],
+        default_parameter=Parameter(negative=()),  # no --no-json, no --empty-cap
+        group_commands=Group("Options", sort_key=len(COMMANDS) * 100),
+        result_action="return_value",
+        suppress_keyboard_interrupt=False,  # `main` says that the same command resumes
+    )
+    apps = {"": root}
+    order = count()
+    for panel, commands in COMMANDS.items():
+        group = Group(panel, sort_key=next(order))
+        for full_name, (path, text) in commands.items():
+            parent, _, name = full_name.rpartition(" ")
+            options = {"help": text, "group": None if parent else group, "sort_key": next(order)}
+            if path:
+                apps[parent].command(f"personatlas.cli.{path}", name=name, **options)
+            else:
+                apps[full_name] = App(name, help_epilogue="", **options)
+                apps[parent].command(apps[full_name])
+    root.register_install_completion_command(help="Install shell completion and exit.")
+    return root
+
+
+app = _build()
+
+OTHERS_FIRST = 2.0  # seconds that other processes wait for the first one's message
+DISK_FULL = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "a file grew too large",
@@ -89,34 +109,33 @@ FULL = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one verb and exit with its status."""
+    """Runs one command and exits with its status."""
     try:
         app(arguments, exit_on_error=False, print_error=False)
         sys.stdout.flush()
     except UserError as error:
         _fail(str(error))
     except CycloptsError as error:
-        _fail(f"{' '.join(str(error).split())} (see `personatlas --help`)")
-    except BrokenPipeError:  # `personatlas show RUN | head`: whoever reads has had enough
+        command = " ".join(["personatlas", *(error.command_chain or ())])
+        _fail(f"{' '.join(str(error).split())} (see `{command} --help`)")
+    except BrokenPipeError:  # `personatlas tools show RUN | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno not in DISK_FULL:
             raise
-        where = f" ({error.filename})" if error.filename else ""
+        file = f" ({error.filename})" if error.filename else ""
         _fail(
-            f"{FULL[error.errno]}{where}; what was finished is kept: make room and run the same command again"
+            f"{DISK_FULL[error.errno]}{file}; finished work is kept: make room and run the same command again"
         )
     except KeyboardInterrupt:
-        print("personatlas: stopped; the same command goes on from here", file=sys.stderr)  # noqa: T201
+        print("personatlas: stopped; the same command resumes", file=sys.stderr)  # noqa: T201
         sys.exit(130)
 
 
 def _fail(text: str) -> None:
-    if (
-        get_world().rank
-    ):  # torchrun ends all processes once the first has failed: what each of them would say is said once
-        time.sleep(HEARD)
+    if get_world().rank:  # torchrun ends all processes once the first has failed: only its message is printed
+        time.sleep(OTHERS_FIRST)
     print(f"personatlas: {text}", file=sys.stderr)  # noqa: T201
     sys.exit(2)
 

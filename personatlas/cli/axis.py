@@ -115,7 +115,7 @@ def report(run: Path, /) -> None:
         found = read_json(run / "fit.json")
         if found["asked"].get("version") != FIT_VERSION:
             raise UserError(
-                f"{run} was fitted by another version of personatlas; run `personatlas fit {run}`"
+                f"{run} was fitted by another version of personatlas; run `personatlas run fit {run}`"
             )
         say(f"report: {_report(run, found, again=True)}")
 
@@ -158,7 +158,7 @@ def _recorded_rollouts(folder: Path, activations: Any) -> Any:
     rollouts = with_scores([r for r in found if r.key in recorded or r.is_empty], recorded)
     if content_of([rollout for rollout in rollouts if not rollout.is_empty]) != activations.content:
         raise UserError(
-            f"{folder}: rollouts changed after they were recorded; run `personatlas record {folder}` again"
+            f"{folder}: rollouts changed after they were recorded; run `personatlas run record {folder}` again"
         )
     return rollouts
 

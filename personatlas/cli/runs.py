@@ -89,7 +89,7 @@ def judge(run: Path, /, *, who: JudgeOptions = JudgeOptions(), bank: Path | None
         _require_bank(folder.manifest, chosen, run)
         rollouts = read_rollouts(run)
         if not rollouts:
-            raise UserError(f"{run} has no rollouts; make them first with `personatlas rollout`")
+            raise UserError(f"{run} has no rollouts; make them first with `personatlas run rollout`")
         scored = without_poles(judge_run(folder, chosen, rollouts, who))
         counts = {score: sum(r.score == score for r in scored) for score in (0, 1, 2, 3, None)}
         say_result(", ".join(f"{'unjudged' if score is None else score}: {n}" for score, n in counts.items()))
@@ -116,7 +116,7 @@ def record(run: Path, /, *, how: ModelOptions = ModelOptions()) -> None:
         asked = folder.manifest.get("asked", {})
         if "model_name" not in asked:
             raise UserError(
-                f"{run} has no run.json with rollouts; make them first with `personatlas rollout`"
+                f"{run} has no run.json with rollouts; make them first with `personatlas run rollout`"
             )
         how = replace(how, dtype=how.dtype or asked["dtype"])
         model = load_model(

@@ -1,19 +1,9 @@
-"""The verb `train` and its commands. What they do is imported when one of them runs.
-
-The verb `train base`: a corpus in, a model folder out.
-
-The verb `train chat`: a base model and conversations in, a model that chats out.
-
-The verb `train evaluate`: bits per byte of texts under any model.
-
-The verb export: a trained model as a Hugging Face folder, as one GGUF file, or both.
-"""
+"""The commands `train base`, `chat`, `eval`, `tokenizer` and `export`; `plan` is in plan.py."""
 
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-import cyclopts
 from rich.table import Table
 
 from personatlas.cli.runs import ModelName, print_json, say_result
@@ -45,7 +35,7 @@ def base(
 ) -> None:
     """Train a GPT of some depth on a corpus; the same command goes on where it was stopped.
 
-    Everything but the depth is derived: `personatlas plan --depth N` says what. Under torchrun every process has a GPU.
+    Everything but the depth is derived: `personatlas train plan --depth N` says what. Under torchrun every process has a GPU.
 
     Parameters
     ----------
@@ -239,15 +229,6 @@ def _texts(path: Path, column: str, most: int) -> list[str]:
     return kept
 
 
-app = cyclopts.App(
-    name="train", help="Make a model: its tokenizer from a corpus, the base model, the chat model."
-)
-app.command(base)
-app.command(chat)
-app.command(evaluate)
-
-
-@app.command
 def tokenizer(
     *,
     corpus: Path,

@@ -83,7 +83,7 @@ class EvalOptions:
     margin: float = 0.05
     "a change within this much of zero is no loss"
     judge: str = "rules"
-    "rules, a file of `personatlas judge fit`, local:MODEL, or the URL of an OpenAI-compatible endpoint: who says what is harmful"
+    "rules, a file of `personatlas tools harm-judge fit`, local:MODEL, or the URL of an OpenAI-compatible endpoint: who says what is harmful"
     judge_model: str | None = None
     "the model to ask for at that URL"
     rubric: str = "yes-no"

@@ -66,7 +66,7 @@ def verdicts(
 
 
 def _in_role(suite: Suite, answers: Answers, bank: Bank) -> dict[tuple[str, str, int], float | None]:
-    """Whether answers show the role that their case gave them, by the rules of `personatlas judge`."""
+    """Whether answers show the role that their case gave them, by the rules of `personatlas run judge`."""
     cases: dict[str, Case] = {case.key: case for case in suite.cases}
     items: Sequence[Item] = [
         Item(

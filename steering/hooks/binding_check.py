@@ -6,7 +6,7 @@ the steering has ended.
 
     require_binding(model, [cap])      # raises UserError and says what is off
 
-Long, for `personatlas self-test --axis`: besides, with floors that fire on half of the probe's tokens, no projection lies
+Long, for `personatlas tools self-test --axis`: besides, with floors that fire on half of the probe's tokens, no projection lies
 below its floor afterwards, the engine's account is that of the reference, a floor of -infinity gives the answer of a row that
 is left alone (set in place, so that a captured step is shown to notice it), a floor above everything fires on every token,
 and capping twice is capping once.

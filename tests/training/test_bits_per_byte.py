@@ -60,7 +60,7 @@ def test_the_verb_reads_a_folder_and_says_what_it_read(exported, tmp_path, capsy
     main(
         [
             "train",
-            "evaluate",
+            "eval",
             str(exported[1] / "model"),
             "--text",
             str(tmp_path),
@@ -89,6 +89,6 @@ def test_what_cannot_be_read_is_one_line(exported, tmp_path, capsys, options, sa
     (tmp_path / "blank.txt").write_text(" \n")
     names = {"EMPTY": str(tmp_path / "empty"), "BLANK": str(tmp_path / "blank.txt")}
     with pytest.raises(SystemExit) as ended:
-        main(["train", "evaluate", str(exported[1] / "model"), *(names.get(one, one) for one in options)])
+        main(["train", "eval", str(exported[1] / "model"), *(names.get(one, one) for one in options)])
     assert ended.value.code == 2
     assert said in capsys.readouterr().err

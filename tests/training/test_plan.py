@@ -177,7 +177,7 @@ def test_what_makes_no_run_is_refused(how, message):
 
 
 def test_the_verb_prints_what_a_run_takes(capsys):
-    main(["plan", "--depth", "12", "--minutes", "3", "--gpu", "h200"])
+    main(["train", "plan", "--depth", "12", "--minutes", "3", "--gpu", "h200"])
     told = " ".join(capsys.readouterr().out.split())
     assert "128.2 M: matrices 77.9, embedding 25.2, head 25.2" in told
     assert "(what 3 minutes hold)" in told
@@ -185,12 +185,12 @@ def test_the_verb_prints_what_a_run_takes(capsys):
 
 
 def test_the_verb_says_what_does_not_fit(capsys):
-    main(["plan", "--depth", "40", "--gpu", "4090"])
+    main(["train", "plan", "--depth", "40", "--gpu", "4090"])
     assert "does not fit: one sequence needs" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_verb_prints_json_and_takes_a_price(capsys):
-    main(["plan", "--depth", "4", "--tokens", "10000000", "--price", "36", "--json"])
+    main(["train", "plan", "--depth", "4", "--tokens", "10000000", "--price", "36", "--json"])
     told = json.loads(capsys.readouterr().out)
     assert told["shape"]["width"] == 256
     assert told["cost"] == pytest.approx(told["seconds"] / 100)
@@ -201,7 +201,7 @@ def test_the_verb_prints_json_and_takes_a_price(capsys):
 @pytest.mark.parametrize(("option", "value"), [("--gpu", "tpu"), ("--price", "-1"), ("--price", "inf")])
 def test_the_verb_refuses_what_it_does_not_know(option, value, capsys):
     with pytest.raises(SystemExit) as stopped:
-        main(["plan", "--depth", "4", option, value])
+        main(["train", "plan", "--depth", "4", option, value])
     assert stopped.value.code == 2
     assert option in capsys.readouterr().err
 
@@ -209,15 +209,15 @@ def test_the_verb_refuses_what_it_does_not_know(option, value, capsys):
 def test_the_verb_says_how_far_a_corpus_goes(tmp_path, capsys):
     for number in range(8):
         (tmp_path / f"{number}.txt").write_text(f"{number} All the world is a stage.\n" * 4000)
-    main(["plan", "--depth", "4", "--tokens", "1000000", "--corpus", str(tmp_path)])
+    main(["train", "plan", "--depth", "4", "--tokens", "1000000", "--corpus", str(tmp_path)])
     told = " ".join(capsys.readouterr().out.split())
     assert "896,000 bytes, about 208,372 tokens: the corpus is too small: it is read 4.8 times" in told
-    main(["plan", "--depth", "4", "--tokens", "100000", "--corpus", str(tmp_path), "--json"])
+    main(["train", "plan", "--depth", "4", "--tokens", "100000", "--corpus", str(tmp_path), "--json"])
     assert json.loads(capsys.readouterr().out)["corpus"] == {"bytes": 896_000, "tokens": 208_372}
 
 
 def test_the_verb_refuses_a_corpus_without_text(tmp_path, capsys):
     (tmp_path / "blank.txt").write_text(" \n" * 9)
     with pytest.raises(SystemExit):
-        main(["plan", "--depth", "4", "--corpus", str(tmp_path)])
+        main(["train", "plan", "--depth", "4", "--corpus", str(tmp_path)])
     assert "no text to train on" in capsys.readouterr().err

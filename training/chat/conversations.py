@@ -390,6 +390,6 @@ def _without_scores(rollouts: list[Rollout], scores: dict[str, int | None], fold
     if len(left) > 1:
         raise UserError(
             f"--score needs scores, and {len(left)} roles of {folder} have none ({', '.join(left[:3])}); "
-            f"judge them first: personatlas judge {folder}"
+            f"judge them first: personatlas run judge {folder}"
         )
     return left[0] if left else ""

@@ -309,7 +309,7 @@ def harm_judge(
 
         return ClassifierHarmJudge(load(stem))
     raise UserError(
-        f"judge {text!r} is not rules, a http(s) URL, local:MODEL or the file of a classifier made with `personatlas judge fit`"
+        f"judge {text!r} is not rules, a http(s) URL, local:MODEL or the file of a classifier made with `personatlas tools harm-judge fit`"
     )
 
 

@@ -62,7 +62,7 @@ def a_role(name: str, place: float, *, positive: bool, bare: bool, n_components:
 def a_fit(
     names: tuple[str, ...] = NAMES, positive: str = "default", *, bare: bool = False, n_components: int = 3
 ) -> dict[str, Any]:
-    """A fit as `personatlas fit` writes it; `bare` is one whose layers kept no rollout means."""
+    """A fit as `personatlas run fit` writes it; `bare` is one whose layers kept no rollout means."""
     ordered = [*(name for name in names if name != positive), positive]
     roles = [
         a_role(name, i - 4.0, positive=name == positive, bare=bare, n_components=n_components)

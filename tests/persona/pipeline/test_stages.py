@@ -261,7 +261,7 @@ def test_a_second_process_on_a_run_folder_is_refused(place, capsys):
     with (place / "reference" / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         refused(capsys, axis(place, "reference"), "in use by another process", "--out")
-        refused(capsys, ["fit", str(place / "reference")], "in use by another process")
+        refused(capsys, ["run", "fit", str(place / "reference")], "in use by another process")
     assert snapshot(place / "reference") == before
 
 
@@ -269,13 +269,16 @@ def test_a_run_of_another_model_in_the_same_place_is_refused_and_left_as_it_is(p
     """The folder's name is the same: only the weights tell."""
     model, run = save_tiny(tmp_path / "tiny"), tmp_path / "run"
     options = ["--bank", str(place / "bank"), "--out", str(run), "--device", "cpu", "--dtype", "float32"]
-    main(["rollout", str(model), *options, "--max-new-tokens", "4"])
+    main(["run", "rollout", str(model), *options, "--max-new-tokens", "4"])
     before = snapshot(run)
     save_tiny(model, seed=1)
     refused(
-        capsys, ["rollout", str(model), *options, "--max-new-tokens", "4"], "is a run with model", "--out"
+        capsys,
+        ["run", "rollout", str(model), *options, "--max-new-tokens", "4"],
+        "is a run with model",
+        "--out",
     )
-    refused(capsys, ["record", str(run), "--device", "cpu"], "is a run with model")
+    refused(capsys, ["run", "record", str(run), "--device", "cpu"], "is a run with model")
     assert snapshot(run) == before
 
 
@@ -338,7 +341,7 @@ def test_a_second_call_on_a_finished_run_makes_nothing_again(place, monkeypatch,
 def test_a_larger_selection_in_the_same_folder_keeps_what_is_there(place):
     run = place / "grown"
     arguments = axis(place, "grown")
-    arguments[0] = "rollout"
+    arguments[0:1] = ["run", "rollout"]
     for name in ("--judge", "--keep", "--replicates"):
         del arguments[arguments.index(name) : arguments.index(name) + 2]
     main([*arguments, "--roles", "nun,crow,judge", "--questions", "1"])
@@ -380,7 +383,7 @@ def test_other_traits_in_the_same_folder_are_refused(place, capsys):
 def test_answers_of_white_space_alone_are_neither_recorded_nor_fitted(place, capsys):
     """They had tokens, so they were recorded, and the fit refused sums that held more than was kept."""
     arguments = axis(place, "blank")
-    main(["rollout", *arguments[1 : arguments.index("--judge")]])
+    main(["run", "rollout", *arguments[1 : arguments.index("--judge")]])
     path = place / "blank" / "rollouts.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for role in ("default", "crow"):

@@ -290,15 +290,17 @@ def test_a_classifier_is_fitted_and_checked_from_the_command_line(tmp_path, caps
     monkeypatch.setenv("COLUMNS", "160")
     train, test = labelled(tmp_path / "train.csv", 120), labelled(tmp_path / "test.csv", 60, seed=5)
     assert "120 answers (120 distinct, 60 harmful)" in printed(
-        capsys, "judge", "fit", train, "--out", tmp_path / "new" / "it.json"
+        capsys, "tools", "harm-judge", "fit", train, "--out", tmp_path / "new" / "it.json"
     )
-    found = json.loads(printed(capsys, "judge", "check", test, "--judge", tmp_path / "new" / "it", "--json"))
+    found = json.loads(
+        printed(capsys, "tools", "harm-judge", "check", test, "--judge", tmp_path / "new" / "it", "--json")
+    )
     assert found["all"]["auc"]["value"] > 0.9
     assert (found["seen"], found["unscored"], found["labels"]["file"]) == (0, {}, "test.csv")
-    table = printed(capsys, "judge", "check", train, "--judge", tmp_path / "new" / "it.json")
+    table = printed(capsys, "tools", "harm-judge", "check", train, "--judge", tmp_path / "new" / "it.json")
     assert "without the 120 it was fitted to" in table
     assert "Cohen's kappa" in table
-    rules = json.loads(printed(capsys, "judge", "check", test, "--judge", "rules", "--json"))
+    rules = json.loads(printed(capsys, "tools", "harm-judge", "check", test, "--judge", "rules", "--json"))
     assert (rules["all"]["n"], rules["all"]["recall"]["value"]) == (60, 1)
     for arguments, said in (
         (["check", test, "--judge", "nonsense"], "is not rules"),
@@ -306,7 +308,7 @@ def test_a_classifier_is_fitted_and_checked_from_the_command_line(tmp_path, caps
         (["fit", train, "--out", tmp_path], "is a folder"),
     ):
         with pytest.raises(SystemExit) as stopped:
-            main(["judge", *map(str, arguments)])
+            main(["tools", "harm-judge", *map(str, arguments)])
         assert stopped.value.code == 2
         assert said in capsys.readouterr().err
 
@@ -319,7 +321,8 @@ def test_an_endpoint_is_checked_and_asked_about_no_answer_twice(tmp_path, capsys
         lambda _, q: says("hm" if q == "question 3?" else str(int(q.split()[1].rstrip("?")) % 2))
     )
     command = [
-        "judge",
+        "tools",
+        "harm-judge",
         "check",
         path,
         "--judge",

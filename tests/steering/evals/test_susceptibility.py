@@ -121,6 +121,7 @@ def test_shares_and_differences_count_roles_as_clusters():
 
 def test_the_self_test_caps_with_the_engine_and_fails_aloud(tiny_run, capsys, monkeypatch):
     argv = [
+        "tools",
         "self-test",
         str(tiny_run / "tiny"),
         "--axis",
@@ -209,7 +210,7 @@ def test_the_papers_own_caps_are_used_by_name_once_they_lie_beside_the_axis(tiny
         {"vectors": vectors, "experiments": [{"id": "layers_0:2-p0.25", "interventions": steps}]},
         tmp_path / "c.pt",
     )
-    main(["import", "caps", str(tmp_path / "c.pt"), "--out", str(tmp_path / "caps")])
+    main(["tools", "import", "caps", str(tmp_path / "c.pt"), "--out", str(tmp_path / "caps")])
     argv = [
         "generate",
         str(tiny_run / "tiny"),

@@ -230,7 +230,7 @@ def test_a_least_score_drops_what_is_below_it_but_never_the_default(tmp_path):
 
 def test_a_score_without_scores_is_refused(tmp_path):
     run = write_run(tmp_path / "run", map(rollout, ["default/0/q1/0", "pirate/0/q1/0"]))
-    with pytest.raises(UserError, match="judge them first: personatlas judge"):
+    with pytest.raises(UserError, match="judge them first: personatlas run judge"):
         conversations_of_run(run, Faults(), Wanted(score=1))
 
 

@@ -167,7 +167,7 @@ def test_a_path_stays_as_it_is_and_asks_nobody(hub, tmp_path):
 
 
 def test_the_verbs_take_data_sets(hub, tmp_path, capsys):
-    main(["plan", "--depth", "2", "--corpus", f"hub:{NAME}", "--tokens", "1000000"])
+    main(["train", "plan", "--depth", "2", "--corpus", f"hub:{NAME}", "--tokens", "1000000"])
     assert "bytes, about" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["train", "tokenizer", "--corpus", "hub:nobody/nothing", "--out", str(tmp_path / "tokenizer")])

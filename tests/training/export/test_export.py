@@ -84,7 +84,7 @@ def test_a_tokenizer_trained_here_goes_along_with_its_template_and_ends(tmp_path
     assert format.prompt_ids([{"role": "user", "content": "Who?"}])[
         0
     ] == model.tokenizer.convert_tokens_to_ids(BOS)
-    main(["self-test", str(tmp_path / "model"), "--device", "cpu", "--dtype", "float32", "--json"])
+    main(["tools", "self-test", str(tmp_path / "model"), "--device", "cpu", "--dtype", "float32", "--json"])
     assert all(check["passed"] for check in json.loads(capsys.readouterr().out))
 
 
@@ -112,7 +112,9 @@ def test_it_is_a_subject_whose_blocks_are_ours(exported):
 
 
 def test_the_self_test_passes_on_it(exported, capsys):
-    main(["self-test", str(exported[1] / "model"), "--device", "cpu", "--dtype", "float32", "--json"])
+    main(
+        ["tools", "self-test", str(exported[1] / "model"), "--device", "cpu", "--dtype", "float32", "--json"]
+    )
     assert all(check["passed"] for check in json.loads(capsys.readouterr().out))
 
 

@@ -1,4 +1,4 @@
-"""`personatlas export`: what comes out is the model of the run."""
+"""`personatlas train export`: what comes out is the model of the run."""
 
 import json
 import shutil
@@ -33,6 +33,7 @@ def run(tmp_path_factory):
 def test_a_run_becomes_a_folder_and_a_file_of_its_newest_checkpoint(run, tmp_path, capsys):
     main(
         [
+            "train",
             "export",
             str(run),
             "--out",
@@ -53,7 +54,7 @@ def test_a_run_becomes_a_folder_and_a_file_of_its_newest_checkpoint(run, tmp_pat
 
 
 def test_bf16_unless_asked_otherwise_and_it_is_the_rounded_model(run, tmp_path):
-    main(["export", str(run / "checkpoints" / "step-000008"), "--out", str(tmp_path / "half")])
+    main(["train", "export", str(run / "checkpoints" / "step-000008"), "--out", str(tmp_path / "half")])
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto")
     assert theirs.dtype == torch.bfloat16
     first = load_exported(run / "checkpoints" / "step-000008")
@@ -88,7 +89,7 @@ def test_what_cannot_be_exported_is_one_line_and_nothing_is_made(
         for file, text in files.items():
             (tmp_path / name / file).write_text(text)
     with pytest.raises(SystemExit) as stopped:
-        main(["export", *(str(run) if part == "RUN" else part for part in arguments)])
+        main(["train", "export", *(str(run) if part == "RUN" else part for part in arguments)])
     assert stopped.value.code == 2
     told = capsys.readouterr().err
     assert words in told

@@ -262,7 +262,7 @@ def test_the_verb_report_writes_it_also_while_the_run_holds_its_lock(tmp_path, c
     run = a_training_run(tmp_path / "mine", done=0.1)
     with (run / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        main(["report", str(run)])
+        main(["run", "report", str(run)])
     assert f"report: {run / 'report.html'}" in capsys.readouterr().err
     assert "training report" in (run / "report.html").read_text(encoding="utf-8")
 
@@ -271,9 +271,9 @@ def test_a_training_run_is_no_run_of_rollouts(tmp_path, tiny_run, capsys):
     run = a_training_run(tmp_path / "mine", done=0.1)
     before = (run / "run.json").read_text()
     for command, words in (
-        (["record", run], "no run.json with rollouts"),
-        (["fit", run], "activations"),
-        (["judge", run], "no rollouts"),
+        (["run", "record", run], "no run.json with rollouts"),
+        (["run", "fit", run], "activations"),
+        (["run", "judge", run], "no rollouts"),
         (
             ["axis", tiny_run / "tiny", "--out", run, "--device", "cpu", "--plan", "demo"],
             "is a training run, whose own",

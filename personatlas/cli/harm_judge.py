@@ -1,9 +1,7 @@
-"""The verb `judge`: of role play in a run, and, as `judge fit` and `judge check`, of harm against people's labels.
+"""`tools harm-judge fit` and `check`: a classifier of harm, and how judges of harm agree with human labels.
 
-    personatlas judge fit labels.csv --out harm
-    personatlas judge check others.csv --judge harm.json
-
-`judge RUN` is `personatlas.cli.runs.judge`, unchanged; a run folder that is called fit or check is written ./fit.
+personatlas tools harm-judge fit labels.csv --out harm
+personatlas tools harm-judge check others.csv --judge harm.json
 """
 
 from collections.abc import Sequence
@@ -14,7 +12,7 @@ from typing import TYPE_CHECKING
 import cyclopts
 from rich.table import Table
 
-from personatlas.cli.runs import judge, print_json, say_result
+from personatlas.cli.runs import print_json, say_result
 from personatlas.persona.errors import UserError
 from personatlas.persona.progress import console, progress, say
 
@@ -22,11 +20,6 @@ if TYPE_CHECKING:
     from personatlas.steering.evals.harm.agreement import Agreement, Figure, Labelled
     from personatlas.steering.evals.harm.classifier import Check, Classifier
     from personatlas.steering.evals.harm.judges import HarmJudge, Judged
-
-app = cyclopts.App(
-    name="judge", help="Score whether a run's answers play their roles; fit and check judges of harm."
-)
-app.default(judge)
 
 
 @cyclopts.Parameter(name="*")
@@ -66,7 +59,6 @@ FIGURES = {
 }
 
 
-@app.command
 def fit(labels: Path, /, *, out: Path, columns: LabelOptions = LabelOptions(), json: bool = False) -> None:
     """Fit a classifier of harm to people's labels.
 
@@ -96,7 +88,6 @@ def fit(labels: Path, /, *, out: Path, columns: LabelOptions = LabelOptions(), j
         _say_fitted(fitted, stem)
 
 
-@app.command
 def check(
     labels: Path,
     /,
