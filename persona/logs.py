@@ -1,12 +1,12 @@
 """Append-only JSONL logs that survive a crash: a kill loses at most the line that was being written.
 
-    append_lines(folder / "rollouts.jsonl", [{"key": "pirate/0/q1/0", ...}])
-    rows = read_lines(folder / "rollouts.jsonl")
+append_lines(folder / "rollouts.jsonl", [{"key": "pirate/0/q1/0", ...}])
+rows = read_lines(folder / "rollouts.jsonl")
 
-    with ResultCache(folder / "trials.jsonl", key="key") as cache:      # nothing is computed twice
-        if key not in cache:
-            cache.add([{"key": key, **measure()}])
-        cache[key]
+with ResultCache(folder / "trials.jsonl", key="key") as cache:      # nothing is computed twice
+    if key not in cache:
+        cache.add([{"key": key, **measure()}])
+    cache[key]
 """
 
 import contextlib
@@ -22,7 +22,10 @@ from typing import Any, BinaryIO
 from personatlas.persona.errors import UserError
 
 Row = dict[str, Any]
-BATCH_ROWS, BATCH_SECONDS = 64, 0.5  # one fsync a row would hold a fast judge to a few hundred answers a second
+BATCH_ROWS, BATCH_SECONDS = (
+    64,
+    0.5,
+)  # one fsync a row would hold a fast judge to a few hundred answers a second
 
 
 def read_lines(path: Path) -> list[Row]:
