@@ -16,9 +16,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
 JsonObject = dict[str, Any]  # what json.loads gives for an object
+Record = TypeVar("Record", bound="JsonRecord")
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class JsonRecord:
         }
 
     @classmethod
-    def from_json(cls, row: Mapping[str, object]) -> Self:
+    def from_json(cls: type[Record], row: Mapping[str, Any]) -> Record:
         """The record that `to_json` wrote. Keys that are no fields are ignored; raises KeyError for a missing one."""
         hints = get_type_hints(cls)
         for field in fields(cls):
@@ -68,7 +69,8 @@ def _read(hint: Any, value: Any) -> Any:
         inner = [argument for argument in arguments if argument is not NoneType]
         return _read(inner[0], value) if len(inner) == 1 else value
     if origin in (tuple, list, Sequence):
-        inner = arguments[:1] * len(value) if origin is not tuple or arguments[-1] is ... else arguments
+        is_uniform = origin is not tuple or arguments[-1] is ...
+        inner = [arguments[0]] * len(value) if is_uniform else list(arguments)
         items = [_read(item_hint, item) for item_hint, item in zip(inner, value, strict=True)]
         return items if origin is list else tuple(items)
     if origin in (dict, Mapping):
