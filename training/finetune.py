@@ -2,7 +2,7 @@
 
     train_chat(ChatAsked(Path("runs/books"), Path("runs/talks"), Chats(data=("chats.jsonl", "runs/smollm2-135m"))))
 
-    RUN/run.json  tokenizer/  metrics.jsonl  samples.jsonl  checkpoints/step-*/  model/  style.json  answers.jsonl  report.html
+    RUN/run.json  tokenizer/  metrics.jsonl  samples.jsonl  checkpoints/step-*/  model/  report.html
 
 The loop is the base model's (`training/loop.py`); its rows come from `training/packing.py`, its plan from `training/chat_plan.py`.
 
@@ -17,16 +17,15 @@ from typing import Any
 
 import torch
 
-from personatlas.persona.artifacts import digest, read_json, write_json
+from personatlas.persona.artifacts import digest, read_json
 from personatlas.persona.distributed import World, get_world
 from personatlas.persona.errors import UserError
-from personatlas.persona.logs import append_lines
 from personatlas.persona.progress import say
 from personatlas.persona.runs import RunFolder, is_training_run, open_run, versions
 from personatlas.training.chat.mixture import ChatData, prepare
 from personatlas.training.chat.packing import ChatEncoder
 from personatlas.training.chat.plan import EPOCHS, chat_plan, estimated_rows, peaks_of
-from personatlas.training.chat.samples import Replies, style_of
+from personatlas.training.chat.samples import Replies
 from personatlas.training.export.huggingface import TOKENIZER_FILES, shape_of
 from personatlas.training.loop.checkpoints import Checkpoint, checkpoints_in, load_weights
 from personatlas.training.loop.distributed import join
@@ -37,7 +36,6 @@ from personatlas.training.model.config import Shape
 from personatlas.training.model.gpt import GPT
 from personatlas.training.options import ChatAsked
 from personatlas.training.plan import Plan, chip_of
-from personatlas.training.report.page import write_training_report
 from personatlas.training.run import finish, require_same
 
 WEIGHTS = "model.safetensors"
@@ -284,7 +282,7 @@ def _loop(work: FinetuneContext, stepper: Stepper, record: Record) -> Loop:
 
 
 def _finished(work: FinetuneContext, run: RunFolder, loop: Loop) -> dict[str, Any]:
-    """The model folder, the result, and how it sounds."""
+    """The model folder and the result."""
     rows = read_metrics(work.asked.out)
     whole = [row["sources"] for row in rows if row["kind"] == "held-out" and "sources" in row]
     if advice := _by_heart(rows):
@@ -294,32 +292,4 @@ def _finished(work: FinetuneContext, run: RunFolder, loop: Loop) -> dict[str, An
         "held_out": whole[-1]["all"],
         "sources": {"before": whole[0], "after": whole[-1]},
     }
-    result = finish(run, loop, work.asked.out, more)
-    if work.asked.tuning.style_answers:
-        result = {**result, "style": _style(work)}
-        write_training_report(work.asked.out)  # which shows it
-    return result
-
-
-def _style(work: FinetuneContext) -> dict[str, Any]:
-    """style.json and answers.jsonl, unless they are there: the model is the same."""
-    path, log, tuning = work.asked.out / "style.json", work.asked.out / "answers.jsonl", work.asked.tuning
-    model = work.asked.out / "model"
-    asked = {"model": digest(model / "model.safetensors"), "answers": tuning.style_answers}
-    if path.is_file() and read_json(path).get("asked") == asked:
-        return read_json(path)
-    say(f"answering up to {tuning.style_answers} held-out questions, untuned and tuned")
-    models = {"before": work.parent.folder, "after": model}
-    record, rows = style_of(
-        work.data,
-        work.encoder,
-        models,
-        count=tuning.style_answers,
-        seed=tuning.seed,
-        device=work.asked.device,
-    )
-    log.unlink(missing_ok=True)
-    append_lines(log, rows)
-    found = {"kind": "style", "asked": asked, **record}
-    write_json(path, found)
-    return found
+    return finish(run, loop, work.asked.out, more)

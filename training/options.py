@@ -160,8 +160,6 @@ class ChatTuning:
     "checkpoints to keep: log (step 0, powers of two, the last) or last"
     seed: int = 0
     "of the order of the conversations"
-    style_answers: int = 200
-    "answers to held-out questions that are generated to look at their style; 0 leaves that out"
 
     def __post_init__(self) -> None:
         require_seed(self.seed)
@@ -171,8 +169,6 @@ class ChatTuning:
             )
         if self.micro_batch is not None and self.micro_batch < 1:
             raise UserError(f"--micro-batch {self.micro_batch}: give 1 row or more")
-        if self.style_answers < 0:
-            raise UserError(f"--style-answers {self.style_answers} is below 0")
 
 
 @dataclass(frozen=True)

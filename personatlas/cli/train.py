@@ -127,34 +127,12 @@ def _chat_tune_verb_say_result(result: dict[str, Any], out: Path) -> None:
         console().print(
             "known: answers that training gives too, to other questions or in other roles: their loss is memory"
         )
-    if "style" in result:
-        _say_style(result["style"])
     plain = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     plain.add_row(
         "training", f"{result['seconds']:,.1f} s, {result['steps']:,} steps, {result['epochs']:.2f} epochs"
     )
     plain.add_row("model", str(out / "model"))
     console().print(plain)
-
-
-def _say_style(style: dict[str, Any]) -> None:
-    """Teacher, untuned and tuned side by side: over all roles that were tuned on, and what became of the others."""
-    if not style["measures"]:
-        return
-    measures = {who: dict(found["all"]) for who, found in style["measures"].items()}
-    for who, found in style["measures"].items():
-        for group in found:
-            if group.endswith("held-out roles"):
-                names = [name for name in ("recognised", "chance") if name in found[group]]
-                measures[who] |= {f"{name}: {group}": found[group][name] for name in names}
-    table = Table(f"style, {style['questions']} questions", *measures, box=None, pad_edge=False)
-    for name in measures["after"]:
-        cells = [
-            _with(found[name], "value") if isinstance(found[name], dict) else f"{found[name]:.2f}"
-            for found in measures.values()
-        ]
-        table.add_row(name, *cells)
-    console().print(table)
 
 
 def _with(found: dict[str, Any], name: str) -> str:

@@ -6,10 +6,8 @@ from dataclasses import astuple, replace
 
 import pytest
 import torch
-from test_conversations import GOOD, rollout, turns, write, write_run
+from chats import GOOD, in_character, rollout, turns, write_rows, write_run
 from test_gpt import SHAPE, lively
-from test_packing import folder  # noqa: F401 (fixture)
-from test_style import said
 
 from personatlas.cli.app import main
 from personatlas.persona.artifacts import read_json, write_json
@@ -26,24 +24,24 @@ QUICK = ["--device", "cpu", "--held-share", "0.1"]
 
 
 @pytest.fixture(scope="module")
-def base(folder, tmp_path_factory):
-    return export(lively(TINY), folder, tmp_path_factory.mktemp("base") / "model")
+def base(chat_tokenizer, tmp_path_factory):
+    return export(lively(TINY), chat_tokenizer, tmp_path_factory.mktemp("base") / "model")
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     rows = [
-        {"persona": style, "question": f"{number}?", "answer": said(style, number)[:30]}
-        for style in ("pirate", "butler")
+        {"persona": role, "question": f"{number}?", "answer": in_character(role, number)[:30]}
+        for role in ("pirate", "butler")
         for number in range(30)
     ]
     odd = [{"messages": turns("a")}, {"messages": turns("a", "sea " * 200)}]
-    return write(tmp_path_factory.mktemp("data") / "voices.jsonl", [*rows, *odd])
+    return write_rows(tmp_path_factory.mktemp("data") / "voices.jsonl", [*rows, *odd])
 
 
-def tune(base, out, *how, data=(), style=4):
+def tune(base, out, *how, data=()):
     paths = [part for one in data for part in ("--data", str(one))]
-    main(["train", "chat", str(base), "--out", str(out), "--style-answers", str(style), *QUICK, *paths, *how])
+    main(["train", "chat", str(base), "--out", str(out), *QUICK, *paths, *how])
 
 
 def refused(capsys, *arguments):
@@ -85,25 +83,17 @@ def test_what_is_left_out_is_in_the_record_and_said(tuned, base, data, tmp_path,
         "without an assistant turn": {"count": 1, "examples": ["voices.jsonl:61"]},
         "longer than the context of 96 tokens": {"count": 1, "examples": ["voices.jsonl:62"]},
     }
-    tune(base, tmp_path / "run", "--epochs", "0.2", data=[data], style=0)
+    tune(base, tmp_path / "run", "--epochs", "0.2", data=[data])
     said_ = capsys.readouterr()
     assert "left out: 1 without an assistant turn (voices.jsonl:61)" in said_.err
     assert "nats a token" in said_.out
-    assert not (tmp_path / "run" / "style.json").exists()
 
 
-def test_every_step_and_the_style_are_told_of(tuned):
+def test_every_step_is_told_of(tuned):
     rows = read_lines(tuned / "metrics.jsonl")
     assert [row["step"] for row in rows if row["kind"] == "step"] == list(range(1, len(losses(tuned)) + 1))
     whole = [row["step"] for row in rows if row["kind"] == "held-out" and "sources" in row]
     assert whole == [0, len(losses(tuned))]
-    style = read_json(tuned / "style.json")
-    assert set(style["measures"]) == {"teacher", "before", "after"}
-    assert style["styles"] == 2
-    assert set(style["measures"]["after"]["all"]) >= {"recognised", "chance", "words", "ended", "recited"}
-    answers = read_lines(tuned / "answers.jsonl")
-    assert len(answers) == style["questions"] == 4
-    assert {one["label"] for one in answers} == {"voices/pirate", "voices/butler"}
     assert {row["step"] for row in read_lines(tuned / "samples.jsonl")} >= {0, len(losses(tuned))}
 
 
@@ -130,7 +120,7 @@ def test_it_goes_on_from_a_checkpoint_to_the_same_numbers(base, data, tuned, tmp
 
 
 def test_a_run_goes_on_with_nothing_else_than_it_began_with(base, data, tuned, tmp_path, capsys):
-    other = write(tmp_path / "other.jsonl", [{"prompt": f"{i}?", "response": "I."} for i in range(9)])
+    other = write_rows(tmp_path / "other.jsonl", [{"prompt": f"{i}?", "response": "I."} for i in range(9)])
     common = [base, "--out", tuned, *QUICK, "--rate-scale", "1"]
     assert "holds a run with epochs 2.0, not 3.0" in refused(capsys, *common, "--data", data, "--epochs", "3")
     assert "holds a run with data" in refused(capsys, *common, "--data", other, "--epochs", "2")
@@ -147,7 +137,7 @@ def test_a_run_of_rollouts_is_data_and_roles_can_be_held_out(base, tmp_path):
 
 
 def test_minutes_are_kept_at_the_speed_that_is_measured(base, data, tmp_path):
-    tune(base, tmp_path / "run", "--minutes", "0.03", data=[data], style=0)
+    tune(base, tmp_path / "run", "--minutes", "0.03", data=[data])
     found = read_json(tmp_path / "run" / "run.json")
     assert found["plan"]["horizon"] == "what 0.03 minutes hold"
     assert 0.5 < found["plan"]["seconds"] < 2.5
@@ -157,7 +147,7 @@ def test_minutes_are_kept_at_the_speed_that_is_measured(base, data, tmp_path):
 def test_a_checkpoint_of_a_run_and_a_run_itself_are_bases(tuned, data, tmp_path):
     assert parent_of(tuned).folder == tuned / "model"
     first = checkpoints_in(tuned)[0].path
-    tune(first, tmp_path / "run", "--epochs", "0.2", data=[data], style=0)
+    tune(first, tmp_path / "run", "--epochs", "0.2", data=[data])
     assert read_json(tmp_path / "run" / "run.json")["parent"]["sha256"] == parent_of(first).weights
 
 
@@ -188,11 +178,13 @@ def test_wrong_options_are_refused_in_one_line(base, data, tmp_path, capsys):
     assert "--micro-batch 0: give 1" in refused(capsys, base, *out, "--data", data, "--micro-batch", "0")
     assert "1000 times at most" in refused(capsys, base, *out, "--data", f"{data}=100000x")
     assert "say 0.3x" in refused(capsys, base, *out, "--data", f"{data}=0.3")
-    one = write(tmp_path / "one.jsonl", [GOOD])
+    one = write_rows(tmp_path / "one.jsonl", [GOOD])
     assert "too few different questions" in refused(capsys, base, *out, "--data", one)
-    few = write(tmp_path / "few.jsonl", [{"prompt": f"{i}?", "response": "sea"} for i in range(4)])
+    few = write_rows(tmp_path / "few.jsonl", [{"prompt": f"{i}?", "response": "sea"} for i in range(4)])
     assert "reads no conversation" in refused(capsys, base, *out, "--data", f"{few}=0.01x")
-    long = write(tmp_path / "long.jsonl", [{"prompt": f"{i}?", "response": "sea " * 300} for i in range(9)])
+    long = write_rows(
+        tmp_path / "long.jsonl", [{"prompt": f"{i}?", "response": "sea " * 300} for i in range(9)]
+    )
     assert "nothing of it is left" in refused(capsys, base, *out, "--data", long)
 
 

@@ -133,16 +133,6 @@ class Sides:
     held: list[list[Conversation]]
     questions: frozenset[str]
 
-    @property
-    def unmet(self) -> list[Conversation]:
-        """Held-out conversations whose question no role answers in training."""
-        return [one for part in self.held for one in part if one.question in self.questions]
-
-    @property
-    def of_held_out_roles(self) -> list[Conversation]:
-        """What held-out roles say to questions that others answer in training."""
-        return [one for part in self.held for one in part if one.question not in self.questions]
-
 
 def split(parts: Sequence[Part], share: float, apart: Sequence[str] = ()) -> Sides:
     """Each part's conversations to train on, and those that are held out.

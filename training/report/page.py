@@ -15,7 +15,7 @@ from personatlas.analysis.html.page import write_page
 from personatlas.persona.runs import checkpoint_folders
 from personatlas.training.report.figures import smoothed, training_figures
 from personatlas.training.report.read import Record, Row, read_record
-from personatlas.training.report.tables import duration, large, losses_by_source, plan_table, style
+from personatlas.training.report.tables import duration, large, losses_by_source, plan_table
 
 HERE = Path(__file__).parent
 SHOWN = 5  # checkpoints whose samples are shown at once
@@ -38,7 +38,6 @@ def write_training_report(folder: Path) -> Path:
         "in_parts": len({row.get("bytes") for row in record.held_out}) > 1,
         "plan": plan_table(record.plan, asked, is_base=not parent and asked.get("stage", "base") == "base"),
         "tuned": losses_by_source(record.held_out),
-        "style": style(folder),
         "samples": _samples(record),
         "events": record.events,
         "checkpoints": list(checkpoint_folders(folder)),

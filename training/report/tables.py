@@ -3,17 +3,12 @@
 Rules are told with the constants that this very plan was made with, found from its values: constants change with what is
 measured (`training/rates.py` has them with their sources), and a report stays right about its own run.
 
-What chat tuning changed, as tables: losses on held-out conversations by source, and measures of the answers' style.
-
-The run's last row of held-out conversations, and style.json where answers were written, have them with 95% intervals over
-questions.
+What chat tuning changed: losses on held-out conversations by source, with 95% intervals over questions.
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from personatlas.persona.artifacts import read_json
 from personatlas.training.report.read import Row
 
 Line = tuple[str, str, str]
@@ -126,7 +121,6 @@ def duration(seconds: int | float) -> str:
     return f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
-NAMES = {"teacher": "teacher", "before": "untuned", "after": "tuned"}
 Table = dict[str, Any]
 
 
@@ -147,26 +141,6 @@ def losses_by_source(held_out: Sequence[Row]) -> Table | None:
 def _counts(found: Mapping[str, Any]) -> list[str]:
     known = f"{found['met'] / found['conversations']:.0%}" if "met" in found else "·"
     return [f"{found['conversations']:,}", known, f"{found['tokens']:,}"]
-
-
-def style(folder: Path) -> Table | None:
-    """Measures of the teacher's, the untuned and the tuned model's answers to held-out questions, over all roles."""
-    path = folder / "style.json"
-    if not path.is_file():
-        return None
-    record = read_json(path)
-    told = record.get("measures") or {}
-    measures = {
-        who: told[who]["all"]
-        for who in [*NAMES, *sorted(set(told) - set(NAMES))]
-        if "all" in told.get(who, {})
-    }
-    if not measures:
-        return None
-    names = list(dict.fromkeys(name for found in measures.values() for name in found))
-    rows = [[name, *(_shown(found.get(name), "value") for found in measures.values())] for name in names]
-    columns = ["measure", *(NAMES.get(who, who) for who in measures)]
-    return {"columns": columns, "rows": rows, "questions": record.get("questions")}
 
 
 def _shown(found: Mapping[str, Any] | float | None, name: str) -> str:

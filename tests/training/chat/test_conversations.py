@@ -5,6 +5,7 @@ import json
 import lzma
 
 import pytest
+from chats import GOOD, rollout, turns, write_rows, write_run
 
 from personatlas.persona.errors import UserError
 from personatlas.persona.rollout import read_rollouts
@@ -19,29 +20,13 @@ from personatlas.training.chat.conversations import (
 from personatlas.training.chat.mixture import part_of, read_parts, split, times_of
 
 
-def turns(*texts, system=None):
-    front = [] if system is None else [{"role": "system", "content": system}]
-    return [
-        *front,
-        *({"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)),
-    ]
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def read(path, **how):
     faults = Faults()
     return read_conversations(path, faults, **how), faults
 
 
-GOOD = {"messages": turns("Who are you?", "A sailor.", "And then?", "A captain.", system="You are a sailor.")}
-
-
 def test_messages_are_read_as_they_stand(tmp_path):
-    found, faults = read(write(tmp_path / "a.jsonl", [GOOD, GOOD | {"source": "port", "weight": 0.5}]))
+    found, faults = read(write_rows(tmp_path / "a.jsonl", [GOOD, GOOD | {"source": "port", "weight": 0.5}]))
     assert [list(one.messages) for one in found] == [GOOD["messages"]] * 2
     assert [(one.where, one.source, one.weight) for one in found] == [
         ("a.jsonl:1", "a", 1.0),
@@ -74,21 +59,21 @@ ODD = {
 @pytest.mark.parametrize("fault", ODD)
 def test_what_is_odd_is_counted_and_named_and_left_out(fault, tmp_path):
     rows = [GOOD, {"messages": ODD[fault]}, GOOD, {"messages": ODD[fault]}]
-    found, faults = read(write(tmp_path / "a.jsonl", rows))
+    found, faults = read(write_rows(tmp_path / "a.jsonl", rows))
     assert [one.where for one in found] == ["a.jsonl:1", "a.jsonl:3"]
     assert faults.lines() == [f"2 {fault} (a.jsonl:2, a.jsonl:4)"]
 
 
 @pytest.mark.parametrize("row", [3, {"text": "x"}, {"prompt": "x"}, GOOD | {"weight": -1}, GOOD | {"weight": 0}, GOOD | {"weight": True}, GOOD | {"weight": 1e9}, GOOD | {"persona": ["a"]}])  # fmt: skip
 def test_rows_that_are_no_conversation_are_left_out_too(row, tmp_path):
-    found, faults = read(write(tmp_path / "a.jsonl", [row, GOOD]))
+    found, faults = read(write_rows(tmp_path / "a.jsonl", [row, GOOD]))
     assert [one.where for one in found] == ["a.jsonl:2"]
     assert sum(faults.counts.values()) == 1
 
 
 def test_only_the_first_places_are_named_and_all_are_counted(tmp_path):
     rows = [GOOD] + [{"messages": turns("a")}] * 7 + [{"messages": []}]
-    lines = read(write(tmp_path / "a.jsonl", rows))[1].lines()
+    lines = read(write_rows(tmp_path / "a.jsonl", rows))[1].lines()
     assert lines[0] == "7 without an assistant turn (a.jsonl:2, a.jsonl:3, a.jsonl:4, ...)"
     assert lines[1] == "1 without messages (a.jsonl:9)"
 
@@ -97,9 +82,9 @@ def test_a_file_of_which_nothing_is_left_is_refused_with_the_reasons(tmp_path):
     with pytest.raises(
         UserError, match=r"no conversation that can be used: 2 without an assistant turn \(a.jsonl:1"
     ):
-        read(write(tmp_path / "a.jsonl", [{"messages": turns("a")}] * 2))
+        read(write_rows(tmp_path / "a.jsonl", [{"messages": turns("a")}] * 2))
     with pytest.raises(UserError, match="it is empty"):
-        read(write(tmp_path / "a.jsonl", []))
+        read(write_rows(tmp_path / "a.jsonl", []))
 
 
 def test_questions_and_answers_under_common_names_are_conversations(tmp_path):
@@ -110,7 +95,7 @@ def test_questions_and_answers_under_common_names_are_conversations(tmp_path):
         {"conversations": [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "I."}]},
     ]
     expected = [turns("Add.\n\n1 and 2", "3"), turns("Sing.", "La."), turns("Who?", "I.", system="Be brief."), turns("Who?", "I.")]  # fmt: skip
-    found, faults = read(write(tmp_path / "a.jsonl", rows))
+    found, faults = read(write_rows(tmp_path / "a.jsonl", rows))
     assert [list(one.messages) for one in found] == expected
     assert not faults.counts
 
@@ -118,14 +103,14 @@ def test_questions_and_answers_under_common_names_are_conversations(tmp_path):
 def test_a_persona_becomes_the_system_message_and_the_style(tmp_path):
     long = "You grew up by the sea and you speak of nothing else, whatever they ask you about."
     rows = [{"persona": one, "question": "Who?", "answer": "I."} for one in ("witty", long)]
-    found, _ = read(write(tmp_path / "a.jsonl", rows))
+    found, _ = read(write_rows(tmp_path / "a.jsonl", rows))
     assert [one.messages[0]["content"] for one in found] == ["You are a witty assistant.", long]
     assert [one.style for one in found] == ["witty", ""]
     assert found[0].label == "a/witty"
 
 
 def test_other_columns_are_named_by_hand(tmp_path):
-    path = write(tmp_path / "a.jsonl", [{"title": "Who?", "text": "I.", "prompt": "not this"}])
+    path = write_rows(tmp_path / "a.jsonl", [{"title": "Who?", "text": "I.", "prompt": "not this"}])
     found, _ = read(path, columns=Columns.of(["question=title", "answer=text"]))
     assert list(found[0].messages) == turns("Who?", "I.")
     with pytest.raises(
@@ -168,24 +153,6 @@ def test_files_that_cannot_be_read_are_refused_in_one_line(tmp_path):
 
 
 # Rollouts
-
-
-def rollout(key, answer="Arr.", stopped="end"):
-    messages = turns(
-        f"Question {key.split('/')[2]}?", system=None if key.startswith("default") else "You are a pirate."
-    )
-    return {"key": key, "messages": messages, "prompt_ids": [1], "answer_ids": [2], "answer": answer, "seed": 0, "stopped": stopped}  # fmt: skip
-
-
-def write_run(folder, rollouts, scores=None):
-    folder.mkdir()
-    write(folder / "rollouts.jsonl", rollouts)
-    if scores is not None:
-        write(
-            folder / "scores.jsonl",
-            [{"key": key, "judge": "j", "score": score} for key, score in scores.items()],
-        )
-    return folder
 
 
 def test_a_runs_rollouts_are_conversations_with_the_role_as_style(tmp_path):
@@ -248,7 +215,7 @@ def test_at_most_so_many_of_a_role_are_spread_over_its_questions(tmp_path):
 
 
 def write_parts(tmp_path, **rows):
-    return [str(write(tmp_path / f"{name}.jsonl", [{"prompt": f"{name} {i}?", "response": "I."} for i in range(count)])) for name, count in rows.items()]  # fmt: skip
+    return [str(write_rows(tmp_path / f"{name}.jsonl", [{"prompt": f"{name} {i}?", "response": "I."} for i in range(count)])) for name, count in rows.items()]  # fmt: skip
 
 
 def test_a_weight_is_times_or_a_share_and_a_bare_number_is_refused(tmp_path):
@@ -306,7 +273,7 @@ def test_no_question_is_on_both_sides_whoever_answers_it(tmp_path):
         for one in ("witty", "caring")
         for i in range(100)
     ]
-    one, two = write(tmp_path / "one.jsonl", rows), write(tmp_path / "two.jsonl", rows[:50])
+    one, two = write_rows(tmp_path / "one.jsonl", rows), write_rows(tmp_path / "two.jsonl", rows[:50])
     sides = split(read_parts([str(one), str(two)], Faults()), 0.1)
     train, held = sides.train, sides.held
     assert [len(a) + len(b) for a, b in zip(train, held, strict=True)] == [200, 50]
@@ -323,13 +290,17 @@ def test_held_out_roles_are_tuned_on_nowhere_and_are_a_source_of_their_own(tmp_p
         for one in ("witty", "caring")
         for i in range(10)
     ]
-    parts = read_parts([str(write(tmp_path / "a.jsonl", rows))], Faults())
+    parts = read_parts([str(write_rows(tmp_path / "a.jsonl", rows))], Faults())
     sides = split(parts, 0.1, ["witty"])
     assert {one.style for one in sides.train[0]} == {"caring"}
     assert sum(one.group == "a, held-out roles" for one in sides.held[0]) == 10
     assert len(sides.train[0]) == 9
-    assert sorted(one.style for one in sides.unmet) == ["caring", "witty"]
-    assert {one.style for one in sides.of_held_out_roles} == {"witty"}
+    met = [one.style for one in sides.held[0] if one.question not in sides.questions]
+    assert met == ["witty"] * 9
+    assert sorted(one.style for one in sides.held[0] if one.question in sides.questions) == [
+        "caring",
+        "witty",
+    ]
     with pytest.raises(
         UserError, match="--held-out-roles pirate is no role or persona of the data; there are caring, witty"
     ):
@@ -337,13 +308,13 @@ def test_held_out_roles_are_tuned_on_nowhere_and_are_a_source_of_their_own(tmp_p
 
 
 def test_one_question_cannot_be_split(tmp_path):
-    parts = read_parts([str(write(tmp_path / "a.jsonl", [GOOD] * 3))], Faults())
+    parts = read_parts([str(write_rows(tmp_path / "a.jsonl", [GOOD] * 3))], Faults())
     with pytest.raises(UserError, match="no conversation is held out"):
         split(parts, 0.5)
 
 
 def test_options_about_rollouts_are_refused_where_there_are_none(tmp_path):
-    data = str(write(tmp_path / "a.jsonl", [GOOD]))
+    data = str(write_rows(tmp_path / "a.jsonl", [GOOD]))
     for wanted in (Wanted(score=2), Wanted(per_role=3), Wanted(cut=True)):
         with pytest.raises(UserError, match="no --data is the folder of a run"):
             read_parts([data], Faults(), wanted=wanted)

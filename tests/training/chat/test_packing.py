@@ -6,45 +6,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_conversations import turns
+from chats import conversation, turns
 from test_gpt import SHAPE, lively
-from test_tokenizer import write_corpus
 from transformers import AutoTokenizer
 
 from personatlas.persona.errors import UserError
 from personatlas.persona.models.chat_template import chat_format
-from personatlas.training.chat.conversations import Conversation, Faults
+from personatlas.training.chat.conversations import Faults
 from personatlas.training.chat.packing import ChatEncoder, ChatSource, encoded, pack
 from personatlas.training.data.batches import Source
-from personatlas.training.data.corpus import Corpus
-from personatlas.training.data.tokenizer import make_tokenizer
 
 PLAIN = [
     turns("Who are you?", "A sailor."),
     turns("Who are you?\n", " Yes, and 12,345 more...", "\n\nAnd  then?", "The storm's   end.\n", system="You are a captain. "),
     turns("It's 3 miles", "日本語 naïve 😀\t\r\n x", "so?", "done", "why"),
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    made = tmp_path_factory.mktemp("tokenizer")
-    make_tokenizer(
-        Corpus.open(write_corpus(made / "texts"), held_share=0.2),
-        made / "tokenizer",
-        vocabulary=310,
-        quiet=True,
-    )
-    return made / "tokenizer"
-
-
-@pytest.fixture(scope="module")
-def encoder(folder):
-    return ChatEncoder.load(folder)
-
-
-def conversation(messages, where="a:1"):
-    return Conversation(tuple(messages), where, "a")
 
 
 def many(encoder, count, context=64):
@@ -54,8 +30,8 @@ def many(encoder, count, context=64):
 
 
 @pytest.mark.parametrize("messages", PLAIN)
-def test_ids_and_marks_are_those_of_the_template(messages, folder, encoder):
-    theirs = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+def test_ids_and_marks_are_those_of_the_template(messages, chat_tokenizer, encoder):
+    theirs = AutoTokenizer.from_pretrained(chat_tokenizer).apply_chat_template(
         messages, return_dict=True, return_assistant_tokens_mask=True
     )
     ids, marked = encoder.encode([messages])[0]
@@ -63,8 +39,8 @@ def test_ids_and_marks_are_those_of_the_template(messages, folder, encoder):
     assert [int(mark) for mark in marked] == theirs["assistant_masks"]
 
 
-def test_a_prompt_is_what_the_model_reads_before_it_answers(folder, encoder):
-    chat = chat_format(AutoTokenizer.from_pretrained(folder))
+def test_a_prompt_is_what_the_model_reads_before_it_answers(chat_tokenizer, encoder):
+    chat = chat_format(AutoTokenizer.from_pretrained(chat_tokenizer))
     for messages in PLAIN[:2]:
         assert encoder.prompt(messages[:-1]) == chat.prompt_ids(messages[:-1])
 
@@ -111,10 +87,10 @@ def test_what_is_longer_than_the_context_is_counted_and_named(encoder):
     assert len(encoded(listed, encoder, exact - 1, Faults())[1]) == 1
 
 
-def test_another_tokenizer_or_template_is_refused(folder, tmp_path, encoder):
+def test_another_tokenizer_or_template_is_refused(chat_tokenizer, tmp_path, encoder):
     import shutil
 
-    shutil.copytree(folder, tmp_path / "other")
+    shutil.copytree(chat_tokenizer, tmp_path / "other")
     (tmp_path / "other" / "chat_template.jinja").write_text("{{ messages }}")
     with pytest.raises(UserError, match="another chat template"):
         ChatEncoder.load(tmp_path / "other")
