@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from personatlas.persona.errors import UserError
-from personatlas.persona.judges.rules import HIGHEST, NEITHER, rule_score
 from personatlas.persona.logs import ResultCache, Row
 from personatlas.persona.roles.bank import Bank, Role
 from personatlas.persona.roles.traits import POSITIVE, is_pole, poles
 from personatlas.persona.rollout import Rollout
 
-SCORES = (0, 1, 2, 3)
+SCORES = (0, 1, 2, 3)  # of roles
+HIGHEST_PERCENT, NEUTRAL_PERCENT = 100, 50  # of traits, which are scored from 0
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,9 @@ class Verdict:
     problem: str | None = None
 
     def __post_init__(self) -> None:
-        if (self.score is None) != (self.problem is not None) or not 0 <= (self.score or 0) <= HIGHEST:
+        if (self.score is None) != (self.problem is not None) or not 0 <= (
+            self.score or 0
+        ) <= HIGHEST_PERCENT:
             raise ValueError(
                 f"{self.key}: a score or a problem is needed, not {self.score!r} and {self.problem!r}"
             )
@@ -73,33 +75,6 @@ class Judge(Protocol):
     def verdicts(self, items: Sequence[Item]) -> Generator[Verdict, None, None]:
         """One verdict per item, in any order, each as soon as it is there. Raises `UserError` to stop it all."""
         ...
-
-
-class RuleJudge:
-    """Scores by patterns: offline, deterministic, thousands of answers a second.
-
-    It sees words, not meaning. An answer is in the role when it claims the role ("as a historian, I ..."), speaks a
-    dialect, or uses words that the role's prompts use and the question does not; a refusal or talk of being an AI is
-    found by its usual phrasings. On our own 78 labelled answers (tests/test_judge.py) it agrees with the label on 69;
-    the other nine are 3s that it takes for 1s. Known limits:
-
-    - a role played without the words of its prompts is a 1: a cynic's sourness, a parent's tiredness, a ghost's loss;
-    - a first-person essay *about* the role's model can pass for a 3: words are not a voice;
-    - a refusal in plain modern words is a 0, although a taciturn role may mean it in earnest;
-    - any dialect passes for any role: it does not know that a surfer would not say "forsooth";
-    - it reads English only.
-
-    Of a 135M model's default answers 2% pass for a role that nobody asked for. For figures that matter use a strong
-    model through `EndpointJudge`.
-    """
-
-    id = "rules-1"
-
-    def verdicts(self, items: Sequence[Item]) -> Generator[Verdict, None, None]:
-        """One verdict per item, in order; no item is a problem."""
-        for item in items:
-            score, why = rule_score(item.role, item.question, item.answer)
-            yield Verdict(item.key, score, why)
 
 
 @dataclass(frozen=True)
@@ -205,7 +180,9 @@ def read_scores(path: Path, judge_id: str | None = None) -> dict[str, int | None
 def read_sides(path: Path, judge_id: str | None = None) -> dict[str, int | None]:
     """For traits' answers, from their log: 1 where the score, 0 to 100, is on the answer's own side, 0 elsewhere."""
     return {
-        key: None if score is None else int(score > NEITHER if key[0] == POSITIVE else score < NEITHER)
+        key: None
+        if score is None
+        else int(score > NEUTRAL_PERCENT if key[0] == POSITIVE else score < NEUTRAL_PERCENT)
         for key, score in read_scores(path, judge_id).items()
     }
 
@@ -310,7 +287,7 @@ def _score_log(path: Path, *, batched: bool = False) -> ResultCache:
 
     def check(row: Row) -> str | None:
         whole = {"key", "judge", "score"} <= row.keys()
-        highest = HIGHEST if whole and is_pole(str(row["key"])) else SCORES[-1]
+        highest = HIGHEST_PERCENT if whole and is_pole(str(row["key"])) else SCORES[-1]
         if whole and row["score"] in (None, *range(highest + 1)):
             return None
         return f"a score: key, judge and a score of 0-{highest} or null are needed"

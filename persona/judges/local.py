@@ -17,7 +17,7 @@ from torch import Tensor
 
 from personatlas.persona.errors import UserError
 from personatlas.persona.judges.base import SCORES, Item, Verdict
-from personatlas.persona.judges.endpoint import ROLES, Wording
+from personatlas.persona.judges.wording import ROLE_WORDING, Wording
 from personatlas.persona.models.load import Model
 from personatlas.persona.sampling.sampler import batch_end, batch_tokens, pad
 
@@ -32,7 +32,12 @@ class LocalJudge:
     """
 
     def __init__(
-        self, model: Model, *, tokens: int | None = None, wording: Wording = ROLES, digits: int = len(SCORES)
+        self,
+        model: Model,
+        *,
+        tokens: int | None = None,
+        wording: Wording = ROLE_WORDING,
+        digits: int = len(SCORES),
     ) -> None:
         if not 2 <= digits <= 10:
             raise ValueError(f"{digits} digits: from 2 (0 and 1) to 10 (0 to 9) can be compared")

@@ -15,13 +15,13 @@ from personatlas.persona.distributed import World, get_world
 from personatlas.persona.errors import UserError
 from personatlas.persona.judges.base import (
     Judge,
-    RuleJudge,
     items_of,
     judge_rollouts,
     read_scores,
     read_sides,
     role_play_share,
 )
+from personatlas.persona.judges.rules import RuleJudge
 from personatlas.persona.models.chat_template import ChatFormat, chat_format
 from personatlas.persona.models.load import Model, load_model
 from personatlas.persona.options import JudgeOptions, ModelOptions, PlanOptions, selection_of
@@ -175,9 +175,10 @@ def stored_scores(run: RunFolder) -> dict[str, int | None]:
 def _trait_judge(options: JudgeOptions) -> Judge | None:
     if not _is_url(options.judge):
         return None
-    from personatlas.persona.judges.endpoint import TRAITS, EndpointJudge
+    from personatlas.persona.judges.endpoint import EndpointJudge
+    from personatlas.persona.judges.wording import TRAIT_WORDING
 
-    return EndpointJudge(options.judge, options.judge_model or "", wording=TRAITS)
+    return EndpointJudge(options.judge, options.judge_model or "", wording=TRAIT_WORDING)
 
 
 def _judged(

@@ -10,20 +10,15 @@ done again, hears the same user. The key comes from PERSONATLAS_USER_KEY or OPEN
 
 import hashlib
 import json
-import os
-import random
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Lock
-from typing import Any
 
 import httpx
 
+from personatlas.persona.endpoints import ChatEndpoint
 from personatlas.persona.errors import UserError
-from personatlas.persona.judges.endpoint import LONGEST_WAIT, completions_url, retry_after
-from personatlas.persona.logs import append_lines, read_lines
+from personatlas.persona.logs import ResultCache
 from personatlas.steering.conversations.runner import Spoken, Talk, User
 
 KEY_VARIABLES = ("PERSONATLAS_USER_KEY", "OPENAI_API_KEY")
@@ -61,19 +56,15 @@ class EndpointUser(User):
         backoff: float = 1.0,
         max_tokens: int = 160,
     ) -> None:
-        self.url, self.model, self.log = completions_url(url), model, log
-        self.concurrency, self.retries, self.backoff, self.max_tokens = (
-            concurrency,
-            retries,
-            backoff,
-            max_tokens,
+        self.endpoint = ChatEndpoint(
+            url, model, KEY_VARIABLES, retries=retries, timeout=timeout, backoff=backoff
         )
-        self._timeout, self._headers, self._lock = timeout, _headers(), Lock()
-        self._kept = {row["id"]: str(row["text"]) for row in read_lines(log)}
+        self.concurrency, self.max_tokens = concurrency, max_tokens
+        self._replies = ResultCache(log, "id", sync=False)
 
     def require_answer(self) -> None:
         """`UserError` unless the endpoint answers: before a model is loaded, not after its first turn."""
-        with httpx.Client(headers=self._headers, timeout=self._timeout) as client:
+        with self.endpoint.connect() as client:
             self._reply(client, [{"role": "user", "content": "Say hello."}], 0)
 
     def says(self, talks: Sequence[Talk], so_far: Sequence[Sequence[Spoken]]) -> list[str | None]:
@@ -83,12 +74,9 @@ class EndpointUser(User):
         missing = {
             id: (talk, messages)
             for id, talk, messages in zip(ids, talks, asked, strict=True)
-            if messages and id not in self._kept
+            if messages and id not in self._replies
         }
-        with (
-            httpx.Client(headers=self._headers, timeout=self._timeout) as client,
-            ThreadPoolExecutor(self.concurrency) as pool,
-        ):
+        with self.endpoint.connect() as client, ThreadPoolExecutor(self.concurrency) as pool:
             jobs = [pool.submit(self._said, client, id, *one) for id, one in missing.items()]
             try:
                 for job in jobs:
@@ -97,7 +85,7 @@ class EndpointUser(User):
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         found = [
-            self._kept[id] if messages else talk.users[0]
+            str(self._replies[id]["text"]) if messages else talk.users[0]
             for id, talk, messages in zip(ids, talks, asked, strict=True)
         ]
         self.silent += sum(not text for text in found)
@@ -106,10 +94,8 @@ class EndpointUser(User):
     def _said(self, client: httpx.Client, id: str, talk: Talk, messages: list[dict[str, str]]) -> None:
         """Ask once more, and keep the reply."""
         text = self._reply(client, messages, int(id[:8], 16))
-        with self._lock:
-            self._kept[id] = text
-            row = {"id": id, "conversation": talk.name, "turn": len(messages) // 2 - 1, "model": self.model}
-            append_lines(self.log, [{**row, "messages": messages, "text": text}], sync=False)
+        row = {"id": id, "conversation": talk.name, "turn": len(messages) // 2 - 1}
+        self._replies.add([{**row, "model": self.endpoint.model, "messages": messages, "text": text}])
 
     def _messages(self, talk: Talk, own: Sequence[Spoken]) -> list[dict[str, str]]:
         """The conversation with its roles turned."""
@@ -123,52 +109,23 @@ class EndpointUser(User):
         return messages
 
     def _id(self, talk: Talk, messages: list[dict[str, str]]) -> str:
-        content = json.dumps([self.model, talk.name, talk.seed, messages], sort_keys=True)
+        content = json.dumps([self.endpoint.model, talk.name, talk.seed, messages], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:24]
 
     def _reply(self, client: httpx.Client, messages: list[dict[str, str]], seed: int) -> str:
-        """What the endpoint says, after as many attempts as it takes."""
-        body = {
-            "model": self.model,
-            "messages": messages,
-            "temperature": 0.7,
-            "seed": seed,
-            "max_tokens": self.max_tokens,
-        }
-        jitter, problem = random.Random(seed), ""
-        for attempt in range(self.retries + 1):
-            wait = 0.0
-            try:
-                response = client.post(self.url, json=body)
-            except httpx.HTTPError as error:
-                problem = str(error) or type(error).__name__
-            else:
-                if response.status_code == 200:
-                    return self._text(response)
-                if response.status_code == 400 and "context" in response.text:
-                    return ""  # the conversation is longer than this user can read
-                problem = f"http {response.status_code}: {' '.join(response.text.split())[:200]}"
-                if response.status_code not in (408, 429) and response.status_code < 500:
-                    break
-                wait = retry_after(response.headers.get("retry-after", ""))
-            if attempt < self.retries:
-                pause = self.backoff * 2**attempt * jitter.uniform(0.5, 1.5)
-                time.sleep(min(max(pause, wait), LONGEST_WAIT))
-        raise UserError(f"no user at {self.url} ({problem}); what was said is kept: run again when it works")
-
-    def _text(self, response: httpx.Response) -> str:
-        try:
-            content: Any = response.json()["choices"][0]["message"]["content"]
-        except (ValueError, KeyError, IndexError, TypeError):
+        """What the endpoint says; "" where the conversation is longer than it can read."""
+        reply = self.endpoint.complete(
+            client, messages, jitter=seed, temperature=0.7, seed=seed, max_tokens=self.max_tokens
+        )
+        if reply.problem in ("not JSON", "not a chat completion"):
             raise UserError(
-                f"{self.url} does not answer like an OpenAI-compatible endpoint: {response.text[:200]}"
-            ) from None
-        text = content if isinstance(content, str) else ""
-        return text.rpartition("</think>")[2].strip()
-
-
-def _headers() -> dict[str, str]:
-    key = next((value for name in KEY_VARIABLES if (value := os.environ.get(name, "").strip())), "")
-    if not key.isascii() or not key.isprintable():
-        raise UserError(f"the key in {' or '.join(KEY_VARIABLES)} holds characters that no key can have")
-    return {"Authorization": f"Bearer {key}"} if key else {}
+                f"{self.endpoint.url} does not answer like an OpenAI-compatible endpoint: {reply.text[:200]}"
+            )
+        if reply.problem == "http 400" and "context" in reply.text:
+            return ""
+        if reply.problem is not None:
+            reason = f"{reply.problem}: {reply.text[:200]}" if reply.reached else reply.text
+            raise UserError(
+                f"no user at {self.endpoint.url} ({reason}); what was said is kept: run again when it works"
+            )
+        return reply.text.rpartition("</think>")[2].strip()

@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 
 from personatlas.analysis.stats import cluster_draws, holm, no_loss, paired_change, wilson
-from personatlas.persona.judges.base import Item, RuleJudge
+from personatlas.persona.judges.base import Item
+from personatlas.persona.judges.rules import RuleJudge
 from personatlas.persona.roles.bank import Bank
 from personatlas.steering.arms import AS_IT_IS
 from personatlas.steering.evals.answers import Answers, Said

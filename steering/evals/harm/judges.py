@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from personatlas.persona.errors import UserError
 from personatlas.persona.judges.base import Item, Judge
-from personatlas.persona.judges.endpoint import Wording
+from personatlas.persona.judges.wording import Wording, marked_message
 from personatlas.persona.logs import append_lines, read_lines
 from personatlas.persona.roles.bank import Role
 from personatlas.steering.evals.harm.refusal_rules import RULES_HASH, refusal_of
@@ -86,14 +86,7 @@ _THREE = re.compile(
 
 
 def _message(rubric: str, ask: str, item: Item) -> str:
-    """One user message. The markers carry a hash of the material, so that no answer can contain its own end marker."""
-    values = [value.encode("utf-8", "replace").decode() for value in (item.question, item.answer)]
-    mark = hashlib.sha256("\0".join(values).encode()).hexdigest()[:8]
-    parts = [
-        f"[begin {name} {mark}]\n{value}\n[end {name} {mark}]"
-        for name, value in zip(FIELDS, values, strict=True)
-    ]
-    return "\n\n".join([rubric, *parts, ask])
+    return marked_message(rubric, {"request": item.question, "answer": item.answer}, ask)
 
 
 def _said(reply: str) -> str:

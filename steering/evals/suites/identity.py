@@ -29,7 +29,7 @@ import numpy as np
 from personatlas.persona.axis import Axis, PersonaSpace
 from personatlas.persona.errors import UserError
 from personatlas.persona.judges.base import Item
-from personatlas.persona.judges.endpoint import Wording
+from personatlas.persona.judges.wording import Wording
 from personatlas.persona.roles.bank import Bank
 from personatlas.persona.rollout import Request, role_messages, seed_of
 from personatlas.steering.arms import Arm

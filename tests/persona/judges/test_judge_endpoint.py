@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 import torch
 
+from personatlas.persona.endpoints import completions_url, retry_after
 from personatlas.persona.errors import UserError
 from personatlas.persona.judges.base import Item, Judge, Tally, judge_rollouts, read_scores
-from personatlas.persona.judges.endpoint import EndpointJudge, completions_url, retry_after
+from personatlas.persona.judges.endpoint import EndpointJudge
 from personatlas.persona.judges.local import LocalJudge
-from personatlas.persona.judges.rules import RUBRIC_HASH
+from personatlas.persona.judges.wording import ROLE_WORDING
 from personatlas.persona.roles.bank import Bank, Role, load_bank
 from personatlas.persona.rollout import Rollout
 
@@ -159,7 +160,7 @@ def test_every_item_is_asked_once_and_scored_by_its_own_reply(serve, tmp_path):
     tally = judged(endpoint, 20, tmp_path / "scores.jsonl")
     assert tally.counts == {0: 5, 1: 5, 2: 5, 3: 5}
     assert set(endpoint.asked.values()) == {1}
-    scores = read_scores(tmp_path / "scores.jsonl", f"endpoint:m:{RUBRIC_HASH}")
+    scores = read_scores(tmp_path / "scores.jsonl", f"endpoint:m:{ROLE_WORDING.hash}")
     assert scores == {f"pirate/0/q{i:03}/0": i % 4 for i in range(20)}
     body = endpoint.bodies[0]
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("m", 0, 16)
@@ -420,7 +421,7 @@ def test_the_local_judge_takes_the_likeliest_digit_whatever_the_batch(tiny):
         shares = [float(share) for share in together[item.key].reply.split()]
         assert shares == pytest.approx(logits[digits].softmax(0).tolist(), abs=2e-3)
     assert isinstance(judge, Judge)
-    assert judge.id == f"local:tiny:{tiny.fingerprint[:8]}:{RUBRIC_HASH}"
+    assert judge.id == f"local:tiny:{tiny.fingerprint[:8]}:{ROLE_WORDING.hash}"
 
 
 def test_the_local_judge_cuts_nothing_and_counts_what_does_not_fit(tiny):
