@@ -94,7 +94,7 @@ async def run(load: Load, requests: int, at_once: int) -> float:
 
     async def worker(client: httpx.AsyncClient) -> None:
         for number in numbers:
-            await load.claim(client, number)
+            await load.ask(client, number)
 
     async with httpx.AsyncClient(timeout=600, limits=limits) as client:
         began = time.perf_counter()

@@ -16,8 +16,8 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from personatlas.persona.options import ModelOptions
-from personatlas.steering.serve.engine.batch import Step
-from personatlas.steering.serve.engine.scheduler import Ask, Ended, Engine, Room
+from personatlas.steering.serve.engine.batch import TokenEvent
+from personatlas.steering.serve.engine.scheduler import Engine, EngineLimits, FinishEvent, GenerationRequest
 from personatlas.steering.session import load_steered_model
 
 QUESTIONS = [
@@ -40,15 +40,15 @@ class Clock:
         self.steps = 0
         self.left = 0
         self.errors: list[BaseException] = []
-        self.done = threading.Event()
+        self.done = threading.EngineEvent()
 
     def __call__(self, told) -> None:
         now = time.perf_counter()
         for ticket, event in told:
-            if isinstance(event, Step):
+            if isinstance(event, TokenEvent):
                 self.first.setdefault(ticket, now)
                 self.steps += 1
-            elif isinstance(event, Ended):
+            elif isinstance(event, FinishEvent):
                 if event.error is not None:
                     self.errors.append(event.error)
                 self.left -= 1
@@ -64,7 +64,7 @@ def blind(engine: Engine) -> Engine:
     return engine
 
 
-def ran(engine: Engine, clock: Clock, asks: list[Ask]) -> tuple[float, float]:
+def ran(engine: Engine, clock: Clock, asks: list[GenerationRequest]) -> tuple[float, float]:
     """Median seconds to the first token, and tokens a second after it."""
     clock.done.clear()
     clock.first.clear()
@@ -94,12 +94,12 @@ def compare(held, caps, name: str, rows: int, tokens: int, repeats: int) -> dict
     for repeat in range(repeats + 1):
         for arm, own in found.items():
             engine, clock = opened(
-                held, caps, Room(slots=max(rows, 1), length=512, prefixes=0), bare=arm == "bare"
+                held, caps, EngineLimits(slots=max(rows, 1), length=512, prefixes=0), bare=arm == "bare"
             )
             engine.start()
             cap = engine.plans.wanted(name) if arm == "capped" else None
             asks = [
-                Ask(held.prompt(n), seed=n, temperature=0.7, top_p=0.9, limit=tokens, cap=cap)
+                GenerationRequest(held.prompt(n), seed=n, temperature=0.7, top_p=0.9, limit=tokens, cap=cap)
                 for n in range(rows)
             ]
             ran(
@@ -120,9 +120,12 @@ def compare(held, caps, name: str, rows: int, tokens: int, repeats: int) -> dict
 
 def together(held, caps, rows: int, tokens: int) -> dict[str, float]:
     """All rows at once against one at a time, streaming tokens a second."""
-    engine, clock = opened(held, caps, Room(slots=rows, length=512))
+    engine, clock = opened(held, caps, EngineLimits(slots=rows, length=512))
     engine.start()
-    asks = [Ask(held.prompt(n), seed=n, temperature=0.7, top_p=0.9, limit=tokens) for n in range(rows)]
+    asks = [
+        GenerationRequest(held.prompt(n), seed=n, temperature=0.7, top_p=0.9, limit=tokens)
+        for n in range(rows)
+    ]
     ran(engine, clock, asks)
     began = time.perf_counter()
     ran(engine, clock, asks)
@@ -138,7 +141,7 @@ def together(held, caps, rows: int, tokens: int) -> dict[str, float]:
 
 def endure(held, caps, requests: int) -> dict[str, object]:
     """Many short requests, 1% of them given up; memory at ten moments."""
-    engine, clock = opened(held, caps, Room(slots=32, length=256, prefixes=64 * 2**20))
+    engine, clock = opened(held, caps, EngineLimits(slots=32, length=256, prefixes=64 * 2**20))
     engine.start()
     wanted = [None, *(engine.plans.wanted(name) for name in caps)]
     memory, began = [], time.perf_counter()
@@ -149,7 +152,7 @@ def endure(held, caps, requests: int) -> dict[str, object]:
         for n in range(requests // 10):
             number = part * requests // 10 + n
             cap = wanted[number % len(wanted)]
-            ask = Ask(
+            ask = GenerationRequest(
                 held.prompt(number), seed=number, temperature=0.7, top_p=0.9, limit=2 + number % 5, cap=cap
             )
             ticket = engine.submit(ask)

@@ -19,7 +19,7 @@ from personatlas.steering.hooks.binding_check import run_cap_test
 from personatlas.steering.hooks.step import Account, Batch, act, act_plainly, book
 from personatlas.steering.hooks.tables import tables_of
 from personatlas.steering.interventions import Ablate, Add, cap_of
-from personatlas.steering.serve.engine.scheduler import Ask, Engine, Read, Room
+from personatlas.steering.serve.engine.scheduler import Engine, EngineLimits, GenerationRequest, PrefillEvent
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "mistral", "gpt2", "falcon", "mixtral")
@@ -150,11 +150,11 @@ def test_rows_that_come_and_go_in_captured_steps_get_what_they_would_get_alone(f
     model = tiny_model(family, device="cuda")
     axis, listener = axis_of(tiny_model(family)), Listener()
     engine = Engine(
-        model, ENDS, axis, {"mild": cap_of(axis, (0, 1), 0.5)}, Room(slots=6, length=256), listener
+        model, ENDS, axis, {"mild": cap_of(axis, (0, 1), 0.5)}, EngineLimits(slots=6, length=256), listener
     )
     cap = engine.plans.wanted("mild")
     asks = [
-        Ask(
+        GenerationRequest(
             ids,
             seed=n,
             temperature=(0.7, 0.0)[n % 2],
@@ -174,6 +174,6 @@ def test_rows_that_come_and_go_in_captured_steps_get_what_they_would_get_alone(f
     same = sum(one == other for one, other in zip(got, expected, strict=True))
     assert same >= len(asks) - 1  # sums in another order may turn one draw
     for ask, ticket, ids in zip(asks, tickets, got, strict=True):
-        read = torch.tensor(listener.first(ticket, Read).projections)
+        read = torch.tensor(listener.first(ticket, PrefillEvent).projections)
         again = trace(model, ask.ids, ids, [cap.cap] if ask.cap else [], axis).projection
         torch.testing.assert_close(read, again[: len(read)], rtol=1e-3, atol=1e-3)

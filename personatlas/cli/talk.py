@@ -18,7 +18,7 @@ from personatlas.cli.runs import ModelName, axis_of, print_json
 from personatlas.persona.errors import UserError
 from personatlas.persona.options import ModelOptions, SamplingOptions
 from personatlas.persona.progress import console, say
-from personatlas.steering.serve.startup import HoldOptions, RoomOptions, make_host
+from personatlas.steering.serve.startup import CapacityOptions, ServeOptions, make_service
 from personatlas.steering.session import SteeredModel, load_steered_model
 
 PLAIN, CAPPED = "as it is", "capped"
@@ -158,7 +158,7 @@ def _as_json(one: Any) -> dict[str, Any]:
     }
 
 
-ROOM = RoomOptions(slots=2, prefix_mib=256)  # one answer at a time, two when they are compared
+ROOM = CapacityOptions(slots=2, prefix_mib=256)  # one answer at a time, two when they are compared
 
 
 def chat(
@@ -172,7 +172,7 @@ def chat(
     seed: int | None = None,
     context: int | None = None,
     force: bool = False,
-    hold: HoldOptions = HoldOptions(),
+    hold: ServeOptions = ServeOptions(),
     how: ModelOptions = ModelOptions(),
 ) -> None:
     """Talk to a model in the terminal; after every answer a line says where it lies on the axis and what the cap did.
@@ -199,10 +199,10 @@ def chat(
     if system and load is not None:
         raise UserError("give --system or --load: a stored conversation has its own system prompt")
     from personatlas.steering.serve.terminal.chat_file import load_told
-    from personatlas.steering.serve.terminal.session import Told
+    from personatlas.steering.serve.terminal.session import Transcript
 
-    told = load_told(load) if load is not None else Told(system)
-    host = make_host(model, how, axis_of(model, axis), hold, replace(ROOM, context=context), force=force)
+    told = load_told(load) if load is not None else Transcript(system)
+    host = make_service(model, how, axis_of(model, axis), hold, replace(ROOM, context=context), force=force)
     failed = _talked(host, told, message, seed)
     if failed:
         raise UserError(f"{failed} of the lines could not be done (see above)")
@@ -210,11 +210,11 @@ def chat(
 
 def _talked(host: Any, told: Any, lines: tuple[str, ...], seed: int | None) -> int:
     """Talk until there is nothing more to say; how many lines could not be done where nobody sat there to see it."""
-    from personatlas.steering.serve.terminal.repl import Terminal
+    from personatlas.steering.serve.terminal.repl import ChatRepl
 
     with asyncio.Runner() as runner:
         runner.run(host.open())
-        terminal = Terminal(runner, host, seed, live=not lines and sys.stdin.isatty())
+        terminal = ChatRepl(runner, host, seed, live=not lines and sys.stdin.isatty())
         try:
             terminal.run(told, lines)
         finally:
@@ -234,8 +234,8 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8377,
     force: bool = False,
-    hold: HoldOptions = HoldOptions(),
-    room: RoomOptions = RoomOptions(),
+    hold: ServeOptions = ServeOptions(),
+    room: CapacityOptions = CapacityOptions(),
     how: ModelOptions = ModelOptions(),
 ) -> None:
     """Serve a model to OpenAI's clients and on a page of its own, with every conversation's persona measured.
@@ -255,7 +255,7 @@ def serve(
     """
     key = _key(host)
     _require_free(host, port)
-    served = make_host(model, how, axis_of(model, axis), hold, room, force=force)
+    served = make_service(model, how, axis_of(model, axis), hold, room, force=force)
     from personatlas.steering.serve.http.app import make_app
     from personatlas.steering.serve.http.uvicorn_server import serve as listen
 

@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from personatlas.persona.errors import UserError
-from personatlas.steering.serve.engine.batch import Step
-from personatlas.steering.serve.engine.scheduler import Ended, Event, Read, Ticket
+from personatlas.steering.serve.engine.batch import TokenEvent
+from personatlas.steering.serve.engine.scheduler import EngineEvent, FinishEvent, PrefillEvent, RequestHandle
 
 KEPT = 8  # tokens that are decoded together: what one of them shows may depend on those before it
 UNFINISHED = "\ufffd"  # what a tokenizer shows for part of a character
 
 
-class Spoken:
+class Detokenizer:
     """An answer's text. Held back are parts of a character, and the beginnings of stop texts.
 
     `before` are tokens that it goes on from: some tokenizers write a first token's blank only where something is before it.
@@ -79,20 +79,20 @@ def _beginning(text: str, stop: str) -> int:
 Reason = Literal["stop", "length"]
 
 
-class Failed(RuntimeError):
+class EngineFailure(RuntimeError):
     """The engine could not do what was asked, and it is not the asker's fault."""
 
 
 @dataclass(eq=False)
-class Choice:
+class StreamedAnswer:
     """What one ticket said so far. `seen[i]` are projection and fired layers of answer token i, as far as they are known."""
 
     number: int
-    ticket: Ticket
-    spoken: Spoken
+    ticket: RequestHandle
+    spoken: Detokenizer
     end_ids: frozenset[int]
-    read: Read | None = None
-    asked: Step | None = None  # the step that fed the prompt's last token
+    read: PrefillEvent | None = None
+    asked: TokenEvent | None = None  # the step that fed the prompt's last token
     ids: list[int] = field(default_factory=list)
     seen: list[tuple[float, int]] = field(default_factory=list)
     likely: list[tuple[float, dict[int, float]]] = field(default_factory=list)
@@ -104,22 +104,22 @@ class Choice:
     done: bool = False
 
     def require_whole(self) -> None:
-        """Raise what ended it, if that was an error: a `UserError` as it is, anything else as `Failed`."""
+        """Raise what ended it, if that was an error: a `UserError` as it is, anything else as `EngineFailure`."""
         if isinstance(self.error, UserError):
             raise self.error
         if self.error is not None:
-            raise Failed(
+            raise EngineFailure(
                 (str(self.error).splitlines() or [type(self.error).__name__])[0][:200]
             ) from self.error
 
-    def take(self, event: Event) -> str:
+    def take(self, event: EngineEvent) -> str:
         """The text that an event adds."""
         if self.done:
             return ""
-        if isinstance(event, Read):
+        if isinstance(event, PrefillEvent):
             self.read = event
             return ""
-        if isinstance(event, Ended):
+        if isinstance(event, FinishEvent):
             return self._end(event)
         return self._step(event)
 
@@ -151,7 +151,7 @@ class Choice:
             told.append({"id": self.ids[at], "text": text, "projection": projection, "fired": fired})
         return told
 
-    def _step(self, step: Step) -> str:
+    def _step(self, step: TokenEvent) -> str:
         if self.asked is None:
             self.asked = step
         else:
@@ -170,7 +170,7 @@ class Choice:
             self.ticket.cancel()
         return text
 
-    def _end(self, ended: Ended) -> str:
+    def _end(self, ended: FinishEvent) -> str:
         self.done, self.error = True, ended.error
         self.reason = "length" if ended.reason == "length" else "stop"
         text = self.spoken.rest()

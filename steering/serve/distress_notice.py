@@ -15,7 +15,7 @@ FILE = Path(__file__).parent / "static" / "distress.json"
 APOSTROPHES = re.compile("[\u2018\u2019\u02bc]")
 
 
-class Phrases(NamedTuple):
+class DistressPhrases(NamedTuple):
     """What is cut out first, what then counts, and the notice: a title and paragraphs."""
 
     exceptions: tuple[re.Pattern[str], ...]
@@ -25,13 +25,13 @@ class Phrases(NamedTuple):
 
 
 @cache
-def phrases() -> Phrases:
+def phrases() -> DistressPhrases:
     """The file, read once."""
     told = json.loads(FILE.read_text(encoding="utf-8"))
     exceptions, patterns = (
         tuple(re.compile(one, re.ASCII) for one in told[name]) for name in ("except", "patterns")
     )
-    return Phrases(exceptions, patterns, told["notice"]["title"], tuple(told["notice"]["text"]))
+    return DistressPhrases(exceptions, patterns, told["notice"]["title"], tuple(told["notice"]["text"]))
 
 
 def shows_distress(text: str) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from personatlas.steering.serve.answer_stream import Choice
+from personatlas.steering.serve.answer_stream import StreamedAnswer
 
 SECONDS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
 Z = (-6, -5, -4, -3, -2.5, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3)
@@ -52,7 +52,7 @@ class Metrics:
         )
         Gauge("personatlas_model_info", "What is served.", ["model"], **told).labels(model).set(1)
 
-    def answered(self, choice: Choice, persona: dict[str, Any], named: set[str]) -> None:
+    def answered(self, choice: StreamedAnswer, persona: dict[str, Any], named: set[str]) -> None:
         """An answer is whole."""
         cap = persona["cap"] or "none"
         label = cap if cap in named or cap == "none" else OWN
@@ -76,7 +76,7 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-class Watch:
+class RequestTimer:
     """The times of one request."""
 
     def __init__(self, metrics: Metrics) -> None:

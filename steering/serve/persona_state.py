@@ -18,10 +18,10 @@ from personatlas.analysis.drift_alarm import watch
 from personatlas.persona.axis import Axis
 from personatlas.persona.models.token_spans import Span
 from personatlas.steering.drift_monitor import Watcher
-from personatlas.steering.serve.answer_stream import Choice
+from personatlas.steering.serve.answer_stream import StreamedAnswer
 
 
-class Turn(NamedTuple):
+class AnswerTurn(NamedTuple):
     """An answer of a conversation: its message's number, its tokens, and their mean projection (residual units)."""
 
     message: int
@@ -30,22 +30,22 @@ class Turn(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Standing:
+class PersonaTracker:
     """The axis and how conversations along it are watched."""
 
     axis: Axis
     watcher: Watcher
 
-    def turns(self, spans: Sequence[Span], projections: Sequence[float]) -> list[Turn]:
+    def turns(self, spans: Sequence[Span], projections: Sequence[float]) -> list[AnswerTurn]:
         """The answers that a prompt holds, from the projections of its tokens."""
         found = []
         for span in spans:
             own = projections[span.start : span.stop]
             if span.speaker == "assistant" and len(own) == span.stop - span.start:
-                found.append(Turn(span.message, len(own), sum(own) / len(own)))
+                found.append(AnswerTurn(span.message, len(own), sum(own) / len(own)))
         return found
 
-    def drifting(self, turns: Sequence[Turn]) -> bool:
+    def drifting(self, turns: Sequence[AnswerTurn]) -> bool:
         """Whether the alarm is on after these turns; never without a calibrated rule."""
         if self.watcher.rule is None:
             return False
@@ -53,14 +53,14 @@ class Standing:
         return bool(states) and states[-1].alarm
 
     def told(
-        self, choice: Choice, turns: Sequence[Turn], message: int | None, mode: str, held: bool
+        self, choice: StreamedAnswer, turns: Sequence[AnswerTurn], message: int | None, mode: str, held: bool
     ) -> dict[str, Any]:
         """The `persona` object of an answer that is message number `message` (None: no conversation). `held`: adaptive, and the
         cap acts: the alarm stays as it was decided, since this answer has not been read without the cap."""
         cap, projection = choice.ticket.ask.cap, choice.projection
         listed = list(turns)
         if message is not None and projection is not None:
-            listed.append(Turn(message, len(choice.seen), projection))
+            listed.append(AnswerTurn(message, len(choice.seen), projection))
         shown = self.watched(listed)
         if held and shown and shown[-1]["alarm"] is False:
             shown[-1] |= {"alarm": True, "raised": False}
@@ -84,7 +84,7 @@ class Standing:
         """Baseline and alarm as plain numbers."""
         return self.watcher.describe()
 
-    def watched(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    def watched(self, turns: Sequence[AnswerTurn]) -> list[dict[str, Any]]:
         """Turns with their z and, where a rule is calibrated, the alarm's state."""
         rule, baseline = self.watcher.rule, self.watcher.baseline
         places = [turn.projection for turn in turns]

@@ -18,7 +18,7 @@ Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 Count = Annotated[int, Field(ge=1, le=2**31)]
 
 
-class Part(BaseModel):
+class TextPart(BaseModel):
     """A piece of a message; only text is taken."""
 
     model_config = ConfigDict(strict=True, extra="allow")
@@ -31,7 +31,7 @@ class ChatMessage(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow")
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Part] | None = None
+    content: str | list[TextPart] | None = None
 
     @property
     def plain(self) -> dict[str, str]:
@@ -59,7 +59,7 @@ class CapByName(BaseModel):
     shift: Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)] = 0.0
 
 
-class Persona(BaseModel):
+class PersonaRequest(BaseModel):
     """What a request asks of the persona: the cap (null: none; absent: the server's own), when it acts, and what to tell."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -69,7 +69,7 @@ class Persona(BaseModel):
 
     @property
     def asked(self) -> Any:
-        """The cap as `Plans.wanted` takes it."""
+        """The cap as `CapSlots.wanted` takes it."""
         return self.cap.model_dump() if isinstance(self.cap, BaseModel) else self.cap
 
 
@@ -80,7 +80,7 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
-class Sampled(BaseModel):
+class SamplingRequest(BaseModel):
     """What both kinds of request have in common. null is as good as absent, as OpenAI's clients write it."""
 
     model_config = ConfigDict(strict=True, extra="allow")
@@ -96,7 +96,7 @@ class Sampled(BaseModel):
     presence_penalty: Finite | None = None
     frequency_penalty: Finite | None = None
     logit_bias: dict[str, Finite] | None = None
-    persona: Persona | None = None
+    persona: PersonaRequest | None = None
 
     @field_validator("presence_penalty", "frequency_penalty")
     @classmethod
@@ -141,7 +141,7 @@ class Sampled(BaseModel):
         return self.persona is not None and bool(self.persona.per_token)
 
 
-class ChatRequest(Sampled):
+class ChatRequest(SamplingRequest):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10000)]
@@ -175,7 +175,7 @@ class ChatRequest(Sampled):
 Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, max_length=10**6)]
 
 
-class CompletionRequest(Sampled):
+class CompletionRequest(SamplingRequest):
     """POST /v1/completions. `max_tokens` 0 with `echo` scores the prompt."""
 
     prompt: str | Ids | Annotated[list[str | Ids], Field(min_length=1, max_length=256)]

@@ -17,12 +17,18 @@ from personatlas.persona.axis import Cap
 from personatlas.persona.errors import UserError
 from personatlas.persona.models.token_spans import SpanError, prompt_spans
 from personatlas.steering.drift_monitor import Watcher
-from personatlas.steering.serve.answer_stream import Choice, Spoken
-from personatlas.steering.serve.engine.cap_slots import NONE, Wanted
-from personatlas.steering.serve.engine.scheduler import Ask, Engine, Event, Room, Ticket
-from personatlas.steering.serve.metrics import Metrics, Watch
-from personatlas.steering.serve.persona_state import Standing, Turn
-from personatlas.steering.serve.schema import SEEDS, ChatRequest, CompletionRequest, Sampled
+from personatlas.steering.serve.answer_stream import Detokenizer, StreamedAnswer
+from personatlas.steering.serve.engine.cap_slots import NONE, ResolvedCap
+from personatlas.steering.serve.engine.scheduler import (
+    Engine,
+    EngineEvent,
+    EngineLimits,
+    GenerationRequest,
+    RequestHandle,
+)
+from personatlas.steering.serve.metrics import Metrics, RequestTimer
+from personatlas.steering.serve.persona_state import AnswerTurn, PersonaTracker
+from personatlas.steering.serve.schema import SEEDS, ChatRequest, CompletionRequest, SamplingRequest
 from personatlas.steering.session import SteeredModel
 
 COLDEST = 1e-5  # a temperature below it is 0: logits divided by it would overflow
@@ -34,12 +40,12 @@ class UnknownModel(UserError):
     """A request for a model that is not served."""
 
 
-class TooLong(UserError):
+class ContextOverflow(UserError):
     """A prompt, or a prompt and its answer, beyond the context."""
 
 
 @dataclass(frozen=True)
-class Settings:
+class ServiceDefaults:
     """What a server does where a request does not say."""
 
     cap: str | None = None
@@ -47,20 +53,20 @@ class Settings:
     max_tokens: int = 1024
     temperature: float = 0.7
     top_p: float = 0.9
-    room: Room = field(default_factory=Room)
+    room: EngineLimits = field(default_factory=EngineLimits)
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedPrompt:
     """A conversation ready to be answered: ids, most tokens, the cap that acts, and its turns so far if they are known already."""
 
     ids: tuple[int, ...]
     limit: int
-    cap: Wanted | None
+    cap: ResolvedCap | None
     mode: str
     messages: int | None = None
     spans: tuple[Any, ...] = ()
-    turns: list[Turn] | None = None
+    turns: list[AnswerTurn] | None = None
 
     @property
     def held(self) -> bool:
@@ -68,14 +74,14 @@ class Prepared:
         return self.mode == ADAPTIVE and self.cap is not None
 
 
-class Host:
+class PersonaService:
     """One model and all that is asked of it."""
 
     def __init__(
-        self, held: SteeredModel, caps: dict[str, Cap], settings: Settings, watcher: Watcher
+        self, held: SteeredModel, caps: dict[str, Cap], settings: ServiceDefaults, watcher: Watcher
     ) -> None:
         self.held, self.settings = held, settings
-        self.standing = Standing(held.axis, watcher)
+        self.standing = PersonaTracker(held.axis, watcher)
         self.name = held.model.name
         self.metrics = Metrics(self.name)
         self.fingerprint = f"fp_{held.model.fingerprint[:12]}"  # of answers: other weights, another one
@@ -101,7 +107,7 @@ class Host:
         """The names that requests may give as `model`: the model's own, and with each cap."""
         return [self.name, *(f"{self.name}:{cap}" for cap in (NONE, *self.engine.plans.caps))]
 
-    def wanted(self, request: Sampled) -> tuple[Wanted | None, str]:
+    def wanted(self, request: SamplingRequest) -> tuple[ResolvedCap | None, str]:
         """The cap that a request is to be answered with, and when it acts. Raises `UserError` for an unknown model or cap."""
         name, _, alias = (
             (request.model or self.name).partition(":")
@@ -124,13 +130,13 @@ class Host:
             )
         return cap, mode
 
-    async def open_context(self, request: ChatRequest) -> Prepared:
+    async def prepare_chat(self, request: ChatRequest) -> PreparedPrompt:
         """A conversation ready to be answered. Raises `UserError` for one that cannot be."""
         cap, mode = self.wanted(request)
         messages = [message.plain for message in request.messages]
         long = len(messages) > MANY or sum(len(message["content"]) for message in messages) > LONG
         ids, spans = await asyncio.to_thread(self._read, messages) if long else self._read(messages)
-        ready = Prepared(ids, self._limit(len(ids), request.limit), cap, mode, len(messages), spans)
+        ready = PreparedPrompt(ids, self._limit(len(ids), request.limit), cap, mode, len(messages), spans)
         if mode != ADAPTIVE or cap is None:
             return ready
         turns = await self.turns(ready)
@@ -139,15 +145,15 @@ class Host:
         acting = (
             cap if unread or self.standing.drifting(turns) else None
         )  # where answers cannot be read it holds
-        return Prepared(ids, ready.limit, acting, mode, len(messages), spans, turns)
+        return PreparedPrompt(ids, ready.limit, acting, mode, len(messages), spans, turns)
 
-    async def prepared_text(self, request: CompletionRequest, prompt: str | list[int]) -> Prepared:
+    async def prepare_completion(self, request: CompletionRequest, prompt: str | list[int]) -> PreparedPrompt:
         """A text to go on with, as it is: no template. Raises `UserError` for one that cannot be."""
         if len(prompt) > LONG:
-            return await asyncio.to_thread(self._prepared_text, request, prompt)
-        return self._prepared_text(request, prompt)
+            return await asyncio.to_thread(self._prepare_completion, request, prompt)
+        return self._prepare_completion(request, prompt)
 
-    def _prepared_text(self, request: CompletionRequest, prompt: str | list[int]) -> Prepared:
+    def _prepare_completion(self, request: CompletionRequest, prompt: str | list[int]) -> PreparedPrompt:
         cap, mode = self.wanted(request)
         if isinstance(prompt, str):
             try:
@@ -166,9 +172,9 @@ class Host:
         if not ids:
             raise UserError("an empty prompt: there is nothing to go on with")
         limit = self._limit(len(ids), request.limit)
-        return Prepared(ids, limit, None if mode == ADAPTIVE else cap, mode)
+        return PreparedPrompt(ids, limit, None if mode == ADAPTIVE else cap, mode)
 
-    def asks(self, ready: Prepared, request: Sampled) -> list[Ask]:
+    def asks(self, ready: PreparedPrompt, request: SamplingRequest) -> list[GenerationRequest]:
         """One for each answer that a request wants."""
         seed = secrets.randbelow(SEEDS) if request.seed is None else request.seed
         temperature = self.settings.temperature if request.temperature is None else request.temperature
@@ -176,7 +182,7 @@ class Host:
         top_p = self.settings.top_p if request.top_p is None else request.top_p
         likely = request.likely if isinstance(request, ChatRequest | CompletionRequest) else None
         return [
-            Ask(
+            GenerationRequest(
                 ready.ids,
                 (seed + choice) % SEEDS,
                 float(temperature),
@@ -190,10 +196,10 @@ class Host:
 
     @asynccontextmanager
     async def heard(
-        self, asks: Sequence[Ask], stops: tuple[str, ...] = (), *, goes_on: bool = False
-    ) -> AsyncIterator["Heard"]:
+        self, asks: Sequence[GenerationRequest], stops: tuple[str, ...] = (), *, goes_on: bool = False
+    ) -> AsyncIterator["AnswerStream"]:
         """The answers as they come; what is not done when it is left is cancelled. `goes_on`: they continue the prompt's text."""
-        heard = Heard(self, asks, stops, goes_on=goes_on)
+        heard = AnswerStream(self, asks, stops, goes_on=goes_on)
         try:
             yield heard
         finally:
@@ -218,51 +224,58 @@ class Host:
         """Most tokens of the answer."""
         room = self.settings.room.length
         if read > room or (read == room and asked != 0):
-            raise TooLong(f"this model's context is {room} tokens here and the prompt has {read}; shorten it")
+            raise ContextOverflow(
+                f"this model's context is {room} tokens here and the prompt has {read}; shorten it"
+            )
         if asked is None:
             return min(self.settings.max_tokens, room - read)
         if read + asked > room:
-            raise TooLong(
+            raise ContextOverflow(
                 f"this model's context is {room} tokens here; the prompt has {read} and {asked} were asked for the answer"
             )
         return asked
 
-    async def turns(self, ready: Prepared) -> list[Turn]:
+    async def turns(self, ready: PreparedPrompt) -> list[AnswerTurn]:
         """The answers in a prompt as the model itself reads them, without a cap."""
         if not any(span.speaker == "assistant" for span in ready.spans):
             return []
-        async with self.heard([Ask(ready.ids, limit=0)]) as heard:
+        async with self.heard([GenerationRequest(ready.ids, limit=0)]) as heard:
             async for _ in heard:
                 pass
             (choice,) = heard.choices
         choice.require_whole()
         return self.standing.turns(ready.spans, choice.prompt_projections)
 
-    def _post(self, told: Sequence[tuple[Ticket, Event]]) -> None:
+    def _post(self, told: Sequence[tuple[RequestHandle, EngineEvent]]) -> None:
         """From the engine's thread: hand the events over to the loop."""
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(_deliver, told)
 
 
-class Heard:
+class AnswerStream:
     """The answers to some asks: an iterator of (choice, the text that it gained)."""
 
     def __init__(
-        self, host: Host, asks: Sequence[Ask], stops: tuple[str, ...], *, goes_on: bool = False
+        self,
+        host: PersonaService,
+        asks: Sequence[GenerationRequest],
+        stops: tuple[str, ...],
+        *,
+        goes_on: bool = False,
     ) -> None:
-        self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        self.choices: list[Choice] = []
+        self._queue: asyncio.Queue[tuple[int, EngineEvent]] = asyncio.Queue()
+        self.choices: list[StreamedAnswer] = []
         self.open = len(asks)  # answers that are not done
         try:
             for number, ask in enumerate(asks):
                 ticket = host.engine.submit(ask, owner=(self._queue, number))
-                spoken = Spoken(host.held.model.tokenizer, stops, ask.ids if goes_on else ())
-                self.choices.append(Choice(number, ticket, spoken, host.held.chat.end_ids))
+                spoken = Detokenizer(host.held.model.tokenizer, stops, ask.ids if goes_on else ())
+                self.choices.append(StreamedAnswer(number, ticket, spoken, host.held.chat.end_ids))
         except UserError:
             self.cancel()
             raise
 
-    async def __aiter__(self) -> AsyncIterator[tuple[Choice, str]]:
+    async def __aiter__(self) -> AsyncIterator[tuple[StreamedAnswer, str]]:
         while self.open:
             number, event = await self._queue.get()
             choice = self.choices[number]
@@ -271,7 +284,7 @@ class Heard:
                 self.open -= choice.done
                 yield choice, text
 
-    async def whole(self, watch: Watch) -> list[Choice]:
+    async def whole(self, watch: RequestTimer) -> list[StreamedAnswer]:
         """All answers, when the last has ended. Raises what ended one with an error."""
         async for choice, _ in self:
             if choice.ids:
@@ -288,7 +301,7 @@ class Heard:
                 choice.ticket.cancel()
 
 
-def _deliver(told: Sequence[tuple[Ticket, Event]]) -> None:
+def _deliver(told: Sequence[tuple[RequestHandle, EngineEvent]]) -> None:
     for ticket, event in told:
         queue, number = ticket.owner
         queue.put_nowait((number, event))

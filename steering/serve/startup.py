@@ -10,7 +10,7 @@ from personatlas.persona.errors import UserError
 from personatlas.persona.options import ModelOptions
 
 if TYPE_CHECKING:
-    from personatlas.steering.serve.service import Host
+    from personatlas.steering.serve.service import PersonaService
 
 ADAPTIVE = "adaptive"  # as a cap: `assistant`, while the conversation drifts
 CACHE_CPU, CACHE_GPU = 4 * 2**30, 0.5  # bytes, or the share of what the weights leave, for keys and values
@@ -19,7 +19,7 @@ MOST_CONTEXT = 8192  # tokens, unless asked for more
 
 @Parameter(name="*")
 @dataclass(frozen=True)
-class HoldOptions:
+class ServeOptions:
     """How the persona is held and watched."""
 
     cap: str | None = None
@@ -42,7 +42,7 @@ class HoldOptions:
 
 @Parameter(name="*")
 @dataclass(frozen=True)
-class RoomOptions:
+class CapacityOptions:
     """How much is answered at once."""
 
     slots: int = 32
@@ -55,9 +55,15 @@ class RoomOptions:
     "most requests that wait"
 
 
-def make_host(
-    model: str, how: ModelOptions, axis: str, hold: HoldOptions, room: RoomOptions, *, force: bool = False
-) -> "Host":
+def make_service(
+    model: str,
+    how: ModelOptions,
+    axis: str,
+    hold: ServeOptions,
+    room: CapacityOptions,
+    *,
+    force: bool = False,
+) -> "PersonaService":
     """Load all that is served, and prove that every cap binds. Raises `UserError`."""
     cap, mode = ("assistant", ADAPTIVE) if hold.cap == ADAPTIVE else (hold.cap, hold.mode)
     _require_sane(hold, room)
@@ -65,7 +71,7 @@ def make_host(
     from personatlas.persona.runs import axis_stem
     from personatlas.steering.drift_monitor import watcher_of
     from personatlas.steering.serve.engine.cap_slots import cap_labels
-    from personatlas.steering.serve.service import Host, Settings
+    from personatlas.steering.serve.service import PersonaService, ServiceDefaults
     from personatlas.steering.session import load_steered_model
 
     stem = axis_stem(axis)
@@ -79,11 +85,13 @@ def make_host(
     held = load_steered_model(model, how, axis, list(names.values()), force=force)
     caps = dict(zip(names, held.caps, strict=True))
     default = next((name for name, given in names.items() if given == cap), None)
-    settings = Settings(default, mode, hold.max_tokens, hold.temperature, hold.top_p, _room(held.model, room))
-    return Host(held, caps, settings, watcher)
+    settings = ServiceDefaults(
+        default, mode, hold.max_tokens, hold.temperature, hold.top_p, _room(held.model, room)
+    )
+    return PersonaService(held, caps, settings, watcher)
 
 
-def _require_sane(hold: HoldOptions, room: RoomOptions) -> None:
+def _require_sane(hold: ServeOptions, room: CapacityOptions) -> None:
     from personatlas.persona.sampling.sampler import Sampling
 
     if not 0 < hold.false_alarms < 1:
@@ -100,16 +108,16 @@ def _require_sane(hold: HoldOptions, room: RoomOptions) -> None:
     Sampling(hold.max_tokens, hold.temperature, hold.top_p)
 
 
-def _room(model: Any, asked: RoomOptions) -> Any:
+def _room(model: Any, asked: CapacityOptions) -> Any:
     """As many tokens a conversation as the model holds and the memory has room for, unless it was said."""
-    from personatlas.steering.serve.engine.scheduler import Room
+    from personatlas.steering.serve.engine.scheduler import EngineLimits
 
     config = model.hf.config.get_text_config(decoder=True)
     most = model.context or MOST_CONTEXT
     if asked.context is not None and asked.context > most:
         raise UserError(f"--context {asked.context} is more than the {most} tokens that {model.id} holds")
     length = asked.context or min(most, MOST_CONTEXT, _fitting(model, config, asked.slots))
-    return Room(asked.slots, length, asked.prefix_mib * 2**20, asked.queue)
+    return EngineLimits(asked.slots, length, asked.prefix_mib * 2**20, asked.queue)
 
 
 def _fitting(model: Any, config: Any, slots: int) -> int:

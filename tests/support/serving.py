@@ -13,10 +13,10 @@ from personatlas.steering.drift_monitor import save_calm
 from personatlas.steering.interventions import cap_of
 from personatlas.steering.serve.http.app import make_app
 from personatlas.steering.serve.http.uvicorn_server import server_of
-from personatlas.steering.serve.startup import HoldOptions, RoomOptions, make_host
+from personatlas.steering.serve.startup import CapacityOptions, ServeOptions, make_service
 
 HOW = ModelOptions(device="cpu", dtype="float32")
-ROOM = RoomOptions(slots=8, context=256, prefix_mib=16)
+ROOM = CapacityOptions(slots=8, context=256, prefix_mib=16)
 
 
 def axis_folder(tiny_run, folder, *, calm=False):
@@ -33,8 +33,8 @@ def axis_folder(tiny_run, folder, *, calm=False):
 
 def tiny_host(tiny_run, folder, room=ROOM, how=HOW, **hold):
     """A host, its engine not yet started."""
-    return make_host(
-        str(tiny_run / "tiny"), how, str(folder), HoldOptions(**{"max_tokens": 12, **hold}), room
+    return make_service(
+        str(tiny_run / "tiny"), how, str(folder), ServeOptions(**{"max_tokens": 12, **hold}), room
     )
 
 

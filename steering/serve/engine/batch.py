@@ -39,10 +39,10 @@ from personatlas.persona.sampling.sampler import (
     batch_tokens,
 )
 from personatlas.steering.hooks.steering import Steering
-from personatlas.steering.serve.engine.prefix_cache import Prefix
+from personatlas.steering.serve.engine.prefix_cache import CachedPrefix
 
 
-class Watching(SamplerCallback):
+class ProjectionHook(SamplerCallback):
     """<h, v> at one layer, fp32: of the token that each slot was fed last, and of the texts that were read last."""
 
     def __init__(self, model: Model, layer: int, vector: Float[Tensor, " D"]) -> None:
@@ -97,7 +97,7 @@ CPU_TOKENS, GPU_TOKENS = 2048, 32768  # most padded tokens read at once
 
 
 @dataclass(eq=False)
-class Row:
+class BatchRow:
     """A prompt and how to answer it; then, what was fed so far. `projections[i]` is that of `fed` token i."""
 
     prompt: Prompt
@@ -119,7 +119,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Step:
+class TokenEvent:
     """One step of a row: the token that was drawn, and of the one that was fed its projection and at how many layers it was
     changed. `likely` are log-probabilities: of the drawn token, and of the likeliest ones by id."""
 
@@ -129,16 +129,18 @@ class Step:
     likely: tuple[float, dict[int, float]] | None = None
 
 
-class Rows:
+class DecodeBatch:
     """The slots and all tensors that a step changes in place."""
 
-    def __init__(self, model: Model, slots: int, length: int, watching: Watching, steering: Steering) -> None:
+    def __init__(
+        self, model: Model, slots: int, length: int, watching: ProjectionHook, steering: Steering
+    ) -> None:
         self.model, self.slots, self.length = model, slots, length
         self.watching, self.steering = watching, steering
         followers = SamplerCallbacks(steering, watching)
         self.decoder = Decoder(model, slots + 1, length, followers)
         followers.resize(slots + 2)  # one for the reading slot, one for texts that are scored
-        self.followers, self.rows = followers, list[Row]()
+        self.followers, self.rows = followers, list[BatchRow]()
         device = model.device
         self.tokens, self.positions, self.seeds, self.steps = (
             torch.zeros(slots, dtype=torch.long, device=device) for _ in range(4)
@@ -163,7 +165,7 @@ class Rows:
         """Slots that no decoding row has."""
         return self.slots - len(self.rows)
 
-    def read(self, rows: Sequence[Row]) -> None:
+    def read(self, rows: Sequence[BatchRow]) -> None:
         """Read whole prompts from their beginning; the rows decode from now on."""
         taken = list(range(len(self.rows), len(self.rows) + len(rows)))
         prompts = [row.prompt for row in rows]
@@ -175,7 +177,7 @@ class Rows:
             row.slot, row.fed, row.projections = slot, len(own), own
         self._begin(rows)
 
-    def open(self, row: Row, prefix: Prefix | None, tokens: int) -> None:
+    def open(self, row: BatchRow, prefix: CachedPrefix | None, tokens: int) -> None:
         """Take the reading slot, with the first `tokens` of a prefix in it."""
         self.followers.assign_slots([self.slots], [row.prompt])
         row.slot = self.slots
@@ -184,7 +186,7 @@ class Rows:
             row.fed = row.kept = tokens
             row.projections = list(prefix.projections[:tokens])
 
-    def read_part(self, row: Row, most: int) -> bool:
+    def read_part(self, row: BatchRow, most: int) -> bool:
         """Read the next tokens of the row in the reading slot; whether that was all, and it decodes from now on."""
         last = len(row.prompt.ids) - 1
         ids = row.prompt.ids[row.fed : min(row.fed + most, last)]
@@ -199,7 +201,7 @@ class Rows:
         self._begin([row])
         return True
 
-    def step(self) -> list[tuple[Row, Step]]:
+    def step(self) -> list[tuple[BatchRow, TokenEvent]]:
         """One token more for every row."""
         n, acting = len(self.rows), self._acting(self.rows)
         self.steering.restrict_layers(acting)
@@ -233,7 +235,7 @@ class Rows:
         """Log-probabilities of a text's own tokens and the likeliest at each place, with the plan on. The first has none."""
         slot, device = self.slots + 1, self.model.device
         self.followers.assign_slots([slot], [prompt])
-        self.steering.restrict_layers(self._acting([Row(prompt, 1.0, 1.0)]))
+        self.steering.restrict_layers(self._acting([BatchRow(prompt, 1.0, 1.0)]))
         ids = torch.tensor([prompt.ids], device=device)
         self.followers.before_prefill(
             torch.tensor([slot], device=device), torch.tensor([len(prompt.ids)], device=device)
@@ -251,7 +253,7 @@ class Rows:
             found += zip(own, best, strict=True)
         return found
 
-    def finish(self, row: Row) -> None:
+    def finish(self, row: BatchRow) -> None:
         """The row is through, or given up: the last one moves into its slot."""
         if row not in self.rows:  # still being read
             return
@@ -266,34 +268,36 @@ class Rows:
         self.running[len(self.rows)] = False
         self.positions[len(self.rows)] = 0
 
-    def saved(self, row: Row, digest: str, columns: int) -> Prefix:
+    def saved(self, row: BatchRow, digest: str, columns: int) -> CachedPrefix:
         """The first tokens that were fed to a row, to go on from later."""
         ids = np.asarray(row.ids[:columns], dtype=np.int64)
-        return Prefix(
+        return CachedPrefix(
             digest, ids, tuple(row.projections[:columns]), self.decoder.cache.saved(row.slot, columns)
         )
 
-    def require_steered(self, row: Row) -> None:
+    def require_steered(self, row: BatchRow) -> None:
         """`HookDidNotFire` unless every token that was fed to a row was met by its plan, layer by layer."""
         read = len(row.prompt.ids) if row.fed >= len(row.prompt.ids) else row.fed
         opening = int(row.kept == 0 and row.fed > 0)
         fed = (read - row.kept - opening, row.fed - read, opening)
         self.steering.require_seen(row.slot, row.prompt.plan, fed)
 
-    def _acting(self, rows: Sequence[Row]) -> tuple[int, ...]:
+    def _acting(self, rows: Sequence[BatchRow]) -> tuple[int, ...]:
         """Layers at which any of the rows is steered."""
         plans = {row.prompt.plan for row in rows if row.prompt.plan >= 0}
         layers = {layer for plan in plans for one in self.steering.plans[plan] for layer in one.layers}
         return tuple(sorted(layers))
 
-    def _stepped(self, row: Row, token: int, projection: float, fired: int, likely: object) -> Step:
-        step = Step(token, projection, fired - row.fired, likely)  # type: ignore[arg-type]
+    def _stepped(
+        self, row: BatchRow, token: int, projection: float, fired: int, likely: object
+    ) -> TokenEvent:
+        step = TokenEvent(token, projection, fired - row.fired, likely)  # type: ignore[arg-type]
         row.fired, row.fed = fired, row.fed + 1
         row.projections.append(projection)
         row.drawn.append(token)
         return step
 
-    def _begin(self, rows: Sequence[Row]) -> None:
+    def _begin(self, rows: Sequence[BatchRow]) -> None:
         """Rows whose prompts are read but for the last token take the next slots."""
         first = len(self.rows)
         at = slice(first, first + len(rows))
@@ -312,7 +316,7 @@ class Rows:
     def _of(self, values: Sequence[float] | Sequence[int]) -> Tensor:
         return torch.tensor(values, device=self.model.device)
 
-    def _move(self, row: Row, slot: int) -> None:
+    def _move(self, row: BatchRow, slot: int) -> None:
         self.decoder.move(row.slot, slot, row.fed)
         self.followers.move(row.slot, slot)
         row.slot = slot
@@ -383,6 +387,6 @@ class Rows:
         return replay, self.logits
 
 
-def fitting(rows: Sequence[Row], tokens: int) -> int:
+def fitting(rows: Sequence[BatchRow], tokens: int) -> int:
     """How many of the rows, from the first on, can be read together."""
     return batch_end([len(row.prompt.ids) for row in rows], 0, tokens)

@@ -31,7 +31,7 @@ NONE = "none"  # no cap, by a name that a model's alias can carry
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ResolvedCap:
     """A cap to put on: what it is called, its numbers, and a digest of all that it does."""
 
     name: str
@@ -48,7 +48,7 @@ class Wanted:
         return self.cap.floor_of(self.cap.layers.index(layer), "answer") if layer in self.cap.layers else None
 
 
-class Plans:
+class CapSlots:
     """Caps by name, and a `Steering` with a plan for each and some to spare."""
 
     def __init__(self, axis: Axis, model: Model, caps: Mapping[str, Cap]) -> None:
@@ -63,11 +63,11 @@ class Plans:
             model=axis.model,
         )
         self._idle: list[Intervention] = [idle]
-        self._spares: list[Wanted | None] = [None] * SPARES
+        self._spares: list[ResolvedCap | None] = [None] * SPARES
         self._used: Counter[str] = Counter()
         self.steering = Steering(model, self._plans())
 
-    def wanted(self, asked: Any) -> Wanted | None:
+    def wanted(self, asked: Any) -> ResolvedCap | None:
         """The cap that a request asks for; None for none. Raises `UserError` for anything that is not one."""
         if asked is None or asked == NONE:
             return None
@@ -83,7 +83,7 @@ class Plans:
         population = asked.get("population", "default")
         return self._by_text(f"{population}:{level}@{layers}")
 
-    def place(self, wanted: Wanted | None) -> int | None:
+    def place(self, wanted: ResolvedCap | None) -> int | None:
         """The plan to follow (-1: none), and one row more that follows it; None when no spare plan is free."""
         if wanted is None:
             return -1
@@ -104,7 +104,7 @@ class Plans:
         self._used[wanted.digest] += 1
         return number
 
-    def release(self, wanted: Wanted | None) -> None:
+    def release(self, wanted: ResolvedCap | None) -> None:
         """One row less follows it."""
         if wanted is not None:
             self._used[wanted.digest] -= 1
@@ -117,13 +117,13 @@ class Plans:
         spare = [[one.cap] if one is not None else self._idle for one in self._spares]
         return [*([one.cap] for one in self.caps.values()), *spare, self._idle]
 
-    def _number(self, wanted: Wanted) -> int | None:
+    def _number(self, wanted: ResolvedCap) -> int | None:
         digests = [one.digest for one in self.caps.values()] + [
             one.digest if one else "" for one in self._spares
         ]
         return digests.index(wanted.digest) if wanted.digest in digests else None
 
-    def _by_text(self, text: str) -> Wanted:
+    def _by_text(self, text: str) -> ResolvedCap:
         if text in self.caps:
             return self.caps[text]
         match, moved = SPEC.fullmatch(text), SHIFT.fullmatch(text)
@@ -147,7 +147,7 @@ class Plans:
         require_cap(cap, self.axis)
         return _wanted(text, cap)
 
-    def _shifted(self, name: Any, amount: Any) -> Wanted:
+    def _shifted(self, name: Any, amount: Any) -> ResolvedCap:
         if name not in self.caps:
             raise UserError(
                 f"cap {str(name)[:80]!r} is not loaded (there are: {', '.join(self.caps) or 'none'})"
@@ -171,11 +171,11 @@ def cap_labels(stem: Path, extra: Sequence[str]) -> dict[str, str]:
     }
 
 
-def _wanted(name: str, cap: Cap) -> Wanted:
-    return Wanted(name, cap, plan_digest([cap]))
+def _wanted(name: str, cap: Cap) -> ResolvedCap:
+    return ResolvedCap(name, cap, plan_digest([cap]))
 
 
-def _described(one: Wanted, layer: int) -> dict[str, Any]:
+def _described(one: ResolvedCap, layer: int) -> dict[str, Any]:
     cap = one.cap
     at = cap.layers.index(layer) if layer in cap.layers else None
     return {

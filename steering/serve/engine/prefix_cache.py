@@ -19,7 +19,7 @@ MOST = 256  # prefixes that are kept, however small: each is compared with every
 
 
 @dataclass(frozen=True)
-class Prefix:
+class CachedPrefix:
     """Tokens that were read under a plan, their projections, and keys and values layer by layer."""
 
     digest: str
@@ -33,17 +33,17 @@ class Prefix:
         return sum(value.nbytes for pair in self.saved for value in pair)
 
 
-class Prefixes:
+class PrefixCache:
     """At most `room` bytes of them, in order of use."""
 
     def __init__(self, room: int) -> None:
         self.room, self.used = room, 0
-        self._kept: list[Prefix] = []
+        self._kept: list[CachedPrefix] = []
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def longest(self, digest: str, ids: Sequence[int]) -> tuple[Prefix, int] | None:
+    def longest(self, digest: str, ids: Sequence[int]) -> tuple[CachedPrefix, int] | None:
         """The prefix that shares most of the first tokens with `ids`, and how many; never all of them: one is left to feed."""
         if not self._kept:
             return None
@@ -58,7 +58,7 @@ class Prefixes:
         self._kept.append(self._kept.pop(next(n for n, one in enumerate(self._kept) if one is best)))
         return best, most
 
-    def keep(self, prefix: Prefix) -> None:
+    def keep(self, prefix: CachedPrefix) -> None:
         """Keep it, in place of those that it continues; nothing when it is alone too large."""
         if prefix.size > self.room or len(prefix.ids) < FEWEST:
             return
@@ -73,12 +73,12 @@ class Prefixes:
         """Forget all of them."""
         self._kept, self.used = [], 0
 
-    def _forget(self, prefix: Prefix) -> None:
+    def _forget(self, prefix: CachedPrefix) -> None:
         self._kept = [one for one in self._kept if one is not prefix]
         self.used -= prefix.size
 
     @staticmethod
-    def _continues(new: Prefix, old: Prefix) -> bool:
+    def _continues(new: CachedPrefix, old: CachedPrefix) -> bool:
         return new.digest == old.digest and _common(old.ids, new.ids) == len(old.ids)
 
 

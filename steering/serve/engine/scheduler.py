@@ -28,9 +28,9 @@ from personatlas.persona.models.load import Model
 from personatlas.persona.sampling.cuda_graph import slot_attention_on
 from personatlas.persona.sampling.sampler import Prompt, decodes_from_cache
 from personatlas.steering.hooks.steering import HookDidNotFire
-from personatlas.steering.serve.engine.batch import Row, Rows, Step, Watching, fitting
-from personatlas.steering.serve.engine.cap_slots import Plans, Wanted
-from personatlas.steering.serve.engine.prefix_cache import FEWEST, Prefix, Prefixes
+from personatlas.steering.serve.engine.batch import BatchRow, DecodeBatch, ProjectionHook, TokenEvent, fitting
+from personatlas.steering.serve.engine.cap_slots import CapSlots, ResolvedCap
+from personatlas.steering.serve.engine.prefix_cache import FEWEST, CachedPrefix, PrefixCache
 
 log = logging.getLogger(__name__)
 PIECE_CPU, PIECE_GPU = 256, 4096  # tokens of a prompt read between two steps of those who decode
@@ -39,12 +39,12 @@ WORTH = 128  # tokens that are worth not being read again where others wait
 UNCAPPED = "as it is"  # the digest of no plan
 
 
-class Busy(UserError):
+class ServerBusy(UserError):
     """As many requests wait as may, or the engine is ending."""
 
 
 @dataclass(frozen=True)
-class Room:
+class EngineLimits:
     """How many rows decode at once, how many tokens each may hold, bytes for prefixes, and how many requests may wait."""
 
     slots: int = 32
@@ -54,7 +54,7 @@ class Room:
 
 
 @dataclass(frozen=True)
-class Ask:
+class GenerationRequest:
     """A prompt and how to answer it. `limit` 0 only reads it."""
 
     ids: tuple[int, ...]
@@ -62,12 +62,12 @@ class Ask:
     temperature: float = 1.0
     top_p: float = 1.0
     limit: int = 1
-    cap: Wanted | None = None
+    cap: ResolvedCap | None = None
     logprobs: int | None = None
 
 
 @dataclass(frozen=True)
-class Read:
+class PrefillEvent:
     """The prompt is read: projections of its tokens but the last (all of them where nothing is to be answered), tokens that
     were not read again, and tokens times layers changed."""
 
@@ -77,31 +77,31 @@ class Read:
 
 
 @dataclass(frozen=True)
-class Ended:
+class FinishEvent:
     """The last event: why it ended, or the error that ended it."""
 
     reason: Literal["end", "length", "read", "cancelled", "error"]
     error: BaseException | None = None
 
 
-Event = Read | Step | Ended
+EngineEvent = PrefillEvent | TokenEvent | FinishEvent
 
 
 @dataclass(eq=False)
-class Ticket:
+class RequestHandle:
     """A request on its way through the engine. `owner` is whoever asked, for `post`."""
 
-    ask: Ask
+    ask: GenerationRequest
     owner: Any = None
     cancelled: bool = False
-    row: Row | None = field(default=None, repr=False)
+    row: BatchRow | None = field(default=None, repr=False)
 
     def cancel(self) -> None:
         """Give it up: from any thread, at any time, more than once."""
         self.cancelled = True
 
 
-Post = Callable[[Sequence[tuple[Ticket, Event]]], None]
+Post = Callable[[Sequence[tuple[RequestHandle, EngineEvent]]], None]
 
 
 class Engine:
@@ -113,7 +113,7 @@ class Engine:
         end_ids: frozenset[int],
         axis: Axis,
         caps: dict[str, Cap],
-        room: Room,
+        room: EngineLimits,
         post: Post = lambda _: None,
     ) -> None:
         if not decodes_from_cache(model):
@@ -121,16 +121,16 @@ class Engine:
                 f"{model.id} keeps another state than keys and values (recurrent layers, say), which serving needs"
             )
         self.model, self.end_ids, self.room, self.post = model, end_ids, room, post
-        self.plans = Plans(axis, model, caps)
-        self.watching = Watching(model, axis.layer, axis.at(axis.layer))
-        self.rows = Rows(model, room.slots, room.length, self.watching, self.plans.steering)
+        self.plans = CapSlots(axis, model, caps)
+        self.watching = ProjectionHook(model, axis.layer, axis.at(axis.layer))
+        self.rows = DecodeBatch(model, room.slots, room.length, self.watching, self.plans.steering)
         self.rows.usual |= {tuple(sorted(one.cap.layers)) for one in self.plans.caps.values()}
-        self.prefixes = Prefixes(room.prefixes)
-        self.waiting: deque[Ticket] = deque()
-        self._opened: Ticket | None = None  # whose prompt is in the reading slot
-        self._running: dict[Row, Ticket] = {}
-        self._asked: SimpleQueue[Ticket | Callable[[], None] | None] = SimpleQueue()
-        self._told: list[tuple[Ticket, Event]] = []
+        self.prefixes = PrefixCache(room.prefixes)
+        self.waiting: deque[RequestHandle] = deque()
+        self._opened: RequestHandle | None = None  # whose prompt is in the reading slot
+        self._running: dict[BatchRow, RequestHandle] = {}
+        self._asked: SimpleQueue[RequestHandle | Callable[[], None] | None] = SimpleQueue()
+        self._told: list[tuple[RequestHandle, EngineEvent]] = []
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -153,8 +153,8 @@ class Engine:
         """Start the thread."""
         self._thread.start()
 
-    def submit(self, ask: Ask, owner: Any = None) -> Ticket:
-        """Ask for an answer. Raises `Busy` when too many wait, `UserError` for a prompt that does not fit."""
+    def submit(self, ask: GenerationRequest, owner: Any = None) -> RequestHandle:
+        """Ask for an answer. Raises `ServerBusy` when too many wait, `UserError` for a prompt that does not fit."""
         if not ask.ids:
             raise UserError("an empty prompt: there is nothing to answer")
         if len(ask.ids) + ask.limit > self.room.length:
@@ -162,20 +162,20 @@ class Engine:
                 f"{len(ask.ids)} tokens to read and {ask.limit} to write are more than the {self.room.length} of the context"
             )
         self._require_room()
-        ticket = Ticket(ask, owner)
+        ticket = RequestHandle(ask, owner)
         self._asked.put(ticket)
         if not self.alive:  # it ended meanwhile, and nobody may look at what is asked any more
-            raise Busy("the server is ending")
+            raise ServerBusy("the server is ending")
         return ticket
 
     def _require_room(self) -> None:
         if not self.alive:
-            raise Busy("the engine is not running")
+            raise ServerBusy("the engine is not running")
         if self.queued >= self.room.waiting:
-            raise Busy(f"{self.queued} requests are waiting, which is the most; try again later")
+            raise ServerBusy(f"{self.queued} requests are waiting, which is the most; try again later")
 
     def between_steps(self, work: Callable[[], None]) -> None:
-        """Do something with the model in the engine's thread, where nobody decodes meanwhile. Raises `Busy` as `submit` does."""
+        """Do something with the model in the engine's thread, where nobody decodes meanwhile. Raises `ServerBusy` as `submit` does."""
         self._require_room()
         self._asked.put(work)
 
@@ -198,14 +198,14 @@ class Engine:
         finally:
             self._closing.set()
             asked = [self._asked.get() for _ in range(self._asked.qsize())]
-            late = [one for one in asked if isinstance(one, Ticket)]
+            late = [one for one in asked if isinstance(one, RequestHandle)]
             for ticket in [
                 *late,
                 *self.waiting,
                 *self._running.values(),
                 *([self._opened] if self._opened else []),
             ]:
-                self._told.append((ticket, Ended("error", Busy("the server is ending"))))
+                self._told.append((ticket, FinishEvent("error", ServerBusy("the server is ending"))))
             self._flush()
 
     def _guarded(self, part: Callable[[], None]) -> None:
@@ -215,7 +215,7 @@ class Engine:
         except (RuntimeError, ValueError, IndexError, UserError) as error:  # out of memory is a RuntimeError
             log.exception("a forward failed: its requests end with an error")
             for ticket in [*self._running.values(), *([self._opened] if self._opened else [])]:
-                self._leave(ticket, Ended("error", error), keep=False)
+                self._leave(ticket, FinishEvent("error", error), keep=False)
             self.prefixes.clear()
             self.rows.forget()
             if self.model.device.type == "cuda":
@@ -227,7 +227,7 @@ class Engine:
         try:
             one = self._asked.get(block=idle)
             while True:
-                if isinstance(one, Ticket):
+                if isinstance(one, RequestHandle):
                     self.waiting.append(one)
                 elif one is not None:
                     self._guarded(one)
@@ -237,10 +237,10 @@ class Engine:
         for ticket in [
             one for one in [*self._running.values(), self._opened] if one is not None and one.cancelled
         ]:
-            self._leave(ticket, Ended("cancelled"))
+            self._leave(ticket, FinishEvent("cancelled"))
         for ticket in [one for one in self.waiting if one.cancelled]:
             self.waiting.remove(ticket)
-            self._leave(ticket, Ended("cancelled"))
+            self._leave(ticket, FinishEvent("cancelled"))
 
     def _read(self) -> None:
         """Read a piece of what waits: on with a long prompt, then short ones and conversations that go on, in their order.
@@ -248,7 +248,7 @@ class Engine:
         Who waits for a spare plan is passed by those who do not.
         """
         piece = self._piece()
-        left, whole, parked = piece, list[Ticket](), list[Ticket]()
+        left, whole, parked = piece, list[RequestHandle](), list[RequestHandle]()
         if self._opened is not None:
             left -= self._read_on(self._opened, piece)
         try:
@@ -284,41 +284,41 @@ class Engine:
             self._read_whole(whole)
 
     @staticmethod
-    def _fits(whole: Sequence[Ticket], ticket: Ticket, piece: int) -> bool:
+    def _fits(whole: Sequence[RequestHandle], ticket: RequestHandle, piece: int) -> bool:
         rows = [one.row for one in (*whole, ticket) if one.row is not None]
         return fitting(rows, piece) > len(whole)
 
-    def _open(self, ticket: Ticket, found: tuple[Prefix, int] | None, most: int) -> int:
+    def _open(self, ticket: RequestHandle, found: tuple[CachedPrefix, int] | None, most: int) -> int:
         assert ticket.row is not None
         self.rows.open(ticket.row, *(found or (None, 0)))
         return self._read_on(ticket, most)
 
-    def _known(self, ticket: Ticket) -> tuple[Prefix, int] | None:
+    def _known(self, ticket: RequestHandle) -> tuple[CachedPrefix, int] | None:
         """What was said before, where it is worth a forward of its own: prompts are read together faster than one by one."""
         found = self.prefixes.longest(self._digest(ticket), ticket.ask.ids)
         alone = not self.waiting and not self._running
         return found if found is not None and (alone or found[1] >= WORTH) else None
 
-    def _seat(self, ticket: Ticket) -> bool:
+    def _seat(self, ticket: RequestHandle) -> bool:
         """Find its plan; False while none is free. What cannot be put on ends its own request alone."""
         ask = ticket.ask
         try:
             plan = self.plans.place(ask.cap)
         except (ValueError, UserError) as error:
-            self._told.append((ticket, Ended("error", error)))
+            self._told.append((ticket, FinishEvent("error", error)))
             ticket.cancelled = True
             return False
         if plan is not None:
-            ticket.row = Row(Prompt(ask.ids, ask.seed, plan), ask.temperature, ask.top_p, ask.logprobs)
+            ticket.row = BatchRow(Prompt(ask.ids, ask.seed, plan), ask.temperature, ask.top_p, ask.logprobs)
         return plan is not None
 
-    def _read_whole(self, tickets: list[Ticket]) -> None:
+    def _read_whole(self, tickets: list[RequestHandle]) -> None:
         rows = [ticket.row for ticket in tickets if ticket.row is not None]
         self._running |= dict(zip(rows, tickets, strict=True))  # from here on an error is theirs
         self.rows.read(rows)
         self._told += [(ticket, _read_of(row)) for row, ticket in zip(rows, tickets, strict=True)]
 
-    def _read_on(self, ticket: Ticket, most: int) -> int:
+    def _read_on(self, ticket: RequestHandle, most: int) -> int:
         """Read on in the reading slot; how many tokens that were."""
         row = ticket.row
         assert row is not None
@@ -336,15 +336,15 @@ class Engine:
             ticket = self._running[row]
             if ticket.ask.limit == 0:  # it was fed its last token, and that was all
                 self._told.append((ticket, step))
-                self._leave(ticket, Ended("read"))
+                self._leave(ticket, FinishEvent("read"))
                 continue
             self._told.append((ticket, step))
             if step.token in self.end_ids:
-                self._leave(ticket, Ended("end"))
+                self._leave(ticket, FinishEvent("end"))
             elif len(row.drawn) >= ticket.ask.limit:
-                self._leave(ticket, Ended("length"))
+                self._leave(ticket, FinishEvent("length"))
 
-    def _leave(self, ticket: Ticket, ended: Ended, *, keep: bool = True) -> None:
+    def _leave(self, ticket: RequestHandle, ended: FinishEvent, *, keep: bool = True) -> None:
         row = ticket.row
         if row is not None:
             if keep and row.fed:
@@ -357,7 +357,7 @@ class Engine:
             self._opened = None
         self._told.append((ticket, ended))
 
-    def _kept(self, ticket: Ticket, row: Row, ended: Ended) -> Ended:
+    def _kept(self, ticket: RequestHandle, row: BatchRow, ended: FinishEvent) -> FinishEvent:
         """Keep what was said, and how the row ends: with an error where its cap was not on.
 
         Of a cap whose floors differ between prompts and answers only the prompt is kept: as part of the next prompt the answer is
@@ -371,7 +371,7 @@ class Engine:
             if self.prefixes.room and columns >= FEWEST:
                 self.prefixes.keep(self.rows.saved(row, self._digest(ticket), columns))
         except HookDidNotFire as error:
-            return Ended("error", error)
+            return FinishEvent("error", error)
         except RuntimeError:  # no memory for it
             log.exception("what was said is not kept")
             self.prefixes.clear()
@@ -390,9 +390,9 @@ class Engine:
         return small if len(self.waiting) <= len(self._running) else CROWD * small
 
     @staticmethod
-    def _digest(ticket: Ticket) -> str:
+    def _digest(ticket: RequestHandle) -> str:
         return ticket.ask.cap.digest if ticket.ask.cap is not None else UNCAPPED
 
 
-def _read_of(row: Row) -> Read:
-    return Read(tuple(row.projections), row.kept, row.read_fired)
+def _read_of(row: BatchRow) -> PrefillEvent:
+    return PrefillEvent(tuple(row.projections), row.kept, row.read_fired)

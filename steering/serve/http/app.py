@@ -20,12 +20,12 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from starlette.exceptions import HTTPException
 
 from personatlas.persona.errors import UserError
-from personatlas.steering.serve.engine.scheduler import Busy
-from personatlas.steering.serve.http.completions import Complete, Talk
+from personatlas.steering.serve.engine.scheduler import ServerBusy
+from personatlas.steering.serve.http.completions import ChatCompletionHandler, CompletionHandler
 from personatlas.steering.serve.http.responses import error_body
-from personatlas.steering.serve.http.security import Guard
+from personatlas.steering.serve.http.security import SecurityMiddleware
 from personatlas.steering.serve.schema import ChatRequest, CompletionRequest, ErrorReply
-from personatlas.steering.serve.service import Host, TooLong, UnknownModel
+from personatlas.steering.serve.service import ContextOverflow, PersonaService, UnknownModel
 
 STATIC = Path(__file__).parent.parent / "static"
 KINDS = {
@@ -58,11 +58,11 @@ GONE = 499  # the status that is logged for a client who left
 Answer = TypeVar("Answer")
 
 
-class Gone(Exception):
+class ClientDisconnected(Exception):
     """The client left before its answer was there."""
 
 
-def make_app(host: Host, key: str | None) -> Any:
+def make_app(host: PersonaService, key: str | None) -> Any:
     """The application behind its guard."""
 
     @asynccontextmanager
@@ -79,26 +79,26 @@ def make_app(host: Host, key: str | None) -> Any:
     _telling(app, host, key is not None)
     _pages(app)
     _document(app)
-    return Guard(app, key)
+    return SecurityMiddleware(app, key)
 
 
-def _talking(app: FastAPI, host: Host) -> None:
+def _talking(app: FastAPI, host: PersonaService) -> None:
     @app.post("/v1/chat/completions", response_model=None, responses={**REFUSALS, **STREAMED})  # type: ignore[dict-item]
     async def chat(asked: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
-        ready = await host.open_context(asked)
-        talk = Talk(host, asked, ready)
+        ready = await host.prepare_chat(asked)
+        talk = ChatCompletionHandler(host, asked, ready)
         return await _sent(host, "chat", bool(asked.stream), talk.stream, talk.whole, request)
 
     @app.post("/v1/completions", response_model=None, responses={**REFUSALS, **STREAMED})  # type: ignore[dict-item]
     async def complete(asked: CompletionRequest, request: Request) -> Response:
         """Go on with texts."""
-        ready = [await host.prepared_text(asked, prompt) for prompt in asked.prompts]
-        run = Complete(host, asked, ready)
+        ready = [await host.prepare_completion(asked, prompt) for prompt in asked.prompts]
+        run = CompletionHandler(host, asked, ready)
         return await _sent(host, "completions", bool(asked.stream), run.stream, run.whole, request)
 
 
-def _telling(app: FastAPI, host: Host, needs_key: bool) -> None:
+def _telling(app: FastAPI, host: PersonaService, needs_key: bool) -> None:
     @app.get("/v1/models", response_model=None, responses=REFUSALS)
     async def models() -> Response:
         """The model, by itself and with each cap."""
@@ -133,7 +133,7 @@ def _model(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "personatlas"}
 
 
-def _loaded(host: Host, needs_key: bool) -> dict[str, Any]:
+def _loaded(host: PersonaService, needs_key: bool) -> dict[str, Any]:
     axis, model, settings = host.held.axis, host.held.model, host.settings
     row = axis.layers.index(axis.layer)
     quantiles = {"levels": list(axis.levels), "default": [], "roles": []}
@@ -191,7 +191,7 @@ def _pages(app: FastAPI) -> None:
 
 
 async def _sent(
-    host: Host,
+    host: PersonaService,
     route: str,
     as_stream: bool,
     stream: Callable[[], AsyncIterator[bytes]],
@@ -210,7 +210,7 @@ async def _sent(
     return JSONResponse(content)
 
 
-async def _counted(host: Host, first: bytes, stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+async def _counted(host: PersonaService, first: bytes, stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     """The stream; a client who leaves early is counted, and the generator closed, which cancels the work."""
     whole = False
     try:
@@ -232,7 +232,7 @@ async def _unless_gone(work: Awaitable[dict[str, Any]], request: Request) -> dic
     try:
         await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise Gone
+            raise ClientDisconnected
         return task.result()
     finally:
         for one in (task, leaving):
@@ -245,7 +245,7 @@ async def _left(request: Request) -> None:
         pass
 
 
-def _answer_errors(app: FastAPI, host: Host) -> None:
+def _answer_errors(app: FastAPI, host: PersonaService) -> None:
     """All errors as OpenAI's error objects."""
 
     def reply(status: int, message: str, kind: str = "invalid_request_error", **more: Any) -> Response:
@@ -260,11 +260,11 @@ def _answer_errors(app: FastAPI, host: Host) -> None:
 
     @app.exception_handler(UserError)
     async def known(_request: Request, error: UserError) -> Response:
-        if isinstance(error, Busy):
+        if isinstance(error, ServerBusy):
             return reply(503, str(error), "server_error", code="overloaded")
         if isinstance(error, UnknownModel):
             return reply(404, str(error), code="model_not_found", param="model")
-        if isinstance(error, TooLong):
+        if isinstance(error, ContextOverflow):
             return reply(400, str(error), code="context_length_exceeded", param="messages")
         return reply(400, str(error))
 
@@ -272,8 +272,8 @@ def _answer_errors(app: FastAPI, host: Host) -> None:
     async def other(_request: Request, error: HTTPException) -> Response:
         return reply(error.status_code, str(error.detail))
 
-    @app.exception_handler(Gone)
-    async def gone(_request: Request, _error: Gone) -> Response:
+    @app.exception_handler(ClientDisconnected)
+    async def gone(_request: Request, _error: ClientDisconnected) -> Response:
         host.metrics.cancelled.inc()
         return Response(status_code=GONE)
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from personatlas.persona.errors import UserError
 from personatlas.persona.sampling.sampler import Prompt
-from personatlas.steering.serve.answer_stream import Choice
-from personatlas.steering.serve.engine.scheduler import Ask, Busy
+from personatlas.steering.serve.answer_stream import StreamedAnswer
+from personatlas.steering.serve.engine.scheduler import GenerationRequest, ServerBusy
 from personatlas.steering.serve.http.responses import (
     DONE,
-    Envelope,
+    ResponseEnvelope,
     broken,
     chat_likely,
     line,
@@ -21,19 +21,19 @@ from personatlas.steering.serve.http.responses import (
     text_likely,
     usage,
 )
-from personatlas.steering.serve.metrics import Watch
+from personatlas.steering.serve.metrics import RequestTimer
 from personatlas.steering.serve.schema import ChatRequest, CompletionRequest
-from personatlas.steering.serve.service import Host, Prepared
+from personatlas.steering.serve.service import PersonaService, PreparedPrompt
 
 
-class Talk:
+class ChatCompletionHandler:
     """One request on its way to its answer."""
 
-    def __init__(self, host: Host, request: ChatRequest, ready: Prepared) -> None:
+    def __init__(self, host: PersonaService, request: ChatRequest, ready: PreparedPrompt) -> None:
         self.host, self.request, self.ready = host, request, ready
-        self.watch = Watch(host.metrics)
+        self.watch = RequestTimer(host.metrics)
         kind = "chat.completion.chunk" if request.stream else "chat.completion"
-        self.envelope = Envelope("chatcmpl", kind, request.model or host.name, host.fingerprint)
+        self.envelope = ResponseEnvelope("chatcmpl", kind, request.model or host.name, host.fingerprint)
 
     async def whole(self) -> dict[str, Any]:
         """The answer object. Leaving it early cancels the work."""
@@ -77,7 +77,9 @@ class Talk:
             yield self._usage(heard.choices)
         yield DONE
 
-    def _text(self, number: int, choice: Choice, text: str, told: dict[int, tuple[int, int]]) -> bytes:
+    def _text(
+        self, number: int, choice: StreamedAnswer, text: str, told: dict[int, tuple[int, int]]
+    ) -> bytes:
         shown, seen = told[id(choice)]
         told[id(choice)] = len(choice.ids), len(choice.seen)
         more: dict[str, Any] = {}
@@ -94,21 +96,21 @@ class Talk:
         choice = {"index": number, "delta": delta, "logprobs": likely, "finish_reason": finish}
         return line(self.envelope.of([choice], **usage_field, **more))
 
-    def _finish(self, choice: Choice, shown: int, told: list[Choice]) -> bytes:
+    def _finish(self, choice: StreamedAnswer, shown: int, told: list[StreamedAnswer]) -> bytes:
         """The line that ends an answer, with the log-probabilities of tokens that showed no text. The last of them carries the persona
         object, unless the line with the usage follows: a line without choices that nobody asked for breaks loops over `choices[0]`."""
         more = {"persona": self._personas(told)} if told else {}
         rest = chat_likely(choice, shown, len(choice.ids)) if shown < len(choice.ids) else None
         return self._chunk(choice.number, {}, finish=choice.reason, likely=rest, **more)
 
-    def _usage(self, choices: list[Choice]) -> bytes:
+    def _usage(self, choices: list[StreamedAnswer]) -> bytes:
         told = usage(choices, [len(self.ready.ids)])
         return line(self.envelope.of([], usage=told, persona=self._personas(choices)))
 
-    def _personas(self, choices: list[Choice]) -> dict[str, Any]:
+    def _personas(self, choices: list[StreamedAnswer]) -> dict[str, Any]:
         return merged([self._persona(choice) for choice in choices])
 
-    def _persona(self, choice: Choice) -> dict[str, Any]:
+    def _persona(self, choice: StreamedAnswer) -> dict[str, Any]:
         host, ready = self.host, self.ready
         turns = ready.turns
         if turns is None:
@@ -123,13 +125,15 @@ class Talk:
 Scores = list[tuple[float | None, dict[int, float]]]
 
 
-class Complete:
+class CompletionHandler:
     """One request, of one prompt or several, on its way to its answers."""
 
-    def __init__(self, host: Host, request: CompletionRequest, ready: list[Prepared]) -> None:
+    def __init__(self, host: PersonaService, request: CompletionRequest, ready: list[PreparedPrompt]) -> None:
         self.host, self.request, self.ready = host, request, ready
-        self.watch = Watch(host.metrics)
-        self.envelope = Envelope("cmpl", "text_completion", request.model or host.name, host.fingerprint)
+        self.watch = RequestTimer(host.metrics)
+        self.envelope = ResponseEnvelope(
+            "cmpl", "text_completion", request.model or host.name, host.fingerprint
+        )
         self.asks = [ask for one in ready for ask in host.asks(one, request)]
         self.modes = [one.mode for one in ready for _ in range(request.choices)]
 
@@ -179,17 +183,17 @@ class Complete:
         choice = {"index": number, "text": text, "logprobs": likely, "finish_reason": finish}
         return line(self.envelope.of([choice], **more))
 
-    def _personas(self, choices: list[Choice]) -> dict[str, Any]:
+    def _personas(self, choices: list[StreamedAnswer]) -> dict[str, Any]:
         return merged([self._persona(number, choice) for number, choice in enumerate(choices)])
 
-    def _likely(self, choice: Choice, first: int) -> dict[str, Any] | None:
+    def _likely(self, choice: StreamedAnswer, first: int) -> dict[str, Any] | None:
         if self.request.likely is None:
             return None
         return text_likely(
             self._tokenizer, choice.ids[first:], [(own, best) for own, best in choice.likely[first:]]
         )
 
-    def _choice(self, number: int, choice: Choice, scores: Scores | None) -> dict[str, Any]:
+    def _choice(self, number: int, choice: StreamedAnswer, scores: Scores | None) -> dict[str, Any]:
         ids, likely = list(choice.ids), list[tuple[float | None, dict[int, float]]](choice.likely)
         text, reason = choice.spoken.text, choice.reason
         if self.request.echo:
@@ -209,7 +213,7 @@ class Complete:
         """The log-probabilities of every prompt's tokens, read between the steps of those who decode."""
         return [await self._scored(self.host.asks(one, self.request)[0]) for one in self.ready]
 
-    async def _scored(self, ask: Ask) -> Scores:
+    async def _scored(self, ask: GenerationRequest) -> Scores:
         loop, engine = asyncio.get_running_loop(), self.host.engine
         future: asyncio.Future[Scores] = loop.create_future()
 
@@ -223,7 +227,7 @@ class Complete:
                 plan = engine.plans.place(ask.cap)
                 # where all spare plans are taken (None) the cap cannot be put on just now
                 if plan is None:
-                    raise Busy("too many different caps are in use; try again later")
+                    raise ServerBusy("too many different caps are in use; try again later")
                 found = engine.rows.scored(Prompt(ask.ids, 0, plan), ask.logprobs or 0)
             except (RuntimeError, ValueError, IndexError, UserError) as error:
                 engine.rows.forget()
@@ -238,10 +242,10 @@ class Complete:
         while not future.done():
             await asyncio.wait({future}, timeout=1.0)
             if not future.done() and not engine.alive:
-                raise Busy("the server is ending")
+                raise ServerBusy("the server is ending")
         return future.result()
 
-    def _persona(self, number: int, choice: Choice) -> dict[str, Any]:
+    def _persona(self, number: int, choice: StreamedAnswer) -> dict[str, Any]:
         told = self.host.standing.told(choice, [], None, self.modes[number], False)
         self.host.metrics.answered(choice, told, set(self.host.engine.plans.caps))
         if self.request.per_token:

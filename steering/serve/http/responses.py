@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from personatlas.persona.errors import UserError
-from personatlas.steering.serve.answer_stream import UNFINISHED, Choice, Failed
+from personatlas.steering.serve.answer_stream import UNFINISHED, EngineFailure, StreamedAnswer
 
 DONE = b"data: [DONE]\n\n"
 
@@ -24,18 +24,18 @@ def error_body(
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def broken(choice: Choice) -> bytes:
+def broken(choice: StreamedAnswer) -> bytes:
     """The line that ends a stream whose answer ended in an error."""
     try:
         choice.require_whole()
     except UserError as error:
         return line(error_body(str(error), "server_error"))
-    except Failed as error:
+    except EngineFailure as error:
         return line(error_body(f"the engine failed: {error}", "server_error"))
     raise AssertionError("there is no error to tell of")
 
 
-class Envelope:
+class ResponseEnvelope:
     """What all objects of one answer have in common: id, time, model."""
 
     def __init__(self, prefix: str, kind: str, model: str, fingerprint: str) -> None:
@@ -52,7 +52,7 @@ class Envelope:
         return {**self.told, "choices": choices, **more}
 
 
-def usage(choices: Sequence[Choice], prompts: Sequence[int]) -> dict[str, Any]:
+def usage(choices: Sequence[StreamedAnswer], prompts: Sequence[int]) -> dict[str, Any]:
     """Tokens read and written. `prompts` are the lengths of the different prompts: n answers to one prompt read it once."""
     written = sum(len(choice.ids) for choice in choices)
     kept = max((choice.read.kept for choice in choices if choice.read is not None), default=0)
@@ -69,7 +69,7 @@ def merged(personas: list[dict[str, Any]]) -> dict[str, Any]:
     return personas[0] if len(personas) == 1 else {**personas[0], "choices": personas}
 
 
-def chat_likely(choice: Choice, first: int, last: int) -> dict[str, Any] | None:
+def chat_likely(choice: StreamedAnswer, first: int, last: int) -> dict[str, Any] | None:
     """Log-probabilities of answer tokens [first, last) as chat completions tell them; None where none were asked for."""
     if choice.ticket.ask.logprobs is None:
         return None
@@ -109,7 +109,7 @@ def _by_text(tokenizer: Any, best: dict[int, float]) -> dict[str, float]:
     return found
 
 
-def _token(choice: Choice, id: int, value: float) -> dict[str, Any]:
+def _token(choice: StreamedAnswer, id: int, value: float) -> dict[str, Any]:
     text = choice.spoken.tokenizer.decode([id])
     whole = UNFINISHED not in text  # of part of a character the bytes are not known
     return {

@@ -38,7 +38,7 @@ HEADERS = [
 ]
 
 
-class Guard:
+class SecurityMiddleware:
     """The application behind a guard. `key` None: no key is asked for, and only this machine is served."""
 
     def __init__(self, app: App, key: str | None) -> None:

@@ -9,13 +9,13 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from personatlas.steering.serve.service import Host
+from personatlas.steering.serve.service import PersonaService
 
 FINISH, CUT = 5.0, 8  # seconds: answers may end by themselves; connections are closed
 PATIENCE = 20.0  # seconds that a connection may wait before its first whole request
 
 
-class Protocol(H11Protocol):
+class TimeoutProtocol(H11Protocol):
     """HTTP/1.1 for clients who speak: a connection without a whole request head is closed after some seconds."""
 
     def connection_made(self, transport: Any) -> None:
@@ -33,10 +33,10 @@ class Protocol(H11Protocol):
         super().connection_lost(exc)
 
 
-class Server(uvicorn.Server):
+class UvicornServer(uvicorn.Server):
     """uvicorn's server, which on its way out gives answers some seconds and then ends them."""
 
-    def __init__(self, config: uvicorn.Config, host: Host) -> None:
+    def __init__(self, config: uvicorn.Config, host: PersonaService) -> None:
         super().__init__(config)
         self.host = host
 
@@ -49,19 +49,19 @@ class Server(uvicorn.Server):
             cut.cancel()
 
 
-def serve(app: Any, host: Host, address: str, port: int) -> None:
+def serve(app: Any, host: PersonaService, address: str, port: int) -> None:
     """Listen until told to stop. Raises OSError where the address cannot be had."""
     _raise_file_limit()
     server_of(app, host, address, port).run()
 
 
-def server_of(app: Any, host: Host, address: str, port: int) -> Server:
+def server_of(app: Any, host: PersonaService, address: str, port: int) -> UvicornServer:
     """The server, not yet listening; port 0 is any that is free."""
     config = uvicorn.Config(
         app,
         host=address,
         port=port,
-        http=Protocol,
+        http=TimeoutProtocol,
         ws="none",
         access_log=False,
         log_level="warning",
@@ -70,7 +70,7 @@ def server_of(app: Any, host: Host, address: str, port: int) -> Server:
         timeout_graceful_shutdown=CUT,
         h11_max_incomplete_event_size=64 * 1024,
     )
-    return Server(config, host)
+    return UvicornServer(config, host)
 
 
 def _raise_file_limit() -> None:

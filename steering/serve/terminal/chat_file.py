@@ -13,12 +13,12 @@ from typing import Any
 from personatlas.persona.artifacts import require_writable, write_json
 from personatlas.persona.errors import UserError
 from personatlas.persona.formats import read_conversations
-from personatlas.steering.serve.terminal.session import Answer, Chat, Exchange, Told
+from personatlas.steering.serve.terminal.session import ChatAnswer, ChatExchange, ChatSession, Transcript
 
 FORMAT = 1
 
 
-def save_chat(path: Path, chat: Chat, *, over: bool = False) -> None:
+def save_chat(path: Path, chat: ChatSession, *, over: bool = False) -> None:
     """Write a conversation. Raises `UserError` for an empty one and, unless `over`, for a file that is there."""
     if not chat.told.exchanges:
         raise UserError("nothing was said yet, so there is nothing to save")
@@ -28,7 +28,7 @@ def save_chat(path: Path, chat: Chat, *, over: bool = False) -> None:
     write_json(path, {"messages": chat.told.messages, "personatlas": _standing(chat)})
 
 
-def load_told(path: Path) -> Told:
+def load_told(path: Path) -> Transcript:
     """Read the one conversation of a file. Raises `UserError` for several, or one that this chat cannot go on with."""
     found = read_conversations(path)
     if len(found) > 1:
@@ -37,7 +37,7 @@ def load_told(path: Path) -> Told:
         )
     messages = list(found[0].messages)
     system = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
-    exchanges: list[Exchange] = []
+    exchanges: list[ChatExchange] = []
     for message in messages:
         role, text = message["role"], message["content"]
         if role == "system":
@@ -51,15 +51,15 @@ def load_told(path: Path) -> Told:
                 f"{path} holds half a character (a lone surrogate) in a message of the {role}"
             ) from None
         if role == "user":
-            exchanges.append(Exchange(text, None))
+            exchanges.append(ChatExchange(text, None))
         elif exchanges and exchanges[-1].answer is None:
-            exchanges[-1] = Exchange(exchanges[-1].user, Answer(text))
+            exchanges[-1] = ChatExchange(exchanges[-1].user, ChatAnswer(text))
         else:
-            exchanges.append(Exchange(None, Answer(text)))
-    return Told(system, tuple(exchanges))
+            exchanges.append(ChatExchange(None, ChatAnswer(text)))
+    return Transcript(system, tuple(exchanges))
 
 
-def _standing(chat: Chat) -> dict[str, Any]:
+def _standing(chat: ChatSession) -> dict[str, Any]:
     axis, model = chat.host.held.axis, chat.host.held.model.describe()
     return {
         "format": FORMAT,
@@ -75,12 +75,12 @@ def _standing(chat: Chat) -> dict[str, Any]:
     }
 
 
-def _turn(one: Exchange) -> dict[str, Any]:
+def _turn(one: ChatExchange) -> dict[str, Any]:
     answers = [] if one.answer is None else [_answer(one.answer)]
     return {"user": one.user, "kept": None, "run": 0, "answers": answers}
 
 
-def _answer(answer: Answer) -> dict[str, Any]:
+def _answer(answer: ChatAnswer) -> dict[str, Any]:
     names = (
         "cap",
         "mode",

@@ -16,25 +16,25 @@ from personatlas.steering.serve.distress_notice import shows_distress
 from personatlas.steering.serve.engine.cap_slots import NONE
 from personatlas.steering.serve.service import ADAPTIVE
 from personatlas.steering.serve.terminal.chat_file import load_told, save_chat
-from personatlas.steering.serve.terminal.render import Shown, clean
-from personatlas.steering.serve.terminal.session import Arm, Chat, Told
+from personatlas.steering.serve.terminal.render import ChatRenderer, clean
+from personatlas.steering.serve.terminal.session import CapSetting, ChatSession, Transcript
 
 PLAIN = "as it is"
 
 
-class Asking(NamedTuple):
+class ReplActions(NamedTuple):
     """What the terminal does for a command: answer anew, compare, read a conversation, show the notice once."""
 
     again: Callable[[], None]
-    compare: Callable[[list[Arm]], None]
-    load: Callable[[Told], None]
+    compare: Callable[[list[CapSetting]], None]
+    load: Callable[[Transcript], None]
     notice: Callable[[], None]
 
 
-class Commands:
+class ChatCommands:
     """The commands by name: what follows them, what they do, in words and in fact."""
 
-    def __init__(self, chat: Chat, shown: Shown, asking: Asking) -> None:
+    def __init__(self, chat: ChatSession, shown: ChatRenderer, asking: ReplActions) -> None:
         self.chat, self.shown, self.asking = chat, shown, asking
         self.known: dict[str, tuple[str, str, Callable[[str], None]]] = {
             "cap": ("NAME|none|adaptive", "the cap from now on; alone, which there are", self._cap),
@@ -87,7 +87,7 @@ class Commands:
 
     def _system(self, text: str) -> None:
         if text:
-            self.chat.change(Told(text))
+            self.chat.change(Transcript(text))
             self.shown.line("a new conversation begins under this system prompt (/undo comes back)")
         else:
             self.shown.line(self.chat.told.system or "no system prompt")
@@ -101,7 +101,7 @@ class Commands:
         self.shown.tokens(self.chat.told.answers[-1])
 
     def _compare(self, _: str) -> None:
-        self.asking.compare([Arm(NONE), Arm(self.chat.other_cap())])
+        self.asking.compare([CapSetting(NONE), CapSetting(self.chat.other_cap())])
 
     def _retry(self, _: str) -> None:
         self.asking.again()
@@ -112,7 +112,7 @@ class Commands:
         self.shown.line(f"taken back; {left} exchange{'' if left == 1 else 's'} in the conversation")
 
     def _reset(self, _: str) -> None:
-        self.chat.change(Told(self.chat.told.system))
+        self.chat.change(Transcript(self.chat.told.system))
         self.shown.line("a new conversation (/undo comes back)")
 
     def _save(self, name: str, *, over: bool = False) -> None:

@@ -15,7 +15,7 @@ from rich.text import Text
 from personatlas.analysis.drift_alarm import Baseline
 from personatlas.cli.drift import WIDE, gauge
 from personatlas.steering.serve.distress_notice import phrases
-from personatlas.steering.serve.terminal.session import Answer, Told
+from personatlas.steering.serve.terminal.session import ChatAnswer, Transcript
 
 # control characters but tab and newline (a terminal obeys them), marks that turn the direction of writing, line separators
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u061c\u2028\u2029\u202a-\u202e\u2066-\u2069]")
@@ -30,7 +30,7 @@ def clean(text: str) -> str:
     return HALF.sub("\ufffd", CONTROL.sub("", text))
 
 
-class Shown:
+class ChatRenderer:
     """Prints for people: colours on a terminal, the same words without them elsewhere."""
 
     def __init__(self, out: Console, baseline: Baseline, layer: int, poles: Sequence[str]) -> None:
@@ -53,11 +53,11 @@ class Shown:
             self.out.print(Text(paragraph))
         self.line("")
 
-    def standing(self, answer: Answer) -> None:
+    def standing(self, answer: ChatAnswer) -> None:
         """One line under an answer."""
         self.out.print(self._place(answer), soft_wrap=True)
 
-    def table(self, told: Told) -> None:
+    def table(self, told: Transcript) -> None:
         """All exchanges, one row each."""
         if not told.exchanges:
             self.line("nothing was said yet")
@@ -70,7 +70,7 @@ class Shown:
             table.add_row(str(number), Text(asked, overflow="ellipsis"), *_cells(answer))
         self.out.print(table)
 
-    def tokens(self, answer: Answer) -> None:
+    def tokens(self, answer: ChatAnswer) -> None:
         """An answer's tokens, coloured by their projections, underlined where the cap changed them."""
         if not any(token["projection"] is not None for token in answer.tokens):
             self.line("the projections of this answer's tokens are not known (it was loaded, or empty)")
@@ -91,7 +91,7 @@ class Shown:
                 place = "\t" if value is None else f"{value:.2f}\t{self.baseline.z(value):+.2f}"
                 self.line(f"{place}\t{token['fired']}\t{clean(token['text'])!r}")
 
-    def _place(self, answer: Answer) -> Text:
+    def _place(self, answer: ChatAnswer) -> Text:
         ending = Text(ENDINGS.get(answer.ended or "", ""), "dim")
         if answer.z is None or answer.projection is None:
             return _joined(Text("nothing to project: no token of the answer was read", "dim"), ending)
@@ -110,7 +110,7 @@ class Shown:
         return Text(clean(token["text"]), style + (" underline" if token["fired"] else ""))
 
 
-def _acted(answer: Answer) -> str:
+def _acted(answer: ChatAnswer) -> str:
     """What the cap did, in words."""
     if answer.cap is None:
         return "no cap" if answer.ended is not None else "read as it is"
@@ -121,7 +121,7 @@ def _acted(answer: Answer) -> str:
     return f"cap {answer.cap} {fired}{floor}"
 
 
-def _state(answer: Answer) -> Text:
+def _state(answer: ChatAnswer) -> Text:
     if answer.alarm is None:
         return Text("")
     if answer.raised:
@@ -129,7 +129,7 @@ def _state(answer: Answer) -> Text:
     return Text("drifting", "bold yellow") if answer.alarm else Text("calm", "green")
 
 
-def _cells(answer: Answer | None) -> list[Text]:
+def _cells(answer: ChatAnswer | None) -> list[Text]:
     """Projection, z, gauge, cap and state, for a table."""
     if answer is None:
         return [Text("")] * 4 + [Text("no answer", "dim")]

@@ -10,38 +10,38 @@ from typing import Any
 
 from personatlas.persona.errors import UserError
 from personatlas.persona.progress import console, say
-from personatlas.steering.serve.answer_stream import Failed
+from personatlas.steering.serve.answer_stream import EngineFailure
 from personatlas.steering.serve.distress_notice import shows_distress
-from personatlas.steering.serve.service import Host, TooLong
-from personatlas.steering.serve.terminal.commands import Asking, Commands
-from personatlas.steering.serve.terminal.render import HALF, Shown, clean
-from personatlas.steering.serve.terminal.session import Answer, Arm, Chat, Told
+from personatlas.steering.serve.service import ContextOverflow, PersonaService
+from personatlas.steering.serve.terminal.commands import ChatCommands, ReplActions
+from personatlas.steering.serve.terminal.render import HALF, ChatRenderer, clean
+from personatlas.steering.serve.terminal.session import CapSetting, ChatAnswer, ChatSession, Transcript
 
 PROMPT = "> "
 
 
-class Stopped(Exception):
+class AnswerCancelled(Exception):
     """Ctrl-C came before an answer had begun."""
 
 
-class Terminal:
+class ChatRepl:
     """A chat with a host's model, which runs in `runner`'s loop. `live`: somebody sits there."""
 
-    def __init__(self, runner: asyncio.Runner, host: Host, seed: int | None, *, live: bool) -> None:
+    def __init__(self, runner: asyncio.Runner, host: PersonaService, seed: int | None, *, live: bool) -> None:
         axis = host.held.axis
         self.runner, self.host, self.live = runner, host, live
-        self.chat = Chat(host, seed)
-        self.shown = Shown(console(), host.standing.watcher.baseline, axis.layer, axis.poles)
-        self.commands = Commands(
-            self.chat, self.shown, Asking(self._again, self._compare, self._load, self._notice)
+        self.chat = ChatSession(host, seed)
+        self.shown = ChatRenderer(console(), host.standing.watcher.baseline, axis.layer, axis.poles)
+        self.commands = ChatCommands(
+            self.chat, self.shown, ReplActions(self._again, self._compare, self._load, self._notice)
         )
         self.failed = 0
         self._noticed = False
 
-    def run(self, told: Told, lines: Sequence[str]) -> None:
+    def run(self, told: Transcript, lines: Sequence[str]) -> None:
         """Go on from a conversation, with these lines or, where there are none, with those that are typed or piped in."""
         self._greet()
-        self.chat.told = Told(told.system)
+        self.chat.told = Transcript(told.system)
         if told.exchanges:
             self._load(told)
             self.commands.tell_loaded()
@@ -62,10 +62,10 @@ class Terminal:
         except UserError as error:
             self.failed += 1
             self.shown.line(self._advice(error), "yellow")
-        except Failed as error:
+        except EngineFailure as error:
             self.failed += 1
             self.shown.line(f"the engine failed: {error}", "yellow")
-        except (Stopped, KeyboardInterrupt):
+        except (AnswerCancelled, KeyboardInterrupt):
             self.shown.line("stopped; there was no answer yet, and the message is taken back", "yellow")
             return self.live
         return True
@@ -75,17 +75,17 @@ class Terminal:
             self._notice()
         self._hear(lambda hear: self.chat.say(text, hear))
 
-    def _hear(self, ask: Callable[[Callable[[str], None]], Coroutine[Any, Any, Answer]]) -> None:
+    def _hear(self, ask: Callable[[Callable[[str], None]], Coroutine[Any, Any, ChatAnswer]]) -> None:
         answer = self.runner.run(ask(self.shown.piece))
         self.shown.line("")
         if not answer.text and answer.ended == "you":
-            raise Stopped
+            raise AnswerCancelled
         self.shown.standing(answer)
 
     def _again(self) -> None:
         self._hear(self.chat.again)
 
-    def _compare(self, arms: list[Arm]) -> None:
+    def _compare(self, arms: list[CapSetting]) -> None:
         """The first answer as it comes; the second, which comes at the same time, after it."""
         self.shown.line("as it is", "bold")
         first, second = self.runner.run(
@@ -98,7 +98,7 @@ class Terminal:
         self.shown.standing(second)
         self.shown.line("the same seed for both; the conversation goes on from the answer that it had", "dim")
 
-    def _load(self, told: Told) -> None:
+    def _load(self, told: Transcript) -> None:
         self.runner.run(self.chat.load(told))
 
     def _notice(self) -> None:
@@ -108,7 +108,7 @@ class Terminal:
             self.shown.notice()
 
     def _advice(self, error: UserError) -> str:
-        if isinstance(error, TooLong):
+        if isinstance(error, ContextOverflow):
             return (
                 f"no room: the context is {self.host.settings.room.length} tokens, and the conversation with this message needs more; "
                 "/undo takes an exchange back, /reset begins anew, /save FILE keeps what was said"

@@ -165,8 +165,8 @@ def test_a_message_that_failed_is_not_shown_to_the_model_later(visit, fake):
     fake.behaviour.status = 500
     say(page, "Lost")
     fake.reset()
-    say(page, "Heard")
-    assert fake.requests[0]["messages"] == [{"role": "user", "content": "Heard"}]
+    say(page, "AnswerStream")
+    assert fake.requests[0]["messages"] == [{"role": "user", "content": "AnswerStream"}]
     expect(page.locator(".turn.out")).to_contain_text("the model does not see this message")
 
 

@@ -15,12 +15,19 @@ from personatlas.persona.sampling.sampler import Prompt, Sampler, Sampling
 from personatlas.steering.generate import trace
 from personatlas.steering.hooks.steering import steered
 from personatlas.steering.interventions import cap_of, plan_digest
-from personatlas.steering.serve.answer_stream import Choice, Spoken
+from personatlas.steering.serve.answer_stream import Detokenizer, StreamedAnswer
 from personatlas.steering.serve.engine import scheduler as engine_module
-from personatlas.steering.serve.engine.batch import Step
-from personatlas.steering.serve.engine.cap_slots import SPARES, Plans, Wanted
-from personatlas.steering.serve.engine.prefix_cache import Prefix, Prefixes
-from personatlas.steering.serve.engine.scheduler import Ask, Busy, Ended, Engine, Read, Room
+from personatlas.steering.serve.engine.batch import TokenEvent
+from personatlas.steering.serve.engine.cap_slots import SPARES, CapSlots, ResolvedCap
+from personatlas.steering.serve.engine.prefix_cache import CachedPrefix, PrefixCache
+from personatlas.steering.serve.engine.scheduler import (
+    Engine,
+    EngineLimits,
+    FinishEvent,
+    GenerationRequest,
+    PrefillEvent,
+    ServerBusy,
+)
 
 ENDS = frozenset(range(0, 320, 12))
 PROMPTS = [tuple((7 * i + 3 * j + 1) % 320 for j in range(2 + 5 * i)) for i in range(7)]
@@ -40,7 +47,7 @@ class Listener:
             self._lock.notify_all()
 
     def ended(self, tickets, seconds=60.0):
-        done = lambda: all(isinstance(self.events.get(one, [None])[-1], Ended) for one in tickets)  # noqa: E731
+        done = lambda: all(isinstance(self.events.get(one, [None])[-1], FinishEvent) for one in tickets)  # noqa: E731
         with self._lock:
             assert self._lock.wait_for(done, seconds), "the engine is stuck"
         return [self.events[one][-1] for one in tickets]
@@ -52,7 +59,7 @@ class Listener:
         return found()[0]
 
     def answer(self, ticket):
-        drawn = [event.token for event in self.events[ticket] if isinstance(event, Step)]
+        drawn = [event.token for event in self.events[ticket] if isinstance(event, TokenEvent)]
         return tuple(drawn[:-1] if self.events[ticket][-1].reason == "end" else drawn)
 
 
@@ -61,7 +68,7 @@ def served():
     """engine(room, caps) on the tiny model, closed at the end."""
     opened = []
 
-    def make(room=Room(slots=4, length=256), family="llama", ends=ENDS, caps=True):
+    def make(room=EngineLimits(slots=4, length=256), family="llama", ends=ENDS, caps=True):
         model = tiny_model(family)
         axis, listener = axis_of(model), Listener()
         named = {"mild": cap_of(axis, (0, 1), 0.5), "firm": cap_of(axis, (1,), 0.75)} if caps else {}
@@ -91,7 +98,7 @@ def test_every_row_of_a_full_engine_gets_what_it_would_get_alone(served, family)
     caps = [None, engine.plans.wanted("mild"), engine.plans.wanted("firm")]
     prompts = [*PROMPTS, LONG]
     asks = [
-        Ask(
+        GenerationRequest(
             ids,
             seed=n,
             temperature=(0.7, 0.0, 1.3)[n % 3],
@@ -111,12 +118,12 @@ def test_every_row_of_a_full_engine_gets_what_it_would_get_alone(served, family)
 def test_projections_and_firings_are_those_of_reading_it_all_again(served):
     engine, listener = served(ends=frozenset())
     cap = engine.plans.wanted("mild")
-    tickets = [engine.submit(Ask(ids, seed=3, limit=9, cap=cap)) for ids in (PROMPTS[3], LONG)]
+    tickets = [engine.submit(GenerationRequest(ids, seed=3, limit=9, cap=cap)) for ids in (PROMPTS[3], LONG)]
     listener.ended(tickets)
     engine.close()
     for ticket in tickets:
-        read = listener.first(ticket, Read)
-        steps = [event for event in listener.events[ticket] if isinstance(event, Step)]
+        read = listener.first(ticket, PrefillEvent)
+        steps = [event for event in listener.events[ticket] if isinstance(event, TokenEvent)]
         again = trace(engine.model, ticket.ask.ids, listener.answer(ticket), [cap.cap], engine.plans.axis)
         got = torch.tensor([*read.projections, *(step.projection for step in steps)])
         assert torch.allclose(got, again.projection[:-1], atol=1e-4)
@@ -128,18 +135,18 @@ def test_projections_and_firings_are_those_of_reading_it_all_again(served):
 
 def test_a_conversation_that_goes_on_is_not_read_again_and_says_the_same(served):
     engine, listener = served(ends=frozenset())
-    (first,) = [engine.submit(Ask(LONG, seed=1, limit=8))]
+    (first,) = [engine.submit(GenerationRequest(LONG, seed=1, limit=8))]
     listener.ended([first])
     longer = (*LONG, *listener.answer(first), *PROMPTS[2])
-    kept = engine.submit(Ask(longer, seed=2, limit=8))
+    kept = engine.submit(GenerationRequest(longer, seed=2, limit=8))
     listener.ended([kept])
-    assert listener.first(kept, Read).kept == len(LONG) + 7  # the last token was never fed
+    assert listener.first(kept, PrefillEvent).kept == len(LONG) + 7  # the last token was never fed
     engine.prefixes.clear()
-    fresh = engine.submit(Ask(longer, seed=2, limit=8))
+    fresh = engine.submit(GenerationRequest(longer, seed=2, limit=8))
     listener.ended([fresh])
-    assert listener.first(fresh, Read).kept == 0
+    assert listener.first(fresh, PrefillEvent).kept == 0
     assert listener.answer(fresh) == listener.answer(kept)
-    one, other = (torch.tensor(listener.first(ticket, Read).projections) for ticket in (kept, fresh))
+    one, other = (torch.tensor(listener.first(ticket, PrefillEvent).projections) for ticket in (kept, fresh))
     assert torch.allclose(one, other, atol=1e-4)
 
 
@@ -153,9 +160,9 @@ def test_what_a_cap_changed_never_serves_a_row_without_it(served):
         (None, True),
         (engine.plans.wanted("firm"), False),
     ):
-        ticket = engine.submit(Ask(LONG, seed=1, limit=4, cap=wanted))
+        ticket = engine.submit(GenerationRequest(LONG, seed=1, limit=4, cap=wanted))
         listener.ended([ticket])
-        assert (listener.first(ticket, Read).kept > 0) == kept
+        assert (listener.first(ticket, PrefillEvent).kept > 0) == kept
     engine.close()
     assert (
         listener.answer(ticket)
@@ -165,9 +172,9 @@ def test_what_a_cap_changed_never_serves_a_row_without_it(served):
 
 def test_a_prompt_can_be_read_without_an_answer(served):
     engine, listener = served()
-    ticket = engine.submit(Ask(LONG, limit=0))
-    assert listener.ended([ticket]) == [Ended("read")]
-    choice = Choice(0, ticket, Spoken(engine.model.tokenizer), ENDS)
+    ticket = engine.submit(GenerationRequest(LONG, limit=0))
+    assert listener.ended([ticket]) == [FinishEvent("read")]
+    choice = StreamedAnswer(0, ticket, Detokenizer(engine.model.tokenizer), ENDS)
     for event in listener.events[ticket]:
         choice.take(event)
     engine.close()
@@ -177,18 +184,18 @@ def test_a_prompt_can_be_read_without_an_answer(served):
 
 
 def test_cancelling_frees_the_slot_and_leaves_the_others_alone(served):
-    engine, listener = served(Room(slots=2, length=256, prefixes=0), ends=frozenset())
-    stay = engine.submit(Ask(PROMPTS[1], seed=5, limit=60))
-    gone = engine.submit(Ask(PROMPTS[2], seed=6, limit=200))
-    waits = engine.submit(Ask(PROMPTS[3], seed=7, limit=5))
-    never = engine.submit(Ask(PROMPTS[4], seed=8, limit=5))
+    engine, listener = served(EngineLimits(slots=2, length=256, prefixes=0), ends=frozenset())
+    stay = engine.submit(GenerationRequest(PROMPTS[1], seed=5, limit=60))
+    gone = engine.submit(GenerationRequest(PROMPTS[2], seed=6, limit=200))
+    waits = engine.submit(GenerationRequest(PROMPTS[3], seed=7, limit=5))
+    never = engine.submit(GenerationRequest(PROMPTS[4], seed=8, limit=5))
     never.cancel()
-    listener.first(gone, Step)
+    listener.first(gone, TokenEvent)
     gone.cancel()
     gone.cancel()
     ended = listener.ended([stay, gone, waits, never])
     assert [one.reason for one in ended] == ["length", "cancelled", "length", "cancelled"]
-    assert not any(isinstance(event, Step) for event in listener.events[never])
+    assert not any(isinstance(event, TokenEvent) for event in listener.events[never])
     assert engine.running == 0
     assert engine.queued == 0
     engine.close()
@@ -198,15 +205,15 @@ def test_cancelling_frees_the_slot_and_leaves_the_others_alone(served):
 def test_a_long_prompt_is_read_in_pieces_while_others_go_on(served, monkeypatch):
     monkeypatch.setattr(engine_module, "PIECE_CPU", 16)
     engine, listener = served(ends=frozenset())
-    talking = engine.submit(Ask(PROMPTS[1], seed=5, limit=120))
-    listener.first(talking, Step)
+    talking = engine.submit(GenerationRequest(PROMPTS[1], seed=5, limit=120))
+    listener.first(talking, TokenEvent)
     order = []
     engine.post = lambda told: (
         order.extend(type(event) for ticket, event in told if ticket is talking),
         listener(told),
     )
-    long = engine.submit(Ask(LONG, seed=6, limit=3))
-    listener.first(long, Read)
+    long = engine.submit(GenerationRequest(LONG, seed=6, limit=3))
+    listener.first(long, PrefillEvent)
     between = len(order)
     listener.ended([talking, long])
     assert between >= 5  # 89 tokens are six pieces: the other row stepped between them
@@ -215,9 +222,9 @@ def test_a_long_prompt_is_read_in_pieces_while_others_go_on(served, monkeypatch)
 
 
 def test_described_caps_share_the_spare_plans_and_wait_for_one(served):
-    engine, listener = served(Room(slots=8, length=256), ends=frozenset())
+    engine, listener = served(EngineLimits(slots=8, length=256), ends=frozenset())
     wanted = [engine.plans.wanted({"name": "mild", "shift": 0.1 * n}) for n in range(1, SPARES + 3)]
-    asks = [Ask(PROMPTS[2], seed=n, limit=12, cap=cap) for n, cap in enumerate(wanted)]
+    asks = [GenerationRequest(PROMPTS[2], seed=n, limit=12, cap=cap) for n, cap in enumerate(wanted)]
     tickets = [engine.submit(ask) for ask in asks]
     listener.ended(tickets)
     engine.close()
@@ -227,12 +234,15 @@ def test_described_caps_share_the_spare_plans_and_wait_for_one(served):
 
 
 def test_who_waits_for_a_spare_plan_holds_up_nobody_else(served):
-    engine, listener = served(Room(slots=8, length=256), ends=frozenset())
+    engine, listener = served(EngineLimits(slots=8, length=256), ends=frozenset())
     shifted = [engine.plans.wanted({"name": "mild", "shift": 0.1 * n}) for n in range(1, SPARES + 2)]
-    held = [engine.submit(Ask(PROMPTS[2], seed=n, limit=200, cap=cap)) for n, cap in enumerate(shifted)]
-    plain = engine.submit(Ask(PROMPTS[2], limit=3))
+    held = [
+        engine.submit(GenerationRequest(PROMPTS[2], seed=n, limit=200, cap=cap))
+        for n, cap in enumerate(shifted)
+    ]
+    plain = engine.submit(GenerationRequest(PROMPTS[2], limit=3))
     listener.ended([plain])
-    assert not isinstance(listener.events[held[0]][-1], Ended)
+    assert not isinstance(listener.events[held[0]][-1], FinishEvent)
     for ticket in held:
         ticket.cancel()
     listener.ended(held)
@@ -243,27 +253,27 @@ def test_a_conversation_under_uneven_floors_does_not_depend_on_what_is_kept(serv
     engine, listener = served(ends=frozenset())
     mild = engine.plans.wanted("mild").cap
     uneven = replace(mild, prompt_floor=mild.floor - 0.5)
-    wanted = Wanted("uneven", uneven, plan_digest([uneven]))
-    (first,) = [engine.submit(Ask(LONG, seed=1, limit=12, cap=wanted))]
+    wanted = ResolvedCap("uneven", uneven, plan_digest([uneven]))
+    (first,) = [engine.submit(GenerationRequest(LONG, seed=1, limit=12, cap=wanted))]
     listener.ended([first])
     longer = (*LONG, *listener.answer(first), *PROMPTS[2])
-    kept = engine.submit(Ask(longer, seed=2, limit=4, cap=wanted))
+    kept = engine.submit(GenerationRequest(longer, seed=2, limit=4, cap=wanted))
     listener.ended([kept])
     engine.prefixes.clear()
-    fresh = engine.submit(Ask(longer, seed=2, limit=4, cap=wanted))
+    fresh = engine.submit(GenerationRequest(longer, seed=2, limit=4, cap=wanted))
     listener.ended([fresh])
-    assert listener.first(kept, Read).kept == len(LONG)
-    one, other = (torch.tensor(listener.first(ticket, Read).projections) for ticket in (kept, fresh))
+    assert listener.first(kept, PrefillEvent).kept == len(LONG)
+    one, other = (torch.tensor(listener.first(ticket, PrefillEvent).projections) for ticket in (kept, fresh))
     assert torch.allclose(one, other, atol=1e-4)
 
 
 def test_many_requests_with_some_given_up_leave_nothing_behind(served):
-    engine, listener = served(Room(slots=4, length=64, prefixes=2**20))
+    engine, listener = served(EngineLimits(slots=4, length=64, prefixes=2**20))
     tickets = []
     for n in range(300):
         tickets.append(
             engine.submit(
-                Ask(
+                GenerationRequest(
                     PROMPTS[n % 7],
                     seed=n,
                     limit=1 + n % 6,
@@ -281,49 +291,49 @@ def test_many_requests_with_some_given_up_leave_nothing_behind(served):
 
 
 def test_what_does_not_fit_is_refused_before_it_waits(served):
-    engine, _ = served(Room(slots=1, length=64, waiting=2), ends=frozenset())
+    engine, _ = served(EngineLimits(slots=1, length=64, waiting=2), ends=frozenset())
     with pytest.raises(UserError, match="90 tokens to read and 1 to write are more than the 64"):
-        engine.submit(Ask(LONG))
+        engine.submit(GenerationRequest(LONG))
     with pytest.raises(UserError, match="empty prompt"):
-        engine.submit(Ask(()))
-    asks = [Ask(PROMPTS[0], limit=50)] * 50
-    with pytest.raises(Busy, match="are waiting, which is the most"):
+        engine.submit(GenerationRequest(()))
+    asks = [GenerationRequest(PROMPTS[0], limit=50)] * 50
+    with pytest.raises(ServerBusy, match="are waiting, which is the most"):
         [engine.submit(ask) for ask in asks]
 
 
 def test_closing_ends_everything_with_an_error_that_says_so(served):
     engine, listener = served(ends=frozenset())
-    tickets = [engine.submit(Ask(PROMPTS[1], limit=200)) for _ in range(9)]
-    listener.first(tickets[0], Step)
+    tickets = [engine.submit(GenerationRequest(PROMPTS[1], limit=200)) for _ in range(9)]
+    listener.first(tickets[0], TokenEvent)
     began = time.perf_counter()
     engine.close()
     assert time.perf_counter() - began < 5
     assert {str(one.error) for one in listener.ended(tickets)} == {"the server is ending"}
-    with pytest.raises(Busy):
-        engine.submit(Ask(PROMPTS[0]))
+    with pytest.raises(ServerBusy):
+        engine.submit(GenerationRequest(PROMPTS[0]))
 
 
 def test_log_probabilities_are_those_of_the_model(served):
     engine, listener = served(ends=frozenset())
-    ticket = engine.submit(Ask(PROMPTS[3], seed=1, limit=6, logprobs=4))
-    plain = engine.submit(Ask(PROMPTS[2], seed=1, limit=6))
+    ticket = engine.submit(GenerationRequest(PROMPTS[3], seed=1, limit=6, logprobs=4))
+    plain = engine.submit(GenerationRequest(PROMPTS[2], seed=1, limit=6))
     listener.ended([ticket, plain])
     engine.close()
     ids = [*PROMPTS[3], *listener.answer(ticket)]
     logits = engine.model.hf(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
     scores = logits[len(PROMPTS[3]) - 1 : -1].float().log_softmax(-1)
-    steps = [event for event in listener.events[ticket] if isinstance(event, Step)]
+    steps = [event for event in listener.events[ticket] if isinstance(event, TokenEvent)]
     for step, line in zip(steps, scores, strict=True):
         assert step.likely[0] == pytest.approx(float(line[step.token]), abs=1e-4)
         assert list(step.likely[1].values()) == pytest.approx(line.topk(4).values.tolist(), abs=1e-4)
-    assert all(event.likely is None for event in listener.events[plain] if isinstance(event, Step))
+    assert all(event.likely is None for event in listener.events[plain] if isinstance(event, TokenEvent))
 
 
 def test_a_text_is_scored_with_its_plan_between_the_steps_of_others(served):
     engine, listener = served(ends=frozenset())
     cap, found = engine.plans.wanted("mild"), []
-    talking = engine.submit(Ask(PROMPTS[1], seed=5, limit=60, cap=engine.plans.wanted("firm")))
-    listener.first(talking, Step)
+    talking = engine.submit(GenerationRequest(PROMPTS[1], seed=5, limit=60, cap=engine.plans.wanted("firm")))
+    listener.first(talking, TokenEvent)
     engine.between_steps(
         lambda: found.append(engine.rows.scored(Prompt(LONG, 0, engine.plans.place(cap)), 2))
     )
@@ -342,20 +352,20 @@ def test_a_text_is_scored_with_its_plan_between_the_steps_of_others(served):
 def test_what_is_no_cap_is_one_line_and_never_a_path(asked):
     model = tiny_model()
     axis = axis_of(model)
-    plans = Plans(axis, model, {"mild": cap_of(axis, (0, 1), 0.5)})
+    plans = CapSlots(axis, model, {"mild": cap_of(axis, (0, 1), 0.5)})
     with pytest.raises(UserError):
         plans.wanted(asked)
 
 
 def prefix(digest, ids):
-    return Prefix(
+    return CachedPrefix(
         digest, np.array(ids), (0.0,) * len(ids), [(torch.zeros(2, len(ids), 4), torch.zeros(2, len(ids), 4))]
     )
 
 
 def test_prefixes_keep_the_longest_and_forget_the_least_used():
     one = prefix("a", range(20)).size
-    kept = Prefixes(room=3 * one)
+    kept = PrefixCache(room=3 * one)
     kept.keep(prefix("a", range(20)))
     kept.keep(prefix("b", range(20)))
     assert kept.longest("c", range(30)) is None
@@ -380,7 +390,7 @@ STOPS = ("\n\n", "END", "é!")
 def test_what_is_spoken_in_pieces_is_the_whole_text_up_to_a_stop(text):
     tokenizer = tiny_model().tokenizer
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    plain, stopped = Spoken(tokenizer), Spoken(tokenizer, STOPS)
+    plain, stopped = Detokenizer(tokenizer), Detokenizer(tokenizer, STOPS)
     pieces = [plain.add(id) for id in ids] + [plain.rest()]
     assert "".join(pieces) == plain.text == tokenizer.decode(ids)
     assert not any(piece.endswith("\ufffd") for piece in pieces)

@@ -7,8 +7,8 @@ from test_serve_engine import LONG, PROMPTS, alone
 
 from personatlas.steering.hooks.steering import HookDidNotFire
 from personatlas.steering.serve.engine import scheduler as engine_module
-from personatlas.steering.serve.engine.batch import Step
-from personatlas.steering.serve.engine.scheduler import Ask, Ended, Room
+from personatlas.steering.serve.engine.batch import TokenEvent
+from personatlas.steering.serve.engine.scheduler import EngineLimits, FinishEvent, GenerationRequest
 
 served = test_serve_engine.served  # the fixture
 
@@ -18,14 +18,14 @@ def test_a_hook_that_goes_silent_is_an_error_of_the_answer_and_not_of_the_engine
     cap = engine.plans.wanted("mild")
     monkeypatch.setattr(
         engine.plans.steering,
-        "only",
+        "restrict_layers",
         lambda _layers: engine.plans.steering.__dict__.update(_only=frozenset()),
     )
-    ticket = engine.submit(Ask(PROMPTS[2], limit=5, cap=cap))
+    ticket = engine.submit(GenerationRequest(PROMPTS[2], limit=5, cap=cap))
     (ended,) = listener.ended([ticket])
     assert ended.reason == "error"
     assert isinstance(ended.error, HookDidNotFire)
-    well = engine.submit(Ask(PROMPTS[2], limit=5))
+    well = engine.submit(GenerationRequest(PROMPTS[2], limit=5))
     assert listener.ended([well])[0].reason == "length"
 
 
@@ -40,10 +40,10 @@ def test_a_forward_that_fails_ends_its_rows_and_the_engine_lives(served, monkeyp
 
     whole = engine.rows._advance
     monkeypatch.setattr(engine.rows, "_advance", advance)
-    ticket = engine.submit(Ask(PROMPTS[2], limit=5))
+    ticket = engine.submit(GenerationRequest(PROMPTS[2], limit=5))
     (ended,) = listener.ended([ticket])
     assert (ended.reason, str(ended.error)) == ("error", "out of memory")
-    again = engine.submit(Ask(PROMPTS[2], seed=4, limit=5))
+    again = engine.submit(GenerationRequest(PROMPTS[2], seed=4, limit=5))
     assert listener.ended([again])[0].reason == "length"
     engine.close()
     assert listener.answer(again) == alone(engine, PROMPTS[2], None, 4, 5, 1.0, 1.0).ids
@@ -66,12 +66,12 @@ def test_a_failure_between_two_capped_layers_leaves_nothing_behind(served, monke
     engine, listener = served(ends=frozenset())
     cap = engine.plans.wanted("mild")
     fail_once(monkeypatch, engine.model.blocks[1])
-    broken = engine.submit(Ask(PROMPTS[5], seed=4, limit=5, cap=cap))
+    broken = engine.submit(GenerationRequest(PROMPTS[5], seed=4, limit=5, cap=cap))
     assert listener.ended([broken])[0].reason == "error"
     asks = [
-        Ask(PROMPTS[2], seed=4, limit=5, cap=cap),
-        Ask(PROMPTS[3], seed=4, limit=5),
-        Ask(LONG, limit=5, cap=cap),
+        GenerationRequest(PROMPTS[2], seed=4, limit=5, cap=cap),
+        GenerationRequest(PROMPTS[3], seed=4, limit=5),
+        GenerationRequest(LONG, limit=5, cap=cap),
     ]
     tickets = [engine.submit(ask) for ask in asks]
     assert {one.reason for one in listener.ended(tickets)} == {"length"}
@@ -82,9 +82,9 @@ def test_a_failure_between_two_capped_layers_leaves_nothing_behind(served, monke
 def test_a_failure_within_a_long_prompt_leaves_the_others_where_they_were(served, monkeypatch):
     """The prompts read after it went into the slot of the one that had failed, and rows decoded over somebody else's words."""
     monkeypatch.setattr(engine_module, "PIECE_CPU", 16)
-    engine, listener = served(Room(slots=4, length=256, prefixes=0), ends=frozenset())
-    talking = engine.submit(Ask(PROMPTS[1], seed=5, limit=200))
-    listener.first(talking, Step)
+    engine, listener = served(EngineLimits(slots=4, length=256, prefixes=0), ends=frozenset())
+    talking = engine.submit(GenerationRequest(PROMPTS[1], seed=5, limit=200))
+    listener.first(talking, TokenEvent)
     whole, calls = engine.rows.decoder.read_on, iter(range(10**6))
 
     def read_on(*given):
@@ -93,16 +93,16 @@ def test_a_failure_within_a_long_prompt_leaves_the_others_where_they_were(served
         whole(*given)
 
     monkeypatch.setattr(engine.rows.decoder, "read_on", read_on)
-    long = engine.submit(Ask(LONG, seed=6, limit=3))
+    long = engine.submit(GenerationRequest(LONG, seed=6, limit=3))
     assert [one.reason for one in listener.ended([long, talking])] == ["error", "error"]
-    again = [engine.submit(Ask(PROMPTS[4], seed=7, limit=8)) for _ in range(2)]
+    again = [engine.submit(GenerationRequest(PROMPTS[4], seed=7, limit=8)) for _ in range(2)]
     listener.ended(again)
     engine.close()
     assert {listener.answer(one) for one in again} == {alone(engine, PROMPTS[4], None, 7, 8, 1.0, 1.0).ids}
 
 
 def test_when_one_of_several_cannot_be_read_each_ends_once(served, monkeypatch):
-    engine, listener = served(Room(slots=4, length=256, prefixes=0), ends=frozenset())
+    engine, listener = served(EngineLimits(slots=4, length=256, prefixes=0), ends=frozenset())
     opened, fails = engine.rows.open, iter([True])
 
     def open_(*given):
@@ -114,14 +114,18 @@ def test_when_one_of_several_cannot_be_read_each_ends_once(served, monkeypatch):
     cap = engine.plans.wanted("mild")
     engine.between_steps(lambda: time.sleep(0.2))  # so that all of them are found waiting together
     asks = [
-        Ask(PROMPTS[2], seed=1, limit=4, cap=cap),
-        Ask(LONG, limit=0, cap=cap),
-        Ask(PROMPTS[3], seed=1, limit=4, cap=cap),
+        GenerationRequest(PROMPTS[2], seed=1, limit=4, cap=cap),
+        GenerationRequest(LONG, limit=0, cap=cap),
+        GenerationRequest(PROMPTS[3], seed=1, limit=4, cap=cap),
     ]
     tickets = [engine.submit(ask) for ask in asks]
     assert [one.reason for one in listener.ended(tickets)] == ["length", "error", "length"]
     engine.close()
-    assert [sum(isinstance(event, Ended) for event in listener.events[one]) for one in tickets] == [1, 1, 1]
+    assert [sum(isinstance(event, FinishEvent) for event in listener.events[one]) for one in tickets] == [
+        1,
+        1,
+        1,
+    ]
     assert not any(engine.plans._used.values())
 
 
@@ -132,9 +136,9 @@ def test_what_cannot_be_kept_ends_nobody(served, monkeypatch):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(engine.rows, "saved", saved)
-    gone = engine.submit(Ask(LONG, limit=100))
-    listener.first(gone, Step)
+    gone = engine.submit(GenerationRequest(LONG, limit=100))
+    listener.first(gone, TokenEvent)
     gone.cancel()
-    well = engine.submit(Ask(PROMPTS[5], limit=5))
+    well = engine.submit(GenerationRequest(PROMPTS[5], limit=5))
     assert [one.reason for one in listener.ended([gone, well])] == ["cancelled", "length"]
     assert engine.alive

@@ -21,7 +21,7 @@ from schemathesis.specs.openapi.checks import (
 )
 from serving import HOW, ROOM, axis_folder, served, tiny_host
 
-from personatlas.steering.serve.engine.scheduler import Busy
+from personatlas.steering.serve.engine.scheduler import ServerBusy
 from personatlas.steering.serve.http.security import MOST_BODY
 
 # left out: positive_data_acceptance and missing_required_header (a schema cannot say what fits the context, which caps are
@@ -332,7 +332,7 @@ def test_where_too_many_wait_a_stream_is_refused_with_a_status_too(small, monkey
     """A stream used to begin with 200 and end at once, which no client tries again."""
 
     def submit(*_given, **_named):
-        raise Busy("too many are waiting")
+        raise ServerBusy("too many are waiting")
 
     monkeypatch.setattr(small.host.engine, "submit", submit)
     body = {"messages": [{"role": "user", "content": "Hi"}]} if route.startswith("chat") else {"prompt": "Hi"}

@@ -25,7 +25,9 @@ def free_port():
 
 
 START = "from personatlas.cli.app import main; main()"
-IMPATIENT = "from personatlas.steering.serve import server; server.FINISH = 0.0; " + START
+IMPATIENT = (
+    "from personatlas.steering.serve.http import uvicorn_server as server; server.FINISH = 0.0; " + START
+)
 
 
 @contextmanager

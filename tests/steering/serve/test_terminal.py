@@ -18,8 +18,8 @@ from personatlas.steering.drift.trace import traced
 from personatlas.steering.drift_monitor import CalmConversation, save_calm
 from personatlas.steering.serve.distress_notice import shows_distress
 from personatlas.steering.serve.terminal.render import CONTROL, clean
-from personatlas.steering.serve.terminal.repl import Terminal
-from personatlas.steering.serve.terminal.session import Exchange, Told
+from personatlas.steering.serve.terminal.repl import ChatRepl
+from personatlas.steering.serve.terminal.session import ChatExchange, Transcript
 
 HOLD = {"temperature": 0.0, "max_tokens": 10}
 
@@ -46,8 +46,8 @@ def place(tiny_run, tmp_path_factory):
 def talk(place, capsys):
     """Say some lines in a chat of their own; gives the terminal and what it printed."""
 
-    def say(*lines, told=Told(), live=False, seed=0):
-        terminal = Terminal(*place, seed, live=live)
+    def say(*lines, told=Transcript(), live=False, seed=0):
+        terminal = ChatRepl(*place, seed, live=live)
         terminal.run(told, lines)
         return terminal, capsys.readouterr().out
 
@@ -118,7 +118,7 @@ def test_a_new_conversation_begins_with_reset_and_system_and_undo_comes_back(tal
     assert "a new conversation begins under this system prompt" in out
     assert "\nYou are a nun.\n" in out
     assert [one.user for one in terminal.chat.told.exchanges] == ["Ho"]
-    terminal, _ = talk("Hi", told=Told("You are a nun."))
+    terminal, _ = talk("Hi", told=Transcript("You are a nun."))
     assert terminal.chat.told.messages[0] == {"role": "system", "content": "You are a nun."}
     assert texts(terminal) != texts(talk("Hi")[0])
 
@@ -137,10 +137,10 @@ def test_a_saved_conversation_is_read_by_trace_and_loaded_with_the_same_projecti
     assert [len(one["per_token"]) for one in kept] == [10, 10]
     held = terminal.host.held
     (one,) = traced(held.model, held.chat, held.axis, read_conversations(path), lambda *_: None)
-    load_steered_model, out = talk(f"/load {path}", "/trace")
-    for answer, turn in zip(load_steered_model.chat.told.answers, one.turns, strict=True):
+    loaded, out = talk(f"/load {path}", "/trace")
+    for answer, turn in zip(loaded.chat.told.answers, one.turns, strict=True):
         assert answer.projection == pytest.approx(turn.projection, abs=1e-4)
-        assert answer.z == pytest.approx(load_steered_model.shown.baseline.z(turn.projection), abs=1e-2)
+        assert answer.z == pytest.approx(loaded.shown.baseline.z(turn.projection), abs=1e-2)
     assert "its answers as this model reads them, without a cap" in out
     assert out.count("Who are you?") == 2
     main(
@@ -187,7 +187,7 @@ def test_what_cannot_be_loaded_or_saved_is_one_line_and_the_chat_goes_on(talk, t
 
 
 def test_a_loaded_question_without_an_answer_is_answered_by_retry(talk):
-    told = Told("", (Exchange("Who are you?", None),))
+    told = Transcript("", (ChatExchange("Who are you?", None),))
     terminal, out = talk("/trace", "/retry", told=told)
     assert "/retry asks for one" in out
     assert texts(terminal) == texts(talk("Who are you?")[0])
@@ -226,7 +226,7 @@ def test_no_control_character_is_left_to_a_terminal(text):
 
 def test_what_a_model_or_a_file_says_cannot_control_the_terminal(talk):
     """The tiny model likes escape characters."""
-    bad = Told("", (Exchange("Hi\x1b[2J", None),))
+    bad = Transcript("", (ChatExchange("Hi\x1b[2J", None),))
     terminal, out = talk(
         "Hi", "/tokens", "/trace", "/retry", "/cap \x1b[31m", "/load \x1b[31m", "/\x1b[31m", told=bad
     )
@@ -261,7 +261,7 @@ def test_distress_brings_up_the_notice_once(talk):
     _, out = talk("How do I kill the process?", "I want to die", "I want to end my life")
     assert out.count(notice) == 1
     assert out.index(notice) > out.index("> I want to die")
-    assert notice in talk("/trace", told=Told("", (Exchange("I want to die", None),)))[1]  # loaded
+    assert notice in talk("/trace", told=Transcript("", (ChatExchange("I want to die", None),)))[1]  # loaded
 
 
 def test_ctrl_c_stops_an_answer_which_is_kept_as_far_as_it_went(talk, place, monkeypatch):
@@ -269,9 +269,9 @@ def test_ctrl_c_stops_an_answer_which_is_kept_as_far_as_it_went(talk, place, mon
     monkeypatch.setattr(
         host, "settings", type(host.settings)(None, "always", 200, 0.0, 1.0, host.settings.room)
     )
-    from personatlas.steering.serve.terminal.render import Shown
+    from personatlas.steering.serve.terminal.render import ChatRenderer
 
-    heard, piece = [], Shown.piece
+    heard, piece = [], ChatRenderer.piece
 
     def pressed(self, text):
         piece(self, text)
@@ -280,7 +280,7 @@ def test_ctrl_c_stops_an_answer_which_is_kept_as_far_as_it_went(talk, place, mon
             heard.extend([""] * 100)
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(Shown, "piece", pressed)
+    monkeypatch.setattr(ChatRenderer, "piece", pressed)
     terminal, out = talk("Who are you?", "/trace", live=True)
     (answer,) = terminal.chat.told.answers
     assert answer.ended == "you"
@@ -298,7 +298,7 @@ def test_ctrl_c_before_an_answer_takes_the_message_back_and_a_pipe_ends(talk, pl
         signal.raise_signal(signal.SIGINT)
         await asyncio.sleep(10)
 
-    monkeypatch.setattr(host, "prepared", slow)
+    monkeypatch.setattr(host, "prepare_chat", slow)
     _, out = talk("Who are you?", "/trace", live=True)
     assert "the message is taken back" in out
     assert "nothing was said yet" in out
@@ -317,8 +317,8 @@ def test_at_the_prompt_ctrl_c_clears_the_line_and_twice_or_ctrl_d_leaves(place, 
             raise key
 
         monkeypatch.setattr(builtins, "input", typed)
-        terminal = Terminal(*place, 0, live=True)
-        terminal.run(Told(), ())
+        terminal = ChatRepl(*place, 0, live=True)
+        terminal.run(Transcript(), ())
         return terminal, left
 
     terminal, left = typing(KeyboardInterrupt, "  ", "Hi", KeyboardInterrupt, KeyboardInterrupt, "unread")
@@ -336,8 +336,8 @@ def test_an_alarm_stands_out_and_an_adaptive_cap_acts_after_it(tiny_run, tmp_pat
     host = tiny_host(tiny_run, folder, cap="held", mode="adaptive", **HOLD)
     with asyncio.Runner() as runner:
         runner.run(host.open())
-        terminal = Terminal(runner, host, 0, live=False)
-        terminal.run(Told(), ("Who are you?", "Why?", "/cap adaptive", "/trace"))
+        terminal = ChatRepl(runner, host, 0, live=False)
+        terminal.run(Transcript(), ("Who are you?", "Why?", "/cap adaptive", "/trace"))
         host.close()
     out = capsys.readouterr().out
     first, second = terminal.chat.told.answers
