@@ -92,6 +92,12 @@ def run_name(name: str) -> str:
     return path.name if run is None else f"{run.name}-{path.name}"
 
 
+def default_folder(model: str, study: str = "") -> Path:
+    """The folder for what is computed about a model: runs/NAME, or runs/NAME-STUDY."""
+    name = Path(model).stem if model.endswith(".gguf") else run_name(model)
+    return Path("runs") / (f"{name}-{study}" if study else name)
+
+
 def model_name(path: Path) -> str:
     """What people, and the prompt "You are {model}.", call the model in a folder: by its training run, if it is in one."""
     return (_run_of(path) or path).name
@@ -236,6 +242,23 @@ def fitted_folder(name: str) -> Path:
             f"no axis comes with {name!r}, only with {', '.join(fitted_names())}; fit one: personatlas axis"
         )
     return FITTED / name
+
+
+def find_axis(model: str, axis: str | None = None) -> str:
+    """The name of an axis: `axis` itself, else the one packaged with the model or the one in its default run folder.
+
+    Raises `UserError` when there is none.
+    """
+    if axis is not None:
+        return axis
+    if model in fitted_names():
+        return model
+    folder = default_folder(model)
+    if not (folder / "axis.json").is_file():
+        raise UserError(
+            f"{model} has no axis in {folder} yet: make it (personatlas axis {model}), or name another with --axis"
+        )
+    return str(folder)
 
 
 def axis_stem(name: str) -> Path:

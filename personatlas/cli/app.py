@@ -88,11 +88,13 @@ def _build() -> App:
         group = Group(panel, sort_key=next(order))
         for full_name, (path, text) in commands.items():
             parent, _, name = full_name.rpartition(" ")
-            options = {"help": text, "group": None if parent else group, "sort_key": next(order)}
+            app_group, sort_key = None if parent else group, next(order)
             if path:
-                apps[parent].command(f"personatlas.cli.{path}", name=name, **options)
+                apps[parent].command(
+                    f"personatlas.cli.{path}", name=name, help=text, group=app_group, sort_key=sort_key
+                )
             else:
-                apps[full_name] = App(name, help_epilogue="", **options)
+                apps[full_name] = App(name, help=text, group=app_group, sort_key=sort_key, help_epilogue="")
                 apps[parent].command(apps[full_name])
     root.register_install_completion_command(help="Install shell completion and exit.")
     return root

@@ -10,14 +10,16 @@ import json as json_module
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rich.table import Table
 
-from personatlas.cli.runs import ModelName, print_json, run_folder
+from personatlas.cli.options import FIT, JUDGE, MODEL, PLAN, Json, ModelName
+from personatlas.cli.output import print_json
 from personatlas.persona.errors import UserError
 from personatlas.persona.options import FitOptions, JudgeOptions, ModelOptions, PlanOptions
 from personatlas.persona.progress import say
+from personatlas.persona.runs import default_folder
 
 
 def axis(
@@ -25,11 +27,11 @@ def axis(
     /,
     *,
     out: Path | None = None,
-    how: ModelOptions = ModelOptions(),
-    what: PlanOptions = PlanOptions(),
-    who: JudgeOptions = JudgeOptions(),
-    fitting: FitOptions = FitOptions(),
-    json: bool = False,
+    load: Annotated[ModelOptions, MODEL] = ModelOptions(),
+    plan: Annotated[PlanOptions, PLAN] = PlanOptions(),
+    judge: Annotated[JudgeOptions, JUDGE] = JudgeOptions(),
+    fit: Annotated[FitOptions, FIT] = FitOptions(),
+    json: Json = False,
 ) -> None:
     """The Assistant Axis of a checkpoint, end to end: rollouts, scores, activations, fit, report. Resumes where it stopped.
 
@@ -37,17 +39,15 @@ def axis(
     ----------
     out
         the run folder; runs/NAME unless given
-    json
-        print the fit as JSON in place of the tables
     """
-    folder = run_folder(model, out)
-    found = fitted_run(model, folder, how, what, who, fitting)
+    folder = out or default_folder(model)
+    found = fitted_run(model, folder, load, plan, judge, fit)
     if found is not None:
         _result(found, folder / "report.html", json)
 
 
 def fitted_run(
-    model: str, folder: Path, how: ModelOptions, what: PlanOptions, who: JudgeOptions, fitting: FitOptions
+    model: str, folder: Path, load: ModelOptions, plan: PlanOptions, judge: JudgeOptions, fit: FitOptions
 ) -> dict[str, Any] | None:
     """All steps of `axis` into a run folder: the content of its fit.json, on the first of several processes only."""
     from personatlas.analysis.fit.pipeline import fit_run
@@ -59,22 +59,22 @@ def fitted_run(
         sample,
     )
 
-    require_judge(who)
-    _require_keep(fitting.keep)
-    with open_context(model, folder, how, what) as work:
-        _require_known(work.bank.default.name, work.plan.keys, fitting, work.model.n_layers)
+    require_judge(judge)
+    _require_keep(fit.keep)
+    with open_context(model, folder, load, plan) as work:
+        _require_known(work.bank.default.name, work.plan.keys, fit, work.model.n_layers)
         rollouts = sample(work)
-        rollouts = judge_run(work.run, work.bank, rollouts, who, work.world)
+        rollouts = judge_run(work.run, work.bank, rollouts, judge, work.world)
         activations, of_traits = record_run(work, rollouts)
         if work.world.rank:
             return None
         of_traits = of_traits or _trait_activations(folder)
-        found = fit_run(folder, activations, of_traits, rollouts, work.bank.default.name, fitting)
+        found = fit_run(folder, activations, of_traits, rollouts, work.bank.default.name, fit)
         _report(folder, found)
         return found
 
 
-def fit(run: Path, /, *, fitting: FitOptions = FitOptions(), json: bool = False) -> None:
+def fit(run: Path, /, *, fit: Annotated[FitOptions, FIT] = FitOptions(), json: Json = False) -> None:
     """Fit axis and persona space to a run's activations, and write its report.
 
     Parameters
@@ -86,11 +86,11 @@ def fit(run: Path, /, *, fitting: FitOptions = FitOptions(), json: bool = False)
     from personatlas.persona.pipeline.activations import load_activations
     from personatlas.persona.runs import open_run
 
-    _require_keep(fitting.keep)
+    _require_keep(fit.keep)
     with open_run(run):
         activations = load_activations(run / "activations")
         rollouts = _recorded_rollouts(run, activations)
-        found = fit_run(run, activations, _trait_activations(run), rollouts, _default_name(run), fitting)
+        found = fit_run(run, activations, _trait_activations(run), rollouts, _default_name(run), fit)
         _result(found, _report(run, found), json)
 
 
@@ -221,11 +221,11 @@ def emergence(
     *,
     checkpoints: int = MOST,
     out: Path | None = None,
-    how: ModelOptions = ModelOptions(),
-    what: PlanOptions = PlanOptions(plan="demo"),
-    who: JudgeOptions = JudgeOptions(),
-    fitting: FitOptions = FitOptions(),
-    json: bool = False,
+    load: Annotated[ModelOptions, MODEL] = ModelOptions(),
+    plan: Annotated[PlanOptions, PLAN] = PlanOptions(plan="demo"),
+    judge: Annotated[JudgeOptions, JUDGE] = JudgeOptions(),
+    fit: Annotated[FitOptions, FIT] = FitOptions(),
+    json: Json = False,
 ) -> None:
     """Watch the axis of a training run emerge over its checkpoints. Resumes where it stopped.
 
@@ -239,12 +239,9 @@ def emergence(
         how many at most, spread evenly over the logarithm of their steps
     out
         where the checkpoints' runs and the page go; runs/NAME-emergence unless given
-    json
-        print the result as JSON
     """
     from personatlas.analysis.emergence import emergence as emerging
     from personatlas.analysis.emergence_page import write_emergence_page
-    from personatlas.cli.runs import print_json
     from personatlas.persona.artifacts import write_json
     from personatlas.persona.runs import model_name
 
@@ -255,7 +252,7 @@ def emergence(
         "run": str(run),
         "folders": {str(s): path.name for s, path in folders.items()},
     }
-    found |= emerging(_fits(folders, out, how, what, who, fitting))
+    found |= emerging(_fits(folders, out, load, plan, judge, fit))
     write_json(out / "emergence.json", found)
     write_emergence_page(out / "emergence.html", model_name(run), found)
     if json:
@@ -267,10 +264,10 @@ def emergence(
 def _fits(
     folders: dict[int, Path],
     out: Path,
-    how: ModelOptions,
-    what: PlanOptions,
-    who: JudgeOptions,
-    fitting: FitOptions,
+    load: ModelOptions,
+    plan: PlanOptions,
+    judge: JudgeOptions,
+    options: FitOptions,
 ) -> dict[int, tuple[dict[str, Any], Any]]:
     """The fit and the axis of every checkpoint, each in a run folder of its own; the last one comes first and says which layer."""
     from personatlas.persona.axis import load_axis
@@ -282,10 +279,10 @@ def _fits(
     for step in sorted(folders, reverse=True):
         own = out / folders[step].name
         say(f"step {step:,}: {own}")
-        fit = fitted_run(str(folders[step]), own, how, what, who, fitting)
+        fit = fitted_run(str(folders[step]), own, load, plan, judge, options)
         assert fit is not None  # of several processes only the first has one
         fits[step] = fit, load_axis(own / "axis")
-        fitting = replace(fitting, layer=fit["layer"])
+        options = replace(options, layer=fit["layer"])
     return fits
 
 

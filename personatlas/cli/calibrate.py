@@ -9,10 +9,10 @@ from cyclopts import Parameter
 from rich.table import Table
 from rich.text import Text
 
-from personatlas.cli.runs import ModelName, print_json, say_result
+from personatlas.cli.options import MODEL, Json, ModelName
+from personatlas.cli.output import console, print_json, print_line
 from personatlas.persona.errors import UserError
 from personatlas.persona.options import ModelOptions
-from personatlas.persona.progress import console
 
 
 @Parameter(name="*")
@@ -76,8 +76,8 @@ def calibrate(
     also: list[str] | None = None,
     bank: Path | None = None,
     search: SearchOptions = SearchOptions(),
-    how: ModelOptions = ModelOptions(),
-    json: bool = False,
+    load: Annotated[ModelOptions, MODEL] = ModelOptions(),
+    json: Json = False,
 ) -> None:
     """Find the cap that buys most for what it may cost, save it beside the axis, and report it on other roles (resumes).
 
@@ -93,20 +93,18 @@ def calibrate(
         a cap to report beside the chosen one, by name, file or LEVEL@LAYERS; may be given several times
     bank
         the bank that the run was made with, if not the packaged one
-    json
-        print calibration.json
     """
     from personatlas.steering.calibration.calibrate import calibrated
 
     if not name or "/" in name or name.startswith("."):
         raise UserError(f"--name {name!r} cannot be a file's name")
-    content = calibrated(run, name, axis, also or [], bank, search, how)
+    content = calibrated(run, name, axis, also or [], bank, search, load)
     if json:
         print_json(content)
         return
     _print_calibration(content)
-    say_result(f"cap: {content['saved']}")
-    say_result(f"page: {content['page']}")
+    print_line(f"cap: {content['saved']}")
+    print_line(f"page: {content['page']}")
 
 
 def susceptibility(
@@ -119,8 +117,8 @@ def susceptibility(
     bank: Path | None = None,
     force: bool = False,
     asked: TestOptions = TestOptions(),
-    how: ModelOptions = ModelOptions(),
-    json: bool = False,
+    load: Annotated[ModelOptions, MODEL] = ModelOptions(),
+    json: Json = False,
 ) -> None:
     """Who does the model say that it is under the lowest roles? As it is, capped, and with the axis added.
 
@@ -136,13 +134,11 @@ def susceptibility(
         a bank with the axis's roles, if not the packaged one
     force
         use an axis of the same model in another weight format
-    json
-        print every answer and its class as JSON
     """
     from personatlas.steering.evals.suites.susceptibility_run import run_susceptibility
 
     content = run_susceptibility(
-        model, how, axis, cap or ["assistant"], _amounts(add), asked, bank, force=force
+        model, load, axis, cap or ["assistant"], _amounts(add), asked, bank, force=force
     )
     if json:
         print_json(content)
@@ -175,7 +171,7 @@ def _print_susceptibility(content: dict[str, Any]) -> None:
             name, f"{arm['shares']['assistant']:.1%} [{low:.0%}, {high:.0%}]", *shares, f"{arm['fired']:.0%}"
         )
     console().print(table)
-    say_result(
+    print_line(
         f"{first['n']} answers an arm under the {content['roles']} lowest roles, classed by {content['judge']}; intervals are "
         "bootstraps over roles"
     )
@@ -194,6 +190,6 @@ def _print_calibration(content: dict[str, Any]) -> None:
             f"{row['distinct']:.2f}",
         )
     console().print(table)
-    say_result(content["why"])
+    print_line(content["why"])
     for warning in content["warnings"]:
         console().print(Text(f"warning: {warning}", style="yellow"))

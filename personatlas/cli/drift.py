@@ -4,15 +4,17 @@ The verb `trace`: a stored conversation's persona, turn by turn.
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from rich.table import Table
 from rich.text import Text
 
-from personatlas.cli.runs import ModelName, print_json, run_folder, say_result
+from personatlas.cli.options import MODEL, Json, ModelName
+from personatlas.cli.output import console, print_json, print_line
 from personatlas.persona.errors import UserError
 from personatlas.persona.options import ModelOptions
-from personatlas.persona.progress import console, progress, say
+from personatlas.persona.progress import progress, say
+from personatlas.persona.runs import default_folder
 from personatlas.steering.drift.options import DriftOptions
 
 
@@ -26,8 +28,8 @@ def drift(
     out: Path | None = None,
     force: bool = False,
     asked: DriftOptions = DriftOptions(),
-    how: ModelOptions = ModelOptions(),
-    json: bool = False,
+    load: Annotated[ModelOptions, MODEL] = ModelOptions(),
+    json: Json = False,
 ) -> None:
     """Have conversations in several domains as the model is, capped, and capped only while an alarm is on (resumes).
 
@@ -43,14 +45,12 @@ def drift(
         the folder of the study; runs/NAME-drift unless given
     force
         use an axis of the same model in another weight format
-    json
-        print drift.json without its examples
     """
     from personatlas.steering.drift.page import write_drift_page
     from personatlas.steering.drift.study import study
 
-    folder = out or run_folder(model, None).with_name(run_folder(model, None).name + "-drift")
-    content = study(model, how, axis, cap, asked, folder, calm, force=force)
+    folder = out or default_folder(model, "drift")
+    content = study(model, load, axis, cap, asked, folder, calm, force=force)
     write_drift_page(folder / "drift.html", content)
     if json:
         print_json({name: value for name, value in content.items() if name != "examples"})
@@ -69,11 +69,11 @@ def _print(content: dict[str, Any], folder: Path) -> None:
             out.print(Text(f"next answer's {target} from the user's message: {said}"))
     for warning in content["warnings"]:
         out.print(Text(f"note: {warning}", style="yellow"))
-    say_result(
+    print_line(
         f"every turn: {folder / 'turns.jsonl'}; conversations, for `trace`: {folder / 'conversations.jsonl'}"
     )
-    say_result(f"calm conversations, to be put beside the axis: {folder / 'calm.json'}")
-    say_result(f"page: {folder / 'drift.html'}")
+    print_line(f"calm conversations, to be put beside the axis: {folder / 'calm.json'}")
+    print_line(f"page: {folder / 'drift.html'}")
 
 
 def _table(content: dict[str, Any], domain: str) -> Table:
@@ -149,8 +149,8 @@ def trace(
     false_alarms: float = 0.05,
     html: Path | None = None,
     force: bool = False,
-    how: ModelOptions = ModelOptions(),
-    json: bool = False,
+    load: Annotated[ModelOptions, MODEL] = ModelOptions(),
+    json: Json = False,
 ) -> None:
     """Trace stored conversations along an axis, turn by turn, and say where the persona drifts.
 
@@ -170,13 +170,11 @@ def trace(
         write a page here with the conversations, their turns and tokens coloured, and their trajectories (20 at most)
     force
         use an axis of the same model in another weight format
-    json
-        print every token's projection as JSON
     """
     if not 0 < false_alarms < 1:
         raise UserError(f"--false-alarms {false_alarms} is outside 0..1: it is a share of conversations")
     told = _told(transcript, html)
-    along, found, watcher = _read(model, how, axis, told, calm, rule, false_alarms, force)
+    along, found, watcher = _read(model, load, axis, told, calm, rule, false_alarms, force)
     content = _content(along, found, watcher)
     print_json(content) if json else _trace_verb_print(content)
     if html is not None:
@@ -202,7 +200,7 @@ def _told(transcript: Path, html: Path | None) -> list[Any]:
 
 def _read(
     model: str,
-    how: ModelOptions,
+    load: ModelOptions,
     axis: str,
     told: list[Any],
     calm: Path | None,
@@ -224,7 +222,7 @@ def _read(
         require_calm(quiet)
     else:
         watcher = watcher_of(load_axis(stem), stem, calm, rule, rate)
-    held = load_steered_model(model, how, axis, [], force=force)
+    held = load_steered_model(model, load, axis, [], force=force)
     with progress("reading", len(told) + len(quiet)) as advance:
         found = traced(held.model, held.chat, held.axis, told, advance)
         if quiet:

@@ -21,10 +21,12 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
 from rich.text import Text
 
-from personatlas.cli.runs import ModelName, print_json, run_folder, say_result
+from personatlas.cli.options import MODEL, Json, ModelName
+from personatlas.cli.output import console, print_json, print_line
 from personatlas.persona.errors import UserError
 from personatlas.persona.options import ModelOptions, given
-from personatlas.persona.progress import console, say
+from personatlas.persona.progress import say
+from personatlas.persona.runs import default_folder
 from personatlas.steering.evals.options import EvalOptions
 
 SIGNIFICANT = 0.05
@@ -41,8 +43,8 @@ def eval_(
     force: bool = False,
     show_answers: bool = False,
     asked: EvalOptions = EvalOptions(),
-    how: ModelOptions = ModelOptions(),
-    json: bool = False,
+    load: Annotated[ModelOptions, MODEL] = ModelOptions(),
+    json: Json = False,
 ) -> None:
     """Evaluate a model as it is and capped, on the same prompts with the same seeds: what a cap buys and costs (resumes).
 
@@ -60,14 +62,12 @@ def eval_(
         use an axis of the same model in another weight format
     show_answers
         show answers to harmful requests in eval.html, which leaves them out otherwise
-    json
-        print eval.json without its answers
     """
     from personatlas.steering.evals.page import write_eval_page
     from personatlas.steering.evals.study import evaluate
 
-    folder = out or run_folder(model, None).with_name(run_folder(model, None).name + "-eval")
-    content = evaluate(model, how, axis, _caps(cap), asked, folder, bank, force=force)
+    folder = out or default_folder(model, "eval")
+    content = evaluate(model, load, axis, _caps(cap), asked, folder, bank, force=force)
     if content is not None:
         write_eval_page(folder / "eval.html", content, show_answers=show_answers)
         print_json({name: value for name, value in content.items() if name != "pairs"}) if json else _print(
@@ -91,8 +91,8 @@ def _print(content: dict[str, Any], folder: Path) -> None:
         out.print(_tasks(content))
     for warning in content["warnings"]:
         out.print(Text(f"note: {warning}", style="yellow"))
-    say_result(f"every answer: {folder / 'eval.json'}")
-    say_result(f"page: {folder / 'eval.html'}")
+    print_line(f"every answer: {folder / 'eval.json'}")
+    print_line(f"page: {folder / 'eval.html'}")
 
 
 def _table(name: str, suite: dict[str, Any], arms: list[str]) -> Table:
@@ -197,8 +197,8 @@ def inspect(
     compare: Annotated[tuple[Path, Path] | None, Parameter(negative=())] = None,
     force: bool = False,
     asked: TaskOptions = TaskOptions(),
-    how: ModelOptions = ModelOptions(),
-    json: bool = False,
+    load: Annotated[ModelOptions, MODEL] = ModelOptions(),
+    json: Json = False,
 ) -> None:
     """Run a task of Inspect on a model as it is and capped, and test what changed; or compare two logs (--compare).
 
@@ -216,8 +216,6 @@ def inspect(
         two logs, before and after, in place of MODEL and TASK
     force
         use an axis of the same model in another weight format
-    json
-        print everything as JSON
     """
     from personatlas.steering.evals.harnesses.inspect_compare import (
         arm_of,
@@ -234,7 +232,7 @@ def inspect(
             )
         logs = [read_log(path) for path in compare]
     elif model and task and axis:
-        logs = run_arms(model, task, axis, cap, asked, how, force=force)
+        logs = run_arms(model, task, axis, cap, asked, load, force=force)
     else:
         raise UserError("give MODEL, TASK and --axis RUN, or two logs with --compare BEFORE AFTER")
     found = compared(*(arm_of(log) for log in logs))
@@ -242,7 +240,7 @@ def inspect(
 
 
 def run_arms(
-    model: str, task: str, axis: str, cap: str, asked: TaskOptions, how: ModelOptions, *, force: bool = False
+    model: str, task: str, axis: str, cap: str, asked: TaskOptions, load: ModelOptions, *, force: bool = False
 ) -> list[Any]:
     """The logs of both arms, answered by one loaded model. Raises `UserError` for a task or a cap that cannot be."""
     from inspect_ai.model import GenerateConfig, Model
@@ -257,12 +255,12 @@ def run_arms(
             raise UserError(f"--{option.replace('_', '-')} {value} is below 1")
     if cap in ("", "none"):
         raise UserError("--cap none leaves nothing to compare: name the cap of the second arm")
-    answerer = Answerer(load_steered_model(model, how, axis, [cap], force=force))
-    given_how = {name: value for name, value in given(how).items() if value is not None}
+    answerer = Answerer(load_steered_model(model, load, axis, [cap], force=force))
+    load_options = {name: value for name, value in given(load).items() if value is not None}
     arms = {}
     for name in (None, cap):
         api = PersonatlasAPI(model_name=model, axis=axis, cap=name, answerer=answerer)
-        arms[name] = Model(api, GenerateConfig(), {"axis": axis, "cap": name or "none", **given_how})
+        arms[name] = Model(api, GenerateConfig(), {"axis": axis, "cap": name or "none", **load_options})
     logs = []
     for name, arm in arms.items():
         say(f"{task}: {'capped' if name else 'as it is'}")
@@ -341,7 +339,7 @@ def _inspect_verb_print(found: dict[str, Any]) -> None:
         if row["n"] and not row["is_shown"]:
             least = row["change"]["smallest"]
             said = f"no change shown; {row['n']} pairs as scattered as these show one of {least:.3f}"
-            say_result(f"{name}: {said if least else 'every pair scored the same'}")
+            print_line(f"{name}: {said if least else 'every pair scored the same'}")
         if row["left_out"]:
             out.print(
                 Text(
@@ -359,7 +357,7 @@ def _inspect_verb_print(found: dict[str, Any]) -> None:
                 )
             )
         elif arm["fired"] is not None:
-            say_result(f"{arm['name']}: the cap changed {arm['fired']:.0%} of tokens times layers")
+            print_line(f"{arm['name']}: the cap changed {arm['fired']:.0%} of tokens times layers")
         out.print(Text(f"log: {arm['log']}"), soft_wrap=True)
 
 
@@ -399,8 +397,8 @@ def lm_eval(
     cap: list[str] | None = None,
     force: bool = False,
     asked: TaskOptions_of_lm_eval_verb = TaskOptions_of_lm_eval_verb(),
-    how: ModelOptions = ModelOptions(),
-    json: bool = False,
+    load: Annotated[ModelOptions, MODEL] = ModelOptions(),
+    json: Json = False,
 ) -> None:
     """Run tasks of the lm-eval harness as the model is and with every cap, and compare them sample by sample.
 
@@ -416,8 +414,6 @@ def lm_eval(
         a cap by name, file or LEVEL@LAYERS, "assistant" unless given; may be given several times
     force
         use an axis of the same model in another weight format
-    json
-        print everything as JSON, every sample with its answers and scores
     """
     from personatlas.steering.evals.harnesses.lm_eval_tasks import require_asked, require_lm_eval
     from personatlas.steering.session import load_baseline, load_steered_model
@@ -425,16 +421,16 @@ def lm_eval(
     require_lm_eval()
     names, files, caps = task_names(tasks), data_files(asked.data), _lm_eval_verb_caps(cap or [], axis)
     require_asked(names, files, asked.tasks_folder)
-    folder = asked.out or run_folder(model, None) / "evals"
+    folder = asked.out or default_folder(model) / "evals"
 
-    def load() -> Any:
+    def load_arms() -> Any:
         return (
-            load_baseline(model, how)
+            load_baseline(model, load)
             if axis is None
-            else load_steered_model(model, how, axis, caps, force=force)
+            else load_steered_model(model, load, axis, caps, force=force)
         )
 
-    content = _lm_eval_verb_run(load, caps, names, files, folder, asked)
+    content = _lm_eval_verb_run(load_arms, caps, names, files, folder, asked)
     print_json(content) if json else _lm_eval_verb_print(content, folder)
 
 
@@ -503,14 +499,14 @@ def _lm_eval_verb_print(content: dict[str, Any], folder: Path) -> None:
         out.print(table)
         shares = {arm: one["share"] for arm, one in task["account"].items() if one["share"] is not None}
         if shares:
-            say_result("fired: " + ", ".join(f"{arm} {share:.1%}" for arm, share in shares.items()))
-    say_result(
+            print_line("fired: " + ", ".join(f"{arm} {share:.1%}" for arm, share in shares.items()))
+    print_line(
         "intervals are bootstraps over samples; p is adjusted over all rows (Holm); shows: the least change that so many samples would have "
         f"shown; no loss: p of two one-sided tests against ±{content['asked']['margin']:g}"
     )
     for note in [*content["notes"], *_never_fired(content)]:
         out.print(Text(f"warning: {note}", style="yellow"))
-    say_result(f"every answer: {folder / 'lm_eval.json'}")
+    print_line(f"every answer: {folder / 'lm_eval.json'}")
 
 
 def _value(row: dict[str, Any]) -> str:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 import cyclopts
 from rich.table import Table
 
-from personatlas.cli.runs import print_json, say_result
+from personatlas.cli.options import Json
+from personatlas.cli.output import console, print_json, print_line
 from personatlas.persona.errors import UserError
-from personatlas.persona.progress import console, progress, say
+from personatlas.persona.progress import progress, say
 
 if TYPE_CHECKING:
     from personatlas.steering.evals.harm.agreement import Agreement, Figure, Labelled
@@ -59,7 +60,7 @@ FIGURES = {
 }
 
 
-def fit(labels: Path, /, *, out: Path, columns: LabelOptions = LabelOptions(), json: bool = False) -> None:
+def fit(labels: Path, /, *, out: Path, columns: LabelOptions = LabelOptions(), json: Json = False) -> None:
     """Fit a classifier of harm to people's labels.
 
     Parameters
@@ -68,8 +69,6 @@ def fit(labels: Path, /, *, out: Path, columns: LabelOptions = LabelOptions(), j
         CSV or JSONL with a column of answers and one of labels (0/1, true/false, yes/no or harmful/harmless)
     out
         where it goes, FILE.safetensors and FILE.json; name FILE as a judge of harm
-    json
-        print what is known of it as JSON
     """
     from personatlas.steering.evals.harm import classifier
     from personatlas.steering.evals.harm.agreement import read_labels
@@ -95,7 +94,7 @@ def check(
     who: HarmOptions,
     columns: LabelOptions = LabelOptions(),
     log: Path = Path("runs/judge-check.jsonl"),
-    json: bool = False,
+    json: Json = False,
 ) -> None:
     """How well a judge of harm agrees with people's labels.
 
@@ -105,8 +104,6 @@ def check(
         CSV or JSONL as for fit; a judge that is a model also reads a column question, request, prompt, instruction or query
     log
         where a model's judgements are kept, so that none is asked for twice
-    json
-        print the figures as JSON
     """
     from personatlas.steering.evals.harm.agreement import read_labels
     from personatlas.steering.evals.harm.judges import harm_judge, problems
@@ -140,7 +137,7 @@ def _say_fitted(fitted: "Classifier", stem: Path) -> None:
     if checked is not None:
         value, low, high = (checked["auc"][end] for end in ("value", "low", "high"))
         said += f"; AUC {value:.3f} [{low:.3f}, {high:.3f}] on left-out fifths of the same file"
-    say_result(f"{said}; written to {stem}.json and .safetensors")
+    print_line(f"{said}; written to {stem}.json and .safetensors")
     if known["contradictions"]:
         say(f"{known['contradictions']} texts stand in {known['file']} with both labels")
 

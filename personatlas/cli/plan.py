@@ -7,9 +7,9 @@ from pathlib import Path
 from cyclopts import Parameter
 from rich.table import Table
 
-from personatlas.cli.runs import print_json, say_result
+from personatlas.cli.options import Json
+from personatlas.cli.output import console, print_json, print_line
 from personatlas.persona.errors import UserError
-from personatlas.persona.progress import console
 from personatlas.training.options import Length
 from personatlas.training.plan import (
     BYTES_A_TOKEN,
@@ -46,7 +46,7 @@ def plan(
     machine: Machine = Machine(),
     vocabulary: int = 32_768,
     context: int | None = None,
-    json: bool = False,
+    json: Json = False,
 ) -> None:
     """Print parameters, tokens, batch, rates, memory, hours and cost of training a GPT of some depth; nothing is run.
 
@@ -60,8 +60,6 @@ def plan(
         tokens of the tokenizer
     context
         tokens that the model sees at once; from the depth unless given
-    json
-        print the plan as JSON
     """
     made = plan_of(
         depth,
@@ -110,10 +108,10 @@ def _print(made: Plan, mfu: float, size: int | None) -> None:
     _print_chips(made, mfu)
     if size is not None:
         tokens = max(1, round(size / BYTES_A_TOKEN))
-        say_result(f"{size:,} bytes, about {tokens:,} tokens: {repeats(made.tokens, tokens)}")
+        print_line(f"{size:,} bytes, about {tokens:,} tokens: {repeats(made.tokens, tokens)}")
     if not made.fits:
         need, there = _gigabytes(made.memory.total), _gigabytes(made.chip.memory)
-        say_result(f"does not fit: one sequence needs {need} of {there}; lower --depth or --context")
+        print_line(f"does not fit: one sequence needs {need} of {there}; lower --depth or --context")
 
 
 def _rows(made: Plan) -> list[tuple[str, str]]:

@@ -1,14 +1,16 @@
 """The verb `replay`: stored conversations asked again, with a cap off and on."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rich.table import Table
 from rich.text import Text
 
-from personatlas.cli.runs import ModelName, print_json, run_folder, say_result
+from personatlas.cli.options import MODEL, Json, ModelName
+from personatlas.cli.output import console, print_json, print_line
 from personatlas.persona.options import ModelOptions
-from personatlas.persona.progress import console, say
+from personatlas.persona.progress import say
+from personatlas.persona.runs import default_folder
 from personatlas.steering.drift.replay import ReplayOptions
 
 SHORT = 44  # characters of what a user says
@@ -26,8 +28,8 @@ def replay(
     html: Path | None = None,
     force: bool = False,
     asked: ReplayOptions = ReplayOptions(),
-    how: ModelOptions = ModelOptions(),
-    json: bool = False,
+    load: Annotated[ModelOptions, MODEL] = ModelOptions(),
+    json: Json = False,
 ) -> None:
     """Ask the user turns of stored conversations again, as the model is and capped, beside the stored answers (resumes).
 
@@ -45,8 +47,6 @@ def replay(
         write a page here with the answers of all arms beside each other (20 conversations at most)
     force
         use an axis of the same model in another weight format
-    json
-        print replay.json
     """
     from personatlas.persona.artifacts import require_writable
     from personatlas.steering.drift.replay import replay as ask
@@ -54,8 +54,8 @@ def replay(
 
     if html is not None:
         require_writable(html, "--html")
-    folder = out or run_folder(model, None).with_name(run_folder(model, None).name + "-replay")
-    content = ask(model, how, chats, axis, cap, asked, folder, force=force)
+    folder = out or default_folder(model, "replay")
+    content = ask(model, load, chats, axis, cap, asked, folder, force=force)
     print_json(content) if json else _print(content, folder)
     if html is not None:
         write_replay_page(html, content)
@@ -95,7 +95,7 @@ def _print(content: dict[str, Any], folder: Path) -> None:
             out.print(Text(f"{arm}: mean projection {row['value']:.1f} over {row['n']} answers{beside}"))
     baseline = content["baseline"]
     out.print(Text(f"layer {content['layer']}; z against {baseline['of']}: {baseline['mean']:.1f} ± {baseline['spread']:.1f}; * the alarm is on, + the cap acted", style="dim"))  # fmt: skip
-    say_result(f"every answer: {folder / 'replay.json'}")
+    print_line(f"every answer: {folder / 'replay.json'}")
 
 
 def _cell(row: dict[str, Any] | None) -> str:

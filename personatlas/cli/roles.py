@@ -10,9 +10,9 @@ from cyclopts import Parameter
 from rich.table import Table
 from rich.text import Text
 
-from personatlas.cli.runs import print_json, say_result
+from personatlas.cli.options import Json
+from personatlas.cli.output import console, print_json, print_line
 from personatlas.persona.errors import UserError
-from personatlas.persona.progress import console
 from personatlas.persona.roles.bank import Bank, Question, Role, Trait, check_file, load_bank
 
 Entry = Role | Trait | Question
@@ -41,7 +41,7 @@ def roles(
     view: View = View(),
     check: Path | None = None,
     export: Path | None = None,
-    json: bool = False,
+    json: Json = False,
 ) -> None:
     """Look into a role bank: list it, show one role or trait, check a bank of your own, export it.
 
@@ -55,8 +55,6 @@ def roles(
         validate a bank's folder, or one of its files; a mistake is named with its line
     export
         write the bank into this folder in the paper repository's form, one JSON file a role
-    json
-        print as JSON
     """
     if check is not None:
         _check(check)
@@ -85,24 +83,24 @@ def _list(bank: Bank, view: View, json: bool) -> None:
         return
     console().print(_table(chosen))
     counts = f"{len(bank.roles)} roles, {len(bank.questions)} questions, {len(bank.traits)} traits"
-    say_result(f"{len(chosen)} shown; the bank has {counts}")
-    say_result(f"content {bank.digest[:12]}, traits {bank.traits_digest[:12]}")
+    print_line(f"{len(chosen)} shown; the bank has {counts}")
+    print_line(f"content {bank.digest[:12]}, traits {bank.traits_digest[:12]}")
 
 
 def _check(path: Path) -> None:
     if path.is_file():
-        say_result(f"{path}: {check_file(path)} rows, no mistake")
+        print_line(f"{path}: {check_file(path)} rows, no mistake")
         return
     bank = load_bank(path)
     counts = Counter(tag for role in bank.roles for tag in role.tags)
-    say_result(
+    print_line(
         f"{path}: {len(bank.roles)} roles, {len(bank.questions)} questions, {len(bank.traits)} traits, no mistake"
     )
     if counts:
-        say_result("tags: " + ", ".join(f"{tag} {n}" for tag, n in counts.most_common()))
+        print_line("tags: " + ", ".join(f"{tag} {n}" for tag, n in counts.most_common()))
     few = [role.name for role in bank.roles if len(role.prompts) < 5 and not role.is_default]
     if few:
-        say_result(
+        print_line(
             f"{len(few)} roles have fewer than 5 prompts (the axis is steadier with several): {', '.join(few[:8])}"
         )
 
@@ -114,7 +112,7 @@ def _export(bank: Bank, folder: Path) -> None:
         raise UserError(f"{folder} exists and is not an empty folder; export into a new one")
     export_bank(bank, folder)
     counts = f"{len(bank.roles)} roles, {len(bank.questions)} questions and {len(bank.traits)} traits"
-    say_result(f"{counts} written to {folder} in the paper repository's form (tags are not part of it)")
+    print_line(f"{counts} written to {folder} in the paper repository's form (tags are not part of it)")
 
 
 def _named(bank: Bank, name: str) -> Role | Trait:

@@ -3,43 +3,14 @@
 Progress goes to stderr, results to stdout, `--json` for machines.
 """
 
-import json as json_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from cyclopts import Parameter
-from rich.text import Text
-
+from personatlas.cli.options import JUDGE, MODEL, PLAN, ModelName
+from personatlas.cli.output import console, print_json, print_line
 from personatlas.persona.errors import UserError
 from personatlas.persona.options import JudgeOptions, ModelOptions, PlanOptions
-from personatlas.persona.progress import console
 from personatlas.persona.roles.bank import Bank
-
-MODEL_HELP = "a packaged name (smollm2-135m), a local folder, a training run, a .gguf file or a hub id"
-ModelName = Annotated[str, Parameter(help=MODEL_HELP)]
-
-
-def run_folder(model: str, out: Path | None) -> Path:
-    """Where a model's run goes unless told: runs/NAME, with the checkpoint's name behind that of a training run."""
-    from personatlas.persona.runs import run_name
-
-    return out or Path("runs") / (Path(model).stem if model.endswith(".gguf") else run_name(model))
-
-
-def axis_of(model: str, axis: str | None) -> str:
-    """The axis that was named, else the one that comes with the model or that `personatlas axis MODEL` has made of it."""
-    from personatlas.persona.runs import fitted_names
-
-    if axis is not None:
-        return axis
-    if model in fitted_names():
-        return model
-    folder = run_folder(model, None)
-    if not (folder / "axis.json").is_file():
-        raise UserError(
-            f"{model} has no axis in {folder} yet: make it (personatlas axis {model}), or name another with --axis"
-        )
-    return str(folder)
 
 
 def rollout(
@@ -47,8 +18,8 @@ def rollout(
     /,
     *,
     out: Path | None = None,
-    how: ModelOptions = ModelOptions(),
-    what: PlanOptions = PlanOptions(),
+    load: Annotated[ModelOptions, MODEL] = ModelOptions(),
+    plan: Annotated[PlanOptions, PLAN] = PlanOptions(),
 ) -> None:
     """Sample answers under role prompts into a run folder (resumes).
 
@@ -58,18 +29,21 @@ def rollout(
         the run folder; runs/NAME unless given
     """
     from personatlas.persona.pipeline.run_context import open_context, sample
+    from personatlas.persona.runs import default_folder
 
-    folder = run_folder(model, out)
-    with open_context(model, folder, how, what) as work:
+    folder = out or default_folder(model)
+    with open_context(model, folder, load, plan) as work:
         made = sample(work)
         if work.world.rank == 0:
             cut = sum(r.stopped == "length" for r in made)
-            say_result(
+            print_line(
                 f"{len(made)} rollouts in {folder / 'rollouts.jsonl'} ({cut} stopped at the token limit)"
             )
 
 
-def judge(run: Path, /, *, who: JudgeOptions = JudgeOptions(), bank: Path | None = None) -> None:
+def judge(
+    run: Path, /, *, judge: Annotated[JudgeOptions, JUDGE] = JudgeOptions(), bank: Path | None = None
+) -> None:
     """Score whether a run's answers play their roles, into scores.jsonl (resumes).
 
     Parameters
@@ -90,12 +64,12 @@ def judge(run: Path, /, *, who: JudgeOptions = JudgeOptions(), bank: Path | None
         rollouts = read_rollouts(run)
         if not rollouts:
             raise UserError(f"{run} has no rollouts; make them first with `personatlas run rollout`")
-        scored = without_poles(judge_run(folder, chosen, rollouts, who))
+        scored = without_poles(judge_run(folder, chosen, rollouts, judge))
         counts = {score: sum(r.score == score for r in scored) for score in (0, 1, 2, 3, None)}
-        say_result(", ".join(f"{'unjudged' if score is None else score}: {n}" for score, n in counts.items()))
+        print_line(", ".join(f"{'unjudged' if score is None else score}: {n}" for score, n in counts.items()))
 
 
-def record(run: Path, /, *, how: ModelOptions = ModelOptions()) -> None:
+def record(run: Path, /, *, load: Annotated[ModelOptions, MODEL] = ModelOptions()) -> None:
     """Record a run's activations with the scores of its newest judge (resumes).
 
     Parameters
@@ -118,15 +92,15 @@ def record(run: Path, /, *, how: ModelOptions = ModelOptions()) -> None:
             raise UserError(
                 f"{run} has no run.json with rollouts; make them first with `personatlas run rollout`"
             )
-        how = replace(how, dtype=how.dtype or asked["dtype"])
+        load = replace(load, dtype=load.dtype or asked["dtype"])
         model = load_model(
-            asked["model_name"], device=how.device, dtype=how.dtype, chat_template=how.chat_template
+            asked["model_name"], device=load.device, dtype=load.dtype, chat_template=load.chat_template
         )
         folder.claim({"model": model.describe(), "dtype": str(model.dtype).removeprefix("torch.")})
         rollouts = with_scores(read_rollouts(run), stored_scores(folder))
         for found in record_rollouts(folder, model, rollouts, world):
             if world.rank == 0 and found is not None:
-                say_result(
+                print_line(
                     f"{int(found.count.sum())} rollouts of {len(found.roles)} roles or poles, {found.n_layers} layers"
                 )
     world.close()
@@ -170,9 +144,9 @@ def spans(
     chat = chat_format(tokenizer)
     console().print(render_spans(conversation_spans(chat, messages), tokenizer))
     if chat.injected and not any(message["role"] == "system" for message in messages):
-        say_result(f"the template adds a system message of its own: {chat.injected!r}")
+        print_line(f"the template adds a system message of its own: {chat.injected!r}")
     if chat.system == "merged":
-        say_result("the template takes no system message: its text goes before the first user message")
+        print_line("the template takes no system message: its text goes before the first user message")
 
 
 def show(path: Path, /) -> None:
@@ -229,7 +203,7 @@ def import_(
     if kind == "roles":
         bank = import_bank(source)
         write_bank(bank, out)
-        say_result(
+        print_line(
             f"{len(bank.roles)} roles, {len(bank.questions)} questions and {len(bank.traits)} traits written to {out}"
         )
         return
@@ -237,7 +211,7 @@ def import_(
         found = import_axis(source, described)
         make_folder(out.parent, "--out")
         found.save(out)
-        say_result(
+        print_line(
             f"axis of {len(found.layers)} layers, width {found.vectors.shape[1]}, written to {out}.safetensors"
         )
         return
@@ -246,7 +220,7 @@ def import_(
     names = [name.replace("/", "_") for name in caps]
     for name, cap in zip(names, caps.values(), strict=True):
         cap.save(out / name)
-    say_result(f"{len(caps)} caps written to {out}: {', '.join(names)}")
+    print_line(f"{len(caps)} caps written to {out}: {', '.join(names)}")
 
 
 def _require_bank(manifest: dict[str, Any], bank: Bank, run: Path) -> None:
@@ -256,11 +230,3 @@ def _require_bank(manifest: dict[str, Any], bank: Bank, run: Path) -> None:
             raise UserError(
                 f"{run} was made with {what} {asked[name][:12]}, not {digest[:12]}; name the bank's folder with --bank"
             )
-
-
-def say_result(text: str) -> None:
-    console().print(Text(text))
-
-
-def print_json(content: Any) -> None:
-    print(json_module.dumps(content, indent=1, ensure_ascii=False))  # noqa: T201 (a verb's result)

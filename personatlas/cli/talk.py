@@ -14,11 +14,13 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 from rich.text import Text
 
-from personatlas.cli.runs import ModelName, axis_of, print_json
+from personatlas.cli.options import MODEL, OPTIONS, SIZE, Json, ModelName
+from personatlas.cli.output import console, print_json
 from personatlas.persona.errors import UserError
 from personatlas.persona.options import ModelOptions, SamplingOptions
-from personatlas.persona.progress import console, say
-from personatlas.steering.serve.startup import CapacityOptions, ServeOptions, make_service
+from personatlas.persona.progress import say
+from personatlas.persona.runs import find_axis
+from personatlas.steering.serve.startup import ServeOptions, CapacityOptions, make_service
 from personatlas.steering.session import SteeredModel, load_steered_model
 
 PLAIN, CAPPED = "as it is", "capped"
@@ -35,8 +37,8 @@ def generate(
     html: Path | None = None,
     force: bool = False,
     sampled: SamplingOptions = SamplingOptions(),
-    how: ModelOptions = ModelOptions(),
-    json: bool = False,
+    load: Annotated[ModelOptions, MODEL] = ModelOptions(),
+    json: Json = False,
 ) -> None:
     """Answer a prompt without and with a cap, with the projection of every token.
 
@@ -54,14 +56,12 @@ def generate(
         write a page here with every token coloured by its projection
     force
         use an axis of the same model in another weight format
-    json
-        print both answers and their traces as JSON
     """
     _require_asked(prompt, html)
     sampling = _sampling(sampled)
     messages = [{"role": "system", "content": system}] if system else []
     said = [*messages, {"role": "user", "content": prompt}]
-    held = load_steered_model(model, how, axis_of(model, axis), [cap], force=force)
+    held = load_steered_model(model, load, find_axis(model, axis), [cap], force=force)
     if held.chat.injected and not system:
         say(f"the template adds a system message of its own: {held.chat.injected!r}")
     found = _arms(held, said, sampling, sampled.seed)
@@ -168,12 +168,12 @@ def chat(
     axis: str | None = None,
     system: str = "",
     message: Annotated[tuple[str, ...], Parameter(negative=(), allow_leading_hyphen=True)] = (),
-    load: Path | None = None,
+    chat_file: Annotated[Path | None, Parameter(name="--load")] = None,
     seed: int | None = None,
     context: int | None = None,
     force: bool = False,
-    hold: ServeOptions = ServeOptions(),
-    how: ModelOptions = ModelOptions(),
+    hold: Annotated[ServeOptions, OPTIONS] = ServeOptions(),
+    load: Annotated[ModelOptions, MODEL] = ModelOptions(),
 ) -> None:
     """Talk to a model in the terminal; after every answer a line says where it lies on the axis and what the cap did.
 
@@ -187,7 +187,7 @@ def chat(
         a system prompt; none unless given
     message
         ask this and leave; may be given several times, and may be a command such as /trace
-    load
+    chat_file
         go on with a stored conversation
     seed
         for the same answers again; another one each time unless given
@@ -196,13 +196,13 @@ def chat(
     force
         use an axis of the same model in another weight format
     """
-    if system and load is not None:
+    if system and chat_file is not None:
         raise UserError("give --system or --load: a stored conversation has its own system prompt")
     from personatlas.steering.serve.terminal.chat_file import load_told
     from personatlas.steering.serve.terminal.session import Transcript
 
-    told = load_told(load) if load is not None else Transcript(system)
-    host = make_service(model, how, axis_of(model, axis), hold, replace(ROOM, context=context), force=force)
+    told = load_told(chat_file) if chat_file is not None else Transcript(system)
+    host = make_service(model, load, find_axis(model, axis), hold, replace(ROOM, context=context), force=force)
     failed = _talked(host, told, message, seed)
     if failed:
         raise UserError(f"{failed} of the lines could not be done (see above)")
@@ -234,9 +234,9 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8377,
     force: bool = False,
-    hold: ServeOptions = ServeOptions(),
-    room: CapacityOptions = CapacityOptions(),
-    how: ModelOptions = ModelOptions(),
+    hold: Annotated[ServeOptions, OPTIONS] = ServeOptions(),
+    room: Annotated[CapacityOptions, SIZE] = CapacityOptions(),
+    load: Annotated[ModelOptions, MODEL] = ModelOptions(),
 ) -> None:
     """Serve a model to OpenAI's clients and on a page of its own, with every conversation's persona measured.
 
@@ -255,7 +255,7 @@ def serve(
     """
     key = _key(host)
     _require_free(host, port)
-    served = make_service(model, how, axis_of(model, axis), hold, room, force=force)
+    served = make_service(model, load, find_axis(model, axis), hold, room, force=force)
     from personatlas.steering.serve.http.app import make_app
     from personatlas.steering.serve.http.uvicorn_server import serve as listen
 

@@ -1,15 +1,16 @@
 """The verb self-test: recording and sampling against plain references, and with an axis, capping through the engine itself."""
 
 from collections.abc import Sequence
+from typing import Annotated
 
 from rich.table import Table
 from rich.text import Text
 
-from personatlas.cli.runs import ModelName, print_json
+from personatlas.cli.options import MODEL, Json, ModelName
+from personatlas.cli.output import console, print_json
 from personatlas.persona.errors import UserError
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.pipeline.self_test import Check
-from personatlas.persona.progress import console
 
 
 def self_test(
@@ -19,8 +20,8 @@ def self_test(
     axis: str | None = None,
     cap: list[str] | None = None,
     force: bool = False,
-    how: ModelOptions = ModelOptions(),
-    json: bool = False,
+    load: Annotated[ModelOptions, MODEL] = ModelOptions(),
+    json: Json = False,
 ) -> None:
     """Prove that recording binds on this model and machine, and with --axis that capping does, through the engine that samples.
 
@@ -34,8 +35,6 @@ def self_test(
         a cap to prove besides, by name, file or LEVEL@LAYERS; may be given several times
     force
         use an axis of the same model in another weight format
-    json
-        print the checks as JSON
     """
     from personatlas.persona.models.load import load_model
     from personatlas.persona.pipeline.self_test import run_self_test
@@ -43,13 +42,13 @@ def self_test(
     if cap and axis is None:
         raise UserError("--cap needs --axis, beside which it is saved or along which it is made")
     if axis is None:
-        decoder = load_model(model, device=how.device, dtype=how.dtype, chat_template=how.chat_template)
+        decoder = load_model(model, device=load.device, dtype=load.dtype, chat_template=load.chat_template)
         checks = run_self_test(decoder)
     else:
         from personatlas.steering.hooks.binding_check import run_cap_test
         from personatlas.steering.session import load_steered_model
 
-        held = load_steered_model(model, how, axis, cap or [], force=force)
+        held = load_steered_model(model, load, axis, cap or [], force=force)
         checks = [*run_self_test(held.model), *run_cap_test(held.model, held.axis)]
     print_json([check.to_json() for check in checks]) if json else _print(checks)
     failed = [check.name for check in checks if not check.passed]

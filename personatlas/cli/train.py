@@ -2,14 +2,15 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from rich.table import Table
 
-from personatlas.cli.runs import ModelName, print_json, say_result
+from personatlas.cli.options import MODEL, Json, ModelName
+from personatlas.cli.output import console, print_json, print_line
 from personatlas.persona.errors import UserError
 from personatlas.persona.options import ModelOptions
-from personatlas.persona.progress import console, say
+from personatlas.persona.progress import say
 from personatlas.training.options import (
     Around,
     BaseAsked,
@@ -31,7 +32,7 @@ def base(
     length: Length = Length(),
     tuning: Tuning = Tuning(),
     around: Around = Around(),
-    json: bool = False,
+    json: Json = False,
 ) -> None:
     """Train a GPT of some depth on a corpus; the same command goes on where it was stopped.
 
@@ -43,8 +44,6 @@ def base(
         the one dial: blocks; all other sizes follow
     out
         the run's folder; its `model` is an ordinary Hugging Face checkpoint
-    json
-        print the result as JSON
     """
     from personatlas.training.pretrain import train_base
 
@@ -52,10 +51,10 @@ def base(
     if json:
         print_json(result)
     elif result is not None:
-        _say_result(result, out)
+        _print_line(result, out)
 
 
-def _say_result(result: dict[str, Any], out: Path) -> None:
+def _print_line(result: dict[str, Any], out: Path) -> None:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     held = result["held_out"]
     exact = f"{held['tokens']:,} tokens, {held['bytes'] / 1e6:,.2f} MB"
@@ -85,7 +84,7 @@ def chat(
     length: ChatLength = ChatLength(),
     tuning: ChatTuning = ChatTuning(),
     around: Around = Around(),
-    json: bool = False,
+    json: Json = False,
 ) -> None:
     """Tune a base model on conversations; the same command goes on where it was stopped.
 
@@ -97,8 +96,6 @@ def chat(
         the folder of `personatlas train base`, one of its checkpoints, or an exported folder
     out
         the run's folder; its `model` is an ordinary Hugging Face checkpoint
-    json
-        print the result as JSON
     """
     from personatlas.training.finetune import train_chat
 
@@ -106,10 +103,10 @@ def chat(
     if json:
         print_json(result)
     elif result is not None:
-        _chat_tune_verb_say_result(result, out)
+        _chat_tune_verb_print_line(result, out)
 
 
-def _chat_tune_verb_say_result(result: dict[str, Any], out: Path) -> None:
+def _chat_tune_verb_print_line(result: dict[str, Any], out: Path) -> None:
     before, after = result["sources"]["before"], result["sources"]["after"]
     table = Table("held out", "nats a token", "untuned", "perplexity", "n", "known", box=None, pad_edge=False)
     for name in list(after)[: 1 + SHOWN]:
@@ -149,8 +146,8 @@ def evaluate(
     text_column: str = "text",
     most: int = 4_000_000,
     context: int | None = None,
-    how: ModelOptions = ModelOptions(),
-    json: bool = False,
+    load: Annotated[ModelOptions, MODEL] = ModelOptions(),
+    json: Json = False,
 ) -> None:
     """Bits per byte of a text under any model, so that models with different tokenizers can be compared.
 
@@ -164,8 +161,6 @@ def evaluate(
         bytes to read, whole documents spread over all of them
     context
         tokens that the model sees at once; its own context, at most 2,048, unless given
-    json
-        print the result as JSON
     """
     from personatlas.persona.models.load import load_model
     from personatlas.training.bits_per_byte import fit_of_texts
@@ -174,7 +169,7 @@ def evaluate(
     if most < 1:
         raise UserError(f"--most {most}: give how many bytes to read, 1 or more")
     texts = _texts(located(text, "--text"), text_column, most)
-    decoder = load_model(model, device=how.device, dtype=how.dtype, chat_template=how.chat_template)
+    decoder = load_model(model, device=load.device, dtype=load.dtype, chat_template=load.chat_template)
     fit = fit_of_texts(decoder, texts, context)
     if json:
         print_json({"model": decoder.describe(), "text": str(text), **asdict(fit)})
@@ -216,7 +211,7 @@ def tokenizer(
     held_share: float = 0.01,
     text_column: str = "text",
     sample: int = 1_000_000_000,
-    json: bool = False,
+    json: Json = False,
 ) -> None:
     """Train a byte-level BPE tokenizer on a corpus and check it on text that is held out.
 
@@ -237,8 +232,6 @@ def tokenizer(
         the key or column with the text in .jsonl and .parquet
     sample
         the most bytes of text to train on, spread evenly over the corpus
-    json
-        print the record as JSON
     """
     from personatlas.training.data.corpus import corpus_of
     from personatlas.training.data.tokenizer import make_tokenizer, require_vocabulary
@@ -315,7 +308,7 @@ def export(
     what = f"{source}, {found.shape.parameters / 1e6:,.1f} M parameters in {dtype}"
     if out is not None:
         write_folder(found, source, out, torch.bfloat16 if dtype == "bf16" else torch.float32)
-        say_result(f"{what}: {out}")
+        print_line(f"{what}: {out}")
     if gguf is not None:
         write_gguf(source, gguf, "bf16" if dtype == "bf16" else "f32")
-        say_result(f"{what}: {gguf}")
+        print_line(f"{what}: {gguf}")

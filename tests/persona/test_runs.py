@@ -7,10 +7,9 @@ import pytest
 from families import save_tiny
 
 from personatlas.cli.app import main
-from personatlas.cli.runs import run_folder
 from personatlas.persona.errors import UserError
 from personatlas.persona.models.load import load_model, load_tokenizer
-from personatlas.persona.runs import checkpoint_folders, model_name, resolved, run_name
+from personatlas.persona.runs import checkpoint_folders, default_folder, model_name, resolved, run_name
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +44,8 @@ def test_a_run_stands_for_its_newest_checkpoint_until_it_is_finished(run, tiny, 
 
 def test_what_is_found_about_checkpoints_goes_into_folders_of_their_own(run, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert str(run_folder("mine", None)) == "runs/mine-step-000016"
-    assert str(run_folder("mine/checkpoints/step-000004/", None)) == "runs/mine-step-000004"
+    assert str(default_folder("mine")) == "runs/mine-step-000016"
+    assert str(default_folder("mine/checkpoints/step-000004/")) == "runs/mine-step-000004"
     monkeypatch.chdir(run / "checkpoints")
     assert run_name("step-000004") == "mine-step-000004"
     monkeypatch.chdir(tmp_path)

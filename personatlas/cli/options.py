@@ -1,0 +1,45 @@
+"""Option groups. An option has one name, one meaning and one panel in the help of every command.
+
+Options of the libraries are plain dataclasses with documented fields; a command takes them flattened:
+
+    def record(run: Path, /, *, load: Annotated[ModelOptions, MODEL] = ModelOptions()) -> None: ...
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Group, Parameter
+
+_PANELS = ("Model", "Plan", "Judge", "Fit", "Steering", "Sampling", "Size", "Output")
+
+
+def _flattened(panel: str) -> Parameter:
+    return Parameter(name="*", group=Group(panel, sort_key=1 + _PANELS.index(panel)))
+
+
+MODEL, PLAN, JUDGE, FIT, STEERING, SAMPLING, SIZE = map(_flattened, _PANELS[:-1])
+OPTIONS = Parameter(name="*")
+"Options of one command, in the panel of its own parameters."
+
+_OUTPUT = Group("Output", sort_key=1 + len(_PANELS))
+
+ModelName = Annotated[
+    str,
+    Parameter(
+        help="a packaged name (smollm2-135m), a local folder, a training run, a .gguf file or a hub id"
+    ),
+]
+Json = Annotated[bool, Parameter(group=_OUTPUT, help="print the result as JSON")]
+Out = Annotated[Path | None, Parameter(group=_OUTPUT)]
+Html = Annotated[Path | None, Parameter(group=_OUTPUT)]
+
+
+@dataclass(frozen=True)
+class AxisOptions:
+    """Which axis to measure along."""
+
+    axis: str | None = None
+    "a run folder, an axis file, or smollm2-135m; by default the axis that comes with the model or that `personatlas axis MODEL` made"
+    force: bool = False
+    "accept an axis of the same model in another weight format"

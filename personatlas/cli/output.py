@@ -1,0 +1,108 @@
+"""Results on stdout: lines, tables, JSON. Progress and notes go to stderr (`persona.progress`).
+
+A table never wraps or cuts a cell: where its columns do not fit into the terminal, it continues below with the rest of them,
+and through a pipe it is as wide as it needs.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.text import Text
+
+GAP = 2  # blanks between columns
+PIPE = 100_000  # columns: nothing wraps where another program reads
+
+Cell = str | Text
+
+
+def console() -> Console:
+    """Standard output, as wide as the terminal; as wide as the text where it is a pipe and COLUMNS is not set."""
+    is_pipe = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    return Console(width=PIPE if is_pipe else None, soft_wrap=False)
+
+
+def print_line(text: Cell, *, style: str = "") -> None:
+    """Prints text without markup, wrapped at words in a terminal."""
+    console().print(Text(text, style=style) if isinstance(text, str) else text)
+
+
+def print_warning(text: str) -> None:
+    """Prints a remark on a result."""
+    print_line(f"note: {text}", style="yellow")
+
+
+def print_json(content: object) -> None:
+    """Prints a result for machines."""
+    print(json.dumps(content, indent=1, ensure_ascii=False))  # noqa: T201 (a command's result)
+
+
+def print_fields(rows: Sequence[tuple[str, Cell]]) -> None:
+    """Prints names and values, a line each; the values are aligned."""
+    width = max(cell_len(name) for name, _ in rows) + GAP
+    for name, value in rows:
+        line = Text(name + " " * (width - cell_len(name)), style="bold")
+        console().print(line + value, overflow="fold", soft_wrap=True)
+
+
+def print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[Cell]], *, title: str = "", text: int = 1
+) -> None:
+    """Prints a table whose first column is repeated wherever the columns need another block.
+
+    Parameters
+    ----------
+    columns
+        the column titles; the first one may be empty
+    rows
+        a cell for every column
+    title
+        a line above the table
+    text
+        how many columns, from the left, are aligned to the left; the others are numbers and aligned to the right
+    """
+    out = console()
+    if title:
+        out.print(Text(title, style="bold"))
+    cells = [[Text(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
+    widths = [
+        max([cell_len(name), *(row[index].cell_len for row in cells)]) for index, name in enumerate(columns)
+    ]
+    for number, block in enumerate(_blocks(widths, out.width)):
+        if number:
+            out.print()
+        header = [Text(columns[index], style="dim") for index in block]
+        for row in [header, *([line[index] for index in block] for line in cells)]:
+            line = Text(" " * GAP).join(
+                _padded(cell, widths[index], index < text) for cell, index in zip(row, block, strict=True)
+            )
+            line.rstrip()
+            out.print(line, soft_wrap=True)
+    out.print()
+
+
+def _blocks(widths: Sequence[int], width: int) -> Iterator[list[int]]:
+    """Column indices that fit beside each other, each block with the first column."""
+    block, used = [0], widths[0]
+    for index in range(1, len(widths)):
+        if used + GAP + widths[index] > width and len(block) > 1:
+            yield block
+            block, used = [0], widths[0]
+        block.append(index)
+        used += GAP + widths[index]
+    yield block
+
+
+def _padded(cell: Text, width: int, left: bool) -> Text:
+    blank = " " * (width - cell.cell_len)
+    return cell + blank if left else Text(blank) + cell
+
+
+def with_interval(value: float | None, low: float | None, high: float | None, form: str = ".2f") -> str:
+    """Formats a value with its interval, where it has one: `0.61 [0.50, 0.70]`; `-` for no value."""
+    if value is None:
+        return "-"
+    return f"{value:{form}}" + ("" if low is None or high is None else f" [{low:{form}}, {high:{form}}]")
