@@ -20,7 +20,7 @@ from personatlas.persona.errors import UserError
 from personatlas.persona.options import ModelOptions, SamplingOptions
 from personatlas.persona.progress import say
 from personatlas.persona.runs import find_axis
-from personatlas.steering.serve.startup import ServeOptions, CapacityOptions, make_service
+from personatlas.steering.serve.startup import CapacityOptions, ServeOptions, make_service
 from personatlas.steering.session import SteeredModel, load_steered_model
 
 PLAIN, CAPPED = "as it is", "capped"
@@ -202,7 +202,9 @@ def chat(
     from personatlas.steering.serve.terminal.session import Transcript
 
     told = load_told(chat_file) if chat_file is not None else Transcript(system)
-    host = make_service(model, load, find_axis(model, axis), hold, replace(ROOM, context=context), force=force)
+    host = make_service(
+        model, load, find_axis(model, axis), hold, replace(ROOM, context=context), force=force
+    )
     failed = _talked(host, told, message, seed)
     if failed:
         raise UserError(f"{failed} of the lines could not be done (see above)")
