@@ -200,7 +200,10 @@ class Steps:
 
     def _step(self) -> None:
         if self._replay is None:
-            self._replay = self._captured() if self.model.device.type == "cuda" else self._advance
+            on_gpu = self.model.device.type == "cuda"
+            self._replay = (
+                capture_step(self._advance, self._state(), self.model.id) if on_gpu else self._advance
+            )
         self._replay()
 
     def _advance(self) -> None:
@@ -230,37 +233,37 @@ class Steps:
         self.tokens.copy_(torch.where(self.running, tokens, self.tokens))
         self.positions.add_(self.running.long())
 
-    def _captured(self) -> Callable[[], None]:
-        """Warm up on a side stream, as capture demands, capture one step, and put the state back.
-
-        Some forwards wait for the GPU (Falcon's list indices, a mixture of experts in fp32) and cannot be captured:
-        they go on kernel by kernel, which is slower and said in the log.
-        """
-        saved = [t.clone() for t in self._state()]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                self._advance()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        replay: Callable[[], None] = graph.replay
-        try:
-            with torch.cuda.graph(graph):
-                self._advance()
-        except RuntimeError as error:
-            replay = self._advance
-            first = str(error).splitlines()[0]
-            log.warning(
-                "%s: a decoding step cannot be captured (%s); sampling is slower", self.model.id, first
-            )
-        for tensor, value in zip(self._state(), saved, strict=True):
-            tensor.copy_(value)
-        return replay
-
     def _state(self) -> list[Tensor]:
         own = [self.tokens, self.positions, self.seeds, self.steps, self.written, self.running, self.ended]
         return own + self.follower.state()
+
+
+def capture_step(step: Callable[[], None], state: Sequence[Tensor], model_id: str) -> Callable[[], None]:
+    """Captures a decoding step as a CUDA graph and returns its replay, or the step itself where it cannot be captured.
+
+    `state` are all tensors that the step changes in place: two steps on a side stream warm it up, as a capture
+    demands, and the tensors are put back afterwards. Some forwards wait for the GPU (Falcon's list indices, a mixture
+    of experts in fp32) and cannot be captured: they stay slower, which the log says.
+    """
+    saved = [tensor.clone() for tensor in state]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    replay: Callable[[], None] = graph.replay
+    try:
+        with torch.cuda.graph(graph):
+            step()
+    except RuntimeError as error:
+        replay = step
+        reason = str(error).splitlines()[0]
+        log.warning("%s: a decoding step cannot be captured (%s); sampling is slower", model_id, reason)
+    for tensor, value in zip(state, saved, strict=True):
+        tensor.copy_(value)
+    return replay
 
 
 def _free() -> None:
