@@ -1,8 +1,7 @@
-"""Importers: the files that the paper's repository publishes, and conversations as other people keep them.
+"""Importers of the files that the paper's repository publishes.
 
     axis = import_axis(Path("assistant_axis.pt"), model.describe())
     caps = import_caps(Path("capping_config.pt"), model.describe())
-    conversations = import_transcript(Path("transcripts/"))
 
 The sign trap: the paper writes a cap as a floor along the axis, its released code takes a *ceiling* along the negated
 axis (arXiv 2601.10387, section 5, and the files themselves). Both are the same thing, because with v = -u, floor = -cap
@@ -13,12 +12,10 @@ A `.pt` file is a pickle in a zip archive. Its pickle is never given anything bu
 names in it are listed first, without running it, and one that is not a tensor's refuses the whole file.
 """
 
-import json
 import pickle
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,12 +24,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from personatlas.persona.artifacts import digest, read_json
+from personatlas.persona.artifacts import digest
 from personatlas.persona.axis import Axis, Cap
-from personatlas.persona.errors import UserError
-from personatlas.persona.rollout import Message
+from personatlas.persona.errors import UserError, describe_value
+from personatlas.persona.formats import require_file
 
-CONVERSATION_FIELDS = ("conversation", "messages", "conversations")
 # what torch raises for archives and pickles that it cannot make sense of
 UNREADABLE = (
     pickle.UnpicklingError,
@@ -43,7 +39,6 @@ UNREADABLE = (
     TypeError,
     AttributeError,
 )
-SPEAKERS = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 
 
 def import_axis(path: Path, model: dict[str, Any], layer: int | None = None) -> Axis:
@@ -57,7 +52,9 @@ def import_axis(path: Path, model: dict[str, Any], layer: int | None = None) -> 
     held = _load_pt(path)
     if isinstance(held, dict):
         if "axis" not in held:
-            raise UserError(f"{path} holds {what(held)}, not a tensor or a dict with one under 'axis'")
+            raise UserError(
+                f"{path} holds {describe_value(held)}, not a tensor or a dict with one under 'axis'"
+            )
         held = held["axis"]
     rows = _floats(held, 2, str(path))
     n_layers, d_model = rows.shape
@@ -111,7 +108,7 @@ def _role_vector(held: Any, path: Path) -> Tensor:
         names = [name for name, value in held.items() if isinstance(value, Tensor)]
         if len(names) != 1 or names[0] not in ("vector", "mean"):
             raise UserError(
-                f"{path} holds {what(held)}, not a tensor or a dict with one, under 'vector' or 'mean'"
+                f"{path} holds {describe_value(held)}, not a tensor or a dict with one, under 'vector' or 'mean'"
             )
         if held.get("role", path.stem) != path.stem:
             raise UserError(f"{path} says that it is role {held['role']!r}: a file must be named by its role")
@@ -139,7 +136,7 @@ def import_caps(path: Path, model: dict[str, Any], d_model: int | None = None) -
     )
     if not isinstance(named, dict) or not isinstance(experiments, list):
         raise UserError(
-            f"{path} holds {what(held)}, not a dict with a dict 'vectors' and a list 'experiments'"
+            f"{path} holds {describe_value(held)}, not a dict with a dict 'vectors' and a list 'experiments'"
         )
     width = model.get("d_model") if d_model is None else d_model
     vectors = {}
@@ -169,7 +166,9 @@ def _cap_vector(entry: Any, where: str, n_layers: int | None) -> tuple[int, Tens
     """The layer of an entry and its unit vector (D,), in the file's direction."""
     layer = entry.get("layer") if isinstance(entry, dict) else None
     if not isinstance(layer, int) or isinstance(layer, bool) or layer < 0:
-        raise UserError(f"{where} is {what(entry)}, not a dict with 'layer', a number from 0, and 'vector'")
+        raise UserError(
+            f"{where} is {describe_value(entry)}, not a dict with 'layer', a number from 0, and 'vector'"
+        )
     if n_layers is not None and layer >= n_layers:
         raise UserError(f"{where} is at layer {layer}, the model has layers 0..{n_layers - 1}")
     units, _ = _unit_rows(_floats(entry.get("vector"), 1, where)[None], where)
@@ -180,7 +179,9 @@ def _cap(id: str, steps: list[Any], vectors: dict[Any, tuple[int, Tensor]], wher
     rows: dict[int, tuple[Tensor, float]] = {}
     for number, step in enumerate(steps, 1):
         if not isinstance(step, dict) or step.get("vector") not in list(vectors):
-            raise UserError(f"{where}: intervention {number} is {what(step)} and names no vector of the file")
+            raise UserError(
+                f"{where}: intervention {number} is {describe_value(step)} and names no vector of the file"
+            )
         ceiling = step.get("cap")
         if isinstance(ceiling, Tensor) and ceiling.numel() == 1:
             ceiling = ceiling.item()
@@ -189,7 +190,9 @@ def _cap(id: str, steps: list[Any], vectors: dict[Any, tuple[int, Tensor]], wher
             or isinstance(ceiling, bool)
             or not abs(ceiling) < float("inf")
         ):
-            raise UserError(f"{where}: intervention {number} has cap {what(ceiling)}, not a finite number")
+            raise UserError(
+                f"{where}: intervention {number} has cap {describe_value(ceiling)}, not a finite number"
+            )
         layer, vector = vectors[step["vector"]]
         if layer in rows:  # one after the other, two at a layer are not one floor
             raise UserError(f"{where}: two interventions are at layer {layer}; a cap has one a layer")
@@ -210,82 +213,9 @@ def _cap(id: str, steps: list[Any], vectors: dict[Any, tuple[int, Tensor]], wher
     )
 
 
-def import_transcript(path: Path) -> list[tuple[Message, ...]]:
-    """Conversations, in order, from a JSON or JSONL file or a folder of them (searched through, sorted by path).
-
-    Each is {"conversation": [...]}, {"messages": [...]}, {"conversations": [...]} or a bare list of messages; a JSON
-    file may hold one or a list of them, JSONL holds one a line. A message is {"role", "content"} or {"from", "value"};
-    human is user and gpt is assistant. A "system_prompt" (or "system") beside the messages becomes the first message.
-    Raises `UserError`, naming file and place, for any other form, speaker or content that is not text.
-    """
-    if path.is_dir():
-        files = sorted(
-            file for file in path.rglob("*") if file.suffix in (".json", ".jsonl") and file.is_file()
-        )
-        if not files:
-            raise UserError(f"{path} holds no .json or .jsonl file")
-        return [conversation for file in files for conversation in import_transcript(file)]
-    _require_file(path)
-    if path.suffix == ".jsonl":
-        found = [_conversation(row, where) for where, row in json_lines(path)]
-    else:
-        held = read_json(path)
-        if isinstance(held, list) and not (
-            held and isinstance(held[0], dict) and {"role", "from"} & held[0].keys()
-        ):
-            found = [
-                _conversation(row, f"{path}: conversation {number}") for number, row in enumerate(held, 1)
-            ]
-        else:
-            found = [_conversation(held, str(path))]
-    if not found:
-        raise UserError(f"{path} holds no conversation")
-    return found
-
-
-def _conversation(held: Any, where: str) -> tuple[Message, ...]:
-    system = None
-    if isinstance(held, dict):
-        names = [name for name in CONVERSATION_FIELDS if name in held]
-        if len(names) != 1:
-            raise UserError(
-                f"{where} is {what(held)}; a conversation has one of {', '.join(CONVERSATION_FIELDS)}"
-            )
-        system = held.get("system_prompt") or held.get("system")
-        held = held[names[0]]
-    if not isinstance(held, list) or not held:
-        raise UserError(f"{where} is {what(held)}, not a list of messages that is not empty")
-    messages = tuple(_message(row, f"{where}: message {number}") for number, row in enumerate(held, 1))
-    if not system:
-        return messages
-    if not isinstance(system, str):
-        raise UserError(f"{where}: its system prompt is {what(system)}, not text")
-    if messages[0]["role"] != "system":
-        return ({"role": "system", "content": system}, *messages)
-    if messages[0]["content"] != system:
-        raise UserError(
-            f"{where}: its system prompt and its first message, a system message, differ; keep one"
-        )
-    return messages
-
-
-def _message(row: Any, where: str) -> Message:
-    fields = ("from", "value") if isinstance(row, dict) and "from" in row else ("role", "content")
-    if not isinstance(row, dict) or not all(field in row for field in fields):
-        raise UserError(
-            f"{where} is {what(row)}, not a dict with 'role' and 'content' (or 'from' and 'value')"
-        )
-    speaker, content = row[fields[0]], row[fields[1]]
-    if not isinstance(speaker, str) or speaker not in SPEAKERS:
-        raise UserError(f"{where}: {fields[0]} {speaker!r} is not one of {', '.join(SPEAKERS)}")
-    if not isinstance(content, str):
-        raise UserError(f"{where}: its {fields[1]} is {what(content)}, not text")
-    return {"role": SPEAKERS[speaker], "content": content}
-
-
 def _load_pt(path: Path) -> Any:
     """What a `.pt` holds: tensors, numbers, text, lists and dicts. Nothing is run; `UserError` for anything more."""
-    _require_file(path)
+    require_file(path)
     with path.open("rb") as file:
         start = file.read(64)
     if not start:
@@ -316,18 +246,17 @@ def _load_pt(path: Path) -> Any:
         raise UserError(f"{path} is not a file of tensors and plain values; not loaded ({reason})") from None
 
 
-def _require_file(path: Path) -> None:
-    if not path.is_file():
-        raise UserError(f"{path} {'is a folder, not a file' if path.is_dir() else 'does not exist'}")
-
-
 def _floats(value: Any, ndim: int, where: str) -> Tensor:
     """`value` as fp32, of `ndim` dimensions, finite and not empty."""
     dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
     if not dense or not value.is_floating_point():
-        raise UserError(f"{where}: found {what(value)}, not a dense tensor of floating-point numbers")
+        raise UserError(
+            f"{where}: found {describe_value(value)}, not a dense tensor of floating-point numbers"
+        )
     if value.ndim != ndim or not value.numel():
-        raise UserError(f"{where}: found {what(value)}, not one of shape {('', '(D,)', '(L, D)')[ndim]}")
+        raise UserError(
+            f"{where}: found {describe_value(value)}, not one of shape {('', '(D,)', '(L, D)')[ndim]}"
+        )
     value = value.detach().float().contiguous()
     if not torch.isfinite(value).all():
         row = int((~torch.isfinite(value)).nonzero()[0][0])
@@ -344,31 +273,3 @@ def _unit_rows(rows: Tensor, where: str) -> tuple[Tensor, Tensor]:
         zeros = (norms == 0).nonzero().flatten().tolist()
         raise UserError(f"{where}: zero has no direction (row {', '.join(map(str, zeros))}, counted from 0)")
     return (rows.double() / norms[:, None]).float(), norms.float()
-
-
-def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """("path:line", value) of each line that is not blank. Unlike our own logs, the last line needs no newline."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8: {error}") from None
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                yield f"{path}:{number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{number} is not valid JSON: {error}") from None
-
-
-def what(value: Any) -> str:
-    """What was found, for an error: short, and without the content of tensors or texts."""
-    if isinstance(value, Tensor):
-        return f"a tensor {str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
-    if isinstance(value, dict):
-        names = [repr(name) for name in list(value)[:6]] + ["..."] * (len(value) > 6)
-        return f"a dict of {', '.join(names) or 'nothing'}"
-    if isinstance(value, (list, tuple)):
-        return f"a {type(value).__name__} of {len(value)}"
-    return (
-        repr(value) if value is None or isinstance(value, (bool, int, float)) else f"a {type(value).__name__}"
-    )

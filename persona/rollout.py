@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from personatlas.persona.errors import UserError
+from personatlas.persona.formats import Message
 from personatlas.persona.logs import read_lines
 from personatlas.persona.roles.bank import Bank, Question, Role, Trait
 from personatlas.persona.roles.traits import is_pole, poles
 
-Message = dict[str, str]
 Chosen = TypeVar("Chosen")
 
 

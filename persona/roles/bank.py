@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from personatlas.persona.errors import UserError
+from personatlas.persona.formats import read_json_lines
 
 PACKAGED = Path(__file__).parent
 
@@ -197,25 +198,12 @@ def _questions(path: Path) -> list[Question]:
 
 
 def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"{path} does not exist; a bank is a folder with roles.jsonl and questions.jsonl"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8: {error}") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number} is not valid JSON: {error}") from None
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; a bank is a folder with roles.jsonl and questions.jsonl")
+    rows = list(read_json_lines(path))
+    for number, row in rows:
         if not isinstance(row, dict):
             raise UserError(f"{path}:{number} is not a JSON object")
-        rows.append((number, row))
     return rows
 
 

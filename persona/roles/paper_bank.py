@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from personatlas.persona.artifacts import atomic, read_json
-from personatlas.persona.errors import UserError
-from personatlas.persona.paper_files import json_lines, what
+from personatlas.persona.errors import UserError, describe_value
+from personatlas.persona.formats import read_json_lines
 from personatlas.persona.roles.bank import Bank, Question, Role, Trait, load_bank
 
 DEFAULT = "default"  # the file name that makes a role the default
@@ -112,10 +112,9 @@ def _questions_beside(folder: Path) -> Path:
 
 
 def _questions(path: Path) -> list[Question]:
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
     questions: dict[str, Question] = {}
-    for where, row in json_lines(path):
+    for number, row in read_json_lines(path):
+        where = f"{path}:{number}"
         id, question = (row.get("id"), row.get("question")) if isinstance(row, dict) else (None, None)
         if isinstance(id, bool) or not isinstance(id, (str, int)) or not str(id) or "/" in str(id):
             raise UserError(f"{where}: a question needs an `id` without '/'")
@@ -154,7 +153,7 @@ def _steps(path: Path, kind: str) -> tuple[list[Any], str]:
     steps = held.get("instruction") if isinstance(held, dict) else None
     if not isinstance(steps, list) or not steps:
         raise UserError(
-            f"{path} is {what(held)}, not a {kind}: it needs `instruction`, a list of {{'pos': prompt}}"
+            f"{path} is {describe_value(held)}, not a {kind}: it needs `instruction`, a list of {{'pos': prompt}}"
         )
     if path.stem != path.stem.strip() or path.stem[0] in "+-":
         raise UserError(
@@ -162,7 +161,7 @@ def _steps(path: Path, kind: str) -> tuple[list[Any], str]:
         )
     rubric = held.get("eval_prompt", "")
     if not isinstance(rubric, str):
-        raise UserError(f"{path}: `eval_prompt` is {what(rubric)}, not text")
+        raise UserError(f"{path}: `eval_prompt` is {describe_value(rubric)}, not text")
     return steps, rubric
 
 

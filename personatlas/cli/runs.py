@@ -131,15 +131,15 @@ def spans(
     chat_template
         a Jinja file in place of the tokenizer's chat template
     """
+    from personatlas.persona.formats import read_conversations
     from personatlas.persona.models.chat_template import chat_format
     from personatlas.persona.models.load import load_tokenizer
     from personatlas.persona.models.token_spans import conversation_spans, render_spans
-    from personatlas.persona.paper_files import import_transcript
 
     said = {"system": system, "user": user, "assistant": assistant}
     messages: Any = [{"role": role, "content": text} for role, text in said.items() if text]
     if transcript is not None:
-        messages = import_transcript(transcript)[0]
+        messages = list(read_conversations(transcript, require_user=False)[0].messages)
     tokenizer = load_tokenizer(model, chat_template)
     chat = chat_format(tokenizer)
     console().print(render_spans(conversation_spans(chat, messages), tokenizer))

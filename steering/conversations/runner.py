@@ -24,10 +24,11 @@ from typing import Any, Literal
 
 from personatlas.persona.axis import Axis
 from personatlas.persona.errors import UserError
+from personatlas.persona.formats import Message
 from personatlas.persona.logs import append_lines, read_lines
 from personatlas.persona.models.chat_template import ChatFormat
 from personatlas.persona.models.load import Model
-from personatlas.persona.rollout import Message, Rollout, seed_of
+from personatlas.persona.rollout import Rollout, seed_of
 from personatlas.persona.sampling.cuda_graph import fastest_sampler
 from personatlas.persona.sampling.sampler import Answer, Prompt, Sampler, Sampling
 from personatlas.steering.drift_monitor import Watcher, direction_of

@@ -7,10 +7,11 @@ from typing import Literal
 from cyclopts import Parameter
 
 from personatlas.persona.errors import UserError
-from personatlas.persona.formats import SCRIPTS, Conversation, read_conversations
+from personatlas.persona.formats import Conversation, read_conversations
 from personatlas.persona.rollout import spread
 from personatlas.persona.sampling.sampler import Sampling
 from personatlas.steering.conversations.runner import Talk, User
+from personatlas.steering.conversations.scripts import SCRIPTS
 from personatlas.steering.conversations.simulated_user import EndpointUser
 
 

@@ -19,11 +19,12 @@ from typing import Any, Literal
 from personatlas.persona.axis import Axis
 from personatlas.persona.distributed import World
 from personatlas.persona.errors import UserError
+from personatlas.persona.formats import Message
 from personatlas.persona.logs import append_lines, read_lines
 from personatlas.persona.models.chat_template import ChatFormat
 from personatlas.persona.models.load import Model
 from personatlas.persona.progress import progress
-from personatlas.persona.rollout import Message, Request, Rollout
+from personatlas.persona.rollout import Request, Rollout
 from personatlas.persona.sampling.sampler import Sampling
 from personatlas.steering.arms import Arm, run_arms
 from personatlas.steering.evals.suites.build import Case, Suite

@@ -8,10 +8,11 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from personatlas.persona.errors import UserError
-from personatlas.persona.formats import EVERYDAY, SCRIPTS, Conversation, read_conversations
+from personatlas.persona.formats import Conversation, read_conversations
 from personatlas.persona.roles.bank import Bank
 from personatlas.persona.rollout import spread
 from personatlas.persona.sampling.sampler import Sampling
+from personatlas.steering.conversations.scripts import EVERYDAY, SCRIPTS
 from personatlas.steering.evals.capability import read_text
 from personatlas.steering.evals.suites import build as suites
 from personatlas.steering.evals.suites.build import Suite

@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 
 from personatlas.persona.axis import apply_cap
 from personatlas.persona.errors import UserError
-from personatlas.persona.paper_files import import_axis, import_caps, import_role_vectors, import_transcript
+from personatlas.persona.paper_files import import_axis, import_caps, import_role_vectors
 
 L, D = 6, 24
 MODEL = {"id": "m", "weights": "bfloat16", "fingerprint": "abc", "n_layers": L, "d_model": D}
@@ -288,72 +288,6 @@ def test_a_capping_file_that_contradicts_itself_is_refused_with_its_place(tmp_pa
         import_caps(put(tmp_path / "caps.pt", content), MODEL)
 
 
-USER, ANSWER = {"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "An AI."}
-SHAREGPT = [{"from": "human", "value": "Who are you?"}, {"from": "gpt", "value": "An AI."}]
-
-
-def test_every_form_of_a_conversation_becomes_the_same_messages(tmp_path):
-    for content in (
-        {"model": "m", "turns": 1, "conversation": [USER, ANSWER]},
-        {"messages": [{**USER, "name": "ann"}, ANSWER]},
-        {"conversations": SHAREGPT},
-        {"conversations": [USER, ANSWER]},
-        [USER, ANSWER],
-        SHAREGPT,
-        [{"messages": [USER, ANSWER]}],
-        [[USER, ANSWER]],
-    ):
-        assert import_transcript(put(tmp_path / "a.json", content)) == [(USER, ANSWER)]
-
-
-def test_files_and_folders_of_conversations_are_read_in_order(tmp_path):
-    put(tmp_path / "b.json", [{"messages": [ANSWER]}, {"messages": [USER]}])
-    put(tmp_path / "a" / "deep" / "z.json", [USER, ANSWER])
-    rows = [[USER, USER], {"messages": [USER]}, {"conversations": SHAREGPT}]
-    put(tmp_path / "c.jsonl", "\n\n".join(json.dumps(row) for row in rows))  # and no newline at the end
-    put(tmp_path / "README.md", "not a conversation")
-    lines = [(USER, USER), (USER,), (USER, ANSWER)]
-    assert import_transcript(tmp_path) == [(USER, ANSWER), (ANSWER,), (USER,), *lines]
-
-
-def test_a_system_prompt_beside_the_messages_becomes_the_first_message(tmp_path):
-    path, system = tmp_path / "a.json", {"role": "system", "content": "You are a pirate."}
-    for content in (
-        {"system_prompt": "You are a pirate.", "conversation": [USER]},
-        {"system": "You are a pirate.", "conversations": SHAREGPT[:1]},
-        {"conversations": [{"from": "system", "value": "You are a pirate."}, SHAREGPT[0]]},
-        {"system_prompt": "You are a pirate.", "conversation": [system, USER]},
-    ):
-        assert import_transcript(put(path, content)) == [(system, USER)]
-    for nothing in ("", None):
-        assert import_transcript(put(path, {"system_prompt": nothing, "conversation": [USER]})) == [(USER,)]
-    with refused("its system prompt and its first message, a system message, differ"):
-        import_transcript(put(path, {"system_prompt": "Be brief.", "messages": [system, USER]}))
-
-
-@rejects(
-    ([USER, {"role": "tool", "content": "4"}], "a.json: message 2: role 'tool' is not one of system, user"),
-    ({"conversations": [{"from": "bing", "value": "x"}]}, "a.json: message 1: from 'bing' is not one of"),
-    ([{"role": "assistant", "content": None}], "a.json: message 1: its content is None, not text"),
-    ([USER, {"role": "assistant"}], "a.json: message 2 is a dict of 'role', not a dict with 'role' and"),
-    ([[USER], [USER, 3]], "a.json: conversation 2: message 2 is 3"),
-    ([[USER], {"text": "x"}], "a.json: conversation 2 is a dict of 'text'; a conversation has one of"),
-    ({"messages": [USER], "conversation": [USER]}, "has one of conversation, messages, conversations"),
-    ({"messages": []}, "a.json is a list of 0, not a list of messages that is not empty"),
-    ({"messages": [USER], "system": ["x"]}, "its system prompt is a list of 1, not text"),
-    ('{"messages": [', "a.json is not valid JSON"),
-    ('[{"role": "user", "content": ""}]\n\n{"messages": ', "a.jsonl:3 is not valid JSON"),
-    ('[{"role": "user", "content": ""}]\n\n{"messages": [3]}\n[]\n', "a.jsonl:3: message 1 is 3"),
-    ("3\n", "a.jsonl:1 is 3, not a list of messages"),
-    ("\n", "a.jsonl holds no conversation"),
-)
-def test_a_conversation_that_is_none_is_refused_with_its_place(tmp_path, content, reason):
-    with refused(reason):
-        import_transcript(put(tmp_path / ("a.jsonl" if ".jsonl" in reason else "a.json"), content))
-
-
 def test_an_empty_place_is_refused(tmp_path):
     with refused("holds no .pt file"):
         import_role_vectors(tmp_path)
-    with refused("holds no .json or .jsonl file"):
-        import_transcript(tmp_path)

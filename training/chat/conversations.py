@@ -20,7 +20,6 @@ a role like the others. Answers that the token limit cut are left out, since a m
 middle of a sentence; so are the poles of traits, which are no roles.
 """
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -28,11 +27,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from personatlas.persona.compression import PACKED, without_packing
 from personatlas.persona.errors import UserError
+from personatlas.persona.formats import Message, read_json_lines, read_json_list
 from personatlas.persona.judges.base import read_scores
 from personatlas.persona.roles.traits import is_pole
-from personatlas.persona.rollout import Message, Rollout, read_rollouts, spread
-from personatlas.training.data.documents import LONGEST_LINE, PACKED, opened
+from personatlas.persona.rollout import Rollout, read_rollouts, spread
 
 ROLES = ("system", "user", "assistant")
 SPEAKERS = {"human": "user", "gpt": "assistant"}
@@ -163,10 +163,7 @@ def read_conversations(
 
 def source_name(path: Path) -> str:
     """A file's name without its endings."""
-    name = path.name
-    for ending in (*PACKED, ".jsonl", ".json"):
-        name = name.removesuffix(ending)
-    return name
+    return without_packing(path.name).removesuffix(".jsonl").removesuffix(".json")
 
 
 def fault_of(messages: Sequence[Any]) -> str | None:
@@ -279,9 +276,6 @@ def _named(message: Any) -> Any:
 
 def _rows(path: Path) -> Iterator[tuple[int, Any]]:
     """Rows and their numbers: lines of .jsonl, places in the list of a .json, both from 1."""
-    bare = path.name.lower()
-    for ending in PACKED:
-        bare = bare.removesuffix(ending)
     if path.is_dir():
         raise UserError(
             f"--data {path} is a folder without rollouts; give a file ({ALLOWED}) or the folder of a run"
@@ -290,30 +284,10 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
         raise UserError(
             f"--data {path} does not exist; give a file ({ALLOWED}) or the folder of a run with rollouts"
         )
-    if not bare.endswith((".jsonl", ".json")):
+    kind = Path(without_packing(path.name)).suffix.lower()
+    if kind not in (".jsonl", ".json"):
         raise UserError(f"--data {path} cannot be read as conversations; allowed: {ALLOWED}")
-    with opened(path) as file:
-        if bare.endswith(".json"):
-            listed = _parsed(file.read(), str(path))
-            if not isinstance(listed, list):
-                raise UserError(f"{path} is one {type(listed).__name__}, not a list of conversations")
-            yield from enumerate(listed, 1)
-            return
-        number = 0
-        while line := file.readline(LONGEST_LINE + 1):
-            number += 1
-            if len(line) > LONGEST_LINE:
-                raise UserError(f"{path}:{number} is longer than {LONGEST_LINE >> 20} MiB: not JSON Lines?")
-            if line.strip():
-                yield number, _parsed(line, f"{path}:{number}")
-
-
-def _parsed(text: bytes, where: str) -> Any:
-    try:
-        return json.loads(text.removeprefix(b"\xef\xbb\xbf"))
-    except (ValueError, RecursionError) as error:
-        hint = "; one object a line is .jsonl" if "Extra data" in str(error) else ""
-        raise UserError(f"{where} is not valid JSON: {error}{hint}") from None
+    return read_json_lines(path) if kind == ".jsonl" else iter(enumerate(read_json_list(path), 1))
 
 
 @dataclass(frozen=True)

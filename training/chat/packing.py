@@ -34,7 +34,7 @@ from numpy import ndarray as Array
 from tokenizers import Tokenizer
 
 from personatlas.persona.errors import UserError
-from personatlas.persona.rollout import Message
+from personatlas.persona.formats import Message
 from personatlas.training.chat.conversations import Conversation, Faults
 from personatlas.training.data.batches import Rows
 from personatlas.training.data.tokenizer import (

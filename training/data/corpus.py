@@ -31,9 +31,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from personatlas.persona.artifacts import digest
+from personatlas.persona.compression import PACKED
 from personatlas.persona.errors import UserError
 from personatlas.persona.progress import progress, say
-from personatlas.training.data.documents import ALLOWED, KINDS, PACKED, Piece, Source, kind_of, read_pieces
+from personatlas.training.data.documents import ALLOWED, KINDS, Piece, Source, kind_of, read_pieces
 
 # Characters of the longest piece, about 15,000 tokens: several contexts long, and a file without a newline still streams.
 PIECE = 1 << 16

@@ -9,28 +9,22 @@ a blank in that half, else at `size`; the pieces of a document joined are the do
 a byte order mark in front is not text.
 """
 
-import bz2
 import codecs
-import gzip
 import io
 import json
-import lzma
 import tarfile
 import tempfile
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from personatlas.persona.compression import CHUNK, PACKED, open_unpacked, require_package
 from personatlas.persona.errors import UserError
+from personatlas.persona.formats import LONGEST_LINE
 
 KINDS = (".txt", ".jsonl", ".parquet", ".tar")
-PACKED = (".gz", ".xz", ".zst", ".bz2")
 ALLOWED = f"{', '.join(KINDS)}, each plain or {', '.join(PACKED)}"
-CHUNK = 1 << 16  # bytes read at a time
-LONGEST_LINE = 1 << 28  # bytes of one .jsonl row, which json must hold whole
 
 
 @dataclass(frozen=True)
@@ -67,7 +61,10 @@ def read_pieces(source: Source, *, column: str, size: int) -> Iterator[Piece]:
     """
     kind = kind_of(source.name)
     assert kind, source
-    with opened(source.path) as file:
+    damage: list[type[Exception]] = [tarfile.TarError]
+    if kind == ".parquet":
+        damage.append(require_package("pyarrow", source.path).ArrowInvalid)
+    with open_unpacked(source.path, *damage) as file:
         if kind == ".txt":
             yield from _cut(source.name, _decoded(file), size)
         elif kind == ".tar":
@@ -78,86 +75,6 @@ def read_pieces(source: Source, *, column: str, size: int) -> Iterator[Piece]:
             )
             for number, text in rows:
                 yield from _cut(f"{source.name}:{number}", iter([_encodable(text)]), size)
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[io.BufferedIOBase]:
-    """A file's bytes, unpacked. While it is read, damage is a `UserError`."""
-    try:
-        with _unpacking(path) as file:
-            yield file
-    except _damage(path) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the disk's trouble, not the file's
-            raise
-        raise UserError(f"{path} is damaged or cut short: {' '.join(str(error).split())}") from None
-
-
-def _damage(path: Path) -> tuple[type[Exception], ...]:
-    found: tuple[type[Exception], ...] = (EOFError, OSError, lzma.LZMAError, zlib.error, tarfile.TarError)
-    if path.name.lower().endswith(".zst"):
-        found += (_needed("zstandard", path).ZstdError,)
-    if kind_of(path.name) == ".parquet":
-        found += (_needed("pyarrow", path).ArrowInvalid,)
-    return found
-
-
-def _needed(package: str, path: Path) -> Any:
-    try:
-        return __import__(package)
-    except ImportError:
-        raise UserError(f"{path} needs the package {package}: pip install personatlas[corpus]") from None
-
-
-# Bytes
-
-
-def _unpacking(path: Path) -> Any:
-    opening: dict[str, Callable[[Path], Any]] = {
-        ".gz": gzip.open,
-        ".xz": lzma.open,
-        ".bz2": bz2.open,
-        ".zst": _unpacked,
-    }
-    return opening.get(path.suffix.lower(), _plain)(path)
-
-
-def _plain(path: Path) -> io.BufferedIOBase:
-    return path.open("rb")
-
-
-def _unpacked(path: Path) -> io.BufferedIOBase:
-    return io.BufferedReader(_Frames(path), CHUNK)
-
-
-class _Frames(io.RawIOBase):
-    """A .zst file as a stream. zstandard's own reader ends quietly where a frame is cut short; this one does not."""
-
-    def __init__(self, path: Path) -> None:
-        self._new = _needed("zstandard", path).ZstdDecompressor(max_window_size=1 << 31).decompressobj
-        self._file, self._ready = path.open("rb"), b""
-        self._frame: Any = None
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            left = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
-            data = left or self._file.read(CHUNK)
-            if not data:
-                if self._frame is not None and not self._frame.eof:
-                    raise EOFError("the compressed file ended before its end-of-frame mark")
-                return 0
-            if self._frame is None or self._frame.eof:
-                self._frame = self._new()
-            self._ready = self._frame.decompress(data)
-        count = min(len(buffer), len(self._ready))
-        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
 
 
 # Text
@@ -257,7 +174,7 @@ def _json_rows(source: Source, file: io.BufferedIOBase, column: str) -> Iterator
 
 
 def _parquet_rows(source: Source, file: io.BufferedIOBase, column: str) -> Iterator[tuple[int, str]]:
-    _needed("pyarrow", source.path)
+    require_package("pyarrow", source.path)
     from pyarrow import parquet
 
     with tempfile.TemporaryFile() as whole:

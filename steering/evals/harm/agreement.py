@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from personatlas.analysis.stats import LEVEL, wilson
 from personatlas.persona.artifacts import digest
 from personatlas.persona.errors import UserError
-from personatlas.steering.evals.files import Placed, column, read_rows
+from personatlas.persona.formats import Placed, find_column, read_table
 
 BINS = 10
 DRAWS = 1000
@@ -232,7 +232,7 @@ class Labelled:
 
 def read_labels(path: Path, text_column: str | None = None, label_column: str | None = None) -> Labelled:
     """Read a file of labels. Raises `UserError` for one that cannot be read whole, is too short, or has one class only."""
-    rows = read_rows(path)
+    rows = read_table(path)
     text_name = _only(rows, TEXTS, "text", "--text-column", text_column)
     label_name = _only(rows, LABELS, "label", "--label-column", label_column)
     known = {str(name).lower(): name for name in rows[0][1]}
@@ -259,7 +259,7 @@ def _only(rows: list[Placed], names: tuple[str, ...], what: str, option: str, as
     there = [str(name) for name in row if str(name).lower() in names]
     if asked is None and len(there) > 1:
         raise UserError(f"{place} has several {what} columns: {', '.join(there)}; name one with {option}")
-    return column(rows, names, what, option, asked)
+    return find_column(rows, names, what, option, asked)
 
 
 def _text(place: str, name: str, value: Any) -> str:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from math import lcm
 
 from personatlas.persona.errors import UserError
-from personatlas.persona.formats import Conversation
+from personatlas.persona.formats import Conversation, Message
 from personatlas.persona.roles.bank import Bank
-from personatlas.persona.rollout import Message, role_messages, seed_of, spread
+from personatlas.persona.rollout import role_messages, seed_of, spread
 from personatlas.steering.evals.suites.identity import identity_requests
 from personatlas.steering.evals.suites.requests import Ask, filled
 

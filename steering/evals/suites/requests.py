@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from personatlas.persona.errors import UserError
-from personatlas.steering.evals.files import Row, column, read_rows
+from personatlas.persona.formats import Row, find_column, read_table
 
 # in this order: JailbreakBench has both Goal and Behavior, and only the first is a request
 TEXT = ("forbidden_prompt", "goal", "behavior", "prompt", "request", "instruction", "question", "text")
@@ -36,8 +36,8 @@ def read_requests(path: Path, text_column: str | None = None) -> list[Ask]:
 
     Raises `UserError` for a missing column, an id that stands for two texts, an empty request, or an unknown label.
     """
-    rows = read_rows(path)
-    text_name = column(rows, TEXT, "request", "--column", text_column)
+    rows = read_table(path)
+    text_name = find_column(rows, TEXT, "request", "--column", text_column)
     names = {str(name).strip().lower(): str(name) for name in rows[0][1]}
     id_name = next((names[name] for name in IDS if name in names), None)
     places: dict[str, str] = {}
@@ -55,8 +55,8 @@ def read_requests(path: Path, text_column: str | None = None) -> list[Ask]:
 
 def read_templates(path: Path) -> list[str]:
     """Jailbreak templates, each with a hole for the request (`[INSERT PROMPT HERE]`, `{request}`). Raises `UserError` for one without."""
-    rows = read_rows(path)
-    name = column(rows, ("text", "template", "prompt"), "template")
+    rows = read_table(path)
+    name = find_column(rows, ("text", "template", "prompt"), "template")
     templates = [(place, str(row.get(name) or "")) for place, row in rows]
     for place, template in templates:
         if not any(hole in template for hole in HOLE):

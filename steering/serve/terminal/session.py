@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from personatlas.persona.errors import UserError
-from personatlas.persona.rollout import Message
+from personatlas.persona.formats import Message
 from personatlas.steering.serve.answer_stream import StreamedAnswer
 from personatlas.steering.serve.engine.cap_slots import NONE
 from personatlas.steering.serve.schema import SEEDS, ChatMessage, ChatRequest, PersonaRequest

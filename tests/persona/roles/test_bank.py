@@ -185,7 +185,7 @@ def test_a_missing_file_is_named_and_says_what_a_bank_is(tmp_path):
 def test_a_file_that_is_not_utf8_is_named(tmp_path):
     written(tmp_path, [DEFAULT])
     (tmp_path / "questions.jsonl").write_bytes(b'{"id": "q", "question": "Gar\xe7on?"}\n')
-    with pytest.raises(UserError, match=r"questions\.jsonl is not UTF-8"):
+    with pytest.raises(UserError, match=r"questions\.jsonl:1 is not UTF-8"):
         load_bank(tmp_path)
 
 

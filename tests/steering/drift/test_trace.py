@@ -15,8 +15,9 @@ from test_susceptibility import refused
 from personatlas.cli.app import main
 from personatlas.persona.axis import load_axis
 from personatlas.persona.errors import UserError
-from personatlas.persona.formats import EVERYDAY, SCRIPTS, Conversation, read_conversations
+from personatlas.persona.formats import Conversation, read_conversations
 from personatlas.persona.models.chat_template import chat_format
+from personatlas.steering.conversations.scripts import EVERYDAY, SCRIPTS
 from personatlas.steering.drift.trace import traced
 from personatlas.steering.drift_monitor import save_calm
 
@@ -142,22 +143,6 @@ def test_a_calm_json_beside_the_axis_is_found_and_one_of_another_axis_is_refused
     other = replace(axis, vectors=-axis.vectors)
     save_calm(run / "calm.json", other, axis.model, calm, {})
     assert "along another direction" in refused(capsys, asked)
-
-
-def test_a_transcript_in_plain_text_is_a_conversation(tmp_path):
-    path = tmp_path / "told.txt"
-    path.write_text("User: Who are you?\nReally.\n\n**Assistant:** I am:\n\nModel: none.\nhuman: And then?\n")
-    (one,) = read_conversations(path)
-    assert one.name == "told"
-    assert [(message["role"], message["content"]) for message in one.messages] == [
-        ("user", "Who are you?\nReally."),
-        ("assistant", "I am:\n\nModel: none."),
-        ("user", "And then?"),
-    ]
-    for text in ("Once upon a time", "Once.\nUser: Hello"):
-        path.write_text(text)
-        with pytest.raises(UserError, match="does not begin with who speaks"):
-            read_conversations(path)
 
 
 def test_our_own_scripts_have_eight_turns_ten_in_each_domain_of_the_study_and_forty_of_everyday_help():

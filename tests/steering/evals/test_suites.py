@@ -7,7 +7,6 @@ import pytest
 from test_stages import write_bank
 
 from personatlas.persona.errors import UserError
-from personatlas.persona.formats import read_conversations
 from personatlas.persona.roles.bank import load_bank
 from personatlas.steering.evals.options import EvalOptions, chosen, made
 from personatlas.steering.evals.suites.build import harmful_requests, over_refusal, persona_jailbreaks
@@ -122,40 +121,6 @@ def test_safe_and_unsafe_requests_are_two_suites():
     safe, unsafe = over_refusal(asks, 100, 0, 16)
     assert (safe.name, len(safe.cases), unsafe.name, len(unsafe.cases)) == ("over-refusal", 3, "contrast", 6)
     assert (safe.outcomes["refused"], unsafe.outcomes["refused"]) == (False, True)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}],
-        {"messages": [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hello"}]},
-        [{"conversations": [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Hello"}]}],
-    ],
-)
-def test_conversations_in_the_forms_that_there_are(tmp_path, content):
-    path = written(tmp_path / "chat.json", json.dumps(content))
-    (one,) = read_conversations(path)
-    assert one.messages == ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"})
-    line = json.dumps(content[0] if isinstance(content, list) and "conversations" in content[0] else content)
-    assert read_conversations(written(tmp_path / "chat.jsonl", f"{line}\n\n"))[0].messages == one.messages
-
-
-@pytest.mark.parametrize(
-    ("content", "told"),
-    [
-        ("[]", "holds no conversation"),
-        ('{"messages": "hello"}', "is no conversation"),
-        ('{"messages": [{"role": "narrator", "content": "Once"}]}', "speaker 'narrator'"),
-        ('{"messages": [{"role": "assistant", "content": "Hi"}]}', "no turn of a user"),
-        ('{"messages": [{"role": "user", "content": 3}]}', "holds int, not text"),
-        ('[{"id": 1, "messages": [{"role": "user", "content": "a"}]}, {"id": 1, "messages": [{"role": "user", "content": "b"}]}]', "two conversations with the id '1'"),
-        ("{", "not valid JSON"),
-    ],
-)  # fmt: skip
-def test_what_is_no_conversation_is_refused(tmp_path, content, told):
-    with pytest.raises(UserError) as error:
-        read_conversations(written(tmp_path / "chat.json", content))
-    assert told in str(error.value)
 
 
 @pytest.mark.parametrize(
