@@ -22,23 +22,18 @@ characters of two owners is a `SpanError`.
 """
 
 import re
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from os.path import commonprefix
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from personatlas.persona.errors import UserError
 from personatlas.persona.models.chat_template import ChatFormat, Messages
 
-if TYPE_CHECKING:
-    from rich.text import Text
-
 TEMPLATE = -1  # the owner of what no message says
 FIRST_MASK, LAST_MASK = 0xF0000, 0x10EFFF  # the private-use planes, less what persona/chat.py probes with
 Region = tuple[int, int]  # characters [start, stop)
-COLOURS = {"system": "magenta", "user": "cyan", "assistant": "green", "tool": "yellow", "template": "dim"}
 
 
 class SpanError(UserError):
@@ -317,32 +312,3 @@ def _owners(text: str, ranges: Sequence[Region], regions: dict[int, Region]) -> 
 
 
 # For people
-
-
-def render_spans(spans: Spans, tokenizer: Any) -> "Text":
-    """Tokens coloured by speaker, parted by ▏, newlines shown as ⏎, control characters escaped, with a legend.
-
-    A token that only continues a character is shown by its name in the tokenizer's vocabulary.
-    """
-    from rich.text import Text
-
-    shown = Text()
-    for speaker, colour in COLOURS.items():
-        shown.append(speaker, style=colour).append(" ")
-    shown.append("▏ between tokens, ⏎ newline\n\n", style="dim")
-    for id, piece, speaker in zip(spans.ids, spans.pieces, spans.speakers(), strict=True):
-        name = piece or f"⟨{tokenizer.convert_ids_to_tokens(id)}⟩"
-        shown.append(_visible(name), style=COLOURS[speaker]).append("▏", style="dim")
-    return shown
-
-
-def _visible(text: str) -> str:
-    """Newlines as ⏎ and a newline; every other control, format, private or unassigned character as its escape."""
-
-    def show(character: str) -> str:
-        if character == "\n":
-            return "⏎\n"
-        hidden = unicodedata.category(character) in {"Cc", "Cf", "Co", "Cn", "Cs", "Zl", "Zp"}
-        return character.encode("unicode-escape").decode() if hidden else character
-
-    return "".join(map(show, text))

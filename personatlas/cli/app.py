@@ -58,9 +58,9 @@ COMMANDS = {
     "Tools": {
         "roles": ("roles:roles", "List, search, show, check and export a role bank."),
         "tools": ("", "Inspect templates and artefacts, import the paper's files, test a machine."),
-        "tools spans": ("runs:spans", "Show which speaker a chat template gives each token to."),
-        "tools show": ("runs:show", "Print any artefact or run folder as JSON."),
-        "tools import": ("runs:import_", "Convert the files of the paper's repository."),
+        "tools spans": ("tools:spans", "Show which speaker a chat template gives each token to."),
+        "tools show": ("tools:show", "Print any artefact or run folder as JSON."),
+        "tools import": ("tools:import_", "Convert the files of the paper's repository."),
         "tools self-test": ("tools:self_test", "Test that recording and capping bind on a model and machine."),
         "tools harm-judge": ("", "Fit a classifier of harm to human labels; check any judge of harm."),
         "tools harm-judge fit": ("harm_judge:fit", "Fit a classifier of harm to human labels."),

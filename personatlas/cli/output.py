@@ -7,13 +7,14 @@ and through a pipe it is as wide as it needs.
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
 GAP = 2  # blanks between columns
+NARROWEST = 20  # columns of text that wraps
 PIPE = 100_000  # columns: nothing wraps where another program reads
 
 Cell = str | Text
@@ -49,38 +50,45 @@ def print_fields(rows: Sequence[tuple[str, Cell]]) -> None:
 
 
 def print_table(
-    columns: Sequence[str], rows: Sequence[Sequence[Cell]], *, title: str = "", text: int = 1
+    columns: Sequence[str], rows: Sequence[Sequence[Cell]], *, title: str = "", left: Collection[int] = (0,)
 ) -> None:
-    """Prints a table whose first column is repeated wherever the columns need another block.
+    """Prints a table. Where the columns do not fit beside each other, blocks below repeat the first one.
 
     Parameters
     ----------
     columns
-        the column titles; the first one may be empty
+        the column titles; they may be empty
     rows
         a cell for every column
     title
         a line above the table
-    text
-        how many columns, from the left, are aligned to the left; the others are numbers and aligned to the right
+    left
+        the columns aligned to the left; the others are numbers. A last column of text wraps at words
     """
     out = console()
-    if title:
-        out.print(Text(title, style="bold"))
     cells = [[Text(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
     widths = [
         max([cell_len(name), *(row[index].cell_len for row in cells)]) for index, name in enumerate(columns)
     ]
+    last = len(columns) - 1
+    if last in left and last:
+        room = out.width - sum(widths[:last]) - GAP * last
+        widths[last] = min(widths[last], max(room, NARROWEST))
+    if title:
+        out.print(Text(title, style="bold"), soft_wrap=True)
     for number, block in enumerate(_blocks(widths, out.width)):
         if number:
             out.print()
-        header = [Text(columns[index], style="dim") for index in block]
-        for row in [header, *([line[index] for index in block] for line in cells)]:
-            line = Text(" " * GAP).join(
-                _padded(cell, widths[index], index < text) for cell, index in zip(row, block, strict=True)
-            )
-            line.rstrip()
-            out.print(line, soft_wrap=True)
+        for row in [[Text(name, style="dim") for name in columns], *cells]:
+            lines = [row[index].wrap(out, widths[index]) for index in block]
+            for line in range(max(map(len, lines))):
+                parts = [wrapped[line] if line < len(wrapped) else Text() for wrapped in lines]
+                text = Text(" " * GAP).join(
+                    _padded(part, widths[index], index in left)
+                    for part, index in zip(parts, block, strict=True)
+                )
+                text.rstrip()
+                out.print(text, soft_wrap=True)
     out.print()
 
 

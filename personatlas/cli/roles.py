@@ -1,36 +1,33 @@
-"""The verb `roles`: look into a bank, check one of your own, and write it in the paper repository's form."""
+"""The command `roles`: list, search, show, check and export a bank of roles, traits and questions."""
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from cyclopts import Parameter
-from rich.table import Table
 from rich.text import Text
 
-from personatlas.cli.options import Json
-from personatlas.cli.output import console, print_json, print_line
+from personatlas.cli.options import OPTIONS, Json
+from personatlas.cli.output import console, print_json, print_line, print_table
 from personatlas.persona.errors import UserError
 from personatlas.persona.roles.bank import Bank, Question, Role, Trait, check_file, load_bank
 
 Entry = Role | Trait | Question
 
 
-@Parameter(name="*")
 @dataclass(frozen=True)
-class View:
-    """What of a bank to see."""
+class BankView:
+    """Which entries of a bank to list."""
 
     traits: bool = False
-    "traits in place of roles"
+    "traits instead of roles"
     questions: bool = False
-    "questions in place of roles"
-    tag: Annotated[tuple[str, ...], Parameter(consume_multiple=False)] = ()
-    "only what has this tag; several narrow it down"
+    "questions instead of roles"
+    tag: tuple[str, ...] = ()
+    "only entries with this tag; several narrow the list down"
     search: str | None = None
-    "only what has these words in its name, prompts or rubric"
+    "only entries with these words in their name, prompts or rubric"
 
 
 def roles(
@@ -38,119 +35,121 @@ def roles(
     /,
     *,
     bank: Path | None = None,
-    view: View = View(),
+    view: Annotated[BankView, OPTIONS] = BankView(),
     check: Path | None = None,
     export: Path | None = None,
     json: Json = False,
 ) -> None:
-    """Look into a role bank: list it, show one role or trait, check a bank of your own, export it.
+    """List a role bank, show one role or trait, check a bank of your own, or export a bank.
 
     Parameters
     ----------
     name
         show this role (or trait) with its prompts and rubric
     bank
-        a bank's folder in place of the packaged bank; the paper repository's form is read too
+        a bank's folder instead of the packaged bank; the paper repository's form is read too
     check
-        validate a bank's folder, or one of its files; a mistake is named with its line
+        validate a bank's folder, or one of its files; an error names its line
     export
         write the bank into this folder in the paper repository's form, one JSON file a role
     """
     if check is not None:
-        _check(check)
+        _check(check, json)
         return
     found = load_bank(bank)
     if export is not None:
-        _export(found, export)
+        _export(found, export, json)
     elif name is not None:
-        _show(_named(found, name), json)
+        _show(found, name, json)
     else:
         _list(found, view, json)
 
 
-def _list(bank: Bank, view: View, json: bool) -> None:
+def _list(bank: Bank, view: BankView, json: bool) -> None:
     entries: Sequence[Entry] = (
         bank.questions if view.questions else bank.traits if view.traits else bank.roles
     )
-    tags = {own for entry in entries for own in entry.tags}
+    tags = {tag for entry in entries for tag in entry.tags}
     if unknown := sorted(set(view.tag) - tags):
         raise UserError(f"nothing has the tag {unknown[0]!r}; there are {', '.join(sorted(tags))}")
-    chosen = [
-        entry for entry in entries if set(view.tag) <= set(entry.tags) and _holds(entry, view.search or "")
+    words = (view.search or "").casefold().split()
+    entries = [
+        entry
+        for entry in entries
+        if set(view.tag) <= set(entry.tags)
+        and all(word in " ".join(map(str, asdict(entry).values())).casefold() for word in words)
     ]
     if json:
-        print_json([asdict(entry) for entry in chosen])
+        print_json([asdict(entry) for entry in entries])
         return
-    console().print(_table(chosen))
-    counts = f"{len(bank.roles)} roles, {len(bank.questions)} questions, {len(bank.traits)} traits"
-    print_line(f"{len(chosen)} shown; the bank has {counts}")
+    rows = [_cells(entry) for entry in entries]
+    if view.questions:
+        print_table(["id", "tags", "question"], rows, left=(0, 1, 2))
+    else:
+        print_table(["trait" if view.traits else "role", "prompts", "tags"], rows, left=(0, 2))
+    counts = ", ".join(f"{n} {name}" for name, n in _counts(bank).items())
+    print_line(f"{len(entries)} shown; the bank has {counts}")
     print_line(f"content {bank.digest[:12]}, traits {bank.traits_digest[:12]}")
 
 
-def _check(path: Path) -> None:
+def _cells(entry: Entry) -> tuple[str, str, str]:
+    tags = " ".join(entry.tags)
+    if isinstance(entry, Question):
+        return entry.id, tags, entry.question
+    if isinstance(entry, Trait):
+        return entry.name, f"{len(entry.positive)} + {len(entry.negative)}", tags
+    return entry.name, str(len(entry.prompts)), tags
+
+
+def _check(path: Path, json: bool) -> None:
     if path.is_file():
-        print_line(f"{path}: {check_file(path)} rows, no mistake")
+        rows = check_file(path)
+        print_json({"file": str(path), "rows": rows}) if json else print_line(f"{path}: {rows} rows, valid")
         return
     bank = load_bank(path)
-    counts = Counter(tag for role in bank.roles for tag in role.tags)
-    print_line(
-        f"{path}: {len(bank.roles)} roles, {len(bank.questions)} questions, {len(bank.traits)} traits, no mistake"
-    )
-    if counts:
-        print_line("tags: " + ", ".join(f"{tag} {n}" for tag, n in counts.most_common()))
+    tags = Counter(tag for role in bank.roles for tag in role.tags)
     few = [role.name for role in bank.roles if len(role.prompts) < 5 and not role.is_default]
+    counts = _counts(bank)
+    if json:
+        print_json({"folder": str(path), **counts, "tags": dict(tags.most_common()), "few_prompts": few})
+        return
+    print_line(f"{path}: {', '.join(f'{n} {name}' for name, n in counts.items())}, valid")
+    if tags:
+        print_line("tags: " + ", ".join(f"{tag} {n}" for tag, n in tags.most_common()))
     if few:
         print_line(
             f"{len(few)} roles have fewer than 5 prompts (the axis is steadier with several): {', '.join(few[:8])}"
         )
 
 
-def _export(bank: Bank, folder: Path) -> None:
+def _counts(bank: Bank) -> dict[str, int]:
+    return {"roles": len(bank.roles), "questions": len(bank.questions), "traits": len(bank.traits)}
+
+
+def _export(bank: Bank, folder: Path, json: bool) -> None:
     from personatlas.persona.roles.paper_bank import export_bank
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not an empty folder; export into a new one")
     export_bank(bank, folder)
-    counts = f"{len(bank.roles)} roles, {len(bank.questions)} questions and {len(bank.traits)} traits"
-    print_line(f"{counts} written to {folder} in the paper repository's form (tags are not part of it)")
+    counts = _counts(bank)
+    if json:
+        print_json({"folder": str(folder), **counts})
+    else:
+        text = ", ".join(f"{n} {name}" for name, n in counts.items())
+        print_line(f"{text} written to {folder} in the paper repository's form (tags are not part of it)")
 
 
-def _named(bank: Bank, name: str) -> Role | Trait:
-    trait = next((trait for trait in bank.traits if trait.name == name), None)
-    if trait is not None and not any(role.name == name for role in bank.roles):
-        return trait
-    return bank.role(name)
-
-
-def _show(entry: Role | Trait, json: bool) -> None:
+def _show(bank: Bank, name: str, json: bool) -> None:
+    traits = {trait.name: trait for trait in bank.traits}
+    is_role = name not in traits or any(role.name == name for role in bank.roles)
+    entry = bank.role(name) if is_role else traits[name]
     if json:
         print_json([asdict(entry)])
         return
-    out = console()
-    out.print(Text(entry.name, style="bold"), Text(" ".join(entry.tags), style="dim"))
+    console().print(Text(entry.name, style="bold"), Text(" ".join(entry.tags), style="dim"))
     sides = {"": entry.prompts} if isinstance(entry, Role) else {"+": entry.positive, "-": entry.negative}
     for sign, prompts in sides.items():
         for number, prompt in enumerate(prompts):
-            out.print(Text(f"{sign}{number}  {prompt or '(no system message)'}"))
-    out.print(Text(f"rubric  {entry.rubric}", style="italic"))
-
-
-def _holds(entry: Entry, words: str) -> bool:
-    text = " ".join(str(value) for value in asdict(entry).values()).casefold()
-    return all(word in text for word in words.casefold().split())
-
-
-def _table(entries: Sequence[Entry]) -> Table:
-    head = {Role: ("role", "prompts"), Trait: ("trait", "prompts"), Question: ("id", "question")}
-    table = Table(*head[type(entries[0])] if entries else ("role", "prompts"), "tags")
-    for entry in entries:
-        table.add_row(*(Text(cell) for cell in _cells(entry)), Text(" ".join(entry.tags)))
-    return table
-
-
-def _cells(entry: Any) -> tuple[str, str]:
-    if isinstance(entry, Question):
-        return entry.id, entry.question
-    if isinstance(entry, Trait):
-        return entry.name, f"{len(entry.positive)} + {len(entry.negative)}"
-    return entry.name, str(len(entry.prompts))
+            print_line(f"{sign}{number}  {prompt or '(no system message)'}")
+    print_line(f"rubric  {entry.rubric}", style="italic")

@@ -1,16 +1,171 @@
-"""The verb self-test: recording and sampling against plain references, and with an axis, capping through the engine itself."""
+"""The commands `tools spans`, `show`, `import` and `self-test`."""
 
-from collections.abc import Sequence
-from typing import Annotated
+import unicodedata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from rich.table import Table
 from rich.text import Text
 
 from personatlas.cli.options import MODEL, Json, ModelName
-from personatlas.cli.output import console, print_json
+from personatlas.cli.output import console, print_json, print_line, print_table
 from personatlas.persona.errors import UserError
 from personatlas.persona.options import ModelOptions
-from personatlas.persona.pipeline.self_test import Check
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from personatlas.persona.models.token_spans import Spans
+
+COLOURS = {"system": "magenta", "user": "cyan", "assistant": "green", "tool": "yellow", "template": "dim"}
+
+
+def spans(
+    model: ModelName,
+    /,
+    *,
+    transcript: Path | None = None,
+    system: str = "You are a pirate.",
+    user: str = "Who are you?",
+    assistant: str = "Arr, I be a pirate.",
+    chat_template: Path | None = None,
+    json: Json = False,
+) -> None:
+    """Show which speaker a chat template gives each token to, coloured by speaker.
+
+    Parameters
+    ----------
+    transcript
+        a stored conversation instead of the three messages below (OpenAI, ShareGPT or plain message list, JSON)
+    system
+        system message; "" sends none
+    user
+        user message
+    assistant
+        assistant message
+    chat_template
+        a Jinja file instead of the tokenizer's chat template
+    """
+    from personatlas.persona.formats import read_conversations
+    from personatlas.persona.models.chat_template import chat_format
+    from personatlas.persona.models.load import load_tokenizer
+    from personatlas.persona.models.token_spans import conversation_spans
+
+    texts = {"system": system, "user": user, "assistant": assistant}
+    messages = [{"role": role, "content": text} for role, text in texts.items() if text]
+    if transcript is not None:
+        messages = list(read_conversations(transcript, require_user=False)[0].messages)
+    tokenizer = load_tokenizer(model, chat_template)
+    chat = chat_format(tokenizer)
+    found = conversation_spans(chat, messages)
+    if json:
+        tokens = [
+            {"id": id, "text": piece, "speaker": speaker}
+            for id, piece, speaker in zip(found.ids, found.pieces, found.speakers(), strict=True)
+        ]
+        print_json({"injected": chat.injected, "system": chat.system, "tokens": tokens})
+        return
+    console().print(render_spans(found, tokenizer))
+    if chat.injected and not any(message["role"] == "system" for message in messages):
+        print_line(f"the template adds a system message of its own: {chat.injected!r}")
+    if chat.system == "merged":
+        print_line("the template takes no system message: its text goes before the first user message")
+
+
+def render_spans(spans: "Spans", tokenizer: "PreTrainedTokenizerBase") -> Text:
+    """Tokens coloured by speaker, separated by ▏, newlines shown as ⏎, control characters escaped, with a legend.
+
+    A token that only continues a character is shown by its name in the tokenizer's vocabulary.
+    """
+    text = Text()
+    for speaker, colour in COLOURS.items():
+        text.append(speaker, style=colour).append(" ")
+    text.append("▏ between tokens, ⏎ newline\n\n", style="dim")
+    for id, piece, speaker in zip(spans.ids, spans.pieces, spans.speakers(), strict=True):
+        name = piece or f"⟨{tokenizer.convert_ids_to_tokens(id)}⟩"
+        text.append("".join(map(_visible, name)), style=COLOURS[speaker]).append("▏", style="dim")
+    return text
+
+
+def _visible(character: str) -> str:
+    """A newline as ⏎ and a newline; any other control, format, private or unassigned character as its escape."""
+    if character == "\n":
+        return "⏎\n"
+    hidden = unicodedata.category(character) in {"Cc", "Cf", "Co", "Cn", "Cs", "Zl", "Zp"}
+    return character.encode("unicode-escape").decode() if hidden else character
+
+
+def show(path: Path, /) -> None:
+    """Print any artefact or run folder as JSON: what it is, its shapes, and where it came from.
+
+    Parameters
+    ----------
+    path
+        a run folder, or an artefact with or without its ending
+    """
+    from personatlas.persona.artifacts import digest, read_json
+
+    if path.is_dir():
+        if not (path / "run.json").is_file():
+            raise UserError(f"{path} is not a run folder: it has no run.json")
+        files = {
+            file.name: file.stat().st_size for file in sorted(path.iterdir()) if not file.name.startswith(".")
+        }
+        print_json({**read_json(path / "run.json"), "files": files})
+        return
+    stem = path.with_suffix("") if path.suffix in (".json", ".safetensors") else path
+    record_path, tensor_path = stem.with_name(stem.name + ".json"), stem.with_name(stem.name + ".safetensors")
+    if not record_path.is_file():
+        raise UserError(f"{path} is neither a run folder nor an artefact (there is no {record_path.name})")
+    content = read_json(record_path)
+    if tensor_path.is_file() and content.get("sha256") != digest(tensor_path):
+        raise UserError(
+            f"{tensor_path} does not match the hash in {record_path.name}: damaged; make it again"
+        )
+    print_json(content)
+
+
+def import_(
+    kind: Literal["axis", "caps", "roles"], source: Path, /, *, out: Path, model: str = "unknown"
+) -> None:
+    """Turn the paper repository's files into artefacts of this project; signs are turned where theirs are opposite.
+
+    Parameters
+    ----------
+    kind
+        axis: a .pt with an axis; caps: a capping_config.pt; roles: a folder with roles, traits and questions
+    source
+        the file or folder
+    out
+        an artefact's stem for axis, a folder for caps and roles; RUN/caps makes caps usable by name
+    model
+        the id of the model that the vectors came from
+    """
+    from personatlas.persona.artifacts import make_folder
+    from personatlas.persona.paper_files import import_axis, import_caps
+    from personatlas.persona.roles.paper_bank import import_bank, write_bank
+
+    described = {"id": model}
+    if kind == "roles":
+        bank = import_bank(source)
+        write_bank(bank, out)
+        print_line(
+            f"{len(bank.roles)} roles, {len(bank.questions)} questions and {len(bank.traits)} traits written to {out}"
+        )
+        return
+    if kind == "axis":
+        found = import_axis(source, described)
+        make_folder(out.parent, "--out")
+        found.save(out)
+        print_line(
+            f"axis of {len(found.layers)} layers, width {found.vectors.shape[1]}, written to {out}.safetensors"
+        )
+        return
+    caps = import_caps(source, described)
+    make_folder(out, "--out")
+    names = [name.replace("/", "_") for name in caps]
+    for name, cap in zip(names, caps.values(), strict=True):
+        cap.save(out / name)
+    print_line(f"{len(caps)} caps written to {out}: {', '.join(names)}")
 
 
 def self_test(
@@ -23,7 +178,7 @@ def self_test(
     load: Annotated[ModelOptions, MODEL] = ModelOptions(),
     json: Json = False,
 ) -> None:
-    """Prove that recording binds on this model and machine, and with --axis that capping does, through the engine that samples.
+    """Test that recording binds on this model and machine, and with --axis that capping does, in the sampling engine.
 
     Exits with status 2 when any check fails.
 
@@ -32,9 +187,9 @@ def self_test(
     axis
         a run folder, an axis file, or smollm2-135m: also cap a probe along it, and check counters, projections and identities
     cap
-        a cap to prove besides, by name, file or LEVEL@LAYERS; may be given several times
+        a cap to check besides, by name, file or LEVEL@LAYERS; may be given several times
     force
-        use an axis of the same model in another weight format
+        accept an axis of the same model in another weight format
     """
     from personatlas.persona.models.load import load_model
     from personatlas.persona.pipeline.self_test import run_self_test
@@ -48,17 +203,21 @@ def self_test(
         from personatlas.steering.hooks.binding_check import run_cap_test
         from personatlas.steering.session import load_steered_model
 
-        held = load_steered_model(model, load, axis, cap or [], force=force)
-        checks = [*run_self_test(held.model), *run_cap_test(held.model, held.axis)]
-    print_json([check.to_json() for check in checks]) if json else _print(checks)
+        steered = load_steered_model(model, load, axis, cap or [], force=force)
+        checks = [*run_self_test(steered.model), *run_cap_test(steered.model, steered.axis)]
+    if json:
+        print_json([check.to_json() for check in checks])
+    else:
+        rows = [
+            (
+                Text("ok", style="green") if check.passed else Text("FAILED", style="bold red"),
+                f"{check.found:.3g}",
+                f"{check.allowed:.3g}",
+                check.name,
+            )
+            for check in checks
+        ]
+        print_table(["", "found", "allowed", "check"], rows, left=(0, 3))
     failed = [check.name for check in checks if not check.passed]
     if failed:
         raise UserError(f"self-test of {model} failed: {', '.join(failed)}")
-
-
-def _print(checks: Sequence[Check]) -> None:
-    table = Table("check", "found", "allowed", "")
-    for check in checks:
-        mark = Text("ok", style="green") if check.passed else Text("FAILED", style="bold red")
-        table.add_row(check.name, f"{check.found:.3g}", f"{check.allowed:.3g}", mark)
-    console().print(table)

@@ -339,13 +339,13 @@ def test_roles_searches_and_shows_traits_and_questions(capsys, monkeypatch):
 def test_a_bank_is_checked_exported_and_taken_back(tmp_path, capsys):
     bank = load_bank()
     assert f"{len(bank.roles)} roles" in printed(capsys, "roles", "--export", tmp_path / "theirs")
-    assert "no mistake" in " ".join(printed(capsys, "roles", "--check", tmp_path / "theirs").split())
+    assert "valid" in " ".join(printed(capsys, "roles", "--check", tmp_path / "theirs").split())
     printed(capsys, "tools", "import", "roles", tmp_path / "theirs", "--out", tmp_path / "ours")
     back = load_bank(tmp_path / "ours")
     assert {role.name: role.prompts for role in back.roles} == {
         role.name: role.prompts for role in bank.roles
     }
-    assert "248 rows, no mistake" in " ".join(
+    assert "248 rows, valid" in " ".join(
         printed(capsys, "roles", "--check", tmp_path / "ours" / "traits.jsonl").split()
     )
     with (tmp_path / "ours" / "traits.jsonl").open("a") as file:

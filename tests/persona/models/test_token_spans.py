@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from test_chat_template import FAMILIES, KINDS, Family, messages_of, tokenizer_of
 
+from personatlas.cli.tools import render_spans
 from personatlas.persona.errors import UserError
 from personatlas.persona.models.chat_template import ChatFormat, chat_format
 from personatlas.persona.models.token_spans import (
@@ -17,7 +18,6 @@ from personatlas.persona.models.token_spans import (
     answer_span,
     conversation_spans,
     prompt_spans,
-    render_spans,
 )
 
 PLAIN = messages_of("Who are you?", "I am a pirate.", "Why?", "I like the sea.", system="You are a pirate.")
