@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from personatlas.analysis.stats import wilson
+from personatlas.analysis.stats import wilson_interval
 from personatlas.persona.errors import UserError
 
 FEWEST = 20  # conversations; below it a rate of one in twenty cannot be told from none
@@ -148,7 +148,9 @@ def false_alarms(rule: Rule, baseline: Baseline, conversations: Sequence[Sequenc
     if not conversations:
         raise UserError("there are no default conversations to count false alarms in")
     raised = sum(any(state.raised for state in watch(rule, baseline, one)) for one in conversations)
-    return FalseAlarms(raised / len(conversations), wilson(raised, len(conversations)), len(conversations))
+    return FalseAlarms(
+        raised / len(conversations), wilson_interval(raised, len(conversations)), len(conversations)
+    )
 
 
 def calibrated(rule: Rule, conversations: Sequence[Sequence[float]], baseline: Baseline, rate: float) -> Rule:

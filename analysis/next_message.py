@@ -1,37 +1,37 @@
-"""How much of where the next answer lies is in what the user just said: ridge regression of its projection on the message.
+"""How much of the next answer's projection the user's message predicts: ridge regression on the message's words.
 
-    found = predicted(turns)                         # text, projection, change, script and domain of every answer
-    found["projection"]["r2"], found["projection"]["low"], found["projection"]["domain"]["r2"]
+    predictions = predict_from_messages(turns)     # Turn(text, projection, change, script, domain) of every answer
+    predictions["projection"].r2, predictions["projection"].domain.r2
 
-y = <features(message), w> + b with an L2 penalty. Features are hashed words and word pairs, weighted by TF-IDF, or the sentence
-embeddings that are given. R2 is out of fold: 1 - sum (y - predicted)^2 / sum (y - mean of the training fold)^2, so that knowing
-nothing is 0. Folds are of scripts, which are never in training and test at once; the penalty is chosen inside the training scripts
-in the same way, and so is what TF-IDF knows. Beside it stand what the mean of the message's domain would do, what the message adds to
-that (a ridge on what the domain's mean leaves, against that mean), what shuffled targets give, and the ceiling: the share of variance that samples of one and the same message have in common.
+y = <features(message), w> + b with an L2 penalty. Features are hashed words and word pairs weighted by TF-IDF, or given
+sentence embeddings. R2 is out of fold, 1 - sum (y - prediction)^2 / sum (y - mean of the training fold)^2. No script is
+in training and test at once; the penalty and the TF-IDF weights are fitted inside the training scripts in the same way.
+Reference values: the mean of the message's domain, what the message adds to it (a ridge on the residuals of that mean),
+shuffled targets, and the ceiling, i.e. the share of variance that samples of the same message have in common.
 """
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from personatlas.analysis.trajectories import script_weights
+from personatlas.analysis.stats import Array, cluster_weights, percentile_interval
 
-FOLDS, INNER = 5, 4
+FOLDS, INNER_FOLDS = 5, 4
 ALPHAS = tuple(float(alpha) for alpha in 10.0 ** np.arange(-3, 5))
 FEATURES = 2**12
 SHUFFLES = 20
-FEWEST = 8  # scripts
-Array = NDArray[np.float64]
-Places = NDArray[Any]  # row numbers
+MIN_SCRIPTS = 8
+Rows = NDArray[np.int64]  # row numbers
+Embedding = Callable[[Sequence[str]], Array]
 
 
 @dataclass(frozen=True)
 class Turn:
-    """An answer: what the user said before it, where it lies, and how far from the answer before (None for the first)."""
+    """An answer: the user's message before it, its projection, and the change since the answer before (None at first)."""
 
     text: str
     projection: float
@@ -41,8 +41,49 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Messages (M), each with the mean of its answers' targets, their number and their scatter (sum of squares) around that mean."""
+class R2:
+    """Out-of-fold R2 with its 95% interval over scripts."""
+
+    r2: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class ShuffledR2:
+    """Mean and maximum R2 of n shuffles of the targets."""
+
+    mean: float
+    highest: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Prediction(R2):
+    """R2 of the ridge on the message, beside its reference values.
+
+    `domain` is of the domain's mean, `beyond_domain` of the ridge on its residuals, `alphas` the penalty of each fold;
+    `ceiling` is None where no message has two answers.
+    """
+
+    domain: R2
+    beyond_domain: R2
+    shuffled: ShuffledR2
+    ceiling: float | None
+    alphas: list[float]
+    answers: int
+    messages: int
+    scripts: int
+    folds: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns nested dictionaries of plain numbers."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Messages:
+    """Messages (M) with the mean of their answers' targets, the number of answers and their sum of squares around it."""
 
     texts: tuple[str, ...]
     targets: Array
@@ -51,177 +92,173 @@ class _Rows:
     scripts: tuple[str, ...]
     domains: tuple[str, ...]
 
+    def r2_value(self, targets: Array, predictions: Array, baseline: Array) -> float:
+        """R2 of answers against baseline predictions; differences between answers to one message are unexplained."""
+        within = self.within.sum()
+        residual = float((self.weights * (targets - predictions) ** 2).sum() + within)
+        total = float((self.weights * (targets - baseline) ** 2).sum() + within)
+        return 1 - residual / total if total else float("nan")
 
-def predicted(
-    turns: Sequence[Turn], embed: Callable[[Sequence[str]], Array] | None = None
-) -> dict[str, Any] | None:
-    """R2 for the projection and for its change since the answer before; None for fewer than 8 scripts. `embed` gives unit rows."""
-    if len({turn.script for turn in turns}) < FEWEST:
+    def r2(self, predictions: Array, baseline: Array) -> R2:
+        """The same for the true targets, with its interval."""
+        residual = self.weights * (self.targets - predictions) ** 2 + self.within
+        total = self.weights * (self.targets - baseline) ** 2 + self.within
+        draws = cluster_weights(self.scripts)
+        interval = percentile_interval(1 - (draws @ residual) / (draws @ total))
+        return R2(self.r2_value(self.targets, predictions, baseline), *interval)
+
+    def ceiling(self) -> float | None:
+        """The share of variance between messages; None where no message has two answers."""
+        freedom = float((self.weights - 1).sum())
+        if freedom <= 0:
+            return None
+        mean = np.average(self.targets, weights=self.weights)
+        total = (self.weights * (self.targets - mean) ** 2 + self.within).sum()
+        return float(1 - (self.within.sum() / freedom) / (total / (self.weights.sum() - 1)))
+
+
+def predict_from_messages(
+    turns: Sequence[Turn], embed: Embedding | None = None
+) -> dict[str, Prediction] | None:
+    """Returns the predictions of "projection" and of its "change" since the answer before.
+
+    `embed` maps M texts to unit rows (M, E). None for fewer than 8 scripts; without "change" where fewer than 8 scripts
+    have a second answer.
+    """
+    if len({turn.script for turn in turns}) < MIN_SCRIPTS:
         return None
-    moved = [turn for turn in turns if turn.change is not None]
-    found: dict[str, Any] = {"projection": _result(_rows(turns, [turn.projection for turn in turns]), embed)}
-    if len({turn.script for turn in moved}) >= FEWEST:
-        found["change"] = _result(_rows(moved, [turn.change or 0.0 for turn in moved]), embed)
-    return found
+    later = [(turn, turn.change) for turn in turns if turn.change is not None]
+    predictions = {"projection": _predict([(turn, turn.projection) for turn in turns], embed)}
+    if len({turn.script for turn, _ in later}) >= MIN_SCRIPTS:
+        predictions["change"] = _predict(later, embed)
+    return predictions
 
 
-def _rows(turns: Sequence[Turn], targets: Sequence[float]) -> _Rows:
-    """Answers to the same message of a script are one row with their number as its weight, which a ridge does not notice."""
-    groups: dict[tuple[str, str], list[int]] = {}
-    for number, turn in enumerate(turns):
-        groups.setdefault((turn.script, turn.text), []).append(number)
-    own = [np.array([targets[i] for i in group]) for group in groups.values()]
-    domains = {turn.script: turn.domain for turn in turns}
-    return _Rows(
+def _predict(answers: Sequence[tuple[Turn, float]], embed: Embedding | None) -> Prediction:
+    messages = _messages(answers)
+    features = None if embed is None else np.asarray(embed(messages.texts), dtype=float)
+    generator = np.random.default_rng(0)
+    orders = [generator.permutation(len(messages.targets)) for _ in range(SHUFFLES)]
+    targets = np.stack([messages.targets, *(messages.targets[order] for order in orders)], 1)  # (M, 1 + S)
+    ridge, alphas = _ridge_out_of_fold(messages, targets, features, _overall_mean)
+    beyond, _ = _ridge_out_of_fold(messages, targets[:, :1], features, _domain_mean)
+    mean, domain = np.zeros_like(targets), np.zeros_like(targets[:, :1])
+    for train, test in _folds(messages):
+        mean[test] = _overall_mean(messages, targets, train, test)
+        domain[test] = _domain_mean(messages, targets[:, :1], train, test)
+    shuffled = [messages.r2_value(targets[:, s], ridge[:, s], mean[:, s]) for s in range(1, SHUFFLES + 1)]
+    return Prediction(
+        **asdict(messages.r2(ridge[:, 0], mean[:, 0])),
+        domain=messages.r2(domain[:, 0], mean[:, 0]),
+        beyond_domain=messages.r2(beyond[:, 0], domain[:, 0]),
+        shuffled=ShuffledR2(float(np.mean(shuffled)), float(np.max(shuffled)), SHUFFLES),
+        ceiling=messages.ceiling(),
+        alphas=alphas,
+        answers=int(messages.weights.sum()),
+        messages=len(messages.texts),
+        scripts=len(set(messages.scripts)),
+        folds=FOLDS,
+    )
+
+
+def _messages(answers: Sequence[tuple[Turn, float]]) -> _Messages:
+    """Answers to one message of a script as one row, weighted by their number: for a ridge the two are the same."""
+    groups: dict[tuple[str, str], list[float]] = {}
+    for turn, target in answers:
+        groups.setdefault((turn.script, turn.text), []).append(target)
+    values = [np.array(group) for group in groups.values()]
+    domains = {turn.script: turn.domain for turn, _ in answers}
+    return _Messages(
         tuple(text for _, text in groups),
-        np.array([values.mean() for values in own]),
-        np.array([float(len(values)) for values in own]),
-        np.array([float(((values - values.mean()) ** 2).sum()) for values in own]),
+        np.array([group.mean() for group in values]),
+        np.array([float(len(group)) for group in values]),
+        np.array([float(((group - group.mean()) ** 2).sum()) for group in values]),
         tuple(script for script, _ in groups),
         tuple(domains[script] for script, _ in groups),
     )
 
 
-def _result(rows: _Rows, embed: Callable[[Sequence[str]], Array] | None) -> dict[str, Any]:
-    features = None if embed is None else np.asarray(embed(rows.texts), dtype=float)
-    draw = np.random.default_rng(0)
-    shuffled = [draw.permutation(len(rows.targets)) for _ in range(SHUFFLES)]
-    targets = np.stack([rows.targets, *(rows.targets[order] for order in shuffled)], axis=1)  # (M, 1 + S)
-    told, alphas = _out_of_fold(rows, targets, features, _nothing)
-    added, _ = _out_of_fold(rows, targets[:, :1], features, _domain)
-    nothing, domain = _means(rows, targets, _nothing), _means(rows, targets[:, :1], _domain)[:, 0]
-    true = rows.targets
-    r2 = _R2(rows)
-    chance = [r2.value(targets[:, s], told[:, s], nothing[:, s]) for s in range(1, SHUFFLES + 1)]
-    return {
-        **r2.told(true, told[:, 0], nothing[:, 0]),
-        "domain": r2.told(true, domain, nothing[:, 0]),
-        "beyond_domain": r2.told(true, added[:, 0], domain),
-        "shuffled": {"mean": float(np.mean(chance)), "highest": float(np.max(chance)), "n": SHUFFLES},
-        "ceiling": r2.ceiling(),
-        "alphas": alphas,
-        "answers": int(rows.weights.sum()),
-        "messages": len(rows.texts),
-        "scripts": len(set(rows.scripts)),
-        "folds": FOLDS,
-    }
+def _overall_mean(messages: _Messages, targets: Array, train: Rows, test: Rows) -> Array:
+    """Predictions (n, S) for the test rows from the training rows' mean."""
+    mean = np.average(targets[train], axis=0, weights=messages.weights[train])
+    return np.repeat(mean[None], len(test), axis=0)
 
 
-def _nothing(rows: _Rows, targets: Array, fit: Places, test: Places) -> Array:
-    """What to expect of the test rows (n, S) where nothing is known of them: the training rows' mean."""
-    return np.repeat(np.average(targets[fit], axis=0, weights=rows.weights[fit])[None], len(test), axis=0)
-
-
-def _domain(rows: _Rows, targets: Array, fit: Places, test: Places) -> Array:
-    """The same where their domain is known."""
-    found, domains = _nothing(rows, targets, fit, test), np.asarray(rows.domains)
+def _domain_mean(messages: _Messages, targets: Array, train: Rows, test: Rows) -> Array:
+    """The same from the mean of the training rows of the row's domain, where there are some."""
+    predictions, domains = _overall_mean(messages, targets, train, test), np.asarray(messages.domains)
     for domain in np.unique(domains[test]):
-        same = fit[domains[fit] == domain]
+        same = train[domains[train] == domain]
         if len(same):
-            found[domains[test] == domain] = np.average(targets[same], axis=0, weights=rows.weights[same])
-    return found
+            mean = np.average(targets[same], axis=0, weights=messages.weights[same])
+            predictions[domains[test] == domain] = mean
+    return predictions
 
 
-Expected = Callable[[_Rows, Array, Places, Places], Array]
+BaselineModel = Callable[[_Messages, Array, Rows, Rows], Array]
 
 
-def _parts(rows: _Rows) -> list[tuple[Places, Places]]:
+def _folds(messages: _Messages) -> list[tuple[Rows, Rows]]:
     """Training and test rows of each fold."""
-    fold = _fold(rows.scripts, rows.domains, FOLDS)
+    fold = fold_numbers(messages.scripts, messages.domains, FOLDS)
     return [(np.flatnonzero(fold != number), np.flatnonzero(fold == number)) for number in range(FOLDS)]
 
 
-def _means(rows: _Rows, targets: Array, expected: Expected) -> Array:
-    """What is expected of every row (M, S) by the training rows of its fold."""
-    found = np.zeros_like(targets)
-    for train, test in _parts(rows):
-        found[test] = expected(rows, targets, train, test)
-    return found
-
-
-def _out_of_fold(
-    rows: _Rows, targets: Array, features: Array | None, expected: Expected
+def _ridge_out_of_fold(
+    messages: _Messages, targets: Array, features: Array | None, baseline: BaselineModel
 ) -> tuple[Array, list[float]]:
     """Predictions (M, S) for every target, and each fold's penalty for the first."""
-    told, alphas = np.zeros_like(targets), []
-    for train, test in _parts(rows):
-        inner = _fold([rows.scripts[i] for i in train], [rows.domains[i] for i in train], INNER)
+    predictions, alphas = np.zeros_like(targets), []
+    for train, test in _folds(messages):
+        scripts, domains = ([labels[i] for i in train] for labels in (messages.scripts, messages.domains))
+        inner = fold_numbers(scripts, domains, INNER_FOLDS)
         errors = np.zeros((len(ALPHAS), targets.shape[1]))
-        for part in range(INNER):
-            held, fit = train[inner == part], train[inner != part]
-            for place, guess in enumerate(_ridge(rows, targets, features, expected, fit, held)):
-                errors[place] += (rows.weights[held, None] * (targets[held] - guess) ** 2).sum(0)
+        for number in range(INNER_FOLDS):
+            fit, heldout = train[inner != number], train[inner == number]
+            for row, prediction in enumerate(_ridge(messages, targets, features, baseline, fit, heldout)):
+                errors[row] += (messages.weights[heldout, None] * (targets[heldout] - prediction) ** 2).sum(0)
         best = errors.argmin(0)  # (S,)
-        guesses = _ridge(rows, targets, features, expected, train, test)
-        told[test] = np.stack([guesses[alpha][:, s] for s, alpha in enumerate(best)], axis=1)
+        by_alpha = _ridge(messages, targets, features, baseline, train, test)
+        predictions[test] = np.stack([by_alpha[alpha][:, s] for s, alpha in enumerate(best)], axis=1)
         alphas.append(ALPHAS[int(best[0])])
-    return told, alphas
+    return predictions, alphas
 
 
 def _ridge(
-    rows: _Rows, targets: Array, features: Array | None, expected: Expected, fit: Places, test: Places
+    messages: _Messages,
+    targets: Array,
+    features: Array | None,
+    baseline: BaselineModel,
+    train: Rows,
+    test: Rows,
 ) -> list[Array]:
-    """Predictions for the test rows (n, S) by penalty: what is expected, and a ridge on what that leaves."""
+    """Predictions for the test rows (n, S) by penalty: the baseline and a ridge on its residuals."""
+    from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
     from sklearn.linear_model import Ridge
 
-    seen, new = _features(rows.texts, features, fit, test)
-    left, base = targets[fit] - expected(rows, targets, fit, fit), expected(rows, targets, fit, test)
-    found = []
-    for alpha in ALPHAS:
-        model = Ridge(alpha=alpha).fit(seen, left, sample_weight=rows.weights[fit])
-        found.append(base + np.asarray(model.predict(new)).reshape(base.shape))
-    return found
-
-
-def _features(texts: Sequence[str], features: Array | None, fit: Places, test: Places) -> tuple[Array, Array]:
     if features is not None:
-        return features[fit], features[test]
-    from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
+        x_train, x_test = features[train], features[test]
+    else:
+        hashing = HashingVectorizer(n_features=FEATURES, ngram_range=(1, 2), alternate_sign=False, norm=None)
+        tfidf = TfidfTransformer(sublinear_tf=True)
+        seen = tfidf.fit_transform(hashing.transform([messages.texts[i] for i in train]))
+        new = tfidf.transform(hashing.transform([messages.texts[i] for i in test]))
+        used = np.unique(seen.nonzero()[1])  # a word that training never met has no weight
+        x_train, x_test = seen[:, used].toarray(), new[:, used].toarray()
+    residuals = targets[train] - baseline(messages, targets, train, train)
+    base = baseline(messages, targets, train, test)
+    predictions = []
+    for alpha in ALPHAS:
+        model = Ridge(alpha=alpha).fit(x_train, residuals, sample_weight=messages.weights[train])
+        predictions.append(base + np.asarray(model.predict(x_test)).reshape(base.shape))
+    return predictions
 
-    hashed = HashingVectorizer(n_features=FEATURES, ngram_range=(1, 2), alternate_sign=False, norm=None)
-    weigh = TfidfTransformer(sublinear_tf=True)
-    seen = weigh.fit_transform(hashed.transform([texts[i] for i in fit]))
-    new = weigh.transform(hashed.transform([texts[i] for i in test]))
-    used = np.unique(seen.nonzero()[1])  # a word that training never met has no weight
-    return seen[:, used].toarray(), new[:, used].toarray()
 
-
-def _fold(scripts: Sequence[str], domains: Sequence[str], folds: int) -> NDArray[np.int64]:
-    """Each row's fold: scripts are dealt in an order that their names make, domain after domain."""
-    known = {
+def fold_numbers(scripts: Sequence[str], domains: Sequence[str], folds: int) -> Rows:
+    """Returns each row's fold (N,): scripts are dealt out by a hash of their names, domain after domain."""
+    hashed = {
         (domain, hashlib.sha256(script.encode()).hexdigest(), script)
         for script, domain in zip(scripts, domains, strict=True)
     }
-    number = {script: place % folds for place, (_, _, script) in enumerate(sorted(known))}
+    number = {script: rank % folds for rank, (_, _, script) in enumerate(sorted(hashed))}
     return np.array([number[script] for script in scripts])
-
-
-@dataclass(frozen=True)
-class _R2:
-    """R2 of answers from predictions for messages."""
-
-    rows: _Rows
-
-    def value(self, true: Array, told: Array, nothing: Array) -> float:
-        """Against a baseline. What answers to one message differ by counts as not explained."""
-        own = self.rows.within.sum()
-        left = float((self.rows.weights * (true - told) ** 2).sum() + own)
-        whole = float((self.rows.weights * (true - nothing) ** 2).sum() + own)
-        return 1 - left / whole if whole else float("nan")
-
-    def told(self, true: Array, told: Array, nothing: Array) -> dict[str, float]:
-        """With a 95% interval over scripts."""
-        left = self.rows.weights * (true - told) ** 2 + self.rows.within
-        whole = self.rows.weights * (true - nothing) ** 2 + self.rows.within
-        draws = script_weights(self.rows.scripts)
-        low, high = np.quantile(1 - (draws @ left) / (draws @ whole), (0.025, 0.975))
-        return {"r2": self.value(true, told, nothing), "low": float(low), "high": float(high)}
-
-    def ceiling(self) -> float | None:
-        """The share of variance between messages; None where no message has two answers."""
-        free = float((self.rows.weights - 1).sum())
-        if free <= 0:
-            return None
-        mean = np.average(self.rows.targets, weights=self.rows.weights)
-        whole = (self.rows.weights * (self.rows.targets - mean) ** 2 + self.rows.within).sum()
-        return float(1 - (self.rows.within.sum() / free) / (whole / (self.rows.weights.sum() - 1)))

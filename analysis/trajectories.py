@@ -1,33 +1,52 @@
-"""Where conversations go, turn by turn: means with bands, slopes, differences of two arms, and how many raise an alarm.
+"""Projections over the turns of conversations: means by turn, slopes, differences of two arms, and rates of alarms.
 
-    band(values, scripts)                    # per turn: mean, 95% interval, n;    values (N, T), NaN after a conversation's end
-    slope(values, scripts).value             # residual units a turn
-    band(capped - plain, scripts)            # the same conversations, one arm less the other
-    alarms(rule, baseline, readings)         # share of conversations with one, Wilson's interval, when it comes first
+    turn_means(values, scripts)                # mean, 95% interval and n per turn; values (N, T), NaN past the end
+    slope(values, scripts).value               # residual units per turn
+    turn_means(capped - baseline, scripts)     # the same conversations, one arm less the other
+    alarm_rate(rule, baseline, projections)    # share of conversations with an alarm, Wilson interval, first turn
 
-Several samples of one script are not independent: intervals are of a bootstrap that draws scripts anew, with all of their samples.
-What chance gives for a slope comes from the same conversations with their turns in a random order.
+Samples of one script are not independent: the bootstrap resamples scripts with all of their samples. The null of a slope
+comes from the same conversations with their turns in random order.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from personatlas.analysis.drift_alarm import Baseline, Rule, watch
-from personatlas.analysis.stats import LEVEL, wilson
+from personatlas.analysis.stats import (
+    LEVEL,
+    LEVEL_TAILS,
+    Array,
+    Interval,
+    cluster_weights,
+    percentile_interval,
+    weighted_means,
+    wilson_interval,
+)
 
-SAMPLES = 4000  # of a bootstrap
 SHUFFLES = 400  # orders of turns
-Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class TurnMean:
+    """Mean projection at a turn (from 1) over n conversations, with its 95% interval (None for a single script)."""
+
+    turn: int
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
 
 
 @dataclass(frozen=True)
 class Slope:
-    """Mean over n conversations of their least-squares slopes (residual units a turn), its 95% interval over `scripts` scripts (None
-    for a single one), and `chance`: 95% of mean slopes of shuffled turns are at most so steep."""
+    """Mean of n conversations' least-squares slopes (residual units per turn) with its 95% interval.
+
+    `scripts` is the number of scripts, which are resampled (no interval for a single one); 95% of the mean slopes of
+    shuffled turns are at most `chance` in size.
+    """
 
     value: float
     low: float | None
@@ -37,109 +56,104 @@ class Slope:
     scripts: int
 
 
-def script_weights(scripts: Sequence[str], seed: int = 0) -> Values:
-    """How often each of N conversations is drawn in each bootstrap sample, (SAMPLES, N): scripts are drawn with all of theirs."""
-    names, index = np.unique(np.asarray(scripts), return_inverse=True)
-    draws = np.random.default_rng(seed).multinomial(
-        len(names), np.full(len(names), 1 / len(names)), size=SAMPLES
-    )
-    return draws[:, index].astype(float)
+@dataclass(frozen=True)
+class AlarmRate:
+    """How many of n conversations raise an alarm: share with Wilson interval, None without conversations.
+
+    `first` is the median turn (from 1) of their first alarms. `on` holds, by turn, the share of the conversations that
+    reach it in which the alarm is on.
+    """
+
+    share: float | None
+    interval: tuple[float, float] | None
+    raised: int
+    n: int
+    first: float | None
+    on: tuple[float, ...]
+
+    def to_json(self) -> dict[str, float | list[float] | None]:
+        """Returns plain numbers and lists."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
+        }
 
 
-def band(values: Values, scripts: Sequence[str], seed: int = 0) -> list[dict[str, Any]]:
-    """Per turn (counted from 1) the mean of values (N, T), its 95% interval over scripts (None for a single one) and n; turns that
-    nobody reaches are left out."""
-    weights, rows = script_weights(scripts, seed), []
-    for turn in range(values.shape[1]):
-        own = np.isfinite(values[:, turn])
-        if not own.any():
-            continue
-        there = values[own, turn]
-        low, high = _interval(
-            there, weights[:, own], len({s for s, kept in zip(scripts, own, strict=True) if kept})
-        )
-        rows.append(
-            {"turn": turn + 1, "mean": float(there.mean()), "low": low, "high": high, "n": len(there)}
-        )
+def turn_means(values: Array, scripts: Sequence[str], seed: int = 0) -> list[TurnMean]:
+    """Returns the mean of values (N, T) at each turn that a conversation reaches."""
+    weights, rows = cluster_weights(scripts, seed), []
+    for turn, column in enumerate(values.T):
+        reached = np.isfinite(column)
+        if reached.any():
+            names = np.asarray(scripts)[reached].tolist()
+            low, high = _interval(column[reached], weights[:, reached], names)
+            rows.append(TurnMean(turn + 1, float(column[reached].mean()), low, high, int(reached.sum())))
     return rows
 
 
-def mean_of(values: Values, scripts: Sequence[str], seed: int = 0) -> dict[str, Any]:
-    """The mean of all finite values (N, T), every turn alike, with its interval over scripts; Nones where there are none."""
-    kept = np.isfinite(values)
-    if not kept.any():
-        return {"value": None, "low": None, "high": None, "n": 0}
-    sums, counts = np.where(kept, values, 0).sum(1), kept.sum(1)
-    value = float(sums.sum() / counts.sum())
-    low = high = None
-    if len({s for s, n in zip(scripts, counts, strict=True) if n}) > 1:
-        weights = script_weights(scripts, seed)
-        total = weights @ counts
-        low, high = _quantiles((weights @ sums)[total > 0] / total[total > 0])
-    return {"value": value, "low": low, "high": high, "n": int(counts.sum())}
+def clustered_mean(values: Array, scripts: Sequence[str], seed: int = 0) -> Interval:
+    """Returns the mean of all n finite values (N, T), every turn weighing the same; NaN without any."""
+    finite = np.isfinite(values)
+    sums, counts = np.where(finite, values, 0).sum(1), finite.sum(1)
+    if not counts.any():
+        return Interval(float("nan"), None, None, 0)
+    value, n = float(sums.sum() / counts.sum()), int(counts.sum())
+    if len(set(np.asarray(scripts)[counts > 0])) < 2:
+        return Interval(value, None, None, n)
+    weights = cluster_weights(scripts, seed)
+    total = weights @ counts
+    return Interval(
+        value, *percentile_interval((weights @ sums)[total > 0] / total[total > 0], LEVEL_TAILS), n
+    )
 
 
-def slope(values: Values, scripts: Sequence[str], seed: int = 0) -> Slope | None:
-    """The mean slope over turns of values (N, T); None where no conversation has two turns."""
-    own = np.isfinite(values).sum(1) >= 2
-    if not own.any():
+def slope(values: Array, scripts: Sequence[str], seed: int = 0) -> Slope | None:
+    """Returns the mean slope over turns of values (N, T); None where no conversation has two turns."""
+    long = np.isfinite(values).sum(1) >= 2
+    if not long.any():
         return None
-    kept, names = values[own], [script for script, there in zip(scripts, own, strict=True) if there]
-    slopes = _slopes(kept)
-    low, high = _interval(slopes, script_weights(names, seed), len(set(names)))
-    draw = np.random.default_rng(seed)
-    chance = [abs(_slopes(_shuffled(kept, draw)).mean()) for _ in range(SHUFFLES)]
+    values, names = values[long], np.asarray(scripts)[long].tolist()
+    slopes = _slopes(values)
+    low, high = _interval(slopes, cluster_weights(names, seed), names)
+    generator, chance = np.random.default_rng(seed), []
+    for _ in range(SHUFFLES):
+        shuffled = values.copy()
+        for row in shuffled:
+            finite = np.isfinite(row)
+            row[finite] = generator.permutation(row[finite])
+        chance.append(abs(_slopes(shuffled).mean()))
     limit = float(np.quantile(chance, LEVEL))
     return Slope(float(slopes.mean()), low, high, limit, len(slopes), len(set(names)))
 
 
-def alarms(rule: Rule, baseline: Baseline, readings: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """Of n conversations, how many raise an alarm: share, interval, the median first turn of those (from 1), and by turn the share
-    of conversations that reach it in which the alarm is on."""
-    states = [list(watch(rule, baseline, one)) for one in readings]
+def alarm_rate(rule: Rule, baseline: Baseline, projections: Sequence[Sequence[float]]) -> AlarmRate:
+    """Returns the rate of alarms over conversations, each the projections of its answers."""
+    states = [list(watch(rule, baseline, conversation)) for conversation in projections]
     firsts = [
         first
-        for own in states
-        if (first := next((t for t, one in enumerate(own, 1) if one.raised), None)) is not None
+        for conversation in states
+        if (first := next((turn for turn, state in enumerate(conversation, 1) if state.raised), None))
     ]
     n, longest = len(states), max(map(len, states), default=0)
-    on = [[own[turn].alarm for own in states if len(own) > turn] for turn in range(longest)]
-    return {
-        "share": len(firsts) / n if n else None,
-        "interval": list(wilson(len(firsts), n)) if n else None,
-        "raised": len(firsts),
-        "n": n,
-        "first": float(np.median(firsts)) if firsts else None,
-        "on": [sum(turn) / len(turn) for turn in on],
-    }
+    on = [[turns[turn].alarm for turns in states if len(turns) > turn] for turn in range(longest)]
+    return AlarmRate(
+        share=len(firsts) / n if n else None,
+        interval=wilson_interval(len(firsts), n) if n else None,
+        raised=len(firsts),
+        n=n,
+        first=float(np.median(firsts)) if firsts else None,
+        on=tuple(sum(turn) / len(turn) for turn in on),
+    )
 
 
-def _slopes(values: Values) -> Values:
+def _slopes(values: Array) -> Array:
     """Least-squares slopes over the finite turns of each row."""
-    own = np.isfinite(values)
-    turns = np.where(own, np.arange(values.shape[1], dtype=float), 0)
-    counts = own.sum(1)
-    centred = np.where(own, turns - (turns.sum(1) / counts)[:, None], 0)
-    found: Values = (centred * np.where(own, values, 0)).sum(1) / (centred**2).sum(1)
-    return found
+    finite = np.isfinite(values)
+    turns = np.where(finite, np.arange(values.shape[1], dtype=float), 0)
+    centred = np.where(finite, turns - (turns.sum(1) / finite.sum(1))[:, None], 0)
+    return np.asarray((centred * np.where(finite, values, 0)).sum(1) / (centred**2).sum(1))
 
 
-def _shuffled(values: Values, draw: np.random.Generator) -> Values:
-    """Each row's finite values in a random order, at the same places."""
-    found = values.copy()
-    for row in found:
-        own = np.isfinite(row)
-        row[own] = draw.permutation(row[own])
-    return found
-
-
-def _interval(values: Values, weights: Values, scripts: int) -> tuple[float | None, float | None]:
-    if scripts < 2:
+def _interval(values: Array, weights: Array, scripts: Sequence[str]) -> tuple[float | None, float | None]:
+    if len(set(scripts)) < 2:
         return None, None
-    total = weights.sum(1)
-    return _quantiles((weights @ values)[total > 0] / total[total > 0])
-
-
-def _quantiles(draws: Values) -> tuple[float, float]:
-    low, high = np.quantile(draws, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
-    return float(low), float(high)
+    return percentile_interval(weighted_means(weights, values), LEVEL_TAILS)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from personatlas.analysis.stats import bootstrap_sums, percentile_interval
 from personatlas.persona.errors import UserError
 from personatlas.persona.models.load import Model
 from personatlas.persona.rollout import Rollout
@@ -55,9 +56,8 @@ class Cost:
     @property
     def more_interval(self) -> tuple[float, float]:
         """95% interval of `more`: bootstrap over texts."""
-        draws = np.random.default_rng(0).integers(0, len(self.tokens), (SAMPLES, len(self.tokens)))
-        low, high = np.quantile(self.after[draws].sum(1) / self.before[draws].sum(1) - 1, (0.025, 0.975))
-        return float(low), float(high)
+        after, before = bootstrap_sums(self.after, self.before, samples=SAMPLES)
+        return percentile_interval(after / before - 1)
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists."""

@@ -26,6 +26,7 @@ from jaxtyping import Float64
 from numpy import ndarray as Array
 from torch import Tensor
 
+from personatlas.analysis.stats import bootstrap_sums, percentile_interval
 from personatlas.persona.distributed import World
 from personatlas.persona.errors import UserError
 from personatlas.persona.models.load import Model
@@ -169,8 +170,5 @@ def _losses(model: Model, ids: torch.Tensor) -> Float64[Array, "B"]:
 def _interval(nats: Float64[Array, "N"], sizes: Float64[Array, "N"]) -> tuple[float, float] | None:
     if len(nats) < 2:
         return None
-    drawn = np.random.default_rng(0).integers(len(nats), size=(DRAWS, len(nats)))
-    low, high = np.quantile(
-        nats[drawn].sum(1) / np.maximum(sizes[drawn].sum(1), 1) / math.log(2), [0.025, 0.975]
-    )
-    return float(low), float(high)
+    loss, size = bootstrap_sums(nats, sizes, samples=DRAWS)
+    return percentile_interval(loss / np.maximum(size, 1) / math.log(2))

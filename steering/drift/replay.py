@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from cyclopts import Parameter
 
-from personatlas.analysis.trajectories import mean_of
+from personatlas.analysis.trajectories import clustered_mean
 from personatlas.persona.artifacts import write_json
 from personatlas.persona.axis import load_axis
 from personatlas.persona.errors import UserError
@@ -175,5 +175,9 @@ def _means(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     plain = values(AS_IT_IS)
     arms = dict.fromkeys(arm for row in rows for arm in row["arms"])
     return {
-        arm: mean_of(values(arm), names) | {"change": mean_of(values(arm) - plain, names)} for arm in arms
+        arm: {
+            **clustered_mean(values(arm), names).to_json(),
+            "change": clustered_mean(values(arm) - plain, names).to_json(),
+        }
+        for arm in arms
     }

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from personatlas.analysis.next_message import Turn, predicted
-from personatlas.analysis.stats import wilson
-from personatlas.analysis.trajectories import Values, alarms, band, mean_of, script_weights, slope
+from personatlas.analysis.next_message import Turn, predict_from_messages
+from personatlas.analysis.stats import Array, cluster_weights, percentile_interval, wilson_interval
+from personatlas.analysis.trajectories import alarm_rate, clustered_mean, slope, turn_means
 from personatlas.persona.rollout import Rollout, spread
 from personatlas.steering.arms import AS_IT_IS, distinct
 from personatlas.steering.conversations.runner import Arm, Said, Spoken, Stage, Talk, asked_with
@@ -91,7 +91,7 @@ class _Table:
         keys = ((arm, name, turn) for turn in range(self.turns))
         return [self.said[key] for key in keys if key in self.said]
 
-    def values(self, arm: str, names: Sequence[str]) -> Values:
+    def values(self, arm: str, names: Sequence[str]) -> Array:
         """Projections of some conversations' answers, as they were made."""
         found = np.full((len(names), self.turns), np.nan)
         for row, name in enumerate(names):
@@ -102,7 +102,8 @@ class _Table:
     def band(self, arm: str, names: Sequence[str], less: str | None = None) -> list[dict[str, Any]]:
         """Means by turn, or mean differences to another arm, in the same conversations."""
         values = self.values(arm, names)
-        return band(values if less is None else values - self.values(less, names), _scripts(names))
+        change = values if less is None else values - self.values(less, names)
+        return [asdict(row) for row in turn_means(change, _scripts(names))]
 
     def slope(self, arm: str, names: Sequence[str]) -> dict[str, Any] | None:
         """The mean slope."""
@@ -112,9 +113,10 @@ class _Table:
     def mean(self, arm: str, names: Sequence[str]) -> dict[str, Any]:
         """The mean projection of all answers and, but for the model as it is, its difference to that."""
         values = self.values(arm, names)
-        told = mean_of(values, _scripts(names))
+        told: dict[str, Any] = clustered_mean(values, _scripts(names)).to_json()
         if arm != AS_IT_IS:
-            told["change"] = mean_of(values - self.values(AS_IT_IS, names), _scripts(names))
+            change = values - self.values(AS_IT_IS, names)
+            told["change"] = clustered_mean(change, _scripts(names)).to_json()
         return told
 
 
@@ -133,14 +135,14 @@ def _alarms(
     for domain, names in every.items():
         own = [name for name in names if name.rpartition("/")[0] not in watched.fitted_on]
         found[domain] = {
-            arm: alarms(
+            arm: alarm_rate(
                 watcher.rule,
                 watcher.baseline,
                 [
                     [one.uncapped for one in table.spoken(arm, name) if one.uncapped is not None]
                     for name in own
                 ],
-            )
+            ).to_json()
             for arm in arms
         }
     return found
@@ -157,8 +159,8 @@ def _wrote(table: _Table, arm: str, stage: Stage, names: Sequence[str]) -> dict[
         "empty": len(own) - len(spoken),
         "acted": sum(one.acted for one in own) / len(own),
         "fired": float(np.mean([one.fired or 0.0 for one in own])),
-        "degenerate": {"share": broken / len(own), "interval": list(wilson(broken, len(own)))},
-        "loops": {"share": again / len(own), "interval": list(wilson(again, len(own)))},
+        "degenerate": {"share": broken / len(own), "interval": list(wilson_interval(broken, len(own)))},
+        "loops": {"share": again / len(own), "interval": list(wilson_interval(again, len(own)))},
         "distinct": float(np.mean([distinct(one.ids) for one in spoken])) if spoken else None,
         "tokens": float(np.mean([len(one.ids) for one in own])),
         "ended_by_context": sum(name == arm for name, _ in stage.overflown),
@@ -177,15 +179,11 @@ def _cost(stage: Stage, table: _Table, arms: Sequence[Arm], asked: DriftOptions)
     cost = benign_costs(stage.model, [table.rollout(stage, one) for one in texts], {CAPPED: capped.plan})[
         CAPPED
     ]
-    weights = script_weights([one.script for one in texts])
+    weights = cluster_weights([one.script for one in texts])
 
-    def more(after: Values) -> dict[str, float]:
-        draws = np.quantile((weights @ after) / (weights @ cost.before) - 1, (0.025, 0.975))
-        return {
-            "value": float(after.sum() / cost.before.sum() - 1),
-            "low": float(draws[0]),
-            "high": float(draws[1]),
-        }
+    def more(after: Array) -> dict[str, float]:
+        low, high = percentile_interval((weights @ after) / (weights @ cost.before) - 1)
+        return {"value": float(after.sum() / cost.before.sum() - 1), "low": low, "high": high}
 
     found: dict[str, Any] = {"n": len(texts), CAPPED: more(cost.after)}
     if any(arm.name == ADAPTIVE for arm in arms):
@@ -210,12 +208,11 @@ def _next_turn(
                 change = None if before is None else one.projection - before
                 turns.append(Turn(one.user, one.projection, change, one.script, one.domain))
             before = one.projection
-    found = predicted(turns, embed)
-    return (
-        None
-        if found is None
-        else found | {"features": asked.embedding or "hashed words and word pairs, TF-IDF"}
-    )
+    found = predict_from_messages(turns, embed)
+    if found is None:
+        return None
+    features = {"features": asked.embedding or "hashed words and word pairs, TF-IDF"}
+    return {name: prediction.to_json() for name, prediction in found.items()} | features
 
 
 def _examples(

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from personatlas.analysis.stats import cluster_draws, holm, no_loss, paired_change, wilson
+from personatlas.analysis.stats import cluster_bootstrap, equivalence_p, holm, paired_change, wilson_interval
 from personatlas.persona.judges.base import Item
 from personatlas.persona.judges.rules import RuleJudge
 from personatlas.persona.roles.bank import Bank
@@ -152,7 +152,7 @@ def _share(found: Verdicts, arm: str, name: str) -> dict[str, Any]:
     values = [own[name] for (whose, _, _), own in found.items() if whose == arm]
     judged = [value for value in values if value is not None]
     share = sum(judged) / len(judged) if judged else None
-    interval = list(wilson(int(sum(judged)), len(judged))) if judged else None
+    interval = list(wilson_interval(int(sum(judged)), len(judged))) if judged else None
     return {"share": share, "interval": interval, "n": len(judged), "unjudged": len(values) - len(judged)}
 
 
@@ -176,7 +176,9 @@ def paired(both: Sequence[tuple[float, float, Case]], margin: float) -> dict[str
     roles, requests = [case.role for *_, case in both], [case.request for *_, case in both]
     change = paired_change(before, after, roles, requests)
     differences = np.array(after) - np.array(before)
-    tost = no_loss(cluster_draws(differences, roles, requests), float(differences.mean()), margin, len(both))
+    tost = equivalence_p(
+        cluster_bootstrap(differences, roles, requests), float(differences.mean()), margin, len(both)
+    )
     return {**change.to_json(), "no_loss": tost, "margin": margin}
 
 

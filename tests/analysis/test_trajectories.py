@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from personatlas.analysis.drift_alarm import Baseline, Several
-from personatlas.analysis.next_message import FOLDS, Turn, _fold, predicted
-from personatlas.analysis.trajectories import alarms, band, mean_of, script_weights, slope
+from personatlas.analysis.next_message import FOLDS, Turn, fold_numbers, predict_from_messages
+from personatlas.analysis.stats import cluster_weights
+from personatlas.analysis.trajectories import alarm_rate, clustered_mean, slope, turn_means
 
 SCRIPTS = [f"s{n // 3}" for n in range(30)]  # ten scripts, three samples each
 
@@ -18,7 +19,7 @@ def falling(rate=-2.0, turns=8, seed=0):
 
 
 def test_a_script_is_drawn_with_all_of_its_samples():
-    weights = script_weights(SCRIPTS)
+    weights = cluster_weights(SCRIPTS)
     assert weights.sum(1).tolist() == [30.0] * len(weights)
     assert (weights[:, 0] == weights[:, 1]).all()
     assert weights.mean() == pytest.approx(1, abs=0.02)
@@ -26,26 +27,27 @@ def test_a_script_is_drawn_with_all_of_its_samples():
 
 def test_a_band_is_wide_for_few_scripts_however_many_samples_they_have():
     values = falling()
-    rows = band(values, SCRIPTS)
-    assert [row["turn"] for row in rows] == list(range(1, 9))
-    assert [row["mean"] for row in rows] == pytest.approx(values.mean(0))
-    alone = band(values, [str(n) for n in range(30)])
+    rows = turn_means(values, SCRIPTS)
+    assert [row.turn for row in rows] == list(range(1, 9))
+    assert [row.mean for row in rows] == pytest.approx(values.mean(0))
+    alone = turn_means(values, [str(n) for n in range(30)])
     for row, other in zip(rows, alone, strict=True):
-        assert row["low"] < row["mean"] < row["high"]
-        assert row["high"] - row["low"] > 1.3 * (other["high"] - other["low"])
-    assert band(values[:3], SCRIPTS[:3])[0]["low"] is None
+        assert row.low < row.mean < row.high
+        assert row.high - row.low > 1.3 * (other.high - other.low)
+    assert turn_means(values[:3], SCRIPTS[:3])[0].low is None
 
 
 def test_turns_after_a_conversations_end_count_nowhere():
     values = falling()
     values[:15, 5:] = np.nan
     values[:, 7] = np.nan
-    rows = band(values, SCRIPTS)
-    assert [row["n"] for row in rows] == [30] * 5 + [15] * 2
-    assert rows[6]["mean"] == pytest.approx(values[15:, 6].mean())
-    whole = mean_of(values, SCRIPTS)
-    assert (whole["value"], whole["n"]) == (pytest.approx(np.nanmean(values)), 30 * 5 + 15 * 2)
-    assert mean_of(np.full((2, 2), np.nan), ["a", "b"])["value"] is None
+    rows = turn_means(values, SCRIPTS)
+    assert [row.n for row in rows] == [30] * 5 + [15] * 2
+    assert rows[6].mean == pytest.approx(values[15:, 6].mean())
+    whole = clustered_mean(values, SCRIPTS)
+    assert (whole.value, whole.n) == (pytest.approx(np.nanmean(values)), 30 * 5 + 15 * 2)
+    empty = clustered_mean(np.full((2, 2), np.nan), ["a", "b"])
+    assert empty.to_json() == {"value": None, "low": None, "high": None, "n": 0}
 
 
 def test_a_slope_is_the_mean_of_least_squares_slopes_and_chance_is_small_beside_it():
@@ -63,11 +65,11 @@ def test_a_slope_is_the_mean_of_least_squares_slopes_and_chance_is_small_beside_
 
 def test_alarms_are_counted_with_their_first_turn_and_how_long_they_stay_on():
     rule, plain = Several(2.0, 1, 1), Baseline(0.0, 1.0, 9)
-    found = alarms(rule, plain, [[0.0, -3.0, -3.0], [0.0, 0.0], [-3.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
-    assert (found["share"], found["raised"], found["n"], found["first"]) == (0.5, 2, 4, 1.5)
-    assert found["on"] == [0.25, 0.25, pytest.approx(1 / 3)]
-    assert found["interval"][0] < 0.5 < found["interval"][1]
-    assert alarms(rule, plain, [])["share"] is None
+    found = alarm_rate(rule, plain, [[0.0, -3.0, -3.0], [0.0, 0.0], [-3.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    assert (found.share, found.raised, found.n, found.first) == (0.5, 2, 4, 1.5)
+    assert found.on == (0.25, 0.25, pytest.approx(1 / 3))
+    assert found.interval[0] < 0.5 < found.interval[1]
+    assert alarm_rate(rule, plain, []).share is None
 
 
 def said(signal, scripts=24, samples=3, seed=0):
@@ -86,21 +88,16 @@ def said(signal, scripts=24, samples=3, seed=0):
 
 
 def test_a_message_that_moves_the_answer_is_found_up_to_the_ceiling_and_noise_is_not():
-    row = predicted(said(4.0))["projection"]
-    assert 0.6 < row["r2"] <= row["ceiling"] + 0.02
-    assert row["low"] < row["r2"] < row["high"]
-    assert abs(row["domain"]["r2"]) < 0.15
-    assert row["beyond_domain"]["r2"] > 0.6
-    assert row["shuffled"]["highest"] < 0.1
-    assert (row["answers"], row["messages"], row["scripts"], len(row["alphas"])) == (
-        24 * 18,
-        24 * 6,
-        24,
-        FOLDS,
-    )
-    nothing = predicted(said(0.0))
+    row = predict_from_messages(said(4.0))["projection"]
+    assert 0.6 < row.r2 <= row.ceiling + 0.02
+    assert row.low < row.r2 < row.high
+    assert abs(row.domain.r2) < 0.15
+    assert row.beyond_domain.r2 > 0.6
+    assert row.shuffled.highest < 0.1
+    assert (row.answers, row.messages, row.scripts, len(row.alphas)) == (24 * 18, 24 * 6, 24, FOLDS)
+    nothing = predict_from_messages(said(0.0))
     assert set(nothing) == {"projection", "change"}
-    assert all(nothing[name]["r2"] < 0.1 for name in nothing)
+    assert all(nothing[name].r2 < 0.1 for name in nothing)
 
 
 def test_what_only_the_domain_says_is_not_counted_as_the_messages():
@@ -108,20 +105,20 @@ def test_what_only_the_domain_says_is_not_counted_as_the_messages():
         Turn(turn.text, turn.projection + 6 * int(turn.domain[1]), None, turn.script, turn.domain)
         for turn in said(0.0)
     ]
-    row = predicted(turns)["projection"]
-    assert row["domain"]["r2"] > 0.9
-    assert abs(row["beyond_domain"]["r2"]) < 0.1
-    assert set(predicted(turns)) == {"projection"}
+    row = predict_from_messages(turns)["projection"]
+    assert row.domain.r2 > 0.9
+    assert abs(row.beyond_domain.r2) < 0.1
+    assert set(predict_from_messages(turns)) == {"projection"}
 
 
 def test_embeddings_that_are_given_are_used_and_no_script_is_in_two_folds():
     turns = said(4.0)
-    row = predicted(turns, lambda texts: np.array([[float("grief" in text), 1.0] for text in texts]))[
-        "projection"
-    ]
-    assert row["r2"] > 0.7
+    row = predict_from_messages(
+        turns, lambda texts: np.array([[float("grief" in text), 1.0] for text in texts])
+    )["projection"]
+    assert row.r2 > 0.7
     scripts = [turn.script for turn in turns]
-    fold = _fold(scripts, [turn.domain for turn in turns], FOLDS)
+    fold = fold_numbers(scripts, [turn.domain for turn in turns], FOLDS)
     assert set(fold) == set(range(FOLDS))
     assert len({(script, number) for script, number in zip(scripts, fold.tolist(), strict=True)}) == 24
-    assert predicted([turn for turn in turns if turn.script in ("s0", "s1")]) is None
+    assert predict_from_messages([turn for turn in turns if turn.script in ("s0", "s1")]) is None

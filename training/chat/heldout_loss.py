@@ -21,6 +21,7 @@ from jaxtyping import Float64, Int64
 from numpy import ndarray as Array
 from torch import Tensor
 
+from personatlas.analysis.stats import ratio_interval
 from personatlas.persona.distributed import World
 from personatlas.training.chat.conversations import Conversation
 from personatlas.training.chat.packing import Encoded
@@ -136,7 +137,7 @@ def _nats(model: GPT, ids: Tensor, targets: Tensor) -> Tensor:
 
 def _fit(nats: Float64[Array, "M"], tokens: Int64[Array, "M"], questions: Sequence[str]) -> dict[str, Any]:
     loss = float(nats.sum() / tokens.sum())
-    low, high = interval(nats, tokens.astype(float), questions) or (None, None)
+    low, high = ratio_interval(nats, tokens.astype(float), questions, DRAWS) or (None, None)
     return {
         "loss": loss,
         "low": low,
@@ -145,22 +146,3 @@ def _fit(nats: Float64[Array, "M"], tokens: Int64[Array, "M"], questions: Sequen
         "tokens": int(tokens.sum()),
         "conversations": len(nats),
     }
-
-
-def interval(
-    top: Float64[Array, "M"], bottom: Float64[Array, "M"], groups: Sequence[str], draws: int = DRAWS
-) -> tuple[float, float] | None:
-    """95% of Σ top / Σ bottom, groups drawn again whole; None for a single group."""
-    index = np.unique(np.array(groups, dtype=object), return_inverse=True)[1].ravel()
-    number = int(index.max()) + 1
-    if number < 2:
-        return None
-    sums = np.stack(
-        [np.bincount(index, weights=values, minlength=number) for values in (top, bottom)], axis=1
-    )
-    drawn = (
-        np.random.default_rng(0).multinomial(number, np.full(number, 1 / number), draws) @ sums
-    )  # (draws, 2)
-    drawn = drawn[drawn[:, 1] > 0]
-    low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975])
-    return float(low), float(high)

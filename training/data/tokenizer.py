@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from personatlas.analysis.stats import ratio_interval
 from personatlas.persona.artifacts import digest, make_folder, read_json, write_json
 from personatlas.persona.errors import UserError
 from personatlas.persona.progress import say
@@ -215,20 +216,11 @@ def compression(
         raise UserError("there is no held-out text to check the tokenizer on")
     table = np.array(list(sizes.values()))  # (documents, 2)
     total = table.sum(0)
+    ends = ratio_interval(*table.T.astype(float), range(len(table)), samples=1000)
+    interval = None if ends is None else (round(ends[0], 4), round(ends[1], 4))
     return Compression(
-        len(table), int(total[0]), int(total[1]), round(float(total[0] / total[1]), 4), _interval(table)
+        len(table), int(total[0]), int(total[1]), round(float(total[0] / total[1]), 4), interval
     )
-
-
-def _interval(table: np.ndarray, draws: int = 1000) -> tuple[float, float] | None:
-    """95% of the ratio of sums, documents drawn with replacement."""
-    if len(table) < 2:
-        return None
-    drawn = (
-        np.random.default_rng(0).multinomial(len(table), np.full(len(table), 1 / len(table)), draws) @ table
-    )
-    low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975])
-    return round(float(low), 4), round(float(high), 4)
 
 
 def _difference(piece: Piece, back: str) -> str:

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from personatlas.analysis.stats import LEVEL, wilson
+from personatlas.analysis.stats import LEVEL_TAILS, percentile_interval, resample, wilson_interval
 from personatlas.persona.artifacts import digest
 from personatlas.persona.errors import UserError
 from personatlas.persona.formats import Placed, find_column, read_table
@@ -167,13 +167,10 @@ def _drawn(
 
     draws = np.full((DRAWS, 4), np.nan)
     for row in draws:
-        w = np.bincount(generator.integers(0, groups, groups), minlength=groups)[group].astype(float)  # (N,)
+        w = np.bincount(resample(groups, generator), minlength=groups)[group].astype(float)  # (N,)
         row[:] = figures(w)
     kept = [column[np.isfinite(column)] for column in draws.T]
-    ends = [
-        np.quantile(column, ((1 - LEVEL) / 2, (1 + LEVEL) / 2)) if len(column) else (np.nan, np.nan)
-        for column in kept
-    ]
+    ends = [percentile_interval(column, LEVEL_TAILS) if len(column) else (np.nan, np.nan) for column in kept]
     low, high = np.array(ends).T
     return np.array(figures(np.ones(len(y)))), low, high
 
@@ -194,7 +191,7 @@ def _bin(p: Floats) -> NDArray[np.intp]:
 
 
 def _share(successes: int, n: int) -> Figure:
-    return Figure(successes / n, *wilson(successes, n)) if n else Figure(None)
+    return Figure(successes / n, *wilson_interval(successes, n)) if n else Figure(None)
 
 
 def _plain(value: float) -> float | None:

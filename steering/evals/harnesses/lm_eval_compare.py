@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from personatlas.analysis.stats import cluster_draws, holm, no_loss, none_differ, paired_change
+from personatlas.analysis.stats import cluster_bootstrap, equivalence_p, holm, paired_change, zero_count_bound
 
 Outcome = tuple[float, float]  # sum, count
 FLIPS = 10_000
@@ -75,16 +75,16 @@ def _change(before: NDArray[np.float64], after: NDArray[np.float64], margin: flo
     samples = [str(place) for place in range(len(before))]
     found = paired_change(before.tolist(), after.tolist(), samples, samples)
     change = after - before
-    draws = cluster_draws(change, samples, samples)
+    draws = cluster_bootstrap(change, samples, samples)
     return {
         "change": found.value, "interval": [found.low, found.high], "p": flip_p(change) if found.p != found.p else found.p,
-        "tost_p": no_loss(draws, found.value, margin, len(change)), "smallest": found.smallest,
+        "tost_p": equivalence_p(draws, found.value, margin, len(change)), "smallest": found.smallest,
     }  # fmt: skip
 
 
 def _same(n: int, margin: float) -> dict[str, Any]:
     """What n samples say of which none differs."""
-    least = none_differ(n)
+    least = zero_count_bound(n)
     return {
         "change": 0.0, "interval": [-least, least], "p": 1.0, "tost_p": float((1 - margin) ** n), "smallest": least
     }  # fmt: skip

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from personatlas.analysis.stats import bootstrap_sums, percentile_interval
 from personatlas.persona.axis import Axis, PersonaSpace
 from personatlas.persona.errors import UserError
 from personatlas.persona.judges.base import Item
@@ -279,7 +280,5 @@ def difference(
 
 
 def _interval(part: np.ndarray, whole: np.ndarray) -> tuple[float, float]:
-    draws = np.random.default_rng(0).integers(0, len(part), (SAMPLES, len(part)))
-    shares = part[draws].sum(1) / np.maximum(whole[draws].sum(1), 1)
-    low, high = np.quantile(shares, (0.025, 0.975))
-    return float(low), float(high)
+    parts, wholes = bootstrap_sums(part, whole, samples=SAMPLES)
+    return percentile_interval(parts / np.maximum(wholes, 1))
