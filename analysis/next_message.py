@@ -13,12 +13,12 @@ shuffled targets, and the ceiling, i.e. the share of variance that samples of th
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from personatlas.analysis.stats import Array, cluster_weights, percentile_interval
+from personatlas.persona.records import JsonRecord
 
 FOLDS, INNER_FOLDS = 5, 4
 ALPHAS = tuple(float(alpha) for alpha in 10.0 ** np.arange(-3, 5))
@@ -41,7 +41,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class R2:
+class R2(JsonRecord):
     """Out-of-fold R2 with its 95% interval over scripts."""
 
     r2: float
@@ -50,7 +50,7 @@ class R2:
 
 
 @dataclass(frozen=True)
-class ShuffledR2:
+class ShuffledR2(JsonRecord):
     """Mean and maximum R2 of n shuffles of the targets."""
 
     mean: float
@@ -70,15 +70,11 @@ class Prediction(R2):
     beyond_domain: R2
     shuffled: ShuffledR2
     ceiling: float | None
-    alphas: list[float]
+    alphas: tuple[float, ...]
     answers: int
     messages: int
     scripts: int
     folds: int
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns nested dictionaries of plain numbers."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -153,7 +149,7 @@ def _predict(answers: Sequence[tuple[Turn, float]], embed: Embedding | None) -> 
         beyond_domain=messages.r2(beyond[:, 0], domain[:, 0]),
         shuffled=ShuffledR2(float(np.mean(shuffled)), float(np.max(shuffled)), SHUFFLES),
         ceiling=messages.ceiling(),
-        alphas=alphas,
+        alphas=tuple(alphas),
         answers=int(messages.weights.sum()),
         messages=len(messages.texts),
         scripts=len(set(messages.scripts)),

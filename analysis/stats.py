@@ -8,14 +8,16 @@ the bootstrap resamples roles and requests, both at once (Owen 2007, "The pigeon
 by McNemar's exact test on the discordant pairs, equivalence by two one-sided tests against a margin (Schuirmann 1987).
 """
 
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 from scipy import stats
+
+from personatlas.persona.records import JsonRecord
 
 Array = NDArray[np.float64]
 
@@ -28,7 +30,7 @@ LEVEL_TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 
 
 @dataclass(frozen=True)
-class Interval:
+class Interval(JsonRecord):
     """An estimate with its 95% interval.
 
     `n` is the sample size behind it: bootstrap replicates in a fit, else values, pairs or clusters as the function that
@@ -40,14 +42,7 @@ class Interval:
     high: float | None
     n: int | None = None
 
-    def to_json(self) -> dict[str, float | None]:
-        """Returns `value`, `low`, `high` and `n`, None for NaN."""
-        return _plain(self)
-
-    @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> "Interval":
-        """Reads what `to_json` wrote; other keys are ignored."""
-        return cls(row["value"], row.get("low"), row.get("high"), row.get("n"))
+    omit_none: ClassVar[tuple[str, ...]] = ("n",)
 
 
 def percentile_interval(
@@ -118,7 +113,7 @@ def _draw_counts(n: int, samples: int, generator: Generator) -> NDArray[np.int64
 
 
 @dataclass(frozen=True)
-class Change:
+class Change(JsonRecord):
     """A mean difference over n pairs, after less before, with its 95% interval.
 
     `p` is of McNemar's exact test for outcomes that are 0 or 1, NaN for others. `smallest` is the difference that so
@@ -132,14 +127,6 @@ class Change:
     smallest: float
     n: int
     clusters: int
-
-    def to_json(self) -> dict[str, float | None]:
-        """Returns plain numbers, None for NaN."""
-        return _plain(self)
-
-
-def _plain(row: "Interval | Change") -> dict[str, float | None]:
-    return {name: None if value != value else value for name, value in asdict(row).items()}
 
 
 def paired_change(

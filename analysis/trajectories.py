@@ -10,7 +10,7 @@ comes from the same conversations with their turns in random order.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -25,12 +25,13 @@ from personatlas.analysis.stats import (
     weighted_means,
     wilson_interval,
 )
+from personatlas.persona.records import JsonRecord
 
 SHUFFLES = 400  # orders of turns
 
 
 @dataclass(frozen=True)
-class TurnMean:
+class TurnMean(JsonRecord):
     """Mean projection at a turn (from 1) over n conversations, with its 95% interval (None for a single script)."""
 
     turn: int
@@ -41,7 +42,7 @@ class TurnMean:
 
 
 @dataclass(frozen=True)
-class Slope:
+class Slope(JsonRecord):
     """Mean of n conversations' least-squares slopes (residual units per turn) with its 95% interval.
 
     `scripts` is the number of scripts, which are resampled (no interval for a single one); 95% of the mean slopes of
@@ -57,7 +58,7 @@ class Slope:
 
 
 @dataclass(frozen=True)
-class AlarmRate:
+class AlarmRate(JsonRecord):
     """How many of n conversations raise an alarm: share with Wilson interval, None without conversations.
 
     `first` is the median turn (from 1) of their first alarms. `on` holds, by turn, the share of the conversations that
@@ -70,12 +71,6 @@ class AlarmRate:
     n: int
     first: float | None
     on: tuple[float, ...]
-
-    def to_json(self) -> dict[str, float | list[float] | None]:
-        """Returns plain numbers and lists."""
-        return {
-            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
-        }
 
 
 def turn_means(values: Array, scripts: Sequence[str], seed: int = 0) -> list[TurnMean]:

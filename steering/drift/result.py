@@ -1,7 +1,7 @@
 """What a drift study found: trajectories, slopes, differences, alarms, what each arm wrote and cost, and what predicts the next turn."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -103,12 +103,12 @@ class _Table:
         """Means by turn, or mean differences to another arm, in the same conversations."""
         values = self.values(arm, names)
         change = values if less is None else values - self.values(less, names)
-        return [asdict(row) for row in turn_means(change, _scripts(names))]
+        return [row.to_json() for row in turn_means(change, _scripts(names))]
 
     def slope(self, arm: str, names: Sequence[str]) -> dict[str, Any] | None:
         """The mean slope."""
         found = slope(self.values(arm, names), _scripts(names))
-        return None if found is None else asdict(found)
+        return None if found is None else found.to_json()
 
     def mean(self, arm: str, names: Sequence[str]) -> dict[str, Any]:
         """The mean projection of all answers and, but for the model as it is, its difference to that."""
