@@ -3,22 +3,30 @@ PYTHON ?= python3
 BIN := .venv/bin
 PACKAGES := persona analysis steering training
 
-.PHONY: install demo demo-train test test-slow check format clean
+PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint requirements.lock
 
+.PHONY: .check install demo demo-train test test-slow check docs format clean
+
+# everything, for development; .venv/runs is what the package itself needs
 install: .venv/installed
 
-.venv/installed: pyproject.toml requirements.lock
+# Python compiles what is imported when it is imported: compiling every file of torch and transformers takes longer than the rest
+.venv/runs: pyproject.toml requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[dev]'
+	$(PIP) torch
+	$(PIP) --editable .
 	touch $@
 
-demo: install
+.venv/installed: .venv/runs
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+demo: .venv/runs
 	$(BIN)/personatlas axis smollm2-135m --plan demo --out runs/demo
 
 # a tokenizer, a GPT of 4 layers, its tuning to questions and answers, its axis, and a word with it
 DEMO := runs/demo-train
-demo-train: install
+demo-train: .venv/runs
 	$(BIN)/python -m personatlas.training.data.demo_text $(DEMO)/data
 	$(BIN)/personatlas train base --depth 4 --minutes 2 --corpus $(DEMO)/data/text --held-share 0.04 --vocabulary 1024 --context 256 --device cpu --out $(DEMO)/base
 	$(BIN)/personatlas train chat $(DEMO)/base --minutes 1 --data $(DEMO)/data/chats.jsonl --device cpu --out $(DEMO)/chat
@@ -32,19 +40,24 @@ test: install
 test-slow: install
 	$(BIN)/python -m pytest -m slow
 
-# mypy reads the packages under their installed names through links, since editable installs are opaque to it
-check: install
+# mypy and mkdocstrings read the packages under their installed names through links, since editable installs are opaque to them
+.check: install
 	mkdir -p .check/personatlas
 	for package in $(PACKAGES); do ln -sfn ../../$$package .check/personatlas/$$package; done
-	for file in cli __init__.py __main__.py py.typed; do ln -sfn ../../personatlas/$$file .check/personatlas/$$file; done
+	for file in cli api.py __init__.py __main__.py py.typed; do ln -sfn ../../personatlas/$$file .check/personatlas/$$file; done
+
+check: .check
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	cd .check && MYPYPATH=. ../$(BIN)/mypy --config-file ../pyproject.toml -p personatlas
 	$(BIN)/python -m pytest tests/test_architecture.py
+
+docs: .check
+	$(BIN)/mkdocs build --strict --quiet
 
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .check build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .check site build *.egg-info .mypy_cache .ruff_cache .pytest_cache
