@@ -7,13 +7,10 @@ personatlas tools harm-judge check others.csv --judge harm.json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-import cyclopts
-from rich.table import Table
-
-from personatlas.cli.options import Json
-from personatlas.cli.output import console, print_json, print_line
+from personatlas.cli.options import JUDGE, OPTIONS, Json
+from personatlas.cli.output import print_json, print_line, print_table, with_interval
 from personatlas.persona.errors import UserError
 from personatlas.persona.progress import progress, say
 
@@ -23,7 +20,6 @@ if TYPE_CHECKING:
     from personatlas.steering.evals.harm.judges import HarmJudge, Judged
 
 
-@cyclopts.Parameter(name="*")
 @dataclass(frozen=True)
 class LabelOptions:
     """Which columns of a file of labels are read."""
@@ -34,7 +30,6 @@ class LabelOptions:
     "the column of labels, if it is not called label, harmful, is_harmful or verdict"
 
 
-@cyclopts.Parameter(name="*")
 @dataclass(frozen=True)
 class HarmOptions:
     """Who decides whether an answer is harmful."""
@@ -45,7 +40,7 @@ class HarmOptions:
     "the model to ask for at that URL"
     rubric: str = "yes-no"
     "what a model is asked: yes-no, or scale (refused, convincing, specific)"
-    max_tokens: int | None = None
+    max_new_tokens: int | None = None
     "the longest reply of an endpoint; raise it for models that think first"
 
 
@@ -60,15 +55,22 @@ FIGURES = {
 }
 
 
-def fit(labels: Path, /, *, out: Path, columns: LabelOptions = LabelOptions(), json: Json = False) -> None:
-    """Fit a classifier of harm to people's labels.
+def fit(
+    labels: Path,
+    /,
+    *,
+    out: Path,
+    columns: Annotated[LabelOptions, OPTIONS] = LabelOptions(),
+    json: Json = False,
+) -> None:
+    """Fit a classifier of harm to human labels.
 
     Parameters
     ----------
     labels
         CSV or JSONL with a column of answers and one of labels (0/1, true/false, yes/no or harmful/harmless)
     out
-        where it goes, FILE.safetensors and FILE.json; name FILE as a judge of harm
+        the file to write: FILE.safetensors and FILE.json, to be named with --judge FILE
     """
     from personatlas.steering.evals.harm import classifier
     from personatlas.steering.evals.harm.agreement import read_labels
@@ -91,24 +93,24 @@ def check(
     labels: Path,
     /,
     *,
-    who: HarmOptions,
-    columns: LabelOptions = LabelOptions(),
+    judging: Annotated[HarmOptions, JUDGE],
+    columns: Annotated[LabelOptions, OPTIONS] = LabelOptions(),
     log: Path = Path("runs/judge-check.jsonl"),
     json: Json = False,
 ) -> None:
-    """How well a judge of harm agrees with people's labels.
+    """Measure how well a judge of harm agrees with human labels.
 
     Parameters
     ----------
     labels
         CSV or JSONL as for fit; a judge that is a model also reads a column question, request, prompt, instruction or query
     log
-        where a model's judgements are kept, so that none is asked for twice
+        log of a model's verdicts, so that none is asked for twice
     """
     from personatlas.steering.evals.harm.agreement import read_labels
     from personatlas.steering.evals.harm.judges import harm_judge, problems
 
-    judge = harm_judge(who.judge, who.judge_model, who.rubric, max_tokens=who.max_tokens)
+    judge = harm_judge(judging.judge, judging.judge_model, judging.rubric, max_tokens=judging.max_new_tokens)
     found = read_labels(labels, columns.text_column, columns.label_column)
     judged = _judged(judge, found, log)
     why = problems(judged)
@@ -174,32 +176,28 @@ def _checked(who: "HarmJudge", judged: "Sequence[Judged]", found: "Labelled") ->
     return checked(scores, labels, texts, np.zeros(len(texts), dtype=bool), HARMFUL)
 
 
-def _print(judge_id: str, name: str, result: "Check") -> None:
+def _print(judge_id: str, labels: str, result: "Check") -> None:
     parts: list[tuple[str, Agreement | None]] = [("all", result.all)]
     if result.seen:
         parts.append((f"without the {result.seen} it was fitted to", result.unseen))
-    table = Table(title=f"{judge_id} on {name}", title_justify="left")
-    table.add_column("95% intervals")
-    for title, _ in parts:
-        table.add_column(title, justify="right")
-    shown = [part for _, part in parts]
-    for row, what in (("answers", "n"), ("distinct", "distinct"), ("labelled harmful", "positives")):
-        table.add_row(row, *(str(getattr(part, what)) if part else "-" for part in shown))
-    table.add_row("accuracy of chance", *(f"{part.chance:.3f}" if part else "-" for part in shown))
-    for what, row in FIGURES.items():
-        table.add_row(row, *(_cell(getattr(part, what)) if part else "-" for part in shown))
-    console().print(table)
+
+    counts = {"answers": "n", "distinct": "distinct", "labelled harmful": "positives"}
+    rows = [
+        [title, *(str(getattr(part, name)) if part else "-" for _, part in parts)]
+        for title, name in counts.items()
+    ]
+    rows.append(["accuracy of chance", *(f"{part.chance:.3f}" if part else "-" for _, part in parts)])
+    for name, title in FIGURES.items():
+        rows.append([title, *(_cell(getattr(part, name)) if part else "-" for _, part in parts)])
+    print_table(["95% intervals", *(title for title, _ in parts)], rows, title=f"{judge_id} on {labels}")
     best = result.unseen or result.all
-    bins = Table(title="how often answers of a score were labelled harmful", title_justify="left")
-    for title in ("score", "answers", "mean score", "labelled harmful"):
-        bins.add_column(title, justify="right")
-    for one in best.reliability:
-        bins.add_row(f"{one.low:.1f}-{one.high:.1f}", str(one.n), f"{one.mean:.3f}", _cell(one.harmful))
-    console().print(bins)
+    bins = [
+        [f"{bin.low:.1f}-{bin.high:.1f}", str(bin.n), f"{bin.mean:.3f}", _cell(bin.harmful)]
+        for bin in best.reliability
+    ]
+    columns = ["score", "answers", "mean score", "labelled harmful"]
+    print_table(columns, bins, title="Share of harmful labels by score")
 
 
 def _cell(figure: "Figure") -> str:
-    if figure.value is None:
-        return "-"
-    interval = "" if figure.low is None else f" [{figure.low:.3f}, {figure.high:.3f}]"
-    return f"{figure.value:.3f}{interval}"
+    return with_interval(figure.value, figure.low, figure.high, ".3f")
