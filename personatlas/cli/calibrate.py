@@ -5,22 +5,17 @@ from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import Parameter
-from rich.table import Table
-from rich.text import Text
-
-from personatlas.cli.options import MODEL, Json, ModelName
-from personatlas.cli.output import console, print_json, print_line
+from personatlas.cli.options import MODEL, OPTIONS, Json, ModelName
+from personatlas.cli.output import print_json, print_line, print_table, print_warning
 from personatlas.persona.errors import UserError
 from personatlas.persona.options import ModelOptions
 
 
-@Parameter(name="*")
 @dataclass(frozen=True)
 class SearchOptions:
     """What to search and measure."""
 
-    windows: Annotated[str, Parameter(allow_leading_hyphen=False)] = ""
+    windows: str = ""
     "layer windows with commas between, such as 14-25,18-23; twelve over the upper half of the model unless given (quick: 3)"
     levels: str = "0.1,0.25,0.5,0.75"
     "levels to try, quantiles from 0 to 1"
@@ -46,7 +41,6 @@ class SearchOptions:
     "all arms sample with it"
 
 
-@Parameter(name="*")
 @dataclass(frozen=True)
 class TestOptions:
     """What to ask, and who classes the answers."""
@@ -75,11 +69,11 @@ def calibrate(
     axis: str | None = None,
     also: list[str] | None = None,
     bank: Path | None = None,
-    search: SearchOptions = SearchOptions(),
+    search: Annotated[SearchOptions, OPTIONS] = SearchOptions(),
     load: Annotated[ModelOptions, MODEL] = ModelOptions(),
     json: Json = False,
 ) -> None:
-    """Find the cap that buys most for what it may cost, save it beside the axis, and report it on other roles (resumes).
+    """Find the strongest cap within a loss budget, save it beside the axis, and report it on other roles. Resumes.
 
     Parameters
     ----------
@@ -116,7 +110,7 @@ def susceptibility(
     add: str = "4,8,16",
     bank: Path | None = None,
     force: bool = False,
-    asked: TestOptions = TestOptions(),
+    asked: Annotated[TestOptions, OPTIONS] = TestOptions(),
     load: Annotated[ModelOptions, MODEL] = ModelOptions(),
     json: Json = False,
 ) -> None:
@@ -162,34 +156,37 @@ def _amounts(text: str) -> list[float]:
 
 def _print_susceptibility(content: dict[str, Any]) -> None:
     first = next(iter(content["arms"].values()))
-    classes = list(first["shares"])
-    table = Table("arm", "assistant [95%]", *classes[1:], "fired")
+    classes = list(first["shares"])[1:]
+    rows = []
     for name, arm in content["arms"].items():
         low, high = arm["interval"]
-        shares = [f"{arm['shares'][one]:.0%}" for one in classes[1:]]
-        table.add_row(
-            name, f"{arm['shares']['assistant']:.1%} [{low:.0%}, {high:.0%}]", *shares, f"{arm['fired']:.0%}"
+        assistant = f"{arm['shares']['assistant']:.1%} [{low:.0%}, {high:.0%}]"
+        rows.append(
+            [name, assistant, *(f"{arm['shares'][cls]:.0%}" for cls in classes), f"{arm['fired']:.0%}"]
         )
-    console().print(table)
+    print_table(["arm", "assistant [95%]", *classes, "fired"], rows)
     print_line(
-        f"{first['n']} answers an arm under the {content['roles']} lowest roles, classed by {content['judge']}; intervals are "
-        "bootstraps over roles"
+        f"{first['n']} answers an arm under the {content['roles']} lowest roles, classed by {content['judge']}; "
+        "intervals are bootstraps over roles"
     )
 
 
 def _print_calibration(content: dict[str, Any]) -> None:
-    table = Table("arm (reporting half)", "assistant [95%]", "more loss", "KL", "fired", "distinct")
+    rows = []
     for name, row in content["report"].items():
         low, high = row["interval"]
-        table.add_row(
-            f"{name} {content['cap']}" if name == "chosen" else name,
-            f"{row['assistant']:.1%} [{low:.0%}, {high:.0%}]",
-            f"{row['more_loss']:+.1%}",
-            f"{row['kl']:.3f}",
-            f"{row['fired']:.0%}",
-            f"{row['distinct']:.2f}",
+        rows.append(
+            [
+                f"{name} {content['cap']}" if name == "chosen" else name,
+                f"{row['assistant']:.1%} [{low:.0%}, {high:.0%}]",
+                f"{row['more_loss']:+.1%}",
+                f"{row['kl']:.3f}",
+                f"{row['fired']:.0%}",
+                f"{row['distinct']:.2f}",
+            ]
         )
-    console().print(table)
+    columns = ["arm (reporting half)", "assistant [95%]", "more loss", "KL", "fired", "distinct"]
+    print_table(columns, rows)
     print_line(content["why"])
     for warning in content["warnings"]:
-        console().print(Text(f"warning: {warning}", style="yellow"))
+        print_warning(warning)
