@@ -16,14 +16,14 @@ from collections.abc import Callable
 import torch
 from transformers import DynamicCache, StaticCache
 
-from personatlas.persona.axis import Cap, load_axis
+from personatlas.persona.axis import load_axis
+from personatlas.persona.caps import parse_layers
+from personatlas.persona.interventions import Cap
 from personatlas.persona.models.load import Model, load_model
 from personatlas.persona.runs import axis_stem
 from personatlas.persona.sampling.cuda_graph import fastest_sampler
 from personatlas.persona.sampling.sampler import Prompt, Sampling
-from personatlas.steering.caps import layers_named
-from personatlas.steering.hooks.steering import steered
-from personatlas.steering.interventions import cap_of
+from personatlas.steering.hooks.steering import steer
 
 PROMPT = 32  # tokens
 
@@ -107,7 +107,7 @@ def compiled(model: Model, cap: Cap, batch: int, steps: int, repeats: int) -> No
             decode_plain()
 
     plain()
-    with steered(model, [cap]) as held:
+    with steer(model, [cap]) as held:
         capped = arm(capped_step)
 
         def seen() -> list[int]:
@@ -134,7 +134,7 @@ def sampled(model: Model, cap: Cap, batch: int, steps: int, repeats: int) -> Non
     ids = tuple(range(100, 100 + PROMPT))
     prompts = [Prompt(ids, seed) for seed in range(batch)]
     engines = [fastest_sampler(model, frozenset(), Sampling(max_new_tokens=steps), PROMPT) for _ in range(2)]
-    with steered(model, [cap]) as held:
+    with steer(model, [cap]) as held:
         list(engines[1].answers(prompts, held))
         print(f"          fired on {held.tally.share:.0%} of tokens times layers", flush=True)
 
@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument("--engines", default="compiled,sampler,hooks")
     given = parser.parse_args()
     model = load_model(given.model)
-    cap = cap_of(load_axis(axis_stem(given.axis)), layers_named(given.layers), 0.5)
+    cap = load_axis(axis_stem(given.axis)).quantile_cap(parse_layers(given.layers), 0.5)
     print(f"{model.id} in {model.dtype}, {len(cap.layers)} capped layers, {given.steps} steps", flush=True)
     engines = {"compiled": compiled, "sampler": sampled, "hooks": hooked}
     for name in given.engines.split(","):

@@ -1,12 +1,16 @@
-"""The nouns of persona space: `Axis`, `PersonaSpace` and the `Cap` that will act along an axis, with their files.
+"""`Axis` and `PersonaSpace`, their files, and the interventions that an axis makes along itself.
 
-    axis[l] = mean(default)[l] - mean over roles of their mean[l],   scaled to length 1   (arXiv 2601.10387, section 3)
+    axis[l] = mean(default)[l] - mean over roles of their mean[l],   scaled to length 1   (2601.10387, section 3)
 
 so a positive projection <h, v> lies toward the first pole ("assistant") and a negative one toward the second
 ("role-play"). A direction never travels without its layers, its sign, its poles and the model that it came from.
+
+    axis = load_axis(folder / "axis")
+    cap, add = axis.cap("p50@18-23"), axis.add(8.0, [21])
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +19,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from personatlas.persona.artifacts import load_tensors, save_tensors
+from personatlas.persona.caps import CapSpec, parse_cap_spec
 from personatlas.persona.errors import UserError
+from personatlas.persona.interventions import Ablate, Add, Cap, MeanAblate, load_cap, require_unit_rows
 
 POLES = ("assistant", "role-play")
+POPULATIONS = ("default", "roles")
+CAPS = "caps"  # the folder of saved caps beside an axis
+ENDINGS = (".json", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -25,8 +34,8 @@ class Axis:
     """A direction at every layer of a model.
 
     `vectors` are unit rows, + toward `poles[0]`; `norms` are the lengths before scaling (projection units);
-    `quantiles` are projections of the rollout means of the default and of the roles at `levels`, NaN where a layer
-    kept no rollout means; `layer` is the layer to use; `model` is `Model.describe()`.
+    `default_quantiles` and `role_quantiles` are projections of the rollout means at `levels`, NaN where a layer kept no
+    rollout means; `layer` is the layer to use; `model` is `Model.describe()`; `stem` is the path it was loaded from.
     """
 
     vectors: Float[Tensor, "L D"]
@@ -39,6 +48,7 @@ class Axis:
     role_quantiles: Float[Tensor, "L Q"] = field(default_factory=lambda: torch.empty(0, 0))
     poles: tuple[str, str] = POLES
     fit: dict[str, Any] = field(default_factory=dict)
+    stem: Path | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         n_layers, _ = self.vectors.shape
@@ -48,7 +58,7 @@ class Axis:
             )
         if self.layer not in self.layers:
             raise ValueError(f"the layer to use, {self.layer}, is not one of the axis ({self.layers})")
-        _require_unit_rows(self.vectors)
+        require_unit_rows(self.vectors)
 
     def at(self, layer: int) -> Float[Tensor, " D"]:
         """The unit vector at a layer; `UserError` when the axis does not have it."""
@@ -57,11 +67,149 @@ class Axis:
         return self.vectors[self.layers.index(layer)]
 
     def require_model(self, model: dict[str, Any]) -> None:
-        """Refuse a model that this axis was not fitted on: other weights, another depth or another width."""
+        """Raises `UserError` for a model that this axis was not fitted on: other weights, another depth or width."""
         require_origin("axis", self.model, model)
 
+    def require_sign(self, cap: Cap) -> None:
+        """Raises `UserError` for a cap whose vectors point away from the axis at a layer."""
+        for layer, vector in zip(cap.layers, cap.vectors, strict=True):
+            if layer in self.layers and cap.vectors.shape[1] == self.vectors.shape[1]:
+                cosine = float(vector @ self.at(layer))
+                if cosine < -0.5:
+                    raise UserError(
+                        f"this cap's vector at layer {layer} points away from {self.poles[0]} "
+                        f"(cosine {cosine:.2f} with the axis): its sign is turned"
+                    )
+
+    @property
+    def folder(self) -> Path:
+        """The folder that the axis was loaded from, with its persona space and caps/. `UserError` where there is none."""
+        if self.stem is None:
+            raise UserError("this axis was not loaded from a folder: save it and load it again")
+        return self.stem.parent
+
+    @property
+    def source(self) -> str:
+        """The last two parts of the path that the axis was loaded from; "" where there is none."""
+        return "" if self.stem is None else "/".join(self.stem.parts[-2:])
+
+    @property
+    def saved_caps(self) -> list[str]:
+        """Names of the caps saved beside this axis, in caps/ of the folder that it was loaded from."""
+        paths = (self.folder / CAPS).glob("*.json") if self.stem is not None else ()
+        return sorted(path.stem for path in paths if path.with_suffix(".safetensors").is_file())
+
+    def cap(self, spec: str, saved: Mapping[str, Cap] | None = None) -> Cap:
+        """The cap that a spec names (see `personatlas.persona.caps`).
+
+        Names are those of caps saved beside the axis or paths of cap files; with `saved`, the names in there and no path.
+        Raises `UserError` for a name that is unknown and for a level or layer that the axis does not have.
+        """
+        names = self.saved_caps if saved is None else list(saved)
+        parsed = parse_cap_spec(
+            spec, lambda text: text in names or (saved is None and _cap_file(text) is not None)
+        )
+        if parsed.name is None:
+            cap = self.quantile_cap(parsed.layers, parsed.level, parsed.population)
+        elif parsed.name in names:
+            cap = saved[parsed.name] if saved is not None else load_cap(self.folder / CAPS / parsed.name)
+        elif saved is None and (file := _cap_file(parsed.name)) is not None:
+            cap = load_cap(file)
+        else:
+            raise UserError(self._unknown_cap(parsed, names, files=saved is None))
+        return self.shift_cap(cap, parsed.shift) if parsed.shift else cap
+
+    def quantile_cap(
+        self,
+        layers: Iterable[int],
+        level: float,
+        population: str = "default",
+        phase: str = "both",
+        *,
+        spare_first: bool = True,
+    ) -> Cap:
+        """A cap whose floor at each layer is a quantile of a population's projections, as the axis keeps them.
+
+        `level` is in 0..1 and one of `levels`; `population` is "default" or "roles": whose mean projections of answers.
+        Raises `UserError` for a layer or level that the axis does not have.
+        """
+        layers = tuple(layers)
+        if population not in POPULATIONS:
+            raise UserError(f"population {population!r} is not one of {', '.join(POPULATIONS)}")
+        if not 0 <= level <= 1:
+            raise UserError(f"level {level} is outside 0..1: it is a quantile")
+        columns = [column for column, other in enumerate(self.levels) if abs(other - level) < 1e-9]
+        if not columns:
+            levels = ", ".join(map(str, self.levels)) or "none is"
+            raise UserError(f"level {level} is not kept in this axis ({levels})")
+        vectors = self._vectors(layers)
+        table = self.default_quantiles if population == "default" else self.role_quantiles
+        floor = table[[self.layers.index(layer) for layer in layers], columns[0]]
+        if not torch.isfinite(floor).all():
+            missing = [layer for layer, value in zip(layers, floor.tolist(), strict=True) if value != value]
+            raise UserError(
+                f"the axis keeps no quantiles at layers {missing}: no rollout means were kept there"
+            )
+        return Cap(
+            layers,
+            vectors,
+            floor,
+            level=level,
+            population=population,
+            phase=phase,
+            spare_first=spare_first,
+            model=self.model,
+        )
+
+    def shift_cap(self, cap: Cap, amount: float) -> Cap:
+        """The cap with all floors moved by `amount` interquartile ranges of the default's answers at their layers.
+
+        Raises `UserError` where the axis does not keep those quantiles, or a floor would lie above its ceiling.
+        """
+        if not {0.25, 0.75} <= set(self.levels) or not set(cap.layers) <= set(self.layers):
+            raise UserError(
+                "the axis does not keep the quartiles of the default's answers at this cap's layers"
+            )
+        rows = [self.layers.index(layer) for layer in cap.layers]
+        low, high = (self.default_quantiles[rows, self.levels.index(level)] for level in (0.25, 0.75))
+        step = amount * (high - low)
+        if not torch.isfinite(step).all():
+            raise UserError(
+                "the axis keeps no quartiles of the default's answers at some of this cap's layers"
+            )
+        prompt = None if cap.prompt_floor is None else cap.prompt_floor + step
+        try:
+            return replace(cap, floor=cap.floor + step, prompt_floor=prompt, level=None, calibration={})
+        except ValueError as error:  # a floor above its ceiling
+            raise UserError(f"this cap cannot be moved by {amount:g}: {error}") from None
+
+    def add(
+        self, amount: float, layers: Iterable[int], phase: str = "both", *, spare_first: bool = True
+    ) -> Add:
+        """Addition of `amount` (residual units) along the axis at each layer."""
+        layers = tuple(layers)
+        amounts = torch.full((len(layers),), float(amount))
+        return Add(
+            layers, self._vectors(layers), amounts, phase=phase, spare_first=spare_first, model=self.model
+        )
+
+    def ablate(self, layers: Iterable[int], phase: str = "both", *, spare_first: bool = True) -> Ablate:
+        """Ablation of the axis's direction at each layer."""
+        layers = tuple(layers)
+        return Ablate(layers, self._vectors(layers), phase=phase, spare_first=spare_first, model=self.model)
+
+    def mean_ablate(
+        self, means: Sequence[float], layers: Iterable[int], phase: str = "both", *, spare_first: bool = True
+    ) -> MeanAblate:
+        """Sets the projection on the axis to a mean for each layer."""
+        layers = tuple(layers)
+        mean = torch.tensor(means, dtype=torch.float32)
+        return MeanAblate(
+            layers, self._vectors(layers), mean, phase=phase, spare_first=spare_first, model=self.model
+        )
+
     def save(self, stem: Path) -> None:
-        """Write `stem.safetensors` and `stem.json`."""
+        """Writes `stem.safetensors` and `stem.json`."""
         tensors = {"vectors": self.vectors, "norms": self.norms}
         if self.levels:
             tensors |= {"default_quantiles": self.default_quantiles, "role_quantiles": self.role_quantiles}
@@ -72,6 +220,34 @@ class Axis:
             "levels": list(self.levels),
         }
         save_tensors(stem, tensors, {"kind": "axis", **meta, "poles": list(self.poles), "fit": self.fit})
+
+    def _vectors(self, layers: tuple[int, ...]) -> Float[Tensor, "C D"]:
+        if not layers:
+            raise UserError("an intervention needs at least one layer")
+        return torch.stack([self.at(layer) for layer in layers])
+
+    def _unknown_cap(self, spec: CapSpec, names: Sequence[str], *, files: bool) -> str:
+        """Why a name is no cap, and what would be one for this axis."""
+        name = str(spec.name)[:80]
+        level, _, layers = name.partition("@")
+        if layers and not level.split(":")[-1].startswith("p"):
+            return f"cap {name!r}: a level is written as p50 (the median), from p0 to p100, such as p50@18-23"
+        known = f"one of {', '.join(names)}" if names else "a name (there is no cap by name)"
+        if files and not names:
+            known = "a name (none is saved beside this axis; `personatlas calibrate RUN` makes some)"
+        example = f"p50@{self.layers[len(self.layers) // 2]}"
+        return (
+            f"cap {name!r} is not {known}{', a cap file' if files else ''}, or LEVEL@LAYERS such as {example} or "
+            "roles:p75@20,22, each with +0.2 or so behind it for higher floors"
+        )
+
+
+def _cap_file(text: str) -> Path | None:
+    """The path without its ending of a cap file, None where there is none."""
+    path = Path(text)
+    path = path.with_suffix("") if path.suffix in ENDINGS else path
+    files = [path.with_name(path.name + ending) for ending in ENDINGS] if path.name else []
+    return path if any(file.is_file() for file in files) else None
 
 
 def require_origin(what: str, origin: dict[str, Any], model: dict[str, Any], *, force: bool = False) -> None:
@@ -94,14 +270,6 @@ def require_origin(what: str, origin: dict[str, Any], model: dict[str, Any], *, 
         )
 
 
-def _require_unit_rows(vectors: Tensor) -> None:
-    lengths = vectors.double().norm(dim=1)  # NaN or infinite where a row holds either
-    if not torch.allclose(lengths, torch.ones_like(lengths), atol=1e-4):
-        raise ValueError(
-            f"vectors must be finite and of length 1, got {lengths.min():.4g} to {lengths.max():.4g}"
-        )
-
-
 def load_axis(stem: Path) -> Axis:
     """Read an axis written by `Axis.save`; `UserError` when it is missing, damaged or something else."""
     tensors, meta = load_tensors(stem, "axis")
@@ -115,6 +283,7 @@ def load_axis(stem: Path) -> Axis:
         levels=tuple(meta["levels"]),
         poles=(meta["poles"][0], meta["poles"][1]),
         fit=meta["fit"],
+        stem=stem,
         **quantiles,
     )
 
@@ -159,100 +328,3 @@ def load_space(stem: Path) -> PersonaSpace:
     """Read a space written by `PersonaSpace.save`."""
     tensors, meta = load_tensors(stem, "space")
     return PersonaSpace(layer=meta["layer"], roles=tuple(meta["roles"]), model=meta["model"], **tensors)
-
-
-@dataclass(frozen=True)
-class Cap:
-    """A floor (and maybe a ceiling) on the projection at some layers: h + v * clamp(floor - <h,v>, min=0).
-
-    `vectors` are unit rows toward the first pole. `level` and `population` say where the floor came from: the quantile (the
-    middle one where each layer has its own), and whose projections it was taken from. `phase` is the part of a conversation
-    that is capped; with `prompt_floor` the tokens of prompts have floors of their own. `spare_first` leaves the first token of
-    a sequence alone: it is an attention sink, whose residual is another matter than any other token's. `found` is what a
-    calibration says of this cap.
-    """
-
-    layers: tuple[int, ...]
-    vectors: Float[Tensor, "C D"]
-    floor: Float[Tensor, " C"]
-    ceiling: Float[Tensor, " C"] | None = None
-    prompt_floor: Float[Tensor, " C"] | None = None
-    level: float | None = None
-    population: str = "unknown"
-    phase: str = "both"
-    spare_first: bool = False
-    model: dict[str, Any] = field(default_factory=dict)
-    found: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.vectors.shape[0] != len(self.layers) or self.floor.shape != (len(self.layers),):
-            raise ValueError(
-                f"{len(self.layers)} layers, {self.vectors.shape[0]} vectors and {len(self.floor)} floors differ"
-            )
-        if len(set(self.layers)) != len(self.layers):
-            raise ValueError(f"a layer is named twice ({', '.join(map(str, self.layers))})")
-        floors = [self.floor] if self.prompt_floor is None else [self.floor, self.prompt_floor]
-        if not all((floor < float("inf")).all() for floor in floors):
-            raise ValueError("a floor is NaN or +infinity")
-        _require_unit_rows(self.vectors)  # the kernel lifts by |v|^2, so another length is another floor
-        if any(floor.shape != self.floor.shape for floor in floors):
-            raise ValueError("a prompt's floor is needed at every layer")
-        for floor in floors:
-            ceiling = floor if self.ceiling is None else self.ceiling
-            if ceiling.shape != floor.shape or not (floor <= ceiling).all():
-                raise ValueError("a ceiling is needed at every layer, and none may be NaN or below its floor")
-        if self.phase not in ("prompt", "answer", "both"):
-            raise ValueError(f"phase {self.phase!r} is not one of prompt, answer, both")
-        if self.prompt_floor is not None and self.phase != "both":
-            raise ValueError(
-                f"floors for prompts of their own are for a cap of both phases, this one is for {self.phase}"
-            )
-
-    def floor_of(self, row: int, side: str) -> float:
-        """The floor of a row's layer for tokens of the "prompt" or of the "answer"."""
-        floors = self.floor if self.prompt_floor is None or side == "answer" else self.prompt_floor
-        return float(floors[row])
-
-    def save(self, stem: Path) -> None:
-        """Write `stem.safetensors` and `stem.json`."""
-        tensors = {"vectors": self.vectors, "floor": self.floor}
-        for name in ("ceiling", "prompt_floor"):
-            if (own := getattr(self, name)) is not None:
-                tensors[name] = own
-        names = ("level", "population", "phase", "spare_first", "model", "found")
-        meta = {name: getattr(self, name) for name in names}
-        save_tensors(stem, tensors, {"kind": "cap", "layers": list(self.layers), **meta})
-
-
-def load_cap(stem: Path) -> Cap:
-    """Read a cap written by `Cap.save`; `UserError` when it is missing, damaged, or holds what no cap can."""
-    tensors, meta = load_tensors(stem, "cap")
-    try:
-        fields = {name: meta[name] for name in ("level", "population", "phase", "model")}
-        fields["spare_first"] = bool(meta.get("spare_first", False))
-        layers = tuple(int(layer) for layer in meta["layers"])
-        vectors, floor = tensors["vectors"], tensors["floor"]
-        found = meta.get("found", {})
-        return Cap(
-            layers, vectors, floor, tensors.get("ceiling"), tensors.get("prompt_floor"), **fields, found=found
-        )
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise UserError(f"{stem}.json is no cap that could be used: {_said(error)}") from None
-
-
-def _said(error: Exception) -> str:
-    return f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-
-
-def apply_cap(h: Float[Tensor, "*B D"], cap: Cap, row: int) -> Float[Tensor, "*B D"]:
-    """The kernel, plainly: h + v * clamp(floor - <h,v>, min=0) for the cap's `row`, in fp32, back in h's dtype.
-
-    All tokens are taken for an answer's. A token above the floor is returned bitwise as it was. It is the reference that engines are compared with.
-    """
-    vector = cap.vectors[row].to(h.device, torch.float32)
-    projection = h.float() @ vector
-    correction = (cap.floor[row].to(h.device) - projection).clamp(min=0)
-    if cap.ceiling is not None:
-        correction = correction + (cap.ceiling[row].to(h.device) - projection).clamp(max=0)
-    moved = (h.float() + correction[..., None] * vector).to(h.dtype)
-    return torch.where((correction != 0)[..., None], moved, h)

@@ -25,7 +25,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from personatlas.persona.artifacts import digest
-from personatlas.persona.axis import Axis, Cap
+from personatlas.persona.axis import Axis
+from personatlas.persona.interventions import Cap
 from personatlas.persona.errors import UserError, describe_value
 from personatlas.persona.formats import require_file
 

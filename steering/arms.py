@@ -13,15 +13,16 @@ from dataclasses import dataclass
 
 import torch
 
+from personatlas.persona.interventions import Interventions
 from personatlas.persona.models.chat_template import ChatFormat
 from personatlas.persona.models.load import Model
 from personatlas.persona.pipeline.stages import CPU_CHUNK, GPU_CHUNK
 from personatlas.persona.rollout import Request
 from personatlas.persona.sampling.cuda_graph import fastest_sampler
 from personatlas.persona.sampling.sampler import Answer, Prompt, Sampler, Sampling
-from personatlas.steering.hooks.steering import Plan, Tally, steered
+from personatlas.steering.hooks.steering import Tally, steer
 
-AS_IT_IS = "as it is"  # the arm without interventions, by this name everywhere
+BASELINE = "as it is"  # the arm without interventions, by this name everywhere
 
 
 def distinct(ids: Sequence[int], n: int = 1) -> float:
@@ -50,7 +51,7 @@ def run_arms(
     model: Model,
     chat: ChatFormat,
     requests: Sequence[Request],
-    arms: Mapping[str, Plan],
+    arms: Mapping[str, Interventions],
     sampling: Sampling,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Iterator[Arm]:
@@ -89,14 +90,14 @@ def _answered(
     model: Model,
     sampler: Sampler,
     prompts: Sequence[Prompt],
-    plans: Sequence[Plan],
+    plans: Sequence[Interventions],
     chunk: int,
     advance: Callable[[int], None],
 ) -> tuple[list[Answer], Tally | None]:
     """Answers to the prompts in their order, and the account of all of them."""
     answers: list[Answer] = []
     tallies: list[Tally] = []
-    with steered(model, *plans) if plans else nullcontext() as held:
+    with steer(model, *plans) if plans else nullcontext() as held:
         for first in range(0, len(prompts), chunk):
             part = prompts[first : first + chunk]
             found: list[Answer | None] = [None] * len(part)

@@ -21,15 +21,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from personatlas.analysis.html.page import write_page as write
-from personatlas.persona.axis import Axis, Cap
+from personatlas.persona.axis import Axis
+from personatlas.persona.caps import format_layers
 from personatlas.persona.errors import UserError
+from personatlas.persona.interventions import Cap, Interventions, apply_steps, steps_by_layer
 from personatlas.persona.models.chat_template import ChatFormat, Messages
 from personatlas.persona.models.load import Model, residual
 from personatlas.persona.sampling.cuda_graph import fastest_sampler
 from personatlas.persona.sampling.sampler import Prompt, Sampling
-from personatlas.steering.caps import layers_in_words
-from personatlas.steering.hooks.steering import Plan, Tally, steered
-from personatlas.steering.interventions import correct, steps_of
+from personatlas.steering.hooks.steering import Tally, steer
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def generate(
     model: Model,
     chat: ChatFormat,
     messages: Messages,
-    arms: Mapping[str, Plan],
+    arms: Mapping[str, Interventions],
     axis: Axis,
     sampling: Sampling,
     seed: int = 0,
@@ -91,7 +91,7 @@ def generate(
     sampler = fastest_sampler(model, chat.end_ids, sampling)  # proves its decoder before anything steers
     acting = [name for name, plan in arms.items() if plan]
     prompts = [Prompt(ids, seed, acting.index(name) if name in acting else -1) for name in arms]
-    with steered(model, *(arms[name] for name in acting)) if acting else nullcontext() as held:
+    with steer(model, *(arms[name] for name in acting)) if acting else nullcontext() as held:
         answers = sorted(sampler.answers(prompts, held), key=lambda answer: answer.index)
         tally = None if held is None else held.tally
     found = {}
@@ -104,11 +104,11 @@ def generate(
 
 @torch.no_grad()
 def trace(
-    model: Model, prompt: tuple[int, ...], answer: tuple[int, ...], interventions: Plan, axis: Axis
+    model: Model, prompt: tuple[int, ...], answer: tuple[int, ...], interventions: Interventions, axis: Axis
 ) -> Trace:
     """Read a conversation again with the interventions on. Raises `UserError` for an axis of another model."""
     axis.require_model(model.describe())
-    steps = steps_of(interventions)
+    steps = steps_by_layer(interventions)
     entered = {layer: torch.empty(0) for layer in sorted({axis.layer, *steps})}
 
     def keep(layer: int) -> Any:
@@ -118,7 +118,7 @@ def trace(
         return hook
 
     ids = torch.tensor([prompt + answer], device=model.device)
-    with steered(model, interventions) if interventions else nullcontext() as held:
+    with steer(model, interventions) if interventions else nullcontext() as held:
         # before the step at the layer
         handles = [model.blocks[layer].register_forward_hook(keep(layer), prepend=True) for layer in entered]
         try:
@@ -132,7 +132,7 @@ def trace(
     lengths = []
     for layer in sorted(steps):
         side = is_answer.to(entered[layer].device)
-        lengths.append(correct(entered[layer], steps[layer], ~side, side)[1][0].cpu())
+        lengths.append(apply_steps(entered[layer], steps[layer], ~side, side)[1][0].cpu())
     corrections = torch.stack(lengths) if lengths else torch.zeros(0, ids.shape[1])
     h = entered[axis.layer][0]
     projection = (h @ axis.at(axis.layer).to(h.device)).cpu()
@@ -182,7 +182,7 @@ def write_page(
         "floor_place": None if floor is None else 100 * placed(floor, low, high),
         "cap": {
             "name": name,
-            "layers": layers_in_words(cap.layers),
+            "layers": format_layers(cap.layers),
             "level": cap.level,
             "population": cap.population,
             "phase": cap.phase,

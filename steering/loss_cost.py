@@ -16,10 +16,11 @@ import torch
 
 from personatlas.analysis.stats import bootstrap_sums, percentile_interval
 from personatlas.persona.errors import UserError
+from personatlas.persona.interventions import Interventions
 from personatlas.persona.models.load import Model
 from personatlas.persona.rollout import Rollout
 from personatlas.steering.arms import joined
-from personatlas.steering.hooks.steering import Plan, Tally, steered
+from personatlas.steering.hooks.steering import Tally, steer
 from personatlas.steering.teacher_forcing import batches
 
 CPU_TOKENS, GPU_TOKENS = 1024, 8192  # padded tokens a batch: logits over the whole vocabulary are large
@@ -73,7 +74,7 @@ class Cost:
 def benign_costs(
     model: Model,
     texts: Sequence[Rollout],
-    arms: Mapping[str, Plan],
+    arms: Mapping[str, Interventions],
     advance: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Cost]:
     """Read all texts as the model is and in every arm (each with an intervention); sums are in the texts' order, and `advance` counts
@@ -95,7 +96,7 @@ def benign_costs(
         plain = batch.log_probs(model)
         before += batch.losses(plain)
         for name, plan in arms.items():
-            with steered(model, plan) as held:
+            with steer(model, plan) as held:
                 held.describe(batch.lengths, batch.starts)
                 now = batch.log_probs(model)
                 tallies[name].append(held.tally)

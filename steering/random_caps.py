@@ -18,10 +18,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from personatlas.persona.axis import Cap
+from personatlas.persona.interventions import Cap, Interventions
 from personatlas.persona.models.load import Model
 from personatlas.persona.rollout import Rollout
-from personatlas.steering.hooks.steering import Plan
 from personatlas.steering.teacher_forcing import projected, read_batches
 
 
@@ -45,7 +44,7 @@ def random_cap(
     """A cap of random unit directions at the same layers and phases that fires on such shares of the texts' tokens."""
     generator = torch.Generator().manual_seed(seed)
     vectors = normalize(torch.randn(cap.vectors.shape, generator=generator), dim=1)
-    blank = replace(cap, vectors=vectors, ceiling=None, level=None, population="random", found={})
+    blank = replace(cap, vectors=vectors, ceiling=None, level=None, population="random", calibration={})
     sides = _sides(model, cap, texts)
     floors: dict[str, list[float]] = {side: [] for side in sides}
     for row, layer in enumerate(cap.layers):
@@ -87,7 +86,7 @@ def _part(cap: Cap, rows: int) -> Cap:
 
 
 def _projections(
-    model: Model, texts: Sequence[Rollout], before: Plan, layer: int, vector: Tensor
+    model: Model, texts: Sequence[Rollout], before: Interventions, layer: int, vector: Tensor
 ) -> Float[Tensor, " M"]:
     """Projections of all tokens at a layer, batch after batch, with the plan on."""
     return torch.cat([places[batch.real] for batch, places in projected(model, texts, before, layer, vector)])

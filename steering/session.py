@@ -1,70 +1,64 @@
-"""A model loaded once with its chat format, an axis and caps, each checked to belong to the others."""
+"""A model with its axis and caps, each checked to belong to the others.
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+steered = load_steered_model("smollm2-135m", ModelOptions(), "smollm2-135m", ["p50@18-23"])
+steered = steered_model(model, axis, [axis.cap("p50@18-23")])       # of a model that is loaded already
+"""
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from personatlas.persona.axis import Axis, load_axis, require_origin
+from personatlas.persona.interventions import Cap
+from personatlas.persona.models.chat_template import ChatFormat, chat_format
+from personatlas.persona.models.load import Model, load_model
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.progress import say
-
-
-class SteeredModel:
-    """A model with an axis and caps that were checked to belong to it."""
-
-    def __init__(self, model: Any, chat: Any, axis: Any, stem: Path, caps: list[Any]) -> None:
-        self.model, self.chat, self.axis, self.stem, self.caps = model, chat, axis, stem, caps
-
-
-def load_steered_model(
-    model: str, how: ModelOptions, axis: str, caps: list[str], *, force: bool = False
-) -> SteeredModel:
-    """Load axis, caps and model, the cheap ones first, and prove that every cap binds. Raises `UserError` for what does not
-    belong together; `force` lets another weight format of the same model pass."""
-    from dataclasses import replace
-
-    from personatlas.persona.axis import load_axis, require_origin
-    from personatlas.persona.models.load import load_model
-    from personatlas.persona.runs import axis_stem
-    from personatlas.steering.caps import cap_named, require_cap
-    from personatlas.steering.hooks.binding_check import require_binding
-
-    stem = axis_stem(axis)
-    along = load_axis(stem)
-    held = [cap_named(cap, along, stem) for cap in caps]
-    decoder = load_model(model, device=how.device, dtype=how.dtype, chat_template=how.chat_template)
-    own = decoder.describe()
-    require_origin("axis", along.model, own, force=force)
-    for name, cap in zip(caps, held, strict=True):
-        require_origin("cap", cap.model, own, force=force)
-        if cap.model.get("fingerprint") is None:
-            say(f"the cap {name} does not say which weights it was made for: only its size was checked")
-        require_cap(cap, along)
-    if force:
-        along, held = replace(along, model=own), [replace(cap, model=own) for cap in held]
-    for cap in held:
-        require_binding(decoder, [cap])
-    return SteeredModel(decoder, _chat(decoder), along, stem, held)
-
-
-def _chat(model: Any) -> Any:
-    from personatlas.persona.models.chat_template import chat_format
-
-    config = model.hf.generation_config
-    return chat_format(model.tokenizer, config.eos_token_id if config is not None else None)
+from personatlas.persona.runs import axis_stem
+from personatlas.steering.hooks.binding_check import require_binding
 
 
 @dataclass(frozen=True)
-class BaselineModel:
-    """A model without an axis, in the place of `SteeredModel`."""
+class SteeredModel:
+    """A model, its chat format, an axis of it, and caps that were proved to bind on it."""
 
-    model: Any
-    chat: Any
-    caps: tuple[()] = ()
+    model: Model
+    chat: ChatFormat
+    axis: Axis
+    caps: tuple[Cap, ...] = ()
 
 
-def load_baseline(model: str, how: ModelOptions) -> BaselineModel:
-    """Load a model that nothing is to be done to."""
-    from personatlas.persona.models.load import load_model
+def load_steered_model(
+    name: str, load: ModelOptions, axis: str, caps: Sequence[str] = (), *, force: bool = False
+) -> SteeredModel:
+    """Loads axis, caps and model, the cheap ones first, and proves that every cap binds.
 
-    decoder = load_model(model, device=how.device, dtype=how.dtype, chat_template=how.chat_template)
-    return BaselineModel(decoder, _chat(decoder))
+    `axis` is a run folder, an axis file or a packaged axis; `caps` are cap specs. `force` lets another weight format of
+    the same model pass. Raises `UserError` for what does not belong together.
+    """
+    loaded_axis = load_axis(axis_stem(axis))
+    loaded_caps = [loaded_axis.cap(spec) for spec in caps]
+    model = load_model(name, device=load.device, dtype=load.dtype, chat_template=load.chat_template)
+    for spec, cap in zip(caps, loaded_caps, strict=True):
+        if cap.model.get("fingerprint") is None:
+            say(f"the cap {spec} does not say which weights it was made for: only its size was checked")
+    return steered_model(model, loaded_axis, loaded_caps, force=force)
+
+
+def steered_model(model: Model, axis: Axis, caps: Sequence[Cap] = (), *, force: bool = False) -> SteeredModel:
+    """Checks that axis and caps belong to the model and that every cap binds. Raises `UserError` otherwise."""
+    description = model.describe()
+    require_origin("axis", axis.model, description, force=force)
+    for cap in caps:
+        require_origin("cap", cap.model, description, force=force)
+        axis.require_sign(cap)
+    if force:
+        axis, caps = replace(axis, model=description), [replace(cap, model=description) for cap in caps]
+    for cap in caps:
+        require_binding(model, [cap])
+    return SteeredModel(model, load_chat(model), axis, tuple(caps))
+
+
+def load_chat(model: Model) -> ChatFormat:
+    """The model's chat format, with the end tokens of its generation config."""
+    config = model.hf.generation_config
+    return chat_format(model.tokenizer, config.eos_token_id if config is not None else None)

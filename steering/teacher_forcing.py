@@ -18,10 +18,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from personatlas.persona.interventions import Interventions
 from personatlas.persona.models.load import Model, residual
 from personatlas.persona.rollout import Rollout
 from personatlas.persona.sampling.sampler import batch_end, batch_tokens, pad
-from personatlas.steering.hooks.steering import Plan, steered
+from personatlas.steering.hooks.steering import steer
 
 
 class Texts:
@@ -100,7 +101,7 @@ def read_batches(model: Model, texts: Sequence[Rollout]) -> Iterator[Texts]:
 
 @torch.no_grad()
 def projected(
-    model: Model, texts: Sequence[Rollout], plan: Plan, layer: int, vector: Float[Tensor, " D"]
+    model: Model, texts: Sequence[Rollout], plan: Interventions, layer: int, vector: Float[Tensor, " D"]
 ) -> Iterator[tuple[Texts, Float[Tensor, "B T"]]]:
     """Batch after batch with <h, v> at a layer, fp32 on the CPU; padding's values mean nothing."""
     kept: list[Tensor] = []
@@ -114,7 +115,7 @@ def projected(
             keep
         )  # before the plan's own hook, and so before its step
         try:
-            with steered(model, plan) if plan else nullcontext() as held:
+            with steer(model, plan) if plan else nullcontext() as held:
                 if held is not None:
                     held.describe(batch.lengths, batch.starts)
                 model.base(input_ids=batch.ids, use_cache=False)
@@ -124,7 +125,7 @@ def projected(
 
 
 def mean_projections(
-    model: Model, texts: Sequence[Rollout], plan: Plan, layer: int, vector: Float[Tensor, " D"]
+    model: Model, texts: Sequence[Rollout], plan: Interventions, layer: int, vector: Float[Tensor, " D"]
 ) -> list[float]:
     """Mean over each text's answer tokens, in the texts' order; NaN for an empty answer."""
     found = [float("nan")] * len(texts)

@@ -6,10 +6,10 @@ from families import tiny_model
 from test_record import by_hand, made_up, recorded
 from test_sampler import ENDS, SAMPLING, answers
 from test_serve_engine import LONG, PROMPTS, Listener, alone
-from test_steering import axis_of
 from test_step import in_a_compiled_forward
+from tiny_axis import axis_of
 
-from personatlas.persona.axis import Cap
+from personatlas.persona.interventions import Ablate, Add, Cap
 from personatlas.persona.pipeline.record import span_sum, span_sum_plainly
 from personatlas.persona.sampling.cuda_graph import GraphSampler
 from personatlas.persona.sampling.next_token import draw_plainly, row_noise
@@ -18,7 +18,6 @@ from personatlas.steering.generate import trace
 from personatlas.steering.hooks.binding_check import run_cap_test
 from personatlas.steering.hooks.step import Account, Batch, act, act_plainly, book
 from personatlas.steering.hooks.tables import tables_of
-from personatlas.steering.interventions import Ablate, Add, cap_of
 from personatlas.steering.serve.engine.scheduler import Engine, EngineLimits, GenerationRequest, PrefillEvent
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -107,10 +106,10 @@ def test_the_steering_kernel_is_its_plain_twin(dtype, d_model, tokens, n_plans):
     vectors = torch.nn.functional.normalize(torch.randn(3, d_model, generator=generator), dim=1)
     floors = torch.randn(n_plans, 3, generator=generator)
     plans = [
-        [Cap((0,), vectors[:1], floors[i, :1]), Add((0,), vectors[1:2], floors[i, 1:2], "answer")]
+        [Cap((0,), vectors[:1], floors[i, :1]), Add((0,), vectors[1:2], floors[i, 1:2], phase="answer")]
         for i in range(n_plans)
     ]
-    plans[0].append(Ablate((0,), vectors[2:], "prompt", spare_first=True))
+    plans[0].append(Ablate((0,), vectors[2:], phase="prompt", spare_first=True))
     table = tables_of(plans).at(0).to(torch.device("cuda"))
     rows = 33
     h = torch.randn(rows, tokens, d_model, generator=generator).to("cuda", dtype)
@@ -150,7 +149,7 @@ def test_rows_that_come_and_go_in_captured_steps_get_what_they_would_get_alone(f
     model = tiny_model(family, device="cuda")
     axis, listener = axis_of(tiny_model(family)), Listener()
     engine = Engine(
-        model, ENDS, axis, {"mild": cap_of(axis, (0, 1), 0.5)}, EngineLimits(slots=6, length=256), listener
+        model, ENDS, axis, {"mild": axis.quantile_cap((0, 1), 0.5)}, EngineLimits(slots=6, length=256), listener
     )
     cap = engine.plans.wanted("mild")
     asks = [

@@ -361,7 +361,7 @@ def _inspect_verb_print(found: dict[str, Any]) -> None:
         out.print(Text(f"log: {arm['log']}"), soft_wrap=True)
 
 
-AS_IT_IS = "as it is"  # `arms.AS_IT_IS`, whose module needs torch, which `--help` does not load
+BASELINE = "as it is"  # `arms.BASELINE`, whose module needs torch, which `--help` does not load
 LEVEL = 0.05  # of an adjusted p
 
 
@@ -415,8 +415,9 @@ def lm_eval(
     force
         use an axis of the same model in another weight format
     """
+    from personatlas.persona.models.load import load_model
     from personatlas.steering.evals.harnesses.lm_eval_tasks import require_asked, require_lm_eval
-    from personatlas.steering.session import load_baseline, load_steered_model
+    from personatlas.steering.session import load_steered_model
 
     require_lm_eval()
     names, files, caps = task_names(tasks), data_files(asked.data), _lm_eval_verb_caps(cap or [], axis)
@@ -424,11 +425,10 @@ def lm_eval(
     folder = asked.out or default_folder(model) / "evals"
 
     def load_arms() -> Any:
-        return (
-            load_baseline(model, load)
-            if axis is None
-            else load_steered_model(model, load, axis, caps, force=force)
-        )
+        if axis is None:
+            return load_model(model, device=load.device, dtype=load.dtype, chat_template=load.chat_template), ()
+        steered = load_steered_model(model, load, axis, caps, force=force)
+        return steered.model, steered.caps
 
     content = _lm_eval_verb_run(load_arms, caps, names, files, folder, asked)
     print_json(content) if json else _lm_eval_verb_print(content, folder)
@@ -443,15 +443,16 @@ def _lm_eval_verb_run(
     asked: TaskOptions_of_lm_eval_verb,
 ) -> dict[str, Any]:
     from personatlas.steering.evals.harnesses.lm_eval import Asked, run_tasks
+    from personatlas.steering.session import load_chat
 
     settings = Asked(
         asked.limit, not asked.raw, asked.fewshot, asked.max_new_tokens, asked.margin
     )  # before the model
-    held = load()
-    arms = {AS_IT_IS: []} | {name: [own] for name, own in zip(caps, held.caps, strict=True)}
+    decoder, loaded_caps = load()
+    arms = {BASELINE: []} | {name: [own] for name, own in zip(caps, loaded_caps, strict=True)}
     return run_tasks(
-        held.model,
-        held.chat,
+        decoder,
+        load_chat(decoder),
         arms,
         names,
         data=files,
@@ -464,7 +465,7 @@ def _lm_eval_verb_run(
 def _lm_eval_verb_caps(given: list[str], axis: str | None) -> list[str]:
     if axis is None and given:
         raise UserError(f"--cap {given[0]} needs --axis: along which axis?")
-    wrong = [name for name in given if given.count(name) > 1 or name == AS_IT_IS]
+    wrong = [name for name in given if given.count(name) > 1 or name == BASELINE]
     if wrong:
         raise UserError(f"--cap {wrong[0]!r} is given twice, or is the name of the uncapped arm")
     return given or ([] if axis is None else ["assistant"])
@@ -490,7 +491,7 @@ def _lm_eval_verb_print(content: dict[str, Any], folder: Path) -> None:
     out = console()
     for name, task in content["tasks"].items():
         table = Table(
-            Column("metric", overflow="fold"), Column("arm", overflow="fold", min_width=len(AS_IT_IS)), "value", "change [95%]", "p", "shows",
+            Column("metric", overflow="fold"), Column("arm", overflow="fold", min_width=len(BASELINE)), "value", "change [95%]", "p", "shows",
             "no loss", title=Text(f"{name}, {task['n']} samples"), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0),
         )  # fmt: skip
         for metric, told in task["metrics"].items():
@@ -528,7 +529,7 @@ def _changed(row: dict[str, Any]) -> tuple[str, str, str, str]:
 
 
 def _never_fired(content: dict[str, Any]) -> list[str]:
-    arms = [arm for arm in content["arms"] if arm != AS_IT_IS]
+    arms = [arm for arm in content["arms"] if arm != BASELINE]
     accounts = {arm: [task["account"][arm]["fired"] for task in content["tasks"].values()] for arm in arms}
     return [
         f"the cap {arm} never fired: every token stayed above its floor"

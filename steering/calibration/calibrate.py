@@ -12,14 +12,16 @@ The stage of a run that makes a cap: from a run folder to caps/NAME, calibration
 content = calibrated(Path("runs/smollm2-135m"), "assistant", None, [], None, SearchOptions(), ModelOptions())
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from personatlas.persona.artifacts import write_json
-from personatlas.persona.axis import Axis, Cap, PersonaSpace, load_axis, load_space
+from personatlas.persona.axis import CAPS, Axis, PersonaSpace, load_axis, load_space
 from personatlas.persona.errors import UserError
+from personatlas.persona.interventions import BASELINE, Cap, Interventions
 from personatlas.persona.models.chat_template import chat_format
 from personatlas.persona.models.load import Model, load_model
 from personatlas.persona.options import ModelOptions
@@ -28,13 +30,11 @@ from personatlas.persona.roles.bank import Bank, load_bank
 from personatlas.persona.rollout import Rollout, read_rollouts, spread, without_poles
 from personatlas.persona.runs import axis_stem, open_run, versions
 from personatlas.persona.sampling.sampler import Sampling
-from personatlas.steering.arms import AS_IT_IS
 from personatlas.steering.calibration.fit_floors import Descent, Floors, wanted_texts
 from personatlas.steering.calibration.grid_search import Candidate, Sweep, Tried, windows_of
 from personatlas.steering.calibration.measure import Half, Trial, halved
 from personatlas.steering.calibration.page import write_calibration_page
 from personatlas.steering.calibration.quantile_floors import Projections, read_projections
-from personatlas.steering.caps import cap_named, caps_folder, windows_named
 from personatlas.steering.evals.suites.identity import (
     Susceptibility,
     difference,
@@ -42,8 +42,6 @@ from personatlas.steering.evals.suites.identity import (
     lowest_roles,
 )
 from personatlas.steering.hooks.binding_check import require_binding
-from personatlas.steering.hooks.steering import Plan
-from personatlas.steering.interventions import Add
 from personatlas.steering.random_caps import fired_shares, random_cap
 
 CHOOSE, REPORT = "choose", "report"
@@ -110,7 +108,7 @@ def calibrate(
     floors are to make likely (none are fitted without it). `also` are caps to report beside the chosen one.
     """
     sweep, cap, best = _chosen(trial, axis, places, wanted, settings)
-    before = trial.gains({AS_IT_IS: []}, CHOOSE)[AS_IT_IS]
+    before = trial.gains({BASELINE: []}, CHOOSE)[BASELINE]
     reported, arms = _report(trial, axis, cap, mixed, also)
     content = {
         "cap": best.candidate.name,
@@ -130,11 +128,11 @@ def calibrate(
         "name": best.candidate.name,
         "levels": None if best.candidate.fitted else list(best.candidate.levels),
         "budget": settings.budget,
-        "assistant": [reported[AS_IT_IS]["assistant"], chosen["assistant"]],
+        "assistant": [reported[BASELINE]["assistant"], chosen["assistant"]],
         "more_loss": chosen["more_loss"],
         "fired": chosen["fired"],
     }
-    return replace(cap, found=found), content
+    return replace(cap, calibration=found), content
 
 
 def _windows(settings: Settings, axis: Axis, n_layers: int) -> list[tuple[int, int]]:
@@ -188,18 +186,18 @@ def _fitted_layers(settings: Settings, axis: Axis, n_layers: int) -> tuple[int, 
 
 def _report(
     trial: Trial, axis: Axis, cap: Cap, mixed: Sequence[Rollout], also: Mapping[str, Cap]
-) -> tuple[dict[str, Any], dict[str, Plan]]:
+) -> tuple[dict[str, Any], dict[str, Interventions]]:
     """What every arm gains and costs on the reporting half, and the arms."""
     shares = fired_shares(trial.model, cap, mixed)
-    arms: dict[str, Plan] = {AS_IT_IS: [], "chosen": [cap]}
+    arms: dict[str, Interventions] = {BASELINE: [], "chosen": [cap]}
     arms |= {f"random {seed}": [random_cap(trial.model, cap, shares, mixed, seed)] for seed in RANDOM_SEEDS}
-    arms |= {f"add {amount:g}": [Add.along(axis, (axis.layer,), amount)] for amount in ADDED}
+    arms |= {f"add {amount:g}": [axis.add(amount, (axis.layer,))] for amount in ADDED}
     arms |= {name: [one] for name, one in also.items()}
     gains = trial.gains(arms, REPORT)
     costs = trial.costs({name: plan for name, plan in arms.items() if plan}, REPORT)
     found: dict[str, Any] = {}
     for name, gain in gains.items():
-        change = difference(gain, gains[AS_IT_IS])
+        change = difference(gain, gains[BASELINE])
         found[name] = _gained(gain) | {"change": change[0], "change_interval": list(change[1:])}
         if name in costs:
             cost = costs[name]
@@ -290,7 +288,7 @@ def _sizes(half: Half) -> dict[str, int]:
     return {"roles": roles, "answers": len(half.requests), "texts": len(half.texts)}
 
 
-def _examples(trial: Trial, arms: Mapping[str, Plan]) -> list[dict[str, str]]:
+def _examples(trial: Trial, arms: Mapping[str, Interventions]) -> list[dict[str, str]]:
     """Answers of the reporting half as they are and under the chosen cap: one a role, the questions in turn, not chosen."""
     requests = trial.halves[REPORT].requests
     plain, capped = trial.texts([], REPORT), trial.texts(arms["chosen"], REPORT)
@@ -299,7 +297,7 @@ def _examples(trial: Trial, arms: Mapping[str, Plan]) -> list[dict[str, str]]:
         role, number, question, _ = request.key.split("/")
         if number == "0" and role not in found and question == f"identity{len(found) % 5}":
             said = {"role": role, "question": request.messages[-1]["content"]}
-            found[role] = said | {AS_IT_IS: plain[place], "capped": capped[place]}
+            found[role] = said | {BASELINE: plain[place], "capped": capped[place]}
     return list(found.values())
 
 
@@ -331,7 +329,7 @@ def calibrated(
             raise UserError(f"{run} has no run.json with rollouts; make them first with `personatlas axis`")
         stem = axis_stem(axis or str(run))
         along, space = load_axis(stem), load_space(stem.with_name("space"))
-        extra = {text: cap_named(text, along, stem) for text in also}
+        extra = {text: along.cap(text) for text in also}
         chosen_bank = load_bank(bank)
         default, roles = _populations(read_rollouts(run), chosen_bank, run)
         model = load_model(
@@ -355,8 +353,8 @@ def calibrated(
         if asked_for and not wanted:
             say("no floors by gradient: the default never calls itself an assistant when asked who it is")
         cap, content = calibrate(trial, along, places, mixed, wanted, settings, extra)
-        caps_folder(run / "axis").mkdir(exist_ok=True)
-        saved = caps_folder(run / "axis") / name
+        (run / CAPS).mkdir(exist_ok=True)
+        saved = run / CAPS / name
         cap.save(saved)
         content |= {"name": name, "saved": f"{saved}.safetensors", "page": str(run / "calibration.html")}
         content["versions"] = versions()
@@ -381,7 +379,7 @@ def _settings(search: Any) -> Settings:
             raise UserError(f"--{option} {sizes[option]} is below {least}")
     if not 0 < search.budget < 10:
         raise UserError(f"--budget {search.budget} is not between 0 and 10: 0.05 is 5% more loss")
-    windows = windows_named([part for part in search.windows.split(",") if part.strip()])
+    windows = tuple(_window(part) for part in search.windows.split(",") if part.strip())
     sampling = Sampling(search.max_new_tokens, search.temperature)
     return Settings(
         windows,
@@ -393,6 +391,14 @@ def _settings(search: Any) -> Settings:
         sampling=sampling,
         quick=search.quick,
     )
+
+
+def _window(text: str) -> tuple[int, int]:
+    """A window in words: "18-23" is (18, 23)."""
+    match = re.fullmatch(r"\s*(\d+)-(\d+)\s*", text)
+    if match is None or int(match[1]) > int(match[2]):
+        raise UserError(f"--windows {text!r} is not FIRST-LAST, such as 18-23")
+    return int(match[1]), int(match[2])
 
 
 def _populations(rollouts: Sequence[Rollout], bank: Bank, run: Path) -> tuple[list[Rollout], list[Rollout]]:

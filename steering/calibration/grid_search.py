@@ -14,8 +14,8 @@ The winner has the highest gain of all that cost no more than the budget.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from personatlas.persona.axis import Cap
 from personatlas.persona.errors import UserError
+from personatlas.persona.interventions import Cap
 from personatlas.steering.calibration.measure import Trial
 from personatlas.steering.evals.suites.identity import Susceptibility
 from personatlas.steering.loss_cost import Cost

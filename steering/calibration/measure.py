@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from personatlas.persona.axis import Axis
+from personatlas.persona.interventions import Interventions, interventions_digest
 from personatlas.persona.logs import append_lines, read_lines
 from personatlas.persona.models.chat_template import ChatFormat
 from personatlas.persona.models.load import Model
@@ -27,8 +28,6 @@ from personatlas.steering.arms import run_arms
 from personatlas.steering.calibration.fit_floors import Descent, Floors, fitted
 from personatlas.steering.calibration.quantile_floors import Projections
 from personatlas.steering.evals.suites.identity import Susceptibility, measure
-from personatlas.steering.hooks.steering import Plan
-from personatlas.steering.interventions import plan_digest
 from personatlas.steering.loss_cost import Cost, benign_costs
 
 AT_ONCE = (
@@ -58,7 +57,7 @@ class Trial:
     def _model(self) -> dict[str, Any]:
         return {**self.model.describe(), "dtype": str(self.model.dtype), "device": self.model.device.type}
 
-    def gains(self, arms: Mapping[str, Plan], half: str) -> dict[str, Susceptibility]:
+    def gains(self, arms: Mapping[str, Interventions], half: str) -> dict[str, Susceptibility]:
         """Who the answers say that they are, by arm; an arm without interventions is the model as it is."""
         requests = self.halves[half].requests
         asked = [asdict(request) for request in requests], asdict(self.sampling)
@@ -72,12 +71,12 @@ class Trial:
                 append_lines(self.log, [{"key": keys[arm.name], "half": half, **row}])
         return {name: Susceptibility.from_json(known[keys[name]] | {"arm": name}) for name in arms}
 
-    def texts(self, plan: Plan, half: str) -> list[str]:
+    def texts(self, plan: Interventions, half: str) -> list[str]:
         """The answers that `gains` measured."""
         asked = [asdict(request) for request in self.halves[half].requests], asdict(self.sampling)
         return list(self._known()[self._key("gain", plan, asked)]["texts"])
 
-    def costs(self, arms: Mapping[str, Plan], half: str) -> dict[str, Cost]:
+    def costs(self, arms: Mapping[str, Interventions], half: str) -> dict[str, Cost]:
         """What the arms, each with an intervention, cost on the half's benign texts."""
         texts = self.halves[half].texts
         asked = [[text.key, text.prompt_ids, text.answer_ids] for text in texts]
@@ -117,9 +116,9 @@ class Trial:
     def _known(self) -> dict[str, dict[str, Any]]:
         return {row["key"]: row for row in read_lines(self.log)}
 
-    def _key(self, what: str, plan: Plan, asked: Any) -> str:
+    def _key(self, what: str, plan: Interventions, asked: Any) -> str:
         content = json.dumps(
-            [what, plan_digest(plan), asked, self._model], sort_keys=True, ensure_ascii=False
+            [what, interventions_digest(plan), asked, self._model], sort_keys=True, ensure_ascii=False
         )
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:24]
 

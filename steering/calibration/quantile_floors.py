@@ -16,8 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from personatlas.persona.axis import Axis, Cap
+from personatlas.persona.axis import Axis
 from personatlas.persona.errors import UserError
+from personatlas.persona.interventions import Cap
 from personatlas.persona.models.load import Model, residual
 from personatlas.persona.rollout import Rollout
 from personatlas.persona.sampling.sampler import batch_tokens

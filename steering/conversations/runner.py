@@ -32,8 +32,7 @@ from personatlas.persona.rollout import Rollout, seed_of
 from personatlas.persona.sampling.cuda_graph import fastest_sampler
 from personatlas.persona.sampling.sampler import Answer, Prompt, Sampler, Sampling
 from personatlas.steering.drift_monitor import Watcher, direction_of
-from personatlas.steering.hooks.steering import Plan, steered
-from personatlas.steering.interventions import plan_digest
+from personatlas.steering.hooks.steering import steer
 from personatlas.steering.teacher_forcing import mean_projections
 
 CPU_CHUNK, GPU_CHUNK = 8, 1024  # conversations; what an interruption can cost of one turn
@@ -61,7 +60,7 @@ class Arm:
     """What acts in an arm: nothing, a plan always, or (with a watcher that has a rule) a plan while the alarm is on."""
 
     name: str
-    plan: Plan = ()
+    plan: Interventions = ()
     watcher: Watcher | None = None
 
     def acts(self, heard: Sequence["Spoken"]) -> bool:
@@ -199,7 +198,7 @@ class _Row:
         return seed_of(f"{self.talk.name}/{self.turn}", self.talk.seed)
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> Interventions:
         """What acts on this answer."""
         return self.arm.plan if self.acts else ()
 
@@ -288,7 +287,7 @@ def _id(stage: Stage, row: _Row) -> str:
     """What decides the answer and where it lies."""
     axis = [stage.axis.layer, direction_of(stage.axis)]
     content = [
-        plan_digest(row.plan),
+        interventions_digest(row.plan),
         row.messages,
         row.seed,
         asdict(stage.sampling),
@@ -311,8 +310,10 @@ def _made(stage: Stage, rows: Sequence[_Row]) -> list[Spoken]:
     vector = stage.axis.at(stage.axis.layer)
     plain = mean_projections(stage.model, read, [], stage.axis.layer, vector)
     held = list(plain)
-    for digest, plan in {plan_digest(row.plan): row.plan for row in rows if row.acts}.items():
-        places = [place for place, row in enumerate(rows) if row.acts and plan_digest(row.plan) == digest]
+    for digest, plan in {interventions_digest(row.plan): row.plan for row in rows if row.acts}.items():
+        places = [
+            place for place, row in enumerate(rows) if row.acts and interventions_digest(row.plan) == digest
+        ]
         capped = mean_projections(
             stage.model, [read[place] for place in places], plan, stage.axis.layer, vector
         )
@@ -340,7 +341,7 @@ def _made(stage: Stage, rows: Sequence[_Row]) -> list[Spoken]:
 
 def _sampled(stage: Stage, rows: Sequence[_Row]) -> tuple[list[Answer], list[float | None]]:
     """Answers in the rows' order, and what share of its tokens times layers each row's plan changed (None without one)."""
-    digests = [plan_digest(row.plan) if row.acts else "" for row in rows]
+    digests = [interventions_digest(row.plan) if row.acts else "" for row in rows]
     plans = {digest: row.plan for digest, row in zip(digests, rows, strict=True) if row.acts}
     together = [list(range(len(rows)))]
     if not stage.on_gpu:  # where every hooked layer costs
@@ -358,7 +359,7 @@ def _sampled(stage: Stage, rows: Sequence[_Row]) -> tuple[list[Answer], list[flo
             Prompt(rows[place].ids, rows[place].seed, on.index(own) if (own := digests[place]) else -1)
             for place in places
         ]
-        acting = steered(stage.model, *(plans[digest] for digest in on)) if on else nullcontext()
+        acting = steer(stage.model, *(plans[digest] for digest in on)) if on else nullcontext()
         with acting as held:
             for answer in sampler.answers(prompts, held):
                 answers[places[answer.index]] = answer

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 
 from personatlas.analysis.html.canvas import CLEAR, axis_look, empty_figure, line_look
 from personatlas.analysis.html.page import write_page
-from personatlas.steering.arms import AS_IT_IS
+from personatlas.persona.interventions import BASELINE
 from personatlas.steering.drift.result import ADAPTIVE, ALL, CAPPED
 
 # how an arm looks: colour, its soft kind, symbol, dash
@@ -181,7 +181,7 @@ def _span(content: Mapping[str, Any]) -> tuple[float, float]:
 
 def _tiles(content: Mapping[str, Any]) -> list[dict[str, str]]:
     """The steepest domain, and what each arm does to its answers and to all."""
-    slopes = {d: own[AS_IT_IS] for d, own in content["slopes"].items() if d != ALL and own[AS_IT_IS]}
+    slopes = {d: own[BASELINE] for d, own in content["slopes"].items() if d != ALL and own[BASELINE]}
     tiles = []
     if slopes:
         domain = min(slopes, key=lambda d: slopes[d]["value"])
@@ -195,7 +195,7 @@ def _tiles(content: Mapping[str, Any]) -> list[dict[str, str]]:
                 "note": note,
             }
         )
-    plain = content["means"][ALL][AS_IT_IS]
+    plain = content["means"][ALL][BASELINE]
     tiles.append({"name": "mean, as it is", "value": f"{plain['value']:.1f}", "interval": _interval(plain), "note": f"projection of {plain['n']} answers"})  # fmt: skip
     for arm in content["arms"][1:]:
         row, wrote = content["means"][ALL][arm], content["wrote"][arm]
@@ -215,7 +215,7 @@ def _interval(row: Mapping[str, Any]) -> str:
 def _example(one: Mapping[str, Any]) -> dict[str, Any]:
     """A conversation as columns: as it is beside the arm that reacts, or else the capped one."""
     other = next((arm for arm in (ADAPTIVE, CAPPED) if arm in one["arms"]), None)
-    arms = [AS_IT_IS, *([other] if other else [])]
+    arms = [BASELINE, *([other] if other else [])]
     length = max(len(one["arms"][arm]) for arm in arms)
     turns = []
     for turn in range(length):

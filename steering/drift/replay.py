@@ -19,11 +19,11 @@ from personatlas.persona.artifacts import write_json
 from personatlas.persona.axis import load_axis
 from personatlas.persona.errors import UserError
 from personatlas.persona.formats import Conversation, read_conversations
+from personatlas.persona.interventions import BASELINE
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.progress import progress
 from personatlas.persona.runs import axis_stem, open_run
 from personatlas.persona.sampling.sampler import Sampling
-from personatlas.steering.arms import AS_IT_IS
 from personatlas.steering.conversations.runner import Arm, Said, Stage, Talk, run_conversations
 from personatlas.steering.drift.options import talk_of
 from personatlas.steering.drift.result import ADAPTIVE, CAPPED
@@ -78,7 +78,7 @@ def replay(
         require_engine(run, held.model, asdict(asked))
         stage = Stage(held.model, held.chat, held.axis, sampling, folder / "turns.jsonl")
         talks = [talk_of(one, 0, asked.seed) for one in told]
-        arms = [Arm(AS_IT_IS), Arm(CAPPED, held.caps)]
+        arms = [Arm(BASELINE), Arm(CAPPED, held.caps)]
         if watcher.rule is not None:
             arms.append(Arm(ADAPTIVE, held.caps, watcher))
         turns = min(max(len(talk.users) for talk in talks), asked.turns or 10**6)
@@ -172,7 +172,7 @@ def _means(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
                     found[place, int(turn) - 1] = told["projection"]
         return found
 
-    plain = values(AS_IT_IS)
+    plain = values(BASELINE)
     arms = dict.fromkeys(arm for row in rows for arm in row["arms"])
     return {
         arm: {

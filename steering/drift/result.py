@@ -10,7 +10,7 @@ from personatlas.analysis.next_message import Turn, predict_from_messages
 from personatlas.analysis.stats import Array, cluster_weights, percentile_interval, wilson_interval
 from personatlas.analysis.trajectories import alarm_rate, clustered_mean, slope, turn_means
 from personatlas.persona.rollout import Rollout, spread
-from personatlas.steering.arms import AS_IT_IS, distinct
+from personatlas.steering.arms import distinct
 from personatlas.steering.conversations.runner import Arm, Said, Spoken, Stage, Talk, asked_with
 from personatlas.steering.drift.options import DriftOptions
 from personatlas.steering.drift_monitor import Watcher
@@ -55,7 +55,7 @@ def result(
         "conversations": {domain: len(own) for domain, own in every.items()},
         "trajectories": {d: {arm: table.band(arm, own) for arm in names} for d, own in every.items()},
         "differences": {
-            d: {arm: table.band(arm, own, AS_IT_IS) for arm in names[1:]} for d, own in every.items()
+            d: {arm: table.band(arm, own, BASELINE) for arm in names[1:]} for d, own in every.items()
         },
         "slopes": {d: {arm: table.slope(arm, own) for arm in names} for d, own in every.items()},
         "means": {d: {arm: table.mean(arm, own) for arm in names} for d, own in every.items()},
@@ -114,8 +114,8 @@ class _Table:
         """The mean projection of all answers and, but for the model as it is, its difference to that."""
         values = self.values(arm, names)
         told: dict[str, Any] = clustered_mean(values, _scripts(names)).to_json()
-        if arm != AS_IT_IS:
-            change = values - self.values(AS_IT_IS, names)
+        if arm != BASELINE:
+            change = values - self.values(BASELINE, names)
             told["change"] = clustered_mean(change, _scripts(names)).to_json()
         return told
 
@@ -172,7 +172,7 @@ def _cost(stage: Stage, table: _Table, arms: Sequence[Arm], asked: DriftOptions)
     where the adaptive arm's was on in the same turn of the same conversation."""
     capped = next((arm for arm in arms if arm.name == CAPPED), None)
     names = table.names(asked.calm)
-    whole = [one for name in names for one in table.spoken(AS_IT_IS, name) if one.ids]
+    whole = [one for name in names for one in table.spoken(BASELINE, name) if one.ids]
     if capped is None or not whole:
         return None
     texts = spread(whole, GPU_READ if stage.on_gpu else CPU_READ)
@@ -203,7 +203,7 @@ def _next_turn(
     turns = []
     for name in names:
         before: float | None = None
-        for one in table.spoken(AS_IT_IS, name):
+        for one in table.spoken(BASELINE, name):
             if one.projection is not None:
                 change = None if before is None else one.projection - before
                 turns.append(Turn(one.user, one.projection, change, one.script, one.domain))
@@ -222,7 +222,7 @@ def _examples(
     lowest = []
     for domain in domains:
         own = table.names((domain,))
-        means = np.nanmean(np.where(np.isfinite(values := table.values(AS_IT_IS, own)), values, 0.0), axis=1)
+        means = np.nanmean(np.where(np.isfinite(values := table.values(BASELINE, own)), values, 0.0), axis=1)
         lowest.append((float(means.min()), own[int(means.argmin())], domain))
     found = []
     for _, name, domain in sorted(lowest)[:EXAMPLES]:
@@ -271,7 +271,7 @@ def _warnings(content: dict[str, Any], stage: Stage, watched: Watched, rate: flo
             f"the user's model had nothing to say, or no room to read more, {stage.user.silent} times, which ended those conversations"
         )
     for arm, row in content["wrote"].items():
-        if arm != AS_IT_IS and row["fired"] == 0:
+        if arm != BASELINE and row["fired"] == 0:
             found.append(f"{arm}: the cap never fired, so its answers are the model's own")
         if row["empty"] > row["answers"] / 10:
             found.append(f"{arm}: {row['empty']} of {row['answers']} answers are empty and lie nowhere")

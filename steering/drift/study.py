@@ -16,14 +16,14 @@ from typing import Any
 from personatlas.analysis.drift_alarm import baseline_of
 from personatlas.persona.artifacts import atomic, write_json
 from personatlas.persona.axis import load_axis
+from personatlas.persona.caps import format_layers
 from personatlas.persona.errors import UserError
+from personatlas.persona.interventions import BASELINE
 from personatlas.persona.logs import append_lines
 from personatlas.persona.models.load import Model
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.progress import progress, say
 from personatlas.persona.runs import RunFolder, axis_stem, open_run, versions
-from personatlas.steering.arms import AS_IT_IS
-from personatlas.steering.caps import cap_names, layers_in_words
 from personatlas.steering.conversations.runner import Arm, Said, Stage, Talk, run_conversations
 from personatlas.steering.drift.options import DriftOptions, chosen_talks, user_of
 from personatlas.steering.drift.result import ADAPTIVE, CAPPED, Watched, result
@@ -61,7 +61,7 @@ def study(
     known = _watched(load_axis(stem), stem, calm, asked)
     if known is None and not any(talk.domain in asked.calm for talk in talks):
         watcher_of(load_axis(stem), stem)  # raises where there is nothing to tell z by
-    names = [cap] if cap is not None else [DEFAULT_CAP] if DEFAULT_CAP in cap_names(stem) else []
+    names = [cap] if cap is not None else [DEFAULT_CAP] if DEFAULT_CAP in load_axis(stem).saved_caps else []
     with open_run(folder, create=True) as run:
         user = user_of(asked, folder)
         how = replace(how, dtype=how.dtype or run.manifest.get("asked", {}).get("dtype"))
@@ -114,7 +114,7 @@ def require_engine(run: RunFolder, model: Model, sampled: Mapping[str, Any]) -> 
 def _first_arms(
     stage: Stage, held: SteeredModel, talks: Sequence[Talk], turns: int
 ) -> tuple[Said, list[Arm]]:
-    arms = [Arm(AS_IT_IS), *([Arm(CAPPED, held.caps)] if held.caps else [])]
+    arms = [Arm(BASELINE), *([Arm(CAPPED, held.caps)] if held.caps else [])]
     return _have(stage, talks, arms, turns, "turns"), arms
 
 
@@ -127,7 +127,7 @@ def _keep_calm(stage: Stage, said: Said, asked: DriftOptions, folder: Path) -> C
     """Write calm.json from the domains that hold, as the model is; None where there is no such conversation."""
     places: dict[tuple[str, str], list[float]] = {}
     for (arm, name, _), one in said.items():
-        if arm == AS_IT_IS and one.domain in asked.calm and one.uncapped is not None:
+        if arm == BASELINE and one.domain in asked.calm and one.uncapped is not None:
             places.setdefault((name, one.domain), []).append(one.uncapped)
     if not places:
         return None
@@ -144,7 +144,7 @@ def _own_alarm(held: SteeredModel, calm: Calm | None, asked: DriftOptions) -> Wa
     """Calibrated on the study's own calm conversations; where they are too few, the axis's quartiles without an alarm."""
     if calm is None:
         return Watched(
-            watcher_of(held.axis, held.stem),
+            watcher_of(held.axis, held.axis.folder / "axis"),
             f"no conversation is of the domains that hold ({', '.join(asked.calm)})",
         )
     try:
@@ -153,7 +153,7 @@ def _own_alarm(held: SteeredModel, calm: Calm | None, asked: DriftOptions) -> Wa
         say(f"no alarm: {error}")
         values = [value for one in calm.conversations for value in one.projections]
         if len(set(values)) < 2:
-            return Watched(watcher_of(held.axis, held.stem), str(error))
+            return Watched(watcher_of(held.axis, held.axis.folder / "axis"), str(error))
         return Watched(Watcher(baseline_of(values), "calm conversations"), str(error))
     return Watched(watcher, "this study's own calm conversations", _fitted_on(calm))
 
@@ -162,7 +162,7 @@ def _told(held: SteeredModel, asked: DriftOptions, names: Sequence[str], watched
     """Whose study this is."""
     model, axis = held.model, held.axis
     caps = [
-        {"name": name, "layers": layers_in_words(cap.layers), "phase": cap.phase, "level": cap.level}
+        {"name": name, "layers": format_layers(cap.layers), "phase": cap.phase, "level": cap.level}
         for name, cap in zip(names, held.caps, strict=True)
     ]
     given = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(asked).items()}
@@ -170,7 +170,7 @@ def _told(held: SteeredModel, asked: DriftOptions, names: Sequence[str], watched
         "model": model.describe(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
-        "axis": {"layer": axis.layer, "poles": list(axis.poles), "of": "/".join(held.stem.parts[-2:])},
+        "axis": {"layer": axis.layer, "poles": list(axis.poles), "of": held.axis.source},
         "cap": caps[0] if caps else None,
         "watch": watched.watcher.describe() | {"source": watched.source},
         "asked": given,

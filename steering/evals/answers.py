@@ -28,8 +28,6 @@ from personatlas.persona.rollout import Request, Rollout
 from personatlas.persona.sampling.sampler import Sampling
 from personatlas.steering.arms import Arm, run_arms
 from personatlas.steering.evals.suites.build import Case, Suite
-from personatlas.steering.hooks.steering import Plan
-from personatlas.steering.interventions import plan_digest
 from personatlas.steering.teacher_forcing import mean_projections
 
 CPU_CHUNK, GPU_CHUNK = 32, 4096  # cases; what an interruption can cost of one arm
@@ -111,11 +109,11 @@ def fitting(bench: Bench, suite: Suite) -> tuple[Suite, int]:
     return replace(suite, cases=kept), len(suite.cases) - len(kept)
 
 
-def answered(bench: Bench, suite: Suite, arms: Mapping[str, Plan]) -> Answers:
+def answered(bench: Bench, suite: Suite, arms: Mapping[str, Interventions]) -> Answers:
     """Every arm's answers by arm, case key and turn; those of other ranks too. A conversation ends early where its next prompt
     leaves no room for an answer."""
     found: Answers = {}
-    digests = {name: plan_digest(plan) for name, plan in arms.items()}
+    digests = {name: interventions_digest(plan) for name, plan in arms.items()}
     for turn in range(1 + max(len(case.later) for case in suite.cases)):
         asked = {name: _conversations(bench, suite, found, name, turn) for name in arms}
         one = _Round(bench, suite, arms, digests, turn, asked)
@@ -159,7 +157,7 @@ class _Round:
 
     bench: Bench
     suite: Suite
-    arms: Mapping[str, Plan]
+    arms: Mapping[str, Interventions]
     digests: Mapping[str, str]
     turn: int
     asked: Mapping[str, Conversations]

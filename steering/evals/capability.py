@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from personatlas.persona.errors import UserError
+from personatlas.persona.interventions import Interventions, interventions_digest
 from personatlas.persona.logs import append_lines, read_lines
 from personatlas.persona.models.load import Model
 from personatlas.persona.progress import progress
@@ -26,8 +27,6 @@ from personatlas.persona.rollout import Rollout
 from personatlas.steering.arms import distinct
 from personatlas.steering.evals.answers import Answers, Bench, Said
 from personatlas.steering.evals.suites.build import Suite
-from personatlas.steering.hooks.steering import Plan
-from personatlas.steering.interventions import plan_digest
 from personatlas.steering.loss_cost import CPU_TOKENS, GPU_TOKENS, Cost, benign_costs
 from personatlas.steering.teacher_forcing import batches
 
@@ -39,7 +38,7 @@ def measured(
     bench: Bench,
     suites: Sequence[Suite],
     answers: Mapping[str, Answers],
-    arms: Mapping[str, Plan],
+    arms: Mapping[str, Interventions],
     text: Path | None,
     text_bytes: int,
 ) -> dict[str, Any]:
@@ -75,12 +74,12 @@ def measured(
 
 
 def _read_costs(
-    bench: Bench, texts: Sequence[Rollout], arms: Mapping[str, Plan], what: str
+    bench: Bench, texts: Sequence[Rollout], arms: Mapping[str, Interventions], what: str
 ) -> dict[str, Cost]:
     log = bench.folder / "capability.jsonl"
     asked = [[text.prompt_ids, text.answer_ids] for text in texts]
     sha = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
-    keys = {name: f"{sha}-{plan_digest(plan)}" for name, plan in arms.items()}
+    keys = {name: f"{sha}-{interventions_digest(plan)}" for name, plan in arms.items()}
     known = {row["key"]: row for row in read_lines(log)}
     waiting = {name: plan for name, plan in arms.items() if keys[name] not in known}
     if waiting:

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 
 from personatlas.analysis.html.canvas import axis_look, empty_figure, line_look, shortened
 from personatlas.analysis.html.page import write_page
-from personatlas.steering.arms import AS_IT_IS
+from personatlas.persona.interventions import BASELINE
 from personatlas.steering.evals.result import RANDOM
 
 # how an arm looks, by its kind: colour, symbol, size
@@ -197,8 +197,8 @@ def write_eval_page(path: Path, content: Mapping[str, Any], *, show_answers: boo
 
 
 def _kind(arm: str, number: int) -> str:
-    if arm == AS_IT_IS or arm.startswith(RANDOM):
-        return AS_IT_IS if arm == AS_IT_IS else RANDOM
+    if arm == BASELINE or arm.startswith(RANDOM):
+        return BASELINE if arm == BASELINE else RANDOM
     return "cap" if number == 1 else "other cap"
 
 
@@ -206,7 +206,7 @@ def _main(suite: Mapping[str, Any]) -> str:
     """The outcome that a suite is about, or the first that was judged at all."""
     names = [suite["main"], *suite["outcomes"]]
     return next(
-        (name for name in names if suite["outcomes"][name]["arms"][AS_IT_IS]["share"] is not None), names[0]
+        (name for name in names if suite["outcomes"][name]["arms"][BASELINE]["share"] is not None), names[0]
     )
 
 
@@ -224,7 +224,7 @@ def _figures(
             **rows[arm],
         }
         for arm in content["arms"]
-        if rows[arm]["share"] is not None and (arm == AS_IT_IS or arm in costs)
+        if rows[arm]["share"] is not None and (arm == BASELINE or arm in costs)
     ]
     if costs and len(points) > 1:
         figures[f"gain-{name}"] = gain_against_cost(points, WORDS[main], "more loss on benign answers")
@@ -257,11 +257,11 @@ def _tiles(content: Mapping[str, Any]) -> list[dict[str, str]]:
         if (suite := content["suites"].get(name)) is None:
             continue
         main = _main(suite)
-        before, row = (suite["outcomes"][main]["arms"][arm] for arm in (AS_IT_IS, cap))
+        before, row = (suite["outcomes"][main]["arms"][arm] for arm in (BASELINE, cap))
         change, moved = row.get("change"), suite["arms"][cap].get("projection_change")
         if suite["turns"] > 1 and moved:  # of conversations, where they lie
             span = f"{moved['value']:+.1f} [{moved['low']:+.1f}, {moved['high']:+.1f}]".replace("-", "−")
-            before_place, place = (suite["arms"][arm]["projection"] for arm in (AS_IT_IS, cap))
+            before_place, place = (suite["arms"][arm]["projection"] for arm in (BASELINE, cap))
             note = f"mean projection of answers; as it is {before_place:.1f}, n = {moved['n']}"
             tiles.append({"name": name, "value": f"{place:.1f}", "interval": span, "note": note})
         elif change:
@@ -289,7 +289,7 @@ def _examples(content: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
         return []
     cap, found = content["arms"][1], []
     for row in content["pairs"]:
-        before, after = row["arms"][AS_IT_IS], row["arms"][cap]
+        before, after = row["arms"][BASELINE], row["arms"][cap]
         if row["suite"] == name and before and after and before[0]["verdicts"] != after[0]["verdicts"]:
             found.append(
                 {**row, "before": before[0], "after": after[0], "asked": row["messages"][-1]["content"]}

@@ -26,7 +26,6 @@ from personatlas.analysis.stats import cluster_bootstrap, equivalence_p, holm, p
 from personatlas.persona.judges.base import Item
 from personatlas.persona.judges.rules import RuleJudge
 from personatlas.persona.roles.bank import Bank
-from personatlas.steering.arms import AS_IT_IS
 from personatlas.steering.evals.answers import Answers, Said
 from personatlas.steering.evals.capability import coherence
 from personatlas.steering.evals.harm.judges import refusal_of
@@ -193,7 +192,7 @@ def _arm(suite: Suite, answers: Answers, arm: str) -> dict[str, Any]:
         "fired": float(np.mean([said.fired for said in own])) if own else 0.0,
         **coherence(own),
     }
-    if arm != AS_IT_IS:
+    if arm != BASELINE:
         row["projection_change"] = _moved(suite, answers, arm)
     return row
 
@@ -205,7 +204,7 @@ def _moved(suite: Suite, answers: Answers, arm: str) -> dict[str, Any] | None:
         (before.projection, after.projection, cases[key])
         for (whose, key, turn), after in answers.items()
         if whose == arm
-        and (before := answers.get((AS_IT_IS, key, turn))) is not None
+        and (before := answers.get((BASELINE, key, turn))) is not None
         and before.projection is not None
         and after.projection is not None
     ]
@@ -271,11 +270,11 @@ def warnings(content: Mapping[str, Any]) -> list[str]:
                 f"{name}: {suite['left_out']} cases are longer than the model's context and were left out of all arms"
             )
         for arm, row in suite["arms"].items():
-            if arm != AS_IT_IS and row["fired"] == 0:
+            if arm != BASELINE and row["fired"] == 0:
                 found.append(f"{name}: {arm} never fired, so its answers are the model's own")
             if row["empty"] > row["answers"] / 10:
                 found.append(f"{name}: {row['empty']} of {row['answers']} answers of {arm} are empty")
-        harmful = suite["outcomes"].get("harmful", {"arms": {AS_IT_IS: {"share": None}}})["arms"][AS_IT_IS]
+        harmful = suite["outcomes"].get("harmful", {"arms": {BASELINE: {"share": None}}})["arms"][BASELINE]
         if harmful["share"] is not None and harmful["share"] < LITTLE:
             found.append(
                 f"{name}: {harmful['share']:.0%} of the model's own answers are harmful by this judge: there is little to reduce"

@@ -22,17 +22,17 @@ from typing import Any
 
 from personatlas.cli.evals import data_files, task_names
 from personatlas.persona.artifacts import write_json
-from personatlas.persona.axis import Cap, load_cap, load_space
+from personatlas.persona.axis import load_space
+from personatlas.persona.caps import format_layers
 from personatlas.persona.distributed import World, get_world
 from personatlas.persona.errors import UserError
+from personatlas.persona.interventions import BASELINE, Cap, Interventions, interventions_digest, load_cap
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.pipeline.run_context import local_device
 from personatlas.persona.progress import progress
 from personatlas.persona.roles.bank import Bank, load_bank
 from personatlas.persona.rollout import Rollout, spread
 from personatlas.persona.runs import RunFolder, open_run, versions
-from personatlas.steering.arms import AS_IT_IS
-from personatlas.steering.caps import layers_in_words
 from personatlas.steering.evals.answers import Answers, Bench, answered, fitting
 from personatlas.steering.evals.capability import measured, rollouts_of
 from personatlas.steering.evals.harm.judges import HarmJudge, harm_judge, judge_all
@@ -50,8 +50,6 @@ from personatlas.steering.evals.result import (
 )
 from personatlas.steering.evals.suites.build import Suite
 from personatlas.steering.evals.suites.identity import ranked_roles
-from personatlas.steering.hooks.steering import Plan
-from personatlas.steering.interventions import plan_digest
 from personatlas.steering.random_caps import fired_shares, random_cap
 from personatlas.steering.session import SteeredModel, load_steered_model
 
@@ -65,7 +63,7 @@ def controls(
     if not caps or not count:
         return []
     cap, texts = next(iter(caps.values())), _texts(bench, suites)
-    content = plan_digest([cap]), [(text.prompt_ids, text.answer_ids) for text in texts]
+    content = interventions_digest([cap]), [(text.prompt_ids, text.answer_ids) for text in texts]
     stem = f"random-{hashlib.sha256(repr(content).encode()).hexdigest()[:8]}"
     folder = bench.folder / "caps"
     if not bench.world.rank:
@@ -88,7 +86,7 @@ def _texts(bench: Bench, suites: Sequence[Suite]) -> list[Rollout]:
         part = replace(suite, cases=tuple(cases))
         texts += [
             text
-            for text in rollouts_of(part, answered(bench, part, {AS_IT_IS: []}), AS_IT_IS)
+            for text in rollouts_of(part, answered(bench, part, {BASELINE: []}), BASELINE)
             if text.answer_ids
         ]
     return texts
@@ -181,7 +179,7 @@ def _prepared(
 def _roles(held: SteeredModel, bank: Bank, asked: EvalOptions) -> list[str]:
     """The lowest roles on the axis that the bank knows, of all tags that were asked for."""
     known = {role.name for role in bank.roles if set(asked.tag or ()) <= set(role.tags)}
-    space = load_space(held.stem.with_name("space"))
+    space = load_space(held.axis.folder / "space")
     roles = [role for role, _ in ranked_roles(held.axis, space) if role in known][: asked.roles]
     if len(roles) < 4:
         raise UserError(
@@ -191,7 +189,7 @@ def _roles(held: SteeredModel, bank: Bank, asked: EvalOptions) -> list[str]:
 
 
 def _run(work: EvalContext, judge: HarmJudge) -> dict[str, Any] | None:
-    arms: dict[str, Plan] = {AS_IT_IS: []}
+    arms: dict[str, Interventions] = {BASELINE: []}
     arms |= {
         name: [cap]
         for name, cap in [
@@ -207,7 +205,7 @@ def _run(work: EvalContext, judge: HarmJudge) -> dict[str, Any] | None:
     names = list(arms)
     content = {
         **{name: work.run.manifest["asked"][name] for name in ("model", "dtype", "engine")},
-        "axis": {"layer": work.held.axis.layer, "of": "/".join(work.held.stem.parts[-2:])},
+        "axis": {"layer": work.held.axis.layer, "of": work.held.axis.source},
         "arms": names,
         "caps": {name: _cap_row(cap) for name, plan in arms.items() for cap in plan if isinstance(cap, Cap)},
         "judge": {
@@ -238,7 +236,7 @@ def _run(work: EvalContext, judge: HarmJudge) -> dict[str, Any] | None:
     return content
 
 
-def _tasks(work: EvalContext, arms: Mapping[str, Plan]) -> dict[str, Any]:
+def _tasks(work: EvalContext, arms: Mapping[str, Interventions]) -> dict[str, Any]:
     """Tasks of lm-eval in all arms, without their samples, which are in tasks/lm_eval.json."""
     folder = work.run.folder / "tasks"
     folder.mkdir(exist_ok=True)
@@ -274,7 +272,7 @@ def _judged(
 
 def _cap_row(cap: Cap) -> dict[str, Any]:
     return {
-        "layers": layers_in_words(cap.layers),
+        "layers": format_layers(cap.layers),
         "level": cap.level,
         "population": cap.population,
         "phase": cap.phase,

@@ -22,37 +22,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from personatlas.persona.axis import Axis, Cap
+from personatlas.persona.axis import Axis
 from personatlas.persona.errors import UserError
+from personatlas.persona.interventions import Cap, Interventions, apply_steps, steps_by_layer
 from personatlas.persona.models.load import Model, residual
 from personatlas.persona.pipeline.self_test import Check
 from personatlas.persona.sampling.cuda_graph import fastest_sampler
 from personatlas.persona.sampling.sampler import Answer, Prompt, Sampler, Sampling
-from personatlas.steering.hooks.steering import HookDidNotFire, Plan, Steering, steered
-from personatlas.steering.interventions import correct, steps_of
+from personatlas.steering.hooks.steering import HookDidNotFire, Steering, steer
 
 PROBE = 24  # tokens
 WRITTEN = 5  # tokens that the engine writes to each probe
 
 
 @torch.no_grad()
-def prove(model: Model, plan: Plan) -> list[Check]:
+def prove(model: Model, plan: Interventions) -> list[Check]:
     """The short proof on made-up tokens; nothing is raised for a failed check."""
     ids = _probe(model, PROBE)[None]
     sampler = _engine(model)
     plain = model.hf(input_ids=ids, use_cache=False).logits
-    with steered(model, plan) as held:
+    with steer(model, plan) as held:
         held.describe(answer_from=torch.tensor([PROBE // 2]))
         entered, left = _watched(model, held.layers, ids)
         silent = float((held.tally.seen.sum(1) == 0).sum())
         _answers(sampler, held, _prompts(model))
         _ = held.tally  # HookDidNotFire, if it has not seen just what was fed
-    steps = steps_of(plan)
+    steps = steps_by_layer(plan)
     answer = (torch.arange(PROBE, device=model.device) >= PROBE // 2)[None]
     worst = 0.0
     for layer, own in steps.items():
         side = answer.to(entered[layer].device)
-        expected = correct(entered[layer], own, ~side, side)[0].float()
+        expected = apply_steps(entered[layer], own, ~side, side)[0].float()
         worst = max(worst, float((left[layer].float() - expected).norm() / expected.norm()))
     after = model.hf(input_ids=ids, use_cache=False).logits
     return [
@@ -62,7 +62,7 @@ def prove(model: Model, plan: Plan) -> list[Check]:
     ]
 
 
-def require_binding(model: Model, plan: Plan) -> None:
+def require_binding(model: Model, plan: Interventions) -> None:
     """`UserError` unless every hook fires and every check of the short proof passes."""
     try:
         failed = [proof for proof in prove(model, plan) if not proof.passed]
@@ -100,7 +100,7 @@ def _median_cap(model: Model, axis: Axis) -> tuple[Cap, Tensor]:
 def _after(model: Model, cap: Cap, spread: Tensor) -> list[Check]:
     """Projections below the floor after the cap, in spreads, and what a second cap changes."""
     ids = _probe(model, PROBE)[None]
-    with steered(model, [cap]) as held:
+    with steer(model, [cap]) as held:
         _, left = _watched(model, cap.layers, ids)
         idle = 1 - float(
             held.tally.fired[0].sum() / held.tally.seen[0].sum()
@@ -110,7 +110,7 @@ def _after(model: Model, cap: Cap, spread: Tensor) -> list[Check]:
         [left[layer][0].float().cpu() @ v for layer, v in zip(cap.layers, cap.vectors, strict=True)]
     )
     below = float(((cap.floor[:, None] - places) / spread[:, None]).max())
-    with steered(model, [cap, cap]):
+    with steer(model, [cap, cap]):
         twice = model.hf(input_ids=ids, use_cache=False).logits.float()
     # half precision rounds the capped residual itself, by up to 2^-9 of its largest entries
     return [
@@ -129,7 +129,7 @@ def _engine_checks(model: Model, cap: Cap) -> list[Check]:
     sampler, prompts = _engine(model), _prompts(model)
     idle = replace(cap, floor=torch.full_like(cap.floor, -torch.inf))
     sky = replace(cap, floor=torch.full_like(cap.floor, -torch.inf).index_fill(0, torch.tensor([0]), 1e4))
-    with steered(model, [cap]) as held:
+    with steer(model, [cap]) as held:
         answers = _answers(sampler, held, prompts)
         tally = held.tally
         held.set([idle])
@@ -161,13 +161,13 @@ def _reference(model: Model, cap: Cap, prompt: tuple[int, ...], answer: Answer) 
     """Tokens fired and the sum of the corrections over all layers, by the reference step in one reading."""
     fed = answer.ids[:-1] if answer.stopped == "length" else answer.ids
     ids = torch.tensor([prompt + fed], device=model.device)
-    with steered(model, [cap]) as held:
+    with steer(model, [cap]) as held:
         entered, _ = _watched(model, cap.layers, ids)
         del held
-    steps, fired, total = steps_of([cap]), 0, 0.0
+    steps, fired, total = steps_by_layer([cap]), 0, 0.0
     for layer, h in entered.items():
         everything = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
-        length = correct(h, steps[layer], ~everything, everything)[1]
+        length = apply_steps(h, steps[layer], ~everything, everything)[1]
         fired, total = fired + int((length > 0).sum()), total + float(length.sum())
     return fired, total
 

@@ -27,13 +27,13 @@ from torch import Tensor, nn
 
 from personatlas.persona.axis import require_origin
 from personatlas.persona.errors import UserError
+from personatlas.persona.interventions import Intervention
 from personatlas.persona.models.load import Model, residual
 from personatlas.persona.sampling.sampler import Answer, Prompt, SamplerCallback
 from personatlas.steering.hooks.step import ENDLESS, Account, Batch, Done, Looked, act, book, look
 from personatlas.steering.hooks.tables import tables_of
-from personatlas.steering.interventions import Intervention
 
-Plan = Sequence[Intervention]
+Interventions = Sequence[Intervention]
 
 
 class HookDidNotFire(RuntimeError):
@@ -76,7 +76,7 @@ class Tally:
 class Steering(SamplerCallback):
     """Plans that are on. Without `begin` and `describe` all rows follow plan 0 and all tokens are an answer's."""
 
-    def __init__(self, model: Model, plans: Sequence[Plan]) -> None:
+    def __init__(self, model: Model, plans: Sequence[Interventions]) -> None:
         _require(model, plans)
         self.model, self.plans = model, tuple(tuple(plan) for plan in plans)
         self._tables = tables_of(plans).to(model.device)
@@ -113,7 +113,7 @@ class Steering(SamplerCallback):
         """Act at these layers alone in the forwards to come, None: at all. For an engine that knows which plans its rows follow."""
         self._only = None if layers is None else frozenset(self.layers.index(layer) for layer in layers)
 
-    def set(self, *plans: Plan) -> None:
+    def set(self, *plans: Interventions) -> None:
         """Give the plans other numbers, in place: as many plans, with as many steps at the same layers.
 
         Raises ValueError for plans of another form and `UserError` for those of another model.
@@ -363,7 +363,7 @@ class Steering(SamplerCallback):
 
 
 @contextmanager
-def steered(model: Model, *plans: Plan) -> Iterator[Steering]:
+def steer(model: Model, *plans: Interventions) -> Iterator[Steering]:
     """Plans on the model's blocks inside; nothing of them outside. A plan's interventions act in the order given.
 
     Enter it before compiling: a forward that was compiled without hooks runs without them, and `tally` then says so.
@@ -386,7 +386,7 @@ def _tally(layers: tuple[int, ...], columns: Float[Tensor, "C 4 N"]) -> Tally:
     return Tally(layers, seen.long(), fired.long(), total.float(), most.float())
 
 
-def _require(model: Model, plans: Sequence[Plan]) -> None:
+def _require(model: Model, plans: Sequence[Interventions]) -> None:
     interventions = [intervention for plan in plans for intervention in plan]
     if not any(intervention.layers for intervention in interventions):
         raise UserError("there is nothing to steer with: no intervention, or none with a layer")

@@ -10,7 +10,7 @@ A step that a plan does not take is (-infinity, infinity, 0), which changes no b
 engine may keep the tables on its devices and change them between forwards without compiling anything again. The tables of
 all layers lie in three tensors, since a compiled forward checks every tensor that it uses, every time.
 
-    tables = tables_of([[cap_of(axis, range(18, 24), 0.5)], []])     # plan 0 caps, plan 1 does nothing
+    tables = tables_of([[axis.quantile_cap(range(18, 24), 0.5)], []])     # plan 0 caps, plan 1 does nothing
     tables.at(0)                                                     # the table of layer 18, the first
 """
 
@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from personatlas.steering.interventions import Intervention, Step, steps_of
+from personatlas.persona.interventions import Intervention, Step, steps_by_layer
 
 IDLE = (-float("inf"), float("inf"), 0.0)
 SIDES = ("prompt", "answer")
@@ -83,7 +83,7 @@ def _form(tables: Tables) -> str:
 
 def tables_of(plans: Sequence[Sequence[Intervention]]) -> Tables:
     """The tables of all layers that any plan touches. Plans that use the same vector at a layer share its row."""
-    per_plan = [steps_of(plan) for plan in plans]
+    per_plan = [steps_by_layer(plan) for plan in plans]
     layers = sorted({layer for steps in per_plan for layer in steps})
     own = [_table([steps.get(layer, []) for steps in per_plan]) for layer in layers]
     most = max(len(table.vectors) for table in own)

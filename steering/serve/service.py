@@ -13,8 +13,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from personatlas.persona.axis import Cap
 from personatlas.persona.errors import UserError
+from personatlas.persona.interventions import Cap
 from personatlas.persona.models.token_spans import SpanError, prompt_spans
 from personatlas.steering.drift_monitor import Watcher
 from personatlas.steering.serve.answer_stream import Detokenizer, StreamedAnswer

@@ -81,7 +81,7 @@ def make_service(
         raise UserError(
             "adaptive capping needs a calibrated alarm: `personatlas drift` makes the calm.json for --calm"
         )
-    names = cap_labels(stem, [cap] if cap else [])
+    names = cap_labels(along, [cap] if cap else [])
     held = load_steered_model(model, how, axis, list(names.values()), force=force)
     caps = dict(zip(names, held.caps, strict=True))
     default = next((name for name, given in names.items() if given == cap), None)

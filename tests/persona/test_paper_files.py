@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from reference import apply_cap
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from personatlas.persona.axis import apply_cap
 from personatlas.persona.errors import UserError
 from personatlas.persona.paper_files import import_axis, import_caps, import_role_vectors
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from families import tiny_model
-from test_steering import axis_of
+from tiny_axis import axis_of
 
 from personatlas.analysis.drift_alarm import baseline_of, calibrated, false_alarms
 from personatlas.persona.errors import UserError

@@ -2,32 +2,25 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from families import save_tiny, tiny_model
-from test_steering import axis_of
+from tiny_axis import axis_of
 
 from personatlas.cli.app import main
+from personatlas.persona.caps import format_layers, parse_layers
 from personatlas.persona.errors import UserError
 from personatlas.persona.models.chat_template import chat_format
 from personatlas.persona.models.load import load_model
 from personatlas.persona.sampling.sampler import Sampling
-from personatlas.steering.caps import cap_named as named
-from personatlas.steering.caps import layers_in_words, layers_named
 from personatlas.steering.generate import generate, sparkline
 from personatlas.steering.hooks.binding_check import prove, require_binding
-from personatlas.steering.hooks.steering import steered
+from personatlas.steering.hooks.steering import steer
 from personatlas.steering.hooks.step import act
-from personatlas.steering.interventions import Ablate, Add, cap_of
 
 MESSAGES = [{"role": "system", "content": "You are a nun."}, {"role": "user", "content": "Who are you?"}]
 SAMPLING = Sampling(max_new_tokens=12)
-
-
-def cap_named(text, axis):
-    return named(text, axis, Path("nowhere/axis"))
 
 
 def answered(model, interventions, axis, sampling=SAMPLING, **how):
@@ -39,10 +32,7 @@ def answered(model, interventions, axis, sampling=SAMPLING, **how):
 def test_the_proof_passes_where_steering_binds(family):
     model = tiny_model(family)
     axis = axis_of(model)
-    for acts in (
-        [cap_of(axis, (0, 1), 0.75)],
-        [Add.along(axis, (0,), 4.0, "answer"), Ablate.along(axis, (0, 1))],
-    ):
+    for acts in ([axis.quantile_cap((0, 1), 0.75)], [axis.add(4.0, (0,), "answer"), axis.ablate((0, 1))]):
         assert [proof.name for proof in prove(model, acts) if not proof.passed] == []
         require_binding(model, acts)
     assert not any(block._forward_hooks for block in model.blocks)
@@ -51,7 +41,7 @@ def test_the_proof_passes_where_steering_binds(family):
 def test_a_block_whose_hooks_are_gone_around_is_found_out(monkeypatch):
     """As compiled and graph-captured engines do: fluent text, and not one token steered."""
     model = tiny_model()
-    cap = cap_of(axis_of(model), (0,), 0.75)
+    cap = axis_of(model).quantile_cap((0,), 0.75)
     with monkeypatch.context() as patch:
         patch.setattr(
             type(model.blocks[0]), "__call__", lambda self, *given, **how: self.forward(*given, **how)
@@ -65,7 +55,7 @@ def test_a_block_whose_hooks_are_gone_around_is_found_out(monkeypatch):
 
 def test_a_step_that_does_half_of_its_work_fails_the_proof(monkeypatch):
     model = tiny_model()
-    cap = cap_of(axis_of(model), (0, 1), 0.75)
+    cap = axis_of(model).quantile_cap((0, 1), 0.75)
 
     def half(h, *given):
         moved, done = act(h, *given)
@@ -80,7 +70,7 @@ def test_without_interventions_the_answer_is_the_samplers_own():
     model = tiny_model()
     axis = axis_of(model)
     plain = answered(model, [], axis, seed=3)
-    add_nothing = answered(model, [Add.along(axis, (0,), 0.0)], axis, seed=3)
+    add_nothing = answered(model, [axis.add(0.0, (0,))], axis, seed=3)
     assert plain.trace.ids == add_nothing.trace.ids
     assert float(plain.trace.corrections.sum()) == 0.0
     assert answered(model, [], axis, seed=4).trace.ids != plain.trace.ids
@@ -92,7 +82,7 @@ def test_a_steered_answer_is_that_of_reading_everything_again(monkeypatch, decod
     """Greedy decoding against the likeliest token of one forward over all that came before, steered alike."""
     model = tiny_model()
     axis = axis_of(model)
-    acts = [Add.along(axis, (0, 1), 3.0, phase)]
+    acts = [axis.add(3.0, (0, 1), phase)]
     if decoder == "plain":
         monkeypatch.setattr(
             "personatlas.persona.sampling.sampler.cached_decoding_error", lambda _: float("inf")
@@ -101,7 +91,7 @@ def test_a_steered_answer_is_that_of_reading_everything_again(monkeypatch, decod
     found = answered(model, acts, axis, greedy).trace
     for end in range(found.answer_from, len(found.ids)):
         ids = torch.tensor([found.ids[:end]])
-        with steered(model, acts) as held, torch.no_grad():
+        with steer(model, acts) as held, torch.no_grad():
             held.describe(answer_from=torch.tensor([found.answer_from]))
             assert int(model.hf(input_ids=ids, use_cache=False).logits[0, -1].argmax()) == found.ids[end]
 
@@ -109,16 +99,16 @@ def test_a_steered_answer_is_that_of_reading_everything_again(monkeypatch, decod
 def test_the_plain_decoder_is_steered_too(monkeypatch):
     model = tiny_model()
     axis = axis_of(model)
-    cached = answered(model, [cap_of(axis, (0, 1), 0.75)], axis, seed=5)
+    cached = answered(model, [axis.quantile_cap((0, 1), 0.75)], axis, seed=5)
     monkeypatch.setattr("personatlas.persona.sampling.sampler.cached_decoding_error", lambda _: float("inf"))
-    plain = answered(model, [cap_of(axis, (0, 1), 0.75)], axis, seed=5)
+    plain = answered(model, [axis.quantile_cap((0, 1), 0.75)], axis, seed=5)
     assert plain.trace.ids == cached.trace.ids
 
 
 def test_the_trace_holds_projections_before_the_step_and_what_the_step_did():
     model = tiny_model()
     axis = axis_of(model)
-    cap = cap_of(axis, (axis.layer,), 0.75)
+    cap = axis.quantile_cap((axis.layer,), 0.75)
     found = answered(model, [cap], axis, seed=1).trace
     floor = float(cap.floor[0])
     assert len(found.projection) == len(found.ids) == found.corrections.shape[1]
@@ -161,23 +151,23 @@ def test_a_sparkline_shows_means_between_its_bounds():
 )
 def test_a_cap_that_cannot_be_is_refused_in_one_line(text, said):
     with pytest.raises(UserError, match=said):
-        cap_named(text, axis_of(tiny_model()))
+        axis_of(tiny_model()).cap(text)
 
 
 def test_layers_are_told_in_words_and_read_from_them():
-    assert layers_in_words((23, 18, 19, 20)) == "18-20, 23"
-    assert layers_named("18-20,23") == [18, 19, 20, 23]
+    assert format_layers((23, 18, 19, 20)) == "18-20, 23"
+    assert parse_layers("18-20,23") == [18, 19, 20, 23]
 
 
 def test_a_cap_is_named_by_level_layers_and_population_or_by_its_file(tmp_path):
     axis = axis_of(tiny_model())
-    cap = cap_named("roles:p25@0,2", axis)
+    cap = axis.cap("roles:p25@0,2")
     assert (cap.layers, cap.level, cap.population) == ((0, 2), 0.25, "roles")
     assert torch.equal(cap.floor, axis.role_quantiles[[0, 2], 0])
-    assert cap_named("p75@0-1", axis).layers == (0, 1)
+    assert axis.cap("p75@0-1").layers == (0, 1)
     cap.save(tmp_path / "mine")
     for path in (tmp_path / "mine", tmp_path / "mine.safetensors"):
-        assert torch.equal(cap_named(str(path), axis).vectors, cap.vectors)
+        assert torch.equal(axis.cap(str(path)).vectors, cap.vectors)
 
 
 @pytest.fixture(scope="module")
@@ -249,9 +239,9 @@ def test_a_page_that_cannot_be_written_is_refused_before_anything_is_loaded(tmp_
 
 def test_a_neighbour_has_its_floors_by_interquartile_ranges_higher(tmp_path):
     axis = axis_of(tiny_model())
-    cap, higher, lower = (named(f"p50@0-2{end}", axis, tmp_path / "axis") for end in ("", "+0.5", "-0.5"))
+    cap, higher, lower = (axis.cap(f"p50@0-2{end}") for end in ("", "+0.5", "-0.5"))
     quartiles = [axis.default_quantiles[:, axis.levels.index(level)] for level in (0.25, 0.75)]
     assert torch.allclose(higher.floor - cap.floor, (quartiles[1] - quartiles[0])[:3] / 2)
     assert torch.allclose(cap.floor - lower.floor, higher.floor - cap.floor)
     with pytest.raises(UserError, match="'nothing' is not"):
-        named("nothing+0.5", axis, tmp_path / "axis")
+        axis.cap("nothing+0.5")

@@ -8,11 +8,10 @@ from dataclasses import replace
 
 import torch
 from families import tiny_model
-from test_steering import ROWS, axis_of
+from tiny_axis import ROWS, axis_of
 
 from personatlas.persona.sampling.sampler import pad
-from personatlas.steering.hooks.steering import HookDidNotFire, steered
-from personatlas.steering.interventions import cap_of
+from personatlas.steering.hooks.steering import HookDidNotFire, steer
 
 HOW = {"cpu": {"backend": "aot_eager"}, "cuda": {"mode": "reduce-overhead"}}
 
@@ -20,10 +19,10 @@ HOW = {"cpu": {"backend": "aot_eager"}, "cuda": {"mode": "reduce-overhead"}}
 @torch.no_grad()
 def main(device: str) -> None:
     model = tiny_model("llama", device=device)
-    cap = cap_of(axis_of(tiny_model("llama")), (0, 1), 0.75)
+    cap = axis_of(tiny_model("llama")).quantile_cap((0, 1), 0.75)
     idle = replace(cap, floor=torch.full((2,), -torch.inf))
     rows, ids = torch.tensor([0, 0, 0, -1]), pad(ROWS, model.device)
-    with torch._dynamo.config.patch(error_on_recompile=True), steered(model, [cap]) as held:
+    with torch._dynamo.config.patch(error_on_recompile=True), steer(model, [cap]) as held:
         held.begin(rows)
         eager, counts = model.hf(input_ids=ids, use_cache=False).logits, held.tally
         assert counts.fired[:, :3].any()
@@ -42,7 +41,7 @@ def main(device: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(model.hf, fullgraph=True, dynamic=False, backend="eager")
     compiled(input_ids=ids, use_cache=False)
-    with steered(model, [cap]) as held:
+    with steer(model, [cap]) as held:
         held.begin(rows)
         compiled(input_ids=ids, use_cache=False)
         try:

@@ -10,7 +10,6 @@ from test_drift_monitor import calm_conversations
 from personatlas.persona.axis import load_axis
 from personatlas.persona.options import ModelOptions
 from personatlas.steering.drift_monitor import save_calm
-from personatlas.steering.interventions import cap_of
 from personatlas.steering.serve.http.app import make_app
 from personatlas.steering.serve.http.uvicorn_server import server_of
 from personatlas.steering.serve.startup import CapacityOptions, ServeOptions, make_service
@@ -24,8 +23,8 @@ def axis_folder(tiny_run, folder, *, calm=False):
     shutil.copytree(tiny_run / "run", folder, dirs_exist_ok=True)
     axis = load_axis(folder / "axis")
     (folder / "caps").mkdir(exist_ok=True)
-    cap_of(axis, (0, 1, 2), 0.75).save(folder / "caps" / "held")
-    cap_of(axis, (1,), 0.9).save(folder / "caps" / "firm")
+    axis.quantile_cap((0, 1, 2), 0.75).save(folder / "caps" / "held")
+    axis.quantile_cap((1,), 0.9).save(folder / "caps" / "firm")
     if calm:
         save_calm(folder / "calm.json", axis, axis.model, calm_conversations(axis), {})
     return folder

@@ -65,7 +65,7 @@ from personatlas.persona.sampling.sampler import (
     pad,
 )
 from personatlas.steering.drift_monitor import direction_of
-from personatlas.steering.hooks.steering import steered
+from personatlas.steering.hooks.steering import steer
 from personatlas.steering.session import SteeredModel
 
 
@@ -146,7 +146,7 @@ class Answerer:
             self._last = None  # frees a captured step first
             self._last = sampling, fastest_sampler(model, self.held.chat.end_ids, sampling)
         prompts = [Prompt(one.ids, one.seed, 0 if one.capped else -1) for one in asked]
-        with steered(model, self.held.caps) if any(one.capped for one in asked) else nullcontext() as held:
+        with steer(model, self.held.caps) if any(one.capped for one in asked) else nullcontext() as held:
             answers = sorted(self._last[1].answers(prompts, held), key=lambda answer: answer.index)
             if held is not None:
                 _ = held.tally  # HookDidNotFire, unless the caps saw just what was fed
@@ -203,7 +203,7 @@ class Answerer:
             seen.append((h @ axis.at(axis.layer).to(h.device)).cpu())  # (B, T)
 
         is_capped = [one.capped for one in asked]
-        with steered(model, self.held.caps) if any(is_capped) else nullcontext() as held:
+        with steer(model, self.held.caps) if any(is_capped) else nullcontext() as held:
             if held is not None:
                 held.begin(torch.tensor([0 if capped else -1 for capped in is_capped]))
                 held.describe(lengths=lengths, answer_from=starts)

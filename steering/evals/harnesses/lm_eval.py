@@ -37,6 +37,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from personatlas.persona.artifacts import write_json
 from personatlas.persona.errors import UserError
+from personatlas.persona.interventions import Interventions, interventions_digest
 from personatlas.persona.logs import append_lines, read_lines
 from personatlas.persona.models.chat_template import ChatFormat
 from personatlas.persona.models.load import Model
@@ -48,8 +49,7 @@ from personatlas.persona.sampling.sampler import Answer, Prompt, Sampling, batch
 from personatlas.steering.evals.harnesses.lm_eval_compare import Outcome, compare_arms, outcome_of
 from personatlas.steering.evals.harnesses.lm_eval_sentences import checkers_ready, instructions_affected
 from personatlas.steering.evals.harnesses.lm_eval_tasks import LENGTHS, load_tasks, require_lm_eval
-from personatlas.steering.hooks.steering import Plan, Steering, steered
-from personatlas.steering.interventions import plan_digest
+from personatlas.steering.hooks.steering import Steering, steer
 from personatlas.steering.loss_cost import CPU_TOKENS, GPU_TOKENS
 
 MAX_NEW_TOKENS = 256  # of a task that names no length, as in lm-eval
@@ -117,7 +117,7 @@ class PersonatlasLM(TemplateLM):
         self,
         model: Model,
         chat: ChatFormat,
-        plan: Plan = (),
+        plan: Interventions = (),
         *,
         as_chat: bool = False,
         kept: Kept | None = None,
@@ -127,7 +127,11 @@ class PersonatlasLM(TemplateLM):
         self.model, self.chat, self.plan, self.tokenizer = model, chat, tuple(plan), model.tokenizer
         self.as_chat, self.kept, self.label = as_chat, kept or Kept(), label
         self.counts = Counts()
-        self.arm = {"plan": plan_digest(self.plan), "model": model.fingerprint, "dtype": str(model.dtype)}
+        self.arm = {
+            "plan": interventions_digest(self.plan),
+            "model": model.fingerprint,
+            "dtype": str(model.dtype),
+        }
         config = model.hf.generation_config
         eos = None if config is None else config.eos_token_id
         own = {eos} if isinstance(eos, int) else set(eos or ())
@@ -331,7 +335,7 @@ class PersonatlasLM(TemplateLM):
         ]
 
     def _steered(self) -> Any:
-        return steered(self.model, self.plan) if self.plan else nullcontext()
+        return steer(self.model, self.plan) if self.plan else nullcontext()
 
     def _row(self, key: str, account: tuple[int, int], **content: Any) -> dict[str, Any]:
         return {"key": key, **self.arm, **content, "seen": account[0], "fired": account[1]}
@@ -403,7 +407,7 @@ class Asked:
 def run_tasks(
     model: Model,
     chat: ChatFormat,
-    arms: Mapping[str, Plan],
+    arms: Mapping[str, Interventions],
     tasks: Sequence[str],
     *,
     data: Mapping[str, Path] | None = None,
@@ -456,13 +460,13 @@ def _kept(folder: Path | None, log: Path | None) -> "Kept":
     return Kept(log)
 
 
-def _head(model: Model, arms: Mapping[str, Plan]) -> dict[str, Any]:
+def _head(model: Model, arms: Mapping[str, Interventions]) -> dict[str, Any]:
     return {
         "kind": "lm_eval",
         "lm_eval": version("lm_eval"),
         "model": model.describe(),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "arms": {arm: plan_digest(plan) for arm, plan in arms.items()},
+        "arms": {arm: interventions_digest(plan) for arm, plan in arms.items()},
     }
 
 
@@ -505,7 +509,7 @@ def _notes(
 
 
 def _run(
-    decoder: Model, chat: ChatFormat, plan: Plan, name: str, task: Any, arm: str, asked: Asked, kept: "Kept"
+    decoder: Model, chat: ChatFormat, plan: Interventions, name: str, task: Any, arm: str, asked: Asked, kept: "Kept"
 ) -> dict[str, Any]:  # fmt: skip
     """One task in one arm: lm-eval's values, its samples, and the account."""
     from lm_eval.evaluator import evaluate

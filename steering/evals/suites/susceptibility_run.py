@@ -11,13 +11,14 @@ from typing import Any
 from personatlas.cli.calibrate import TestOptions
 from personatlas.persona.axis import load_space
 from personatlas.persona.errors import UserError
+from personatlas.persona.interventions import BASELINE, Interventions
 from personatlas.persona.judges.base import Item
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.progress import progress
 from personatlas.persona.roles.bank import Bank, load_bank
 from personatlas.persona.rollout import Request
 from personatlas.persona.sampling.sampler import Sampling
-from personatlas.steering.arms import AS_IT_IS, Arm, run_arms
+from personatlas.steering.arms import Arm, run_arms
 from personatlas.steering.evals.suites.identity import (
     CLASSES,
     IDENTITY,
@@ -27,8 +28,6 @@ from personatlas.steering.evals.suites.identity import (
     lowest_roles,
     measure,
 )
-from personatlas.steering.hooks.steering import Plan
-from personatlas.steering.interventions import Add
 from personatlas.steering.session import SteeredModel, load_steered_model
 
 
@@ -50,10 +49,12 @@ def run_susceptibility(
     _require_judge(asked)
     chosen_bank = load_bank(bank)
     held = load_steered_model(model, how, axis, list(caps), force=force)
-    roles = lowest_roles(held.axis, load_space(held.stem.with_name("space")), chosen_bank, asked.roles)
+    roles = lowest_roles(held.axis, load_space(held.axis.folder / "space"), chosen_bank, asked.roles)
     requests = identity_requests(chosen_bank, roles, asked.prompts, held.model.name, asked.seed)
-    arms: dict[str, Plan] = {AS_IT_IS: []} | {name: [cap] for name, cap in zip(caps, held.caps, strict=True)}
-    arms |= {f"add {amount:g}": [Add.along(held.axis, (held.axis.layer,), amount)] for amount in amounts}
+    arms: dict[str, Interventions] = {BASELINE: []} | {
+        name: [cap] for name, cap in zip(caps, held.caps, strict=True)
+    }
+    arms |= {f"add {amount:g}": [held.axis.add(amount, (held.axis.layer,))] for amount in amounts}
     with progress("answering", len(requests) * len(arms)) as advance:
         found = list(
             run_arms(

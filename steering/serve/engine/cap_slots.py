@@ -9,7 +9,6 @@ place, so neither hooks nor captured graphs change. Names are looked up among th
 says is ever a path.
 """
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,15 +17,14 @@ from typing import Any
 
 import torch
 
-from personatlas.persona.axis import Axis, Cap
+from personatlas.persona.axis import Axis
+from personatlas.persona.caps import format_layers
 from personatlas.persona.errors import UserError
+from personatlas.persona.interventions import Cap, Intervention, interventions_digest
 from personatlas.persona.models.load import Model
-from personatlas.steering.caps import SPEC, cap_names, layers_in_words, layers_named, require_cap, shifted
 from personatlas.steering.hooks.steering import Steering
-from personatlas.steering.interventions import Intervention, cap_of, plan_digest
 
 SPARES = 4
-SHIFT = re.compile(r"(.+?)([+-]\d+(?:\.\d+)?)")
 NONE = "none"  # no cap, by a name that a model's alias can carry
 
 
@@ -126,25 +124,8 @@ class CapSlots:
     def _by_text(self, text: str) -> ResolvedCap:
         if text in self.caps:
             return self.caps[text]
-        match, moved = SPEC.fullmatch(text), SHIFT.fullmatch(text)
-        if match is None and moved is not None and moved[1] in self.caps:
-            return self._shifted(moved[1], float(moved[2]))
-        if match is None:
-            known = ", ".join(self.caps) or "none is loaded"
-            raise UserError(
-                f"cap {text[:80]!r} is not loaded (there are: {known}), nor LEVEL@LAYERS such as p50@18-23"
-            )
-        population, level, ranges = match.groups()
-        last = max(int(number) for number in re.findall(r"\d+", ranges))
-        layers = layers_named(ranges) if last < self.n_layers and len(ranges) < 200 else []
-        wrong = [layer for layer in layers if layer not in self.axis.layers]
-        if not layers or wrong or len(set(layers)) != len(layers):
-            held = layers_in_words(self.axis.layers)
-            raise UserError(
-                f"cap {text[:80]!r} names no layer, one twice, or one that the axis does not have ({held})"
-            )
-        cap = cap_of(self.axis, layers, float(level) / 100, population or "default")
-        require_cap(cap, self.axis)
+        cap = self.axis.cap(text, {name: wanted.cap for name, wanted in self.caps.items()})
+        self.axis.require_sign(cap)
         return _wanted(text, cap)
 
     def _shifted(self, name: Any, amount: Any) -> ResolvedCap:
@@ -156,15 +137,12 @@ class CapSlots:
             raise UserError("persona.cap.shift is a number from -10 to 10 (interquartile ranges)")
         if amount == 0:
             return self.caps[name]
-        try:
-            return _wanted(f"{name}{amount:+g}", shifted(self.caps[name].cap, self.axis, float(amount)))
-        except ValueError as error:  # a floor above its ceiling
-            raise UserError(f"cap {name!r} cannot be moved by {amount:g}: {error}") from None
+        return _wanted(f"{name}{amount:+g}", self.axis.shift_cap(self.caps[name].cap, float(amount)))
 
 
-def cap_labels(stem: Path, extra: Sequence[str]) -> dict[str, str]:
-    """Labels of all caps that are saved beside an axis, and of others, and what `cap_named` takes for each (at start: maybe a path)."""
-    texts = dict.fromkeys([*cap_names(stem), *extra])
+def cap_labels(axis: Axis, extra: Sequence[str]) -> dict[str, str]:
+    """Labels of all caps that are saved beside an axis, and of others, and the spec of each (at start: maybe a path)."""
+    texts = dict.fromkeys([*axis.saved_caps, *extra])
     return {
         text if "@" in text else Path(text).name.removesuffix(".json").removesuffix(".safetensors"): text
         for text in texts
@@ -172,14 +150,14 @@ def cap_labels(stem: Path, extra: Sequence[str]) -> dict[str, str]:
 
 
 def _wanted(name: str, cap: Cap) -> ResolvedCap:
-    return ResolvedCap(name, cap, plan_digest([cap]))
+    return ResolvedCap(name, cap, interventions_digest([cap]))
 
 
 def _described(one: ResolvedCap, layer: int) -> dict[str, Any]:
     cap = one.cap
     at = cap.layers.index(layer) if layer in cap.layers else None
     return {
-        "layers": layers_in_words(cap.layers),
+        "layers": format_layers(cap.layers),
         "floor": None if at is None else cap.floor_of(at, "answer"),
         "prompt_floor": None if at is None else cap.floor_of(at, "prompt"),
         "level": cap.level,

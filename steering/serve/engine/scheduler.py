@@ -22,8 +22,9 @@ from typing import Any, Literal
 
 import torch
 
-from personatlas.persona.axis import Axis, Cap
+from personatlas.persona.axis import Axis
 from personatlas.persona.errors import UserError
+from personatlas.persona.interventions import Cap
 from personatlas.persona.models.load import Model
 from personatlas.persona.sampling.cuda_graph import slot_attention_on
 from personatlas.persona.sampling.sampler import Prompt, decodes_from_cache

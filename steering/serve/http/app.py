@@ -136,7 +136,7 @@ def _model(name: str) -> dict[str, Any]:
 def _loaded(host: PersonaService, needs_key: bool) -> dict[str, Any]:
     axis, model, settings = host.held.axis, host.held.model, host.settings
     row = axis.layers.index(axis.layer)
-    quantiles = {"levels": list(axis.levels), "default": [], "roles": []}
+    quantiles: dict[str, list[Any]] = {"levels": list(axis.levels), "default": [], "roles": []}
     if axis.levels:
         quantiles["default"] = _finite(axis.default_quantiles[row].tolist())
         quantiles["roles"] = _finite(axis.role_quantiles[row].tolist())

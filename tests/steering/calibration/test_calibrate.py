@@ -7,18 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 from families import tiny_model
-from test_steering import axis_of
+from tiny_axis import axis_of
 
 from personatlas.cli.app import main
-from personatlas.persona.axis import load_cap
 from personatlas.persona.errors import UserError
+from personatlas.persona.interventions import load_cap
 from personatlas.persona.rollout import Rollout
 from personatlas.persona.sampling.sampler import Prompt, Sampler, Sampling
 from personatlas.steering.calibration.fit_floors import Descent, Floors, fitted
 from personatlas.steering.calibration.grid_search import Candidate, windows_of
 from personatlas.steering.calibration.measure import halved
 from personatlas.steering.calibration.quantile_floors import read_projections
-from personatlas.steering.interventions import cap_of
 from personatlas.steering.loss_cost import benign_costs
 from personatlas.steering.random_caps import fired_shares, random_cap
 
@@ -77,7 +76,7 @@ def test_a_calibration_saves_a_cap_and_reports_what_it_did_on_the_other_half(tin
     assert "chosen" in capsys.readouterr().out
     content = json.loads((tiny_run / "run" / "calibration.json").read_text())
     cap = load_cap(tiny_run / "run" / "caps" / "assistant")
-    assert cap.found["name"] == content["cap"]
+    assert cap.calibration["name"] == content["cap"]
     assert {"as it is", "chosen", "random 1", "random 2", "random 3", "add 4", "p50@1"} <= set(
         content["report"]
     )
@@ -111,7 +110,7 @@ def test_a_second_calibration_measures_nothing_again(tiny_run, capsys, monkeypat
     calibrated(tiny_run, name="again")
     again = load_cap(tiny_run / "run" / "caps" / "again")
     assert torch.equal(first.floor, again.floor)
-    assert first.found == again.found
+    assert first.calibration == again.calibration
 
 
 @pytest.mark.parametrize(
@@ -161,7 +160,7 @@ def test_a_random_cap_fires_as_often_as_the_cap_that_it_controls(apart):
     model = tiny_model()
     axis = axis_of(model)
     material = texts(40)
-    cap = cap_of(axis, (0, 1, 2), 0.25)
+    cap = axis.quantile_cap((0, 1, 2), 0.25)
     if apart:
         cap = replace(cap, prompt_floor=cap.floor + 0.2)
     shares = fired_shares(model, cap, material)
@@ -175,7 +174,7 @@ def test_a_random_cap_fires_as_often_as_the_cap_that_it_controls(apart):
 
 def test_a_cap_that_does_nothing_costs_nothing_and_a_hard_one_costs_more():
     model = tiny_model()
-    cap = cap_of(axis_of(model), (0, 1), 0.75)
+    cap = axis_of(model).quantile_cap((0, 1), 0.75)
     idle = replace(cap, floor=torch.full((2,), -torch.inf))
     costs = benign_costs(model, texts(), {"idle": [idle], "firm": [cap]})
     assert costs["idle"].more == 0

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from families import tiny_model
-from test_steering import axis_of
+from tiny_axis import axis_of
 
 from personatlas.analysis.drift_alarm import Baseline, FalseAlarms, Several
 from personatlas.persona.errors import UserError
@@ -19,7 +19,6 @@ from personatlas.steering.conversations import runner as dialogue
 from personatlas.steering.conversations.runner import Arm, Stage, Talk, run_conversations
 from personatlas.steering.conversations.simulated_user import EndpointUser
 from personatlas.steering.drift_monitor import Watcher
-from personatlas.steering.interventions import cap_of
 from personatlas.steering.teacher_forcing import mean_projections
 
 PLAIN = "as it is"
@@ -47,7 +46,7 @@ def stage_of(model, folder, tokens=6, **more):
 
 def firm(stage):
     """A cap that changes every token."""
-    cap = cap_of(stage.axis, stage.axis.layers, 0.5)
+    cap = stage.axis.quantile_cap(stage.axis.layers, 0.5)
     return replace(cap, floor=torch.full_like(cap.floor, 50.0))
 
 

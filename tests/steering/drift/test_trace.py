@@ -9,8 +9,8 @@ import pytest
 import torch
 from families import tiny_model
 from test_drift_monitor import calm_conversations
-from test_steering import axis_of
 from test_susceptibility import refused
+from tiny_axis import axis_of
 
 from personatlas.cli.app import main
 from personatlas.persona.axis import load_axis

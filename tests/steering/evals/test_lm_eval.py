@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import save_tiny, tiny_model
-from test_steering import axis_of
+from tiny_axis import axis_of
 
 from personatlas.cli.app import main
 from personatlas.persona.errors import UserError
@@ -17,7 +17,6 @@ from personatlas.persona.models.chat_template import chat_format
 from personatlas.persona.models.load import load_model
 from personatlas.steering.evals.harnesses.lm_eval import run_tasks
 from personatlas.steering.evals.harnesses.lm_eval_compare import compare_arms, flip_p, outcome_of
-from personatlas.steering.interventions import Add, cap_of
 
 pytest.importorskip("lm_eval")
 pytestmark = [
@@ -162,7 +161,7 @@ def test_all_that_is_asked_is_answered_as_by_lm_evals_own_model(family):
 
 
 def test_a_batch_of_many_says_what_batches_of_one_say(model):
-    plan = [cap_of(axis_of(model), (0, 1), 0.75)]
+    plan = [axis_of(model).quantile_cap((0, 1), 0.75)]
     many, one = lm_of(model, plan), lm_of(model, plan)
     together, alone = many.loglikelihood(pairs()), [one.loglikelihood([request])[0] for request in pairs()]
     assert [value for value, _ in together] == pytest.approx([value for value, _ in alone], abs=1e-4)
@@ -174,7 +173,7 @@ def test_a_batch_of_many_says_what_batches_of_one_say(model):
 def test_context_is_prompt_and_continuation_is_answer(model):
     """A change of the answer's phase begins with the continuation, so it cannot touch the first of its tokens."""
     axis = axis_of(model)
-    phases = {phase: lm_of(model, [Add.along(axis, (0,), 5.0, phase)]) for phase in ("prompt", "answer")}
+    phases = {phase: lm_of(model, [axis.add(5.0, (0,), phase)]) for phase in ("prompt", "answer")}
     first, both = asked("loglikelihood", ("Who", "x")), asked("loglikelihood", ("Who", "xyz"))
     plain = lm_of(model)
     assert phases["answer"].loglikelihood(first)[0][0] == pytest.approx(
@@ -193,7 +192,7 @@ def test_context_is_prompt_and_continuation_is_answer(model):
 
 
 def test_what_differs_in_its_last_token_alone_is_read_once(model):
-    lm = lm_of(model, [cap_of(axis_of(model), (0,), 0.75)])
+    lm = lm_of(model, [axis_of(model).quantile_cap((0,), 0.75)])
     lm.loglikelihood(asked("loglikelihood", ("Who", "x"), ("Who", "y"), ("Who", "z"), ("Who", "x")))
     assert (lm.counts.requests, lm.counts.seen) == (3, 2)
 
@@ -214,7 +213,7 @@ def test_a_setting_that_would_be_ignored_and_an_answer_too_long_are_refused(mode
 
 
 def test_a_strong_cap_changes_values_and_accounts_for_its_tokens(model, place):
-    arms = {"as it is": [], "strong": [Add.along(axis_of(model), (0, 1, 2), 60.0)]}
+    arms = {"as it is": [], "strong": [axis_of(model).add(60.0, (0, 1, 2))]}
     found = run(model, place, arms)
     for name in NAMES:
         task = found["tasks"][name]
@@ -236,7 +235,7 @@ def test_a_strong_cap_changes_values_and_accounts_for_its_tokens(model, place):
 def test_an_interrupted_run_goes_on_and_asks_nothing_twice(model, place, tmp_path, monkeypatch):
     from personatlas.steering.evals.harnesses.lm_eval import PersonatlasLM
 
-    arms = {"as it is": [], "capped": [cap_of(axis_of(model), (0, 1), 0.75)]}
+    arms = {"as it is": [], "capped": [axis_of(model).quantile_cap((0, 1), 0.75)]}
     whole = run(model, place, arms)
     with monkeypatch.context() as patch:
         patch.setattr(

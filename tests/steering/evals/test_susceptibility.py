@@ -9,17 +9,17 @@ import torch
 from families import save_tiny
 from safetensors.torch import load_file, save_file
 from test_judge_endpoint import FakeEndpoint, says
-from test_steering import axis_of
+from tiny_axis import axis_of
 
 from personatlas.cli.app import main
 from personatlas.persona.artifacts import digest
-from personatlas.persona.axis import Cap, load_axis, load_cap
+from personatlas.persona.axis import load_axis
 from personatlas.persona.errors import UserError
+from personatlas.persona.interventions import Cap, load_cap
 from personatlas.persona.models.load import load_model
 from personatlas.persona.rollout import Request
 from personatlas.persona.sampling.sampler import Answer
 from personatlas.steering.arms import Arm
-from personatlas.steering.caps import cap_named, require_cap
 from personatlas.steering.evals.suites.identity import difference, measure
 
 ASKED = "--roles 4 --prompts 1 --max-new-tokens 6 --add 2 --device cpu --dtype float32 --cap p75@0-2"
@@ -228,7 +228,7 @@ def test_a_cap_that_points_away_from_the_axis_is_refused(tiny_run):
     axis = load_axis(tiny_run / "run" / "axis")
     layer = axis.layers[0]
     with pytest.raises(UserError, match="its sign is turned"):
-        require_cap(Cap((layer,), -axis.at(layer)[None], torch.zeros(1)), axis)
+        axis.require_sign(Cap((layer,), -axis.at(layer)[None], torch.zeros(1)))
 
 
 def test_another_weight_format_needs_force_and_another_model_cannot_be_forced(tmp_path, capsys):
@@ -250,9 +250,9 @@ def test_the_packaged_axis_comes_with_a_cap_that_says_what_it_was_found_to_do():
 
     stem = axis_stem("smollm2-135m")
     axis = load_axis(stem)
-    cap = cap_named("assistant", axis, stem)
-    require_cap(cap, axis)
+    cap = axis.cap("assistant")
+    axis.require_sign(cap)
     assert cap.model["fingerprint"] == axis.model["fingerprint"]
-    before, after = cap.found["assistant"]
+    before, after = cap.calibration["assistant"]
     assert after > 2 * before
-    assert cap.found["more_loss"] <= cap.found["budget"]
+    assert cap.calibration["more_loss"] <= cap.calibration["budget"]

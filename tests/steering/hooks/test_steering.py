@@ -1,62 +1,27 @@
 """Steering binds: projections after it, what it leaves alone, what it counts, on every family, and the model as it was."""
 
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from accelerate import dispatch_model
 from families import FAMILIES, tiny_hf, tiny_model
+from reference import apply_cap
+from tiny_axis import LENGTHS, ROWS, axis_of, outputs, real
 from torch.nn.functional import normalize
 
-from personatlas.persona.axis import Axis, Cap, apply_cap
 from personatlas.persona.errors import UserError
-from personatlas.persona.models.load import build_model, residual
+from personatlas.persona.interventions import Ablate, Add, Cap, MeanAblate, apply_steps, steps_by_layer
+from personatlas.persona.models.load import build_model
 from personatlas.persona.runs import fitted_folder
 from personatlas.persona.sampling.sampler import pad
-from personatlas.steering import interventions
-from personatlas.steering.hooks.steering import steered
-from personatlas.steering.interventions import Ablate, Add, MeanAblate, correct, steps_of
-
-ROWS = [
-    tuple((i * 37 + row * 11 + 5) % 300 + 3 for i in range(length))
-    for row, length in enumerate((9, 14, 6, 11))
-]
-LENGTHS = torch.tensor([len(row) for row in ROWS])
-LEVELS = (0.25, 0.5, 0.75)
+from personatlas.steering.hooks.steering import steer
 
 
-cap_of = partial(interventions.cap_of, spare_first=False)  # of every token, a sequence's first one too
-
-
-def axis_of(model, seed=0):
-    """A random axis whose default quantiles are those of plain projections of the rows, so that a cap fires on some."""
-    generator = torch.Generator().manual_seed(seed)
-    vectors = normalize(torch.randn(model.n_layers, model.d_model, generator=generator), dim=1)
-    places = [(h @ v)[real(h)] for h, v in zip(outputs(model), vectors, strict=True)]
-    quantiles = torch.stack([torch.quantile(place, torch.tensor(LEVELS)) for place in places])
-    layers = tuple(range(model.n_layers))
-    return Axis(
-        vectors, torch.ones(len(layers)), layers, 1, model.describe(), LEVELS, quantiles, quantiles - 1
-    )
-
-
-def real(h):
-    return torch.arange(h.shape[1]) < LENGTHS[:, None]
-
-
-def outputs(model, rows=ROWS):
-    """Every block's output (B, T, D), as hooks put on after all others see it."""
-    found = []
-    handles = [b.register_forward_hook(lambda m, a, out: found.append(residual(out))) for b in model.blocks]
-    try:
-        with torch.no_grad():
-            model.base(input_ids=pad(rows, model.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
+def cap_of(axis, *quantile):
+    """A cap of every token, a sequence's first one too."""
+    return axis.quantile_cap(*quantile, spare_first=False)
 
 
 def logits(model, rows=ROWS):
@@ -70,7 +35,7 @@ def test_no_tokens_projection_is_below_the_floor_after_a_cap(family):
     axis = axis_of(model)
     cap = cap_of(axis, range(model.n_layers), 0.5)
     before = outputs(model)
-    with steered(model, [cap]) as held:
+    with steer(model, [cap]) as held:
         held.describe(lengths=LENGTHS)
         after = outputs(model)
     assert 0 < held.tally.share < 1
@@ -84,7 +49,7 @@ def test_no_tokens_projection_is_below_the_floor_after_a_cap(family):
 def test_a_batch_of_one_is_steered_as_a_batch_of_many(family):
     model = tiny_model(family)
     cap = cap_of(axis_of(model), range(model.n_layers), 0.75)
-    with steered(model, [cap]) as held:
+    with steer(model, [cap]) as held:
         held.describe(lengths=LENGTHS)
         together = logits(model)
         tally = held.tally
@@ -101,7 +66,7 @@ def test_with_a_cache_the_answer_is_that_without_one(family):
     cap = cap_of(axis_of(model), (0, 1), 0.75)
     ids = torch.tensor([ROWS[1]])
     how = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    with steered(model, [cap]) as held:
+    with steer(model, [cap]) as held:
         found = [
             model.hf.generate(ids, attention_mask=torch.ones_like(ids), use_cache=use, **how)
             for use in (True, False)
@@ -117,7 +82,7 @@ def test_a_floor_of_minus_infinity_changes_no_bit(dtype):
     expected = logits(model)
     idle = cap_of(axis_of(tiny_model()), (0, 1), 0.5)
     idle = replace(idle, floor=torch.full((2,), -torch.inf), model={})
-    with steered(model, [idle]) as held:
+    with steer(model, [idle]) as held:
         assert torch.equal(logits(model), expected)
         assert int(held.tally.fired.sum()) == 0
         assert int(held.tally.seen.sum()) == 2 * 4 * 14
@@ -126,7 +91,7 @@ def test_a_floor_of_minus_infinity_changes_no_bit(dtype):
 def test_the_model_is_left_as_it_was_found_also_after_an_exception():
     model = tiny_model()
     before = logits(model)
-    with pytest.raises(ZeroDivisionError), steered(model, [cap_of(axis_of(model), (0,), 0.75)]):
+    with pytest.raises(ZeroDivisionError), steer(model, [cap_of(axis_of(model), (0,), 0.75)]):
         raise ZeroDivisionError
     assert torch.equal(logits(model), before)
     assert not any(block._forward_hooks for block in model.blocks)
@@ -139,7 +104,7 @@ def test_the_step_is_that_of_the_reference_and_of_float64():
     everything, nothing = torch.ones(3, 5, dtype=torch.bool), torch.zeros(3, 5, dtype=torch.bool)
     cap = Cap((0, 1), vectors, torch.tensor([0.3, -0.2]), ceiling=torch.tensor([0.8, 0.1]))
     for row in (0, 1):
-        found, _ = correct(h, steps_of([cap])[row], nothing, everything)
+        found, _ = apply_steps(h, steps_by_layer([cap])[row], nothing, everything)
         torch.testing.assert_close(found, apply_cap(h, cap, row))
     v, x = vectors[0].double().numpy(), h.double().numpy()
     for act, aimed in (
@@ -149,7 +114,7 @@ def test_the_step_is_that_of_the_reference_and_of_float64():
     ):
         p = x @ v
         by_hand = x + (aimed(p) - p)[..., None] * v
-        found, length = correct(h, steps_of([act])[0], nothing, everything)
+        found, length = apply_steps(h, steps_by_layer([act])[0], nothing, everything)
         np.testing.assert_allclose(found.double().numpy(), by_hand, atol=1e-5)
         np.testing.assert_allclose(length.double().numpy(), np.abs(aimed(p) - p), atol=1e-5)
 
@@ -160,15 +125,15 @@ def test_interventions_compose_in_the_order_given():
     everything, nothing = torch.ones(1, 4, dtype=torch.bool), torch.zeros(1, 4, dtype=torch.bool)
     add, ablate = Add((0,), v, torch.tensor([3.0])), Ablate((0,), v)
     for acts, place in (([add, ablate], 0.0), ([ablate, add], 3.0)):
-        found, _ = correct(h, steps_of(acts)[0], nothing, everything)
+        found, _ = apply_steps(h, steps_by_layer(acts)[0], nothing, everything)
         torch.testing.assert_close(found @ v[0], torch.full((1, 4), place), rtol=0, atol=1e-5)
 
 
 def test_rows_that_are_left_alone_and_padding_are_bitwise_what_they_were():
     model = tiny_model()
     plain, chosen = outputs(model), torch.tensor([True, False, True, False])
-    add = Add.along(axis_of(model), (0,), 5.0, spare_first=False)
-    with steered(model, [add]) as held:
+    add = axis_of(model).add(5.0, (0,), spare_first=False)
+    with steer(model, [add]) as held:
         held.begin(torch.where(chosen, 0, -1))
         held.describe(lengths=LENGTHS)
         moved = outputs(model)
@@ -186,7 +151,7 @@ def test_rows_that_are_left_alone_and_padding_are_bitwise_what_they_were():
 )
 def test_a_phase_takes_its_own_tokens(phase, steered_tokens):
     model, starts = tiny_model(), torch.tensor([4, 6, 2, 5])
-    with steered(model, [Add.along(axis_of(model), (1,), 1.0, phase, spare_first=False)]) as held:
+    with steer(model, [axis_of(model).add(1.0, (1,), phase, spare_first=False)]) as held:
         held.describe(lengths=LENGTHS, answer_from=starts)
         outputs(model)
         assert held.tally.fired.tolist() == [steered_tokens]
@@ -195,7 +160,7 @@ def test_a_phase_takes_its_own_tokens(phase, steered_tokens):
 
 def test_a_hook_that_does_not_fire_cannot_be_missed():
     model = tiny_model()
-    with steered(model, [cap_of(axis_of(model), (0, 1), 0.5)]) as held:
+    with steer(model, [cap_of(axis_of(model), (0, 1), 0.5)]) as held:
         with pytest.raises(RuntimeError, match=r"layers \[0, 1\] did not fire"):
             _ = held.tally
         logits(model)
@@ -218,7 +183,7 @@ def test_a_hook_that_does_not_fire_cannot_be_missed():
 
 def test_another_batch_size_without_begin_is_refused():
     model = tiny_model()
-    with steered(model, [cap_of(axis_of(model), (0,), 0.5)]) as held:
+    with steer(model, [cap_of(axis_of(model), (0,), 0.5)]) as held:
         logits(model)
         with pytest.raises(ValueError, match="1 rows in a batch that began with 4"):
             logits(model, ROWS[:1])
@@ -248,12 +213,12 @@ def test_what_does_not_fit_the_model_is_refused_in_one_line():
     two = cap_of(axis_of(model), (0, 1), 0.5)
     with pytest.raises(ValueError, match="named twice"):
         replace(two, layers=(1, 1))
-    with steered(model, [cap], [two]), pytest.raises(ValueError, match="which of the 2 plans"):
+    with steer(model, [cap], [two]), pytest.raises(ValueError, match="which of the 2 plans"):
         model.hf(input_ids=torch.ones(2, 3, dtype=torch.long))
 
 
 def enter(model, interventions):
-    with steered(model, interventions):
+    with steer(model, interventions):
         pass
 
 
@@ -276,7 +241,7 @@ def test_blocks_whose_weights_are_elsewhere_until_they_are_used_are_steered_alik
     assert {next(block.parameters()).device.type for block in spread.blocks} == {"cpu", "meta"}
     found = []
     for one in (decoder, spread):
-        with steered(one, [cap]) as held, torch.no_grad():
+        with steer(one, [cap]) as held, torch.no_grad():
             held.begin(torch.zeros(len(ROWS), dtype=torch.long))
             found.append((one.hf(input_ids=pad(ROWS, one.device), use_cache=False).logits, held.tally.fired))
     assert torch.equal(found[0][0], found[1][0])
@@ -288,10 +253,10 @@ def test_blocks_whose_weights_are_elsewhere_until_they_are_used_are_steered_alik
 def test_the_first_token_of_a_sequence_is_spared_unless_told_otherwise(described):
     model = tiny_model()
     axis = axis_of(model)
-    high = replace(interventions.cap_of(axis, (0, 1), 0.75), floor=torch.full((2,), 1e3))
+    high = replace(axis.quantile_cap((0, 1), 0.75), floor=torch.full((2,), 1e3))
     before = outputs(model)
     for cap in (high, replace(high, spare_first=False)):
-        with steered(model, [cap]) as held:
+        with steer(model, [cap]) as held:
             if described:
                 held.describe(lengths=LENGTHS)
             after = outputs(model)
@@ -299,7 +264,7 @@ def test_the_first_token_of_a_sequence_is_spared_unless_told_otherwise(described
         assert (after[0][:, 1:] != before[0][:, 1:]).any(-1)[real(before[0])[:, 1:]].all()
         tokens = LENGTHS if described else torch.full_like(LENGTHS, after[0].shape[1])
         assert held.tally.seen[0].tolist() == (tokens - int(cap.spare_first)).tolist()
-    with steered(model, [high]) as held, torch.no_grad():
+    with steer(model, [high]) as held, torch.no_grad():
         held.begin(torch.zeros(len(ROWS), dtype=torch.long))
         held.describe(opening=False)  # these tokens go on after others
         model.base(input_ids=pad(ROWS, model.device), use_cache=False)

@@ -8,22 +8,28 @@ from pathlib import Path
 import pytest
 import torch
 from families import tiny_model
-from test_steering import ROWS, axis_of
+from tiny_axis import ROWS, axis_of
 from torch.nn.functional import normalize
 
-from personatlas.persona.axis import Cap
+from personatlas.persona.interventions import (
+    Ablate,
+    Add,
+    Cap,
+    apply_steps,
+    interventions_digest,
+    steps_by_layer,
+)
 from personatlas.persona.sampling.sampler import pad
-from personatlas.steering.hooks.steering import steered
+from personatlas.steering.hooks.steering import steer
 from personatlas.steering.hooks.step import Account, Batch, act_plainly, book
 from personatlas.steering.hooks.tables import tables_of
-from personatlas.steering.interventions import Ablate, Add, cap_of, correct, plan_digest, steps_of
 
 VECTORS = normalize(torch.randn(3, 24, generator=torch.Generator().manual_seed(0)), dim=1)
 CAP = Cap((0,), VECTORS[:1], torch.tensor([0.4]))
 PLANS = [
-    [CAP, Add((0,), VECTORS[1:2], torch.tensor([2.0]), "answer")],
+    [CAP, Add((0,), VECTORS[1:2], torch.tensor([2.0]), phase="answer")],
     [replace(CAP, floor=torch.tensor([-0.2]), spare_first=True)],
-    [Ablate((0,), VECTORS[2:], "prompt")],
+    [Ablate((0,), VECTORS[2:], phase="prompt")],
 ]
 
 
@@ -43,9 +49,9 @@ def test_the_twin_does_to_each_row_what_its_own_plan_means(tokens):
     for row, plan in enumerate(given.plans.tolist()):
         real = at < given.lengths[row]
         answer = real & (at >= given.starts[row])
-        steps = steps_of(PLANS[plan])[0] if plan < len(PLANS) else []
+        steps = steps_by_layer(PLANS[plan])[0] if plan < len(PLANS) else []
         fresh = bool(given.opening[row])
-        expected, by = correct(h[row : row + 1], steps, real & ~answer, answer, fresh=fresh)
+        expected, by = apply_steps(h[row : row + 1], steps, real & ~answer, answer, fresh=fresh)
         torch.testing.assert_close(moved[row : row + 1], expected, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(length[row : row + 1], by, rtol=1e-5, atol=1e-6)
         phases = {step.phase for step in steps}
@@ -95,11 +101,11 @@ def test_plans_that_share_a_vector_share_its_row_and_keep_their_order():
 def test_rows_with_different_floors_are_capped_as_each_alone():
     model = tiny_model()
     axis = axis_of(model)
-    mild, firm = (cap_of(axis, (0, 1), level) for level in (0.25, 0.75))
+    mild, firm = (axis.quantile_cap((0, 1), level) for level in (0.25, 0.75))
     ids = pad([ROWS[0]] * 3, model.device)
 
     def logits(*plans, rows):
-        with steered(model, *plans) as held, torch.no_grad():
+        with steer(model, *plans) as held, torch.no_grad():
             held.begin(torch.tensor(rows))
             return model.hf(input_ids=ids[: len(rows)], use_cache=False).logits, held.tally
 
@@ -127,9 +133,9 @@ def test_a_compiled_forward_is_steered_and_one_compiled_before_is_found_out():
 
 def test_plans_of_another_form_cannot_be_set():
     model = tiny_model()
-    cap = cap_of(axis_of(model), (0, 1), 0.5)
-    with steered(model, [cap]) as held:
-        for plans in ([[cap], [cap]], [[cap_of(axis_of(model), (0,), 0.5)]], [[cap, cap]]):
+    cap = axis_of(model).quantile_cap((0, 1), 0.5)
+    with steer(model, [cap]) as held:
+        for plans in ([[cap], [cap]], [[axis_of(model).quantile_cap((0,), 0.5)]], [[cap, cap]]):
             with pytest.raises(ValueError, match="cannot replace"):
                 held.set(*plans)
         with pytest.raises(ValueError, match="plan 1 is not one of the 1"):
@@ -137,6 +143,6 @@ def test_plans_of_another_form_cannot_be_set():
 
 
 def test_a_plans_digest_names_what_it_does():
-    assert plan_digest([CAP]) == plan_digest([replace(CAP, level=0.3, population="x")])
-    assert plan_digest([CAP]) != plan_digest([replace(CAP, floor=torch.tensor([0.5]))])
-    assert plan_digest([CAP]) != plan_digest([replace(CAP, phase="answer")])
+    assert interventions_digest([CAP]) == interventions_digest([replace(CAP, level=0.3, population="x")])
+    assert interventions_digest([CAP]) != interventions_digest([replace(CAP, floor=torch.tensor([0.5]))])
+    assert interventions_digest([CAP]) != interventions_digest([replace(CAP, phase="answer")])

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from families import tiny_model
-from test_steering import axis_of
+from tiny_axis import axis_of
 
 from personatlas.persona.errors import UserError
+from personatlas.persona.interventions import interventions_digest
 from personatlas.persona.sampling.sampler import Prompt, Sampler, Sampling
 from personatlas.steering.generate import trace
-from personatlas.steering.hooks.steering import steered
-from personatlas.steering.interventions import cap_of, plan_digest
+from personatlas.steering.hooks.steering import steer
 from personatlas.steering.serve.answer_stream import Detokenizer, StreamedAnswer
 from personatlas.steering.serve.engine import scheduler as engine_module
 from personatlas.steering.serve.engine.batch import TokenEvent
@@ -71,7 +71,9 @@ def served():
     def make(room=EngineLimits(slots=4, length=256), family="llama", ends=ENDS, caps=True):
         model = tiny_model(family)
         axis, listener = axis_of(model), Listener()
-        named = {"mild": cap_of(axis, (0, 1), 0.5), "firm": cap_of(axis, (1,), 0.75)} if caps else {}
+        named = (
+            {"mild": axis.quantile_cap((0, 1), 0.5), "firm": axis.quantile_cap((1,), 0.75)} if caps else {}
+        )
         engine = Engine(model, ends, axis, named, room, listener)
         engine.start()
         opened.append(engine)
@@ -88,7 +90,7 @@ def alone(engine, ids, cap=None, seed=0, limit=10, temperature=0.7, top_p=0.9):
     plan = [[cap.cap]] if cap is not None else []
     if not plan:
         return next(iter(sampler.answers([Prompt(ids, seed, -1)])))
-    with steered(engine.model, *plan) as held:
+    with steer(engine.model, *plan) as held:
         return next(iter(sampler.answers([Prompt(ids, seed, 0)], held)))
 
 
@@ -253,7 +255,7 @@ def test_a_conversation_under_uneven_floors_does_not_depend_on_what_is_kept(serv
     engine, listener = served(ends=frozenset())
     mild = engine.plans.wanted("mild").cap
     uneven = replace(mild, prompt_floor=mild.floor - 0.5)
-    wanted = ResolvedCap("uneven", uneven, plan_digest([uneven]))
+    wanted = ResolvedCap("uneven", uneven, interventions_digest([uneven]))
     (first,) = [engine.submit(GenerationRequest(LONG, seed=1, limit=12, cap=wanted))]
     listener.ended([first])
     longer = (*LONG, *listener.answer(first), *PROMPTS[2])
@@ -339,7 +341,7 @@ def test_a_text_is_scored_with_its_plan_between_the_steps_of_others(served):
     )
     listener.ended([talking])
     engine.close()
-    with steered(engine.model, [cap.cap]) as held:
+    with steer(engine.model, [cap.cap]) as held:
         held.describe(torch.tensor([len(LONG)]), torch.tensor([len(LONG)]))
         scores = engine.model.hf(input_ids=torch.tensor([LONG]), use_cache=False).logits[0].log_softmax(-1)
     own = [float(scores[at, id]) for at, id in enumerate(LONG[1:])]
@@ -352,7 +354,7 @@ def test_a_text_is_scored_with_its_plan_between_the_steps_of_others(served):
 def test_what_is_no_cap_is_one_line_and_never_a_path(asked):
     model = tiny_model()
     axis = axis_of(model)
-    plans = CapSlots(axis, model, {"mild": cap_of(axis, (0, 1), 0.5)})
+    plans = CapSlots(axis, model, {"mild": axis.quantile_cap((0, 1), 0.5)})
     with pytest.raises(UserError):
         plans.wanted(asked)
 

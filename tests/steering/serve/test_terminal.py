@@ -94,7 +94,7 @@ def test_a_cap_is_chosen_named_and_left_and_an_unknown_one_is_one_line(talk):
     assert (capped.cap, capped.acted, plain.cap) == ("held", True, None)
     assert 0 < capped.fired <= 1
     assert f"cap held fired {capped.fired:.0%}, floor {capped.floor:.1f}" in out
-    assert "cap 'nobody' is not loaded (there are: firm, held)" in out
+    assert "cap 'nobody' is not one of firm, held, or LEVEL@LAYERS" in out
     assert "\ncap p75@1\n" in out
     assert terminal.failed == 1
 
