@@ -26,6 +26,7 @@ from personatlas.persona.interventions import Ablate, Add, Cap, MeanAblate, load
 POLES = ("assistant", "role-play")
 POPULATIONS = ("default", "roles")
 CAPS = "caps"  # the folder of saved caps beside an axis
+MAX_SHIFT = 10  # interquartile ranges
 ENDINGS = (".json", ".safetensors")
 
 
@@ -166,6 +167,10 @@ class Axis:
 
         Raises `UserError` where the axis does not keep those quantiles, or a floor would lie above its ceiling.
         """
+        if not abs(amount) <= MAX_SHIFT:
+            raise UserError(
+                f"a shift of {amount:g} interquartile ranges is outside -{MAX_SHIFT}..{MAX_SHIFT}"
+            )
         if not {0.25, 0.75} <= set(self.levels) or not set(cap.layers) <= set(self.layers):
             raise UserError(
                 "the axis does not keep the quartiles of the default's answers at this cap's layers"

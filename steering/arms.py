@@ -1,6 +1,6 @@
 """The same requests answered in several arms: the same prompts, the same seeds, the same engine, other interventions.
 
-    for arm in run_arms(model, chat, requests, {"as it is": [], "capped": [cap]}, Sampling(48)):
+    for arm in run_arms(model, chat, requests, {"baseline": [], "capped": [cap]}, Sampling(48)):
         arm.name, arm.texts, arm.tally            # in the order of the requests
 
 On a GPU all arms are rows of the same batches, each following its own plan, so hundreds of caps cost one capture; on a CPU,
@@ -22,7 +22,7 @@ from personatlas.persona.sampling.cuda_graph import fastest_sampler
 from personatlas.persona.sampling.sampler import Answer, Prompt, Sampler, Sampling
 from personatlas.steering.hooks.steering import Tally, steer
 
-BASELINE = "as it is"  # the arm without interventions, by this name everywhere
+BASELINE = "baseline"  # the arm without interventions, by this name everywhere
 
 
 def distinct(ids: Sequence[int], n: int = 1) -> float:

@@ -1,6 +1,6 @@
 """One answer in several arms (as the model is, capped, ...), token by token, and the trace of each arm's projection.
 
-    arms = generate(model, chat, messages, {"as it is": [], "capped": [cap]}, axis, Sampling(), seed=0)
+    arms = generate(model, chat, messages, {"baseline": [], "capped": [cap]}, axis, Sampling(), seed=0)
     arms["capped"].text, arms["capped"].trace.projection
 
 All arms are rows of one batch and sample with the same seed. A trace is read afterwards in one forward over prompt and

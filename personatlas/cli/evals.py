@@ -263,7 +263,7 @@ def run_arms(
         arms[name] = Model(api, GenerateConfig(), {"axis": axis, "cap": name or "none", **load_options})
     logs = []
     for name, arm in arms.items():
-        say(f"{task}: {'capped' if name else 'as it is'}")
+        say(f"{task}: {'capped' if name else 'baseline'}")
         # a model that grades itself would be capped in one arm only: the arms would be graded by two measures
         logs.append(_run(task, arm, asked, asked.grader or arms[None]))
     return logs
@@ -320,7 +320,7 @@ def _inspect_verb_print(found: dict[str, Any]) -> None:
     before, after = found["arms"]
     said = f"projection: of an answer's tokens at layer {found['layer']}, before the cap's step"
     is_plain = [not arm["cap"] for arm in (before, after)]
-    arms = ("as it is", "capped") if is_plain == [True, False] else (before["name"], after["name"])
+    arms = ("baseline", "capped") if is_plain == [True, False] else (before["name"], after["name"])
     scorer, interval = Column("scorer", overflow="fold", min_width=10), Column("95%", no_wrap=True)
     table = Table(scorer, *arms, "change", interval, "p (Holm)", "pairs", caption=said)
     rows = {**found["scorers"], "projection": found["projection"]}
@@ -361,7 +361,7 @@ def _inspect_verb_print(found: dict[str, Any]) -> None:
         out.print(Text(f"log: {arm['log']}"), soft_wrap=True)
 
 
-BASELINE = "as it is"  # `arms.BASELINE`, whose module needs torch, which `--help` does not load
+BASELINE = "baseline"  # `arms.BASELINE`, whose module needs torch, which `--help` does not load
 LEVEL = 0.05  # of an adjusted p
 
 

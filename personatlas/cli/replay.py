@@ -88,8 +88,8 @@ def _print(content: dict[str, Any], folder: Path) -> None:
         told = f" [{change['low']:+.1f}, {change['high']:+.1f}]" if change["low"] is not None else ""
         beside = (
             ""
-            if arm == "as it is" or change["value"] is None
-            else f", {change['value']:+.1f}{told} beside as it is"
+            if arm == "baseline" or change["value"] is None
+            else f", {change['value']:+.1f}{told} beside baseline"
         )
         if row["value"] is not None:
             out.print(Text(f"{arm}: mean projection {row['value']:.1f} over {row['n']} answers{beside}"))

@@ -23,7 +23,7 @@ from personatlas.persona.runs import find_axis
 from personatlas.steering.serve.startup import CapacityOptions, ServeOptions, make_service
 from personatlas.steering.session import SteeredModel, load_steered_model
 
-PLAIN, CAPPED = "as it is", "capped"
+PLAIN, CAPPED = "baseline", "capped"
 
 
 def generate(

@@ -16,7 +16,7 @@ from personatlas.analysis.html.page import write_page
 LOOKS = {
     "tried": ("--middle", "circle", 7),
     "tried, floors by gradient": ("--middle", "circle-open", 9),
-    "as it is": ("--ink", "diamond", 11),
+    "baseline": ("--ink", "diamond", 11),
     "chosen": ("--positive", "star", 17),
     "random": ("--others", "x", 10),
     "add": ("--accent", "triangle-up", 10),
@@ -123,11 +123,11 @@ def _points(content: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _kind(name: str) -> str:
     first = name.split(" ", 1)[0]
-    return name if name in ("as it is", "chosen") else first if first in ("random", "add") else "also"
+    return name if name in ("baseline", "chosen") else first if first in ("random", "add") else "also"
 
 
 def _tiles(content: Mapping[str, Any]) -> list[dict[str, Any]]:
-    plain, chosen = content["report"]["as it is"], content["report"]["chosen"]
+    plain, chosen = content["report"]["baseline"], content["report"]["chosen"]
     randoms = [row for name, row in content["report"].items() if name.startswith("random")]
     mean = sum(row["assistant"] for row in randoms) / len(randoms)
     low, high = chosen["interval"]

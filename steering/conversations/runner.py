@@ -1,7 +1,7 @@
 """Conversations had turn by turn in several arms at once: what users say is asked, answered, measured, and asked on.
 
     stage = Stage(model, chat, axis, Sampling(128), folder / "turns.jsonl", User())
-    said = had(stage, talks, [Arm("as it is"), Arm("capped", [cap]), Arm("adaptive", [cap], watcher)])
+    said = had(stage, talks, [Arm("baseline"), Arm("capped", [cap]), Arm("adaptive", [cap], watcher)])
     said["adaptive", "therapy-03/0", 5].uncapped
 
 Each arm has a conversation of its own. In an adaptive arm the cap acts on the next answer only while the alarm is on, which hears

@@ -16,7 +16,7 @@ from personatlas.steering.drift.result import ADAPTIVE, ALL, CAPPED
 
 # how an arm looks: colour, its soft kind, symbol, dash
 LOOKS = {
-    "as it is": ("--ink", "--chance-soft", "diamond", "solid"),
+    "baseline": ("--ink", "--chance-soft", "diamond", "solid"),
     "capped": ("--positive", "--positive-soft", "circle", "solid"),
     "adaptive": ("--accent", "--accent-soft", "square", "dash"),
 }

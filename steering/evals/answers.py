@@ -1,6 +1,6 @@
 """Answers of all arms to a suite's cases: the same prompts, the same seeds, the same engine, kept as they come.
 
-    said = answered(bench, suite, {"as it is": [], "assistant": [cap]})
+    said = answered(bench, suite, {"baseline": [], "assistant": [cap]})
     said["assistant", "pirate/0/r12/0", 0].text
 
 The log is append-only and keyed by content (the plan's numbers, the conversation, the seed, the sampling), so an evaluation

@@ -16,7 +16,7 @@ from personatlas.steering.evals.result import RANDOM
 
 # how an arm looks, by its kind: colour, symbol, size
 LOOKS = {
-    "as it is": ("--ink", "diamond", 12),
+    "baseline": ("--ink", "diamond", 12),
     "cap": ("--positive", "star", 16),
     "other cap": ("--accent", "circle", 11),
     "random": ("--others", "x", 11),
@@ -65,7 +65,7 @@ def category_bars(
     names = sorted(categories, key=lambda name: -max(row["n"] for row in categories[name].values()))
     figure = empty_figure(margin={"l": 190, "r": 24, "t": 30, "b": 54}, showlegend=True, barmode="group")
     figure.update_layout(legend=LEGEND, height=130 + len(names) * (14 + 15 * len(arms)), bargap=0.25)
-    shades = {"as it is": "--ink", "cap": "--positive", "other cap": "--accent", "random": "--others"}
+    shades = {"baseline": "--ink", "cap": "--positive", "other cap": "--accent", "random": "--others"}
     for arm, kind in list(arms.items())[::-1]:
         rows = [categories[name][arm] for name in names]
         shares = [row["share"] or 0.0 for row in rows]

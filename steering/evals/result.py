@@ -9,7 +9,7 @@ a refusal nor compliance: incoherence is not safety.
 
 The result of an evaluation as plain data: what every arm did, and what it changed against the model as it is.
 
-    content = suite_result(suite, answers, found, ["as it is", "assistant", "random"], margin=0.05)
+    content = suite_result(suite, answers, found, ["baseline", "assistant", "random"], margin=0.05)
     content["outcomes"]["harmful"]["arms"]["assistant"]["change"]      # value, low, high, p, p_holm, no_loss, smallest
 
 Everything is paired by case (and turn) and clustered by role and by request. `p` is of McNemar's exact test, `p_holm` the same

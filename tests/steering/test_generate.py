@@ -191,16 +191,16 @@ def test_the_verb_prints_both_answers_and_their_traces(place, capsys):
     told += ["--dtype", "float32", "--max-new-tokens", "8"]
     main(told)
     shown = capsys.readouterr().out
-    assert "as it is" in shown
+    assert "baseline" in shown
     assert "capped" in shown
     assert "floor at layer" in shown
     main([*told, "--json"])
     found = json.loads(capsys.readouterr().out)
-    assert set(found) == {"as it is", "capped"}
+    assert set(found) == {"baseline", "capped"}
     for arm in found.values():
         assert len(arm["projection"]) == len(arm["ids"])
         assert all(math.isfinite(value) for value in arm["projection"])
-    assert found["as it is"]["corrections"] == []
+    assert found["baseline"]["corrections"] == []
     assert sum(map(sum, found["capped"]["corrections"])) > 0
     assert found["capped"]["account"]["fired"] == [
         sum(c > 0 for c in row[:-1]) for row in found["capped"]["corrections"]

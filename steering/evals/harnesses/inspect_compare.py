@@ -37,7 +37,7 @@ class Arm:
     @property
     def name(self) -> str:
         """In a table."""
-        return f"capped: {self.about['cap']}" if self.about["cap"] else "as it is"
+        return f"capped: {self.about['cap']}" if self.about["cap"] else "baseline"
 
 
 def require_inspect() -> None:

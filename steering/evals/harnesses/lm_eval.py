@@ -12,7 +12,7 @@ token put before it is answer. What was asked once is not asked again: `Kept` ho
 
 lm-eval's tasks in several arms of one model, and what the arms differ by.
 
-    content = run_tasks(model, chat, {"as it is": [], "assistant": [cap]}, ["ifeval"], data={"ifeval": Path("ifeval.jsonl")},
+    content = run_tasks(model, chat, {"baseline": [], "assistant": [cap]}, ["ifeval"], data={"ifeval": Path("ifeval.jsonl")},
                         folder=Path("runs/evals"), limit=100)
     content["tasks"]["ifeval"]["metrics"]["prompt_level_strict_acc"]["arms"]["assistant"]["change"]
 
@@ -429,7 +429,7 @@ def run_tasks(
     require_lm_eval()
     asked, data = Asked(limit, as_chat, fewshot, max_new_tokens, margin), data or {}
     if not arms:
-        raise UserError("no arm is given: at least the model as it is, {'as it is': []}")
+        raise UserError("no arm is given: at least the model as it is, {'baseline': []}")
     content, outcomes, notes = dict[str, Any](), dict[str, Any](), list[str]()
     with checkers_ready(tasks) as is_standing_in, _quiet():
         found = load_tasks(tasks, data, tasks_folder)

@@ -77,7 +77,7 @@ def test_a_calibration_saves_a_cap_and_reports_what_it_did_on_the_other_half(tin
     content = json.loads((tiny_run / "run" / "calibration.json").read_text())
     cap = load_cap(tiny_run / "run" / "caps" / "assistant")
     assert cap.calibration["name"] == content["cap"]
-    assert {"as it is", "chosen", "random 1", "random 2", "random 3", "add 4", "p50@1"} <= set(
+    assert {"baseline", "chosen", "random 1", "random 2", "random 3", "add 4", "p50@1"} <= set(
         content["report"]
     )
     halves = content["halves"]
@@ -87,10 +87,10 @@ def test_a_calibration_saves_a_cap_and_reports_what_it_did_on_the_other_half(tin
     best = max(one["assistant"] for one in tried.values() if "assistant" in one and one["more_loss"] <= 5)
     assert tried[content["cap"]]["assistant"] == best
     assert any(name.startswith("fitted") for name in tried)
-    assert content["report"]["as it is"]["fired"] == 0
+    assert content["report"]["baseline"]["fired"] == 0
     page = (tiny_run / "run" / "calibration.html").read_text()
     assert content["cap"] in page
-    assert "as it is" in page
+    assert "baseline" in page
 
 
 def test_a_second_calibration_measures_nothing_again(tiny_run, capsys, monkeypatch):

@@ -21,7 +21,7 @@ from personatlas.steering.conversations.simulated_user import EndpointUser
 from personatlas.steering.drift_monitor import Watcher
 from personatlas.steering.teacher_forcing import mean_projections
 
-PLAIN = "as it is"
+PLAIN = "baseline"
 TALKS = [
     Talk("coding-1", "coding", ("Hello.", "And so?", "Then?")),
     Talk("therapy-1", "therapy", ("I am sad.", "Still.", "So be it."), sample=1),

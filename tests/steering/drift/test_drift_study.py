@@ -14,7 +14,7 @@ from personatlas.steering.drift_monitor import Calm, CalmConversation, load_calm
 
 HOW = ["--device", "cpu", "--dtype", "float32", "--max-new-tokens", "4"]
 TURNS = ["--turns", "3", "--false-alarms", "0.4"]
-ARMS = ["as it is", "capped", "adaptive"]
+ARMS = ["baseline", "capped", "adaptive"]
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +78,10 @@ def test_a_study_has_three_arms_whose_alarm_is_calibrated_on_its_own_calm_conver
     assert watch["source"] == "this study's own calm conversations"
     assert watch["alarm"]["n"] == 22
     # half of the calm domains' scripts set the limit, and count no alarms
-    assert content["alarms"]["all"]["as it is"]["n"] == 50 - 22
-    assert content["alarms"]["therapy"]["as it is"]["n"] == 6
+    assert content["alarms"]["all"]["baseline"]["n"] == 50 - 22
+    assert content["alarms"]["therapy"]["baseline"]["n"] == 6
     wrote = content["wrote"]
-    assert (wrote["as it is"]["acted"], wrote["capped"]["acted"]) == (0, 1)
+    assert (wrote["baseline"]["acted"], wrote["capped"]["acted"]) == (0, 1)
     assert 0 < wrote["adaptive"]["acted"] < 1
     assert wrote["capped"]["fired"] > 0
     cost = content["cost"]
@@ -164,7 +164,7 @@ def test_a_study_of_one_answer_is_measured_by_the_axis(tiny_run, scripts, tmp_pa
     main(asked)
     content = json.loads(capsys.readouterr().out)
     assert content["watch"]["baseline"]["of"] == "the axis's default answers"
-    assert content["slopes"]["coding"] == {"as it is": None, "capped": None}
+    assert content["slopes"]["coding"] == {"baseline": None, "capped": None}
     assert content["trajectories"]["coding"]["capped"][0]["low"] is None
 
 

@@ -52,17 +52,17 @@ def test_users_are_asked_again_and_stored_answers_stand_at_the_turn_that_they_fo
     main(told(tiny_run, chats, "--json", "--html", str(page)))
     content = json.loads(capsys.readouterr().out)
     assert content == json.loads((chats.parent / "again" / "replay.json").read_text())
-    assert content["arms"] == ["stored", "as it is", "capped"]
+    assert content["arms"] == ["stored", "baseline", "capped"]
     talk, script = content["conversations"]
     assert [row["text"] for row in talk["arms"]["stored"].values()] == ["I am & was.", "Nothing."]
     assert list(talk["arms"]["stored"]) == ["1", "2"]
     assert list(talk["arms"]["capped"]) == ["1", "2", "3"]
     assert "stored" not in script["arms"]
-    assert list(script["arms"]["as it is"]) == ["1", "2"]
+    assert list(script["arms"]["baseline"]) == ["1", "2"]
     assert all(row["acted"] for row in talk["arms"]["capped"].values())
-    assert not any(row["acted"] for row in talk["arms"]["as it is"].values())
+    assert not any(row["acted"] for row in talk["arms"]["baseline"].values())
     assert content["means"]["stored"]["n"] == 2
-    assert content["means"]["as it is"]["n"] == 5
+    assert content["means"]["baseline"]["n"] == 5
     rows = [json.loads(line) for line in (chats.parent / "again" / "turns.jsonl").read_text().splitlines()]
     assert {row["conversation"] for row in rows} == {"talk/0", "script/0"}
     text = page.read_text()
@@ -72,7 +72,7 @@ def test_users_are_asked_again_and_stored_answers_stand_at_the_turn_that_they_fo
     main(told(tiny_run, chats))
     shown = " ".join(capsys.readouterr().out.split())
     assert "stored: mean projection" in shown
-    assert "beside as it is" in shown
+    assert "beside baseline" in shown
 
 
 def test_with_a_calibrated_alarm_there_is_an_arm_whose_cap_acts_while_it_is_on(tiny_run, chats, capsys):
@@ -84,7 +84,7 @@ def test_with_a_calibrated_alarm_there_is_an_arm_whose_cap_acts_while_it_is_on(t
     page = chats.parent / "replay.html"
     main(told(tiny_run, chats, "--calm", str(chats.parent / "calm.json"), "--json", "--html", str(page)))
     content = json.loads(capsys.readouterr().out)
-    assert content["arms"] == ["stored", "as it is", "capped", "adaptive"]
+    assert content["arms"] == ["stored", "baseline", "capped", "adaptive"]
     own = list(content["conversations"][0]["arms"]["adaptive"].values())
     assert [row["acted"] for row in own] == [
         False,

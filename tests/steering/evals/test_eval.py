@@ -58,7 +58,7 @@ def done(tiny_run, material, tmp_path_factory):
 
 def test_all_arms_are_asked_the_same_and_every_answer_is_kept(done):
     _, content = done
-    arms = ["as it is", "p75@0-2", "p75@0-2+0.5", "random 1"]
+    arms = ["baseline", "p75@0-2", "p75@0-2+0.5", "random 1"]
     assert content["arms"] == arms
     names = ["persona-jailbreak", "harm", "over-refusal", "contrast", "susceptibility", "drift", "benign"]
     assert set(content["suites"]) == set(names)
@@ -91,7 +91,7 @@ def test_shares_and_changes_are_those_of_the_pairs(done):
                 assert table["arms"][arm]["share"] == (
                     pytest.approx(sum(judged) / len(judged)) if judged else None
                 )
-            plain, capped = by_arm["as it is"], by_arm["p75@0-2"]
+            plain, capped = by_arm["baseline"], by_arm["p75@0-2"]
             both = [(a, b) for a, b in zip(plain, capped, strict=True) if a is not None and b is not None]
             change = table["arms"]["p75@0-2"]["change"]
             assert change["value"] == pytest.approx(sum(b - a for a, b in both) / len(both))
@@ -105,7 +105,7 @@ def test_costs_and_a_text_are_read_in_every_arm(done):
     assert set(capability["benign"]) == set(content["arms"][1:])
     assert all(row["kl"] > 0 for row in capability["benign"].values())
     assert set(capability["text"]["arms"]) == set(content["arms"])
-    plain = capability["text"]["arms"]["as it is"]["bits_per_byte"]
+    plain = capability["text"]["arms"]["baseline"]["bits_per_byte"]
     assert 0 < plain != capability["text"]["arms"]["p75@0-2"]["bits_per_byte"]
     assert capability["text"]["bytes"] > 1700
 
@@ -118,7 +118,7 @@ def test_the_page_is_whole_and_hides_harmful_answers(done, tiny_run, material):
     assert "left out here" in page
     assert "gain-persona-jailbreak" in page
     assert "turns-drift-all" in page
-    assert [row["n"] for row in content["suites"]["drift"]["trajectories"]["all"]["as it is"]] == [1, 1, 1]
+    assert [row["n"] for row in content["suites"]["drift"]["trajectories"]["all"]["baseline"]] == [1, 1, 1]
 
 
 def test_a_second_run_answers_nothing_again_and_says_the_same(done, tiny_run, material, monkeypatch, capsys):
@@ -175,12 +175,12 @@ def test_a_judge_sees_neither_arm_nor_role_and_what_it_cannot_say_counts_nowhere
     finally:
         endpoint.close()
     shown = json.dumps(endpoint.bodies)
-    for hidden in ("as it is", "p75@0-2", "pirate", "You are a nun"):
+    for hidden in ("baseline", "p75@0-2", "pirate", "You are a nun"):
         assert hidden not in shown
     content = read_json(tmp_path / "e" / "eval.json")
     harmful = content["suites"]["persona-jailbreak"]["outcomes"]["harmful"]["arms"]
-    assert 0 < harmful["as it is"]["unjudged"] < 8
-    assert harmful["as it is"]["n"] + harmful["as it is"]["unjudged"] == 8
+    assert 0 < harmful["baseline"]["unjudged"] < 8
+    assert harmful["baseline"]["n"] + harmful["baseline"]["unjudged"] == 8
     assert content["judge"]["unjudged"] > 0
     assert any("could not be judged" in warning for warning in content["warnings"])
 
@@ -274,7 +274,7 @@ def test_tasks_of_the_harness_run_in_every_arm(tiny_run, tmp_path):
     main(told(tiny_run, tmp_path / "e", *asked))
     content = read_json(tmp_path / "e" / "eval.json")
     arms = content["capability"]["tasks"]["tasks"]["ifeval"]["metrics"]["prompt_level_strict_acc"]["arms"]
-    assert set(arms) == {"as it is", "p75@0-2", "random 1"}
+    assert set(arms) == {"baseline", "p75@0-2", "random 1"}
     assert "prompt_level_strict_acc" in (tmp_path / "e" / "eval.html").read_text()
     assert len(read_json(tmp_path / "e" / "tasks" / "lm_eval.json")["tasks"]["ifeval"]["samples"]) == 2
 

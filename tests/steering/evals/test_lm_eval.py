@@ -213,21 +213,21 @@ def test_a_setting_that_would_be_ignored_and_an_answer_too_long_are_refused(mode
 
 
 def test_a_strong_cap_changes_values_and_accounts_for_its_tokens(model, place):
-    arms = {"as it is": [], "strong": [axis_of(model).add(60.0, (0, 1, 2))]}
+    arms = {"baseline": [], "strong": [axis_of(model).add(60.0, (0, 1, 2))]}
     found = run(model, place, arms)
     for name in NAMES:
         task = found["tasks"][name]
         assert task["n"] == len(task["samples"]) == 4
-        assert task["account"]["as it is"]["seen"] == 0
+        assert task["account"]["baseline"]["seen"] == 0
         assert task["account"]["strong"]["fired"] == task["account"]["strong"]["seen"] > 0
-        assert any(one["arms"]["strong"] != one["arms"]["as it is"] for one in task["samples"])
+        assert any(one["arms"]["strong"] != one["arms"]["baseline"] for one in task["samples"])
     acc = found["tasks"]["tiny_choice"]["metrics"]["acc"]["arms"]
     scores = [
         [one["arms"][arm]["scores"]["acc"] for one in found["tasks"]["tiny_choice"]["samples"]]
         for arm in arms
     ]
     assert acc["strong"]["change"] == pytest.approx(sum(scores[1]) / 4 - sum(scores[0]) / 4)
-    whole = found["tasks"]["tiny_whole"]["metrics"]["byte_perplexity"]["arms"]["as it is"]
+    whole = found["tasks"]["tiny_whole"]["metrics"]["byte_perplexity"]["arms"]["baseline"]
     assert whole["mean"] == pytest.approx(torch.tensor(whole["value"]).log().item(), abs=1e-5)  # nats a byte
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
@@ -235,7 +235,7 @@ def test_a_strong_cap_changes_values_and_accounts_for_its_tokens(model, place):
 def test_an_interrupted_run_goes_on_and_asks_nothing_twice(model, place, tmp_path, monkeypatch):
     from personatlas.steering.evals.harnesses.lm_eval import PersonatlasLM
 
-    arms = {"as it is": [], "capped": [axis_of(model).quantile_cap((0, 1), 0.75)]}
+    arms = {"baseline": [], "capped": [axis_of(model).quantile_cap((0, 1), 0.75)]}
     whole = run(model, place, arms)
     with monkeypatch.context() as patch:
         patch.setattr(
@@ -269,20 +269,20 @@ def test_ifeval_is_checked_without_a_download_and_says_so(model, tmp_path):
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     chat = chat_format(model.tokenizer)
     found = run_tasks(
-        model, chat, {"as it is": []}, ["ifeval"], data={"ifeval": tmp_path / "own.jsonl"}, max_new_tokens=8
+        model, chat, {"baseline": []}, ["ifeval"], data={"ifeval": tmp_path / "own.jsonl"}, max_new_tokens=8
     )
     metrics = found["tasks"]["ifeval"]["metrics"]
     assert set(metrics) == {f"{a}_level_{b}_acc" for a in ("prompt", "inst") for b in ("strict", "loose")}
     assert (
-        metrics["inst_level_strict_acc"]["arms"]["as it is"]["value"]
-        == metrics["inst_level_strict_acc"]["arms"]["as it is"]["mean"]
+        metrics["inst_level_strict_acc"]["arms"]["baseline"]["value"]
+        == metrics["inst_level_strict_acc"]["arms"]["baseline"]["mean"]
     )
     noted = [note for note in found["notes"] if "1 instructions are checked" in note]
     assert len(noted) == 1 or Path(sys.prefix, "nltk_data").exists()
 
 
 def test_examples_from_the_same_file_are_never_the_row_that_is_asked(model, place):
-    found = run(model, place, {"as it is": []}, ["tiny_choice"], fewshot=2, as_chat=False)
+    found = run(model, place, {"baseline": []}, ["tiny_choice"], fewshot=2, as_chat=False)
     assert found["tasks"]["tiny_choice"]["fewshot"] == 2
     assert "its 2 examples come from" in found["notes"][0]
 
@@ -345,7 +345,7 @@ def test_the_verb_prints_a_table_and_keeps_every_answer(place, tmp_path, capsys)
     data = f"tiny_choice={place / 'tiny_choice.jsonl'}"
     main(told(place, "--data", data, "--limit", "3", "--out", str(tmp_path / "out")))
     shown = capsys.readouterr().out
-    for word in ("tiny_choice", "acc", "as it is", "p75@0-1", "tiny_choice, 3 samples", "fired: p75@0-1"):
+    for word in ("tiny_choice", "acc", "baseline", "p75@0-1", "tiny_choice, 3 samples", "fired: p75@0-1"):
         assert word in shown
     main(told(place, "--data", data, "--limit", "3", "--out", str(tmp_path / "out"), "--json"))
     found = json.loads(capsys.readouterr().out)
@@ -416,7 +416,7 @@ def test_without_an_axis_a_model_is_asked_as_it_is_and_cannot_be_capped(place, t
     ]
     main([*model, *rows])
     content = json.loads((tmp_path / "lm_eval.json").read_text())
-    assert list(content["tasks"]["tiny_choice"]["account"]) == ["as it is"]
+    assert list(content["tasks"]["tiny_choice"]["account"]) == ["baseline"]
     assert "fired" not in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main([*model, *rows, "--cap", "assistant"])

@@ -51,7 +51,7 @@ def refused(capsys, argv):
 def test_every_arm_answers_the_same_questions_and_is_classed(tiny_run, capsys):
     main(told(tiny_run, "--json"))
     content = json.loads(capsys.readouterr().out)
-    assert list(content["arms"]) == ["as it is", "p75@0-2", "add 2"]
+    assert list(content["arms"]) == ["baseline", "p75@0-2", "add 2"]
     assert len(content["answers"]) == 4 * 5
     for name, arm in content["arms"].items():
         assert sum(arm["shares"].values()) == pytest.approx(1)
@@ -75,7 +75,7 @@ def test_an_endpoint_classes_without_seeing_role_or_arm(tiny_run, capsys, monkey
         endpoint.close()
     content = json.loads(capsys.readouterr().out)
     shown = json.dumps(endpoint.bodies)
-    for hidden in ("a pirate who never says", "You are a nun", "on a wire", "p75@0-2", "as it is"):
+    for hidden in ("a pirate who never says", "You are a nun", "on a wire", "p75@0-2", "baseline"):
         assert hidden not in shown
     for arm in content["arms"].values():
         assert arm["shares"]["assistant"] + arm["shares"]["unclear"] == pytest.approx(1)
@@ -96,7 +96,7 @@ def test_judges_that_cannot_be_are_refused(tiny_run, capsys, more, said):
         ("--add", "much", "not numbers with commas"),
         ("--roles", "3", "--roles 3 is below 4"),
         ("--prompts", "0", "--prompts 0 is below 1"),
-        ("--cap", "nobody", "--cap 'nobody' is not"),
+        ("--cap", "nobody", "cap 'nobody' is not"),
         ("--axis", "nowhere", "nowhere"),
     ],
 )
