@@ -149,7 +149,12 @@ def test_rows_that_come_and_go_in_captured_steps_get_what_they_would_get_alone(f
     model = tiny_model(family, device="cuda")
     axis, listener = axis_of(tiny_model(family)), Listener()
     engine = Engine(
-        model, ENDS, axis, {"mild": axis.quantile_cap((0, 1), 0.5)}, EngineLimits(slots=6, length=256), listener
+        model,
+        ENDS,
+        axis,
+        {"mild": axis.quantile_cap((0, 1), 0.5)},
+        EngineLimits(slots=6, length=256),
+        listener,
     )
     cap = engine.plans.wanted("mild")
     asks = [

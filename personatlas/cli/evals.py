@@ -426,7 +426,9 @@ def lm_eval(
 
     def load_arms() -> Any:
         if axis is None:
-            return load_model(model, device=load.device, dtype=load.dtype, chat_template=load.chat_template), ()
+            return load_model(
+                model, device=load.device, dtype=load.dtype, chat_template=load.chat_template
+            ), ()
         steered = load_steered_model(model, load, axis, caps, force=force)
         return steered.model, steered.caps
 
