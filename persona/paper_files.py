@@ -26,9 +26,9 @@ from torch import Tensor
 
 from personatlas.persona.artifacts import digest
 from personatlas.persona.axis import Axis
-from personatlas.persona.interventions import Cap
 from personatlas.persona.errors import UserError, describe_value
 from personatlas.persona.formats import require_file
+from personatlas.persona.interventions import Cap
 
 # what torch raises for archives and pickles that it cannot make sense of
 UNREADABLE = (

@@ -25,6 +25,7 @@ from typing import Any, Literal
 from personatlas.persona.axis import Axis
 from personatlas.persona.errors import UserError
 from personatlas.persona.formats import Message
+from personatlas.persona.interventions import Interventions, interventions_digest
 from personatlas.persona.logs import append_lines, read_lines
 from personatlas.persona.models.chat_template import ChatFormat
 from personatlas.persona.models.load import Model

@@ -9,6 +9,7 @@ import numpy as np
 from personatlas.analysis.next_message import Turn, predict_from_messages
 from personatlas.analysis.stats import Array, cluster_weights, percentile_interval, wilson_interval
 from personatlas.analysis.trajectories import alarm_rate, clustered_mean, slope, turn_means
+from personatlas.persona.interventions import BASELINE
 from personatlas.persona.rollout import Rollout, spread
 from personatlas.steering.arms import distinct
 from personatlas.steering.conversations.runner import Arm, Said, Spoken, Stage, Talk, asked_with

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from personatlas.analysis.stats import cluster_bootstrap, equivalence_p, holm, paired_change, wilson_interval
+from personatlas.persona.interventions import BASELINE
 from personatlas.persona.judges.base import Item
 from personatlas.persona.judges.rules import RuleJudge
 from personatlas.persona.roles.bank import Bank
