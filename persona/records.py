@@ -8,7 +8,7 @@
     Share(value=0.5, interval=(0.4, 0.6))
 
 A field is a key of the same name; tuples become lists, nested records objects, paths strings, and numbers that are not
-finite null, since JSON has none. A field named in `omit_none` has no key while its value is None.
+finite null, since JSON has none.
 """
 
 import math
@@ -24,15 +24,19 @@ Record = TypeVar("Record", bound="JsonRecord")
 
 @dataclass(frozen=True)
 class JsonRecord:
-    """Base of the dataclasses that `to_json` turns into a JSON object and `from_json` reads back."""
+    """Base of the dataclasses that `to_json` turns into a JSON object and `from_json` reads back.
+
+    `omit_none` names the fields without a key while they are None, `json_names` the keys of fields named otherwise.
+    """
 
     omit_none: ClassVar[tuple[str, ...]] = ()
+    json_names: ClassVar[Mapping[str, str]] = {}
 
     def to_json(self) -> JsonObject:
         """A JSON object with the fields' names as keys."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {
-            name: json_value(value)
+            self.json_names.get(name, name): json_value(value)
             for name, value in values.items()
             if value is not None or name not in self.omit_none
         }
@@ -40,11 +44,12 @@ class JsonRecord:
     @classmethod
     def from_json(cls: type[Record], row: Mapping[str, Any]) -> Record:
         """The record that `to_json` wrote. Keys that are no fields are ignored; raises KeyError for a missing one."""
-        hints = get_type_hints(cls)
+        hints, values = get_type_hints(cls), {}
         for field in fields(cls):
-            if field.name in cls.omit_none:
-                row = {field.name: None, **row}
-        return cls(**{field.name: _read(hints[field.name], row[field.name]) for field in fields(cls)})
+            key = cls.json_names.get(field.name, field.name)
+            value = row.get(key) if field.name in cls.omit_none else row[key]
+            values[field.name] = _read(hints[field.name], value)
+        return cls(**values)
 
 
 def json_value(value: object) -> object:

@@ -1,12 +1,12 @@
 """From a model name and options to a run that is open, checked and ready for its steps.
 
-with prepared("smollm2-135m", folder, ModelOptions(), PlanOptions()) as work:
+with open_context("smollm2-135m", folder, ModelOptions(), PlanOptions()) as work:
     sample(work); judge(work, JudgeOptions()); activations = record_run(work)
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -68,38 +68,40 @@ class RunContext:
 
 
 @contextmanager
-def open_context(model: str, folder: Path, how: ModelOptions, what: PlanOptions) -> Iterator[RunContext]:
-    """Open the run folder, load the model, and check that both belong together.
+def open_context(
+    model: str | Model, folder: Path, load: ModelOptions, plan: PlanOptions
+) -> Iterator[RunContext]:
+    """Opens the run folder, loads the model unless a loaded one is given, and checks that both belong together.
 
-    What a run was begun with (dtype, chunk) is kept when it is resumed, unless other values are asked for, which is
-    refused. Under torchrun every process does this; the first one leads.
+    A resumed run keeps the dtype and chunk that it was begun with; other values are refused. A loaded `Model` is used as
+    it is, without `load`. Under torchrun every process does this; the first one leads.
     """
     world = get_world()
-    selection, max_new_tokens = selection_of(what)
-    sampling = Sampling(max_new_tokens, what.temperature, what.top_p)
-    bank = load_bank(what.bank)
+    selection, max_new_tokens = selection_of(plan)
+    sampling = Sampling(max_new_tokens, plan.temperature, plan.top_p)
+    bank = load_bank(plan.bank)
     selection.roles(bank), selection.traits(bank)  # unknown names fail before a model is loaded
     with open_run(folder, create=True, rank=world.rank) as run:
         try:
             if world.rank:
                 world.barrier()
             before = run.manifest.get("asked", {})
-            device = how.device or local_device(world)
-            how = replace(how, device=device, dtype=how.dtype or before.get("dtype"))
-            decoder = load_model(model, device=how.device, dtype=how.dtype, chat_template=how.chat_template)
-            if is_training_run(Path(model)):
-                model = (
-                    decoder.id
-                )  # its newest checkpoint now, not the one that is newest when this run goes on
+            if isinstance(model, Model):
+                decoder, name = model, model.id
+            else:
+                device, dtype = load.device or local_device(world), load.dtype or before.get("dtype")
+                decoder = load_model(model, device=device, dtype=dtype, chat_template=load.chat_template)
+                # of a training run its newest checkpoint now, not the newest one when this run is resumed
+                name = decoder.id if is_training_run(Path(model)) else model
             chat = chat_format(decoder.tokenizer, _end_ids(decoder))
             on_gpu = decoder.device.type == "cuda"
-            chunk = what.chunk or before.get("chunk") or (GPU_CHUNK if on_gpu else CPU_CHUNK)
-            work = RunContext(run, world, decoder, chat, bank, selection, sampling, what.seed, chunk)
-            _require_room(work)
-            run.claim(_asked(model, decoder, chat, bank, selection, sampling, what.seed, chunk))
+            chunk = plan.chunk or before.get("chunk") or (GPU_CHUNK if on_gpu else CPU_CHUNK)
+            context = RunContext(run, world, decoder, chat, bank, selection, sampling, plan.seed, chunk)
+            _require_room(context)
+            run.claim(_asked(name, decoder, chat, bank, selection, sampling, plan.seed, chunk))
             if not world.rank:
                 world.barrier()
-            yield work
+            yield context
         finally:
             world.close()
 

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from personatlas.persona.records import JsonRecord
 
@@ -31,3 +32,17 @@ def test_numbers_that_json_lacks_are_null_and_optional_keys_are_left_out():
     row = Table({}, (Share(float("nan"), (0.0, float("inf"))),), Path("x")).to_json()
     assert row == {"arms": {}, "order": [{"value": None, "interval": [0.0, None]}], "file": "x"}
     assert Table.from_json(row | {"later": 1}).note is None
+
+
+@dataclass(frozen=True)
+class Named(JsonRecord):
+    json_names: ClassVar = {"reason": "why"}
+    omit_none = ("reason",)
+    reason: str | None = None
+
+
+def test_a_field_can_have_a_key_of_another_name():
+    assert Named("tested").to_json() == {"why": "tested"}
+    assert Named.from_json({"why": "tested"}) == Named("tested")
+    assert Named().to_json() == {}
+    assert Named.from_json({}) == Named()
