@@ -1,32 +1,35 @@
-"""Conversations had turn by turn in several arms at once: what users say is asked, answered, measured, and asked on.
+"""Runs multi-turn conversations in several arms in one batch: users speak, the model answers, answers are projected.
 
-    stage = Stage(model, chat, axis, Sampling(128), folder / "turns.jsonl", User())
-    said = had(stage, talks, [Arm("baseline"), Arm("capped", [cap]), Arm("adaptive", [cap], watcher)])
-    said["adaptive", "therapy-03/0", 5].uncapped
+    config = RunnerConfig(model, chat, axis, Sampling(128), folder / "turns.jsonl")
+    arms = {"baseline": [], "capped": [cap], "adaptive": [cap]}
+    done = run_conversations(config, scripts, arms, turns=8, monitors={"adaptive": monitor})
+    done.turns["adaptive", "therapy-03/0", 5].uncapped
 
-Each arm has a conversation of its own. In an adaptive arm the cap acts on the next answer only while the alarm is on, which hears
-every answer so far as the model itself, uncapped, reads it. All conversations and arms of a turn are rows of one batch (on a CPU
-capped and uncapped rows apart). Rows that would be the very same (before its first alarm an adaptive arm is the model as it is) are
-answered once.
+Each arm has a conversation of its own. In an arm with a monitor the interventions act on the next answer only while the
+alarm is on, which is updated with every answer so far as the model itself, uncapped, reads it. Requests that are the same in two arms
+(before its first alarm an adaptive arm is the baseline) are answered once.
 
-The log is append-only and keyed by content, so a study that was killed goes on where it was and ends the same: work is cut into
-chunks of conversations that depend on nothing else, and an unfinished chunk is done again as a whole.
+The log is append-only and keyed by content, so an interrupted run resumes and ends the same. Work is cut into chunks of
+scripts that depend on nothing else and are shared by ranks; a chunk that the log does not hold as a whole is done again
+as a whole. Seeds, keys and rows come from a `TurnFormat`, so other studies keep logs of their own form.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, Literal, TypedDict
 
 from personatlas.persona.axis import Axis
+from personatlas.persona.distributed import World
 from personatlas.persona.errors import UserError
 from personatlas.persona.formats import Message
-from personatlas.persona.interventions import Interventions, interventions_digest
-from personatlas.persona.logs import append_lines, read_lines
+from personatlas.persona.interventions import BASELINE, Interventions, interventions_digest
+from personatlas.persona.logs import ResultCache
 from personatlas.persona.models.chat_template import ChatFormat
 from personatlas.persona.models.load import Model
 from personatlas.persona.rollout import Rollout, seed_of
@@ -36,53 +39,43 @@ from personatlas.steering.drift_monitor import Watcher, direction_of
 from personatlas.steering.hooks.steering import steer
 from personatlas.steering.teacher_forcing import mean_projections
 
-CPU_CHUNK, GPU_CHUNK = 8, 1024  # conversations; what an interruption can cost of one turn
+CPU_CHUNK, GPU_CHUNK = 8, 1024  # scripts; what an interruption can cost of one turn
+OLD_ARM_NAMES = {BASELINE: "as it is"}  # in logs of earlier versions
 
 
 @dataclass(frozen=True)
-class Talk:
-    """A conversation to be had: what its user says (or only how it begins, for a user who reacts), under which seed."""
+class Script:
+    """What a conversation begins with and what its user says; for a user who reacts, only the first message counts.
 
-    script: str
-    domain: str
-    users: tuple[str, ...]
-    sample: int = 0
-    system: str = ""
-    seed: int = 0
-
-    @property
-    def name(self) -> str:
-        """SCRIPT/SAMPLE, which no other conversation has."""
-        return f"{self.script}/{self.sample}"
-
-
-@dataclass(frozen=True)
-class Arm:
-    """What acts in an arm: nothing, a plan always, or (with a watcher that has a rule) a plan while the alarm is on."""
+    `name` is SCRIPT/SAMPLE and unique, `opening` stands before the user's first message (a system message, say), `seed` is
+    the base of the turns' seeds.
+    """
 
     name: str
-    plan: Interventions = ()
-    watcher: Watcher | None = None
+    domain: str
+    users: tuple[str, ...]
+    opening: tuple[Message, ...] = ()
+    seed: int = 0
 
-    def acts(self, heard: Sequence["Spoken"]) -> bool:
-        """Whether the plan acts on the answer after those heard."""
-        if self.watcher is None or not self.plan:
-            return bool(self.plan)
-        monitor = self.watcher.monitor()
-        if monitor is None:
-            raise ValueError(f"the arm {self.name} has no calibrated alarm")
-        for one in heard:
-            if one.uncapped is not None:
-                monitor.turn(one.uncapped)
-        return monitor.alarm
+
+class Measured(TypedDict):
+    """What is new about a turn once it is answered; the rest follows from the request."""
+
+    ids: tuple[int, ...]
+    text: str
+    stopped: Literal["end", "length"]
+    projection: float | None
+    uncapped: float | None
+    fired: float | None
 
 
 @dataclass(frozen=True)
-class Spoken:
-    """A turn in an arm: what the user said, what was answered, and where that lies (None for an empty answer).
+class TurnRecord:
+    """One turn in one arm: the user's message, the answer, and the answer's mean projection (None for an empty answer).
 
-    `projection` is read with what acted on this answer, before its step at the axis's layer, `uncapped` as the model itself reads the
-    conversation. `acted` says whether the plan was on, `fired` the share of tokens times layers that it changed, over prompt and answer.
+    `projection` is measured with what acted on this answer, before its step at the axis's layer, `uncapped` as the model
+    itself reads the conversation (None where the run does not measure it). `acted` says whether the arm's interventions
+    were on, `fired` is the share of tokens times layers that they changed, over prompt and answer (None or 0 without).
     """
 
     conversation: str
@@ -98,278 +91,417 @@ class Spoken:
     uncapped: float | None
     acted: bool
     fired: float | None
+    prompt_ids: tuple[int, ...] = ()
 
     @property
     def script(self) -> str:
-        """What its user's turns come from."""
+        """The script's name without its sample: samples of one script are not independent."""
         return self.conversation.rpartition("/")[0]
 
-    @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> "Spoken":
-        """What the log holds of it."""
-        kept = {own.name: row[own.name] for own in fields(cls)}
-        return cls(**kept | {"ids": tuple(row["ids"])})
+
+@dataclass(frozen=True)
+class TurnRequest:
+    """A turn about to be answered under what acts on it, of which `digest` is the digest. `key` is its id in the log."""
+
+    script: Script
+    arm: str
+    turn: int
+    user: str
+    messages: tuple[Message, ...]
+    prompt_ids: tuple[int, ...]
+    seed: int
+    acting: Interventions
+    digest: str
+    key: str = ""
+
+    def record(self, measured: Measured) -> TurnRecord:
+        """The turn with its answer."""
+        return TurnRecord(
+            conversation=self.script.name,
+            domain=self.script.domain,
+            arm=self.arm,
+            turn=self.turn,
+            seed=self.seed,
+            user=self.user,
+            acted=bool(self.acting),
+            prompt_ids=self.prompt_ids,
+            **measured,
+        )
 
 
-Said = dict[tuple[str, str, int], Spoken]  # by arm, conversation and turn
+class TurnFormat:
+    """Seeds, keys and rows of `turns.jsonl`. A subclass is the format of another log.
 
+    `names_arms` says whether rows carry their arm; without it, equal requests of two arms share a row.
+    """
 
-class User:
-    """A user who says what the script holds, whatever is answered. Others react."""
+    names_arms = True
 
-    silent = 0  # how often one who reacts had nothing to say
+    def seed(self, script: Script, turn: int) -> int:
+        """The seed with which all arms sample a turn."""
+        return seed_of(f"{script.name}/{turn}", script.seed)
 
-    def says(self, talks: Sequence[Talk], so_far: Sequence[Sequence[Spoken]]) -> list[str | None]:
-        """The next turn of each conversation; None where its user has no more to say."""
+    def key_content(self, request: TurnRequest, config: "RunnerConfig") -> list[object]:
+        """Everything that decides the answer and its projection, as JSON values; the key is its hash."""
         return [
-            talk.users[len(own)] if len(own) < len(talk.users) else None
-            for talk, own in zip(talks, so_far, strict=True)
+            request.digest,
+            request.messages,
+            request.seed,
+            asdict(config.sampling),
+            [config.axis.layer, direction_of(config.axis)],
+            request.script.name,
+            request.turn,
+        ]
+
+    def row(self, turn: TurnRecord) -> dict[str, object]:
+        """What the log holds besides `id`. The keys of `Measured` must keep their names (`uncapped` may be left out)."""
+        row = asdict(turn)
+        del row["prompt_ids"]
+        return row
+
+
+class ScriptedUser:
+    """A user who says what the script holds, whatever is answered. Subclasses react."""
+
+    n_silent = 0  # how often one who reacts had nothing to say
+
+    def next_messages(
+        self, scripts: Sequence[Script], histories: Sequence[Sequence[TurnRecord]]
+    ) -> list[str | None]:
+        """The next message of each conversation; None where its user has no more to say."""
+        return [
+            script.users[len(history)] if len(history) < len(script.users) else None
+            for script, history in zip(scripts, histories, strict=True)
         ]
 
 
-@dataclass
-class Stage:
-    """Where conversations are had: a model, the axis they are measured along, how it samples, the log, and the user."""
+@dataclass(frozen=True)
+class RunnerConfig:
+    """What runs conversations: the model, the axis of the projections, the sampling, the log, and the user.
+
+    With `measure_uncapped` every answer is also read without interventions; the texts of all arms are then read in the same
+    batches, and a chunk is logged in one piece. Without it, each arm of a chunk is answered and logged by itself, but that
+    on a GPU the first turn of all arms is one batch. `chunk` is the number of scripts in a chunk, (CPU, GPU). With several
+    ranks each writes a log of its own, `STEM.RANK.jsonl`.
+    """
 
     model: Model
     chat: ChatFormat
     axis: Axis
     sampling: Sampling
     log: Path
-    user: User = field(default_factory=User)
-    overflown: set[tuple[str, str]] = field(
-        default_factory=set
-    )  # arm, conversation: ended by the model's context
-
-    @property
-    def room(self) -> int | None:
-        """Tokens that the model holds, where it says so."""
-        return self.model.context
+    user: ScriptedUser = field(default_factory=ScriptedUser)
+    format: TurnFormat = field(default_factory=TurnFormat)
+    world: World = field(default_factory=World)
+    measure_uncapped: bool = True
+    chunk: tuple[int, int] | None = None
 
     @property
     def on_gpu(self) -> bool:
-        """Whether all rows of a turn go into one batch."""
+        """Whether capped and uncapped rows share batches: on a CPU every hooked layer costs."""
         return self.model.device.type == "cuda"
+
+    @property
+    def chunk_size(self) -> int:
+        """Scripts in a chunk."""
+        cpu, gpu = self.chunk or (CPU_CHUNK, GPU_CHUNK)
+        return gpu if self.on_gpu else cpu
 
     @cached_property
     def sampler(self) -> Sampler:
-        """One for all turns; building it proves the cached decoder."""
+        """One for all turns; building it checks the cached decoder."""
         return fastest_sampler(self.model, self.chat.end_ids, self.sampling)
 
-    def fits(self, ids: Sequence[int]) -> bool:
-        """Whether the model's context leaves room for an answer."""
-        return not self.room or len(ids) + self.sampling.max_new_tokens + 1 <= self.room
-
-
-def run_conversations(
-    stage: Stage,
-    talks: Sequence[Talk],
-    arms: Sequence[Arm],
-    turns: int,
-    advance: Callable[[int], None] = lambda _: None,
-) -> Said:
-    """All conversations in all arms, up to so many turns; `advance` counts turns. A conversation ends early where its next prompt
-    leaves no room for an answer, which `stage.overflown` then holds."""
-    said: Said = {}
-    size = GPU_CHUNK if stage.on_gpu else CPU_CHUNK
-    for turn in range(turns):
-        known = _known(stage.log, {arm.name for arm in arms})
-        for first in range(0, len(talks), size):
-            rows = _asked(stage, talks[first : first + size], arms, said, turn)
-            for one in _answered(stage, rows, known, advance):
-                said[one.arm, one.conversation, one.turn] = one
-    return said
+    def fits(self, prompt_ids: Sequence[int]) -> bool:
+        """Whether the model's context leaves room for an answer to the prompt."""
+        room = self.model.context
+        return not room or len(prompt_ids) + self.sampling.max_new_tokens + 1 <= room
 
 
 @dataclass(frozen=True)
-class _Row:
-    """One turn of one conversation in one arm, about to be answered."""
+class Transcripts:
+    """Turns by (arm, conversation, turn), and the (arm, conversation) that ended because the model's context was full."""
 
-    talk: Talk
-    arm: Arm
-    turn: int
-    user: str
-    messages: tuple[Message, ...]
-    ids: tuple[int, ...]
-    acts: bool
+    turns: dict[tuple[str, str, int], TurnRecord] = field(default_factory=dict)
+    truncated: frozenset[tuple[str, str]] = frozenset()
 
-    @property
-    def seed(self) -> int:
-        """All arms sample a turn with it."""
-        return seed_of(f"{self.talk.name}/{self.turn}", self.talk.seed)
+    def __or__(self, other: "Transcripts") -> "Transcripts":
+        """Both, as of two calls with other arms."""
+        return Transcripts(self.turns | other.turns, self.truncated | other.truncated)
 
-    @property
-    def plan(self) -> Interventions:
-        """What acts on this answer."""
-        return self.arm.plan if self.acts else ()
+    def history(self, arm: str, conversation: str) -> list[TurnRecord]:
+        """A conversation's turns in order."""
+        found: list[TurnRecord] = []
+        while (turn := self.turns.get((arm, conversation, len(found)))) is not None:
+            found.append(turn)
+        return found
 
 
-def _known(log: Path, arms: set[str]) -> tuple[dict[tuple[str, str], Spoken], dict[str, Spoken]]:
-    """What the log holds of these arms, by arm and id, and of others, by id."""
-    own: dict[tuple[str, str], Spoken] = {}
-    others: dict[str, Spoken] = {}
-    for row in read_lines(log):
-        one = Spoken.from_json(row)
-        if one.arm in arms:
-            own.setdefault((one.arm, row["id"]), one)
-        else:
-            others.setdefault(row["id"], one)
-    return own, others
+def run_conversations(
+    config: RunnerConfig,
+    scripts: Sequence[Script],
+    arms: Mapping[str, Interventions],
+    turns: int,
+    advance: Callable[[int], None] = lambda _: None,
+    monitors: Mapping[str, Watcher] = MappingProxyType({}),
+) -> Transcripts:
+    """Runs all scripts in all arms, up to `turns` turns each; `advance` counts turns. `monitors` are of adaptive arms.
+
+    A conversation ends where its user says nothing more, or where its next prompt leaves no room for an answer (then it is
+    in `truncated`). Raises `UserError` where a first prompt leaves no room, and `ValueError` for a monitor without a rule.
+    """
+    for name, monitor in monitors.items():
+        if monitor.rule is None:
+            raise ValueError(f"the arm {name} has no calibrated alarm")
+    if config.world.size > 1 and type(config.user) is not ScriptedUser:
+        raise ValueError("a user who reacts speaks in one process only")
+    done, truncated = Transcripts(), set[tuple[str, str]]()
+    log = _Log(config)
+    plans = {name: (plan, interventions_digest(plan)) for name, plan in arms.items()}
+    for turn in range(turns):
+        requests: list[TurnRequest] = []
+        for chunk, first in enumerate(range(0, len(scripts), config.chunk_size)):
+            part = scripts[first : first + config.chunk_size]
+            own = _requests(config, part, plans, monitors, done, turn, truncated)
+            requests += own
+            if config.world.owns(chunk):
+                for unit in _units(config, own, log):
+                    _complete(config, unit, log, advance)
+        config.world.barrier()
+        if config.world.size > 1:
+            log = _Log(config)
+        for request in requests:
+            done.turns[request.arm, request.script.name, turn] = request.record(log.measured(request))
+    return replace(done, truncated=frozenset(truncated))
 
 
-def _asked(stage: Stage, talks: Sequence[Talk], arms: Sequence[Arm], said: Said, turn: int) -> list[_Row]:
-    """The rows of a turn: conversations that go on, with what their users say next."""
-    live, heard = [], []
-    for arm in arms:
-        for talk in talks:
-            so_far = [
-                said[arm.name, talk.name, before]
-                for before in range(turn)
-                if (arm.name, talk.name, before) in said
-            ]
-            if len(so_far) == turn:
-                live.append((arm, talk))
-                heard.append(so_far)
-    rows = []
-    for (arm, talk), so_far, user in zip(
-        live, heard, stage.user.says([talk for _, talk in live], heard), strict=True
-    ):
-        if user is None:
-            continue
-        messages = asked_with(talk.system, so_far, user)
-        ids = tuple(stage.chat.prompt_ids(messages))
-        if stage.fits(ids):
-            rows.append(_Row(talk, arm, turn, user, messages, ids, arm.acts(so_far)))
-        elif turn == 0:
-            raise UserError(
-                f"the first turn of {talk.name} leaves no room for an answer in the {stage.room} tokens of {stage.model.id}"
-            )
-        else:
-            stage.overflown.add((arm.name, talk.name))
-    return rows
-
-
-def asked_with(system: str, so_far: Sequence[Spoken], user: str) -> tuple[Message, ...]:
+def messages_before(script: Script, history: Iterable[TurnRecord], user: str) -> tuple[Message, ...]:
     """The messages of a conversation so far and what its user says now."""
-    messages: list[Message] = [{"role": "system", "content": system}] if system else []
-    for one in so_far:
-        messages += [{"role": "user", "content": one.user}, {"role": "assistant", "content": one.text}]
+    messages = list(script.opening)
+    for turn in history:
+        messages += [{"role": "user", "content": turn.user}, {"role": "assistant", "content": turn.text}]
     return (*messages, {"role": "user", "content": user})
 
 
-def _answered(
-    stage: Stage,
-    rows: Sequence[_Row],
-    known: tuple[dict[tuple[str, str], Spoken], dict[str, Spoken]],
-    advance: Callable[[int], None],
-) -> list[Spoken]:
-    """The rows' answers, from the log or anew: a chunk that the log does not hold as a whole is done as a whole."""
-    own, others = known
-    ids = [_id(stage, row) for row in rows]
-    if any((row.arm.name, id) not in own for row, id in zip(rows, ids, strict=True)):
-        new = {id: row for row, id in reversed(list(zip(rows, ids, strict=True))) if id not in others}
-        order = sorted(new, key=lambda id: ids.index(id))
-        made = dict(zip(order, _made(stage, [new[id] for id in order]), strict=True)) if new else {}
-        lines = []
-        for row, id in zip(rows, ids, strict=True):
-            if (row.arm.name, id) not in own:
-                same = made.get(id) or others[id]
-                one = Spoken(
-                    **{own.name: getattr(same, own.name) for own in fields(Spoken)} | {"arm": row.arm.name}
+class _Log:
+    """Rows of all ranks' logs by key and, where rows carry it, arm ("" where they do not)."""
+
+    def __init__(self, config: RunnerConfig) -> None:
+        path, world = config.log, config.world
+        own = path if world.size == 1 else path.with_name(f"{path.stem}.{world.rank:04d}{path.suffix}")
+        self.names_arms = config.format.names_arms
+        ranks = sorted(path.parent.glob(f"{path.stem}*{path.suffix}"))
+        self.cache = ResultCache(own, ("arm", "id") if self.names_arms else "id", also=ranks)
+        self.arms = {row["arm"]: None for row in self.cache.rows()} if self.names_arms else {}
+
+    def arm(self, request: TurnRequest) -> str:
+        """The arm under which a request's row is held."""
+        return request.arm if self.names_arms else ""
+
+    def row(self, arm: str, key: str) -> dict[str, Any] | None:
+        """The row of a key in an arm, which an earlier version may have given another name."""
+        if not self.names_arms:
+            return None if arm else self.cache.get(key)
+        return self.cache.get((arm, key)) or self.cache.get((OLD_ARM_NAMES.get(arm), key))
+
+    def has(self, request: TurnRequest) -> bool:
+        """Whether the request is answered in its arm."""
+        return self.row(self.arm(request), request.key) is not None
+
+    def measured(self, request: TurnRequest) -> Measured:
+        """The answer to a request in its arm."""
+        row = self.row(self.arm(request), request.key)
+        assert row is not None
+        return _measured(row)
+
+    def elsewhere(self, request: TurnRequest, arms: set[str]) -> Measured | None:
+        """The answer to the same request in an arm other than these, where there is one."""
+        rows = (self.row(arm, request.key) for arm in self.arms if arm not in arms)
+        return next((_measured(row) for row in rows if row is not None), None)
+
+    def append(self, rows: Sequence[tuple[str, dict[str, Any]]]) -> None:
+        """Write rows, each with its key, to this rank's log."""
+        self.cache.add({"id": key, **row} for key, row in rows)
+        if self.names_arms:
+            self.arms |= {row["arm"]: None for _, row in rows}
+
+
+def _measured(row: dict[str, Any]) -> Measured:
+    return {
+        "ids": tuple(row["ids"]),
+        "text": row["text"],
+        "stopped": row["stopped"],
+        "projection": row["projection"],
+        "uncapped": row.get("uncapped"),
+        "fired": row["fired"],
+    }
+
+
+def alarm_after(monitor: Watcher, history: Sequence[TurnRecord]) -> bool:
+    """Whether the alarm is on after these turns, by their projections without interventions."""
+    alarm = monitor.monitor()
+    assert alarm is not None
+    for turn in history:
+        if turn.uncapped is not None:
+            alarm.turn(turn.uncapped)
+    return alarm.alarm
+
+
+def _requests(
+    config: RunnerConfig,
+    scripts: Sequence[Script],
+    plans: Mapping[str, tuple[Interventions, str]],
+    monitors: Mapping[str, Watcher],
+    done: Transcripts,
+    turn: int,
+    truncated: set[tuple[str, str]],
+) -> list[TurnRequest]:
+    """The requests of a turn, arm after arm: conversations that go on, with what their users say next."""
+    live = [
+        (arm, script, history)
+        for arm in plans
+        for script in scripts
+        if len(history := done.history(arm, script.name)) == turn
+    ]
+    users = config.user.next_messages([script for _, script, _ in live], [history for *_, history in live])
+    found, nothing = [], ((), interventions_digest(()))
+    for (arm, script, history), user in zip(live, users, strict=True):
+        if user is None:
+            continue
+        messages = messages_before(script, history, user)
+        ids = tuple(config.chat.prompt_ids(list(messages)))
+        if not config.fits(ids):
+            if turn == 0:
+                raise UserError(
+                    f"the first turn of {script.name} leaves no room for an answer in the {config.model.context} "
+                    f"tokens of {config.model.id}; shorten it or --max-new-tokens"
                 )
-                own[row.arm.name, id] = one
-                lines.append({"id": id, **asdict(one)})
-        append_lines(stage.log, lines)
-    advance(len(rows))
-    return [own[row.arm.name, id] for row, id in zip(rows, ids, strict=True)]
+            truncated.add((arm, script.name))
+            continue
+        acts = arm not in monitors or alarm_after(monitors[arm], history)
+        acting, digest = plans[arm] if acts else nothing
+        seed = config.format.seed(script, turn)
+        request = TurnRequest(script, arm, turn, user, messages, ids, seed, acting, digest)
+        content = json.dumps(config.format.key_content(request, config), sort_keys=True, ensure_ascii=False)
+        key = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:24]
+        found.append(replace(request, key=key))
+    return found
 
 
-def _id(stage: Stage, row: _Row) -> str:
-    """What decides the answer and where it lies."""
-    axis = [stage.axis.layer, direction_of(stage.axis)]
-    content = [
-        interventions_digest(row.plan),
-        row.messages,
-        row.seed,
-        asdict(stage.sampling),
-        axis,
-        row.talk.name,
-        row.turn,
-    ]
-    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:24]
+def _units(config: RunnerConfig, requests: Sequence[TurnRequest], log: _Log) -> list[list[TurnRequest]]:
+    """A chunk's requests as they are answered and logged together: see `RunnerConfig`."""
+    if config.measure_uncapped or not requests:
+        return [list(requests)]
+    by_arm: dict[str, list[TurnRequest]] = {}
+    for request in requests:
+        by_arm.setdefault(request.arm, []).append(request)
+    if not config.on_gpu or requests[0].turn > 0:
+        return list(by_arm.values())
+    missing = [unit for unit in by_arm.values() if not all(map(log.has, unit))]
+    return [[request for unit in missing for request in unit]]
 
 
-def _made(stage: Stage, rows: Sequence[_Row]) -> list[Spoken]:
-    """Answer and measure."""
-    answers, fired = _sampled(stage, rows)
-    texts = [stage.model.tokenizer.decode(list(answer.ids), skip_special_tokens=True) for answer in answers]
-    read = [
-        Rollout(row.talk.name, row.messages, row.ids, answer.ids, text, row.seed, answer.stopped)
-        for row, answer, text in zip(rows, answers, texts, strict=True)
-    ]
-    vector = stage.axis.at(stage.axis.layer)
-    plain = mean_projections(stage.model, read, [], stage.axis.layer, vector)
-    held = list(plain)
-    for digest, plan in {interventions_digest(row.plan): row.plan for row in rows if row.acts}.items():
-        places = [
-            place for place, row in enumerate(rows) if row.acts and interventions_digest(row.plan) == digest
-        ]
-        capped = mean_projections(
-            stage.model, [read[place] for place in places], plan, stage.axis.layer, vector
+def _complete(
+    config: RunnerConfig, unit: Sequence[TurnRequest], log: _Log, advance: Callable[[int], None]
+) -> None:
+    """Answer and log a unit as a whole, unless the log holds all of it."""
+    new: dict[str, TurnRequest] = {}
+    if not all(map(log.has, unit)):
+        arms, found = set(map(log.arm, unit)), dict[str, Measured]()
+        for request in unit:
+            if (measured := log.elsewhere(request, arms)) is not None:
+                found[request.key] = measured
+            else:
+                new.setdefault(request.key, request)
+        if new:
+            found |= zip(new, _answer(config, list(new.values()), advance), strict=True)
+        missing = [request for request in unit if not log.has(request)]
+        log.append([(r.key, config.format.row(r.record(found[r.key]))) for r in missing])
+    advance(len(unit) - len(new))
+
+
+def _answer(
+    config: RunnerConfig, requests: Sequence[TurnRequest], advance: Callable[[int], None]
+) -> list[Measured]:
+    """Sample the answers and measure them."""
+    answers, fired = _sample(config, requests, advance)
+    tokenizer = config.model.tokenizer
+    texts = [
+        Rollout(
+            request.script.name,
+            request.messages,
+            request.prompt_ids,
+            answer.ids,
+            tokenizer.decode(list(answer.ids), skip_special_tokens=True),
+            request.seed,
+            answer.stopped,
         )
-        for place, value in zip(places, capped, strict=True):
-            held[place] = value
+        for request, answer in zip(requests, answers, strict=True)
+    ]
+    layer = config.axis.layer
+    vector = config.axis.at(layer)
+    uncapped: list[float] | None = None
+    projections = [float("nan")] * len(requests)
+    if config.measure_uncapped:
+        uncapped = mean_projections(config.model, texts, [], layer, vector)
+        projections = list(uncapped)
+    measured = [i for i, request in enumerate(requests) if request.acting or uncapped is None]
+    for digest in dict.fromkeys(requests[i].digest for i in measured):
+        rows = [i for i in measured if requests[i].digest == digest]
+        values = mean_projections(
+            config.model, [texts[i] for i in rows], requests[rows[0]].acting, layer, vector
+        )
+        for i, value in zip(rows, values, strict=True):
+            projections[i] = value
     return [
-        Spoken(
-            conversation=row.talk.name,
-            domain=row.talk.domain,
-            arm=row.arm.name,
-            turn=row.turn,
-            seed=row.seed,
-            user=row.user,
-            text=text.answer.encode("utf-8", "replace").decode(),
-            ids=text.answer_ids,
-            stopped=text.stopped,
-            projection=_or_none(capped_place),
-            uncapped=_or_none(place),
-            acted=row.acts,
-            fired=share,
-        )
-        for row, text, place, capped_place, share in zip(rows, read, plain, held, fired, strict=True)
+        {
+            "ids": text.answer_ids,
+            "text": text.answer.encode("utf-8", "replace").decode(),
+            "stopped": text.stopped,
+            "projection": _number(projections[i]),
+            "uncapped": None if uncapped is None else _number(uncapped[i]),
+            "fired": fired[i],
+        }
+        for i, text in enumerate(texts)
     ]
 
 
-def _sampled(stage: Stage, rows: Sequence[_Row]) -> tuple[list[Answer], list[float | None]]:
-    """Answers in the rows' order, and what share of its tokens times layers each row's plan changed (None without one)."""
-    digests = [interventions_digest(row.plan) if row.acts else "" for row in rows]
-    plans = {digest: row.plan for digest, row in zip(digests, rows, strict=True) if row.acts}
-    together = [list(range(len(rows)))]
-    if not stage.on_gpu:  # where every hooked layer costs
-        together = [
-            [place for place, own in enumerate(digests) if own == digest] for digest in dict.fromkeys(digests)
-        ]
+def _sample(
+    config: RunnerConfig, requests: Sequence[TurnRequest], advance: Callable[[int], None]
+) -> tuple[list[Answer], list[float | None]]:
+    """Answers in the requests' order, and the share of tokens times layers that was changed (None without a plan)."""
+    plans = {request.digest: request.acting for request in requests if request.acting}
+    batches = [list(range(len(requests)))]
+    if not config.on_gpu:
+        digests = [request.digest for request in requests]
+        batches = [[i for i, own in enumerate(digests) if own == digest] for digest in dict.fromkeys(digests)]
     sampler = (
-        stage.sampler
+        config.sampler
     )  # built before anything is steered: its own forwards know nothing of rows and plans
     answers: dict[int, Answer] = {}
-    fired: list[float | None] = [None] * len(rows)
-    for places in together:
-        on = [digest for digest in plans if any(digests[place] == digest for place in places)]
+    fired: list[float | None] = [None] * len(requests)
+    for batch in batches:
+        acting = [digest for digest in plans if any(requests[i].digest == digest for i in batch)]
         prompts = [
-            Prompt(rows[place].ids, rows[place].seed, on.index(own) if (own := digests[place]) else -1)
-            for place in places
+            Prompt(
+                requests[i].prompt_ids,
+                requests[i].seed,
+                acting.index(requests[i].digest) if requests[i].acting else -1,
+            )
+            for i in batch
         ]
-        acting = steer(stage.model, *(plans[digest] for digest in on)) if on else nullcontext()
-        with acting as held:
-            for answer in sampler.answers(prompts, held):
-                answers[places[answer.index]] = answer
-            if held is not None:
-                tally = held.tally
-                for row, place in enumerate(places):
-                    fired[place] = _or_none(tally.rows([row]).share) if digests[place] else None
-    return [answers[place] for place in range(len(rows))], fired
+        context = steer(config.model, *(plans[digest] for digest in acting)) if acting else nullcontext()
+        with context as steering:
+            for answer in sampler.answers(prompts, steering):
+                answers[batch[answer.index]] = answer
+                advance(1)
+            if steering is not None:
+                tally = steering.tally
+                for row, i in enumerate(batch):
+                    fired[i] = _number(tally.rows([row]).share) if requests[i].acting else None
+    return [answers[i] for i in range(len(requests))], fired
 
 
-def _or_none(value: float) -> float | None:
+def _number(value: float) -> float | None:
+    """None for NaN, which JSON has not."""
     return None if value != value else value

@@ -10,7 +10,7 @@ from personatlas.persona.errors import UserError
 from personatlas.persona.formats import Conversation, read_conversations
 from personatlas.persona.rollout import spread
 from personatlas.persona.sampling.sampler import Sampling
-from personatlas.steering.conversations.runner import Talk, User
+from personatlas.steering.conversations.runner import Script, ScriptedUser
 from personatlas.steering.conversations.scripts import SCRIPTS
 from personatlas.steering.conversations.simulated_user import EndpointUser
 
@@ -67,7 +67,7 @@ def names_in(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
-def chosen_talks(asked: DriftOptions) -> list[Talk]:
+def chosen_talks(asked: DriftOptions) -> list[Script]:
     """The conversations to have. `UserError` for numbers that cannot be, and for domains that no script has."""
     for name in ("conversations", "turns", "seeds"):
         value = getattr(asked, name)
@@ -94,19 +94,19 @@ def chosen_talks(asked: DriftOptions) -> list[Talk]:
     return [talk_of(one, sample, asked.seed) for one in scripts for sample in range(asked.seeds)]
 
 
-def talk_of(one: Conversation, sample: int = 0, seed: int = 0) -> Talk:
+def talk_of(one: Conversation, sample: int = 0, seed: int = 0) -> Script:
     """A conversation's user turns, to be asked again."""
     users = tuple(message["content"] for message in one.messages if message["role"] == "user")
-    system = one.messages[0]["content"] if one.messages[0]["role"] == "system" else ""
-    return Talk(one.name, one.domain, users, sample, system, seed)
+    opening = tuple(one.messages[:1]) if one.messages[0]["role"] == "system" else ()
+    return Script(f"{one.name}/{sample}", one.domain, users, opening, seed)
 
 
-def user_of(asked: DriftOptions, folder: Path) -> User:
+def user_of(asked: DriftOptions, folder: Path) -> ScriptedUser:
     """Who plays the user. `UserError` for an endpoint that is not named whole, or does not answer."""
     if asked.user == "scripts":
         if asked.user_model is not None:
             raise UserError("--user-model names a model at an address: give --user URL with it")
-        return User()
+        return ScriptedUser()
     if asked.user_model is None:
         raise UserError(f"--user {asked.user} needs --user-model NAME, the model to ask for there")
     user = EndpointUser(asked.user, asked.user_model, folder / "users.jsonl")

@@ -24,7 +24,7 @@ from personatlas.persona.options import ModelOptions
 from personatlas.persona.progress import progress
 from personatlas.persona.runs import axis_stem, open_run
 from personatlas.persona.sampling.sampler import Sampling
-from personatlas.steering.conversations.runner import Arm, Said, Stage, Talk, run_conversations
+from personatlas.steering.conversations.runner import RunnerConfig, Script, Transcripts, run_conversations
 from personatlas.steering.drift.options import talk_of
 from personatlas.steering.drift.result import ADAPTIVE, CAPPED
 from personatlas.steering.drift.study import require_engine
@@ -76,15 +76,15 @@ def replay(
         how = replace(how, dtype=how.dtype or run.manifest.get("asked", {}).get("dtype"))
         held = load_steered_model(model, how, axis, [cap], force=force)
         require_engine(run, held.model, asdict(asked))
-        stage = Stage(held.model, held.chat, held.axis, sampling, folder / "turns.jsonl")
+        stage = RunnerConfig(held.model, held.chat, held.axis, sampling, folder / "turns.jsonl")
         talks = [talk_of(one, 0, asked.seed) for one in told]
-        arms = [Arm(BASELINE), Arm(CAPPED, held.caps)]
-        if watcher.rule is not None:
-            arms.append(Arm(ADAPTIVE, held.caps, watcher))
+        arms = {BASELINE: [], CAPPED: held.caps} | ({ADAPTIVE: held.caps} if watcher.rule is not None else {})
         turns = min(max(len(talk.users) for talk in talks), asked.turns or 10**6)
         with progress("turns", sum(min(len(talk.users), turns) for talk in talks) * len(arms)) as advance:
-            said = run_conversations(stage, talks, arms, turns, advance)
-        content = finite(_content(held, watcher, told, talks, said, [arm.name for arm in arms], stage))
+            said = run_conversations(
+                stage, talks, arms, turns, advance, {ADAPTIVE: watcher} if ADAPTIVE in arms else {}
+            )
+        content = finite(_content(held, watcher, told, talks, said, list(arms)))
         given = asdict(asked) | {"calm": None if asked.calm is None else str(asked.calm)}
         content |= {"cap": cap, "asked": given}
         write_json(folder / "replay.json", content)
@@ -95,10 +95,9 @@ def _content(
     held: SteeredModel,
     watcher: Watcher,
     told: Sequence[Conversation],
-    talks: Sequence[Talk],
-    said: Said,
+    talks: Sequence[Script],
+    said: Transcripts,
     arms: Sequence[str],
-    stage: Stage,
 ) -> dict[str, Any]:
     answered = [one for one in told if any(message["role"] == "assistant" for message in one.messages)]
     read = traced(held.model, held.chat, held.axis, answered) if answered else []
@@ -107,7 +106,7 @@ def _content(
     for one, talk in zip(told, talks, strict=True):
         by_arm = {STORED: _stored(one, stored[one.name], watcher)} if one.name in stored else {}
         by_arm |= {arm: _answers(said, arm, talk, watcher) for arm in arms}
-        cut = [arm for arm in arms if (arm, talk.name) in stage.overflown]
+        cut = [arm for arm in arms if (arm, talk.name) in said.truncated]
         rows.append(
             {
                 "name": one.name,
@@ -142,11 +141,11 @@ def _stored(one: Conversation, read: Traced, watcher: Watcher) -> dict[str, Any]
     return found
 
 
-def _answers(said: Said, arm: str, talk: Talk, watcher: Watcher) -> dict[str, Any]:
+def _answers(said: Transcripts, arm: str, talk: Script, watcher: Watcher) -> dict[str, Any]:
     """An arm's answers by turn, from 1."""
     monitor, found = watcher.monitor(), {}
     for number in range(len(talk.users)):
-        one = said.get((arm, talk.name, number))
+        one = said.turns.get((arm, talk.name, number))
         if one is not None:
             state = monitor.turn(one.uncapped) if monitor and one.uncapped is not None else None
             found[str(number + 1)] = _row(one.text, one.projection, watcher, state, is_on=one.acted)

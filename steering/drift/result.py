@@ -1,6 +1,6 @@
 """What a drift study found: trajectories, slopes, differences, alarms, what each arm wrote and cost, and what predicts the next turn."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +9,16 @@ import numpy as np
 from personatlas.analysis.next_message import Turn, predict_from_messages
 from personatlas.analysis.stats import Array, cluster_weights, percentile_interval, wilson_interval
 from personatlas.analysis.trajectories import alarm_rate, clustered_mean, slope, turn_means
-from personatlas.persona.interventions import BASELINE
+from personatlas.persona.interventions import BASELINE, Interventions
 from personatlas.persona.rollout import Rollout, spread
 from personatlas.steering.arms import distinct
-from personatlas.steering.conversations.runner import Arm, Said, Spoken, Stage, Talk, asked_with
+from personatlas.steering.conversations.runner import (
+    RunnerConfig,
+    Script,
+    Transcripts,
+    TurnRecord,
+    messages_before,
+)
 from personatlas.steering.drift.options import DriftOptions
 from personatlas.steering.drift_monitor import Watcher
 from personatlas.steering.evals.capability import loops
@@ -36,23 +42,23 @@ class Watched:
 
 
 def result(
-    stage: Stage,
-    said: Said,
-    talks: Sequence[Talk],
-    arms: Sequence[Arm],
+    stage: RunnerConfig,
+    said: Transcripts,
+    talks: Sequence[Script],
+    arms: Mapping[str, Interventions],
     watched: Watched,
     asked: DriftOptions,
     embed: Callable[[Sequence[str]], np.ndarray] | None,
 ) -> dict[str, Any]:
     """All figures, as plain numbers."""
-    names = [arm.name for arm in arms]
+    names = list(arms)
     table = _Table(said, talks, asked.turns)
-    domains = list(dict.fromkeys(one.domain for one in said.values()))
+    domains = list(dict.fromkeys(one.domain for one in said.turns.values()))
     every = {domain: table.names((domain,)) for domain in domains} | {ALL: table.names(domains)}
     content = {
         "arms": names,
         "domains": domains,
-        "scripts": len({one.script for one in said.values()}),
+        "scripts": len({one.script for one in said.turns.values()}),
         "conversations": {domain: len(own) for domain, own in every.items()},
         "trajectories": {d: {arm: table.band(arm, own) for arm in names} for d, own in every.items()},
         "differences": {
@@ -66,31 +72,31 @@ def result(
         "next_turn": _next_turn(table, every[ALL], embed, asked),
         "examples": _examples(table, names, domains, watched),
     }
-    return finite(content | {"warnings": _warnings(content, stage, watched, asked.false_alarms)})
+    return finite(content | {"warnings": _warnings(content, stage, said, watched, asked.false_alarms)})
 
 
 class _Table:
     """The study by conversation: what was said, and projections (N, T) with NaN where a conversation had ended."""
 
-    def __init__(self, said: Said, talks: Sequence[Talk], turns: int) -> None:
+    def __init__(self, said: Transcripts, talks: Sequence[Script], turns: int) -> None:
         self.said, self.turns = said, turns
-        self.systems = {talk.name: talk.system for talk in talks}
+        self.scripts = {talk.name: talk for talk in talks}
 
-    def rollout(self, stage: Stage, one: Spoken) -> Rollout:
+    def rollout(self, stage: RunnerConfig, one: TurnRecord) -> Rollout:
         """A turn as a text to be read again."""
-        before = [self.said[one.arm, one.conversation, turn] for turn in range(one.turn)]
-        messages = asked_with(self.systems[one.conversation], before, one.user)
-        ids = tuple(stage.chat.prompt_ids(messages))
-        return Rollout(one.conversation, messages, ids, one.ids, one.text, one.seed, one.stopped)
+        before = self.said.history(one.arm, one.conversation)[: one.turn]
+        messages = messages_before(self.scripts[one.conversation], before, one.user)
+        return Rollout(one.conversation, messages, one.prompt_ids, one.ids, one.text, one.seed, one.stopped)
 
     def names(self, domains: Sequence[str]) -> list[str]:
         """The domains' conversations."""
-        return list(dict.fromkeys(one.conversation for one in self.said.values() if one.domain in domains))
+        return list(
+            dict.fromkeys(one.conversation for one in self.said.turns.values() if one.domain in domains)
+        )
 
-    def spoken(self, arm: str, name: str) -> list[Spoken]:
+    def spoken(self, arm: str, name: str) -> list[TurnRecord]:
         """A conversation's turns in order."""
-        keys = ((arm, name, turn) for turn in range(self.turns))
-        return [self.said[key] for key in keys if key in self.said]
+        return self.said.history(arm, name)
 
     def values(self, arm: str, names: Sequence[str]) -> Array:
         """Projections of some conversations' answers, as they were made."""
@@ -149,7 +155,7 @@ def _alarms(
     return found
 
 
-def _wrote(table: _Table, arm: str, stage: Stage, names: Sequence[str]) -> dict[str, Any]:
+def _wrote(table: _Table, arm: str, stage: RunnerConfig, names: Sequence[str]) -> dict[str, Any]:
     """What an arm did and wrote, over all answers."""
     own = [one for name in names for one in table.spoken(arm, name)]
     spoken = [one for one in own if one.ids]
@@ -164,22 +170,22 @@ def _wrote(table: _Table, arm: str, stage: Stage, names: Sequence[str]) -> dict[
         "loops": {"share": again / len(own), "interval": list(wilson_interval(again, len(own)))},
         "distinct": float(np.mean([distinct(one.ids) for one in spoken])) if spoken else None,
         "tokens": float(np.mean([len(one.ids) for one in own])),
-        "ended_by_context": sum(name == arm for name, _ in stage.overflown),
+        "ended_by_context": sum(name == arm for name, _ in table.said.truncated),
     }
 
 
-def _cost(stage: Stage, table: _Table, arms: Sequence[Arm], asked: DriftOptions) -> dict[str, Any] | None:
+def _cost(
+    stage: RunnerConfig, table: _Table, arms: Mapping[str, Interventions], asked: DriftOptions
+) -> dict[str, Any] | None:
     """More loss per token on the model's own answers in the domains that hold, read again: with the cap on all of them, and only
     where the adaptive arm's was on in the same turn of the same conversation."""
-    capped = next((arm for arm in arms if arm.name == CAPPED), None)
+    capped = arms.get(CAPPED)
     names = table.names(asked.calm)
     whole = [one for name in names for one in table.spoken(BASELINE, name) if one.ids]
     if capped is None or not whole:
         return None
     texts = spread(whole, GPU_READ if stage.on_gpu else CPU_READ)
-    cost = benign_costs(stage.model, [table.rollout(stage, one) for one in texts], {CAPPED: capped.plan})[
-        CAPPED
-    ]
+    cost = benign_costs(stage.model, [table.rollout(stage, one) for one in texts], {CAPPED: capped})[CAPPED]
     weights = cluster_weights([one.script for one in texts])
 
     def more(after: Array) -> dict[str, float]:
@@ -187,8 +193,8 @@ def _cost(stage: Stage, table: _Table, arms: Sequence[Arm], asked: DriftOptions)
         return {"value": float(after.sum() / cost.before.sum() - 1), "low": low, "high": high}
 
     found: dict[str, Any] = {"n": len(texts), CAPPED: more(cost.after)}
-    if any(arm.name == ADAPTIVE for arm in arms):
-        met = [table.said.get((ADAPTIVE, one.conversation, one.turn)) for one in texts]
+    if ADAPTIVE in arms:
+        met = [table.said.turns.get((ADAPTIVE, one.conversation, one.turn)) for one in texts]
         was_on = np.array([one is not None and one.acted for one in met])
         found[ADAPTIVE] = more(np.where(was_on, cost.after, cost.before))
     return found
@@ -232,7 +238,7 @@ def _examples(
     return found
 
 
-def _turns(own: Sequence[Spoken], watcher: Watcher) -> list[dict[str, Any]]:
+def _turns(own: Sequence[TurnRecord], watcher: Watcher) -> list[dict[str, Any]]:
     monitor, rows = watcher.monitor(), []
     for one in own:
         state = None if monitor is None or one.uncapped is None else monitor.turn(one.uncapped)
@@ -244,7 +250,9 @@ def _turns(own: Sequence[Spoken], watcher: Watcher) -> list[dict[str, Any]]:
     return rows
 
 
-def _warnings(content: dict[str, Any], stage: Stage, watched: Watched, rate: float) -> list[str]:
+def _warnings(
+    content: dict[str, Any], stage: RunnerConfig, conversations: Transcripts, watched: Watched, rate: float
+) -> list[str]:
     """What a reader must know before believing the numbers."""
     found = []
     if watched.watcher.rule is None:
@@ -264,12 +272,12 @@ def _warnings(content: dict[str, Any], stage: Stage, watched: Watched, rate: flo
         found.append(
             f"intervals are over {content['scripts']} scripts in all: few, so they are rather too narrow"
         )
-    if stage.overflown:
-        said = f"{len(stage.overflown)} conversations ended before their last turn, at the model's {stage.room} tokens of context"
+    if conversations.truncated:
+        said = f"{len(conversations.truncated)} conversations ended before their last turn, at the model's {stage.model.context} tokens of context"
         found.append(f"{said}: means of late turns are of the shorter ones")
-    if stage.user.silent:
+    if stage.user.n_silent:
         found.append(
-            f"the user's model had nothing to say, or no room to read more, {stage.user.silent} times, which ended those conversations"
+            f"the user's model had nothing to say, or no room to read more, {stage.user.n_silent} times, which ended those conversations"
         )
     for arm, row in content["wrote"].items():
         if arm != BASELINE and row["fired"] == 0:

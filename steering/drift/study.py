@@ -18,13 +18,13 @@ from personatlas.persona.artifacts import atomic, write_json
 from personatlas.persona.axis import load_axis
 from personatlas.persona.caps import format_layers
 from personatlas.persona.errors import UserError
-from personatlas.persona.interventions import BASELINE
+from personatlas.persona.interventions import BASELINE, Interventions
 from personatlas.persona.logs import append_lines
 from personatlas.persona.models.load import Model
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.progress import progress, say
 from personatlas.persona.runs import RunFolder, axis_stem, open_run, versions
-from personatlas.steering.conversations.runner import Arm, Said, Stage, Talk, run_conversations
+from personatlas.steering.conversations.runner import RunnerConfig, Script, Transcripts, run_conversations
 from personatlas.steering.drift.options import DriftOptions, chosen_talks, user_of
 from personatlas.steering.drift.result import ADAPTIVE, CAPPED, Watched, result
 from personatlas.steering.drift_monitor import (
@@ -72,13 +72,15 @@ def study(
             embed = embedder(asked.embedding, "cpu")
         held = load_steered_model(model, how, axis, names, force=force)
         require_engine(run, held.model, asdict(asked))
-        stage = Stage(held.model, held.chat, held.axis, asked.sampling, folder / "turns.jsonl", user)
+        stage = RunnerConfig(held.model, held.chat, held.axis, asked.sampling, folder / "turns.jsonl", user)
         said, arms = _first_arms(stage, held, talks, asked.turns)
         own = _keep_calm(stage, said, asked, folder)
         watched = known or _own_alarm(held, own, asked)
         if held.caps and watched.watcher.rule is not None:
-            arms.append(Arm(ADAPTIVE, held.caps, watched.watcher))
-            said |= _have(stage, talks, arms[-1:], asked.turns, "turns, adaptive")
+            arms[ADAPTIVE] = held.caps
+            monitors = {ADAPTIVE: watched.watcher}
+            with progress("turns, adaptive", asked.turns * len(talks)) as advance:
+                said |= run_conversations(stage, talks, {ADAPTIVE: held.caps}, asked.turns, advance, monitors)
         content = _told(held, asked, names, watched) | result(stage, said, talks, arms, watched, asked, embed)
         _keep_conversations(folder, said, talks)
         write_json(folder / "drift.json", content)
@@ -112,21 +114,17 @@ def require_engine(run: RunFolder, model: Model, sampled: Mapping[str, Any]) -> 
 
 
 def _first_arms(
-    stage: Stage, held: SteeredModel, talks: Sequence[Talk], turns: int
-) -> tuple[Said, list[Arm]]:
-    arms = [Arm(BASELINE), *([Arm(CAPPED, held.caps)] if held.caps else [])]
-    return _have(stage, talks, arms, turns, "turns"), arms
+    stage: RunnerConfig, held: SteeredModel, talks: Sequence[Script], turns: int
+) -> tuple[Transcripts, dict[str, Interventions]]:
+    arms: dict[str, Interventions] = {BASELINE: [], **({CAPPED: held.caps} if held.caps else {})}
+    with progress("turns", turns * len(talks) * len(arms)) as advance:
+        return run_conversations(stage, talks, arms, turns, advance), arms
 
 
-def _have(stage: Stage, talks: Sequence[Talk], arms: Sequence[Arm], turns: int, what: str) -> Said:
-    with progress(what, turns * len(talks) * len(arms)) as advance:
-        return run_conversations(stage, talks, arms, turns, advance)
-
-
-def _keep_calm(stage: Stage, said: Said, asked: DriftOptions, folder: Path) -> Calm | None:
+def _keep_calm(stage: RunnerConfig, said: Transcripts, asked: DriftOptions, folder: Path) -> Calm | None:
     """Write calm.json from the domains that hold, as the model is; None where there is no such conversation."""
     places: dict[tuple[str, str], list[float]] = {}
-    for (arm, name, _), one in said.items():
+    for (arm, name, _), one in said.turns.items():
         if arm == BASELINE and one.domain in asked.calm and one.uncapped is not None:
             places.setdefault((name, one.domain), []).append(one.uncapped)
     if not places:
@@ -178,13 +176,12 @@ def _told(held: SteeredModel, asked: DriftOptions, names: Sequence[str], watched
     }
 
 
-def _keep_conversations(folder: Path, said: Said, talks: Sequence[Talk]) -> None:
+def _keep_conversations(folder: Path, said: Transcripts, talks: Sequence[Script]) -> None:
     """Every conversation of every arm in OpenAI's form, as `personatlas trace` reads it."""
     chats: dict[tuple[str, str], list[dict[str, str]]] = {}
     known = {talk.name: talk for talk in talks}
-    for (arm, name, _), one in sorted(said.items(), key=lambda item: item[0][2]):
-        opening = [{"role": "system", "content": known[name].system}] if known[name].system else []
-        own = chats.setdefault((arm, name), opening)
+    for (arm, name, _), one in sorted(said.turns.items(), key=lambda item: item[0][2]):
+        own = chats.setdefault((arm, name), list(known[name].opening))
         own += [{"role": "user", "content": one.user}, {"role": "assistant", "content": one.text}]
     rows = [
         {"id": f"{name}/{arm}", "arm": arm, "domain": known[name].domain, "messages": messages}

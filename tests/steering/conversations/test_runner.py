@@ -1,4 +1,4 @@
-"""Conversations had turn by turn in several arms: whose answers are heard, when a cap acts, what is resumed, who plays the user."""
+"""Conversations in several arms: each arm's own history, when a cap acts, resuming, ranks, formats, and simulated users."""
 
 import json
 from dataclasses import replace
@@ -10,21 +10,28 @@ from families import tiny_model
 from tiny_axis import axis_of
 
 from personatlas.analysis.drift_alarm import Baseline, FalseAlarms, Several
+from personatlas.persona.distributed import World
 from personatlas.persona.errors import UserError
+from personatlas.persona.interventions import BASELINE as PLAIN
 from personatlas.persona.models.chat_template import chat_format
 from personatlas.persona.rollout import Rollout
 from personatlas.persona.sampling.cuda_graph import GraphSampler
 from personatlas.persona.sampling.sampler import Sampling
-from personatlas.steering.conversations import runner as dialogue
-from personatlas.steering.conversations.runner import Arm, Stage, Talk, run_conversations
+from personatlas.steering.conversations import runner
+from personatlas.steering.conversations.runner import (
+    RunnerConfig,
+    Script,
+    TurnFormat,
+    alarm_after,
+    run_conversations,
+)
 from personatlas.steering.conversations.simulated_user import EndpointUser
 from personatlas.steering.drift_monitor import Watcher
 from personatlas.steering.teacher_forcing import mean_projections
 
-PLAIN = "baseline"
-TALKS = [
-    Talk("coding-1", "coding", ("Hello.", "And so?", "Then?")),
-    Talk("therapy-1", "therapy", ("I am sad.", "Still.", "So be it."), sample=1),
+SCRIPTS = [
+    Script("coding-1/0", "coding", ("Hello.", "And so?", "Then?")),
+    Script("therapy-1/1", "therapy", ("I am sad.", "Still.", "So be it.")),
 ]
 
 
@@ -38,15 +45,15 @@ def quartiles(axis, low=-1.0, high=1.0):
     return replace(axis, levels=(0.25, 0.5, 0.75), default_quantiles=rows, role_quantiles=rows)
 
 
-def stage_of(model, folder, tokens=6, **more):
+def config_of(model, folder, tokens=6, **more):
     axis = quartiles(replace(axis_of(model), model=model.describe()))
     form = chat_format(model.tokenizer, 2)
-    return Stage(model, form, axis, Sampling(tokens), folder / "turns.jsonl", **more)
+    return RunnerConfig(model, form, axis, Sampling(tokens), folder / "turns.jsonl", **more)
 
 
-def firm(stage):
+def firm(config):
     """A cap that changes every token."""
-    cap = stage.axis.quantile_cap(stage.axis.layers, 0.5)
+    cap = config.axis.quantile_cap(config.axis.layers, 0.5)
     return replace(cap, floor=torch.full_like(cap.floor, 50.0))
 
 
@@ -57,25 +64,25 @@ def watcher(limit, mean=0.0):
 
 
 def test_every_arm_has_its_own_conversation_and_is_measured_with_what_acts_on_it(model, tmp_path):
-    stage = stage_of(model, tmp_path)
-    cap = firm(stage)
-    said = run_conversations(stage, TALKS, [Arm(PLAIN), Arm("capped", [cap])], 3)
+    config = config_of(model, tmp_path)
+    cap = firm(config)
+    said = run_conversations(config, SCRIPTS, {PLAIN: [], "capped": [cap]}, 3).turns
     assert len(said) == 2 * 2 * 3
     for arm, plan in ((PLAIN, []), ("capped", [cap])):
         messages = []
-        for turn, user in enumerate(TALKS[1].users):
+        for turn, user in enumerate(SCRIPTS[1].users):
             one = said[arm, "therapy-1/1", turn]
             messages.append({"role": "user", "content": user})
-            ids = tuple(stage.chat.prompt_ids(messages))
+            ids = tuple(config.chat.prompt_ids(messages))
             text = Rollout("", (), ids, one.ids, "", 0, "end")
             for value, acting in ((one.projection, plan), (one.uncapped, [])):
                 (place,) = mean_projections(
-                    model, [text], acting, stage.axis.layer, stage.axis.at(stage.axis.layer)
+                    model, [text], acting, config.axis.layer, config.axis.at(config.axis.layer)
                 )
                 assert value == pytest.approx(place, abs=1e-4)
             messages.append({"role": "assistant", "content": one.text})
             assert one.acted == bool(plan)
-    plain, capped = ([said[arm, talk.name, 0] for talk in TALKS] for arm in (PLAIN, "capped"))
+    plain, capped = ([said[arm, talk.name, 0] for talk in SCRIPTS] for arm in (PLAIN, "capped"))
     assert [one.ids for one in plain] != [one.ids for one in capped]
     assert all(one.fired is None for one in plain)
     assert all(one.fired > 0.5 for one in capped)
@@ -83,11 +90,12 @@ def test_every_arm_has_its_own_conversation_and_is_measured_with_what_acts_on_it
 
 
 def test_an_adaptive_arm_is_the_model_as_it_is_until_its_alarm_and_capped_while_it_is_on(model, tmp_path):
-    stage = stage_of(model, tmp_path)
-    cap = firm(stage)
-    never, always = Arm("never", [cap], watcher(1e9)), Arm("always on", [cap], watcher(0.0, mean=1e6))
-    said = run_conversations(stage, TALKS, [Arm(PLAIN), never, always], 3)
-    for talk in TALKS:
+    config = config_of(model, tmp_path)
+    cap = firm(config)
+    arms = {PLAIN: [], "never": [cap], "always on": [cap]}
+    monitors = {"never": watcher(1e9), "always on": watcher(0.0, mean=1e6)}
+    said = run_conversations(config, SCRIPTS, arms, 3, monitors=monitors).turns
+    for talk in SCRIPTS:
         for turn in range(3):
             plain, same = said[PLAIN, talk.name, turn], said["never", talk.name, turn]
             assert replace(same, arm=PLAIN) == plain
@@ -96,21 +104,25 @@ def test_an_adaptive_arm_is_the_model_as_it_is_until_its_alarm_and_capped_while_
             assert (late.ids == plain.ids) == (turn == 0)
     heard = [said[PLAIN, "coding-1/0", 0]]
     level = -heard[0].uncapped
-    assert Arm("a", [cap], watcher(level - 0.1)).acts(heard)
-    assert not Arm("a", [cap], watcher(level + 0.1)).acts(heard)
+    assert alarm_after(watcher(level - 0.1), heard)
+    assert not alarm_after(watcher(level + 0.1), heard)
+    uncalibrated = {"never": Watcher(Baseline(0.0, 1.0, 9), "tests")}
     with pytest.raises(ValueError, match="no calibrated alarm"):
-        Arm("a", [cap], Watcher(Baseline(0.0, 1.0, 9), "tests")).acts(heard)
+        run_conversations(config, SCRIPTS, arms, 3, monitors=uncalibrated)
 
 
 def test_capped_and_uncapped_rows_of_one_batch_are_what_they_are_apart(model, tmp_path, monkeypatch):
-    stage = stage_of(model, tmp_path)
+    config = config_of(model, tmp_path)
     (tmp_path / "gpu").mkdir()
-    arms = [Arm(PLAIN), Arm("capped", [firm(stage)]), Arm("adaptive", [firm(stage)], watcher(0.0, mean=1e6))]
-    apart = run_conversations(stage, TALKS, arms, 3)
+    arms = {PLAIN: [], "capped": [firm(config)], "adaptive": [firm(config)]}
+    monitors = {"adaptive": watcher(0.0, mean=1e6)}
+    apart = run_conversations(config, SCRIPTS, arms, 3, monitors=monitors).turns
     # as on a GPU, but without a graph: all rows of a turn share the batches of a sampler that refills its slots
-    monkeypatch.setattr(Stage, "on_gpu", True)
-    monkeypatch.setattr(dialogue, "fastest_sampler", partial(GraphSampler, slots=4))
-    together = run_conversations(stage_of(model, tmp_path / "gpu"), TALKS, arms, 3)
+    monkeypatch.setattr(RunnerConfig, "on_gpu", True)
+    monkeypatch.setattr(runner, "fastest_sampler", partial(GraphSampler, slots=4))
+    together = run_conversations(
+        config_of(model, tmp_path / "gpu"), SCRIPTS, arms, 3, monitors=monitors
+    ).turns
     assert together.keys() == apart.keys()
     for key, one in together.items():
         assert (one.ids, one.acted, one.fired) == (apart[key].ids, apart[key].acted, apart[key].fired)
@@ -118,32 +130,84 @@ def test_capped_and_uncapped_rows_of_one_batch_are_what_they_are_apart(model, tm
 
 
 def test_a_study_that_was_killed_goes_on_to_the_same_log(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(dialogue, "CPU_CHUNK", 1)
-    cap = firm(stage_of(model, tmp_path))
-    arms = [Arm(PLAIN), Arm("capped", [cap])]
-    whole = stage_of(model, tmp_path)
-    said = run_conversations(whole, TALKS, arms, 3)
+    monkeypatch.setattr(runner, "CPU_CHUNK", 1)
+    cap = firm(config_of(model, tmp_path))
+    arms = {PLAIN: [], "capped": [cap]}
+    whole = config_of(model, tmp_path)
+    said = run_conversations(whole, SCRIPTS, arms, 3)
     lines = whole.log.read_bytes().splitlines(keepends=True)
     assert len(lines) == 12
     for kept in (b"", b"".join(lines[:1]), b"".join(lines[:7]), b"".join(lines[:7]) + lines[7][:40]):
-        part = stage_of(model, tmp_path / str(len(kept)))
+        part = config_of(model, tmp_path / str(len(kept)))
         part.log.parent.mkdir()
         part.log.write_bytes(kept)
-        assert run_conversations(part, TALKS, arms, 3) == said
+        assert run_conversations(part, SCRIPTS, arms, 3) == said
         assert part.log.read_bytes() == whole.log.read_bytes()
-    monkeypatch.setattr(dialogue, "_made", None)  # nothing is left to be made
-    assert run_conversations(stage_of(model, tmp_path), TALKS, arms, 3) == said
+    monkeypatch.setattr(runner, "_answer", None)  # nothing is left to be made
+    assert run_conversations(config_of(model, tmp_path), SCRIPTS, arms, 3) == said
 
 
 def test_a_conversation_that_fills_the_context_ends_and_is_counted(model, tmp_path):
-    stage = stage_of(model, tmp_path, tokens=8)
-    long = Talk("long", "coding", ("Hello.", "x" * 300, "y" * 300))
-    said = run_conversations(stage, [long, TALKS[0]], [Arm(PLAIN)], 3)
-    assert [turn for _, name, turn in said if name == "long/0"] == [0, 1]
-    assert [turn for _, name, turn in said if name == "coding-1/0"] == [0, 1, 2]
-    assert stage.overflown == {(PLAIN, "long/0")}
+    config = config_of(model, tmp_path, tokens=8)
+    long = Script("long/0", "coding", ("Hello.", "x" * 300, "y" * 300))
+    done = run_conversations(config, [long, SCRIPTS[0]], {PLAIN: []}, 3)
+    assert [turn for _, name, turn in done.turns if name == "long/0"] == [0, 1]
+    assert [turn for _, name, turn in done.turns if name == "coding-1/0"] == [0, 1, 2]
+    assert done.truncated == {(PLAIN, "long/0")}
     with pytest.raises(UserError, match="the first turn of long/0 leaves no room"):
-        run_conversations(stage, [Talk("long", "coding", ("x" * 600,))], [Arm(PLAIN)], 1)
+        run_conversations(config, [Script("long/0", "coding", ("x" * 600,))], {PLAIN: []}, 1)
+
+
+class ShortFormat(TurnFormat):
+    """Rows without an arm, as of a study whose interventions are in the key alone."""
+
+    names_arms = False
+
+    def seed(self, script, turn):
+        return script.seed + turn
+
+    def row(self, turn):
+        kept = ("ids", "text", "stopped", "projection", "fired")
+        return {"key": turn.conversation, **{name: getattr(turn, name) for name in kept}}
+
+
+def test_another_format_has_its_own_seeds_and_rows_and_equal_requests_of_two_arms_share_one(model, tmp_path):
+    config = config_of(model, tmp_path, format=ShortFormat(), measure_uncapped=False)
+    arms = {PLAIN: [], "capped": [firm(config)], "the same": [firm(config)]}
+    done = run_conversations(config, SCRIPTS, arms, 3)
+    assert [done.turns[PLAIN, "coding-1/0", turn].seed for turn in range(3)] == [0, 1, 2]
+    rows = [json.loads(line) for line in config.log.read_text().splitlines()]
+    assert len(rows) == len({row["id"] for row in rows}) == 2 * 2 * 3
+    assert set(rows[0]) == {"id", "key", "ids", "text", "stopped", "projection", "fired"}
+    for (arm, name, turn), one in done.turns.items():
+        assert one.uncapped is None
+        other = done.turns["the same" if arm == "capped" else arm, name, turn]
+        assert (one.text, one.projection, one.fired) == (other.text, other.projection, other.fired)
+
+
+def test_ranks_share_chunks_and_find_what_one_process_finds(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "CPU_CHUNK", 1)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    alone = run_conversations(config_of(model, tmp_path / "one"), SCRIPTS, {PLAIN: []}, 1)
+    first, second = (config_of(model, tmp_path / "two", world=World(rank, 2)) for rank in (0, 1))
+
+    def other_rank(_world):
+        monkeypatch.setattr(World, "barrier", lambda _: None)
+        assert run_conversations(second, SCRIPTS, {PLAIN: []}, 1) == alone
+
+    monkeypatch.setattr(World, "barrier", other_rank)
+    assert run_conversations(first, SCRIPTS, {PLAIN: []}, 1) == alone
+    for rank in (0, 1):
+        assert len((tmp_path / "two" / f"turns.000{rank}.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_log_that_calls_the_baseline_as_it_is_resumes(model, tmp_path, monkeypatch):
+    config = config_of(model, tmp_path)
+    done = run_conversations(config, SCRIPTS, {PLAIN: []}, 2)
+    config.log.write_text(config.log.read_text().replace(f'"arm": "{PLAIN}"', '"arm": "as it is"'))
+    monkeypatch.setattr(runner, "_answer", None)
+    assert run_conversations(config, SCRIPTS, {PLAIN: []}, 2) == done
 
 
 class Endpoint:
@@ -166,11 +230,11 @@ def test_an_endpoint_plays_the_user_from_the_second_turn_on_and_is_asked_once(mo
 
     def staged(folder):
         user = EndpointUser("http://127.0.0.1:9/v1", "someone", tmp_path / "users.jsonl", backoff=0.0)
-        return stage_of(model, folder, user=user)
+        return config_of(model, folder, user=user)
 
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    said = run_conversations(staged(tmp_path / "a"), TALKS, [Arm(PLAIN)], 3)
+    said = run_conversations(staged(tmp_path / "a"), SCRIPTS, {PLAIN: []}, 3).turns
     assert [said[PLAIN, "therapy-1/1", turn].user for turn in range(3)] == ["I am sad.", "Turn 4.", "Turn 6."]
     assert len(endpoint.asked) == 4
     told = next(one["messages"] for one in endpoint.asked if one["messages"][2]["content"] == "I am sad.")
@@ -179,7 +243,7 @@ def test_an_endpoint_plays_the_user_from_the_second_turn_on_and_is_asked_once(mo
     assert told[3]["content"] == (said[PLAIN, "therapy-1/1", 0].text or "...")
     rows = [json.loads(line) for line in (tmp_path / "users.jsonl").read_text().splitlines()]
     assert {row["text"] for row in rows} == {"Turn 4.", "Turn 6."}
-    assert run_conversations(staged(tmp_path / "b"), TALKS, [Arm(PLAIN)], 3) == said
+    assert run_conversations(staged(tmp_path / "b"), SCRIPTS, {PLAIN: []}, 3).turns == said
     assert len(endpoint.asked) == 4
 
 
@@ -195,6 +259,6 @@ def test_an_endpoint_that_fails_stops_the_study_in_one_line(tmp_path, monkeypatc
 def test_a_user_whose_context_is_full_ends_the_conversation_and_is_counted(model, tmp_path, monkeypatch):
     Endpoint(monkeypatch, 400, "context_length_exceeded")
     user = EndpointUser("http://127.0.0.1:9", "someone", tmp_path / "users.jsonl")
-    said = run_conversations(stage_of(model, tmp_path, user=user), TALKS, [Arm(PLAIN)], 3)
-    assert {turn for _, _, turn in said} == {0}
-    assert user.silent == 2
+    said = run_conversations(config_of(model, tmp_path, user=user), SCRIPTS, {PLAIN: []}, 3)
+    assert {turn for _, _, turn in said.turns} == {0}
+    assert user.n_silent == 2

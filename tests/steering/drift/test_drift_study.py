@@ -126,7 +126,7 @@ def test_the_same_command_again_asks_nothing_and_finds_the_same(
     before = {
         name: (study / name).read_bytes() for name in ("drift.json", "turns.jsonl", "calm.json", "drift.html")
     }
-    monkeypatch.setattr(dialogue, "_made", None)
+    monkeypatch.setattr(dialogue, "_answer", None)
     main(told(tiny_run, scripts, study, "--json"))
     assert json.loads(capsys.readouterr().out)["arms"] == ARMS
     assert {name: (study / name).read_bytes() for name in before} == before

@@ -68,7 +68,7 @@ def test_users_are_asked_again_and_stored_answers_stand_at_the_turn_that_they_fo
     text = page.read_text()
     assert "Hello &lt;b&gt;there&lt;/b&gt;" in text
     assert "I am &amp; was." in text
-    monkeypatch.setattr(dialogue, "_made", None)  # nothing is answered twice
+    monkeypatch.setattr(dialogue, "_answer", None)  # nothing is answered twice
     main(told(tiny_run, chats))
     shown = " ".join(capsys.readouterr().out.split())
     assert "stored: mean projection" in shown
