@@ -42,7 +42,7 @@ def open_unpacked(path: Path, *damage: type[Exception]) -> Iterator[io.BufferedI
 
     `damage` are further exceptions that what reads the bytes raises for a damaged file.
     """
-    known = (EOFError, OSError, lzma.LZMAError, zlib.error, *damage)
+    known: tuple[type[Exception], ...] = (EOFError, OSError, lzma.LZMAError, zlib.error, *damage)
     ending = path.suffix.lower()
     if ending == ".zst":
         known += (require_package("zstandard", path).ZstdError,)

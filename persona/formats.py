@@ -122,8 +122,8 @@ def _messages(place: str, value: Any) -> tuple[Message, ...]:
         present = [name for name in MESSAGE_FIELDS if name in value]
         names = [name for name in present if isinstance(value[name], list)] or present
         if len(names) != 1:
-            fields = ", ".join(MESSAGE_FIELDS)
-            raise UserError(f"{place} is no conversation but {describe_value(value)}; it has one of {fields}")
+            wanted = ", ".join(MESSAGE_FIELDS)
+            raise UserError(f"{place} is no conversation but {describe_value(value)}; it has one of {wanted}")
         rows, system = value[names[0]], next((value[name] for name in SYSTEM_FIELDS if value.get(name)), None)
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{place} is {describe_value(rows)}, not a list of messages that is not empty")

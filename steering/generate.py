@@ -26,7 +26,8 @@ from personatlas.persona.caps import format_layers
 from personatlas.persona.errors import UserError
 from personatlas.persona.interventions import Cap, Interventions, apply_steps, steps_by_layer
 from personatlas.persona.models.chat_template import ChatFormat, Messages
-from personatlas.persona.models.load import Model, residual
+from personatlas.persona.models.hooks import residual
+from personatlas.persona.models.load import Model
 from personatlas.persona.sampling.cuda_graph import fastest_sampler
 from personatlas.persona.sampling.sampler import Prompt, Sampling
 from personatlas.steering.hooks.steering import Tally, steer

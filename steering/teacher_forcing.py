@@ -19,7 +19,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from personatlas.persona.interventions import Interventions
-from personatlas.persona.models.load import Model, residual
+from personatlas.persona.models.hooks import residual
+from personatlas.persona.models.load import Model
 from personatlas.persona.rollout import Rollout
 from personatlas.persona.sampling.sampler import batch_end, batch_tokens, pad
 from personatlas.steering.hooks.steering import steer

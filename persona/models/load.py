@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from personatlas.persona.errors import UserError
+from personatlas.persona.models.hooks import capture
 from personatlas.persona.models.packaged import PACKAGED, gguf_folder, packaged_folder, weight_format
 from personatlas.persona.progress import say
 from personatlas.persona.runs import model_name, resolved
@@ -185,11 +186,6 @@ def build_model(
     return decoder
 
 
-def residual(output: Any) -> Tensor:
-    """The residual stream (B, T, D) in a block's output: older `transformers` wrap it in a tuple."""
-    return output if isinstance(output, Tensor) else output[0]
-
-
 def _base(model: Any) -> nn.Module:
     """The model without its language-model head."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
@@ -210,32 +206,19 @@ def _find_blocks(base: nn.Module, n_layers: int, id: str) -> tuple[nn.Module, ..
 @torch.no_grad()
 def _check(model: Model) -> None:
     """One forward over two rows that differ in their last token: order, shapes, finiteness and causality of the blocks."""
-    met: list[int] = []
-    outputs: list[Tensor] = []
-
-    def keep(index: int) -> Any:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            met.append(index)
-            outputs.append(residual(output))
-
-        return hook
-
     vocabulary = model.hf.get_input_embeddings().weight.shape[0]
     ids = torch.arange(1, 9, device=model.device).repeat(2, 1) * 7 % vocabulary
     ids[1, -1] = (ids[1, -1] + 1) % vocabulary
-    handles = [block.register_forward_hook(keep(i)) for i, block in enumerate(model.blocks)]
     try:
-        model.base(input_ids=ids, use_cache=False)
+        with capture(model, range(model.n_layers)) as outputs:
+            model.base(input_ids=ids, use_cache=False)
     except (TypeError, ValueError) as error:
         raise UserError(f"{model.id}: not a decoder that can be run on token ids alone ({error})") from None
-    finally:
-        for handle in handles:
-            handle.remove()
-    if met != list(range(model.n_layers)):
+    if outputs.order != list(range(model.n_layers)):
         raise UserError(
-            f"{model.id}: a forward met blocks {met}, not 0..{model.n_layers - 1} once each, in order"
+            f"{model.id}: a forward met blocks {outputs.order}, not 0..{model.n_layers - 1} once each, in order"
         )
-    for layer, output in enumerate(outputs):
+    for layer, output in outputs.items():
         if output.shape != (2, 8, model.d_model):
             raise UserError(
                 f"{model.id}: block {layer} emits {tuple(output.shape)}, not (2, 8, {model.d_model})"

@@ -11,14 +11,14 @@ A batch is read while the GPU works on the next one: padding and reading cost as
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from personatlas.persona.errors import UserError
-from personatlas.persona.models.load import Model, residual
+from personatlas.persona.models.hooks import capture
+from personatlas.persona.models.load import Model
 from personatlas.persona.rollout import Rollout
 from personatlas.persona.sampling.sampler import batch_end, batch_tokens, pad, to_device
 
@@ -52,53 +52,46 @@ def span_sum_plainly(
 
 
 class SpanMeans:
-    """Hooks on every block that add up one batch's spans; `read` gives the means and proves that every hook fired once."""
+    """Sums of one batch's spans, added up in hooks on every block; `read` proves that each of them fired once."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self.sums: list[Tensor | None] = [None] * model.n_layers
+        self.sums: dict[int, Float[Tensor, "B D"]] = {}
         self.spans: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
-    def begin(self, start: Tensor, stop: Tensor) -> None:
-        """Set the spans (B,), (B,), CPU tensors, of the batch that is forwarded next."""
+    def begin(self, start: Int[Tensor, " B"], stop: Int[Tensor, " B"]) -> None:
+        """Set the spans, CPU tensors, of the batch that is forwarded next."""
         if int(start.min()) < 1 or bool((stop <= start).any()):
             raise ValueError("a span must start after position 0 and hold at least one token")
-        self.sums = [None] * self.model.n_layers
         device = self.model.device
-        self.spans = {device: (to_device(start, device), to_device(stop, device))}
+        self.sums, self.spans = {}, {device: (to_device(start, device), to_device(stop, device))}
+
+    def add(self, layer: int, h: Float[Tensor, "B T D"]) -> Float[Tensor, "B D"]:
+        """The spans' sums of one block's output, which are kept."""
+        if h.device not in self.spans:  # layers spread over devices
+            start, stop = self.spans[self.model.device]
+            self.spans[h.device] = (start.to(h.device), stop.to(h.device))
+        if layer in self.sums:
+            raise RuntimeError(f"block {layer} ran twice in one forward")
+        self.sums[layer] = span_sum(h, *self.spans[h.device])
+        return self.sums[layer]
 
     def read(self) -> Float[Tensor, "B L D"]:
         """Means of the batch that was forwarded, fp32, on the model's device."""
-        silent = [layer for layer, value in enumerate(self.sums) if value is None]
+        silent = [layer for layer in range(self.model.n_layers) if layer not in self.sums]
         if silent:
             raise RuntimeError(f"the hooks of layers {silent} did not fire: nothing was recorded")
         start, stop = self.spans[self.model.device]
-        sums = torch.stack([value.to(start.device) for value in self.sums if value is not None], dim=1)
+        sums = torch.stack([self.sums[layer].to(start.device) for layer in range(self.model.n_layers)], dim=1)
         return sums / (stop - start)[:, None, None]  # (B, L, D)
-
-    def _hook(self, layer: int) -> Any:
-        def add(_module: nn.Module, _args: Any, output: Any) -> None:
-            h = residual(output)
-            if h.device not in self.spans:  # layers spread over devices
-                start, stop = self.spans[self.model.device]
-                self.spans[h.device] = (start.to(h.device), stop.to(h.device))
-            if self.sums[layer] is not None:
-                raise RuntimeError(f"block {layer} ran twice in one forward")
-            self.sums[layer] = span_sum(h, *self.spans[h.device])
-
-        return add
 
 
 @contextmanager
-def recording(model: Model) -> Iterator[SpanMeans]:
+def record_spans(model: Model) -> Iterator[SpanMeans]:
     """Hooks for the length of the context; the model is left as it was found, also after an exception."""
     means = SpanMeans(model)
-    handles = [block.register_forward_hook(means._hook(layer)) for layer, block in enumerate(model.blocks)]
-    try:
+    with capture(model, range(model.n_layers), means.add):
         yield means
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -134,7 +127,7 @@ def record(
     tokens = tokens or batch_tokens(model, CPU_TOKENS, GPU_TOKENS)
     compile = worth_compiling(model, sum(lengths)) if compile is None else compile
     first, before, reader = 0, None, Reader(model.device)
-    with compiled(model, enabled=compile), recording(model) as means:
+    with compiled(model, enabled=compile), record_spans(model) as means:
         while first < len(order):
             stop = batch_end(lengths, first, tokens)
             chosen = order[first:stop]

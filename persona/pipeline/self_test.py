@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from personatlas.persona.models.load import Model, residual
+from personatlas.persona.models.hooks import capture
+from personatlas.persona.models.load import Model
 from personatlas.persona.pipeline.record import record
 from personatlas.persona.rollout import Rollout
 from personatlas.persona.sampling.sampler import Prompt, Sampler, Sampling, cached_decoding_error
@@ -91,16 +92,9 @@ def _hooks(model: Model) -> int:
 
 
 def _outputs(model: Model, rollout: Rollout) -> list[Tensor]:
-    found: list[Tensor] = []
-    handles = [
-        b.register_forward_hook(lambda _m, _a, output: found.append(residual(output))) for b in model.blocks
-    ]
-    try:
+    with capture(model, range(model.n_layers)) as residuals:
         model.base(input_ids=_ids(model, rollout), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
+    return list(residuals.values())
 
 
 def _mean_by_hand(model: Model, rollout: Rollout) -> Tensor:

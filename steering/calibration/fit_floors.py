@@ -29,7 +29,8 @@ from personatlas.persona.axis import Axis
 from personatlas.persona.errors import UserError
 from personatlas.persona.interventions import Cap
 from personatlas.persona.models.chat_template import ChatFormat
-from personatlas.persona.models.load import Model, residual
+from personatlas.persona.models.hooks import residual
+from personatlas.persona.models.load import Model
 from personatlas.persona.progress import progress
 from personatlas.persona.roles.bank import Bank
 from personatlas.persona.rollout import Request, Rollout

@@ -19,7 +19,8 @@ from torch import Tensor
 from personatlas.persona.axis import Axis
 from personatlas.persona.errors import UserError
 from personatlas.persona.interventions import Cap
-from personatlas.persona.models.load import Model, residual
+from personatlas.persona.models.hooks import residual
+from personatlas.persona.models.load import Model
 from personatlas.persona.rollout import Rollout
 from personatlas.persona.sampling.sampler import batch_tokens
 from personatlas.steering.teacher_forcing import Texts, batches

@@ -25,7 +25,8 @@ from torch import Tensor
 from personatlas.persona.axis import Axis
 from personatlas.persona.errors import UserError
 from personatlas.persona.interventions import Cap, Interventions, apply_steps, steps_by_layer
-from personatlas.persona.models.load import Model, residual
+from personatlas.persona.models.hooks import residual
+from personatlas.persona.models.load import Model
 from personatlas.persona.pipeline.self_test import Check
 from personatlas.persona.sampling.cuda_graph import fastest_sampler
 from personatlas.persona.sampling.sampler import Answer, Prompt, Sampler, Sampling

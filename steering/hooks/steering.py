@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from personatlas.persona.axis import require_origin
 from personatlas.persona.errors import UserError
 from personatlas.persona.interventions import Intervention
-from personatlas.persona.models.load import Model, residual
+from personatlas.persona.models.hooks import residual
+from personatlas.persona.models.load import Model
 from personatlas.persona.sampling.sampler import Answer, Prompt, SamplerCallback
 from personatlas.steering.hooks.step import ENDLESS, Account, Batch, Done, Looked, act, book, look
 from personatlas.steering.hooks.tables import tables_of

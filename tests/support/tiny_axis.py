@@ -4,7 +4,7 @@ import torch
 from torch.nn.functional import normalize
 
 from personatlas.persona.axis import Axis
-from personatlas.persona.models.load import residual
+from personatlas.persona.models.hooks import residual
 from personatlas.persona.sampling.sampler import pad
 
 ROWS = [

@@ -52,7 +52,7 @@ from torch import Tensor
 
 from personatlas.persona.errors import UserError
 from personatlas.persona.models.chat_template import Messages
-from personatlas.persona.models.load import residual
+from personatlas.persona.models.hooks import residual
 from personatlas.persona.pipeline.record import CPU_TOKENS, GPU_TOKENS
 from personatlas.persona.sampling.cuda_graph import fastest_sampler
 from personatlas.persona.sampling.sampler import (

@@ -27,7 +27,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from personatlas.persona.models.load import Model, residual
+from personatlas.persona.models.hooks import residual
+from personatlas.persona.models.load import Model
 from personatlas.persona.sampling.kv_cache import decoding_mask
 from personatlas.persona.sampling.next_token import draw
 from personatlas.persona.sampling.sampler import (

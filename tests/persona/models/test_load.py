@@ -51,7 +51,7 @@ def test_a_block_that_emits_nan_is_refused():
 
 def test_a_block_that_is_skipped_is_refused():
     model = tiny_hf("llama")
-    model.hf.config.num_hidden_layers = 2  # the model's loop now ends early
+    model.model.config.num_hidden_layers = 2  # the model's loop now ends early
     model.model.layers.append(nn.Identity())
     model.config.num_hidden_layers = 4
     with pytest.raises(UserError):

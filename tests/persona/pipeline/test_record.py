@@ -5,8 +5,8 @@ import torch
 from families import FAMILIES, tiny_model
 
 from personatlas.persona.errors import UserError
-from personatlas.persona.models.load import residual
-from personatlas.persona.pipeline.record import record, recording, span_sum_plainly
+from personatlas.persona.models.hooks import residual
+from personatlas.persona.pipeline.record import record, record_spans, span_sum_plainly
 from personatlas.persona.pipeline.self_test import run_self_test
 from personatlas.persona.rollout import Rollout
 from personatlas.persona.sampling.sampler import pad
@@ -84,26 +84,26 @@ def test_half_precision_is_summed_in_fp32():
 
 def test_only_means_leave_the_hooks_so_memory_does_not_grow_with_tokens():
     model, rollouts = tiny_model(), made_up()
-    with recording(model) as means, torch.no_grad():
+    with record_spans(model) as means, torch.no_grad():
         ids = pad([r.prompt_ids + r.answer_ids for r in rollouts], model.device)
         means.begin(
             torch.tensor([len(r.prompt_ids) for r in rollouts]),
             torch.tensor([len(r.prompt_ids + r.answer_ids) for r in rollouts]),
         )
         model.base(input_ids=ids, use_cache=False)
-        assert {tuple(total.shape) for total in means.sums} == {(len(rollouts), model.d_model)}
+        assert {tuple(total.shape) for total in means.sums.values()} == {(len(rollouts), model.d_model)}
 
 
 def test_a_hook_that_did_not_fire_is_an_error_and_not_an_empty_mean():
     model = tiny_model()
-    with recording(model) as means:
+    with record_spans(model) as means:
         means.begin(torch.tensor([1]), torch.tensor([2]))
         with pytest.raises(RuntimeError, match="did not fire"):
             means.read()
 
 
 def test_position_zero_and_empty_spans_are_refused():
-    with recording(tiny_model()) as means:
+    with record_spans(tiny_model()) as means:
         with pytest.raises(ValueError, match="after position 0"):
             means.begin(torch.tensor([0]), torch.tensor([2]))
         with pytest.raises(ValueError, match="at least one token"):
@@ -112,7 +112,7 @@ def test_position_zero_and_empty_spans_are_refused():
 
 def test_the_model_is_left_as_it_was_found_also_after_an_exception():
     model = tiny_model()
-    with pytest.raises(ZeroDivisionError), recording(model):
+    with pytest.raises(ZeroDivisionError), record_spans(model):
         raise ZeroDivisionError
     assert not any(block._forward_hooks for block in model.blocks)
 

@@ -1,0 +1,66 @@
+"""Reading the residual stream: one forward hook a block, there for the length of a context.
+
+with capture(model, [12, 17]) as residuals:
+    model.base(input_ids=ids, use_cache=False)
+residuals[12]                                              # (B, T, D), the output of block 12
+
+def project(layer, h):
+    return (h.float() @ axis.at(layer).to(h.device)).cpu()
+with capture(model, axis.layers, project) as projections:  # nothing wider than (B, T) outlives its block
+    ...
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from personatlas.persona.models.load import Model
+
+
+def residual(output: Any) -> Tensor:
+    """The residual stream (B, T, D) in a block's output: older `transformers` wrap it in a tuple."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+class Captured(dict[int, Tensor]):
+    """What was captured last at each layer; `order` has every layer as often as its block ran, in that order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.order: list[int] = []
+
+
+@contextmanager
+def capture(
+    model: "Model",
+    layers: Iterable[int],
+    transform: Callable[[int, Tensor], Tensor] = lambda layer, h: h,
+    *,
+    before_others: bool = False,
+) -> Iterator[Captured]:
+    """Captures the output of those blocks inside; the model is left as it was found, also after an exception.
+
+    `transform` is given the layer and the residual stream (B, T, D) and says what is kept of it. Hooks fire in
+    the order of their registration; with `before_others` these fire before those that are there already, and
+    see the stream before an intervention's step at the layer.
+    """
+    captured = Captured()
+
+    def hook(layer: int) -> Callable[[nn.Module, Any, Any], None]:
+        def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+            captured.order.append(layer)
+            captured[layer] = transform(layer, residual(output))
+
+        return keep
+
+    handles = [
+        model.blocks[layer].register_forward_hook(hook(layer), prepend=before_others) for layer in layers
+    ]
+    try:
+        yield captured
+    finally:
+        for handle in handles:
+            handle.remove()
