@@ -20,7 +20,7 @@ from personatlas.persona.axis import load_axis
 from personatlas.persona.caps import parse_layers
 from personatlas.persona.interventions import Cap
 from personatlas.persona.models.load import Model, load_model
-from personatlas.persona.runs import axis_stem
+from personatlas.persona.runs import resolve_axis
 from personatlas.persona.sampling.cuda_graph import fastest_sampler
 from personatlas.persona.sampling.sampler import Prompt, Sampling
 from personatlas.steering.hooks.steering import steer
@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument("--engines", default="compiled,sampler,hooks")
     given = parser.parse_args()
     model = load_model(given.model)
-    cap = load_axis(axis_stem(given.axis)).quantile_cap(parse_layers(given.layers), 0.5)
+    cap = load_axis(resolve_axis(given.axis)).quantile_cap(parse_layers(given.layers), 0.5)
     print(f"{model.id} in {model.dtype}, {len(cap.layers)} capped layers, {given.steps} steps", flush=True)
     engines = {"compiled": compiled, "sampler": sampled, "hooks": hooked}
     for name in given.engines.split(","):

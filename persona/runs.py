@@ -8,13 +8,13 @@ with open_run(folder) as run:
 
 The folder of a training run, where a model is asked for: which model it stands for, and what that one is called.
 
-resolved("runs/mine")                         # "runs/mine/model", or its newest checkpoint while it is being made
-run_name("runs/mine")                         # "mine-step-000512": where what is found about it goes
+resolve_model("runs/mine")                         # "runs/mine/model", or its newest checkpoint while it is being made
+checkpoint_name("runs/mine")                         # "mine-step-000512": where what is found about it goes
 model_name("runs/mine/checkpoints/step-512")  # "mine", whatever the step, so that checkpoints get the same prompts
 
 The fitted axis and persona space that come with the packaged model, so that chat and monitoring can begin at once.
 
-    axis = load_axis(fitted_folder("smollm2-135m") / "axis")
+    axis = load_axis(packaged_axis_folder("smollm2-135m") / "axis")
 
 `axes/NAME/README.md` has the command that made them. The axis's quantiles over the default's and the roles' answers, at
 every layer, are the floors that a cap can be made of.
@@ -57,7 +57,7 @@ def checkpoint_folders(run: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def resolved(name: str) -> str:
+def resolve_model(name: str) -> str:
     """The model that a name stands for: a training run's finished model, else its newest checkpoint; other names as they are.
 
     Raises `UserError` for a run without a checkpoint, and for a folder that is a run of another kind.
@@ -85,16 +85,16 @@ def resolved(name: str) -> str:
     return name
 
 
-def run_name(name: str) -> str:
+def checkpoint_name(name: str) -> str:
     """A short name for what is found about a model, which tells a run's checkpoints apart."""
-    path = Path(resolved(name))
+    path = Path(resolve_model(name))
     run = _run_of(path)
     return path.name if run is None else f"{run.name}-{path.name}"
 
 
 def default_folder(model: str, study: str = "") -> Path:
     """The folder for what is computed about a model: runs/NAME, or runs/NAME-STUDY."""
-    name = Path(model).stem if model.endswith(".gguf") else run_name(model)
+    name = Path(model).stem if model.endswith(".gguf") else checkpoint_name(model)
     return Path("runs") / (f"{name}-{study}" if study else name)
 
 
@@ -230,16 +230,16 @@ FITTED = Path(__file__).parent / "axes"
 ENDINGS = (".json", ".safetensors")
 
 
-def fitted_names() -> tuple[str, ...]:
+def packaged_axes() -> tuple[str, ...]:
     """Models that an axis comes with."""
     return tuple(sorted(path.name for path in FITTED.iterdir() if (path / "axis.json").is_file()))
 
 
-def fitted_folder(name: str) -> Path:
+def packaged_axis_folder(name: str) -> Path:
     """The folder with `axis.*` and `space.*` of a packaged model. `UserError` when none comes with it."""
-    if name not in fitted_names():
+    if name not in packaged_axes():
         raise UserError(
-            f"no axis comes with {name!r}, only with {', '.join(fitted_names())}; fit one: personatlas axis"
+            f"no axis comes with {name!r}, only with {', '.join(packaged_axes())}; fit one: personatlas axis"
         )
     return FITTED / name
 
@@ -251,7 +251,7 @@ def find_axis(model: str, axis: str | None = None) -> str:
     """
     if axis is not None:
         return axis
-    if model in fitted_names():
+    if model in packaged_axes():
         return model
     folder = default_folder(model)
     if not (folder / "axis.json").is_file():
@@ -261,14 +261,14 @@ def find_axis(model: str, axis: str | None = None) -> str:
     return str(folder)
 
 
-def axis_stem(name: str) -> Path:
+def resolve_axis(name: str) -> Path:
     """Where an axis lies that is named by a run folder, an artefact (with or without its ending) or a packaged model."""
     path = Path(name)
-    if name in fitted_names() and not path.exists():
-        return fitted_folder(name) / "axis"
+    if name in packaged_axes() and not path.exists():
+        return packaged_axis_folder(name) / "axis"
     stem = path / "axis" if path.is_dir() else path.with_suffix("") if path.suffix in ENDINGS else path
     if not stem.with_name(stem.name + ".json").is_file():
         raise UserError(
-            f"no axis at {name}: give a run folder with a fit, an axis.safetensors or {fitted_names()[0]}"
+            f"no axis at {name}: give a run folder with a fit, an axis.safetensors or {packaged_axes()[0]}"
         )
     return stem

@@ -13,7 +13,7 @@ from personatlas.persona.models.chat_template import ChatFormat, chat_format
 from personatlas.persona.models.load import Model, load_model
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.progress import say
-from personatlas.persona.runs import axis_stem
+from personatlas.persona.runs import resolve_axis
 from personatlas.steering.hooks.binding_check import require_binding
 
 
@@ -35,7 +35,7 @@ def load_steered_model(
     `axis` is a run folder, an axis file or a packaged axis; `caps` are cap specs. `force` lets another weight format of
     the same model pass. Raises `UserError` for what does not belong together.
     """
-    loaded_axis = load_axis(axis_stem(axis))
+    loaded_axis = load_axis(resolve_axis(axis))
     loaded_caps = [loaded_axis.cap(spec) for spec in caps]
     model = load_model(name, device=load.device, dtype=load.dtype, chat_template=load.chat_template)
     for spec, cap in zip(caps, loaded_caps, strict=True):

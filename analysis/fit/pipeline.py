@@ -26,12 +26,12 @@ from personatlas.persona.judges.base import KEEP, Dropped, kept, role_play_share
 from personatlas.persona.options import FitOptions, given
 from personatlas.persona.pipeline.activations import Activations
 from personatlas.persona.rollout import Rollout, without_poles
-from personatlas.persona.runs import axis_stem
+from personatlas.persona.runs import resolve_axis
 
 
 def other_axis(name: str | Path) -> Axis:
     """The axis of a run folder, an artefact or a packaged model. Raises `UserError` where there is none."""
-    return load_axis(axis_stem(str(name)))
+    return load_axis(resolve_axis(str(name)))
 
 
 def compared(axis: Axis, roles: list[dict[str, Any]], path: Path) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def compared(axis: Axis, roles: list[dict[str, Any]], path: Path) -> dict[str, A
             str(layer): float(axis.at(layer).double() @ other.at(layer).double()) for layer in shared
         }
     alike = ranked_alike(
-        {row["role"]: row["projection"] for row in roles}, places(axis_stem(str(path)), other)
+        {row["role"]: row["projection"] for row in roles}, places(resolve_axis(str(path)), other)
     )
     if alike is not None:
         found["roles"] = {
@@ -117,7 +117,7 @@ def fit_run(
     if of_traits is not None:
         asked["traits"] = of_traits.content
     if options.compare is not None:
-        asked["compared_with"] = digest(axis_stem(str(options.compare)).with_suffix(".safetensors"))
+        asked["compared_with"] = digest(resolve_axis(str(options.compare)).with_suffix(".safetensors"))
     if (before := _unchanged(folder, asked)) is not None:
         return before
     of_roles = without_poles(rollouts)

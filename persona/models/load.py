@@ -24,7 +24,7 @@ from personatlas.persona.errors import UserError
 from personatlas.persona.models.hooks import capture
 from personatlas.persona.models.packaged import PACKAGED, gguf_folder, packaged_folder, weight_format
 from personatlas.persona.progress import say
-from personatlas.persona.runs import model_name, resolved
+from personatlas.persona.runs import model_name, resolve_model
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def load_model(
 
     target = _device_named(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with quiet_transformers(), _one_line(name):
-        asked, name = name, resolved(name)
+        asked, name = name, resolve_model(name)
         if name != asked:
             say(f"{asked} is a training run: the model is {name}")
         source = _source(name)
@@ -156,7 +156,7 @@ def load_tokenizer(name: str, chat_template: Path | None = None) -> Any:
     from transformers import AutoTokenizer
 
     with quiet_transformers(), _one_line(name):
-        tokenizer = AutoTokenizer.from_pretrained(_source(resolved(name)))
+        tokenizer = AutoTokenizer.from_pretrained(_source(resolve_model(name)))
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template)
     return tokenizer

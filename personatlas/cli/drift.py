@@ -211,13 +211,13 @@ def _read(
     """The axis, what was traced, and how it is watched. What can be wrong without a model is found before one is loaded."""
     from personatlas.persona.axis import load_axis
     from personatlas.persona.formats import read_conversations
-    from personatlas.persona.runs import axis_stem
+    from personatlas.persona.runs import resolve_axis
     from personatlas.steering.drift.trace import calm_of, require_calm, traced
     from personatlas.steering.drift_monitor import is_calm, watcher_of
     from personatlas.steering.session import load_steered_model
 
     quiet = read_conversations(calm) if calm is not None and not is_calm(calm) else []
-    stem = axis_stem(axis)
+    stem = resolve_axis(axis)
     if quiet:
         require_calm(quiet)
     else:

@@ -292,7 +292,7 @@ def export(
     import torch
 
     from personatlas.persona.artifacts import require_writable
-    from personatlas.persona.runs import resolved
+    from personatlas.persona.runs import resolve_model
     from personatlas.training.export.gguf import write_gguf
     from personatlas.training.export.huggingface import export as write_folder
     from personatlas.training.export.huggingface import load_exported
@@ -301,7 +301,7 @@ def export(
         raise UserError("give --out FOLDER, --gguf FILE or both")
     if not model.is_dir():
         raise UserError(f"{model} is no folder; give a training run or one of its checkpoints")
-    source = Path(resolved(str(model)))
+    source = Path(resolve_model(str(model)))
     found = load_exported(source)
     if gguf is not None:
         require_writable(gguf, "--gguf")

@@ -28,7 +28,7 @@ from personatlas.persona.options import ModelOptions
 from personatlas.persona.progress import progress, say
 from personatlas.persona.roles.bank import Bank, load_bank
 from personatlas.persona.rollout import Rollout, read_rollouts, spread, without_poles
-from personatlas.persona.runs import axis_stem, open_run, versions
+from personatlas.persona.runs import open_run, resolve_axis, versions
 from personatlas.persona.sampling.sampler import Sampling
 from personatlas.steering.calibration.fit_floors import Descent, Floors, wanted_texts
 from personatlas.steering.calibration.grid_search import Candidate, Sweep, Tried, windows_of
@@ -327,7 +327,7 @@ def calibrated(
         asked = folder.manifest.get("asked")
         if not asked:
             raise UserError(f"{run} has no run.json with rollouts; make them first with `personatlas axis`")
-        stem = axis_stem(axis or str(run))
+        stem = resolve_axis(axis or str(run))
         along, space = load_axis(stem), load_space(stem.with_name("space"))
         extra = {text: along.cap(text) for text in also}
         chosen_bank = load_bank(bank)

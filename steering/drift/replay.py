@@ -22,7 +22,7 @@ from personatlas.persona.formats import Conversation, read_conversations
 from personatlas.persona.interventions import BASELINE
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.progress import progress
-from personatlas.persona.runs import axis_stem, open_run
+from personatlas.persona.runs import open_run, resolve_axis
 from personatlas.persona.sampling.sampler import Sampling
 from personatlas.steering.conversations.runner import RunnerConfig, Script, Transcripts, run_conversations
 from personatlas.steering.drift.options import talk_of
@@ -70,7 +70,7 @@ def replay(
     if asked.turns is not None and asked.turns < 1:
         raise UserError(f"--turns {asked.turns} is below 1")
     sampling = Sampling(asked.max_new_tokens, asked.temperature, asked.top_p)
-    told, stem = read_conversations(chats), axis_stem(axis)
+    told, stem = read_conversations(chats), resolve_axis(axis)
     watcher = watcher_of(load_axis(stem), stem, asked.calm)
     with open_run(folder, create=True) as run:
         how = replace(how, dtype=how.dtype or run.manifest.get("asked", {}).get("dtype"))

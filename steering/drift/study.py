@@ -23,7 +23,7 @@ from personatlas.persona.logs import append_lines
 from personatlas.persona.models.load import Model
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.progress import progress, say
-from personatlas.persona.runs import RunFolder, axis_stem, open_run, versions
+from personatlas.persona.runs import RunFolder, open_run, resolve_axis, versions
 from personatlas.steering.conversations.runner import RunnerConfig, Script, Transcripts, run_conversations
 from personatlas.steering.drift.options import DriftOptions, chosen_talks, user_of
 from personatlas.steering.drift.result import ADAPTIVE, CAPPED, Watched, result
@@ -57,7 +57,7 @@ def study(
 
     Raises `UserError` for what cannot be, before anything is asked, and for a folder of another model, engine or sampling.
     """
-    talks, stem = chosen_talks(asked), axis_stem(axis)
+    talks, stem = chosen_talks(asked), resolve_axis(axis)
     known = _watched(load_axis(stem), stem, calm, asked)
     if known is None and not any(talk.domain in asked.calm for talk in talks):
         watcher_of(load_axis(stem), stem)  # raises where there is nothing to tell z by

@@ -68,13 +68,13 @@ def make_service(
     cap, mode = ("assistant", ADAPTIVE) if hold.cap == ADAPTIVE else (hold.cap, hold.mode)
     _require_sane(hold, room)
     from personatlas.persona.axis import load_axis
-    from personatlas.persona.runs import axis_stem
+    from personatlas.persona.runs import resolve_axis
     from personatlas.steering.drift_monitor import watcher_of
     from personatlas.steering.serve.engine.cap_slots import cap_labels
     from personatlas.steering.serve.service import PersonaService, ServiceDefaults
     from personatlas.steering.session import load_steered_model
 
-    stem = axis_stem(axis)
+    stem = resolve_axis(axis)
     along = load_axis(stem)
     watcher = watcher_of(along, stem, hold.calm, hold.rule, hold.false_alarms)
     if mode == ADAPTIVE and watcher.rule is None:

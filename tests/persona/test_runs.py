@@ -9,7 +9,13 @@ from families import save_tiny
 from personatlas.cli.app import main
 from personatlas.persona.errors import UserError
 from personatlas.persona.models.load import load_model, load_tokenizer
-from personatlas.persona.runs import checkpoint_folders, default_folder, model_name, resolved, run_name
+from personatlas.persona.runs import (
+    checkpoint_folders,
+    checkpoint_name,
+    default_folder,
+    model_name,
+    resolve_model,
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +53,11 @@ def test_what_is_found_about_checkpoints_goes_into_folders_of_their_own(run, tin
     assert str(default_folder("mine")) == "runs/mine-step-000016"
     assert str(default_folder("mine/checkpoints/step-000004/")) == "runs/mine-step-000004"
     monkeypatch.chdir(run / "checkpoints")
-    assert run_name("step-000004") == "mine-step-000004"
+    assert checkpoint_name("step-000004") == "mine-step-000004"
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny, "model")  # called as ours are, and no training run's
-    assert (run_name("model"), model_name(tmp_path / "model")) == ("model", "model")
-    assert run_name("someone/a-model") == "a-model"
+    assert (checkpoint_name("model"), model_name(tmp_path / "model")) == ("model", "model")
+    assert checkpoint_name("someone/a-model") == "a-model"
 
 
 def test_the_axis_of_a_run_is_that_of_a_checkpoint_and_goes_on_with_it(
@@ -104,4 +110,4 @@ def test_a_run_without_a_checkpoint_and_a_folder_of_them_are_refused_in_one_line
     with pytest.raises(
         UserError, match="is a run folder: give its model as the model, and the run with --axis"
     ):
-        resolved(str(run))
+        resolve_model(str(run))

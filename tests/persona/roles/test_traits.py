@@ -16,7 +16,7 @@ from personatlas.persona.pipeline.activations import Activations, cell_sums
 from personatlas.persona.roles.bank import Bank, Question, Role, Trait
 from personatlas.persona.roles.traits import is_pole, load_traits, poles
 from personatlas.persona.rollout import Selection, requests
-from personatlas.persona.runs import axis_stem, fitted_folder, fitted_names
+from personatlas.persona.runs import packaged_axes, packaged_axis_folder, resolve_axis
 
 D, L, EACH = 24, 3, 30
 MODEL = {"id": "m", "weights": "float32", "fingerprint": "abc", "n_layers": L, "d_model": D}
@@ -216,8 +216,8 @@ def test_axes_of_another_width_have_no_cosines(tmp_path):
 
 
 def test_the_packaged_model_comes_with_an_axis_that_names_its_weights_and_floors():
-    assert fitted_names() == ("smollm2-135m",)
-    found = load_axis(fitted_folder("smollm2-135m") / "axis")
+    assert packaged_axes() == ("smollm2-135m",)
+    found = load_axis(packaged_axis_folder("smollm2-135m") / "axis")
     assert found.poles == ("assistant", "role-play")
     assert found.model["weights"] == "gguf Q4_1"
     assert found.vectors.shape == (30, 576)
@@ -225,6 +225,6 @@ def test_the_packaged_model_comes_with_an_axis_that_names_its_weights_and_floors
     assert (found.default_quantiles.diff(dim=1) >= 0).all()
     middle = found.levels.index(0.5)
     assert (found.default_quantiles > found.role_quantiles)[found.layer, middle]
-    assert axis_stem("smollm2-135m") == fitted_folder("smollm2-135m") / "axis"
+    assert resolve_axis("smollm2-135m") == packaged_axis_folder("smollm2-135m") / "axis"
     with pytest.raises(UserError, match="no axis comes with 'gpt2', only with smollm2-135m"):
-        fitted_folder("gpt2")
+        packaged_axis_folder("gpt2")

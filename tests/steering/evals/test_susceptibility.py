@@ -246,9 +246,9 @@ def test_another_weight_format_needs_force_and_another_model_cannot_be_forced(tm
 
 
 def test_the_packaged_axis_comes_with_a_cap_that_says_what_it_was_found_to_do():
-    from personatlas.persona.runs import axis_stem
+    from personatlas.persona.runs import resolve_axis
 
-    stem = axis_stem("smollm2-135m")
+    stem = resolve_axis("smollm2-135m")
     axis = load_axis(stem)
     cap = axis.cap("assistant")
     axis.require_sign(cap)

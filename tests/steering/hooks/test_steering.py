@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from personatlas.persona.errors import UserError
 from personatlas.persona.interventions import Ablate, Add, Cap, MeanAblate, apply_steps, steps_by_layer
 from personatlas.persona.models.load import build_model
-from personatlas.persona.runs import fitted_folder
+from personatlas.persona.runs import packaged_axis_folder
 from personatlas.persona.sampling.sampler import pad
 from personatlas.steering.hooks.steering import steer
 
@@ -225,7 +225,7 @@ def enter(model, interventions):
 def test_the_packaged_axis_gives_a_cap_with_its_model_level_and_population():
     from personatlas.persona.axis import load_axis
 
-    cap = cap_of(load_axis(fitted_folder("smollm2-135m") / "axis"), range(18, 24), 0.5)
+    cap = cap_of(load_axis(packaged_axis_folder("smollm2-135m") / "axis"), range(18, 24), 0.5)
     assert (cap.level, cap.population, cap.phase) == (0.5, "default", "both")
     assert cap.model["id"] == "smollm2-135m"
     assert torch.isfinite(cap.floor).all()
