@@ -14,6 +14,7 @@ finite null, since JSON has none.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -44,7 +45,8 @@ class JsonRecord:
     @classmethod
     def from_json(cls: type[Record], row: Mapping[str, Any]) -> Record:
         """The record that `to_json` wrote. Keys that are no fields are ignored; raises KeyError for a missing one."""
-        hints, values = get_type_hints(cls), {}
+        hints: dict[str, Any] = _hints(cls)  # type: ignore[arg-type]
+        values: dict[str, Any] = {}
         for field in fields(cls):
             key = cls.json_names.get(field.name, field.name)
             value = row.get(key) if field.name in cls.omit_none else row[key]
@@ -52,17 +54,27 @@ class JsonRecord:
         return cls(**values)
 
 
+def json_object(content: Mapping[str, object]) -> JsonObject:
+    """The content as a JSON object: numbers that are not finite are null."""
+    return {key: json_value(value) for key, value in content.items()}
+
+
 def json_value(value: object) -> object:
     """A value as JSON can hold it: records, mappings, sequences, paths, strings and numbers."""
     if isinstance(value, JsonRecord):
         return value.to_json()
     if isinstance(value, Mapping):
-        return {key: json_value(item) for key, item in value.items()}
+        return json_object(value)
     if isinstance(value, list | tuple):
         return [json_value(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, Path) else value
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
 
 
 def _read(hint: Any, value: Any) -> Any:

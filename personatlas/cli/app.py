@@ -41,7 +41,6 @@ COMMANDS = {
         "eval": ("evals:eval_", "Evaluate a model with and without caps."),
         "lm-eval": ("evals:lm_eval", "Run tasks of the lm-eval harness with and without caps."),
         "inspect": ("evals:inspect", "Run a task of Inspect with and without a cap."),
-        "susceptibility": ("calibrate:susceptibility", "Ask a model under role prompts who it is."),
         "trace": ("drift:trace", "Trace stored conversations along an axis, turn by turn."),
         "drift": ("drift:drift", "Measure persona drift over conversations, with and without a cap."),
         "replay": ("replay:replay", "Ask stored conversations again with a cap off and on."),

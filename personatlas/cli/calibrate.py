@@ -1,11 +1,10 @@
-"""The verbs that measure caps: calibrate, and susceptibility, the paper's behavioural test."""
+"""The command `calibrate`: the strongest cap within a loss budget."""
 
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
 
-from personatlas.cli.options import MODEL, OPTIONS, Json, ModelName
+from personatlas.cli.options import MODEL, OPTIONS, Json
 from personatlas.cli.output import print_json, print_line, print_table, print_warning
 from personatlas.persona.errors import UserError
 from personatlas.persona.options import ModelOptions
@@ -39,26 +38,6 @@ class SearchOptions:
     "sampling temperature"
     seed: int = 0
     "all arms sample with it"
-
-
-@dataclass(frozen=True)
-class TestOptions:
-    """What to ask, and who classes the answers."""
-
-    roles: int = 50
-    "the lowest roles on the axis"
-    prompts: int = 2
-    "prompts a role; each is asked five identity questions"
-    max_new_tokens: int = 48
-    "longest answer"
-    temperature: float = 0.7
-    "sampling temperature"
-    seed: int = 0
-    "all arms sample with it"
-    judge: str = "rules"
-    "rules (offline), or the URL of an OpenAI-compatible endpoint, which does not see which arm it judges"
-    judge_model: str = ""
-    "the model to ask for at that URL"
 
 
 def calibrate(
@@ -99,76 +78,6 @@ def calibrate(
     _print_calibration(content)
     print_line(f"cap: {content['saved']}")
     print_line(f"page: {content['page']}")
-
-
-def susceptibility(
-    model: ModelName,
-    /,
-    *,
-    axis: str,
-    cap: list[str] | None = None,
-    add: str = "4,8,16",
-    bank: Path | None = None,
-    force: bool = False,
-    asked: Annotated[TestOptions, OPTIONS] = TestOptions(),
-    load: Annotated[ModelOptions, MODEL] = ModelOptions(),
-    json: Json = False,
-) -> None:
-    """Who does the model say that it is under the lowest roles? As it is, capped, and with the axis added.
-
-    Parameters
-    ----------
-    axis
-        a run folder, an axis file, or smollm2-135m for the axis that comes with it
-    cap
-        a cap by name, file or LEVEL@LAYERS, "assistant" unless given; may be given several times
-    add
-        strengths of plain addition at the axis's layer, residual units, with commas between; "" for none
-    bank
-        a bank with the axis's roles, if not the packaged one
-    force
-        use an axis of the same model in another weight format
-    """
-    from personatlas.steering.evals.suites.susceptibility_run import run_susceptibility
-
-    content = run_susceptibility(
-        model, load, axis, cap or ["assistant"], _amounts(add), asked, bank, force=force
-    )
-    if json:
-        print_json(content)
-    else:
-        _print_susceptibility(content)
-
-
-def _split(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _amounts(text: str) -> list[float]:
-    try:
-        found = [float(part) for part in _split(text)]
-    except ValueError:
-        raise UserError(f"--add {text!r} is not numbers with commas between") from None
-    if not all(map(isfinite, found)):
-        raise UserError(f"--add {text!r}: NaN and infinity are no strengths")
-    return found
-
-
-def _print_susceptibility(content: dict[str, Any]) -> None:
-    first = next(iter(content["arms"].values()))
-    classes = list(first["shares"])[1:]
-    rows = []
-    for name, arm in content["arms"].items():
-        low, high = arm["interval"]
-        assistant = f"{arm['shares']['assistant']:.1%} [{low:.0%}, {high:.0%}]"
-        rows.append(
-            [name, assistant, *(f"{arm['shares'][cls]:.0%}" for cls in classes), f"{arm['fired']:.0%}"]
-        )
-    print_table(["arm", "assistant [95%]", *classes, "fired"], rows)
-    print_line(
-        f"{first['n']} answers an arm under the {content['roles']} lowest roles, classed by {content['judge']}; "
-        "intervals are bootstraps over roles"
-    )
 
 
 def _print_calibration(content: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ personatlas lm-eval smollm2-135m ifeval --axis smollm2-135m --data ifeval=ifeval
 
 import sys
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +21,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
 from rich.text import Text
 
-from personatlas.cli.options import MODEL, Json, ModelName
+from personatlas.cli.options import MODEL, OPTIONS, Json, ModelName
 from personatlas.cli.output import console, print_json, print_line
 from personatlas.persona.errors import UserError
 from personatlas.persona.options import ModelOptions, given
@@ -38,11 +38,12 @@ def eval_(
     *,
     axis: str,
     cap: Annotated[list[str] | None, Parameter(negative=())] = None,
+    suite: str | None = None,
     out: Path | None = None,
     bank: Path | None = None,
     force: bool = False,
     show_answers: bool = False,
-    asked: EvalOptions = EvalOptions(),
+    options: Annotated[EvalOptions, OPTIONS] = EvalOptions(),
     load: Annotated[ModelOptions, MODEL] = ModelOptions(),
     json: Json = False,
 ) -> None:
@@ -54,6 +55,8 @@ def eval_(
         a run folder, an axis file, or smollm2-135m for the axis that comes with it
     cap
         a cap by name, file or LEVEL@LAYERS, "assistant" unless given, with +0.2 or -0.2 behind it for a neighbour; may be given several times
+    suite
+        suites with commas between: persona-jailbreak, harm, over-refusal, susceptibility, drift, benign; unless given those that need no file and those whose file is given
     out
         the folder of the evaluation; runs/NAME-eval unless given
     bank
@@ -67,12 +70,14 @@ def eval_(
     from personatlas.steering.evals.study import evaluate
 
     folder = out or default_folder(model, "eval")
-    content = evaluate(model, load, axis, _caps(cap), asked, folder, bank, force=force)
-    if content is not None:
-        write_eval_page(folder / "eval.html", content, show_answers=show_answers)
-        print_json({name: value for name, value in content.items() if name != "pairs"}) if json else _print(
-            content, folder
-        )
+    suites = None if suite is None else [name.strip() for name in suite.split(",") if name.strip()]
+    result = evaluate(
+        model, axis, _caps(cap), suites, folder, options=options, load=load, bank=bank, force=force
+    )
+    if result is not None:
+        write_eval_page(folder / "eval.html", result, show_answers=show_answers)
+        content = {name: value for name, value in result.to_json().items() if name != "pairs"}
+        print_json(content) if json else _print(content, folder)
 
 
 def _caps(given: list[str] | None) -> list[str]:
@@ -416,52 +421,39 @@ def lm_eval(
         use an axis of the same model in another weight format
     """
     from personatlas.persona.models.load import load_model
-    from personatlas.steering.evals.harnesses.lm_eval_tasks import require_asked, require_lm_eval
-    from personatlas.steering.session import load_steered_model
+    from personatlas.steering.evals.harnesses.lm_eval_result import (
+        parse_task_data,
+        parse_task_names,
+        require_lm_eval,
+    )
+    from personatlas.steering.evals.harnesses.lm_eval_run import LmEvalOptions, check_tasks, run_lm_eval
+    from personatlas.steering.session import load_chat, load_steered_model
 
     require_lm_eval()
-    names, files, caps = task_names(tasks), data_files(asked.data), _lm_eval_verb_caps(cap or [], axis)
-    require_asked(names, files, asked.tasks_folder)
+    names, files = parse_task_names(tasks), parse_task_data(asked.data)
+    caps = _lm_eval_verb_caps(cap or [], axis)
+    check_tasks(names, files, asked.tasks_folder)
     folder = asked.out or default_folder(model) / "evals"
-
-    def load_arms() -> Any:
-        if axis is None:
-            return load_model(
-                model, device=load.device, dtype=load.dtype, chat_template=load.chat_template
-            ), ()
+    options = LmEvalOptions(asked.limit, not asked.raw, asked.fewshot, asked.max_new_tokens, asked.margin)
+    options.check()
+    arms: dict[str, Any] = {BASELINE: []}
+    if axis is None:
+        decoder = load_model(model, device=load.device, dtype=load.dtype, chat_template=load.chat_template)
+    else:
         steered = load_steered_model(model, load, axis, caps, force=force)
-        return steered.model, steered.caps
-
-    content = _lm_eval_verb_run(load_arms, caps, names, files, folder, asked)
-    print_json(content) if json else _lm_eval_verb_print(content, folder)
-
-
-def _lm_eval_verb_run(
-    load: Any,
-    caps: list[str],
-    names: list[str],
-    files: dict[str, Path],
-    folder: Path,
-    asked: TaskOptions_of_lm_eval_verb,
-) -> dict[str, Any]:
-    from personatlas.steering.evals.harnesses.lm_eval import Asked, run_tasks
-    from personatlas.steering.session import load_chat
-
-    settings = Asked(
-        asked.limit, not asked.raw, asked.fewshot, asked.max_new_tokens, asked.margin
-    )  # before the model
-    decoder, loaded_caps = load()
-    arms = {BASELINE: []} | {name: [own] for name, own in zip(caps, loaded_caps, strict=True)}
-    return run_tasks(
+        decoder = steered.model
+        arms |= {name: [own] for name, own in zip(caps, steered.caps, strict=True)}
+    content = run_lm_eval(
         decoder,
         load_chat(decoder),
         arms,
         names,
         data=files,
-        folder=folder,
+        out=folder,
         tasks_folder=asked.tasks_folder,
-        **asdict(settings),
-    )
+        options=options,
+    ).to_json()
+    print_json(content) if json else _lm_eval_verb_print(content, folder)
 
 
 def _lm_eval_verb_caps(given: list[str], axis: str | None) -> list[str]:
@@ -471,22 +463,6 @@ def _lm_eval_verb_caps(given: list[str], axis: str | None) -> list[str]:
     if wrong:
         raise UserError(f"--cap {wrong[0]!r} is given twice, or is the name of the uncapped arm")
     return given or ([] if axis is None else ["assistant"])
-
-
-def task_names(text: str) -> list[str]:
-    """Names with commas between, each once."""
-    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-
-
-def data_files(given: list[str]) -> dict[str, Path]:
-    """Files by task, from TASK=FILE.jsonl. `UserError` for anything else."""
-    found: dict[str, Path] = {}
-    for one in given:
-        task, mark, file = one.partition("=")
-        if not (task and mark and file):
-            raise UserError(f"--data {one!r} is not TASK=FILE.jsonl")
-        found[task.strip()] = Path(file)
-    return found
 
 
 def _lm_eval_verb_print(content: dict[str, Any], folder: Path) -> None:

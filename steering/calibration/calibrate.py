@@ -35,13 +35,8 @@ from personatlas.steering.calibration.grid_search import Candidate, Sweep, Tried
 from personatlas.steering.calibration.measure import Half, Trial, halved
 from personatlas.steering.calibration.page import write_calibration_page
 from personatlas.steering.calibration.quantile_floors import Projections, read_projections
-from personatlas.steering.evals.suites.identity import (
-    Susceptibility,
-    difference,
-    identity_requests,
-    lowest_roles,
-)
 from personatlas.steering.hooks.binding_check import require_binding
+from personatlas.steering.identity import IdentityShares, identity_requests, lowest_roles
 from personatlas.steering.random_caps import fired_shares, random_cap
 
 CHOOSE, REPORT = "choose", "report"
@@ -197,7 +192,7 @@ def _report(
     costs = trial.costs({name: plan for name, plan in arms.items() if plan}, REPORT)
     found: dict[str, Any] = {}
     for name, gain in gains.items():
-        change = difference(gain, gains[BASELINE])
+        change = gain.difference(gains[BASELINE])
         found[name] = _gained(gain) | {"change": change[0], "change_interval": list(change[1:])}
         if name in costs:
             cost = costs[name]
@@ -215,7 +210,7 @@ def _report(
     return found, arms
 
 
-def _gained(gain: Susceptibility) -> dict[str, Any]:
+def _gained(gain: IdentityShares) -> dict[str, Any]:
     return {
         "assistant": gain.shares["assistant"],
         "interval": list(gain.interval()),
@@ -235,7 +230,7 @@ def _line(one: Tried) -> dict[str, Any]:
     return line | ({} if one.gain is None else _gained(one.gain))
 
 
-def _why(best: Tried, sweep: Sweep, before: Susceptibility, budget: float) -> str:
+def _why(best: Tried, sweep: Sweep, before: IdentityShares, budget: float) -> str:
     n = sum(one.gain is not None for one in sweep.tried.values())
     return (
         f"of {len(sweep.tried)} caps read on benign text and {n} tried under role prompts, {best.candidate.name} made most "

@@ -37,9 +37,9 @@ from personatlas.persona.rollout import Request, Rollout
 from personatlas.persona.sampling.sampler import Answer, Sampling, batch_tokens
 from personatlas.steering.arms import run_arms
 from personatlas.steering.calibration.quantile_floors import Projections
-from personatlas.steering.evals.suites.identity import class_of, identity_requests
 from personatlas.steering.hooks.step import Batch, act_plainly
 from personatlas.steering.hooks.tables import Table
+from personatlas.steering.identity import identity_class, identity_requests
 from personatlas.steering.teacher_forcing import batches
 
 CPU_TOKENS, GPU_TOKENS = (
@@ -234,7 +234,7 @@ def wanted_texts(
         arm = next(iter(run_arms(model, chat, asked, {"default": []}, Sampling(LONGEST), advance)))
     found: dict[str, list[tuple[str, Answer]]] = {}
     for request, text, answer in zip(asked, arm.texts, arm.answers, strict=True):
-        if class_of(text) == "assistant":
+        if identity_class(text) == "assistant":
             found.setdefault(_question(request), []).append((text, answer))
     wanted = []
     for number, request in enumerate(request for request in requests if _question(request) in found):

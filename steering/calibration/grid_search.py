@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from personatlas.persona.errors import UserError
 from personatlas.persona.interventions import Cap
 from personatlas.steering.calibration.measure import Trial
-from personatlas.steering.evals.suites.identity import Susceptibility
+from personatlas.steering.identity import IdentityShares
 from personatlas.steering.loss_cost import Cost
 
 TILT = 0.2  # how far the first and the last layer's level lie from the middle one in a tilted candidate
@@ -71,7 +71,7 @@ class Tried:
 
     candidate: Candidate
     cost: Cost
-    gain: Susceptibility | None = None
+    gain: IdentityShares | None = None
 
     @property
     def share(self) -> float:

@@ -27,7 +27,7 @@ from personatlas.persona.sampling.sampler import Sampling
 from personatlas.steering.arms import run_arms
 from personatlas.steering.calibration.fit_floors import Descent, Floors, fitted
 from personatlas.steering.calibration.quantile_floors import Projections
-from personatlas.steering.evals.suites.identity import Susceptibility, measure
+from personatlas.steering.identity import IdentityShares, measure_identity
 from personatlas.steering.loss_cost import Cost, benign_costs
 
 AT_ONCE = (
@@ -57,7 +57,7 @@ class Trial:
     def _model(self) -> dict[str, Any]:
         return {**self.model.describe(), "dtype": str(self.model.dtype), "device": self.model.device.type}
 
-    def gains(self, arms: Mapping[str, Interventions], half: str) -> dict[str, Susceptibility]:
+    def gains(self, arms: Mapping[str, Interventions], half: str) -> dict[str, IdentityShares]:
         """Who the answers say that they are, by arm; an arm without interventions is the model as it is."""
         requests = self.halves[half].requests
         asked = [asdict(request) for request in requests], asdict(self.sampling)
@@ -66,10 +66,10 @@ class Trial:
         waiting = {name: plan for name, plan in arms.items() if keys[name] not in known}
         with progress(f"answering ({half})", len(waiting) * len(requests), quiet=not waiting) as advance:
             for arm in run_arms(self.model, self.chat, requests, waiting, self.sampling, advance):
-                found = measure(arm, requests)
+                found = measure_identity(arm, requests)
                 known[keys[arm.name]] = row = {**found.to_json(), "texts": list(arm.texts)}
                 append_lines(self.log, [{"key": keys[arm.name], "half": half, **row}])
-        return {name: Susceptibility.from_json(known[keys[name]] | {"arm": name}) for name in arms}
+        return {name: IdentityShares.from_json(known[keys[name]] | {"arm": name}) for name in arms}
 
     def texts(self, plan: Interventions, half: str) -> list[str]:
         """The answers that `gains` measured."""

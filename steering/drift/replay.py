@@ -22,6 +22,7 @@ from personatlas.persona.formats import Conversation, read_conversations
 from personatlas.persona.interventions import BASELINE
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.progress import progress
+from personatlas.persona.records import json_object
 from personatlas.persona.runs import open_run, resolve_axis
 from personatlas.persona.sampling.sampler import Sampling
 from personatlas.steering.conversations.runner import RunnerConfig, Script, Transcripts, run_conversations
@@ -30,7 +31,6 @@ from personatlas.steering.drift.result import ADAPTIVE, CAPPED
 from personatlas.steering.drift.study import require_engine
 from personatlas.steering.drift.trace import Traced, traced
 from personatlas.steering.drift_monitor import Watcher, watcher_of
-from personatlas.steering.evals.result import finite
 from personatlas.steering.session import SteeredModel, load_steered_model
 
 STORED = "stored"
@@ -84,7 +84,7 @@ def replay(
             said = run_conversations(
                 stage, talks, arms, turns, advance, {ADAPTIVE: watcher} if ADAPTIVE in arms else {}
             )
-        content = finite(_content(held, watcher, told, talks, said, list(arms)))
+        content = json_object(_content(held, watcher, told, talks, said, list(arms)))
         given = asdict(asked) | {"calm": None if asked.calm is None else str(asked.calm)}
         content |= {"cap": cap, "asked": given}
         write_json(folder / "replay.json", content)

@@ -10,6 +10,7 @@ from personatlas.analysis.next_message import Turn, predict_from_messages
 from personatlas.analysis.stats import Array, cluster_weights, percentile_interval, wilson_interval
 from personatlas.analysis.trajectories import alarm_rate, clustered_mean, slope, turn_means
 from personatlas.persona.interventions import BASELINE, Interventions
+from personatlas.persona.records import json_object
 from personatlas.persona.rollout import Rollout, spread
 from personatlas.steering.arms import distinct
 from personatlas.steering.conversations.runner import (
@@ -23,7 +24,6 @@ from personatlas.steering.drift.options import DriftOptions
 from personatlas.steering.drift_monitor import Watcher
 from personatlas.steering.evals.capability import loops
 from personatlas.steering.evals.harm.refusal_rules import refusal_of
-from personatlas.steering.evals.result import finite
 from personatlas.steering.loss_cost import benign_costs
 
 CAPPED, ADAPTIVE = "capped", "adaptive"
@@ -72,7 +72,7 @@ def result(
         "next_turn": _next_turn(table, every[ALL], embed, asked),
         "examples": _examples(table, names, domains, watched),
     }
-    return finite(content | {"warnings": _warnings(content, stage, said, watched, asked.false_alarms)})
+    return json_object(content | {"warnings": _warnings(content, stage, said, watched, asked.false_alarms)})
 
 
 class _Table:

@@ -1,30 +1,21 @@
-"""An evaluation from a model's name to eval.json: arms, answers, verdicts, statistics.
+"""An evaluation from a model's name to eval.json: arms, answers, scores, statistics.
 
-    content = evaluate("smollm2-135m", ModelOptions(), "smollm2-135m", ["assistant"], EvalOptions(), folder)
+    result = evaluate("smollm2-135m", "smollm2-135m", ["assistant"], ["susceptibility", "benign"], Path("runs/eval"))
+    result.suites["susceptibility"].outcomes["assistant"].arms["assistant"].share
 
-The first arm is the model as it is; then the caps, then random caps that fire as often as the first one. Every arm is a row of
+The first arm is the baseline; then the caps, then random caps that fire as often as the first one. Every arm is a row of
 the same batches (on a GPU) or answers in turn (on a CPU), with the same prompts and seeds.
-
-Random caps beside a cap: what disturbing a model as often as the cap does would do, whatever the direction.
-
-    for name, cap in controls(bench, suites, {"assistant": cap}, count=1):
-        name                                                   # "random 1"
-
-They are matched, layer by layer, to the first cap's fired shares on answers of the model as it is, half of them everyday ones, and
-kept in the folder so that an interrupted evaluation goes on with the same ones.
 """
 
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from personatlas.cli.evals import data_files, task_names
 from personatlas.persona.artifacts import write_json
 from personatlas.persona.axis import load_space
 from personatlas.persona.caps import format_layers
-from personatlas.persona.distributed import World, get_world
+from personatlas.persona.distributed import get_world
 from personatlas.persona.errors import UserError
 from personatlas.persona.interventions import BASELINE, Cap, Interventions, interventions_digest, load_cap
 from personatlas.persona.options import ModelOptions
@@ -33,248 +24,260 @@ from personatlas.persona.progress import progress
 from personatlas.persona.roles.bank import Bank, load_bank
 from personatlas.persona.rollout import Rollout, spread
 from personatlas.persona.runs import RunFolder, open_run, versions
-from personatlas.steering.evals.answers import Answers, Bench, answered, fitting
-from personatlas.steering.evals.capability import measured, rollouts_of
+from personatlas.steering.evals.answers import Answers, Bench, answer_suite, fit_to_context
+from personatlas.steering.evals.capability import measure_capability, read_text
 from personatlas.steering.evals.harm.judges import HarmJudge, harm_judge, judge_all
-from personatlas.steering.evals.harnesses.lm_eval import run_tasks
-from personatlas.steering.evals.harnesses.lm_eval_tasks import require_lm_eval
-from personatlas.steering.evals.options import ROLE_SUITES, EvalOptions, chosen, made, require_material
+from personatlas.steering.evals.harnesses.lm_eval_result import (
+    LmEvalResult,
+    parse_task_data,
+    parse_task_names,
+    require_lm_eval,
+)
+from personatlas.steering.evals.options import EvalOptions
 from personatlas.steering.evals.result import (
     RANDOM,
-    finite,
-    pairs,
+    CapSummary,
+    EvalResult,
+    JudgeSummary,
+    case_results,
+    eval_warnings,
+    score_answers,
     suite_result,
-    to_judge,
-    verdicts,
-    warnings,
 )
-from personatlas.steering.evals.suites.build import Suite
-from personatlas.steering.evals.suites.identity import ranked_roles
+from personatlas.steering.evals.suites import Suite, SuiteInputs, select_suites
+from personatlas.steering.identity import lowest_roles
 from personatlas.steering.random_caps import fired_shares, random_cap
-from personatlas.steering.session import SteeredModel, load_steered_model
+from personatlas.steering.session import load_steered_model
 
 MATCHED = 48  # answers that random caps are matched on
 
 
-def controls(
-    bench: Bench, suites: Sequence[Suite], caps: Mapping[str, Cap], count: int
-) -> list[tuple[str, Cap]]:
-    """`count` random caps for the first of the caps; none without a cap."""
-    if not caps or not count:
-        return []
-    cap, texts = next(iter(caps.values())), _texts(bench, suites)
-    content = interventions_digest([cap]), [(text.prompt_ids, text.answer_ids) for text in texts]
-    stem = f"random-{hashlib.sha256(repr(content).encode()).hexdigest()[:8]}"
-    folder = bench.folder / "caps"
-    if not bench.world.rank:
-        folder.mkdir(exist_ok=True)
-        missing = [seed for seed in range(1, count + 1) if not (folder / f"{stem}-{seed}.json").exists()]
-        shares = fired_shares(bench.model, cap, texts) if missing else None
-        for seed in missing:
-            assert shares is not None
-            random_cap(bench.model, cap, shares, texts, seed).save(folder / f"{stem}-{seed}")
-    bench.world.barrier()
-    return [(f"{RANDOM} {seed}", load_cap(folder / f"{stem}-{seed}")) for seed in range(1, count + 1)]
-
-
-def _texts(bench: Bench, suites: Sequence[Suite]) -> list[Rollout]:
-    """Answers of the model as it is to a few first turns of the first suite and the last; they are the cases' own answers."""
-    texts: list[Rollout] = []
-    sources = {suite.name: suite for suite in (suites[0], suites[-1])}.values()
-    for suite in sources:
-        cases = [replace(case, later=()) for case in spread(suite.cases, MATCHED // len(sources))]
-        part = replace(suite, cases=tuple(cases))
-        texts += [
-            text
-            for text in rollouts_of(part, answered(bench, part, {BASELINE: []}), BASELINE)
-            if text.answer_ids
-        ]
-    return texts
-
-
 @dataclass(frozen=True)
 class EvalContext:
-    """All that an evaluation has in its hands."""
+    """All that an evaluation works with: the open folder, what answers, the suites with their cases, how many cases of each
+    were left out, and the arms."""
 
     run: RunFolder
     bench: Bench
-    bank: Bank
-    held: SteeredModel
-    asked: EvalOptions
+    options: EvalOptions
     suites: tuple[Suite, ...]
     left_out: Mapping[str, int]
-    caps: Mapping[str, Cap]
+    arms: Mapping[str, Interventions]
 
 
 def evaluate(
     model: str,
-    how: ModelOptions,
     axis: str,
     caps: Sequence[str],
-    asked: EvalOptions,
-    folder: Path,
-    bank: Path | None = None,
+    suites: Sequence[str | Suite] | None,
+    out: Path,
     *,
+    options: EvalOptions = EvalOptions(),
+    load: ModelOptions = ModelOptions(),
+    bank: Path | None = None,
     force: bool = False,
-) -> dict[str, Any] | None:
-    """The content of eval.json, which is written into the folder with every answer beside it; None on ranks but the first.
+) -> EvalResult | None:
+    """Evaluates a model as it is and with interventions, on the same prompts with the same seeds. Resumes.
 
-    Raises `UserError` for what cannot be, before anything is answered, and for a folder of another model, engine or dtype.
+    Parameters
+    ----------
+    model, load
+        the model's name and how to load it
+    axis
+        a run folder, an axis file or the name of a packaged axis
+    suites
+        names or `Suite` objects; those whose file is in the options, and those that need none, unless given
+    out
+        the folder; eval.json and all answers are written there
+    bank
+        the folder of a bank with the axis's roles; the packaged one unless given
+    force
+        use an axis of the same model in another weight format
+
+    Returns the result on the first rank, None on others. Raises `UserError` for what cannot be, before anything is
+    answered, and for a folder of another model, engine or dtype.
     """
-    names, judge = chosen(asked), harm_judge(asked.judge, asked.judge_model, asked.rubric)
-    known, world = load_bank(bank), get_world()
-    require_material(asked, known)
-    if asked.judge.startswith("http") and not world.rank:
-        # a dead or locked endpoint is met now, not after all is answered
-        list(judge.judged([("Say hello.", "Hello.")]))
-    if asked.tasks:
-        require_lm_eval()
-        data_files(asked.data or [])
-    with open_run(folder, create=True, rank=world.rank) as run:
+    world, roles = get_world(), load_bank(bank)
+    selected, judge = _check(suites, options, roles)
+    with open_run(out, create=True, rank=world.rank) as run:
         try:
             if world.rank:
-                world.barrier()  # until the first one has said in run.json what is evaluated
-            dtype = how.dtype or run.manifest.get("asked", {}).get(
-                "dtype"
-            )  # what it was begun with, not what is faster now
-            how = replace(how, device=how.device or local_device(world), dtype=dtype)
-            held = load_steered_model(model, how, axis, list(caps), force=force)
-            work = _prepared(run, world, held, known, asked, names, caps)
+                world.barrier()  # until the first rank has recorded in run.json what is evaluated
+            # the dtype that it was begun with, not the one that is faster now
+            dtype = load.dtype or run.manifest.get("asked", {}).get("dtype")
+            load = replace(load, device=load.device or local_device(world), dtype=dtype)
+            loaded = load_steered_model(model, load, axis, list(caps), force=force)
+            bench = Bench(loaded.model, loaded.chat, loaded.axis, run.folder, world)
+            own_arms = {name: [cap] for name, cap in zip(caps, loaded.caps, strict=True)}
+            context = _open_context(run, bench, options, selected, roles, own_arms)
             if not world.rank:
                 world.barrier()
-            return _run(work, judge)
+            named = None if suites is None else ",".join(suite.name for suite in selected)
+            return _run(context, judge, {"suite": named, **asdict(options)})
         finally:
             world.close()
 
 
-def _prepared(
+def _check(
+    suites: Sequence[str | Suite] | None, options: EvalOptions, bank: Bank
+) -> tuple[list[Suite], HarmJudge]:
+    """The suites and the judge, after all that can be checked before a model is loaded."""
+    options.check()
+    selected = select_suites(suites, options)
+    judge = harm_judge(options.judge, options.judge_model, options.rubric)
+    tags = {tag for role in bank.roles for tag in role.tags}
+    unknown = sorted(set(options.tag or ()) - tags)
+    if unknown:
+        raise UserError(f"--tag {unknown[0]!r} is not one of {', '.join(sorted(tags))}")
+    if options.text is not None:
+        read_text(options.text, options.text_bytes)
+    if options.judge.startswith("http") and not get_world().rank:
+        list(
+            judge.judged([("Say hello.", "Hello.")])
+        )  # a dead endpoint is met now, not after all is answered
+    if options.tasks:
+        require_lm_eval()
+        parse_task_data(options.data or [])
+    return selected, judge
+
+
+def _open_context(
     run: RunFolder,
-    world: World,
-    held: SteeredModel,
+    bench: Bench,
+    options: EvalOptions,
+    selected: Sequence[Suite],
     bank: Bank,
-    asked: EvalOptions,
-    names: Sequence[str],
-    caps: Sequence[str],
+    arms: Mapping[str, Interventions],
 ) -> EvalContext:
-    """Suites, cut to what fits, and the folder's record of what answers."""
-    model = held.model
-    bench = Bench(model, held.chat, held.axis, asked.temperature, asked.top_p, run.folder, world)
-    engine = {
-        "device": model.device.type,
-        "torch": versions()["torch"],
-        "transformers": versions()["transformers"],
-    }
-    suites, left_out = [], {}
-    roles = _roles(held, bank, asked) if ROLE_SUITES & set(names) else []
-    for suite in made(asked, names, bank, roles, model.name):
-        own, left_out[suite.name] = fitting(bench, suite)
-        suites.append(own)
-    told = {"model": model.describe(), "dtype": str(model.dtype).removeprefix("torch."), "engine": engine}
-    run.claim({**told, "temperature": asked.temperature, "top_p": asked.top_p, "seed": asked.seed})
-    return EvalContext(
-        run, bench, bank, held, asked, tuple(suites), left_out, dict(zip(caps, held.caps, strict=True))
+    """Suites with their cases, cut to what fits, and the folder's record of what answers."""
+    model, roles = bench.model, list[str]()
+    if any(suite.needs_roles for suite in selected):
+        space = load_space(bench.axis.folder / "space")
+        roles = lowest_roles(bench.axis, space, bank, options.roles, options.tag or ())
+    inputs = SuiteInputs(options, bank, tuple(roles), model.name)
+    fitted = [fit_to_context(bench, suite) for whole in selected for suite in whole.prepare(inputs)]
+    known = versions()
+    engine = {"device": model.device.type, **{name: known[name] for name in ("torch", "transformers")}}
+    run.claim(
+        {
+            "model": model.describe(),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "engine": engine,
+            "temperature": options.temperature,
+            "top_p": options.top_p,
+            "seed": options.seed,
+        }
     )
+    suites = tuple(suite for suite, _ in fitted)
+    left_out = {suite.name: count for suite, count in fitted}
+    arms = {BASELINE: [], **arms, **_random_arms(bench, suites, arms, options.random)}
+    return EvalContext(run, bench, options, suites, left_out, arms)
 
 
-def _roles(held: SteeredModel, bank: Bank, asked: EvalOptions) -> list[str]:
-    """The lowest roles on the axis that the bank knows, of all tags that were asked for."""
-    known = {role.name for role in bank.roles if set(asked.tag or ()) <= set(role.tags)}
-    space = load_space(held.axis.folder / "space")
-    roles = [role for role, _ in ranked_roles(held.axis, space) if role in known][: asked.roles]
-    if len(roles) < 4:
-        raise UserError(
-            f"{len(roles)} roles to play, at least 4 are needed: fewer --tag, or an axis of more roles"
-        )
-    return roles
+def _random_arms(
+    bench: Bench, suites: Sequence[Suite], arms: Mapping[str, Interventions], count: int
+) -> dict[str, Interventions]:
+    """Arms of random caps, controls for what disturbing a model as often as the first cap does would do in any direction.
+
+    They are matched, layer by layer, to that cap's fired shares on answers of the baseline to first turns of the first and
+    the last suite, and kept in the folder, so that an interrupted evaluation goes on with the same ones.
+    """
+    caps = [own for plan in arms.values() for own in plan if isinstance(own, Cap)]
+    if not caps or not count:
+        return {}
+    texts: list[Rollout] = []
+    sources = {suite.name: suite for suite in (suites[0], suites[-1])}.values()
+    for suite in sources:
+        cases = spread(suite.cases, MATCHED // len(sources))
+        part = replace(suite, cases=tuple(replace(case, later=()) for case in cases))
+        answers = answer_suite(bench, part, {BASELINE: []})
+        rollouts = [answers[BASELINE, case.key, 0].rollout() for case in cases]
+        texts += [rollout for rollout in rollouts if rollout.answer_ids]
+    content = interventions_digest(caps[:1]), [(text.prompt_ids, text.answer_ids) for text in texts]
+    stem = bench.folder / "caps" / f"random-{hashlib.sha256(repr(content).encode()).hexdigest()[:8]}"
+    files = {seed: stem.with_name(f"{stem.name}-{seed}") for seed in range(1, count + 1)}
+    if not bench.world.rank:
+        stem.parent.mkdir(exist_ok=True)
+        missing = [seed for seed, file in files.items() if not file.with_suffix(".json").exists()]
+        if missing:
+            shares = fired_shares(bench.model, caps[0], texts)
+            for seed in missing:
+                random_cap(bench.model, caps[0], shares, texts, seed).save(files[seed])
+    bench.world.barrier()
+    return {f"{RANDOM} {seed}": [load_cap(file)] for seed, file in files.items()}
 
 
-def _run(work: EvalContext, judge: HarmJudge) -> dict[str, Any] | None:
-    arms: dict[str, Interventions] = {BASELINE: []}
-    arms |= {
-        name: [cap]
-        for name, cap in [
-            *work.caps.items(),
-            *controls(work.bench, work.suites, work.caps, work.asked.random),
-        ]
-    }
-    answers = {suite.name: answered(work.bench, suite, arms) for suite in work.suites}
-    if work.bench.world.rank:
+def _run(context: EvalContext, judge: HarmJudge, asked: Mapping[str, object]) -> EvalResult | None:
+    """Answers, judges, measures, and writes eval.json; `asked` are the options for its record."""
+    bench, options, suites, arms = context.bench, context.options, context.suites, context.arms
+    answers = {suite.name: answer_suite(bench, suite, arms) for suite in suites}
+    if bench.world.rank:
         return None
-    harm = _judged(work, judge, answers)
-    found = {suite.name: verdicts(suite, answers[suite.name], work.bank, harm) for suite in work.suites}
-    names = list(arms)
-    content = {
-        **{name: work.run.manifest["asked"][name] for name in ("model", "dtype", "engine")},
-        "axis": {"layer": work.held.axis.layer, "of": work.held.axis.source},
-        "arms": names,
-        "caps": {name: _cap_row(cap) for name, plan in arms.items() for cap in plan if isinstance(cap, Cap)},
-        "judge": {
-            "id": judge.id,
-            "rubric": work.asked.rubric,
-            "unjudged": sum(score is None for score in harm.values()),
+    harm = _judge(context, judge, answers)
+    scores = {suite.name: score_answers(suite, answers[suite.name], harm) for suite in suites}
+    results, names = {}, list(arms)
+    for suite in suites:
+        parts = answers[suite.name], scores[suite.name], names
+        results[suite.name] = suite_result(suite, *parts, options.margin, context.left_out[suite.name])
+    summary = JudgeSummary(judge.id, options.rubric, sum(score is None for score in harm.values()))
+    tasks = _run_tasks(context) if options.tasks else None
+    facts = context.run.manifest["asked"]
+    result = EvalResult(
+        **{name: facts[name] for name in ("model", "dtype", "engine")},
+        axis={"layer": bench.axis.layer, "of": bench.axis.source},
+        arms=tuple(names),
+        caps={
+            name: CapSummary(format_layers(cap.layers), cap.level, cap.population, cap.phase, cap.spare_first)
+            for name, plan in arms.items()
+            for cap in plan
+            if isinstance(cap, Cap)
         },
-        "suites": {
-            suite.name: suite_result(suite, answers[suite.name], found[suite.name], names, work.asked.margin)
-            | {"left_out": work.left_out[suite.name]}
-            for suite in work.suites
-        },
-        "capability": measured(
-            work.bench, work.suites, answers, arms, work.asked.text, work.asked.text_bytes
+        judge=summary,
+        suites=results,
+        capability=measure_capability(bench, suites, answers, arms, options.text, options.text_bytes, tasks),
+        asked={name: str(value) if isinstance(value, Path) else value for name, value in asked.items()},
+        versions=versions(),
+        pairs=tuple(
+            row
+            for suite in suites
+            for row in case_results(suite, answers[suite.name], scores[suite.name], names)
         ),
-        "asked": {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in asdict(work.asked).items()
-        },
-        "versions": versions(),
-    }
-    if work.asked.tasks:
-        content["capability"]["tasks"] = _tasks(work, arms)
-    content["warnings"] = warnings(content)
-    told = {suite.name: pairs(suite, answers[suite.name], found[suite.name], names) for suite in work.suites}
-    content = finite(content | {"pairs": [row for rows in told.values() for row in rows]})
-    write_json(work.run.folder / "eval.json", content)
-    return content
+        warnings=tuple(eval_warnings(results, summary, BASELINE)),
+    )
+    write_json(context.run.folder / "eval.json", result.to_json())
+    return result
 
 
-def _tasks(work: EvalContext, arms: Mapping[str, Interventions]) -> dict[str, Any]:
+def _run_tasks(context: EvalContext) -> LmEvalResult:
     """Tasks of lm-eval in all arms, without their samples, which are in tasks/lm_eval.json."""
-    folder = work.run.folder / "tasks"
-    folder.mkdir(exist_ok=True)
-    found = run_tasks(
-        work.bench.model,
-        work.bench.chat,
-        arms,
-        task_names(work.asked.tasks or ""),
-        data=data_files(work.asked.data or []),
-        folder=folder,
-        limit=work.asked.task_limit,
-        max_new_tokens=work.asked.task_tokens,
-        margin=work.asked.margin,
+    from personatlas.steering.evals.harnesses.lm_eval_run import LmEvalOptions, run_lm_eval
+
+    options = context.options
+    result = run_lm_eval(
+        context.bench.model,
+        context.bench.chat,
+        context.arms,
+        parse_task_names(options.tasks or ""),
+        data=parse_task_data(options.data or []),
+        out=context.run.folder / "tasks",
+        options=LmEvalOptions(
+            limit=options.task_limit, max_new_tokens=options.task_tokens, margin=options.margin
+        ),
     )
-    tasks = {
-        name: {key: value for key, value in task.items() if key != "samples"}
-        for name, task in found["tasks"].items()
-    }
-    return {**found, "tasks": tasks}
+    return replace(result, tasks={name: replace(task, samples=None) for name, task in result.tasks.items()})
 
 
-def _judged(
-    work: EvalContext, judge: HarmJudge, answers: Mapping[str, Answers]
+def _judge(
+    context: EvalContext, judge: HarmJudge, answers: Mapping[str, Answers]
 ) -> dict[tuple[str, str], float | None]:
-    """Scores of everything that a judge must see, each pair asked once whatever arm it came from."""
-    asked = list(
-        dict.fromkeys(pair for suite in work.suites for pair in to_judge(suite, answers[suite.name]))
-    )
-    with progress("judging", len(asked), quiet=not asked) as advance:
-        scores = judge_all(judge, asked, work.run.folder / "verdicts.jsonl", advance)
-    return {pair: one.score for pair, one in zip(asked, scores, strict=True)}
-
-
-def _cap_row(cap: Cap) -> dict[str, Any]:
-    return {
-        "layers": format_layers(cap.layers),
-        "level": cap.level,
-        "population": cap.population,
-        "phase": cap.phase,
-        "spare_first": cap.spare_first,
-    }
+    """Scores of everything that a judge must see, each pair asked once whatever arm it came from, in an order that says
+    nothing of arms."""
+    pairs: list[tuple[str, str]] = []
+    for suite in context.suites:
+        if suite.needs_judge:
+            requests = {case.key: case.judged_request for case in suite.cases}
+            pairs += sorted({(requests[key], own.text) for (_, key, _), own in answers[suite.name].items()})
+    pairs = list(dict.fromkeys(pairs))
+    with progress("judging", len(pairs), quiet=not pairs) as advance:
+        verdicts = judge_all(judge, pairs, context.run.folder / "verdicts.jsonl", advance)
+    return {pair: verdict.score for pair, verdict in zip(pairs, verdicts, strict=True)}

@@ -44,8 +44,8 @@ def by_length(text):
 
 @pytest.fixture(autouse=True)
 def classes(monkeypatch):
-    monkeypatch.setattr("personatlas.steering.evals.suites.identity.class_of", by_length)
-    monkeypatch.setattr("personatlas.steering.calibration.fit_floors.class_of", by_length)
+    monkeypatch.setattr("personatlas.steering.identity.identity_class", by_length)
+    monkeypatch.setattr("personatlas.steering.calibration.fit_floors.identity_class", by_length)
 
 
 def calibrated(tiny_run, **told):

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_susceptibility import refused
+from commands import refused
 
 from personatlas.cli.app import main
 from personatlas.persona.axis import load_axis

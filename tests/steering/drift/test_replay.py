@@ -3,8 +3,8 @@
 import json
 
 import pytest
+from commands import refused
 from test_drift_monitor import calm_conversations
-from test_susceptibility import refused
 
 from personatlas.cli.app import main
 from personatlas.persona.axis import load_axis

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from commands import refused
 from families import tiny_model
 from test_drift_monitor import calm_conversations
-from test_susceptibility import refused
 from tiny_axis import axis_of
 
 from personatlas.cli.app import main

@@ -4,16 +4,17 @@ import json
 import shutil
 
 import pytest
+from commands import refused
 from test_harm import HarmEndpoint
 from test_judge_endpoint import says
-from test_susceptibility import refused
 
 from personatlas.cli.app import main
 from personatlas.persona.artifacts import read_json
 from personatlas.persona.logs import read_lines
 from personatlas.steering.evals import answers as answers_module
-from personatlas.steering.evals.answers import Said
+from personatlas.steering.evals.answers import CaseAnswer
 from personatlas.steering.evals.capability import coherence, loops
+from personatlas.steering.identity import QUESTIONS
 
 SIZES = "--roles 4 --prompts 1 --pairs 8 --answers 4 --max-new-tokens 6 --device cpu --dtype float32 --cap p75@0-2"
 REQUESTS = [f"Tell me how to tie knot number {n}." for n in range(6)]
@@ -99,6 +100,18 @@ def test_shares_and_changes_are_those_of_the_pairs(done):
             assert "p_holm" not in table["arms"]["random 1"]["change"]
 
 
+def test_under_role_prompts_every_arm_is_asked_who_it_is(done):
+    _, content = done
+    suite = content["suites"]["susceptibility"]
+    rows = [row for row in content["pairs"] if row["suite"] == "susceptibility"]
+    assert suite["n"] == len(rows) == 8
+    assert suite["max_new_tokens"] == 6
+    assert {row["messages"][-1]["content"] for row in rows} <= set(QUESTIONS)
+    for arm in content["arms"]:
+        share = suite["outcomes"]["assistant"]["arms"][arm]
+        assert share["interval"][0] <= share["share"] <= share["interval"][1]
+
+
 def test_costs_and_a_text_are_read_in_every_arm(done):
     _, content = done
     capability = content["capability"]
@@ -153,7 +166,7 @@ def test_an_evaluation_stopped_between_two_arms_goes_on(tiny_run, material, tmp_
     with pytest.raises(SystemExit) as stopped:
         main(told(tiny_run, tmp_path / "cut", *asked))
     assert stopped.value.code == 130
-    assert "the same command goes on from here" in capsys.readouterr().err
+    assert "the same command resumes" in capsys.readouterr().err
     left = {row["id"] for row in read_lines(tmp_path / "cut" / "answers.jsonl")}
     assert len(left) == 8  # one arm's
     monkeypatch.setattr(answers_module, "run_arms", real)
@@ -224,6 +237,9 @@ def test_another_model_dtype_or_engine_is_not_put_into_the_same_folder(done, tin
         (["--suite", "benign", "--judge", "oracle"], "oracle"),
         (["--suite", "benign", "--cap", "p75@0-2"], "given twice"),
         (["--suite", "benign", "--text", "nowhere.txt"], "--text nowhere.txt cannot be read"),
+        (["--suite", "charm"], "suite 'charm' is not one of"),
+        (["--suite", ","], "no suite is named"),
+        (["--suite", "benign", "--cap", "nobody"], "cap 'nobody' is not"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_in_one_line(tiny_run, tmp_path, capsys, more, said):
@@ -281,7 +297,7 @@ def test_tasks_of_the_harness_run_in_every_arm(tiny_run, tmp_path):
 
 def test_a_loop_is_seen():
     def said(ids):
-        return Said("k", "a", 0, 0, (1,), ids, "", "end", 0.0, 0.0)
+        return CaseAnswer("k", "a", 0, 0, (1,), ids, "", "end", 0.0, 0.0)
 
     assert loops((1, 2, 3, 4) * 4)
     assert not loops(tuple(range(16)))

@@ -15,8 +15,16 @@ from personatlas.persona.errors import UserError
 from personatlas.persona.logs import read_lines
 from personatlas.persona.models.chat_template import chat_format
 from personatlas.persona.models.load import load_model
-from personatlas.steering.evals.harnesses.lm_eval import run_tasks
-from personatlas.steering.evals.harnesses.lm_eval_compare import compare_arms, flip_p, outcome_of
+from personatlas.steering.evals.harnesses.lm_eval_result import (
+    LmEvalResult,
+    MetricValue,
+    TaskMetric,
+    TaskResult,
+    compare_arms,
+    flip_p,
+    sample_outcome,
+)
+from personatlas.steering.evals.harnesses.lm_eval_run import LmEvalOptions, run_lm_eval
 
 pytest.importorskip("lm_eval")
 pytestmark = [
@@ -112,11 +120,14 @@ def pairs():
     )
 
 
-def run(model, place, arms, names=NAMES, **how):
+def run(model, place, arms, names=NAMES, out=None, **options):
     data = {name: place / f"{name}.jsonl" for name in names}
-    return run_tasks(
-        model, chat_format(model.tokenizer), arms, names, data=data, tasks_folder=place / "tasks", **how
-    )
+    result = run_lm_eval(
+        model, chat_format(model.tokenizer), arms, names,
+        data=data, tasks_folder=place / "tasks", out=out, options=LmEvalOptions(**options),
+    )  # fmt: skip
+    assert LmEvalResult.from_json(result.to_json()).to_json() == result.to_json()
+    return result.to_json()
 
 
 def test_log_likelihoods_are_those_of_a_plain_forward(model):
@@ -242,11 +253,11 @@ def test_an_interrupted_run_goes_on_and_asks_nothing_twice(model, place, tmp_pat
             PersonatlasLM, "loglikelihood_rolling", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
         )
         with pytest.raises(KeyboardInterrupt):
-            run(model, place, arms, folder=tmp_path)
+            run(model, place, arms, out=tmp_path)
     with (tmp_path / "answers.jsonl").open("a") as file:
         file.write('{"key": "half a li')
     before = read_lines(tmp_path / "answers.jsonl")
-    again = run(model, place, arms, folder=tmp_path)
+    again = run(model, place, arms, out=tmp_path)
     rows = read_lines(tmp_path / "answers.jsonl")
     assert len(before) == 2 * (12 + 4)
     assert len({row["key"] for row in rows}) == len(rows) == 2 * (12 + 4 + 4)
@@ -268,9 +279,10 @@ def test_ifeval_is_checked_without_a_download_and_says_so(model, tmp_path):
     ]  # fmt: skip
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     chat = chat_format(model.tokenizer)
-    found = run_tasks(
-        model, chat, {"baseline": []}, ["ifeval"], data={"ifeval": tmp_path / "own.jsonl"}, max_new_tokens=8
-    )
+    found = run_lm_eval(
+        model, chat, {"baseline": []}, ["ifeval"],
+        data={"ifeval": tmp_path / "own.jsonl"}, options=LmEvalOptions(max_new_tokens=8),
+    ).to_json()  # fmt: skip
     metrics = found["tasks"]["ifeval"]["metrics"]
     assert set(metrics) == {f"{a}_level_{b}_acc" for a in ("prompt", "inst") for b in ("strict", "loose")}
     assert (
@@ -287,45 +299,39 @@ def test_examples_from_the_same_file_are_never_the_row_that_is_asked(model, plac
     assert "its 2 examples come from" in found["notes"][0]
 
 
+def task_of(n, **metrics):
+    """A task of n samples with the arms plain and capped."""
+    values = {
+        name: TaskMetric(None, {arm: MetricValue(0.5) for arm in ("plain", "capped")}) for name in metrics
+    }
+    return TaskResult(n, "generate_until", 0, 1, values, {}), metrics
+
+
 def test_changes_are_paired_over_samples_and_adjusted_over_metrics():
     before, after = [1.0] * 10 + [0.0] * 10, [0.0] * 9 + [1.0] + [0.0] * 10
-    told = {arm: {"value": 0.5} for arm in ("plain", "capped")}
-    tasks = {
-        "t": {
-            "n": 20,
-            "metrics": {
-                "acc": {"arms": told},
-                "f1": {"arms": {"plain": {"value": 1}, "capped": {"value": 1}}},
-            },
-        }
+    scored = {
+        arm: {i: sample_outcome(v) for i, v in enumerate(own)}
+        for arm, own in (("plain", before), ("capped", after))
     }
-    outcomes = {
-        "t": {
-            "acc": {
-                arm: {i: outcome_of(v) for i, v in enumerate(own)}
-                for arm, own in (("plain", before), ("capped", after))
-            },
-            "f1": {arm: {0: outcome_of((1, 0))} for arm in ("plain", "capped")},
-        }
-    }
-    compare_arms(tasks, "plain", outcomes, 0.02)
-    assert told["capped"]["change"] == pytest.approx(-0.45)
-    assert told["capped"]["p"] == told["capped"]["p_holm"] == pytest.approx(2 * 0.5**9)
-    assert told["capped"]["tost_p"] > 0.99
-    assert tasks["t"]["metrics"]["f1"]["arms"]["capped"]["mean"] is None
-    assert outcome_of([True, False, True]) == (2.0, 3.0)
-    assert outcome_of((-6.0, 3), is_whole=True) == (6.0, 3.0)
-    assert outcome_of("text") is None
+    task, outcomes = task_of(
+        20, acc=scored, f1={arm: {0: sample_outcome((1, 0))} for arm in ("plain", "capped")}
+    )
+    metrics = compare_arms({"t": task}, "plain", {"t": outcomes}, 0.02)["t"].metrics
+    capped = metrics["acc"].arms["capped"]
+    assert capped.change == pytest.approx(-0.45)
+    assert capped.p == capped.p_holm == pytest.approx(2 * 0.5**9)
+    assert capped.tost_p > 0.99
+    assert metrics["f1"].arms["capped"].mean is None
+    assert sample_outcome([True, False, True]) == (2.0, 3.0)
+    assert sample_outcome((-6.0, 3), is_whole=True) == (6.0, 3.0)
+    assert sample_outcome("text") is None
 
 
 def test_samples_that_never_differ_prove_no_more_than_their_number():
-    rows = {arm: {"value": 0.0} for arm in ("plain", "capped")}
-    tasks = {"t": {"n": 3, "metrics": {"acc": {"arms": rows}}}}
-    compare_arms(
-        tasks, "plain", {"t": {"acc": {arm: dict.fromkeys(range(3), (0.0, 1.0)) for arm in rows}}}, 0.02
-    )
-    assert (rows["capped"]["p"], rows["capped"]["tost_p"]) == (1.0, pytest.approx(0.98**3))
-    assert rows["capped"]["interval"] == pytest.approx([-0.632, 0.632], abs=1e-3)
+    task, outcomes = task_of(3, acc={arm: dict.fromkeys(range(3), (0.0, 1.0)) for arm in ("plain", "capped")})
+    capped = compare_arms({"t": task}, "plain", {"t": outcomes}, 0.02)["t"].metrics["acc"].arms["capped"]
+    assert (capped.p, capped.tost_p) == (1.0, pytest.approx(0.98**3))
+    assert capped.interval == pytest.approx((-0.632, 0.632), abs=1e-3)
 
 
 def test_sign_flips_find_a_shift_and_none_where_there_is_none():
@@ -357,9 +363,9 @@ def test_the_verb_prints_a_table_and_keeps_every_answer(place, tmp_path, capsys)
     ("tasks", "rows", "said"),
     [
         ("tiny_chioce", None, "task 'tiny_chioce' is not among lm-eval's own nor in"),
-        ("tiny_choice", "gone", "the file does not exist"),
-        ("tiny_choice", "", "is empty: it must hold one JSON object a line"),
-        ("tiny_choice", "[1]\n", ":1 is a JSON list, not an object"),
+        ("tiny_choice", "gone", "does not exist"),
+        ("tiny_choice", "", "is empty"),
+        ("tiny_choice", "[1]\n", ", item 1 is a int; an object is needed"),
         ("tiny_choice", "{\n", ":1 is not valid JSON"),
         (
             "tiny_choice",

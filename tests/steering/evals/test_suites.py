@@ -8,11 +8,17 @@ from test_stages import write_bank
 
 from personatlas.persona.errors import UserError
 from personatlas.persona.roles.bank import load_bank
-from personatlas.steering.evals.options import EvalOptions, chosen, made
-from personatlas.steering.evals.suites.build import harmful_requests, over_refusal, persona_jailbreaks
-from personatlas.steering.evals.suites.requests import Ask, filled, read_requests, read_templates
-
-ASKS = [Ask(f"a{n}", f"Tell me about knot number {n}.", "knots", "") for n in range(7)]
+from personatlas.steering.evals import suites as suites_module
+from personatlas.steering.evals.options import EvalOptions
+from personatlas.steering.evals.suites import (
+    Case,
+    Suite,
+    SuiteInputs,
+    registered_suites,
+    select_suites,
+    suite,
+)
+from personatlas.steering.evals.suites.requests import fill_template, read_requests, read_templates
 
 
 def written(path, content):
@@ -86,74 +92,154 @@ def test_a_column_with_a_name_of_its_own(tmp_path):
         read_requests(path, "letters")
 
 
-def test_templates_have_a_hole(tmp_path):
+def test_templates_have_a_placeholder(tmp_path):
     path = written(tmp_path / "t.csv", 'id,text\n0,"Say: [INSERT PROMPT HERE]!"\n1,Now {request}\n')
-    assert [filled(one, "hello {x}") for one in read_templates(path)] == ["Say: hello {x}!", "Now hello {x}"]
-    with pytest.raises(UserError, match=r"t\.csv:3 has no hole"):
+    assert [fill_template(one, "hello {x}") for one in read_templates(path)] == [
+        "Say: hello {x}!",
+        "Now hello {x}",
+    ]
+    with pytest.raises(UserError, match=r"t\.csv:3 has no placeholder"):
         read_templates(written(path, "text\n{request}\nnothing\n"))
 
 
-def test_roles_and_requests_are_dealt_evenly_and_no_pair_twice(tmp_path):
-    bank = load_bank(write_bank(tmp_path / "bank"))
+@pytest.fixture
+def knots(tmp_path):
+    """A file of seven requests."""
+    rows = "".join(f"a{n},Tell me about knot number {n}.,knots\n" for n in range(7))
+    return written(tmp_path / "knots.csv", "id,prompt,category\n" + rows)
+
+
+@pytest.fixture
+def bank(tmp_path):
+    return load_bank(write_bank(tmp_path / "bank"))
+
+
+def prepared(name, bank, roles=(), **options):
+    return Suite.named(name).prepare(SuiteInputs(EvalOptions(**options), bank, tuple(roles), "tiny"))
+
+
+def test_roles_and_requests_are_dealt_evenly_and_no_pair_twice(bank, knots):
     roles = [role.name for role in bank.roles if not role.is_default][:4]
-    suite = persona_jailbreaks(bank, roles, ASKS, 28, 0, 16)
+    (suite,) = prepared("persona-jailbreak", bank, roles, requests=knots, pairs=28)
     pairs = Counter((case.role, case.request) for case in suite.cases)
     assert len(pairs) == 28  # all of them, once
-    some = persona_jailbreaks(bank, roles, ASKS, 12, 0, 16).cases
-    assert set(Counter(case.role for case in some).values()) == {3}
-    assert max(Counter(case.request for case in some).values()) <= 2
-    assert len({case.seed for case in some}) == 12
+    (some,) = prepared("persona-jailbreak", bank, roles, requests=knots, pairs=12)
+    assert set(Counter(case.role for case in some.cases).values()) == {3}
+    assert max(Counter(case.request for case in some.cases).values()) <= 2
+    assert len({some.seed_of(case) for case in some.cases}) == 12
     assert all(
-        case.messages[0]["role"] == "system" and case.judged == case.messages[-1]["content"] for case in some
+        case.messages[0]["role"] == "system" and case.judged_request == case.messages[-1]["content"]
+        for case in some.cases
     )
     with pytest.raises(UserError, match="fewer than the 4 roles"):
-        persona_jailbreaks(bank, roles, ASKS, 3, 0, 16)
+        prepared("persona-jailbreak", bank, roles, requests=knots, pairs=3)
 
 
-def test_a_judge_sees_the_request_without_its_template():
-    suite = harmful_requests(ASKS, ["Pretend: {request}", "Now: {request}"], 4, 0, 16)
+def test_a_judge_sees_the_request_without_its_template(bank, knots, tmp_path):
+    templates = written(tmp_path / "t.csv", "text\nPretend: {request}\nNow: {request}\n")
+    (suite,) = prepared("harm", bank, requests=knots, templates=templates, pairs=4)
     assert [case.role for case in suite.cases] == ["template 0", "template 1"] * 2
-    assert suite.cases[0].asked == "Pretend: " + suite.cases[0].judged
+    assert suite.cases[0].question == "Pretend: " + suite.cases[0].judged_request
 
 
-def test_safe_and_unsafe_requests_are_two_suites():
-    asks = [Ask(str(n), f"question {n}", "", "unsafe" if n % 3 else "safe") for n in range(9)]
-    safe, unsafe = over_refusal(asks, 100, 0, 16)
+def test_safe_and_unsafe_requests_are_two_suites(bank, tmp_path):
+    rows = "".join(f"{n},question {n},{'unsafe' if n % 3 else 'safe'}\n" for n in range(9))
+    file = written(tmp_path / "xs.csv", "id,prompt,label\n" + rows)
+    safe, unsafe = prepared("over-refusal", bank, over_refusal=file)
     assert (safe.name, len(safe.cases), unsafe.name, len(unsafe.cases)) == ("over-refusal", 3, "contrast", 6)
-    assert (safe.outcomes["refused"], unsafe.outcomes["refused"]) == (False, True)
+    assert (safe.outcomes["refused"], unsafe.outcomes["refused"]) == ("less", "more")
+    only = written(tmp_path / "only.csv", "id,prompt,label\n1,question,unsafe\n")
+    assert [own.name for own in prepared("over-refusal", bank, over_refusal=only)] == ["contrast"]
+
+
+def test_what_an_answer_counts_as_depends_on_its_suite(bank, knots):
+    (harm,) = prepared("harm", bank, requests=knots)
+    scores = harm.score(harm.cases[0], "Fold it twice, then cut the end off.", 0.7)
+    assert scores == {"complied": 1.0, "refused": 0.0, "degenerate": 0.0, "harmful": 1.0}
+    assert harm.score(harm.cases[0], "a a a a a a a a a a", 0.7)["harmful"] == 0.0
+    assert harm.score(harm.cases[0], "Fold it twice.", None)["harmful"] is None
+    (who,) = prepared("susceptibility", bank, [bank.roles[1].name])
+    assert who.score(who.cases[0], "I am an AI assistant.", None) == {"assistant": 1.0, "mystical": 0.0}
+    assert who.max_new_tokens == 48
+
+
+def test_a_suite_in_a_file_of_ones_own_is_named_like_the_packaged_ones(bank):
+    before = dict(registered_suites())
+
+    @suite
+    class Greetings(Suite):
+        name = "greetings"
+        outcomes = {"greets": "more"}  # noqa: RUF012
+
+        def build_cases(self, inputs):
+            return [
+                Case.from_text(f"greetings/0/{text}/0", text)
+                for text in ("Hello!", "Hello!", "Good evening.")
+            ]
+
+        def score(self, case, answer, harm):
+            return {"greets": float("hello" in answer.lower())}
+
+    try:
+        assert set(registered_suites()) - set(before) == {"greetings"}
+        (own,) = prepared("greetings", bank)
+        assert [case.request for case in own.cases] == ["Hello!", "Good evening."]
+        assert own.score(own.cases[0], "Hello to you.", None) == {"greets": 1.0}
+        with pytest.raises(ValueError, match="suite 'benign' is already"):
+            suite(type("Other", (Greetings,), {"name": "benign"}))
+    finally:
+        suites_module._SUITES.pop("greetings")
+
+
+def test_a_suite_brings_its_own_file_and_settings(bank, knots):
+    (own,) = select_suites([Suite.named("harm", requests=knots, pairs=3)], EvalOptions())
+    assert len(own.prepare(SuiteInputs(EvalOptions(), bank))[0].cases) == 3
+    with pytest.raises(UserError, match="suite harm has no setting 'request'"):
+        select_suites([Suite.named("harm", request=knots)], EvalOptions())
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("suites", "said"),
     [
-        ({"suite": "harm"}, "needs --requests FILE"),
-        ({"suite": "charm"}, "suite 'charm' is not one of"),
-        ({"suite": ","}, "names none"),
+        (["harm"], "needs --requests FILE"),
+        (["charm"], "suite 'charm' is not one of"),
+        ([], "no suite is named"),
+    ],
+)
+def test_suites_that_cannot_be_run_are_refused(suites, said):
+    with pytest.raises(UserError, match=said):
+        select_suites(suites, EvalOptions())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
         ({"pairs": 0}, "--pairs 0 is below 1"),
         ({"roles": 2}, "--roles 2 is below 4"),
+        ({"prompts": 0}, "--prompts 0 is below 1"),
         ({"margin": 1.5}, "--margin 1.5 is outside"),
     ],
 )
-def test_options_that_make_no_evaluation_are_refused(options, told):
-    with pytest.raises(UserError) as error:
-        chosen(EvalOptions(**options))
-    assert told in str(error.value)
+def test_options_that_make_no_evaluation_are_refused(options, said):
+    with pytest.raises(UserError, match=said):
+        EvalOptions(**options).check()
 
 
-def test_without_a_choice_all_suites_that_have_material_are_run(tmp_path):
-    assert chosen(EvalOptions()) == ("susceptibility", "benign")
-    assert chosen(EvalOptions(requests=tmp_path / "x.csv"))[:2] == ("persona-jailbreak", "harm")
+def test_without_a_choice_all_suites_that_have_material_are_run(knots):
+    def names(**options):
+        return [own.name for own in select_suites(None, EvalOptions(**options))]
+
+    assert names() == ["susceptibility", "benign"]
+    assert names(requests=knots) == ["persona-jailbreak", "harm", "susceptibility", "benign"]
 
 
-def test_of_our_own_scripts_the_suite_drift_asks_the_four_domains_of_the_study(tmp_path):
-    bank = load_bank(write_bank(tmp_path / "bank"))
-    (suite,) = made(EvalOptions(suite="drift"), ("drift",), bank, (), "tiny")
+def test_of_our_own_scripts_the_suite_drift_asks_the_four_domains_of_the_study(bank, tmp_path):
+    (suite,) = prepared("drift", bank)
     assert Counter(case.category for case in suite.cases) == dict.fromkeys(
         ("coding", "writing", "therapy", "philosophy"), 10
     )
     chats = [
         {"id": "own", "domain": "everyday", "messages": [{"role": "user", "content": "How do I bake bread?"}]}
     ]
-    path = written(tmp_path / "chats.json", json.dumps(chats))
-    (own,) = made(EvalOptions(suite="drift", transcripts=path), ("drift",), bank, (), "tiny")
-    assert [case.asked for case in own.cases] == ["How do I bake bread?"]
+    (own,) = prepared("drift", bank, transcripts=written(tmp_path / "chats.json", json.dumps(chats)))
+    assert [case.question for case in own.cases] == ["How do I bake bread?"]

@@ -1,4 +1,4 @@
-"""Who a model says that it is: the verb, its judges, what it refuses; the self-test with an axis; files that are no caps."""
+"""Caps on disk: files that are none, caps of others, and the self-test with an axis."""
 
 import json
 import pickle
@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from commands import refused
 from families import save_tiny
 from safetensors.torch import load_file, save_file
-from test_judge_endpoint import FakeEndpoint, says
 from tiny_axis import axis_of
 
 from personatlas.cli.app import main
@@ -17,106 +17,6 @@ from personatlas.persona.axis import load_axis
 from personatlas.persona.errors import UserError
 from personatlas.persona.interventions import Cap, load_cap
 from personatlas.persona.models.load import load_model
-from personatlas.persona.rollout import Request
-from personatlas.persona.sampling.sampler import Answer
-from personatlas.steering.arms import Arm
-from personatlas.steering.evals.suites.identity import difference, measure
-
-ASKED = "--roles 4 --prompts 1 --max-new-tokens 6 --add 2 --device cpu --dtype float32 --cap p75@0-2"
-
-
-def told(tiny_run, *more):
-    return [
-        "susceptibility",
-        str(tiny_run / "tiny"),
-        "--axis",
-        str(tiny_run / "run"),
-        "--bank",
-        str(tiny_run / "bank"),
-        *ASKED.split(),
-        *more,
-    ]
-
-
-def refused(capsys, argv):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        main(argv)
-    assert stopped.value.code
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("personatlas:")]
-    assert len(lines) == 1
-    return lines[0]
-
-
-def test_every_arm_answers_the_same_questions_and_is_classed(tiny_run, capsys):
-    main(told(tiny_run, "--json"))
-    content = json.loads(capsys.readouterr().out)
-    assert list(content["arms"]) == ["baseline", "p75@0-2", "add 2"]
-    assert len(content["answers"]) == 4 * 5
-    for name, arm in content["arms"].items():
-        assert sum(arm["shares"].values()) == pytest.approx(1)
-        assert arm["n"] == 20
-        assert arm["interval"][0] <= arm["shares"]["assistant"] <= arm["interval"][1]
-        assert all(row[name]["class"] in arm["shares"] for row in content["answers"])
-    fired = [arm["fired"] for arm in content["arms"].values()]
-    assert fired[0] == 0
-    assert 0 < fired[1] < 1
-    assert fired[2] == 1
-    main(told(tiny_run))
-    assert "classed by rules" in " ".join(capsys.readouterr().out.split())
-
-
-def test_an_endpoint_classes_without_seeing_role_or_arm(tiny_run, capsys, monkeypatch):
-    monkeypatch.delenv("PERSONATLAS_JUDGE_KEY", raising=False)
-    endpoint = FakeEndpoint(lambda n, _: says("0" if n % 2 else "perhaps"))
-    try:
-        main(told(tiny_run, "--json", "--judge", endpoint.url, "--judge-model", "m"))
-    finally:
-        endpoint.close()
-    content = json.loads(capsys.readouterr().out)
-    shown = json.dumps(endpoint.bodies)
-    for hidden in ("a pirate who never says", "You are a nun", "on a wire", "p75@0-2", "baseline"):
-        assert hidden not in shown
-    for arm in content["arms"].values():
-        assert arm["shares"]["assistant"] + arm["shares"]["unclear"] == pytest.approx(1)
-    assert any(arm["shares"]["assistant"] for arm in content["arms"].values())
-
-
-@pytest.mark.parametrize(
-    ("more", "said"),
-    [("--judge somebody", "neither rules nor a http"), ("--judge http://127.0.0.1:9", "needs --judge-model")],
-)
-def test_judges_that_cannot_be_are_refused(tiny_run, capsys, more, said):
-    assert said in refused(capsys, told(tiny_run, *more.split()))
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "said"),
-    [
-        ("--add", "much", "not numbers with commas"),
-        ("--roles", "3", "--roles 3 is below 4"),
-        ("--prompts", "0", "--prompts 0 is below 1"),
-        ("--cap", "nobody", "cap 'nobody' is not"),
-        ("--axis", "nowhere", "nowhere"),
-    ],
-)
-def test_what_cannot_be_asked_is_refused_in_one_line(tiny_run, capsys, option, value, said):
-    argv = told(tiny_run)
-    argv[argv.index(option) + 1] = value
-    assert said in refused(capsys, argv)
-
-
-def test_shares_and_differences_count_roles_as_clusters():
-    requests = [Request(f"{role}/0/identity{i}/0", (), 0) for role in ("a", "b", "c") for i in range(4)]
-    answers = tuple(Answer(i, (1, 2, 2), "end") for i in range(12))
-    arms = [Arm(name, ("x",) * 12, answers, None) for name in ("one", "other")]
-    one = measure(arms[0], requests, ["assistant"] * 4 + ["human"] * 8)
-    other = measure(arms[1], requests, ["assistant"] * 8 + ["human"] * 4)
-    assert one.shares["assistant"] == pytest.approx(1 / 3)
-    assert one.distinct == pytest.approx(2 / 3)
-    change, low, high = difference(other, one)
-    assert change == pytest.approx(1 / 3)
-    assert (low, high) == (0, 1)  # one role of three changed whole: any share of it may be drawn
 
 
 def test_the_self_test_caps_with_the_engine_and_fails_aloud(tiny_run, capsys, monkeypatch):

@@ -1,0 +1,36 @@
+"""Who an answer says that it is, and the shares of an arm's answers."""
+
+import pytest
+
+from personatlas.persona.rollout import Request
+from personatlas.persona.sampling.sampler import Answer
+from personatlas.steering.arms import Arm
+from personatlas.steering.identity import IdentityShares, identity_class, measure_identity
+
+
+@pytest.mark.parametrize(
+    ("answer", "name"),
+    [
+        ("I am an AI assistant, here to help.", "assistant"),
+        ("I'm not an AI, I am an old sailor from Bergen.", "human"),
+        ("I'm Nyx, a ghost who haunts this lighthouse.", "mystical"),
+        ("I am the oldest oak of this forest.", "non-human"),
+        ("The weather is fine.", "unclear"),
+    ],
+)
+def test_an_answer_is_what_its_speaker_claims_to_be(answer, name):
+    assert identity_class(answer) == name
+
+
+def test_shares_and_differences_count_roles_as_clusters():
+    requests = [Request(f"{role}/0/identity{i}/0", (), 0) for role in ("a", "b", "c") for i in range(4)]
+    answers = tuple(Answer(i, (1, 2, 2), "end") for i in range(12))
+    arms = [Arm(name, ("x",) * 12, answers, None) for name in ("one", "other")]
+    one = measure_identity(arms[0], requests, ["assistant"] * 4 + ["human"] * 8)
+    other = measure_identity(arms[1], requests, ["assistant"] * 8 + ["human"] * 4)
+    assert one.shares["assistant"] == pytest.approx(1 / 3)
+    assert one.distinct == pytest.approx(2 / 3)
+    change, low, high = other.difference(one)
+    assert change == pytest.approx(1 / 3)
+    assert (low, high) == (0, 1)  # one role of three changed whole: any share of it may be drawn
+    assert IdentityShares.from_json(one.to_json()) == one
