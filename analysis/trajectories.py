@@ -3,7 +3,7 @@
     turn_means(values, scripts)                # mean, 95% interval and n per turn; values (N, T), NaN past the end
     slope(values, scripts).value               # residual units per turn
     turn_means(capped - baseline, scripts)     # the same conversations, one arm less the other
-    alarm_rate(rule, baseline, projections)    # share of conversations with an alarm, Wilson interval, first turn
+    alarm_rate(rule, reference, projections)    # share of conversations with an alarm, Wilson interval, first turn
 
 Samples of one script are not independent: the bootstrap resamples scripts with all of their samples. The null of a slope
 comes from the same conversations with their turns in random order.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from personatlas.analysis.drift_alarm import Baseline, Rule, watch
+from personatlas.analysis.drift_alarm import ReferenceDistribution, Rule, alarm_states
 from personatlas.analysis.stats import (
     LEVEL,
     LEVEL_TAILS,
@@ -120,9 +120,11 @@ def slope(values: Array, scripts: Sequence[str], seed: int = 0) -> Slope | None:
     return Slope(float(slopes.mean()), low, high, limit, len(slopes), len(set(names)))
 
 
-def alarm_rate(rule: Rule, baseline: Baseline, projections: Sequence[Sequence[float]]) -> AlarmRate:
+def alarm_rate(
+    rule: Rule, reference: ReferenceDistribution, projections: Sequence[Sequence[float]]
+) -> AlarmRate:
     """Returns the rate of alarms over conversations, each the projections of its answers."""
-    states = [list(watch(rule, baseline, conversation)) for conversation in projections]
+    states = [alarm_states(rule, reference, conversation) for conversation in projections]
     firsts = [
         first
         for conversation in states

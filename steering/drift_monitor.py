@@ -1,13 +1,14 @@
-"""Calm conversations of a model, kept beside its axis as `calm.json`, and the alarm that is calibrated on them.
+"""Reference conversations of a model, stored beside its axis as `reference.json`, and the monitor calibrated on them.
 
-    save_calm(folder / "calm.json", axis, model.describe(), conversations, {"max_new_tokens": 128, ...})
-    watcher = watcher_of(axis, stem)                         # finds the calm.json beside the axis
-    watcher.monitor().turn(projection).alarm                 # one call an answer; see analysis/drift.py
+    save_reference(folder / "reference.json", axis, model.describe(), conversations, {"max_new_tokens": 128, ...})
+    monitor = load_monitor(axis)                             # finds the reference.json beside the axis
+    alarm = monitor.start()
+    alarm.update(projection).alarm                           # one call an answer; see analysis/drift_alarm.py
 
-The file holds the mean projection of every answer, uncapped, in conversations that do not drift. They are dealt into two halves by
-script, so that two samples of one script are never in both: baseline and limit come from one half, and the rate of false alarms
-is counted in the other, since a rate counted where the limit was fitted flatters. A rate is of conversations as long as these:
-twice as many turns are twice the chances of a false alarm.
+The file holds the mean projection of every answer, uncapped, in conversations that do not drift. They are split into two
+halves by script, so that two samples of one script are never in both: reference distribution and limit come from one
+half, and the rate of false alarms is counted in the other, since a rate counted where the limit was fitted flatters. A
+rate is of conversations as long as these: twice as many turns are twice the chances of a false alarm.
 """
 
 import hashlib
@@ -15,35 +16,72 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from personatlas.analysis.drift_alarm import (
-    FEWEST,
-    Baseline,
+    MIN_CONVERSATIONS,
+    ConversationAlarm,
     Cusum,
     FalseAlarms,
-    Monitor,
+    MOfN,
+    ReferenceDistribution,
     Rule,
-    Several,
-    baseline_of,
-    calibrated,
-    false_alarms,
+    calibrate_rule,
+    count_false_alarms,
+    fit_reference,
 )
 from personatlas.persona.artifacts import read_json, write_json
 from personatlas.persona.axis import Axis, require_origin
 from personatlas.persona.errors import UserError
+from personatlas.persona.records import JsonObject
 
-CALM = "calm.json"
-RULES: dict[str, Callable[[], Rule]] = {"cusum": Cusum, "several": Several}
+REFERENCE_FILE, OLD_REFERENCE_FILE = "reference.json", "calm.json"
+KIND = "calm"  # of the file's content, as in earlier versions
+RULES: dict[str, Callable[[], Rule]] = {"cusum": Cusum, "two_of_three": MOfN}
 
 
-def direction_of(axis: Axis) -> str:
+def direction_digest(axis: Axis) -> str:
     """16 hex digits of the vector at the axis's layer: equal where projections are on the same line."""
     return hashlib.sha256(axis.at(axis.layer).numpy().tobytes()).hexdigest()[:16]
 
 
-class CalmConversation(NamedTuple):
-    """A conversation's answers in order, by mean projection (residual units). `name` is SCRIPT or SCRIPT/SAMPLE."""
+@dataclass(frozen=True)
+class DriftMonitor:
+    """A reference distribution for z and, where one is calibrated, an alarm rule with its rate of false alarms.
+
+    `population` says what the distribution is of, `rule_name` is the rule's name in `RULES`.
+    """
+
+    reference: ReferenceDistribution
+    population: str
+    rule_name: str = ""
+    rule: Rule | None = None
+    false_alarms: FalseAlarms | None = None
+
+    def start(self) -> ConversationAlarm | None:
+        """An alarm for one conversation; None without a calibrated rule."""
+        return None if self.rule is None else ConversationAlarm(self.rule, self.reference)
+
+    def describe(self) -> JsonObject:
+        """Reference distribution ("baseline") and alarm as JSON; the alarm is None without a calibrated rule."""
+        mean, std = self.reference.mean, self.reference.std
+        described: JsonObject = {
+            "baseline": {"mean": mean, "spread": std, "of": self.population},
+            "alarm": None,
+        }
+        if self.rule is not None and self.false_alarms is not None:
+            described["alarm"] = {
+                "rule": self.rule_name,
+                "limit": self.rule.limit,
+                "false_alarms": self.false_alarms.share,
+                "interval": list(self.false_alarms.interval),
+                "n": self.false_alarms.n,
+            }
+        return described
+
+
+class ReferenceConversation(NamedTuple):
+    """The mean projections of a conversation's answers in order (residual units). `name` is SCRIPT or SCRIPT/SAMPLE."""
 
     name: str
     domain: str
@@ -51,159 +89,138 @@ class CalmConversation(NamedTuple):
 
     @property
     def script(self) -> str:
-        """What its user says; samples of one script are not independent."""
+        """The script's name; samples of one script are not independent."""
         return self.name.partition("/")[0]
 
 
 @dataclass(frozen=True)
-class Watcher:
-    """How a conversation is watched: the baseline of its z, and a rule with its rate of false alarms where one is calibrated."""
+class ReferenceConversations:
+    """Conversations that do not drift, and how they were made (`provenance`)."""
 
-    baseline: Baseline
-    of: str
-    name: str = ""
-    rule: Rule | None = None
-    false_alarms: FalseAlarms | None = None
+    conversations: tuple[ReferenceConversation, ...]
+    provenance: JsonObject
 
-    def monitor(self) -> Monitor | None:
-        """A monitor for one conversation; None without a calibrated rule."""
-        return None if self.rule is None else Monitor(self.rule, self.baseline)
+    def split(self) -> tuple[list[ReferenceConversation], list[ReferenceConversation]]:
+        """Conversations to calibrate on, and to count false alarms in.
 
-    def describe(self) -> dict[str, Any]:
-        """Baseline and alarm as plain numbers; the alarm is None without a calibrated rule."""
-        told: dict[str, Any] = {"mean": self.baseline.mean, "spread": self.baseline.spread, "of": self.of}
-        if self.rule is None or self.false_alarms is None:
-            return {"baseline": told, "alarm": None}
-        seen = self.false_alarms
-        rate = {"false_alarms": seen.share, "interval": list(seen.interval), "n": seen.n}
-        return {"baseline": told, "alarm": {"rule": self.name, "limit": self.rule.limit, **rate}}
-
-
-@dataclass(frozen=True)
-class Calm:
-    """Conversations that do not drift, and how they were made."""
-
-    conversations: tuple[CalmConversation, ...]
-    made: dict[str, Any]
-
-    def halves(self) -> tuple[list[CalmConversation], list[CalmConversation]]:
-        """To calibrate on, and to count false alarms in: within each domain scripts alternate, in an order that only their names make."""
-        fit: list[CalmConversation] = []
-        held: list[CalmConversation] = []
-        scripts = sorted({(one.domain, _order(one.script), one.script) for one in self.conversations})
-        place = {script: number for number, (_, _, script) in enumerate(scripts)}
-        for one in self.conversations:
-            (held if place[one.script] % 2 else fit).append(one)
-        return fit, held
+        Within each domain scripts alternate, in an order that only their names make.
+        """
+        scripts = sorted({(one.domain, _script_order(one.script), one.script) for one in self.conversations})
+        number = {script: index for index, (_, _, script) in enumerate(scripts)}
+        fitted = [one for one in self.conversations if number[one.script] % 2 == 0]
+        return fitted, [one for one in self.conversations if number[one.script] % 2]
 
     def require_enough(self) -> None:
-        """`UserError` for fewer than 20 conversations in either half."""
-        fit, held = self.halves()
-        if min(len(fit), len(held)) < FEWEST:
+        """Raises `UserError` for fewer than 20 conversations in either half."""
+        fitted, held_out = self.split()
+        if min(len(fitted), len(held_out)) < MIN_CONVERSATIONS:
             raise UserError(
-                f"{len(self.conversations)} calm conversations: {len(fit)} to calibrate an alarm on and {len(held)} with other scripts "
-                f"to count its false alarms in; {FEWEST} of each are the fewest"
+                f"{len(self.conversations)} reference conversations: {len(fitted)} to calibrate an alarm on and "
+                f"{len(held_out)} with other scripts to count its false alarms in; {MIN_CONVERSATIONS} of each are the fewest"
             )
 
-    def watcher(self, rule: str = "cusum", rate: float = 0.05) -> Watcher:
-        """Baseline and alarm. Raises `UserError` for an unknown rule, a rate outside (0, 1), or fewer than 20 conversations a half."""
+    def monitor(self, rule: str = "cusum", rate: float = 0.05) -> DriftMonitor:
+        """Calibrates a monitor to at most a share `rate` of false alarms.
+
+        Raises `UserError` for an unknown rule, a rate outside (0, 1), or fewer than 20 conversations a half.
+        """
         if rule not in RULES:
             raise UserError(f"rule {rule!r} is not one of {', '.join(RULES)}")
         self.require_enough()
-        fit, held = ([one.projections for one in half] for half in self.halves())
-        baseline = baseline_of([value for one in fit for value in one])
-        limited = calibrated(RULES[rule](), fit, baseline, rate)
-        return Watcher(baseline, "calm conversations", rule, limited, false_alarms(limited, baseline, held))
+        fitted, held_out = ([one.projections for one in half] for half in self.split())
+        reference = fit_reference([value for projections in fitted for value in projections])
+        calibrated = calibrate_rule(RULES[rule](), fitted, reference, rate)
+        false_alarms = count_false_alarms(calibrated, reference, held_out)
+        return DriftMonitor(reference, "reference conversations", rule, calibrated, false_alarms)
 
 
-def save_calm(
+def save_reference(
     path: Path,
     axis: Axis,
-    model: dict[str, Any],
-    conversations: Sequence[CalmConversation],
-    made: dict[str, Any],
+    model: JsonObject,
+    conversations: Sequence[ReferenceConversation],
+    provenance: JsonObject,
 ) -> None:
-    """Write calm.json. `model` is `Model.describe()`; `made` says how: sampling, seeds, domains."""
+    """Writes reference.json. `model` is `Model.describe()`; `provenance` says how: sampling, seeds, domains."""
     rows = [
         {"name": one.name, "domain": one.domain, "projections": list(one.projections)}
         for one in conversations
     ]
-    told = {"kind": "calm", "model": model, "layer": axis.layer, "direction": direction_of(axis)}
-    write_json(path, {**told, "conversations": rows, "made": made})
+    origin = {"kind": KIND, "model": model, "layer": axis.layer, "direction": direction_digest(axis)}
+    write_json(path, {**origin, "conversations": rows, "made": provenance})
 
 
-def is_calm(path: Path) -> bool:
-    """Whether a file is a calm.json rather than conversations."""
+def is_reference_file(path: Path) -> bool:
+    """Whether a file is a reference.json (or calm.json) rather than stored conversations."""
     if path.suffix.lower() != ".json":
         return False
     content = read_json(path)
-    return isinstance(content, dict) and content.get("kind") == "calm"
+    return isinstance(content, dict) and content.get("kind") == KIND
 
 
-def load_calm(path: Path, axis: Axis, model: dict[str, Any] | None = None) -> Calm:
-    """Read calm.json. Raises `UserError` for another model (the axis's unless given), another layer or direction, or a damaged file."""
+def find_reference(axis: Axis) -> Path | None:
+    """The reference.json (or calm.json of an earlier version) beside an axis, None where there is none."""
+    if axis.folder is None:
+        return None
+    paths = (axis.folder / name for name in (REFERENCE_FILE, OLD_REFERENCE_FILE))
+    return next((path for path in paths if path.is_file()), None)
+
+
+def load_reference(path: Path, axis: Axis, model: JsonObject | None = None) -> ReferenceConversations:
+    """Reads reference.json.
+
+    Raises `UserError` for another model (the axis's unless given), another layer or direction, or a damaged file.
+    """
     content = read_json(path)
-    if not isinstance(content, dict) or content.get("kind") != "calm":
-        raise UserError(
-            f"{path} is no record of calm conversations (kind calm); `personatlas drift` makes one"
-        )
+    if not isinstance(content, dict) or content.get("kind") != KIND:
+        raise UserError(f"{path} is no record of reference conversations; `personatlas drift` makes one")
     try:
         origin, layer, direction = content["model"], int(content["layer"]), content["direction"]
-        rows = tuple(_conversation(row) for row in content["conversations"])
-        made = dict(content["made"])
+        conversations = tuple(_conversation(row) for row in content["conversations"])
+        provenance = dict(content["made"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{path} is damaged ({type(error).__name__}: {error}); `personatlas drift` makes a new one"
         ) from None
-    require_origin("record of calm conversations", origin, model or axis.model)
-    if (layer, direction) != (axis.layer, direction_of(axis)):
+    require_origin("record of reference conversations", origin, model or axis.model)
+    if (layer, direction) != (axis.layer, direction_digest(axis)):
         raise UserError(
             f"{path} was measured along another direction (layer {layer}, {direction}) than this axis (layer {axis.layer}, "
-            f"{direction_of(axis)}); `personatlas drift --axis` makes one for it"
+            f"{direction_digest(axis)}); `personatlas drift --axis` makes one for it"
         )
-    return Calm(rows, made)
+    return ReferenceConversations(conversations, provenance)
 
 
-def watcher_of(
-    axis: Axis,
-    stem: Path,
-    calm: Path | None = None,
-    rule: str = "cusum",
-    rate: float = 0.05,
-    trace: Callable[[Path], Calm] | None = None,
-) -> Watcher:
-    """How to watch conversations along an axis that lies at `stem`.
+def load_monitor(
+    axis: Axis, reference: Path | None = None, rule: str = "cusum", rate: float = 0.05
+) -> DriftMonitor:
+    """Loads the monitor of an axis: calibrated on the reference.json given, else on the one beside the axis.
 
-    By the calm conversations given (a calm.json, or stored conversations if there is a `trace` that reads them), else by the
-    calm.json beside the axis, else by the axis's own quartiles, which calibrate no alarm.
+    Without either, z is against the axis's own quartiles and there is no alarm. Raises `UserError` for a file that is no
+    reference.json of this axis, and for an axis without quartiles.
     """
-    beside = stem.parent / CALM
-    if calm is None and not beside.is_file():
-        return Watcher(_of_axis(axis), "the axis's default answers")
-    if calm is None or is_calm(calm):
-        return load_calm(calm or beside, axis).watcher(rule, rate)
-    if trace is None:
-        raise UserError(f"{calm} is no calm.json; `personatlas drift` makes one")
-    return trace(calm).watcher(rule, rate)
+    if reference is not None and not is_reference_file(reference):
+        raise UserError(f"{reference} is no {REFERENCE_FILE}; `personatlas drift` makes one")
+    path = reference or find_reference(axis)
+    if path is not None:
+        return load_reference(path, axis).monitor(rule, rate)
+    if not {0.25, 0.5, 0.75} <= set(axis.levels):
+        raise UserError(
+            "the axis keeps no quartiles of the default's answers; give --reference conversations in their place"
+        )
+    # median, and interquartile range as a standard deviation
+    row = axis.default_quantiles[axis.layers.index(axis.layer)]
+    low, middle, high = (float(row[axis.levels.index(level)]) for level in (0.25, 0.5, 0.75))
+    distribution = ReferenceDistribution(middle, (high - low) / 1.349, 0)
+    return DriftMonitor(distribution, "the axis's default answers")
 
 
-def _conversation(row: dict[str, Any]) -> CalmConversation:
+def _conversation(row: JsonObject) -> ReferenceConversation:
     values = tuple(float(value) for value in row["projections"])
     if not values or not all(map(math.isfinite, values)):
         raise ValueError(f"conversation {row['name']!r} has no projections, or one that is not finite")
-    return CalmConversation(str(row["name"]), str(row["domain"]), values)
+    return ReferenceConversation(str(row["name"]), str(row["domain"]), values)
 
 
-def _order(script: str) -> str:
+def _script_order(script: str) -> str:
     return hashlib.sha256(script.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _of_axis(axis: Axis) -> Baseline:
-    """The default's answers as the axis keeps them: median, and interquartile range as a standard deviation."""
-    if not {0.25, 0.5, 0.75} <= set(axis.levels):
-        raise UserError(
-            "the axis keeps no quartiles of the default's answers; give --calm conversations in their place"
-        )
-    row = axis.default_quantiles[axis.layers.index(axis.layer)]
-    low, middle, high = (float(row[axis.levels.index(level)]) for level in (0.25, 0.5, 0.75))
-    return Baseline(middle, (high - low) / 1.349, 0)

@@ -24,7 +24,7 @@ def drift(
     *,
     axis: str,
     cap: str | None = None,
-    calm: Path | None = None,
+    reference: Path | None = None,
     out: Path | None = None,
     force: bool = False,
     asked: DriftOptions = DriftOptions(),
@@ -39,8 +39,8 @@ def drift(
         a run folder, an axis file, or smollm2-135m for the axis that comes with it
     cap
         a cap by name, file or LEVEL@LAYERS; "assistant" unless given, where it is saved beside the axis
-    calm
-        a calm.json of an earlier study, on which the alarm is calibrated; unless given the one beside the axis, else this study's own conversations in the domains that hold
+    reference
+        a reference.json of an earlier study, on which the alarm is calibrated; unless given the one beside the axis, else this study's own conversations in the domains that hold
     out
         the folder of the study; runs/NAME-drift unless given
     force
@@ -50,7 +50,7 @@ def drift(
     from personatlas.steering.drift.study import study
 
     folder = out or default_folder(model, "drift")
-    content = study(model, load, axis, cap, asked, folder, calm, force=force)
+    content = study(model, load, axis, cap, asked, folder, reference, force=force)
     write_drift_page(folder / "drift.html", content)
     if json:
         print_json({name: value for name, value in content.items() if name != "examples"})
@@ -72,7 +72,7 @@ def _print(content: dict[str, Any], folder: Path) -> None:
     print_line(
         f"every turn: {folder / 'turns.jsonl'}; conversations, for `trace`: {folder / 'conversations.jsonl'}"
     )
-    print_line(f"calm conversations, to be put beside the axis: {folder / 'calm.json'}")
+    print_line(f"reference conversations, to be put beside the axis: {folder / 'reference.json'}")
     print_line(f"page: {folder / 'drift.html'}")
 
 
@@ -144,8 +144,8 @@ def trace(
     /,
     *,
     axis: str,
-    calm: Path | None = None,
-    rule: Literal["cusum", "several"] = "cusum",
+    reference: Path | None = None,
+    rule: Literal["cusum", "two_of_three"] = "cusum",
     false_alarms: float = 0.05,
     html: Path | None = None,
     force: bool = False,
@@ -160,12 +160,12 @@ def trace(
         conversations in OpenAI's or ShareGPT's form, JSON or JSONL, or one as plain text (.txt: "User: ...", "Assistant: ...")
     axis
         a run folder, an axis file, or smollm2-135m for the axis that comes with it
-    calm
-        a calm.json of `personatlas drift`, or at least 40 conversations of this model that do not drift: the alarm is calibrated on one half and its false alarms are counted in the other. Unless given, the calm.json beside the axis; without one there are z but no alarms
+    reference
+        a reference.json of `personatlas drift`, or at least 40 conversations of this model that do not drift: the alarm is calibrated on one half and its false alarms are counted in the other. Unless given, the reference.json beside the axis; without one there are z but no alarms
     rule
-        what raises an alarm: cusum (a small drift that lasts) or several (two of three turns far below)
+        what raises an alarm: cusum (a small drift that lasts) or two_of_three (two of three turns far below)
     false_alarms
-        the share of calm conversations that may raise one
+        the share of reference conversations that may raise one
     html
         write a page here with the conversations, their turns and tokens coloured, and their trajectories (20 at most)
     force
@@ -174,7 +174,7 @@ def trace(
     if not 0 < false_alarms < 1:
         raise UserError(f"--false-alarms {false_alarms} is outside 0..1: it is a share of conversations")
     told = _told(transcript, html)
-    along, found, watcher = _read(model, load, axis, told, calm, rule, false_alarms, force)
+    along, found, watcher = _read(model, load, axis, told, reference, rule, false_alarms, force)
     content = _content(along, found, watcher)
     print_json(content) if json else _trace_verb_print(content)
     if html is not None:
@@ -203,7 +203,7 @@ def _read(
     load: ModelOptions,
     axis: str,
     told: list[Any],
-    calm: Path | None,
+    reference: Path | None,
     rule: str,
     rate: float,
     force: bool,
@@ -213,20 +213,22 @@ def _read(
     from personatlas.persona.formats import read_conversations
     from personatlas.persona.runs import resolve_axis
     from personatlas.steering.drift.trace import calm_of, require_calm, traced
-    from personatlas.steering.drift_monitor import is_calm, watcher_of
+    from personatlas.steering.drift_monitor import is_reference_file, load_monitor
     from personatlas.steering.session import load_steered_model
 
-    quiet = read_conversations(calm) if calm is not None and not is_calm(calm) else []
+    quiet = (
+        read_conversations(reference) if reference is not None and not is_reference_file(reference) else []
+    )
     stem = resolve_axis(axis)
     if quiet:
         require_calm(quiet)
     else:
-        watcher = watcher_of(load_axis(stem), stem, calm, rule, rate)
+        watcher = load_monitor(load_axis(stem), reference, rule, rate)
     held = load_steered_model(model, load, axis, [], force=force)
     with progress("reading", len(told) + len(quiet)) as advance:
         found = traced(held.model, held.chat, held.axis, told, advance)
         if quiet:
-            watcher = calm_of(held.model, held.chat, held.axis, quiet, advance).watcher(rule, rate)
+            watcher = calm_of(held.model, held.chat, held.axis, quiet, advance).monitor(rule, rate)
     return held.axis, found, watcher
 
 
@@ -237,12 +239,12 @@ def _content(axis: Any, found: list[Any], watcher: Any) -> dict[str, Any]:
 
 def _row(one: Any, watcher: Any) -> dict[str, Any]:
     """A conversation's turns with their z and, where there is a rule, the alarm's state."""
-    monitor, turns = watcher.monitor(), []
+    monitor, turns = watcher.start(), []
     for turn in one.turns:
-        state = None if monitor is None else monitor.turn(turn.projection)
+        state = None if monitor is None else monitor.update(turn.projection)
         told = {"message": turn.message, "tokens": [turn.start, turn.stop], "projection": turn.projection}
         alarm = {} if state is None else {"alarm": state.alarm, "raised": state.raised}
-        turns.append({**told, "z": watcher.baseline.z(turn.projection), **alarm})
+        turns.append({**told, "z": watcher.reference.z(turn.projection), **alarm})
     tokens = {"ids": list(one.spans.ids), "projection": one.projection.tolist()}
     return {"name": one.name, "turns": turns, "left_out": one.left_out, **tokens}
 
@@ -271,7 +273,7 @@ def _trace_verb_print(content: dict[str, Any]) -> None:
     )
     if alarm is not None:
         low, high = alarm["interval"]
-        out.print(Text(f"{alarm['rule']} above {alarm['limit']:.2f}: raised in {alarm['false_alarms']:.0%} [{low:.0%}, {high:.0%}] of {alarm['n']} calm conversations that it was not calibrated on", style="dim"))  # fmt: skip
+        out.print(Text(f"{alarm['rule']} above {alarm['limit']:.2f}: raised in {alarm['false_alarms']:.0%} [{low:.0%}, {high:.0%}] of {alarm['n']} reference conversations that it was not calibrated on", style="dim"))  # fmt: skip
 
 
 def gauge(z: float, bars: int = BARS) -> str:

@@ -267,12 +267,14 @@ def serve(
         Text(f"http://{address}:{port}", style="bold"),
         Text("the page; /v1 for OpenAI's clients", style="dim"),
     )
-    alarm = served.standing.watcher.rule
+    alarm = served.standing.monitor.rule
     told = f"{served.name}, layer {served.held.axis.layer}"
     told += (
         f"; cap {settings.cap or 'none'} ({settings.mode})" if settings.cap else "; no cap unless asked for"
     )
-    told += "" if alarm is not None else "; no alarm is calibrated (`personatlas drift` makes a calm.json)"
+    told += (
+        "" if alarm is not None else "; no alarm is calibrated (`personatlas drift` makes a reference.json)"
+    )
     say(
         f"{told}; {settings.room.slots} conversations of {settings.room.length} tokens at once; Ctrl-C ends it"
     )

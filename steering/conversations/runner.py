@@ -35,7 +35,7 @@ from personatlas.persona.models.load import Model
 from personatlas.persona.rollout import Rollout, seed_of
 from personatlas.persona.sampling.cuda_graph import fastest_sampler
 from personatlas.persona.sampling.sampler import Answer, Prompt, Sampler, Sampling
-from personatlas.steering.drift_monitor import Watcher, direction_of
+from personatlas.steering.drift_monitor import DriftMonitor, direction_digest
 from personatlas.steering.hooks.steering import steer
 from personatlas.steering.teacher_forcing import mean_projections
 
@@ -148,7 +148,7 @@ class TurnFormat:
             request.messages,
             request.seed,
             asdict(config.sampling),
-            [config.axis.layer, direction_of(config.axis)],
+            [config.axis.layer, direction_digest(config.axis)],
             request.script.name,
             request.turn,
         ]
@@ -243,7 +243,7 @@ def run_conversations(
     arms: Mapping[str, Interventions],
     turns: int,
     advance: Callable[[int], None] = lambda _: None,
-    monitors: Mapping[str, Watcher] = MappingProxyType({}),
+    monitors: Mapping[str, DriftMonitor] = MappingProxyType({}),
 ) -> Transcripts:
     """Runs all scripts in all arms, up to `turns` turns each; `advance` counts turns. `monitors` are of adaptive arms.
 
@@ -337,13 +337,13 @@ def _measured(row: dict[str, Any]) -> Measured:
     }
 
 
-def alarm_after(monitor: Watcher, history: Sequence[TurnRecord]) -> bool:
+def alarm_after(monitor: DriftMonitor, history: Sequence[TurnRecord]) -> bool:
     """Whether the alarm is on after these turns, by their projections without interventions."""
-    alarm = monitor.monitor()
+    alarm = monitor.start()
     assert alarm is not None
     for turn in history:
         if turn.uncapped is not None:
-            alarm.turn(turn.uncapped)
+            alarm.update(turn.uncapped)
     return alarm.alarm
 
 
@@ -351,7 +351,7 @@ def _requests(
     config: RunnerConfig,
     scripts: Sequence[Script],
     plans: Mapping[str, tuple[Interventions, str]],
-    monitors: Mapping[str, Watcher],
+    monitors: Mapping[str, DriftMonitor],
     done: Transcripts,
     turn: int,
     truncated: set[tuple[str, str]],

@@ -35,9 +35,9 @@ class DriftOptions:
     scripts: Path | None = None
     "conversations whose user turns are asked, in any form that `personatlas trace` reads, in place of our own; their domains count"
     calm_domains: str = "coding,everyday"
-    "domains that are known to hold: their conversations, as the model is, become calm.json, on which an alarm is calibrated"
-    rule: Literal["cusum", "several"] = "cusum"
-    "what raises an alarm: cusum (a small drift that lasts) or several (two of three turns far below)"
+    "domains that are known to hold: their conversations, as the model is, become reference.json, on which an alarm is calibrated"
+    rule: Literal["cusum", "two_of_three"] = "cusum"
+    "what raises an alarm: cusum (a small drift that lasts) or two_of_three (two of three turns far below)"
     false_alarms: float = 0.05
     "the share of calm conversations that may raise one"
     embedding: str | None = None

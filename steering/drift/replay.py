@@ -30,7 +30,7 @@ from personatlas.steering.drift.options import talk_of
 from personatlas.steering.drift.result import ADAPTIVE, CAPPED
 from personatlas.steering.drift.study import require_engine
 from personatlas.steering.drift.trace import Traced, traced
-from personatlas.steering.drift_monitor import Watcher, watcher_of
+from personatlas.steering.drift_monitor import DriftMonitor, load_monitor
 from personatlas.steering.session import SteeredModel, load_steered_model
 
 STORED = "stored"
@@ -51,8 +51,8 @@ class ReplayOptions:
     "nucleus mass"
     seed: int = 0
     "all arms sample with it"
-    calm: Path | None = None
-    "a calm.json, on which an alarm is calibrated; unless given the one beside the axis. With an alarm there is an arm whose cap acts only while it is on"
+    reference: Path | None = None
+    "a reference.json, on which an alarm is calibrated; unless given the one beside the axis. With an alarm there is an arm whose cap acts only while it is on"
 
 
 def replay(
@@ -71,7 +71,7 @@ def replay(
         raise UserError(f"--turns {asked.turns} is below 1")
     sampling = Sampling(asked.max_new_tokens, asked.temperature, asked.top_p)
     told, stem = read_conversations(chats), resolve_axis(axis)
-    watcher = watcher_of(load_axis(stem), stem, asked.calm)
+    watcher = load_monitor(load_axis(stem), asked.reference)
     with open_run(folder, create=True) as run:
         how = replace(how, dtype=how.dtype or run.manifest.get("asked", {}).get("dtype"))
         held = load_steered_model(model, how, axis, [cap], force=force)
@@ -85,7 +85,7 @@ def replay(
                 stage, talks, arms, turns, advance, {ADAPTIVE: watcher} if ADAPTIVE in arms else {}
             )
         content = json_object(_content(held, watcher, told, talks, said, list(arms)))
-        given = asdict(asked) | {"calm": None if asked.calm is None else str(asked.calm)}
+        given = asdict(asked) | {"reference": None if asked.reference is None else str(asked.reference)}
         content |= {"cap": cap, "asked": given}
         write_json(folder / "replay.json", content)
         return content
@@ -93,7 +93,7 @@ def replay(
 
 def _content(
     held: SteeredModel,
-    watcher: Watcher,
+    watcher: DriftMonitor,
     told: Sequence[Conversation],
     talks: Sequence[Script],
     said: Transcripts,
@@ -127,34 +127,36 @@ def _content(
     }
 
 
-def _stored(one: Conversation, read: Traced, watcher: Watcher) -> dict[str, Any]:
+def _stored(one: Conversation, read: Traced, watcher: DriftMonitor) -> dict[str, Any]:
     """The stored answers by the user's turn that they follow; of several to one turn, the last."""
-    monitor, found = watcher.monitor(), {}
+    monitor, found = watcher.start(), {}
     for turn in read.turns:
         asked = sum(message["role"] == "user" for message in one.messages[: turn.message])
         if asked:  # not a greeting before the user has said anything
             text, state = (
                 one.messages[turn.message]["content"],
-                monitor.turn(turn.projection) if monitor else None,
+                monitor.update(turn.projection) if monitor else None,
             )
             found[str(asked)] = _row(text, turn.projection, watcher, state, is_on=False)
     return found
 
 
-def _answers(said: Transcripts, arm: str, talk: Script, watcher: Watcher) -> dict[str, Any]:
+def _answers(said: Transcripts, arm: str, talk: Script, watcher: DriftMonitor) -> dict[str, Any]:
     """An arm's answers by turn, from 1."""
-    monitor, found = watcher.monitor(), {}
+    monitor, found = watcher.start(), {}
     for number in range(len(talk.users)):
         one = said.turns.get((arm, talk.name, number))
         if one is not None:
-            state = monitor.turn(one.uncapped) if monitor and one.uncapped is not None else None
+            state = monitor.update(one.uncapped) if monitor and one.uncapped is not None else None
             found[str(number + 1)] = _row(one.text, one.projection, watcher, state, is_on=one.acted)
     return found
 
 
-def _row(text: str, projection: float | None, watcher: Watcher, state: Any, *, is_on: bool) -> dict[str, Any]:
+def _row(
+    text: str, projection: float | None, watcher: DriftMonitor, state: Any, *, is_on: bool
+) -> dict[str, Any]:
     told = {"text": text, "projection": projection, "acted": is_on}
-    told["z"] = None if projection is None else watcher.baseline.z(projection)
+    told["z"] = None if projection is None else watcher.reference.z(projection)
     return told if state is None else told | {"alarm": state.alarm, "raised": state.raised}
 
 

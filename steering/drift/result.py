@@ -21,7 +21,7 @@ from personatlas.steering.conversations.runner import (
     messages_before,
 )
 from personatlas.steering.drift.options import DriftOptions
-from personatlas.steering.drift_monitor import Watcher
+from personatlas.steering.drift_monitor import DriftMonitor
 from personatlas.steering.evals.capability import loops
 from personatlas.steering.evals.harm.refusal_rules import refusal_of
 from personatlas.steering.loss_cost import benign_costs
@@ -36,7 +36,7 @@ EXAMPLES = 2  # conversations
 class Watched:
     """The watcher, where its calm conversations are from, and the scripts that set its limit and so count no false alarms."""
 
-    watcher: Watcher
+    watcher: DriftMonitor
     source: str
     fitted_on: frozenset[str] = frozenset()
 
@@ -144,7 +144,7 @@ def _alarms(
         found[domain] = {
             arm: alarm_rate(
                 watcher.rule,
-                watcher.baseline,
+                watcher.reference,
                 [
                     [one.uncapped for one in table.spoken(arm, name) if one.uncapped is not None]
                     for name in own
@@ -238,12 +238,12 @@ def _examples(
     return found
 
 
-def _turns(own: Sequence[TurnRecord], watcher: Watcher) -> list[dict[str, Any]]:
-    monitor, rows = watcher.monitor(), []
+def _turns(own: Sequence[TurnRecord], watcher: DriftMonitor) -> list[dict[str, Any]]:
+    monitor, rows = watcher.start(), []
     for one in own:
-        state = None if monitor is None or one.uncapped is None else monitor.turn(one.uncapped)
+        state = None if monitor is None or one.uncapped is None else monitor.update(one.uncapped)
         row = {"user": one.user, "text": one.text, "projection": one.projection, "acted": one.acted}
-        row["z"] = None if one.projection is None else watcher.baseline.z(one.projection)
+        row["z"] = None if one.projection is None else watcher.reference.z(one.projection)
         rows.append(
             row | {"alarm": None if state is None else state.alarm, "raised": bool(state and state.raised)}
         )

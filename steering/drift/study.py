@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from personatlas.analysis.drift_alarm import baseline_of
+from personatlas.analysis.drift_alarm import fit_reference
 from personatlas.persona.artifacts import atomic, write_json
 from personatlas.persona.axis import load_axis
 from personatlas.persona.caps import format_layers
@@ -28,14 +28,15 @@ from personatlas.steering.conversations.runner import RunnerConfig, Script, Tran
 from personatlas.steering.drift.options import DriftOptions, chosen_talks, user_of
 from personatlas.steering.drift.result import ADAPTIVE, CAPPED, Watched, result
 from personatlas.steering.drift_monitor import (
-    CALM,
-    Calm,
-    CalmConversation,
-    Watcher,
-    is_calm,
-    load_calm,
-    save_calm,
-    watcher_of,
+    REFERENCE_FILE,
+    DriftMonitor,
+    ReferenceConversation,
+    ReferenceConversations,
+    find_reference,
+    is_reference_file,
+    load_monitor,
+    load_reference,
+    save_reference,
 )
 from personatlas.steering.session import SteeredModel, load_steered_model
 
@@ -60,7 +61,7 @@ def study(
     talks, stem = chosen_talks(asked), resolve_axis(axis)
     known = _watched(load_axis(stem), stem, calm, asked)
     if known is None and not any(talk.domain in asked.calm for talk in talks):
-        watcher_of(load_axis(stem), stem)  # raises where there is nothing to tell z by
+        load_monitor(load_axis(stem))  # raises where there is nothing to tell z by
     names = [cap] if cap is not None else [DEFAULT_CAP] if DEFAULT_CAP in load_axis(stem).saved_caps else []
     with open_run(folder, create=True) as run:
         user = user_of(asked, folder)
@@ -89,17 +90,20 @@ def study(
 
 def _watched(axis: Any, stem: Path, calm: Path | None, asked: DriftOptions) -> Watched | None:
     """The watcher that is calibrated already; None where the study's own conversations are to be used."""
-    if calm is None and not (stem.parent / CALM).is_file():
+    path = calm or find_reference(axis)
+    if path is None:
         return None
-    if calm is not None and not is_calm(calm):
-        raise UserError(f"--calm {calm} is no calm.json, which an earlier `personatlas drift` has made")
-    watcher = watcher_of(axis, stem, calm, asked.rule, asked.false_alarms)
-    record = load_calm(calm or stem.parent / CALM, axis)
-    return Watched(watcher, str(calm or stem.parent / CALM), _fitted_on(record))
+    if calm is not None and not is_reference_file(calm):
+        raise UserError(
+            f"--reference {calm} is no reference.json, which an earlier `personatlas drift` has made"
+        )
+    watcher = load_monitor(axis, calm, asked.rule, asked.false_alarms)
+    record = load_reference(path, axis)
+    return Watched(watcher, str(path), _fitted_on(record))
 
 
-def _fitted_on(calm: Calm) -> frozenset[str]:
-    return frozenset(one.script for one in calm.halves()[0])
+def _fitted_on(calm: ReferenceConversations) -> frozenset[str]:
+    return frozenset(one.script for one in calm.split()[0])
 
 
 def require_engine(run: RunFolder, model: Model, sampled: Mapping[str, Any]) -> None:
@@ -121,7 +125,9 @@ def _first_arms(
         return run_conversations(stage, talks, arms, turns, advance), arms
 
 
-def _keep_calm(stage: RunnerConfig, said: Transcripts, asked: DriftOptions, folder: Path) -> Calm | None:
+def _keep_calm(
+    stage: RunnerConfig, said: Transcripts, asked: DriftOptions, folder: Path
+) -> ReferenceConversations | None:
     """Write calm.json from the domains that hold, as the model is; None where there is no such conversation."""
     places: dict[tuple[str, str], list[float]] = {}
     for (arm, name, _), one in said.turns.items():
@@ -129,31 +135,30 @@ def _keep_calm(stage: RunnerConfig, said: Transcripts, asked: DriftOptions, fold
             places.setdefault((name, one.domain), []).append(one.uncapped)
     if not places:
         return None
-    rows = tuple(CalmConversation(name, domain, tuple(own)) for (name, domain), own in places.items())
+    rows = tuple(ReferenceConversation(name, domain, tuple(own)) for (name, domain), own in places.items())
     model, sampling = stage.model.describe(), asdict(asked.sampling)
     made = {"by": "personatlas drift", "sampling": sampling, "seed": asked.seed, "samples": asked.seeds}
     made |= {"turns": asked.turns, "domains": list(asked.calm), "user": asked.user_model or "scripts"}
     made |= {"dtype": str(stage.model.dtype).removeprefix("torch.")}
-    save_calm(folder / CALM, stage.axis, model, rows, made)
-    return Calm(rows, made)
+    save_reference(folder / REFERENCE_FILE, stage.axis, model, rows, made)
+    return ReferenceConversations(rows, made)
 
 
-def _own_alarm(held: SteeredModel, calm: Calm | None, asked: DriftOptions) -> Watched:
+def _own_alarm(held: SteeredModel, calm: ReferenceConversations | None, asked: DriftOptions) -> Watched:
     """Calibrated on the study's own calm conversations; where they are too few, the axis's quartiles without an alarm."""
     if calm is None:
         return Watched(
-            watcher_of(held.axis, held.axis.folder / "axis"),
-            f"no conversation is of the domains that hold ({', '.join(asked.calm)})",
+            load_monitor(held.axis), f"no conversation is of the domains that hold ({', '.join(asked.calm)})"
         )
     try:
-        watcher = calm.watcher(asked.rule, asked.false_alarms)
+        watcher = calm.monitor(asked.rule, asked.false_alarms)
     except UserError as error:
         say(f"no alarm: {error}")
         values = [value for one in calm.conversations for value in one.projections]
         if len(set(values)) < 2:
-            return Watched(watcher_of(held.axis, held.axis.folder / "axis"), str(error))
-        return Watched(Watcher(baseline_of(values), "calm conversations"), str(error))
-    return Watched(watcher, "this study's own calm conversations", _fitted_on(calm))
+            return Watched(load_monitor(held.axis), str(error))
+        return Watched(DriftMonitor(fit_reference(values), "reference conversations"), str(error))
+    return Watched(watcher, "this study's own reference conversations", _fitted_on(calm))
 
 
 def _told(held: SteeredModel, asked: DriftOptions, names: Sequence[str], watched: Watched) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from personatlas.persona.models.load import Model
 from personatlas.persona.models.token_spans import Spans, conversation_spans
 from personatlas.persona.rollout import Rollout
 from personatlas.steering.drift.page import conversation, shaded
-from personatlas.steering.drift_monitor import Calm, CalmConversation
+from personatlas.steering.drift_monitor import ReferenceConversation, ReferenceConversations
 from personatlas.steering.generate import placed
 from personatlas.steering.teacher_forcing import projected
 
@@ -91,19 +91,21 @@ def calm_of(
     axis: Axis,
     conversations: Sequence[Conversation],
     advance: Callable[[int], None] = lambda _: None,
-) -> Calm:
+) -> ReferenceConversations:
     """Stored conversations that do not drift, as what an alarm is calibrated on. Raises like `traced`."""
     found = traced(model, chat, axis, conversations, advance)
     rows = [
-        CalmConversation(one.name, told.domain, tuple(turn.projection for turn in one.turns))
+        ReferenceConversation(one.name, told.domain, tuple(turn.projection for turn in one.turns))
         for one, told in zip(found, conversations, strict=True)
     ]
-    return Calm(tuple(rows), {"how": "stored conversations, read again"})
+    return ReferenceConversations(tuple(rows), {"how": "stored conversations, read again"})
 
 
 def require_calm(conversations: Sequence[Conversation]) -> None:
     """`UserError` for too few of them, before a model is loaded to read them."""
-    Calm(tuple(CalmConversation(one.name, one.domain, ()) for one in conversations), {}).require_enough()
+    ReferenceConversations(
+        tuple(ReferenceConversation(one.name, one.domain, ()) for one in conversations), {}
+    ).require_enough()
 
 
 def _with_turns(name: str, spans: Spans, layer: int, projection: Tensor) -> Traced:

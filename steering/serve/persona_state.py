@@ -1,6 +1,6 @@
 """Where a conversation stands along the axis: the `persona` object of every answer.
 
-    standing = Standing(axis, chat, watcher)
+    standing = Standing(axis, chat, monitor)
     turns = standing.turns(messages, spans, projections)       # (message, tokens, projection) of the answers in a prompt
     standing.drifting(turns)                                   # whether the alarm is on after them
     standing.told(choice, turns, ...)                          # all of it, as it is sent
@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from personatlas.analysis.drift_alarm import watch
+from personatlas.analysis.drift_alarm import alarm_states
 from personatlas.persona.axis import Axis
 from personatlas.persona.models.token_spans import Span
-from personatlas.steering.drift_monitor import Watcher
+from personatlas.steering.drift_monitor import DriftMonitor
 from personatlas.steering.serve.answer_stream import StreamedAnswer
 
 
@@ -34,7 +34,7 @@ class PersonaTracker:
     """The axis and how conversations along it are watched."""
 
     axis: Axis
-    watcher: Watcher
+    monitor: DriftMonitor
 
     def turns(self, spans: Sequence[Span], projections: Sequence[float]) -> list[AnswerTurn]:
         """The answers that a prompt holds, from the projections of its tokens."""
@@ -47,9 +47,9 @@ class PersonaTracker:
 
     def drifting(self, turns: Sequence[AnswerTurn]) -> bool:
         """Whether the alarm is on after these turns; never without a calibrated rule."""
-        if self.watcher.rule is None:
+        if self.monitor.rule is None:
             return False
-        states = list(watch(self.watcher.rule, self.watcher.baseline, [turn.projection for turn in turns]))
+        states = alarm_states(self.monitor.rule, self.monitor.reference, [turn.projection for turn in turns])
         return bool(states) and states[-1].alarm
 
     def told(
@@ -69,7 +69,7 @@ class PersonaTracker:
             "layer": self.axis.layer,
             "poles": list(self.axis.poles),
             "projection": projection,
-            "z": None if projection is None else self.watcher.baseline.z(projection),
+            "z": None if projection is None else self.monitor.reference.z(projection),
             "tokens": len(choice.ids),
             "cap": None if cap is None else cap.name,
             "mode": mode,
@@ -81,17 +81,17 @@ class PersonaTracker:
         }
 
     def describe(self) -> dict[str, Any]:
-        """Baseline and alarm as plain numbers."""
-        return self.watcher.describe()
+        """Reference distribution and alarm as plain numbers."""
+        return self.monitor.describe()
 
     def watched(self, turns: Sequence[AnswerTurn]) -> list[dict[str, Any]]:
         """Turns with their z and, where a rule is calibrated, the alarm's state."""
-        rule, baseline = self.watcher.rule, self.watcher.baseline
+        rule, reference = self.monitor.rule, self.monitor.reference
         places = [turn.projection for turn in turns]
-        states = list(watch(rule, baseline, places)) if rule is not None else [None] * len(places)
+        states = alarm_states(rule, reference, places) if rule is not None else [None] * len(places)
         return [
             turn._asdict()
-            | {"z": baseline.z(turn.projection)}
+            | {"z": reference.z(turn.projection)}
             | (
                 {"alarm": None, "raised": None}
                 if state is None

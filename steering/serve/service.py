@@ -1,6 +1,6 @@
 """What stands behind the routes: a loaded model, its engine, its caps, and how conversations with it are watched.
 
-host = Host(held, caps, Settings(), watcher)
+host = Host(held, caps, Settings(), monitor)
 await host.open()                                      # inside the server's event loop
 async with host.heard(asks, stops) as answers:         # leaving it cancels what is not done
     async for choice, text in answers: ...
@@ -16,7 +16,7 @@ from typing import Any
 from personatlas.persona.errors import UserError
 from personatlas.persona.interventions import Cap
 from personatlas.persona.models.token_spans import SpanError, prompt_spans
-from personatlas.steering.drift_monitor import Watcher
+from personatlas.steering.drift_monitor import DriftMonitor
 from personatlas.steering.serve.answer_stream import Detokenizer, StreamedAnswer
 from personatlas.steering.serve.engine.cap_slots import NONE, ResolvedCap
 from personatlas.steering.serve.engine.scheduler import (
@@ -78,10 +78,10 @@ class PersonaService:
     """One model and all that is asked of it."""
 
     def __init__(
-        self, held: SteeredModel, caps: dict[str, Cap], settings: ServiceDefaults, watcher: Watcher
+        self, held: SteeredModel, caps: dict[str, Cap], settings: ServiceDefaults, monitor: DriftMonitor
     ) -> None:
         self.held, self.settings = held, settings
-        self.standing = PersonaTracker(held.axis, watcher)
+        self.standing = PersonaTracker(held.axis, monitor)
         self.name = held.model.name
         self.metrics = Metrics(self.name)
         self.fingerprint = f"fp_{held.model.fingerprint[:12]}"  # of answers: other weights, another one
@@ -123,10 +123,10 @@ class PersonaService:
         if persona is not None and "cap" in persona.model_fields_set:
             cap = self.engine.plans.wanted(persona.asked)
         mode = (persona.mode if persona is not None else None) or self.settings.mode
-        if mode == ADAPTIVE and cap is not None and self.standing.watcher.rule is None:
+        if mode == ADAPTIVE and cap is not None and self.standing.monitor.rule is None:
             raise UserError(
                 "adaptive capping needs a calibrated alarm, and this server has none: "
-                "`personatlas drift` makes calm conversations for `serve --calm`"
+                "`personatlas drift` makes the reference.json for `serve --reference`"
             )
         return cap, mode
 

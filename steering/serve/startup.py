@@ -26,12 +26,12 @@ class ServeOptions:
     "the cap that acts unless a request says otherwise: a name saved beside the axis, a file, LEVEL@LAYERS, or adaptive; none unless given"
     mode: Literal["always", "adaptive"] = "always"
     "adaptive: the cap acts only while the conversation's drift alarm is on"
-    calm: Path | None = None
-    "a calm.json of `personatlas drift`, on which the alarm is calibrated; the one beside the axis unless given"
-    rule: Literal["cusum", "several"] = "cusum"
-    "what raises an alarm: cusum (a small drift that lasts) or several (two of three turns far below)"
+    reference: Path | None = None
+    "a reference.json of `personatlas drift`, on which the alarm is calibrated; the one beside the axis unless given"
+    rule: Literal["cusum", "two_of_three"] = "cusum"
+    "what raises an alarm: cusum (a small drift that lasts) or two_of_three (two of three turns far below)"
     false_alarms: float = 0.05
-    "the share of calm conversations that may raise one"
+    "the share of reference conversations that may raise one"
     max_tokens: int = 1024
     "longest answer where a request does not say"
     temperature: float = 0.7
@@ -69,17 +69,17 @@ def make_service(
     _require_sane(hold, room)
     from personatlas.persona.axis import load_axis
     from personatlas.persona.runs import resolve_axis
-    from personatlas.steering.drift_monitor import watcher_of
+    from personatlas.steering.drift_monitor import load_monitor
     from personatlas.steering.serve.engine.cap_slots import cap_labels
     from personatlas.steering.serve.service import PersonaService, ServiceDefaults
     from personatlas.steering.session import load_steered_model
 
     stem = resolve_axis(axis)
     along = load_axis(stem)
-    watcher = watcher_of(along, stem, hold.calm, hold.rule, hold.false_alarms)
-    if mode == ADAPTIVE and watcher.rule is None:
+    monitor = load_monitor(along, hold.reference, hold.rule, hold.false_alarms)
+    if mode == ADAPTIVE and monitor.rule is None:
         raise UserError(
-            "adaptive capping needs a calibrated alarm: `personatlas drift` makes the calm.json for --calm"
+            "adaptive capping needs a calibrated alarm: `personatlas drift` makes the reference.json for --reference"
         )
     names = cap_labels(along, [cap] if cap else [])
     held = load_steered_model(model, how, axis, list(names.values()), force=force)
@@ -88,7 +88,7 @@ def make_service(
     settings = ServiceDefaults(
         default, mode, hold.max_tokens, hold.temperature, hold.top_p, _room(held.model, room)
     )
-    return PersonaService(held, caps, settings, watcher)
+    return PersonaService(held, caps, settings, monitor)
 
 
 def _require_sane(hold: ServeOptions, room: CapacityOptions) -> None:

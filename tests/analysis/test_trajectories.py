@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from personatlas.analysis.drift_alarm import Baseline, Several
+from personatlas.analysis.drift_alarm import MOfN, ReferenceDistribution
 from personatlas.analysis.next_message import FOLDS, Turn, fold_numbers, predict_from_messages
 from personatlas.analysis.stats import cluster_weights
 from personatlas.analysis.trajectories import alarm_rate, clustered_mean, slope, turn_means
@@ -64,7 +64,7 @@ def test_a_slope_is_the_mean_of_least_squares_slopes_and_chance_is_small_beside_
 
 
 def test_alarms_are_counted_with_their_first_turn_and_how_long_they_stay_on():
-    rule, plain = Several(2.0, 1, 1), Baseline(0.0, 1.0, 9)
+    rule, plain = MOfN(2.0, 1, 1), ReferenceDistribution(0.0, 1.0, 9)
     found = alarm_rate(rule, plain, [[0.0, -3.0, -3.0], [0.0, 0.0], [-3.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
     assert (found.share, found.raised, found.n, found.first) == (0.5, 2, 4, 1.5)
     assert found.on == (0.25, 0.25, pytest.approx(1 / 3))

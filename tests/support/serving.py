@@ -5,11 +5,11 @@ import threading
 import time
 from contextlib import contextmanager
 
-from test_drift_monitor import calm_conversations
+from test_drift_monitor import reference_conversations
 
 from personatlas.persona.axis import load_axis
 from personatlas.persona.options import ModelOptions
-from personatlas.steering.drift_monitor import save_calm
+from personatlas.steering.drift_monitor import save_reference
 from personatlas.steering.serve.http.app import make_app
 from personatlas.steering.serve.http.uvicorn_server import server_of
 from personatlas.steering.serve.startup import CapacityOptions, ServeOptions, make_service
@@ -18,15 +18,15 @@ HOW = ModelOptions(device="cpu", dtype="float32")
 ROOM = CapacityOptions(slots=8, context=256, prefix_mib=16)
 
 
-def axis_folder(tiny_run, folder, *, calm=False):
-    """A copy of the tiny run's axis with two caps beside it, `held` and `firm`; with calm conversations where asked for."""
+def axis_folder(tiny_run, folder, *, reference=False):
+    """A copy of the tiny run's axis with two caps beside it, `held` and `firm`; with reference conversations where asked for."""
     shutil.copytree(tiny_run / "run", folder, dirs_exist_ok=True)
     axis = load_axis(folder / "axis")
     (folder / "caps").mkdir(exist_ok=True)
     axis.quantile_cap((0, 1, 2), 0.75).save(folder / "caps" / "held")
     axis.quantile_cap((1,), 0.9).save(folder / "caps" / "firm")
-    if calm:
-        save_calm(folder / "calm.json", axis, axis.model, calm_conversations(axis), {})
+    if reference:
+        save_reference(folder / "reference.json", axis, axis.model, reference_conversations(axis), {})
     return folder
 
 

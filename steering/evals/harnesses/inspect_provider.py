@@ -64,7 +64,7 @@ from personatlas.persona.sampling.sampler import (
     batch_tokens,
     pad,
 )
-from personatlas.steering.drift_monitor import direction_of
+from personatlas.steering.drift_monitor import direction_digest
 from personatlas.steering.hooks.steering import steer
 from personatlas.steering.session import SteeredModel
 
@@ -122,7 +122,7 @@ class Answerer:
             "model": model.describe(),
             "dtype": dtype,
             "layer": axis.layer,
-            "direction": direction_of(axis),
+            "direction": direction_digest(axis),
         }
 
     @torch.no_grad()

@@ -1,6 +1,6 @@
 """What a terminal chat prints. Everything that a model, a user or a file wrote goes through `clean` first.
 
-shown = Shown(console(), watcher.baseline, layer=21)
+shown = Shown(console(), monitor.reference, layer=21)
 shown.piece("Hello")                       # text as it comes
 shown.standing(answer)                     # one line: where it lies on -3 to +3, and what the cap did
 """
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from personatlas.analysis.drift_alarm import Baseline
+from personatlas.analysis.drift_alarm import ReferenceDistribution
 from personatlas.cli.drift import WIDE, gauge
 from personatlas.steering.serve.distress_notice import phrases
 from personatlas.steering.serve.terminal.session import ChatAnswer, Transcript
@@ -33,7 +33,9 @@ def clean(text: str) -> str:
 class ChatRenderer:
     """Prints for people: colours on a terminal, the same words without them elsewhere."""
 
-    def __init__(self, out: Console, baseline: Baseline, layer: int, poles: Sequence[str]) -> None:
+    def __init__(
+        self, out: Console, baseline: ReferenceDistribution, layer: int, poles: Sequence[str]
+    ) -> None:
         self.out, self.baseline, self.layer, self.poles = out, baseline, layer, poles
 
     def line(self, text: str, style: str = "") -> None:

@@ -31,7 +31,7 @@ class ChatRepl:
         axis = host.held.axis
         self.runner, self.host, self.live = runner, host, live
         self.chat = ChatSession(host, seed)
-        self.shown = ChatRenderer(console(), host.standing.watcher.baseline, axis.layer, axis.poles)
+        self.shown = ChatRenderer(console(), host.standing.monitor.reference, axis.layer, axis.poles)
         self.commands = ChatCommands(
             self.chat, self.shown, ReplActions(self._again, self._compare, self._load, self._notice)
         )
@@ -116,10 +116,14 @@ class ChatRepl:
         return str(error)
 
     def _greet(self) -> None:
-        axis, model, rule = self.host.held.axis, self.host.held.model, self.host.standing.watcher.rule
+        axis, model, rule = self.host.held.axis, self.host.held.model, self.host.standing.monitor.rule
         kind = f"{str(model.dtype).removeprefix('torch.')} on {model.device.type}"
         told = f"{self.host.name} ({kind}); layer {axis.layer}, {axis.poles[0]} +, {axis.poles[1]} -; {self.commands.holding()}"
-        told += "" if rule is not None else "; no alarm is calibrated (`personatlas drift` makes a calm.json)"
+        told += (
+            ""
+            if rule is not None
+            else "; no alarm is calibrated (`personatlas drift` makes a reference.json)"
+        )
         say(clean(told))
         say(
             "A research tool: it shows a language model's internal state. It is no adviser, and answers can be wrong."

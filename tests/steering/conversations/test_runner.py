@@ -9,7 +9,7 @@ import torch
 from families import tiny_model
 from tiny_axis import axis_of
 
-from personatlas.analysis.drift_alarm import Baseline, FalseAlarms, Several
+from personatlas.analysis.drift_alarm import FalseAlarms, MOfN, ReferenceDistribution
 from personatlas.persona.distributed import World
 from personatlas.persona.errors import UserError
 from personatlas.persona.interventions import BASELINE as PLAIN
@@ -26,7 +26,7 @@ from personatlas.steering.conversations.runner import (
     run_conversations,
 )
 from personatlas.steering.conversations.simulated_user import EndpointUser
-from personatlas.steering.drift_monitor import Watcher
+from personatlas.steering.drift_monitor import DriftMonitor
 from personatlas.steering.teacher_forcing import mean_projections
 
 SCRIPTS = [
@@ -57,9 +57,13 @@ def firm(config):
     return replace(cap, floor=torch.full_like(cap.floor, 50.0))
 
 
-def watcher(limit, mean=0.0):
-    return Watcher(
-        Baseline(mean, 1.0, 9), "tests", "several", Several(limit, 1, 1), FalseAlarms(0.0, (0.0, 0.1), 20)
+def monitor(limit, mean=0.0):
+    return DriftMonitor(
+        ReferenceDistribution(mean, 1.0, 9),
+        "tests",
+        "two_of_three",
+        MOfN(limit, 1, 1),
+        FalseAlarms(0.0, (0.0, 0.1), 20),
     )
 
 
@@ -93,7 +97,7 @@ def test_an_adaptive_arm_is_the_model_as_it_is_until_its_alarm_and_capped_while_
     config = config_of(model, tmp_path)
     cap = firm(config)
     arms = {PLAIN: [], "never": [cap], "always on": [cap]}
-    monitors = {"never": watcher(1e9), "always on": watcher(0.0, mean=1e6)}
+    monitors = {"never": monitor(1e9), "always on": monitor(0.0, mean=1e6)}
     said = run_conversations(config, SCRIPTS, arms, 3, monitors=monitors).turns
     for talk in SCRIPTS:
         for turn in range(3):
@@ -104,9 +108,9 @@ def test_an_adaptive_arm_is_the_model_as_it_is_until_its_alarm_and_capped_while_
             assert (late.ids == plain.ids) == (turn == 0)
     heard = [said[PLAIN, "coding-1/0", 0]]
     level = -heard[0].uncapped
-    assert alarm_after(watcher(level - 0.1), heard)
-    assert not alarm_after(watcher(level + 0.1), heard)
-    uncalibrated = {"never": Watcher(Baseline(0.0, 1.0, 9), "tests")}
+    assert alarm_after(monitor(level - 0.1), heard)
+    assert not alarm_after(monitor(level + 0.1), heard)
+    uncalibrated = {"never": DriftMonitor(ReferenceDistribution(0.0, 1.0, 9), "tests")}
     with pytest.raises(ValueError, match="no calibrated alarm"):
         run_conversations(config, SCRIPTS, arms, 3, monitors=uncalibrated)
 
@@ -115,7 +119,7 @@ def test_capped_and_uncapped_rows_of_one_batch_are_what_they_are_apart(model, tm
     config = config_of(model, tmp_path)
     (tmp_path / "gpu").mkdir()
     arms = {PLAIN: [], "capped": [firm(config)], "adaptive": [firm(config)]}
-    monitors = {"adaptive": watcher(0.0, mean=1e6)}
+    monitors = {"adaptive": monitor(0.0, mean=1e6)}
     apart = run_conversations(config, SCRIPTS, arms, 3, monitors=monitors).turns
     # as on a GPU, but without a graph: all rows of a turn share the batches of a sampler that refills its slots
     monkeypatch.setattr(RunnerConfig, "on_gpu", True)

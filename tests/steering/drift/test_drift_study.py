@@ -10,7 +10,7 @@ from personatlas.persona.axis import load_axis
 from personatlas.persona.formats import read_conversations
 from personatlas.steering.conversations import runner as dialogue
 from personatlas.steering.drift.options import DriftOptions, chosen_talks
-from personatlas.steering.drift_monitor import Calm, CalmConversation, load_calm
+from personatlas.steering.drift_monitor import ReferenceConversation, ReferenceConversations, load_reference
 
 HOW = ["--device", "cpu", "--dtype", "float32", "--max-new-tokens", "4"]
 TURNS = ["--turns", "3", "--false-alarms", "0.4"]
@@ -75,7 +75,7 @@ def test_a_study_has_three_arms_whose_alarm_is_calibrated_on_its_own_calm_conver
             assert all(row["low"] <= row["mean"] <= row["high"] for row in rows)
             assert content["slopes"][domain][arm]["n"] <= content["conversations"][domain]
     watch = content["watch"]
-    assert watch["source"] == "this study's own calm conversations"
+    assert watch["source"] == "this study's own reference conversations"
     assert watch["alarm"]["n"] == 22
     # half of the calm domains' scripts set the limit, and count no alarms
     assert content["alarms"]["all"]["baseline"]["n"] == 50 - 22
@@ -90,17 +90,19 @@ def test_a_study_has_three_arms_whose_alarm_is_calibrated_on_its_own_calm_conver
     assert abs(cost["adaptive"]["value"]) <= abs(cost["capped"]["value"])
     assert content["next_turn"]["projection"]["scripts"] == 25
     axis = load_axis(tiny_run / "run" / "axis")
-    calm = load_calm(study / "calm.json", axis)
+    calm = load_reference(study / "reference.json", axis)
     assert len(calm.conversations) == 44
-    assert calm.made["domains"] == ["coding", "everyday"]
+    assert calm.provenance["domains"] == ["coding", "everyday"]
 
 
 def test_one_sample_of_our_own_scripts_is_enough_to_calibrate_an_alarm():
     asked = DriftOptions()
     talks = [talk for talk in chosen_talks(asked) if talk.domain in asked.calm]
-    calm = Calm(tuple(CalmConversation(talk.name, talk.domain, (0.0,)) for talk in talks), {})
+    calm = ReferenceConversations(
+        tuple(ReferenceConversation(talk.name, talk.domain, (0.0,)) for talk in talks), {}
+    )
     calm.require_enough()
-    assert [len(half) for half in calm.halves()] == [25, 25]
+    assert [len(half) for half in calm.split()] == [25, 25]
 
 
 def test_its_conversations_can_be_traced_and_its_page_names_every_domain(study, tiny_run, capsys):
@@ -116,7 +118,7 @@ def test_its_conversations_can_be_traced_and_its_page_names_every_domain(study, 
     page = (study / "drift.html").read_text()
     for text in ("therapy", "adaptive", "What it costs", "turns-2", "shaded"):
         assert text in page
-    main(["trace", str(tiny_run / "tiny"), str(study / "conversations.jsonl"), "--axis", str(tiny_run / "run"), "--calm", str(study / "calm.json"), "--json", *HOW[:4]])  # fmt: skip
+    main(["trace", str(tiny_run / "tiny"), str(study / "conversations.jsonl"), "--axis", str(tiny_run / "run"), "--reference", str(study / "reference.json"), "--json", *HOW[:4]])  # fmt: skip
     assert json.loads(capsys.readouterr().out)["alarm"]["n"] == 22
 
 
@@ -124,7 +126,8 @@ def test_the_same_command_again_asks_nothing_and_finds_the_same(
     study, tiny_run, scripts, capsys, monkeypatch
 ):
     before = {
-        name: (study / name).read_bytes() for name in ("drift.json", "turns.jsonl", "calm.json", "drift.html")
+        name: (study / name).read_bytes()
+        for name in ("drift.json", "turns.jsonl", "reference.json", "drift.html")
     }
     monkeypatch.setattr(dialogue, "_answer", None)
     main(told(tiny_run, scripts, study, "--json"))
@@ -176,7 +179,7 @@ def test_an_axis_without_caps_is_studied_as_the_model_is(tiny_run, scripts, tmp_
     assert content["arms"] == ARMS[:1]
     assert (content["cap"], content["cost"]) == (None, None)
     assert "the axis's default answers" in content["watch"]["baseline"]["of"]
-    assert not (tmp_path / "plain" / "calm.json").exists()
+    assert not (tmp_path / "plain" / "reference.json").exists()
     assert 'data-figure="differences"' not in (tmp_path / "plain" / "drift.html").read_text()
 
 
@@ -199,5 +202,5 @@ def test_what_cannot_be_studied_is_refused_in_one_line_before_a_model_is_loaded(
     assert "outside 0..1" in says("--false-alarms", "1")
     assert "needs --user-model" in says("--user", "http://127.0.0.1:9")
     assert "give --user URL with it" in says("--user-model", "someone")
-    assert "is no calm.json" in says("--calm", str(scripts))
+    assert "is no reference.json" in says("--reference", str(scripts))
     assert "temperature 200" in says("--temperature", "200")

@@ -4,12 +4,12 @@ import json
 
 import pytest
 from commands import refused
-from test_drift_monitor import calm_conversations
+from test_drift_monitor import reference_conversations
 
 from personatlas.cli.app import main
 from personatlas.persona.axis import load_axis
 from personatlas.steering.conversations import runner as dialogue
-from personatlas.steering.drift_monitor import save_calm
+from personatlas.steering.drift_monitor import save_reference
 
 HOW = ["--device", "cpu", "--dtype", "float32"]
 
@@ -78,11 +78,22 @@ def test_users_are_asked_again_and_stored_answers_stand_at_the_turn_that_they_fo
 def test_with_a_calibrated_alarm_there_is_an_arm_whose_cap_acts_while_it_is_on(tiny_run, chats, capsys):
     axis = load_axis(tiny_run / "run" / "axis")
     high = [
-        one._replace(projections=tuple(1e4 + p for p in one.projections)) for one in calm_conversations(axis)
+        one._replace(projections=tuple(1e4 + p for p in one.projections))
+        for one in reference_conversations(axis)
     ]
-    save_calm(chats.parent / "calm.json", axis, axis.model, high, {})
+    save_reference(chats.parent / "reference.json", axis, axis.model, high, {})
     page = chats.parent / "replay.html"
-    main(told(tiny_run, chats, "--calm", str(chats.parent / "calm.json"), "--json", "--html", str(page)))
+    main(
+        told(
+            tiny_run,
+            chats,
+            "--reference",
+            str(chats.parent / "reference.json"),
+            "--json",
+            "--html",
+            str(page),
+        )
+    )
     content = json.loads(capsys.readouterr().out)
     assert content["arms"] == ["stored", "baseline", "capped", "adaptive"]
     own = list(content["conversations"][0]["arms"]["adaptive"].values())
@@ -93,7 +104,7 @@ def test_with_a_calibrated_alarm_there_is_an_arm_whose_cap_acts_while_it_is_on(t
     ]  # every answer is far below calm ones like those
     assert [row["raised"] for row in own] == [True, False, False]
     assert content["conversations"][0]["arms"]["stored"]["1"]["alarm"]
-    assert content["asked"]["calm"].endswith("calm.json")
+    assert content["asked"]["reference"].endswith("reference.json")
     assert "drift begins" in page.read_text()
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from commands import refused
 from families import tiny_model
-from test_drift_monitor import calm_conversations
+from test_drift_monitor import reference_conversations
 from tiny_axis import axis_of
 
 from personatlas.cli.app import main
@@ -19,7 +19,7 @@ from personatlas.persona.formats import Conversation, read_conversations
 from personatlas.persona.models.chat_template import chat_format
 from personatlas.steering.conversations.scripts import EVERYDAY, SCRIPTS
 from personatlas.steering.drift.trace import traced
-from personatlas.steering.drift_monitor import save_calm
+from personatlas.steering.drift_monitor import save_reference
 
 
 def chat(*answers):
@@ -74,7 +74,7 @@ def test_turns_beyond_the_context_are_left_out_and_counted():
 @pytest.fixture
 def files(tmp_path):
     calm = [{"messages": chat(f"I am calm {n}.", f"Still {n}.", "Yes.")} for n in range(48)]
-    (tmp_path / "calm.jsonl").write_text("".join(json.dumps(one) + "\n" for one in calm))
+    (tmp_path / "reference.jsonl").write_text("".join(json.dumps(one) + "\n" for one in calm))
     odd = chat(*["xq zz 9 !! xq zz 9 !!" for _ in range(6)])
     (tmp_path / "odd.json").write_text(json.dumps({"id": "odd", "messages": odd}))
     return tmp_path
@@ -104,22 +104,22 @@ def test_the_verb_says_z_of_every_turn_and_alarms_only_where_they_are_calibrated
     baseline = content["baseline"]
     for turn in one["turns"]:
         assert turn["z"] == pytest.approx((turn["projection"] - baseline["mean"]) / baseline["spread"])
-    for rule in ("cusum", "several"):
-        main(told(tiny_run, files, "--calm", str(files / "calm.jsonl"), "--rule", rule, "--json"))
+    for rule in ("cusum", "two_of_three"):
+        main(told(tiny_run, files, "--reference", str(files / "reference.jsonl"), "--rule", rule, "--json"))
         content = json.loads(capsys.readouterr().out)
         assert content["alarm"]["n"] == 24
         assert 0 <= content["alarm"]["interval"][0] <= content["alarm"]["false_alarms"] <= 0.5
         assert all(isinstance(turn["alarm"], bool) for turn in content["conversations"][0]["turns"])
-    main(told(tiny_run, files, "--calm", str(files / "calm.jsonl")))
-    assert "of 24 calm conversations that it was not calibrated on" in " ".join(
+    main(told(tiny_run, files, "--reference", str(files / "reference.jsonl")))
+    assert "of 24 reference conversations that it was not calibrated on" in " ".join(
         capsys.readouterr().out.split()
     )
 
 
 def test_what_cannot_be_traced_is_refused_in_one_line(tiny_run, files, capsys):
     (files / "few.jsonl").write_text(json.dumps(chat("Hi.", "Ho.")) + "\n")
-    assert "1 calm conversations: 1 to calibrate" in refused(
-        capsys, told(tiny_run, files, "--calm", str(files / "few.jsonl"))
+    assert "1 reference conversations: 1 to calibrate" in refused(
+        capsys, told(tiny_run, files, "--reference", str(files / "few.jsonl"))
     )
     assert "outside 0..1" in refused(capsys, told(tiny_run, files, "--false-alarms", "2"))
     (files / "odd.json").write_text("{}")
@@ -131,17 +131,17 @@ def test_a_calm_json_beside_the_axis_is_found_and_one_of_another_axis_is_refused
 ):
     run = shutil.copytree(tiny_run / "run", tmp_path / "beside")
     axis = load_axis(run / "axis")
-    calm = calm_conversations(axis)
-    save_calm(run / "calm.json", axis, axis.model, calm, {})
+    calm = reference_conversations(axis)
+    save_reference(run / "reference.json", axis, axis.model, calm, {})
     asked = [*told(tiny_run, files), "--json"]
     asked[asked.index("--axis") + 1] = str(run)
     main(asked)
     beside = json.loads(capsys.readouterr().out)
-    assert (beside["alarm"]["n"], beside["baseline"]["of"]) == (20, "calm conversations")
-    main([*told(tiny_run, files, "--calm", str(run / "calm.json")), "--json"])
+    assert (beside["alarm"]["n"], beside["baseline"]["of"]) == (20, "reference conversations")
+    main([*told(tiny_run, files, "--reference", str(run / "reference.json")), "--json"])
     assert json.loads(capsys.readouterr().out) == beside
     other = replace(axis, vectors=-axis.vectors)
-    save_calm(run / "calm.json", other, axis.model, calm, {})
+    save_reference(run / "reference.json", other, axis.model, calm, {})
     assert "along another direction" in refused(capsys, asked)
 
 

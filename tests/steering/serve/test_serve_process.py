@@ -169,7 +169,7 @@ def test_told_to_end_it_lets_answers_end(shared):
         (["--context", "999999"], "is more than the"),
         (["--temperature", "-1"], "temperature -1.0 is outside"),
         (["--false-alarms", "2"], "--false-alarms 2.0 is outside"),
-        (["--calm", "nosuch.json"], "nosuch.json"),
+        (["--reference", "nosuch.json"], "nosuch.json"),
     ],
 )
 def test_what_cannot_be_served_is_one_line(tiny_run, capsys, monkeypatch, options, said):

@@ -15,7 +15,7 @@ from personatlas.persona.artifacts import read_json, write_json
 from personatlas.persona.axis import load_axis
 from personatlas.persona.formats import read_conversations
 from personatlas.steering.drift.trace import traced
-from personatlas.steering.drift_monitor import CalmConversation, save_calm
+from personatlas.steering.drift_monitor import ReferenceConversation, save_reference
 from personatlas.steering.serve.distress_notice import shows_distress
 from personatlas.steering.serve.terminal.render import CONTROL, clean
 from personatlas.steering.serve.terminal.repl import ChatRepl
@@ -331,8 +331,8 @@ def test_at_the_prompt_ctrl_c_clears_the_line_and_twice_or_ctrl_d_leaves(place, 
 def test_an_alarm_stands_out_and_an_adaptive_cap_acts_after_it(tiny_run, tmp_path, capsys):
     folder = axis_folder(tiny_run, tmp_path / "run")
     axis = load_axis(folder / "axis")
-    far = [CalmConversation(f"coding-{n}/0", "coding", (9.0 + n % 3 / 10, 9.1, 9.2)) for n in range(40)]
-    save_calm(folder / "calm.json", axis, axis.model, far, {})
+    far = [ReferenceConversation(f"coding-{n}/0", "coding", (9.0 + n % 3 / 10, 9.1, 9.2)) for n in range(40)]
+    save_reference(folder / "reference.json", axis, axis.model, far, {})
     host = tiny_host(tiny_run, folder, cap="held", mode="adaptive", **HOLD)
     with asyncio.Runner() as runner:
         runner.run(host.open())
