@@ -78,9 +78,7 @@ def run_arms(
         for number, name in enumerate(group):
             rows = range(number * len(requests), (number + 1) * len(requests))
             own_answers = tuple(answers[row] for row in rows)
-            texts = tuple(
-                model.tokenizer.decode(list(answer.ids), skip_special_tokens=True) for answer in own_answers
-            )
+            texts = tuple(model.decode(answer.ids) for answer in own_answers)
             yield Arm(
                 name, texts, own_answers, tally.rows(rows) if tally is not None and arms[name] else None
             )

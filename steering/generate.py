@@ -97,7 +97,7 @@ def generate(
         tally = None if held is None else held.tally
     found = {}
     for row, (name, answer) in enumerate(zip(arms, answers, strict=True)):
-        text = model.tokenizer.decode(list(answer.ids), skip_special_tokens=True)
+        text = model.decode(answer.ids)
         own = tally.rows([row]) if tally is not None and arms[name] else None
         found[name] = Generated(text, answer.stopped, trace(model, ids, answer.ids, arms[name], axis), own)
     return found

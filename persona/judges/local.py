@@ -100,10 +100,13 @@ class LocalJudge:
     def _ids(self, message: str, digit: str) -> list[int]:
         """The template's text with the digit behind it: some tokenizers put a token of their own before a digit."""
         chat = [{"role": "user", "content": message}]
-        text = self.model.tokenizer.apply_chat_template(
-            chat, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        tokenizer = self.model.tokenizer
+        text = str(
+            tokenizer.apply_chat_template(
+                chat, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
         )
-        return self.model.tokenizer(text + digit, add_special_tokens=False)["input_ids"]
+        return list(tokenizer(text + digit, add_special_tokens=False)["input_ids"])
 
     def _digit_ids(self, n: int) -> list[int]:
         """The token ids of the first n digits where they stand as an answer."""

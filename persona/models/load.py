@@ -10,21 +10,25 @@ and building one runs a dummy forward that proves that every block is met once, 
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from personatlas.persona.errors import UserError
+from personatlas.persona.models.chat_template import ChatFormat, chat_format
 from personatlas.persona.models.hooks import capture
 from personatlas.persona.models.packaged import PACKAGED, gguf_folder, packaged_folder, weight_format
 from personatlas.persona.progress import say
 from personatlas.persona.runs import model_name, resolve_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -35,9 +39,9 @@ class Model:
     another axis than the original, so artefacts carry it.
     """
 
-    hf: Any
+    hf: "PreTrainedModel"
     base: nn.Module
-    tokenizer: Any
+    tokenizer: "PreTrainedTokenizerBase"
     blocks: tuple[nn.Module, ...]
     d_model: int
     id: str
@@ -52,12 +56,17 @@ class Model:
     @property
     def device(self) -> torch.device:
         """Where token ids go: the device of the input embedding."""
-        return self.hf.get_input_embeddings().weight.device
+        return self._embedding.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the residual stream."""
-        return self.hf.get_input_embeddings().weight.dtype
+        return self._embedding.dtype
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the input embedding."""
+        return int(self._embedding.shape[0])
 
     @property
     def context(self) -> int | None:
@@ -68,6 +77,12 @@ class Model:
     def name(self) -> str:
         """For people and for the default prompt "You are {model}.": a training run's name, else the last part of the id."""
         return model_name(Path(self.id))
+
+    @cached_property
+    def chat(self) -> ChatFormat:
+        """How the tokenizer's template writes conversations. `UserError` for a model without a template."""
+        config = self.hf.generation_config
+        return chat_format(self.tokenizer, None if config is None else config.eos_token_id)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -81,6 +96,16 @@ class Model:
             sha.update(f"{name}{tuple(parameter.shape)}".encode())
             sha.update(sample.to("cpu", torch.int32).numpy().tobytes())
         return sha.hexdigest()[:32]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens left out."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    @property
+    def _embedding(self) -> Tensor:
+        weight = self.hf.get_input_embeddings().weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     def _stored(self, name: str, parameter: Tensor) -> Tensor:
         """A parameter's values, also where a `device_map` keeps them on disk or in memory until they are used."""
@@ -135,10 +160,6 @@ def load_model(
             source, config=config, dtype=chosen, device_map=device_map
         )
         tokenizer = AutoTokenizer.from_pretrained(source)
-    if target.type == "cuda":
-        torch.cuda.set_device(
-            target
-        )  # kernels of one's own are launched on the current GPU, whatever holds their tensors
     if device_map is None and model.device != target:
         model.to(target)  # type: ignore[arg-type]
     if chat_template is not None:
@@ -206,7 +227,7 @@ def _find_blocks(base: nn.Module, n_layers: int, id: str) -> tuple[nn.Module, ..
 @torch.no_grad()
 def _check(model: Model) -> None:
     """One forward over two rows that differ in their last token: order, shapes, finiteness and causality of the blocks."""
-    vocabulary = model.hf.get_input_embeddings().weight.shape[0]
+    vocabulary = model.vocab_size
     ids = torch.arange(1, 9, device=model.device).repeat(2, 1) * 7 % vocabulary
     ids[1, -1] = (ids[1, -1] + 1) % vocabulary
     try:

@@ -240,5 +240,5 @@ def _gate(wanted: Sequence[Request]) -> list[Request]:
 
 
 def _rollout(request: Request, prompt: Prompt, answer: Answer, model: Model) -> Rollout:
-    text = model.tokenizer.decode(list(answer.ids), skip_special_tokens=True)
+    text = model.decode(answer.ids)
     return Rollout(request.key, request.messages, prompt.ids, answer.ids, text, request.seed, answer.stopped)

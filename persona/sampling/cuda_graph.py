@@ -246,23 +246,24 @@ def capture_step(step: Callable[[], None], state: Sequence[Tensor], model_id: st
     of experts in fp32) and cannot be captured: they stay slower, which the log says.
     """
     saved = [tensor.clone() for tensor in state]
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    replay: Callable[[], None] = graph.replay
-    try:
-        with torch.cuda.graph(graph):
-            step()
-    except RuntimeError as error:
-        replay = step
-        reason = str(error).splitlines()[0]
-        log.warning("%s: a decoding step cannot be captured (%s); sampling is slower", model_id, reason)
-    for tensor, value in zip(state, saved, strict=True):
-        tensor.copy_(value)
+    replay = step
+    with torch.cuda.device(state[0].device):  # streams and captures are those of the current device
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                step()
+            replay = graph.replay
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            log.warning("%s: a decoding step cannot be captured (%s); sampling is slower", model_id, reason)
+        for tensor, value in zip(state, saved, strict=True):
+            tensor.copy_(value)
     return replay
 
 

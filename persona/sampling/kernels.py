@@ -43,9 +43,11 @@ def span_sum_on_gpu(
     tokens, columns, warps = SPAN_BLOCK
     block = min(columns, triton.next_power_of_2(d_model))
     grid = (rows, triton.cdiv(d_model, block))
-    _span_sum[grid](
-        h, start, stop, out, h.stride(0), h.stride(1), d_model, BLOCK_T=tokens, BLOCK_D=block, num_warps=warps
-    )
+    with torch.cuda.device_of(h):  # Triton launches on the current device, whichever that is
+        _span_sum[grid](
+            h, start, stop, out, h.stride(0), h.stride(1), d_model,
+            BLOCK_T=tokens, BLOCK_D=block, num_warps=warps,
+        )  # fmt: skip
     return out
 
 
@@ -109,11 +111,12 @@ def attend_on_gpu(
     key_heads = keys.shape[1]
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     groups = heads // key_heads
-    _attend[(rows, key_heads)](
-        query, keys, values, positions, out, scale, window, groups,
-        query.stride(0), query.stride(1), *keys.stride()[:3], *values.stride()[:3], out.stride(0), out.stride(1),
-        D=d_head, G=max(16, triton.next_power_of_2(groups)), BLOCK=64 if d_head <= 128 else 32, num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(query):
+        _attend[(rows, key_heads)](
+            query, keys, values, positions, out, scale, window, groups,
+            *query.stride()[:2], *keys.stride()[:3], *values.stride()[:3], *out.stride()[:2],
+            D=d_head, G=max(16, triton.next_power_of_2(groups)), BLOCK=64 if d_head <= 128 else 32, num_warps=4,
+        )  # fmt: skip
     return out
 
 
@@ -232,8 +235,9 @@ def draw_on_gpu(
     else:
         assert isinstance(top_p, float)
         reach = math.log(vocabulary / (1 - top_p)) + 1 if top_p < 1 else math.inf
-    _draw[(rows,)](
-        logits, noise, out, logits.stride(0), vocabulary, 1.0 / temperature, top_p, reach,
-        SHIFT=EMPTY_BITS.get(logits.dtype, 0), BLOCK=4096, BY_ROW=by_row, num_warps=8,
-    )  # fmt: skip
+    with torch.cuda.device_of(logits):
+        _draw[(rows,)](
+            logits, noise, out, logits.stride(0), vocabulary, 1.0 / temperature, top_p, reach,
+            SHIFT=EMPTY_BITS.get(logits.dtype, 0), BLOCK=4096, BY_ROW=by_row, num_warps=8,
+        )  # fmt: skip
     return out

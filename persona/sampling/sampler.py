@@ -316,7 +316,7 @@ def cached_decoding_error(model: Model) -> float:
 
     infinity when the model does not take the cache at all (recurrent state, say).
     """
-    vocabulary = model.hf.get_input_embeddings().weight.shape[0]
+    vocabulary = model.vocab_size
     texts = [
         tuple((i * 37 + row * 11 + 5) % vocabulary for i in range(length))
         for row, length in enumerate((9, 12, 6))

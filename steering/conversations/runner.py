@@ -425,14 +425,13 @@ def _answer(
 ) -> list[Measured]:
     """Sample the answers and measure them."""
     answers, fired = _sample(config, requests, advance)
-    tokenizer = config.model.tokenizer
     texts = [
         Rollout(
             request.script.name,
             request.messages,
             request.prompt_ids,
             answer.ids,
-            tokenizer.decode(list(answer.ids), skip_special_tokens=True),
+            config.model.decode(answer.ids),
             request.seed,
             answer.stopped,
         )

@@ -202,7 +202,7 @@ def text_windows(model: Model, path: Path, n_bytes: int) -> tuple[list[Rollout],
     for first in range(0, len(ids) - 1, WINDOW):  # a window begins with the last token of the one before
         part = tuple(ids[first : first + WINDOW + 1])
         windows.append(Rollout(f"text/0/{first}/0", (), part[:1], part[1:], "", 0, "length"))
-    return windows, len(text.encode()) - len(model.tokenizer.decode(ids[:1]).encode())
+    return windows, len(text.encode()) - len(str(model.tokenizer.decode(ids[:1])).encode())
 
 
 def read_text(path: Path, n_bytes: int) -> str:

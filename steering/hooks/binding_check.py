@@ -186,7 +186,7 @@ def _prompts(model: Model) -> list[Prompt]:
 
 
 def _probe(model: Model, length: int) -> Tensor:
-    vocabulary = model.hf.get_input_embeddings().weight.shape[0]
+    vocabulary = model.vocab_size
     return (torch.arange(length, device=model.device) * 37 + 11 + length) % vocabulary
 
 

@@ -89,9 +89,10 @@ def act_on_gpu(
     in_order = batch.slots is None
     slots = batch.plans if in_order else batch.slots
     block = triton.next_power_of_2(d_model)
-    _act[(rows, tokens)](
-        h, out, table.vectors, table.bounds, table.active, slots, batch.plans, batch.lengths, batch.starts,
-        batch.opening, *columns, length, seen, tokens, d_model, h.stride(0), h.stride(1),
-        K=len(table.vectors), BLOCK=block, ALONE=alone, IN_ORDER=in_order, num_warps=min(max(block // 512, 1), 16),
-    )  # fmt: skip
+    with torch.cuda.device_of(h):  # Triton launches on the current device, whichever that is
+        _act[(rows, tokens)](
+            h, out, table.vectors, table.bounds, table.active, slots, batch.plans, batch.lengths, batch.starts,
+            batch.opening, *columns, length, seen, tokens, d_model, h.stride(0), h.stride(1), K=len(table.vectors),
+            BLOCK=block, ALONE=alone, IN_ORDER=in_order, num_warps=min(max(block // 512, 1), 16),
+        )  # fmt: skip
     return out, None if alone else Done(length, seen.bool())

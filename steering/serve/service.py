@@ -164,7 +164,7 @@ class PersonaService:
                 ) from None
             ids = tuple(self.held.model.tokenizer(prompt, verbose=False)["input_ids"])
         else:
-            size = self.held.model.hf.get_input_embeddings().weight.shape[0]
+            size = self.held.model.vocab_size
             wrong = next((id for id in prompt if id >= size), None)
             if wrong is not None:
                 raise UserError(f"token {wrong} is not in the vocabulary of {size}")

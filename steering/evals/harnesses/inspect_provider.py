@@ -156,7 +156,7 @@ class Answerer:
         """The answer up to the first stop text."""
 
         def text(tokens: int) -> str:
-            return self.held.model.tokenizer.decode(list(answer.ids[:tokens]), skip_special_tokens=True)
+            return self.held.model.decode(answer.ids[:tokens])
 
         def is_over(tokens: int) -> bool:
             return any(stop in text(tokens) for stop in one.stops)

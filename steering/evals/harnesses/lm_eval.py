@@ -132,7 +132,7 @@ class PersonatlasLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
         """Token ids; unless told otherwise with the tokenizer's own beginning, but in a chat or where it stands there already."""
         if add_special_tokens is None and (
-            self.as_chat or string.startswith(self.tokenizer.decode(self.prefix_token_id))
+            self.as_chat or string.startswith(str(self.tokenizer.decode(self.prefix_token_id)))
         ):
             add_special_tokens = False
         special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
@@ -167,7 +167,7 @@ class PersonatlasLM(TemplateLM):
         texts, owners = [], []
         for owner, request in enumerate(requests):
             (text,) = request.args
-            is_marked = text.startswith(self.tokenizer.decode(self.prefix_token_id))
+            is_marked = text.startswith(str(self.tokenizer.decode(self.prefix_token_id)))
             special = {"add_special_tokens": False} if is_marked else {}
             ids = list(self.tokenizer(text, verbose=False, **special)["input_ids"])
             windows = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
