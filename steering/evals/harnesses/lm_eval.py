@@ -233,7 +233,7 @@ class PersonatlasLM(TemplateLM):
                 accounts = _accounts(steering, len(keys))
                 rows = []
                 for index, key in enumerate(keys):
-                    text = self.tokenizer.decode(list(answers[index].ids), skip_special_tokens=True)
+                    text = self.model.decode(answers[index].ids)
                     for stop in filter(None, stops):
                         text = text.partition(stop)[0]
                     rows.append(self._row(key, accounts[index], text=text, stopped=answers[index].stopped))
