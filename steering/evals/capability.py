@@ -26,7 +26,8 @@ from personatlas.persona.progress import progress
 from personatlas.persona.records import JsonRecord
 from personatlas.persona.rollout import Rollout
 from personatlas.steering.arms import distinct
-from personatlas.steering.evals.answers import Answers, Bench, CaseAnswer
+from personatlas.steering.conversations.runner import TurnRecord
+from personatlas.steering.evals.answers import Answers, Bench, answer_rollout
 from personatlas.steering.evals.harnesses.lm_eval_result import LmEvalResult
 from personatlas.steering.evals.suites import Suite
 from personatlas.steering.loss_cost import CPU_TOKENS, GPU_TOKENS, Cost, benign_costs
@@ -109,7 +110,7 @@ def measure_capability(
     for suite in suites:
         if suite.name == "benign":
             own = answers[suite.name]
-            texts = [own[baseline, case.key, 0].rollout() for case in suite.cases]
+            texts = [answer_rollout(own[baseline, case.key, 0]) for case in suite.cases]
             texts = [one for one in texts if one.answer_ids]
             costs = _read_costs(bench, texts, acting, "reading benign answers")
             benign = {name: _benign_cost(cost) for name, cost in costs.items()}
@@ -152,9 +153,9 @@ def _read_costs(
 
 
 @torch.no_grad()
-def own_losses(model: Model, answers: Sequence[CaseAnswer]) -> OwnLoss:
+def own_losses(model: Model, answers: Sequence[TurnRecord]) -> OwnLoss:
     """Mean loss per token of answers under the baseline, and the standard error over answers."""
-    texts = [answer.rollout() for answer in answers if answer.ids]
+    texts = [answer_rollout(answer) for answer in answers if answer.ids]
     tokens = GPU_TOKENS if model.device.type == "cuda" else CPU_TOKENS
     sums, counts = [], []
     for batch in batches(model, texts, tokens):
@@ -174,7 +175,7 @@ def loops(ids: Sequence[int]) -> bool:
     return bool(grams) and max(map(grams.count, set(grams))) >= LOOP
 
 
-def coherence(answers: Sequence[CaseAnswer]) -> dict[str, float]:
+def coherence(answers: Sequence[TurnRecord]) -> dict[str, float]:
     """Means over answers that are not empty: distinct_1, distinct_2, distinct_3 (n-grams), share that loops, tokens."""
     written = [answer.ids for answer in answers if answer.ids]
     if not written:

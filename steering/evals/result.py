@@ -21,7 +21,8 @@ from personatlas.persona.artifacts import read_json
 from personatlas.persona.formats import Message
 from personatlas.persona.interventions import BASELINE
 from personatlas.persona.records import JsonObject, JsonRecord
-from personatlas.steering.evals.answers import Answers, CaseAnswer
+from personatlas.steering.conversations.runner import TurnRecord
+from personatlas.steering.evals.answers import Answers
 from personatlas.steering.evals.capability import Capability, coherence
 from personatlas.steering.evals.suites import Better, Case, Suite
 
@@ -221,7 +222,7 @@ def score_answers(suite: Suite, answers: Answers, harm: Mapping[tuple[str, str],
     """Every answer's outcomes, just those that the suite counts. `harm` is by request and answer."""
     cases, scores = {case.key: case for case in suite.cases}, Scores()
     for position, answer in answers.items():
-        case = cases[answer.key]
+        case = cases[answer.conversation]
         own = suite.score(case, answer.text, harm.get((case.judged_request, answer.text)))
         scores[position] = {name: own[name] for name in suite.outcomes}
     return scores
@@ -276,7 +277,7 @@ def case_results(suite: Suite, answers: Answers, scores: Scores, arms: Sequence[
         for arm in arms:
             positions = [(arm, case.key, turn) for turn in range(suite.turns)]
             by_arm[arm] = tuple(
-                ScoredAnswer(own.text, own.stopped, own.projection, own.fired, scores[position])
+                ScoredAnswer(own.text, own.stopped, own.projection, own.fired or 0.0, scores[position])
                 for position in positions
                 if (own := answers.get(position)) is not None
             )
@@ -342,13 +343,13 @@ def _summary(suite: Suite, answers: Answers, arm: str, baseline: str) -> ArmSumm
         empty=sum(not answer.ids for answer in own.values()),
         cut=sum(answer.stopped == "length" for answer in own.values()),
         projection=float(np.mean(projections)) if projections else None,
-        fired=float(np.mean([answer.fired for answer in own.values()])) if own else 0.0,
+        fired=float(np.mean([answer.fired or 0.0 for answer in own.values()])) if own else 0.0,
         projection_change=compare_pairs(moved) if moved else None,
         **coherence(list(own.values())),
     )
 
 
-def _turn_means(answers: Sequence[CaseAnswer]) -> tuple[TurnMean, ...]:
+def _turn_means(answers: Sequence[TurnRecord]) -> tuple[TurnMean, ...]:
     rows = []
     for turn in range(1 + max(answer.turn for answer in answers)):
         values = [own.projection for own in answers if own.turn == turn and own.projection is not None]

@@ -24,7 +24,7 @@ from personatlas.persona.progress import progress
 from personatlas.persona.roles.bank import Bank, load_bank
 from personatlas.persona.rollout import Rollout, spread
 from personatlas.persona.runs import RunFolder, open_run, versions
-from personatlas.steering.evals.answers import Answers, Bench, answer_suite, fit_to_context
+from personatlas.steering.evals.answers import Answers, Bench, answer_rollout, answer_suite, fit_to_context
 from personatlas.steering.evals.capability import measure_capability, read_text
 from personatlas.steering.evals.harm.judges import HarmJudge, harm_judge, judge_all
 from personatlas.steering.evals.harnesses.lm_eval_result import (
@@ -191,7 +191,7 @@ def _random_arms(
         cases = spread(suite.cases, MATCHED // len(sources))
         part = replace(suite, cases=tuple(replace(case, later=()) for case in cases))
         answers = answer_suite(bench, part, {BASELINE: []})
-        rollouts = [answers[BASELINE, case.key, 0].rollout() for case in cases]
+        rollouts = [answer_rollout(answers[BASELINE, case.key, 0]) for case in cases]
         texts += [rollout for rollout in rollouts if rollout.answer_ids]
     content = interventions_digest(caps[:1]), [(text.prompt_ids, text.answer_ids) for text in texts]
     stem = bench.folder / "caps" / f"random-{hashlib.sha256(repr(content).encode()).hexdigest()[:8]}"

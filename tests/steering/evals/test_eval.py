@@ -11,8 +11,8 @@ from test_judge_endpoint import says
 from personatlas.cli.app import main
 from personatlas.persona.artifacts import read_json
 from personatlas.persona.logs import read_lines
-from personatlas.steering.evals import answers as answers_module
-from personatlas.steering.evals.answers import CaseAnswer
+from personatlas.steering.conversations import runner
+from personatlas.steering.conversations.runner import TurnRecord
 from personatlas.steering.evals.capability import coherence, loops
 from personatlas.steering.identity import QUESTIONS
 
@@ -136,7 +136,7 @@ def test_the_page_is_whole_and_hides_harmful_answers(done, tiny_run, material):
 
 def test_a_second_run_answers_nothing_again_and_says_the_same(done, tiny_run, material, monkeypatch, capsys):
     folder, content = done
-    monkeypatch.setattr(answers_module, "run_arms", None)
+    monkeypatch.setattr(runner, "_answer", None)
     main(told(tiny_run, folder, *all_of(material), "--cap", "p75@0-2+0.5", "--json"))
     again = json.loads(capsys.readouterr().out)
     assert again == {name: value for name, value in content.items() if name != "pairs"}
@@ -152,16 +152,15 @@ def test_an_evaluation_stopped_between_two_arms_goes_on(tiny_run, material, tmp_
         "0",
     ]
     main(told(tiny_run, tmp_path / "whole", *asked))
-    real, calls = answers_module.run_arms, []
+    real, arms = runner._answer, []
 
-    def stopping(*args):
-        for number, arm in enumerate(real(*args)):
-            if calls and number:
-                raise KeyboardInterrupt
-            calls.append(arm.name)
-            yield arm
+    def stopping(config, requests, advance):
+        if arms:
+            raise KeyboardInterrupt
+        arms.append(requests[0].arm)
+        return real(config, requests, advance)
 
-    monkeypatch.setattr(answers_module, "run_arms", stopping)
+    monkeypatch.setattr(runner, "_answer", stopping)
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         main(told(tiny_run, tmp_path / "cut", *asked))
@@ -169,7 +168,7 @@ def test_an_evaluation_stopped_between_two_arms_goes_on(tiny_run, material, tmp_
     assert "the same command resumes" in capsys.readouterr().err
     left = {row["id"] for row in read_lines(tmp_path / "cut" / "answers.jsonl")}
     assert len(left) == 8  # one arm's
-    monkeypatch.setattr(answers_module, "run_arms", real)
+    monkeypatch.setattr(runner, "_answer", real)
     main(told(tiny_run, tmp_path / "cut", *asked))
     rows = read_lines(tmp_path / "cut" / "answers.jsonl")
     assert len({row["id"] for row in rows}) == len(rows) == 8 * 2 + 3 * 2
@@ -297,7 +296,7 @@ def test_tasks_of_the_harness_run_in_every_arm(tiny_run, tmp_path):
 
 def test_a_loop_is_seen():
     def said(ids):
-        return CaseAnswer("k", "a", 0, 0, (1,), ids, "", "end", 0.0, 0.0)
+        return TurnRecord("k", "", "a", 0, 0, "", "", ids, "end", 0.0, None, False, 0.0)
 
     assert loops((1, 2, 3, 4) * 4)
     assert not loops(tuple(range(16)))
