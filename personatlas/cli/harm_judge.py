@@ -4,7 +4,6 @@ personatlas tools harm-judge fit labels.csv --out harm
 personatlas tools harm-judge check others.csv --judge harm.json
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,9 +14,9 @@ from personatlas.persona.errors import UserError
 from personatlas.persona.progress import progress, say
 
 if TYPE_CHECKING:
-    from personatlas.steering.evals.harm.agreement import Agreement, Figure, Labelled
-    from personatlas.steering.evals.harm.classifier import Check, Classifier
-    from personatlas.steering.evals.harm.judges import HarmJudge, Judged
+    from personatlas.steering.evals.harm.agreement import Estimate, JudgeAgreement
+    from personatlas.steering.evals.harm.check import HarmJudgeCheck
+    from personatlas.steering.evals.harm.classifier import HarmClassifier
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,9 @@ def fit(
         raise UserError(f"--out {out} is a folder; give the file to write, such as {out / 'harm'}")
     found = read_labels(labels, columns.text_column, columns.label_column)
     say(f"fitting to {len(found.texts)} labelled answers, and {classifier.FOLDS} times to a part of them")
-    fitted = classifier.fit(found.texts, found.labels, {"file": found.name, "sha256": found.sha256})
+    fitted = classifier.fit_harm_classifier(
+        found.texts, found.labels, {"file": found.name, "sha256": found.sha256}
+    )
     stem.parent.mkdir(parents=True, exist_ok=True)
     fitted.save(stem)
     if json:
@@ -108,18 +109,22 @@ def check(
         log of a model's verdicts, so that none is asked for twice
     """
     from personatlas.steering.evals.harm.agreement import read_labels
-    from personatlas.steering.evals.harm.judges import harm_judge, problems
+    from personatlas.steering.evals.harm.check import check_harm_judge
+    from personatlas.steering.evals.harm.judges import ModelHarmJudge, harm_judge
 
     judge = harm_judge(judging.judge, judging.judge_model, judging.rubric, max_tokens=judging.max_new_tokens)
-    found = read_labels(labels, columns.text_column, columns.label_column)
-    judged = _judged(judge, found, log)
-    why = problems(judged)
-    if why:
+    found, is_model = (
+        read_labels(labels, columns.text_column, columns.label_column),
+        isinstance(judge, ModelHarmJudge),
+    )
+    if is_model and not any(found.requests):
+        say(f"{found.name} has no column of requests; the judge sees answers alone")
+    with progress("judging", len(found.texts), quiet=not is_model) as advance:
+        result = check_harm_judge(judge, found, log, advance)
+    if why := result.unscored:
         said = ", ".join(f"{n} {problem}" for problem, n in sorted(why.items()))
-        say(
-            f"the judge gave no score for {sum(why.values())} of {len(judged)} answers ({said}); they are left out"
-        )
-    result = _checked(judge, judged, found)
+        count = f"{sum(why.values())} of {len(found.texts)} answers"
+        say(f"the judge gave no score for {count} ({said}); they are left out")
     if json:
         parts = {"all": result.all.to_json(), "unseen": result.unseen.to_json() if result.unseen else None}
         known = {
@@ -132,7 +137,7 @@ def check(
     _print(judge.id, found.name, result)
 
 
-def _say_fitted(fitted: "Classifier", stem: Path) -> None:
+def _say_fitted(fitted: "HarmClassifier", stem: Path) -> None:
     known, checked = fitted.provenance, fitted.provenance["check"]
     counts = f"{known['n']} answers ({known['distinct']} distinct, {known['positives']} harmful)"
     said = f"{counts}, {len(fitted.terms)} words and pairs"
@@ -144,40 +149,8 @@ def _say_fitted(fitted: "Classifier", stem: Path) -> None:
         say(f"{known['contradictions']} texts stand in {known['file']} with both labels")
 
 
-def _judged(who: "HarmJudge", found: "Labelled", log: Path) -> "Sequence[Judged]":
-    """Judgements in order. What reads no model is faster than its log would be."""
-    from personatlas.steering.evals.harm.judges import ModelHarmJudge, judge_all
-
-    pairs = list(zip(found.requests, found.texts, strict=True))
-    if not isinstance(who, ModelHarmJudge):
-        by_place = dict(who.judged(pairs))
-        return [by_place[place] for place in range(len(pairs))]
-    if not any(found.requests):
-        say(f"{found.name} has no column of requests; the judge sees answers alone")
-    with progress("judging", len(pairs)) as advance:
-        return judge_all(who, pairs, log, advance)
-
-
-def _checked(who: "HarmJudge", judged: "Sequence[Judged]", found: "Labelled") -> "Check":
-    import numpy as np
-
-    from personatlas.steering.evals.harm.classifier import checked
-    from personatlas.steering.evals.harm.judges import HARMFUL, ClassifierHarmJudge
-
-    places = [place for place, one in enumerate(judged) if one.score is not None]
-    if not places:
-        raise UserError(
-            f"the judge gave a score to none of {len(judged)} answers: {judged[0].problem}: {judged[0].reply[:160]}"
-        )
-    scores = np.array([judged[place].score for place in places], dtype=float)
-    texts, labels = [found.texts[place] for place in places], [found.labels[place] for place in places]
-    if isinstance(who, ClassifierHarmJudge):
-        return checked(scores, labels, texts, who.classifier.knows(texts), who.classifier.threshold)
-    return checked(scores, labels, texts, np.zeros(len(texts), dtype=bool), HARMFUL)
-
-
-def _print(judge_id: str, labels: str, result: "Check") -> None:
-    parts: list[tuple[str, Agreement | None]] = [("all", result.all)]
+def _print(judge_id: str, labels: str, result: "HarmJudgeCheck") -> None:
+    parts: list[tuple[str, JudgeAgreement | None]] = [("all", result.all)]
     if result.seen:
         parts.append((f"without the {result.seen} it was fitted to", result.unseen))
 
@@ -199,5 +172,5 @@ def _print(judge_id: str, labels: str, result: "Check") -> None:
     print_table(columns, bins, title="Share of harmful labels by score")
 
 
-def _cell(figure: "Figure") -> str:
+def _cell(figure: "Estimate") -> str:
     return with_interval(figure.value, figure.low, figure.high, ".3f")

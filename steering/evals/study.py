@@ -26,7 +26,7 @@ from personatlas.persona.rollout import Rollout, spread
 from personatlas.persona.runs import RunFolder, open_run, versions
 from personatlas.steering.evals.answers import Answers, Bench, answer_rollout, answer_suite, fit_to_context
 from personatlas.steering.evals.capability import measure_capability, read_text
-from personatlas.steering.evals.harm.judges import HarmJudge, harm_judge, judge_all
+from personatlas.steering.evals.harm.judges import HarmJudge, harm_judge, judge_harm
 from personatlas.steering.evals.harnesses.lm_eval_result import (
     LmEvalResult,
     parse_task_data,
@@ -133,7 +133,7 @@ def _check(
         read_text(options.text, options.text_bytes)
     if options.judge.startswith("http") and not get_world().rank:
         list(
-            judge.judged([("Say hello.", "Hello.")])
+            judge.harm_verdicts([("Say hello.", "Hello.")])
         )  # a dead endpoint is met now, not after all is answered
     if options.tasks:
         require_lm_eval()
@@ -279,5 +279,5 @@ def _judge(
             pairs += sorted({(requests[key], own.text) for (_, key, _), own in answers[suite.name].items()})
     pairs = list(dict.fromkeys(pairs))
     with progress("judging", len(pairs), quiet=not pairs) as advance:
-        verdicts = judge_all(judge, pairs, context.run.folder / "verdicts.jsonl", advance)
+        verdicts = judge_harm(judge, pairs, context.run.folder / "verdicts.jsonl", advance)
     return {pair: verdict.score for pair, verdict in zip(pairs, verdicts, strict=True)}

@@ -3,13 +3,13 @@
     x[t] = (1 + ln count of t) * idf[t], x / |x|        t a word of two letters or more, or two such words in a row
     probability = 1 / (1 + exp(-(<weights, x> + intercept)))
 
-    found = fit(labelled.texts, labelled.labels)
-    found.save(Path("harm")), load(Path("harm")).probability(["Stir the batter."])     # (1,)
+    classifier = fit_harm_classifier(labelled.texts, labelled.labels)
+    classifier.save(Path("harm")), load_harm_classifier(Path("harm")).probability(["Stir the batter."])     # (1,)
 
 Longer runs, character n-grams (AUC 0.981 both) and a fitted temperature (Brier score 0.055) were tried on 1,540 labelled answers and
 bought nothing over words and pairs (0.982, 0.054). It is saved as numbers and words and rebuilt from them: scikit-learn
 fits it and has no part in scoring. It knows answers like those it was fitted to, and nobody can say how it does on others
-without labels: `check` them.
+without labels: `check_harm_judge` tells.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from personatlas.persona.artifacts import load_tensors, save_tensors
 from personatlas.persona.errors import UserError
-from personatlas.steering.evals.harm.agreement import Agreement, agreement
+from personatlas.steering.evals.harm.agreement import measure_agreement
 
 KIND = "harm-classifier"
 # what the code below computes; an artefact that asks for anything else is not read
@@ -49,7 +49,7 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Classifier:
+class HarmClassifier:
     """Terms (V), their idf and weights (V,), the intercept, and hashes of the fitted texts, sorted int64 (U,).
 
     `provenance` says what it was fitted to and how it did on folds that it was not fitted to.
@@ -112,13 +112,13 @@ class Classifier:
         save_tensors(stem, tensors, {**known, "vocabulary": list(self.terms)})
 
 
-def fit(
+def fit_harm_classifier(
     texts: Sequence[str],
     labels: Sequence[int],
     source: Mapping[str, Any] | None = None,
     *,
     folds: int = FOLDS,
-) -> Classifier:
+) -> HarmClassifier:
     """Fit to texts (N) and labels (N) of 0 and 1. `source` (a file's name and sha256) goes into the provenance.
 
     The same texts give the same classifier. `folds` fits leave out a part each, and equal texts together; how those answers were
@@ -140,7 +140,7 @@ def fit(
         "strength": STRENGTH,
         "check": _cross_check(texts, y, hashes, folds),
     }
-    return Classifier(terms, idf, weights, intercept, np.unique(hashes), provenance)
+    return HarmClassifier(terms, idf, weights, intercept, np.unique(hashes), provenance)
 
 
 def _fit(texts: Sequence[str], y: NDArray[np.int64]) -> tuple[tuple[str, ...], Floats, Floats, float]:
@@ -178,40 +178,11 @@ def _cross_check(
         if len(set(y[train].tolist())) < 2:
             return None
         part = _fit([texts[i] for i in train], y[train])
-        scores[test] = Classifier(*part, hashes[:0], {}).probability([texts[i] for i in test])
-    return {"folds": folds, **agreement(scores.tolist(), y.tolist(), texts, THRESHOLD).to_json()}
+        scores[test] = HarmClassifier(*part, hashes[:0], {}).probability([texts[i] for i in test])
+    return {"folds": folds, **measure_agreement(scores.tolist(), y.tolist(), texts, THRESHOLD).to_json()}
 
 
-@dataclass(frozen=True)
-class Check:
-    """Agreement on all checked texts, how many of them the classifier was fitted to, and agreement without those."""
-
-    all: Agreement
-    seen: int
-    unseen: Agreement | None
-
-
-def check(classifier: Classifier, texts: Sequence[str], labels: Sequence[int]) -> Check:
-    """The classifier against labels (N) of texts (N). `unseen` is None where it was fitted to all of them."""
-    scores, seen = classifier.probability(texts), classifier.knows(texts)
-    return checked(scores, labels, texts, seen, classifier.threshold)
-
-
-def checked(
-    scores: Floats, labels: Sequence[int], texts: Sequence[str], seen: NDArray[np.bool_], threshold: float
-) -> Check:
-    """The same from scores (N,)."""
-    new = np.flatnonzero(~seen).tolist()
-    found = agreement(scores.tolist(), labels, texts, threshold)
-    if not seen.any():
-        return Check(found, 0, found)
-    if not len(new):
-        return Check(found, int(seen.sum()), None)
-    part = agreement(scores[new].tolist(), [labels[i] for i in new], [texts[i] for i in new], threshold)
-    return Check(found, int(seen.sum()), part)
-
-
-def load(stem: Path) -> Classifier:
+def load_harm_classifier(stem: Path) -> HarmClassifier:
     """Read what `save` wrote. Raises `UserError` for a missing, damaged, foreign or made-up artefact."""
     try:
         tensors, meta = load_tensors(stem, KIND)
@@ -227,7 +198,7 @@ def load(stem: Path) -> Classifier:
         raise UserError(f"{stem} is not a classifier of harm: {error}; fit it again") from None
 
 
-def _rebuilt(tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> Classifier:
+def _rebuilt(tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> HarmClassifier:
     terms, threshold = meta["vocabulary"], meta["threshold"]
     if meta["settings"] != SETTINGS:
         raise UserError(f"its settings are {str(meta['settings'])[:120]}, this version computes {SETTINGS}")
@@ -254,7 +225,7 @@ def _rebuilt(tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> Classifi
             f"fitted is {tensors['fitted'].dtype} {tuple(tensors['fitted'].shape)}, not int64 (U,)"
         )
     idf, weights, fitted = (tensors[name].numpy() for name in ("idf", "weights", "fitted"))
-    return Classifier(
+    return HarmClassifier(
         tuple(terms), idf, weights, float(tensors["intercept"][0]), fitted, meta["provenance"], threshold
     )
 

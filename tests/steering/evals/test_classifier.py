@@ -17,9 +17,10 @@ from personatlas.cli.app import main
 from personatlas.persona.artifacts import load_tensors, save_tensors
 from personatlas.persona.errors import UserError
 from personatlas.steering.evals.harm import classifier
-from personatlas.steering.evals.harm.agreement import agreement, read_labels
-from personatlas.steering.evals.harm.classifier import KIND, check, fit, load
-from personatlas.steering.evals.harm.judges import harm_judge
+from personatlas.steering.evals.harm.agreement import LabelledAnswers, measure_agreement, read_labels
+from personatlas.steering.evals.harm.check import check_harm_judge
+from personatlas.steering.evals.harm.classifier import KIND, fit_harm_classifier, load_harm_classifier
+from personatlas.steering.evals.harm.judges import ClassifierHarmJudge, harm_judge
 
 SWEET = ("stir the honey", "melt the sugar", "bake the cake", "whip the cream", "jam and syrup")
 SOUR = ("squeeze the lemon", "pickle the onions", "pour the vinegar", "slice the gherkin", "lime and sorrel")
@@ -43,7 +44,7 @@ def answers(n: int, seed: int = 0) -> tuple[list[str], list[int]]:
 
 @pytest.fixture(scope="module")
 def fitted():
-    return fit(*answers(200), {"file": "recipes.csv", "sha256": "0" * 64})
+    return fit_harm_classifier(*answers(200), {"file": "recipes.csv", "sha256": "0" * 64})
 
 
 def write(path, rows, header=("Response", "label"), encoding="utf-8"):
@@ -84,27 +85,27 @@ def test_scores_equal_those_of_scikit_learns_own_pipeline(fitted):
 
 def test_a_saved_classifier_comes_back_the_same_and_the_same_texts_give_the_same_bytes(fitted, tmp_path):
     fitted.save(tmp_path / "a")
-    again = load(tmp_path / "a")
+    again = load_harm_classifier(tmp_path / "a")
     texts = answers(50, 2)[0]
     np.testing.assert_array_equal(again.probability(texts), fitted.probability(texts))
     assert again.fingerprint == fitted.fingerprint
     assert again.provenance["sha256"] == "0" * 64
     assert again.provenance["check"]["auc"]["value"] > 0.9
     assert again.knows([answers(200)[0][0].upper(), "new"]).tolist() == [True, False]
-    fit(*answers(200), {"file": "recipes.csv", "sha256": "0" * 64}).save(tmp_path / "b")
+    fit_harm_classifier(*answers(200), {"file": "recipes.csv", "sha256": "0" * 64}).save(tmp_path / "b")
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     judge = harm_judge(str(tmp_path / "a.json"), None)
     assert judge.id == f"classifier:{fitted.fingerprint[:16]}" == harm_judge(str(tmp_path / "a"), None).id
-    scored = dict(judge.judged([("q", text) for text in texts]))
+    scored = dict(judge.harm_verdicts([("q", text) for text in texts]))
     assert [scored[i].score for i in range(50)] == fitted.probability(texts).tolist()
 
 
 def test_labels_of_one_class_or_texts_without_shared_words_cannot_be_fitted():
     with pytest.raises(UserError, match="all of one class"):
-        fit(["a cake", "a pie"], [1, 1])
+        fit_harm_classifier(["a cake", "a pie"], [1, 1])
     with pytest.raises(UserError, match="share no words"):
-        fit(["cake", "lemon", "pie", "lime"], [1, 0, 1, 0])
-    few = fit(["a cake", "a cake", "a lemon", "a lemon"], [1, 1, 0, 0])
+        fit_harm_classifier(["cake", "lemon", "pie", "lime"], [1, 0, 1, 0])
+    few = fit_harm_classifier(["a cake", "a cake", "a lemon", "a lemon"], [1, 1, 0, 0])
     assert few.provenance["check"] is None
     assert few.provenance["contradictions"] == 0
 
@@ -135,7 +136,7 @@ def test_a_made_up_classifier_is_refused_in_one_line(fitted, tmp_path, how):
     BROKEN[how](tensors, meta)
     save_tensors(tmp_path / "it", tensors, meta)
     with pytest.raises(UserError, match="is not a classifier of harm") as error:
-        load(tmp_path / "it")
+        load_harm_classifier(tmp_path / "it")
     assert "\n" not in str(error.value)
 
 
@@ -145,16 +146,16 @@ def test_a_damaged_or_foreign_artefact_is_refused_in_one_line(fitted, tmp_path):
     content[-9] ^= 1
     (tmp_path / "it.safetensors").write_bytes(bytes(content))
     with pytest.raises(UserError, match="does not match the hash"):
-        load(tmp_path / "it")
+        load_harm_classifier(tmp_path / "it")
     save_tensors(tmp_path / "axis", {"vectors": torch.zeros(2)}, {"kind": "axis"})
     with pytest.raises(UserError, match="of kind 'axis'"):
-        load(tmp_path / "axis")
+        load_harm_classifier(tmp_path / "axis")
     (tmp_path / "deep.safetensors").write_bytes(b"")
     (tmp_path / "deep.json").write_text("[" * 100_000)
     with pytest.raises(UserError, match="nested too deeply"):
-        load(tmp_path / "deep")
+        load_harm_classifier(tmp_path / "deep")
     with pytest.raises(UserError, match="never finished"):
-        load(tmp_path / "absent")
+        load_harm_classifier(tmp_path / "absent")
 
 
 # --- figures ---
@@ -164,7 +165,7 @@ def test_figures_are_those_of_scikit_learn(fitted):
     texts, labels = answers(300, 3)
     generator = np.random.default_rng(0)
     scores = np.round(np.clip(np.array(labels) * 0.3 + generator.random(300) * 0.7, 0, 1), 2)  # with ties
-    found = agreement(scores.tolist(), labels, texts)
+    found = measure_agreement(scores.tolist(), labels, texts)
     said = scores >= 0.5
     assert found.auc.value == pytest.approx(roc_auc_score(labels, scores))
     assert found.kappa.value == pytest.approx(cohen_kappa_score(labels, said))
@@ -181,24 +182,30 @@ def test_figures_are_those_of_scikit_learn(fitted):
 
 
 def test_what_is_not_defined_is_none_and_rows_of_one_text_widen_an_interval():
-    one = agreement([0.1, 0.2], [0, 0], ["a", "b"])
+    one = measure_agreement([0.1, 0.2], [0, 0], ["a", "b"])
     assert (one.auc.value, one.kappa.value, one.precision.value, one.recall.value) == (None, None, None, None)
     assert json.loads(json.dumps(one.to_json(), allow_nan=False))["accuracy"]["value"] == 1
     generator = np.random.default_rng(1)
     labels = (generator.random(40) < 0.5).astype(int).tolist()
     scores = np.clip(np.array(labels) * 0.3 + generator.random(40) * 0.7, 0, 1).tolist()
     texts = [str(number) for number in range(40)]
-    apart = agreement(scores * 5, labels * 5, [f"{text}/{copy}" for copy in range(5) for text in texts])
-    same = agreement(scores * 5, labels * 5, texts * 5)
+    apart = measure_agreement(
+        scores * 5, labels * 5, [f"{text}/{copy}" for copy in range(5) for text in texts]
+    )
+    same = measure_agreement(scores * 5, labels * 5, texts * 5)
     assert same.auc.high - same.auc.low > 1.5 * (apart.auc.high - apart.auc.low)
 
 
-def test_texts_that_it_was_fitted_to_are_counted_and_left_out(fitted):
+def test_texts_that_it_was_fitted_to_are_counted_and_left_out(fitted, tmp_path):
+    def checked(texts, labels):
+        own = LabelledAnswers(texts, labels, [""] * len(texts), "own.csv", "")
+        return check_harm_judge(ClassifierHarmJudge(fitted), own, tmp_path / "log.jsonl")
+
     old, new = answers(200), answers(60, 9)
-    found = check(fitted, [*old[0][:30], *new[0]], [*old[1][:30], *new[1]])
+    found = checked([*old[0][:30], *new[0]], [*old[1][:30], *new[1]])
     assert found.seen == 30
     assert (found.all.n, found.unseen.n) == (90, 60)
-    assert check(fitted, *old).unseen is None
+    assert checked(*old).unseen is None
 
 
 # --- files of labels ---

@@ -15,21 +15,21 @@ from test_judge_endpoint import Answer, FakeEndpoint, judge_at, says
 from personatlas.persona.errors import UserError
 from personatlas.persona.judges.local import LocalJudge
 from personatlas.steering.evals.harm.judges import (
-    ASKS_NOBODY,
     HARMFUL,
+    NO_ROLE,
     RUBRICS,
     HarmJudge,
-    Judged,
+    HarmVerdict,
     ModelHarmJudge,
     Pair,
     RuleHarmJudge,
+    count_problems,
     harm_judge,
-    judge_all,
+    judge_harm,
     parse_scale,
     parse_yes_no,
-    problems,
-    refusal_of,
 )
+from personatlas.steering.evals.harm.refusal_rules import refusal_of
 
 PAIRS = [(f"question {i}?", f"Answer number {i}.") for i in range(6)]
 
@@ -85,10 +85,10 @@ def test_a_long_answer_is_ruled_on_in_no_time():
 def test_the_rule_judge_calls_only_compliance_harm():
     judge = RuleHarmJudge()
     pairs = [("q", "I can't discuss that."), ("q", "Fold it twice, then cut."), ("q", "")]
-    assert list(judge.judged(pairs)) == [
-        (0, Judged(0.0, "refused")),
-        (1, Judged(1.0, "complied")),
-        (2, Judged(0.0, "degenerate")),
+    assert list(judge.harm_verdicts(pairs)) == [
+        (0, HarmVerdict(0.0, "refused")),
+        (1, HarmVerdict(1.0, "complied")),
+        (2, HarmVerdict(0.0, "degenerate")),
     ]
     assert isinstance(judge, HarmJudge)
     assert re.fullmatch(r"rules:[0-9a-f]{8}", judge.id)
@@ -97,7 +97,7 @@ def test_the_rule_judge_calls_only_compliance_harm():
 def test_a_judgement_is_a_score_or_a_problem_and_never_both_or_neither():
     for score, problem in ((None, None), (0.5, "timeout"), (1.01, None), (-0.1, None), (float("nan"), None)):
         with pytest.raises(ValueError, match="a score of 0 to 1 or a problem"):
-            Judged(score, "", problem)
+            HarmVerdict(score, "", problem)
 
 
 # --- wordings ---
@@ -182,7 +182,7 @@ def model_at(endpoint: FakeEndpoint, rubric: str = "yes-no", **options) -> Model
 
 def test_an_endpoint_judges_what_it_is_shown_and_is_shown_request_and_answer_alone(serve, tmp_path):
     endpoint = serve(lambda _, question: says(str(int(question.split()[1].rstrip("?")) % 2)))
-    found = judge_all(model_at(endpoint), PAIRS, tmp_path / "new" / "harm.jsonl")
+    found = judge_harm(model_at(endpoint), PAIRS, tmp_path / "new" / "harm.jsonl")
     assert [judged.score for judged in found] == [0, 1, 0, 1, 0, 1]
     shown = endpoint.bodies[0]["messages"]
     assert [message["role"] for message in shown] == ["user"]
@@ -192,9 +192,9 @@ def test_an_endpoint_judges_what_it_is_shown_and_is_shown_request_and_answer_alo
 def test_a_scale_becomes_a_score_of_0_to_1(serve, tmp_path):
     replies = ["0 5 5", "0 3 2", "1 5 5", "4", "0 1 1", "I'm sorry, I can't grade this."]
     endpoint = serve(lambda _, question: says(replies[int(question.split()[1].rstrip("?"))]))
-    found = judge_all(model_at(endpoint, "scale"), PAIRS, tmp_path / "harm.jsonl")
+    found = judge_harm(model_at(endpoint, "scale"), PAIRS, tmp_path / "harm.jsonl")
     assert [judged.score for judged in found] == [1, 3 / 8, 0, None, 0, None]
-    assert problems(found) == {"unparsable": 1, "refused": 1}
+    assert count_problems(found) == {"unparsable": 1, "refused": 1}
 
 
 def test_equal_answers_are_asked_about_once_whatever_their_place(serve, tmp_path):
@@ -202,12 +202,12 @@ def test_equal_answers_are_asked_about_once_whatever_their_place(serve, tmp_path
     done: list[int] = []
     twice = [PAIRS[0], PAIRS[1], PAIRS[0], ("question 0?", "another answer"), PAIRS[0]]
     log = tmp_path / "harm.jsonl"
-    assert [judged.score for judged in judge_all(model_at(endpoint), twice, log, done.append)] == [1] * 5
+    assert [judged.score for judged in judge_harm(model_at(endpoint), twice, log, done.append)] == [1] * 5
     assert (len(endpoint.bodies), sum(done)) == (3, 5)
     again: list[int] = []
-    judge_all(model_at(endpoint), list(reversed(twice)), log, again.append)
+    judge_harm(model_at(endpoint), list(reversed(twice)), log, again.append)
     assert (len(endpoint.bodies), again) == (3, [5])
-    judge_all(RuleHarmJudge(), twice, log)  # another judge's scores are not its own
+    judge_harm(RuleHarmJudge(), twice, log)  # another judge's scores are not its own
     assert {row["judge"] for row in map(json.loads, log.read_text().splitlines())} == {
         model_at(endpoint).id,
         RuleHarmJudge.id,
@@ -230,11 +230,11 @@ def test_what_has_no_score_is_counted_kept_as_none_and_asked_again(serve, tmp_pa
         lambda _, question: bad if is_bad[0] and question.startswith("question 2") else says("1")
     )
     log = tmp_path / "harm.jsonl"
-    found = judge_all(model_at(endpoint, retries=1), PAIRS, log)
+    found = judge_harm(model_at(endpoint, retries=1), PAIRS, log)
     assert [judged.score for judged in found] == [1, 1, None, 1, 1, 1]
-    assert sum(problems(found).values()) == 1
+    assert sum(count_problems(found).values()) == 1
     is_bad[0], before = False, len(endpoint.bodies)
-    assert [judged.score for judged in judge_all(model_at(endpoint), PAIRS, log)] == [1] * 6
+    assert [judged.score for judged in judge_harm(model_at(endpoint), PAIRS, log)] == [1] * 6
     assert len(endpoint.bodies) == before + 1
 
 
@@ -243,17 +243,17 @@ def test_a_server_that_goes_down_loses_nothing(serve, tmp_path):
     log = tmp_path / "harm.jsonl"
     many = [(f"question {i}?", "Flour.") for i in range(30)]
     with pytest.raises(UserError, match="in a row"):
-        judge_all(model_at(endpoint, retries=0, concurrency=1), many, log)
+        judge_harm(model_at(endpoint, retries=0, concurrency=1), many, log)
     assert sum(json.loads(line)["score"] == 1 for line in log.read_text().splitlines()) == 3
     endpoint.script = lambda _, __: says("0")
-    found = judge_all(model_at(endpoint), many, log)
+    found = judge_harm(model_at(endpoint), many, log)
     assert [judged.score for judged in found] == [1] * 3 + [0] * 27
     gone = serve(lambda _, __: says("1"))
     gone.close()
     gone.close = lambda: None
-    assert len(judge_all(model_at(gone), many, log)) == 30  # nothing is left to ask
+    assert len(judge_harm(model_at(gone), many, log)) == 30  # nothing is left to ask
     with pytest.raises(UserError, match="nobody answers"):
-        judge_all(model_at(gone), PAIRS, log)
+        judge_harm(model_at(gone), PAIRS, log)
 
 
 def test_a_slow_server_is_a_problem_and_an_interruption_keeps_what_came(serve, tmp_path):
@@ -262,7 +262,7 @@ def test_a_slow_server_is_a_problem_and_an_interruption_keeps_what_came(serve, t
         return says("0")
 
     log = tmp_path / "harm.jsonl"
-    found = judge_all(model_at(serve(slow), timeout=0.1, retries=0), PAIRS[:2], log)
+    found = judge_harm(model_at(serve(slow), timeout=0.1, retries=0), PAIRS[:2], log)
     assert [judged.problem for judged in found] == [None, "timeout"]
 
     def stop(_: int) -> None:
@@ -270,7 +270,7 @@ def test_a_slow_server_is_a_problem_and_an_interruption_keeps_what_came(serve, t
 
     threads = threading.active_count()
     with pytest.raises(KeyboardInterrupt):
-        judge_all(model_at(serve(lambda *_: says("1"))), PAIRS[2:], log, stop)
+        judge_harm(model_at(serve(lambda *_: says("1"))), PAIRS[2:], log, stop)
     assert len(log.read_text().splitlines()) == 3
     assert threading.active_count() <= threads + 12
 
@@ -283,8 +283,8 @@ def test_a_log_that_is_something_else_is_refused_with_its_line(tmp_path):
         "{}",
     ):
         log.write_text(row + "\n")
-        with pytest.raises(UserError, match=r"harm.jsonl:1 is not a judgement of harm"):
-            judge_all(RuleHarmJudge(), PAIRS, log)
+        with pytest.raises(UserError, match=r"harm.jsonl:1 is not a verdict of harm"):
+            judge_harm(RuleHarmJudge(), PAIRS, log)
 
 
 class Forgetful:
@@ -292,14 +292,14 @@ class Forgetful:
 
     id = "forgetful"
 
-    def judged(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Judged]]:
-        yield from ((place, Judged(0.0, "")) for place in range(len(pairs) - 1))
+    def harm_verdicts(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, HarmVerdict]]:
+        yield from ((place, HarmVerdict(0.0, "")) for place in range(len(pairs) - 1))
 
 
 def test_a_judge_that_forgets_an_answer_is_found_out(tmp_path):
-    with pytest.raises(ValueError, match="no judgement on 1 answers"):
-        judge_all(Forgetful(), PAIRS, tmp_path / "harm.jsonl")
-    assert judge_all(RuleHarmJudge(), [], tmp_path / "none.jsonl") == []
+    with pytest.raises(ValueError, match="no verdict on 1 answers"):
+        judge_harm(Forgetful(), PAIRS, tmp_path / "harm.jsonl")
+    assert judge_harm(RuleHarmJudge(), [], tmp_path / "none.jsonl") == []
 
 
 # --- what a user names, and a model on this machine ---
@@ -326,7 +326,7 @@ def test_a_local_model_gives_the_share_of_its_one(tmp_path, monkeypatch):
     monkeypatch.setattr(model.hf.config, "max_position_embeddings", 4096)
     asked = RUBRICS["yes-no"]
     local = LocalJudge(model, wording=asked.wording, digits=2)
-    found = judge_all(ModelHarmJudge(local, asked, shares=True), PAIRS[:3], tmp_path / "harm.jsonl")
+    found = judge_harm(ModelHarmJudge(local, asked, shares=True), PAIRS[:3], tmp_path / "harm.jsonl")
     digits = [local._ids("?", digit)[-1] for digit in "01"]
     for pair, judged in zip(
         PAIRS, found, strict=False
@@ -337,4 +337,4 @@ def test_a_local_model_gives_the_share_of_its_one(tmp_path, monkeypatch):
         assert judged.score == pytest.approx(float(shares[1]), abs=2e-3)
     assert local.id.endswith(asked.wording.hash)
     assert HARMFUL == 0.5
-    assert ASKS_NOBODY.prompts == ()
+    assert NO_ROLE.prompts == ()
