@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from personatlas.cli.options import MODEL, OPTIONS, Json
-from personatlas.cli.output import print_json, print_line, print_table, print_warning
+from personatlas.cli.output import print_json, print_line, print_path, print_table, print_warning
 from personatlas.persona.errors import UserError
 from personatlas.persona.options import ModelOptions
 
@@ -76,8 +76,8 @@ def calibrate(
         print_json(content)
         return
     _print_calibration(content)
-    print_line(f"cap: {content['saved']}")
-    print_line(f"page: {content['page']}")
+    print_path("cap", content["saved"])
+    print_path("page", content["page"])
 
 
 def _print_calibration(content: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from personatlas.cli.options import MODEL, Json, ModelName
-from personatlas.cli.output import console, print_json, print_line
+from personatlas.cli.output import console, print_json, print_line, print_path
 from personatlas.persona.errors import UserError
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.progress import progress, say
@@ -73,7 +73,7 @@ def _print(content: dict[str, Any], folder: Path) -> None:
         f"every turn: {folder / 'turns.jsonl'}; conversations, for `trace`: {folder / 'conversations.jsonl'}"
     )
     print_line(f"reference conversations, to be put beside the axis: {folder / 'reference.json'}")
-    print_line(f"page: {folder / 'drift.html'}")
+    print_path("page", folder / "drift.html")
 
 
 def _table(content: dict[str, Any], domain: str) -> Table:

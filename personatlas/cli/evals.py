@@ -17,12 +17,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
-from rich.box import SIMPLE_HEAD
-from rich.table import Column, Table
-from rich.text import Text
-
 from personatlas.cli.options import MODEL, OPTIONS, Json, ModelName
-from personatlas.cli.output import console, print_json, print_line
+from personatlas.cli.output import print_json, print_line, print_path, print_table, print_warning
 from personatlas.persona.errors import UserError
 from personatlas.persona.options import ModelOptions, given
 from personatlas.persona.progress import say
@@ -88,87 +84,90 @@ def _caps(given: list[str] | None) -> list[str]:
 
 
 def _print(content: dict[str, Any], folder: Path) -> None:
-    out = console()
     for name, suite in content["suites"].items():
-        out.print(_table(name, suite, content["arms"]))
-    out.print(_costs(content))
-    if "tasks" in content["capability"]:
-        out.print(_tasks(content))
+        roles = f"{suite['roles']} roles, " if suite["roles"] > 1 else ""
+        title = f"{name}: {suite['n']} cases, {roles}{suite['requests']} requests"
+        print_table(["", *content["arms"]], _suite_rows(suite, content["arms"]), title=title)
+    print_table(["", *content["arms"]], _cost_rows(content), title="cost")
+    for name, task in content["capability"].get("tasks", {"tasks": {}})["tasks"].items():
+        rows = []
+        for metric, result in task["metrics"].items():
+            rows += _task_rows(metric, [result["arms"].get(arm, {}) for arm in content["arms"]])
+        print_table(["", *content["arms"]], rows, title=f"{name} of lm-eval: {task['n']} samples")
+    print_line(
+        "↑ more is better, ↓ less is better; could show: the smallest change that so many cases would have shown"
+    )
     for warning in content["warnings"]:
-        out.print(Text(f"note: {warning}", style="yellow"))
-    print_line(f"every answer: {folder / 'eval.json'}")
-    print_line(f"page: {folder / 'eval.html'}")
+        print_warning(warning)
+    print_path("every answer", folder / "eval.json")
+    print_path("page", folder / "eval.html")
 
 
-def _table(name: str, suite: dict[str, Any], arms: list[str]) -> Table:
-    roles = f"{suite['roles']} roles, " if suite["roles"] > 1 else ""
-    asked = f"{suite['n']} cases, {roles}{suite['requests']} requests"
-    table = Table(title=f"{name}: {asked}", title_justify="left")
-    table.add_column("arm")
-    for outcome, row in suite["outcomes"].items():
-        table.add_column(f"{outcome} ({'more' if row['better'] == 'more' else 'less'} is better)")
-    table.add_column("projection", justify="right")
-    table.add_column("fired", justify="right")
+def _suite_rows(suite: dict[str, Any], arms: list[str]) -> list[list[str]]:
+    """Per outcome its share, its change against the baseline, p, and where p is large the change that could be shown."""
+    rows = []
+    for outcome, result in suite["outcomes"].items():
+        shares: list[str] = []
+        changes: list[str] = []
+        ps: list[str] = []
+        least: list[str] = []
+        for arm in arms:
+            row = result["arms"][arm]
+            low, high = row["interval"] or (0, 0)
+            shares.append(
+                "not judged" if row["share"] is None else f"{row['share']:.1%} [{low:.0%}, {high:.0%}]"
+            )
+            change = row.get("change") if row["share"] is not None else None
+            if not change:
+                for cells in (changes, ps, least):
+                    cells.append("")
+                continue
+            p = change.get("p_holm", change["p"])
+            changes.append(f"{change['value']:+.1%} [{change['low']:+.0%}, {change['high']:+.0%}]")
+            ps.append(f"{p:.2g}")
+            least.append("" if p < SIGNIFICANT else f"{change['smallest']:.1%}")
+        rows.append([f"{outcome} {'↑' if result['better'] == 'more' else '↓'}", *shares])
+        for title, cells in (("  change", changes), ("  p", ps), ("  could show", least)):
+            if any(cells):
+                rows.append([title, *cells])
+    projections = [suite["arms"][arm]["projection"] for arm in arms]
+    rows.append(["projection", *("" if value is None else f"{value:.1f}" for value in projections)])
+    rows.append(["fired", *(f"{suite['arms'][arm]['fired']:.0%}" for arm in arms)])
+    return rows
+
+
+def _cost_rows(content: dict[str, Any]) -> list[list[str]]:
+    capability, arms = content["capability"], content["arms"]
+    rows: list[list[str]] = [
+        ["more loss on benign answers"], ["KL"], ["baseline's loss on own answers"], ["bits per byte"],
+    ]  # fmt: skip
     for arm in arms:
-        own = suite["arms"][arm]
-        cells = [_cell(row["arms"][arm]) for row in suite["outcomes"].values()]
-        place = "" if own["projection"] is None else f"{own['projection']:.1f}"
-        table.add_row(Text(arm), *cells, place, f"{own['fired']:.0%}")
-    return table
-
-
-def _cell(row: dict[str, Any]) -> str:
-    """A share with its interval, and below it the change with what it is worth."""
-    if row["share"] is None:
-        return "not judged"
-    low, high = row["interval"]
-    text = f"{row['share']:.1%} [{low:.0%}, {high:.0%}]"
-    change = row.get("change")
-    if not change:
-        return text
-    p = change.get("p_holm", change["p"])
-    said = f"{change['value']:+.1%} [{change['low']:+.0%}, {change['high']:+.0%}] p {p:.2g}"
-    return f"{text}\n{said}" + ("" if p < SIGNIFICANT else f"\n(could show {change['smallest']:.1%})")
-
-
-def _costs(content: dict[str, Any]) -> Table:
-    table = Table(title="cost", title_justify="left")
-    for title in ("arm", "more loss on benign answers", "KL", "own answers' loss as it is", "bits per byte"):
-        table.add_column(title)
-    capability = content["capability"]
-    for arm in content["arms"]:
         cost, own = capability.get("benign", {}).get(arm), capability.get("own_loss", {}).get(arm)
         text = capability.get("text", {}).get("arms", {}).get(arm)
         low, high = cost["more_loss_interval"] if cost else (0.0, 0.0)
-        table.add_row(
-            Text(arm),
-            f"{cost['more_loss']:+.1%} [{low:+.1%}, {high:+.1%}]" if cost else "",
-            f"{cost['kl']:.3f}" if cost else "",
-            f"{own['loss']:.3f} ± {own['error']:.3f}" if own and own["loss"] is not None else "",
-            f"{text['bits_per_byte']:.4f}" if text else "",
-        )
-    return table
+        rows[0].append(f"{cost['more_loss']:+.1%} [{low:+.1%}, {high:+.1%}]" if cost else "")
+        rows[1].append(f"{cost['kl']:.3f}" if cost else "")
+        rows[2].append(f"{own['loss']:.3f} ± {own['error']:.3f}" if own and own["loss"] is not None else "")
+        rows[3].append(f"{text['bits_per_byte']:.4f}" if text else "")
+    return [row for row in rows if any(row[1:])]
 
 
-def _tasks(content: dict[str, Any]) -> Table:
-    table = Table(title="tasks of lm-eval", title_justify="left")
-    for title in ("task", "metric", *content["arms"]):
-        table.add_column(Text(title))
-    for name, task in content["capability"]["tasks"]["tasks"].items():
-        for metric, told in task["metrics"].items():
-            cells = [_task_cell(told["arms"].get(arm, {})) for arm in content["arms"]]
-            table.add_row(Text(f"{name} ({task['n']})"), Text(metric), *cells)
-    return table
-
-
-def _task_cell(row: dict[str, Any]) -> str:
-    if not isinstance(row.get("value"), int | float):
-        return ""
-    text = f"{row['value']:.3f}"
-    if "change" not in row:
-        return text
-    shown = "" if row["p_holm"] < SIGNIFICANT else f"\n(could show {row['smallest']:.3f})"
-    return f"{text}\n{row['change']:+.3f} [{row['interval'][0]:+.3f}, {row['interval'][1]:+.3f}]{shown}"
+def _task_rows(metric: str, arms: list[dict[str, Any]]) -> list[list[str]]:
+    """A metric of lm-eval over the arms: value, change, adjusted p, least change that could be shown, p of no loss."""
+    rows: list[list[str]] = [[metric], ["  change"], ["  p"], ["  could show"], ["  no loss, p"]]
+    for row in arms:
+        value = row.get("value", "")
+        rows[0].append(f"{value:.3f}" if isinstance(value, int | float) else str(value))
+        if "change" not in row:
+            for line in rows[1:]:
+                line.append("")
+            continue
+        low, high = row["interval"]
+        rows[1].append(f"{row['change']:+.3f} [{low:+.3f}, {high:+.3f}]")
+        rows[2].append(f"{row['p_holm']:.2g}")
+        rows[3].append("" if row["p_holm"] < SIGNIFICANT else f"{row['smallest']:.3f}")
+        rows[4].append(f"{row['tost_p']:.2g}")
+    return [line for number, line in enumerate(rows) if not number or any(line[1:])]
 
 
 @Parameter(name="*")
@@ -323,51 +322,44 @@ def _require_one(task: str) -> None:
 
 def _inspect_verb_print(found: dict[str, Any]) -> None:
     before, after = found["arms"]
-    said = f"projection: of an answer's tokens at layer {found['layer']}, before the cap's step"
-    is_plain = [not arm["cap"] for arm in (before, after)]
-    arms = ("baseline", "capped") if is_plain == [True, False] else (before["name"], after["name"])
-    scorer, interval = Column("scorer", overflow="fold", min_width=10), Column("95%", no_wrap=True)
-    table = Table(scorer, *arms, "change", interval, "p (Holm)", "pairs", caption=said)
-    rows = {**found["scorers"], "projection": found["projection"]}
-    for name, row in rows.items():
+    is_capped = [bool(arm["cap"]) for arm in (before, after)]
+    names = ["baseline", "capped"] if is_capped == [False, True] else [before["name"], after["name"]]
+    rows = []
+    for name, row in {**found["scorers"], "projection": found["projection"]}.items():
         if not row["n"]:
-            table.add_row(Text(name), "", "", "", "", "", "0")
+            rows.append([name, "", "", "", "", "", "0"])
             continue
         change = row["change"]
-        reach = Text(f"[{change['low']:+.2f}, {change['high']:+.2f}]")
-        p = f"{change['p']:.2g} ({row['p_holm']:.2g})" if "p_holm" in row else ""
-        means = (f"{row[arm]:.3f}" for arm in ("before", "after"))
-        table.add_row(Text(name), *means, f"{change['value']:+.3f}", reach, p, str(row["n"]))
-    out = console()
-    out.print(table)
+        rows.append(
+            [
+                name,
+                *(f"{row[arm]:.3f}" for arm in ("before", "after")),
+                f"{change['value']:+.3f}",
+                f"[{change['low']:+.2f}, {change['high']:+.2f}]",
+                f"{change['p']:.2g} ({row['p_holm']:.2g})" if "p_holm" in row else "",
+                str(row["n"]),
+            ]
+        )
+    print_table(["scorer", *names, "change", "95%", "p (Holm)", "pairs"], rows)
+    print_line(f"projection: of an answer's tokens at layer {found['layer']}, before the cap's step")
     for name, row in found["scorers"].items():
         if row["n"] and not row["is_shown"]:
             least = row["change"]["smallest"]
-            said = f"no change shown; {row['n']} pairs as scattered as these show one of {least:.3f}"
-            print_line(f"{name}: {said if least else 'every pair scored the same'}")
+            text = f"no change shown; {row['n']} pairs as scattered as these show one of {least:.3f}"
+            print_line(f"{name}: {text if least else 'every pair scored the same'}")
         if row["left_out"]:
-            out.print(
-                Text(
-                    f"{name}: {row['left_out']} pairs without a number in both arms are left out",
-                    style="yellow",
-                )
-            )
+            print_warning(f"{name}: {row['left_out']} pairs without a number in both arms are left out")
     if not found["same_seeds"]:
-        out.print(Text("the two arms were sampled with different seeds", style="yellow"))
+        print_warning("the two arms were sampled with different seeds")
     for arm in found["arms"]:
         if arm["fired"] == 0:
-            out.print(
-                Text(
-                    f"{arm['name']}: the cap never fired, and its answers are the model's own", style="yellow"
-                )
-            )
+            print_warning(f"{arm['name']}: the cap never fired, and its answers are the model's own")
         elif arm["fired"] is not None:
             print_line(f"{arm['name']}: the cap changed {arm['fired']:.0%} of tokens times layers")
-        out.print(Text(f"log: {arm['log']}"), soft_wrap=True)
+        print_path("log", arm["log"])
 
 
 BASELINE = "baseline"  # `arms.BASELINE`, whose module needs torch, which `--help` does not load
-LEVEL = 0.05  # of an adjusted p
 
 
 @Parameter(name="*")
@@ -466,44 +458,23 @@ def _lm_eval_verb_caps(given: list[str], axis: str | None) -> list[str]:
 
 
 def _lm_eval_verb_print(content: dict[str, Any], folder: Path) -> None:
-    out = console()
+    arms = content["arms"]
     for name, task in content["tasks"].items():
-        table = Table(
-            Column("metric", overflow="fold"), Column("arm", overflow="fold", min_width=len(BASELINE)), "value", "change [95%]", "p", "shows",
-            "no loss", title=Text(f"{name}, {task['n']} samples"), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0),
-        )  # fmt: skip
-        for metric, told in task["metrics"].items():
-            for arm, row in told["arms"].items():
-                table.add_row(Text(metric), Text(arm), _value(row), *map(Text, _changed(row)))
-        out.print(table)
-        shares = {arm: one["share"] for arm, one in task["account"].items() if one["share"] is not None}
-        if shares:
-            print_line("fired: " + ", ".join(f"{arm} {share:.1%}" for arm, share in shares.items()))
+        rows = []
+        for metric, result in task["metrics"].items():
+            rows += _task_rows(metric, [result["arms"].get(arm, {}) for arm in arms])
+        shares = [task["account"].get(arm, {}).get("share") for arm in arms]
+        if any(share is not None for share in shares):
+            rows.append(["fired", *("" if share is None else f"{share:.1%}" for share in shares)])
+        print_table(["", *arms], rows, title=f"{name}: {task['n']} samples")
     print_line(
-        "intervals are bootstraps over samples; p is adjusted over all rows (Holm); shows: the least change that so many samples would have "
-        f"shown; no loss: p of two one-sided tests against ±{content['asked']['margin']:g}"
+        "intervals are bootstraps over samples; p is adjusted over all rows (Holm); could show: the smallest change that so "
+        "many samples would have shown; no loss: p of two one-sided tests against "
+        f"±{content['asked']['margin']:g}"
     )
     for note in [*content["notes"], *_never_fired(content)]:
-        out.print(Text(f"warning: {note}", style="yellow"))
-    print_line(f"every answer: {folder / 'lm_eval.json'}")
-
-
-def _value(row: dict[str, Any]) -> str:
-    return f"{row['value']:.3f}" if isinstance(row["value"], int | float) else str(row["value"])
-
-
-def _changed(row: dict[str, Any]) -> tuple[str, str, str, str]:
-    """Change with its interval, p; where that is not significant, the least that would have been; p of no loss."""
-    if "change" not in row:
-        return "", "", "", ""
-    low, high = row["interval"]
-    least = "" if row["p_holm"] < LEVEL else f"±{row['smallest']:.3f}"
-    return (
-        f"{row['change']:+.3f} [{low:.3f}, {high:.3f}]",
-        f"{row['p_holm']:.2g}",
-        least,
-        f"{row['tost_p']:.2g}",
-    )
+        print_warning(note)
+    print_path("every answer", folder / "lm_eval.json")
 
 
 def _never_fired(content: dict[str, Any]) -> list[str]:

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -29,6 +30,11 @@ def console() -> Console:
 def print_line(text: Cell, *, style: str = "") -> None:
     """Prints text without markup, wrapped at words in a terminal."""
     console().print(Text(text, style=style) if isinstance(text, str) else text)
+
+
+def print_path(name: str, path: Path | str) -> None:
+    """Prints where something lies in one unwrapped line, to click or copy."""
+    console().print(Text(f"{name}: {path}"), soft_wrap=True)
 
 
 def print_warning(text: str) -> None:

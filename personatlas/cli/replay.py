@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from personatlas.cli.options import MODEL, Json, ModelName
-from personatlas.cli.output import console, print_json, print_line
+from personatlas.cli.output import console, print_json, print_path
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.progress import say
 from personatlas.persona.runs import default_folder
@@ -95,7 +95,7 @@ def _print(content: dict[str, Any], folder: Path) -> None:
             out.print(Text(f"{arm}: mean projection {row['value']:.1f} over {row['n']} answers{beside}"))
     baseline = content["baseline"]
     out.print(Text(f"layer {content['layer']}; z against {baseline['of']}: {baseline['mean']:.1f} ± {baseline['spread']:.1f}; * the alarm is on, + the cap acted", style="dim"))  # fmt: skip
-    print_line(f"every answer: {folder / 'replay.json'}")
+    print_path("every answer", folder / "replay.json")
 
 
 def _cell(row: dict[str, Any] | None) -> str:

@@ -205,7 +205,7 @@ def test_several_processes_that_are_asked_to_stop_save_the_same_step_and_go_on(w
     else:
         own.send_signal(number)
     said = own.communicate(timeout=60)[1]
-    assert "the same command goes on from here" in said
+    assert "the same command resumes" in said
     assert newest(tmp_path / "two").step == max(losses(tmp_path / "two")) < 390
     assert newest(tmp_path / "two").resumes
 

@@ -351,7 +351,15 @@ def test_the_verb_prints_a_table_and_keeps_every_answer(place, tmp_path, capsys)
     data = f"tiny_choice={place / 'tiny_choice.jsonl'}"
     main(told(place, "--data", data, "--limit", "3", "--out", str(tmp_path / "out")))
     shown = capsys.readouterr().out
-    for word in ("tiny_choice", "acc", "baseline", "p75@0-1", "tiny_choice, 3 samples", "fired: p75@0-1"):
+    for word in (
+        "tiny_choice",
+        "acc",
+        "baseline",
+        "p75@0-1",
+        "tiny_choice: 3 samples",
+        "fired",
+        "no loss, p",
+    ):
         assert word in shown
     main(told(place, "--data", data, "--limit", "3", "--out", str(tmp_path / "out"), "--json"))
     found = json.loads(capsys.readouterr().out)
