@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
+
 from personatlas.cli.options import MODEL, OPTIONS, Json, ModelName
 from personatlas.cli.output import print_json, print_line, print_path, print_table, print_warning
 from personatlas.persona.errors import UserError
