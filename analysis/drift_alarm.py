@@ -20,6 +20,7 @@ import numpy as np
 from personatlas.analysis.stats import wilson_interval
 from personatlas.persona.errors import UserError
 
+GAUGE_LIMIT = 3.0  # z at either end of a gauge
 MIN_CONVERSATIONS = 20  # below it a rate of one in twenty cannot be told from none
 
 
@@ -186,3 +187,12 @@ def calibrate_rule(
     )
     allowed = int(np.floor(rate * len(conversations) + 1e-9))
     return replace(rule, limit=float(limits[len(limits) - 1 - allowed]))
+
+
+def z_gauge(z: float, width: int = 24) -> str:
+    """A mark on a line of `width` + 1 characters from -GAUGE_LIMIT to +GAUGE_LIMIT with 0 in the middle."""
+    position = round((min(max(z, -GAUGE_LIMIT), GAUGE_LIMIT) + GAUGE_LIMIT) / (2 * GAUGE_LIMIT) * width)
+    line = ["─"] * (width + 1)
+    line[width // 2] = "┼"
+    line[position] = "●"
+    return "".join(line)

@@ -1,9 +1,10 @@
-"""What serving costs: monitoring and capping against neither in the same engine, many conversations against one at a time.
+"""What serving costs: measuring and capping against neither in one engine, many conversations against one at a time.
 
-    python benchmarks/serving.py                    # first token, tokens a second: bare, watched, capped; then 32 at once against one
-    python benchmarks/serving.py --endure 2000      # requests through the engine with 1% given up: memory, slots, plans
+    python benchmarks/serving.py                    # first token and tokens a second of each arm; 32 at once against one
+    python benchmarks/serving.py --endure 2000      # requests with 1% cancelled: memory, slots, plans afterwards
 
-The bare arm is the same engine without a hook on the model. Arms take turns within one run; medians and their ratios are printed.
+The bare arm is the same engine without a hook on the model. Arms take turns within one run; medians and their ratios
+are printed.
 """
 
 import argparse
@@ -12,13 +13,22 @@ import resource
 import statistics
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 from personatlas.persona.options import ModelOptions
 from personatlas.steering.serve.engine.batch import TokenEvent
-from personatlas.steering.serve.engine.scheduler import Engine, EngineLimits, FinishEvent, GenerationRequest
-from personatlas.steering.session import load_steered_model
+from personatlas.steering.serve.engine.cap_slots import ResolvedCap
+from personatlas.steering.serve.engine.scheduler import (
+    Engine,
+    EngineEvent,
+    EngineLimits,
+    FinishEvent,
+    GenerationRequest,
+    RequestHandle,
+)
+from personatlas.steering.session import SteeredModel, load_steered_model
 
 QUESTIONS = [
     "How do I read a file line by line?",
@@ -32,149 +42,145 @@ QUESTIONS = [
 ]
 
 
-class Clock:
-    """When each ticket's first token and its end came."""
+class Recorder:
+    """A listener that notes when each request's first token came, and waits for the last one's end."""
 
     def __init__(self) -> None:
-        self.first: dict[object, float] = {}
-        self.steps = 0
-        self.left = 0
+        self.first: dict[RequestHandle, float] = {}
+        self.n_tokens = 0
+        self.n_open = 0
         self.errors: list[BaseException] = []
-        self.done = threading.EngineEvent()
+        self.done = threading.Event()
 
-    def __call__(self, told) -> None:
+    def expect(self, n_requests: int) -> None:
+        """Begins anew."""
+        self.done.clear()
+        self.first.clear()
+        self.n_tokens, self.n_open = 0, n_requests
+
+    def __call__(self, events: Sequence[tuple[RequestHandle, EngineEvent]]) -> None:
         now = time.perf_counter()
-        for ticket, event in told:
+        for handle, event in events:
             if isinstance(event, TokenEvent):
-                self.first.setdefault(ticket, now)
-                self.steps += 1
+                self.first.setdefault(handle, now)
+                self.n_tokens += 1
             elif isinstance(event, FinishEvent):
                 if event.error is not None:
                     self.errors.append(event.error)
-                self.left -= 1
-                if self.left == 0:
+                self.n_open -= 1
+                if self.n_open == 0:
                     self.done.set()
 
 
-def blind(engine: Engine) -> Engine:
-    """The same engine without a hook on the model; what it then tells of projections means nothing."""
-    engine.watching.on = nullcontext
-    engine.rows._read_projections = lambda lengths: [[0.0] * length for length in lengths]
-    engine.plans.steering.on = nullcontext
-    return engine
+class Bench:
+    """A steered model, and engines on it."""
+
+    def __init__(self, steered: SteeredModel, cap_name: str) -> None:
+        self.steered, self.cap_name = steered, cap_name
+        messages = [[{"role": "user", "content": text}] for text in QUESTIONS]
+        self.prompts = [tuple(steered.chat.prompt_ids(own)) for own in messages]
+
+    def engine(self, limits: EngineLimits, *, bare: bool = False) -> tuple[Engine, Recorder]:
+        """A started engine. `bare`: without a hook on the model, so that its projections mean nothing."""
+        recorder = Recorder()
+        caps = {self.cap_name: self.steered.caps[0]}
+        engine = Engine(self.steered.model, frozenset(), self.steered.axis, caps, limits, recorder)
+        if bare:
+            engine.projection_hook.on = nullcontext
+            engine.caps.steering.on = nullcontext
+            engine.batch._prompt_projections = lambda lengths: [[0.0] * length for length in lengths]
+        engine.start()
+        return engine, recorder
+
+    def request(self, number: int, max_tokens: int, cap: ResolvedCap | None = None) -> GenerationRequest:
+        """Request number `number`."""
+        ids = self.prompts[number % len(self.prompts)]
+        return GenerationRequest(ids, number, temperature=0.7, top_p=0.9, max_tokens=max_tokens, cap=cap)
 
 
-def ran(engine: Engine, clock: Clock, asks: list[GenerationRequest]) -> tuple[float, float]:
+def run(engine: Engine, recorder: Recorder, requests: list[GenerationRequest]) -> tuple[float, float]:
     """Median seconds to the first token, and tokens a second after it."""
-    clock.done.clear()
-    clock.first.clear()
-    clock.steps, clock.left = 0, len(asks)
+    recorder.expect(len(requests))
     engine.prefixes.clear()
-    began = time.perf_counter()
-    tickets = [engine.submit(ask) for ask in asks]
-    clock.done.wait()
-    ended = time.perf_counter()
-    assert not clock.errors, clock.errors
-    firsts = sorted(clock.first[ticket] - began for ticket in tickets)
-    first = statistics.median(firsts)
-    return first, (clock.steps - len(asks)) / (ended - began - firsts[0])
+    start = time.perf_counter()
+    handles = [engine.submit(request) for request in requests]
+    recorder.done.wait()
+    end = time.perf_counter()
+    assert not recorder.errors, recorder.errors
+    first = sorted(recorder.first[handle] - start for handle in handles)
+    return statistics.median(first), (recorder.n_tokens - len(requests)) / (end - start - first[0])
 
 
-def opened(held, caps, room, *, bare=False) -> tuple[Engine, Clock]:
-    clock = Clock()
-    engine = Engine(held.model, frozenset(), held.axis, caps, room, clock)
-    if bare:
-        blind(engine)
-    return engine, clock
-
-
-def compare(held, caps, name: str, rows: int, tokens: int, repeats: int) -> dict[str, dict[str, float]]:
-    """bare, watched and capped in turns: hooks of only one engine are on the model at a time, so each turn starts its own."""
-    found: dict[str, list[tuple[float, float]]] = {"bare": [], "watched": [], "capped": []}
+def compare_arms(bench: Bench, rows: int, tokens: int, repeats: int) -> dict[str, dict[str, float]]:
+    """bare, watched and capped in turns, each with an engine of its own: only one may have hooks on the model."""
+    results: dict[str, list[tuple[float, float]]] = {"bare": [], "watched": [], "capped": []}
     for repeat in range(repeats + 1):
-        for arm, own in found.items():
-            engine, clock = opened(
-                held, caps, EngineLimits(slots=max(rows, 1), length=512, prefixes=0), bare=arm == "bare"
-            )
-            engine.start()
-            cap = engine.plans.wanted(name) if arm == "capped" else None
-            asks = [
-                GenerationRequest(held.prompt(n), seed=n, temperature=0.7, top_p=0.9, limit=tokens, cap=cap)
-                for n in range(rows)
-            ]
-            ran(
-                engine, clock, asks[:1] if rows == 1 else asks
-            ) if held.model.device.type == "cuda" else None  # capture
-            result = ran(engine, clock, asks)
+        for arm, own in results.items():
+            limits = EngineLimits(slots=max(rows, 1), context=512, prefix_bytes=0)
+            engine, recorder = bench.engine(limits, bare=arm == "bare")
+            cap = engine.caps.resolve(bench.cap_name) if arm == "capped" else None
+            requests = [bench.request(n, tokens, cap) for n in range(rows)]
+            if engine.model.device.type == "cuda":  # captures the graphs
+                run(engine, recorder, requests)
+            result = run(engine, recorder, requests)
             engine.close()
             if repeat:  # the first turn warms up
                 own.append(result)
     return {
         arm: {
-            "first": statistics.median(one[0] for one in own),
-            "rate": statistics.median(one[1] for one in own),
+            "first": statistics.median(first for first, _ in own),
+            "rate": statistics.median(rate for _, rate in own),
         }
-        for arm, own in found.items()
+        for arm, own in results.items()
     }
 
 
-def together(held, caps, rows: int, tokens: int) -> dict[str, float]:
-    """All rows at once against one at a time, streaming tokens a second."""
-    engine, clock = opened(held, caps, EngineLimits(slots=rows, length=512))
-    engine.start()
-    asks = [
-        GenerationRequest(held.prompt(n), seed=n, temperature=0.7, top_p=0.9, limit=tokens)
-        for n in range(rows)
-    ]
-    ran(engine, clock, asks)
-    began = time.perf_counter()
-    ran(engine, clock, asks)
-    all_at_once = rows * tokens / (time.perf_counter() - began)
-    few = asks[: max(2, rows // 8)]
-    began = time.perf_counter()
-    for ask in few:
-        ran(engine, clock, [ask])
-    one_by_one = len(few) * tokens / (time.perf_counter() - began)
+def compare_concurrency(bench: Bench, rows: int, tokens: int) -> dict[str, float]:
+    """Tokens a second of all rows at once against one at a time."""
+    engine, recorder = bench.engine(EngineLimits(slots=rows, context=512))
+    requests = [bench.request(n, tokens) for n in range(rows)]
+    run(engine, recorder, requests)
+    start = time.perf_counter()
+    run(engine, recorder, requests)
+    at_once = rows * tokens / (time.perf_counter() - start)
+    few = requests[: max(2, rows // 8)]
+    start = time.perf_counter()
+    for request in few:
+        run(engine, recorder, [request])
+    one_by_one = len(few) * tokens / (time.perf_counter() - start)
     engine.close()
-    return {"at once": all_at_once, "one by one": one_by_one, "ratio": all_at_once / one_by_one}
+    return {"at once": at_once, "one by one": one_by_one, "ratio": at_once / one_by_one}
 
 
-def endure(held, caps, requests: int) -> dict[str, object]:
-    """Many short requests, 1% of them given up; memory at ten moments."""
-    engine, clock = opened(held, caps, EngineLimits(slots=32, length=256, prefixes=64 * 2**20))
-    engine.start()
-    wanted = [None, *(engine.plans.wanted(name) for name in caps)]
-    memory, began = [], time.perf_counter()
+def endure(bench: Bench, n_requests: int) -> dict[str, object]:
+    """Many short requests, 1% of them cancelled; memory at ten moments."""
+    engine, recorder = bench.engine(EngineLimits(slots=32, context=256, prefix_bytes=64 * 2**20))
+    caps = [None, engine.caps.resolve(bench.cap_name)]
+    memory, start = [], time.perf_counter()
     for part in range(10):
-        clock.done.clear()
-        clock.left = requests // 10
-        clock.first.clear()
-        for n in range(requests // 10):
-            number = part * requests // 10 + n
-            cap = wanted[number % len(wanted)]
-            ask = GenerationRequest(
-                held.prompt(number), seed=number, temperature=0.7, top_p=0.9, limit=2 + number % 5, cap=cap
-            )
-            ticket = engine.submit(ask)
+        recorder.expect(n_requests // 10)
+        for n in range(n_requests // 10):
+            number = part * n_requests // 10 + n
+            handle = engine.submit(bench.request(number, 2 + number % 5, caps[number % 2]))
             if number % 100 == 0:
-                threading.Timer(0.01 * (number % 7), ticket.cancel).start()
-        clock.done.wait()
-        memory.append(_resident())
-    told = {
-        "requests": requests,
-        "seconds": time.perf_counter() - began,
-        "errors": len(clock.errors),
+                threading.Timer(0.01 * (number % 7), handle.cancel).start()
+        recorder.done.wait()
+        memory.append(resident_mib())
+    result = {
+        "requests": n_requests,
+        "seconds": time.perf_counter() - start,
+        "errors": len(recorder.errors),
         "running": engine.running,
         "queued": engine.queued,
-        "plans in use": sum(engine.plans._used.values()),
+        "plans in use": engine.caps.rows_in_use,
         "MiB": memory,
     }
     engine.close()
-    return told
+    return result
 
 
-def _resident() -> float:
-    """This process's resident memory, MiB."""
+def resident_mib() -> float:
+    """This process's resident memory."""
     status = Path("/proc/self/status")
     if status.is_file():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
@@ -191,20 +197,19 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--endure", type=int, default=0)
-    given = parser.parse_args()
-    held = load_steered_model(given.model, ModelOptions(), given.axis, [given.cap])
-    ids = [tuple(held.chat.prompt_ids([{"role": "user", "content": text}])) for text in QUESTIONS]
-    held.prompt = lambda n: ids[n % len(ids)]
-    caps = {given.cap: held.caps[0]}
-    if given.endure:
-        print(json.dumps(endure(held, caps, given.endure)))
+    options = parser.parse_args()
+    steered = load_steered_model(options.model, ModelOptions(), options.axis, [options.cap])
+    bench = Bench(steered, options.cap)
+    if options.endure:
+        print(json.dumps(endure(bench, options.endure)))
         return
-    for rows in given.rows:
-        found = compare(held, caps, given.cap, rows, given.tokens, given.repeats)
-        for arm, own in found.items():
-            first, rate = own["first"] / found["bare"]["first"], own["rate"] / found["bare"]["rate"]
+    for rows in options.rows:
+        results = compare_arms(bench, rows, options.tokens, options.repeats)
+        for arm, own in results.items():
+            first, rate = own["first"] / results["bare"]["first"], own["rate"] / results["bare"]["rate"]
             print(f"{rows:4d} rows  {arm:8s} first token {1e3 * own['first']:8.1f} ms (x{first:.3f})  {own['rate']:9.1f} tokens/s (x{rate:.3f})")  # fmt: skip
-    print({name: round(value, 2) for name, value in together(held, caps, 32, given.tokens).items()})
+    ratios = compare_concurrency(bench, 32, options.tokens)
+    print({name: round(value, 2) for name, value in ratios.items()})
 
 
 if __name__ == "__main__":

@@ -76,10 +76,10 @@ def whole_run(tmp_path_factory):
 )  # not longer: other tests start processes, which forks of many threads take ill
 def tiny_server(tiny_run, tmp_path_factory):
     """The real server around the tiny model, with the caps `held` and `firm`, in a thread (serving.Served)."""
-    from serving import axis_folder, served, tiny_host
+    from serving import axis_folder, served, tiny_service
 
     folder = axis_folder(tiny_run, tmp_path_factory.mktemp("served"))
-    with served(tiny_host(tiny_run, folder)) as server:
+    with served(tiny_service(tiny_run, folder)) as server:
         yield server
 
 

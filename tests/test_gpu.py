@@ -153,17 +153,17 @@ def test_rows_that_come_and_go_in_captured_steps_get_what_they_would_get_alone(f
         ENDS,
         axis,
         {"mild": axis.quantile_cap((0, 1), 0.5)},
-        EngineLimits(slots=6, length=256),
+        EngineLimits(slots=6, context=256),
         listener,
     )
-    cap = engine.plans.wanted("mild")
+    cap = engine.caps.resolve("mild")
     asks = [
         GenerationRequest(
             ids,
             seed=n,
             temperature=(0.7, 0.0)[n % 2],
             top_p=(0.9, 1.0, 0.5)[n % 3],
-            limit=9,
+            max_tokens=9,
             cap=(None, cap)[n % 2],
         )
         for n, ids in enumerate([*PROMPTS, LONG] * 3)
@@ -174,7 +174,7 @@ def test_rows_that_come_and_go_in_captured_steps_get_what_they_would_get_alone(f
     engine.close()
     assert [one.error for one in ended if one.error is not None] == []
     got = [listener.answer(ticket) for ticket in tickets]
-    expected = [alone(engine, a.ids, a.cap, a.seed, a.limit, a.temperature, a.top_p).ids for a in asks]
+    expected = [alone(engine, a.ids, a.cap, a.seed, a.max_tokens, a.temperature, a.top_p).ids for a in asks]
     same = sum(one == other for one, other in zip(got, expected, strict=True))
     assert same >= len(asks) - 1  # sums in another order may turn one draw
     for ask, ticket, ids in zip(asks, tickets, got, strict=True):

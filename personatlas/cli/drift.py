@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from rich.table import Table
 from rich.text import Text
 
+from personatlas.analysis.drift_alarm import GAUGE_LIMIT, z_gauge
 from personatlas.cli.options import MODEL, Json, ModelName
 from personatlas.cli.output import console, print_json, print_line, print_path
 from personatlas.persona.errors import UserError
@@ -134,10 +135,6 @@ def _span(value: float, low: float | None, high: float | None, form: str) -> str
     return f"{value:{form}}" + ("" if low is None or high is None else f" [{low:{form}}, {high:{form}}]")
 
 
-BARS = 24  # characters of a gauge
-WIDE = 3.0  # z at either end of it
-
-
 def trace(
     model: ModelName,
     transcript: Path,
@@ -253,7 +250,7 @@ def _trace_verb_print(content: dict[str, Any]) -> None:
     out, baseline, alarm = console(), content["baseline"], content["alarm"]
     for one in content["conversations"]:
         table = Table(title=one["name"], title_justify="left")
-        for title in ("turn", "tokens", "projection", "z", f"-{WIDE:g} to +{WIDE:g}", ""):
+        for title in ("turn", "tokens", "projection", "z", f"-{GAUGE_LIMIT:g} to +{GAUGE_LIMIT:g}", ""):
             table.add_column(
                 title, justify="right" if title in ("turn", "tokens", "projection", "z") else "left"
             )
@@ -261,7 +258,7 @@ def _trace_verb_print(content: dict[str, Any]) -> None:
             start, stop = turn["tokens"]
             state = "drift begins" if turn.get("raised") else "drifting" if turn.get("alarm") else ""
             cells = (str(number), str(stop - start), f"{turn['projection']:.1f}", f"{turn['z']:+.1f}")
-            table.add_row(*cells, Text(gauge(turn["z"]), style="cyan"), Text(state, style="yellow"))
+            table.add_row(*cells, Text(z_gauge(turn["z"]), style="cyan"), Text(state, style="yellow"))
         out.print(table)
         if one["left_out"]:
             say(f"{one['name']}: {one['left_out']} turns are beyond the model's context and were not read")
@@ -274,12 +271,3 @@ def _trace_verb_print(content: dict[str, Any]) -> None:
     if alarm is not None:
         low, high = alarm["interval"]
         out.print(Text(f"{alarm['rule']} above {alarm['limit']:.2f}: raised in {alarm['false_alarms']:.0%} [{low:.0%}, {high:.0%}] of {alarm['n']} reference conversations that it was not calibrated on", style="dim"))  # fmt: skip
-
-
-def gauge(z: float, bars: int = BARS) -> str:
-    """A mark on a line from -WIDE to +WIDE, with the default's mean in the middle."""
-    place = round((min(max(z, -WIDE), WIDE) + WIDE) / (2 * WIDE) * bars)
-    line = ["─"] * (bars + 1)
-    line[bars // 2] = "┼"
-    line[place] = "●"
-    return "".join(line)

@@ -4,8 +4,6 @@ The verb `serve`: an OpenAI-compatible server that watches every conversation al
 """
 
 import asyncio
-import os
-import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +18,7 @@ from personatlas.persona.errors import UserError
 from personatlas.persona.options import ModelOptions, SamplingOptions
 from personatlas.persona.progress import say
 from personatlas.persona.runs import find_axis
-from personatlas.steering.serve.startup import CapacityOptions, ServeOptions, make_service
+from personatlas.steering.serve.options import CapacityOptions, ServeOptions
 from personatlas.steering.session import SteeredModel, load_steered_model
 
 PLAIN, CAPPED = "baseline", "capped"
@@ -158,7 +156,7 @@ def _as_json(one: Any) -> dict[str, Any]:
     }
 
 
-ROOM = CapacityOptions(slots=2, prefix_mib=256)  # one answer at a time, two when they are compared
+CHAT_CAPACITY = CapacityOptions(slots=2, prefix_mib=256)  # one answer at a time, two when they are compared
 
 
 def chat(
@@ -172,7 +170,7 @@ def chat(
     seed: int | None = None,
     context: int | None = None,
     force: bool = False,
-    hold: Annotated[ServeOptions, OPTIONS] = ServeOptions(),
+    options: Annotated[ServeOptions, OPTIONS] = ServeOptions(),
     load: Annotated[ModelOptions, MODEL] = ModelOptions(),
 ) -> None:
     """Talk to a model in the terminal; after every answer a line says where it lies on the axis and what the cap did.
@@ -198,34 +196,26 @@ def chat(
     """
     if system and chat_file is not None:
         raise UserError("give --system or --load: a stored conversation has its own system prompt")
-    from personatlas.steering.serve.terminal.chat_file import load_told
+    from rich.console import Console
+
+    from personatlas.steering.serve.startup import make_service
+    from personatlas.steering.serve.terminal.chat_file import load_chat
+    from personatlas.steering.serve.terminal.repl import ChatRepl
     from personatlas.steering.serve.terminal.session import Transcript
 
-    told = load_told(chat_file) if chat_file is not None else Transcript(system)
-    host = make_service(
-        model, load, find_axis(model, axis), hold, replace(ROOM, context=context), force=force
-    )
-    failed = _talked(host, told, message, seed)
-    if failed:
-        raise UserError(f"{failed} of the lines could not be done (see above)")
-
-
-def _talked(host: Any, told: Any, lines: tuple[str, ...], seed: int | None) -> int:
-    """Talk until there is nothing more to say; how many lines could not be done where nobody sat there to see it."""
-    from personatlas.steering.serve.terminal.repl import ChatRepl
-
+    transcript = load_chat(chat_file) if chat_file is not None else Transcript(system)
+    capacity = replace(CHAT_CAPACITY, context=context)
+    service = make_service(model, find_axis(model, axis), options, capacity, load=load, force=force)
+    live = not message and sys.stdin.isatty()
     with asyncio.Runner() as runner:
-        runner.run(host.open())
-        terminal = ChatRepl(runner, host, seed, live=not lines and sys.stdin.isatty())
+        runner.run(service.start())
+        repl = ChatRepl(runner, service, console(), Console(stderr=True), seed=seed, live=live)
         try:
-            terminal.run(told, lines)
+            repl.run(transcript, message)
         finally:
-            host.close()
-    return 0 if terminal.live else terminal.failed
-
-
-KEY = "PERSONATLAS_API_KEY"
-LOCAL = ("127.0.0.1", "localhost", "::1")
+            service.close()
+    if not live and repl.n_failed:
+        raise UserError(f"{repl.n_failed} of the lines could not be done (see above)")
 
 
 def serve(
@@ -236,8 +226,8 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8377,
     force: bool = False,
-    hold: Annotated[ServeOptions, OPTIONS] = ServeOptions(),
-    room: Annotated[CapacityOptions, SIZE] = CapacityOptions(),
+    options: Annotated[ServeOptions, OPTIONS] = ServeOptions(),
+    capacity: Annotated[CapacityOptions, SIZE] = CapacityOptions(),
     load: Annotated[ModelOptions, MODEL] = ModelOptions(),
 ) -> None:
     """Serve a model to OpenAI's clients and on a page of its own, with every conversation's persona measured.
@@ -255,53 +245,31 @@ def serve(
     force
         use an axis of the same model in another weight format
     """
-    key = _key(host)
-    _require_free(host, port)
-    served = make_service(model, load, find_axis(model, axis), hold, room, force=force)
-    from personatlas.steering.serve.http.app import make_app
-    from personatlas.steering.serve.http.uvicorn_server import serve as listen
+    from personatlas.steering.serve.service import PersonaService
+    from personatlas.steering.serve.startup import serve as serve_model
 
-    out, settings = console(), served.settings
-    address = f"[{host}]" if ":" in host else host
-    out.print(
-        Text(f"http://{address}:{port}", style="bold"),
-        Text("the page; /v1 for OpenAI's clients", style="dim"),
-    )
-    alarm = served.standing.monitor.rule
-    told = f"{served.name}, layer {served.held.axis.layer}"
-    told += (
-        f"; cap {settings.cap or 'none'} ({settings.mode})" if settings.cap else "; no cap unless asked for"
-    )
-    told += (
-        "" if alarm is not None else "; no alarm is calibrated (`personatlas drift` makes a reference.json)"
-    )
-    say(
-        f"{told}; {settings.room.slots} conversations of {settings.room.length} tokens at once; Ctrl-C ends it"
-    )
-    listen(make_app(served, key), served, host, port)
-
-
-def _key(host: str) -> str | None:
-    key = os.environ.get(KEY)
-    if key is not None and (not key.isascii() or not key.isprintable() or len(key.strip()) < 8):
-        raise UserError(f"{KEY} must be at least 8 printable ASCII characters")
-    if key is None and host not in LOCAL:
-        raise UserError(
-            f"--host {host} can be reached from other machines: set {KEY} to a key that clients must give, or leave --host out"
+    def announce(service: PersonaService) -> None:
+        defaults = service.defaults
+        address = f"[{host}]" if ":" in host else host
+        console().print(
+            Text(f"http://{address}:{port}", style="bold"),
+            Text("the page; /v1 for OpenAI's clients", style="dim"),
         )
-    return key.strip() if key is not None else None
+        text = f"{service.name}, layer {service.axis.layer}"
+        text += f"; cap {defaults.cap} ({defaults.mode})" if defaults.cap else "; no cap unless asked for"
+        if service.tracker.monitor.rule is None:
+            text += "; no alarm is calibrated (`personatlas drift` makes a reference.json)"
+        limits = defaults.limits
+        say(f"{text}; {limits.slots} conversations of {limits.context} tokens at once; Ctrl-C ends it")
 
-
-def _require_free(host: str, port: int) -> None:
-    """The address can be had, before a model is loaded for it."""
-    if not 0 < port < 65536:
-        raise UserError(f"--port {port} is outside 1..65535")
-    try:
-        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(place)
-    except OSError as error:
-        raise UserError(
-            f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port"
-        ) from None
+    serve_model(
+        model,
+        find_axis(model, axis),
+        host=host,
+        port=port,
+        options=options,
+        capacity=capacity,
+        load=load,
+        force=force,
+        on_ready=announce,
+    )

@@ -1,1 +1,1 @@
-"""The server: an OpenAI-compatible door to a model whose persona is watched and held while it talks."""
+"""An OpenAI-compatible server for a model whose persona is measured and, if asked, capped in every answer."""

@@ -1,179 +1,249 @@
-"""One answer as it comes out of the engine: text, tokens with their projections, why it ended.
+"""Answers as they come out of the engine: their text, their tokens with projections, and why they ended.
 
-A step tells of the token that it fed, so a token's projection comes with the step after the one that drew it; the last token of an
-answer that was cut is never fed, and has none.
+    async with service.stream(requests, stops=("\\n\\n",)) as answers:       # an `AnswerStream`
+        async for answer, text in answers: ...                              # a `StreamedAnswer` and the text it gained
 
-Token ids to text as they come: whole characters only, and nothing beyond a stop text.
-
-spoken = Spoken(tokenizer, stops=("\n\n",))
-spoken.add(4093), spoken.add(11), ...          # text that is safe to show, often one token's, sometimes ""
-spoken.ended, spoken.rest()                    # whether a stop text came; what was held back at the end
+An event carries the projection of the token that was fed, so a token's projection comes with the event after the one
+that drew it. The last token of an answer that was cut is never fed and has none.
 """
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from personatlas.persona.errors import UserError
-from personatlas.steering.serve.engine.batch import TokenEvent
-from personatlas.steering.serve.engine.scheduler import EngineEvent, FinishEvent, PrefillEvent, RequestHandle
+from personatlas.persona.records import JsonRecord
+from personatlas.steering.serve.engine.batch import TokenEvent, TokenLogprobs
+from personatlas.steering.serve.engine.scheduler import (
+    Engine,
+    EngineEvent,
+    FinishEvent,
+    GenerationRequest,
+    PrefillEvent,
+    RequestHandle,
+)
 
-KEPT = 8  # tokens that are decoded together: what one of them shows may depend on those before it
-UNFINISHED = "\ufffd"  # what a tokenizer shows for part of a character
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-
-class Detokenizer:
-    """An answer's text. Held back are parts of a character, and the beginnings of stop texts.
-
-    `before` are tokens that it goes on from: some tokenizers write a first token's blank only where something is before it.
-    """
-
-    def __init__(self, tokenizer: Any, stops: tuple[str, ...] = (), before: Sequence[int] = ()) -> None:
-        self.tokenizer, self.stops = tokenizer, stops
-        self.text, self.ended = "", False  # what was given out; whether a stop text came
-        self._ids = list(before)[-KEPT:]
-        self._shown = len(self._ids)  # of `_ids`, those whose text was taken
-        self._held = ""
-
-    def add(self, id: int) -> str:
-        """The text that one token more makes safe to show."""
-        self._ids.append(id)
-        before = self._decoded(self._ids[: self._shown])
-        whole = self._decoded(self._ids)
-        if whole.endswith(UNFINISHED) and len(self._ids) - self._shown < KEPT:
-            return ""
-        self._shown = len(self._ids)
-        if self._shown > 2 * KEPT:
-            self._ids = self._ids[KEPT:]
-            self._shown = len(self._ids)
-        return self._given(whole[len(before) :], last=False)
-
-    def rest(self) -> str:
-        """What was held back, when no token follows."""
-        whole = self._decoded(self._ids)
-        return self._given(whole[len(self._decoded(self._ids[: self._shown])) :], last=True)
-
-    def _given(self, new: str, *, last: bool) -> str:
-        if self.ended:
-            return ""
-        text = self._held + new
-        places = [place for stop in self.stops if (place := text.find(stop)) >= 0]
-        if places:
-            self.ended, self._held = True, ""
-            out = text[: min(places)]
-        else:
-            held = 0 if last else max((_beginning(text, stop) for stop in self.stops), default=0)
-            out, self._held = text[: len(text) - held], text[len(text) - held :]
-        self.text += out
-        return out
-
-    def _decoded(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def _beginning(text: str, stop: str) -> int:
-    """How many last characters of the text could be the beginning of the stop text."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
-
-
-Reason = Literal["stop", "length"]
+WINDOW = 8  # tokens that are decoded together: the text of one may depend on those before it
+INCOMPLETE = "\ufffd"  # what a tokenizer writes for a part of a character
 
 
 class EngineFailure(RuntimeError):
-    """The engine could not do what was asked, and it is not the asker's fault."""
+    """The engine could not answer, through no fault of the request."""
+
+
+class Detokenizer:
+    """Token ids to text as they come: whole characters only, and nothing from a stop text on.
+
+        detokenizer = Detokenizer(tokenizer, stops=("\\n\\n",))
+        detokenizer.add(4093)              # text that is safe to show, often one token's, sometimes ""
+        detokenizer.flush()                # what was held back, when no token follows
+
+    `prefix` are tokens before the text: some tokenizers write a first token's blank only behind others. `stopped` says
+    whether a stop text came.
+    """
+
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", stops: tuple[str, ...] = (), prefix: Sequence[int] = ()
+    ) -> None:
+        self.tokenizer, self.stops = tokenizer, stops
+        self.text, self.stopped = "", False
+        self._ids = list(prefix)[-WINDOW:]
+        self._n_shown = len(self._ids)  # of `_ids`, those whose text was given out or is held back
+        self._held_back = ""  # it may be the beginning of a stop text
+
+    def add(self, token: int) -> str:
+        """The text that one more token makes safe to show."""
+        self._ids.append(token)
+        shown, text = self._decode(self._ids[: self._n_shown]), self._decode(self._ids)
+        if text.endswith(INCOMPLETE) and len(self._ids) - self._n_shown < WINDOW:
+            return ""
+        self._n_shown = len(self._ids)
+        if self._n_shown > 2 * WINDOW:
+            self._ids = self._ids[WINDOW:]
+            self._n_shown = len(self._ids)
+        return self._release(text[len(shown) :], last=False)
+
+    def flush(self) -> str:
+        """The text that was held back."""
+        shown, text = self._decode(self._ids[: self._n_shown]), self._decode(self._ids)
+        return self._release(text[len(shown) :], last=True)
+
+    def _release(self, new: str, *, last: bool) -> str:
+        if self.stopped:
+            return ""
+        text = self._held_back + new
+        starts = [start for stop in self.stops if (start := text.find(stop)) >= 0]
+        if starts:
+            self.stopped, end = True, min(starts)
+        else:
+            end = len(text) - (0 if last else max((_overlap(text, stop) for stop in self.stops), default=0))
+        self._held_back = "" if self.stopped else text[end:]
+        self.text += text[:end]
+        return text[:end]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many of the text's last characters could be the beginning of the stop text."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+@dataclass(frozen=True)
+class TokenState(JsonRecord):
+    """A token of an answer: its projection (None while it is not fed) and at how many layers the cap changed it."""
+
+    id: int
+    text: str
+    projection: float | None
+    fired: int
 
 
 @dataclass(eq=False)
 class StreamedAnswer:
-    """What one ticket said so far. `seen[i]` are projection and fired layers of answer token i, as far as they are known."""
+    """One answer so far. `measured[i]` are projection and changed layers of token i, as far as they are known."""
 
-    number: int
-    ticket: RequestHandle
-    spoken: Detokenizer
+    index: int
+    handle: RequestHandle
+    detokenizer: Detokenizer
     end_ids: frozenset[int]
-    read: PrefillEvent | None = None
-    asked: TokenEvent | None = None  # the step that fed the prompt's last token
+    prefill: PrefillEvent | None = None
+    prompt_end: TokenEvent | None = None  # of the step that fed the prompt's last token
     ids: list[int] = field(default_factory=list)
-    seen: list[tuple[float, int]] = field(default_factory=list)
-    likely: list[tuple[float, dict[int, float]]] = field(default_factory=list)
-    closing: tuple[int, tuple[float, dict[int, float]] | None] | None = (
-        None  # the token that ended it, in no text
-    )
-    reason: Reason | None = None
+    measured: list[tuple[float, int]] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    end_token: TokenEvent | None = None  # of the token that ended it, which is in no text
+    finish_reason: Literal["stop", "length"] | None = None
     error: BaseException | None = None
     done: bool = False
 
-    def require_whole(self) -> None:
-        """Raise what ended it, if that was an error: a `UserError` as it is, anything else as `EngineFailure`."""
-        if isinstance(self.error, UserError):
-            raise self.error
-        if self.error is not None:
-            raise EngineFailure(
-                (str(self.error).splitlines() or [type(self.error).__name__])[0][:200]
-            ) from self.error
-
-    def take(self, event: EngineEvent) -> str:
-        """The text that an event adds."""
-        if self.done:
-            return ""
-        if isinstance(event, PrefillEvent):
-            self.read = event
-            return ""
-        if isinstance(event, FinishEvent):
-            return self._end(event)
-        return self._step(event)
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return self.detokenizer.text
 
     @property
     def prompt_projections(self) -> list[float]:
-        """Of the prompt's tokens; without the last one's while nothing was fed."""
-        read = list(self.read.projections) if self.read is not None else []
-        return [*read, self.asked.projection] if self.asked is not None else read
+        """Projections of the prompt's tokens, without the last one's before the first step."""
+        projections = list(self.prefill.projections) if self.prefill is not None else []
+        return [*projections, self.prompt_end.projection] if self.prompt_end is not None else projections
 
     @property
     def projection(self) -> float | None:
-        """Mean over the answer's tokens, None where none was fed."""
-        return sum(value for value, _ in self.seen) / len(self.seen) if self.seen else None
+        """Mean projection of the answer's tokens, None while none was fed."""
+        return sum(value for value, _ in self.measured) / len(self.measured) if self.measured else None
 
     @property
     def fired(self) -> float | None:
         """Share of the answer's tokens times capped layers that were changed; None where no cap acts on answers."""
-        cap = self.ticket.ask.cap
-        if cap is None or cap.cap.phase == "prompt" or not self.seen:
+        cap = self.handle.request.cap
+        if cap is None or cap.cap.phase == "prompt" or not self.measured:
             return None
-        return sum(fired for _, fired in self.seen) / (len(self.seen) * len(cap.cap.layers))
+        return sum(fired for _, fired in self.measured) / (len(self.measured) * len(cap.cap.layers))
 
-    def tokens(self, first: int, last: int) -> list[dict[str, Any]]:
-        """Answer tokens [first, last) as they are told."""
-        told = []
-        for at in range(first, last):
-            projection, fired = self.seen[at] if at < len(self.seen) else (None, 0)
-            text = self.spoken.tokenizer.decode([self.ids[at]], skip_special_tokens=True)
-            told.append({"id": self.ids[at], "text": text, "projection": projection, "fired": fired})
-        return told
+    def tokens(self, start: int = 0, stop: int | None = None) -> tuple[TokenState, ...]:
+        """The answer's tokens [start, stop)."""
+        states = []
+        for i in range(len(self.ids))[start:stop]:
+            projection, fired = self.measured[i] if i < len(self.measured) else (None, 0)
+            text = self.detokenizer.tokenizer.decode([self.ids[i]], skip_special_tokens=True)
+            states.append(TokenState(self.ids[i], str(text), projection, fired))
+        return tuple(states)
 
-    def _step(self, step: TokenEvent) -> str:
-        if self.asked is None:
-            self.asked = step
-        else:
-            self.seen.append((step.projection, step.fired))
-        if self.ticket.ask.limit == 0:
+    def raise_error(self) -> None:
+        """Raises the error that ended the answer, if any: a `UserError` as it is, others as `EngineFailure`."""
+        if isinstance(self.error, UserError):
+            raise self.error
+        if self.error is not None:
+            first_line = (str(self.error).splitlines() or [type(self.error).__name__])[0]
+            raise EngineFailure(first_line[:200]) from self.error
+
+    def take(self, event: EngineEvent) -> str:
+        """Takes in an event and returns the text that it adds."""
+        if self.done:
             return ""
-        if step.token in self.end_ids:
-            self.closing = step.token, step.likely
-            return ""  # it is not part of the answer
-        self.ids.append(step.token)
-        if step.likely is not None:
-            self.likely.append(step.likely)
-        text = self.spoken.add(step.token)
-        if self.spoken.ended:
-            self.reason, self.done = "stop", True
-            self.ticket.cancel()
+        if isinstance(event, PrefillEvent):
+            self.prefill = event
+            return ""
+        if isinstance(event, FinishEvent):
+            self.done, self.error = True, event.error
+            self.finish_reason = "length" if event.reason == "length" else "stop"
+            text = self.detokenizer.flush()
+            if self.detokenizer.stopped:
+                self.finish_reason = "stop"
+            return text
+        if self.prompt_end is None:
+            self.prompt_end = event
+        else:
+            self.measured.append((event.projection, event.fired))
+        if self.handle.request.max_tokens == 0:
+            return ""
+        if event.token in self.end_ids:
+            self.end_token = event
+            return ""
+        self.ids.append(event.token)
+        if event.logprobs is not None:
+            self.logprobs.append(event.logprobs)
+        text = self.detokenizer.add(event.token)
+        if self.detokenizer.stopped:
+            self.finish_reason, self.done = "stop", True
+            self.handle.cancel()
         return text
 
-    def _end(self, ended: FinishEvent) -> str:
-        self.done, self.error = True, ended.error
-        self.reason = "length" if ended.reason == "length" else "stop"
-        text = self.spoken.rest()
-        if self.spoken.ended:
-            self.reason = "stop"
-        return text
+
+class AnswerStream:
+    """The answers to several requests: an asynchronous iterator of (answer, the text that it gained).
+
+    `continues_prompt`: answers continue the prompt's text. Raises `UserError` for a request that the engine refuses;
+    those before it are cancelled.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        requests: Sequence[GenerationRequest],
+        stops: tuple[str, ...] = (),
+        *,
+        continues_prompt: bool = False,
+    ) -> None:
+        self._events: asyncio.Queue[tuple[RequestHandle, EngineEvent]] = asyncio.Queue()
+        self._by_handle: dict[RequestHandle, StreamedAnswer] = {}
+        self.n_open = len(requests)  # answers that have not ended
+        try:
+            for index, request in enumerate(requests):
+                handle = engine.submit(request, owner=self)
+                prefix = request.ids if continues_prompt else ()
+                detokenizer = Detokenizer(engine.model.tokenizer, stops, prefix)
+                self._by_handle[handle] = StreamedAnswer(index, handle, detokenizer, engine.end_ids)
+        except UserError:
+            self.cancel()
+            raise
+
+    @property
+    def answers(self) -> list[StreamedAnswer]:
+        """The answers in the order of their requests."""
+        return list(self._by_handle.values())
+
+    def put(self, handle: RequestHandle, event: EngineEvent) -> None:
+        """Adds an event of one of the requests; in the event loop's thread."""
+        self._events.put_nowait((handle, event))
+
+    async def __aiter__(self) -> AsyncIterator[tuple[StreamedAnswer, str]]:
+        while self.n_open:
+            handle, event = await self._events.get()
+            answer = self._by_handle[handle]
+            if not answer.done:
+                text = answer.take(event)
+                self.n_open -= answer.done
+                yield answer, text
+
+    def cancel(self) -> None:
+        """Cancels the answers that have not ended."""
+        for answer in self.answers:
+            if not answer.done:
+                answer.handle.cancel()

@@ -1,8 +1,8 @@
-"""Does a message speak of suicide or self-harm? The phrases, and the notice that is then shown, are the page's own file.
+"""Does a message speak of suicide or self-harm? The phrases and the notice to show then are in static/distress.json.
 
     shows_distress("I want to end my life")            # True; "kill the process" is not
 
-A list of phrases is mistaken at times, both ways. It blocks nothing and sends nothing anywhere.
+A list of phrases makes mistakes in both directions. It blocks nothing and sends nothing anywhere.
 """
 
 import json
@@ -16,7 +16,7 @@ APOSTROPHES = re.compile("[\u2018\u2019\u02bc]")
 
 
 class DistressPhrases(NamedTuple):
-    """What is cut out first, what then counts, and the notice: a title and paragraphs."""
+    """What is removed first, what then counts, and the notice: its title and paragraphs."""
 
     exceptions: tuple[re.Pattern[str], ...]
     patterns: tuple[re.Pattern[str], ...]
@@ -25,18 +25,19 @@ class DistressPhrases(NamedTuple):
 
 
 @cache
-def phrases() -> DistressPhrases:
+def distress_phrases() -> DistressPhrases:
     """The file, read once."""
-    told = json.loads(FILE.read_text(encoding="utf-8"))
+    content = json.loads(FILE.read_text(encoding="utf-8"))
     exceptions, patterns = (
-        tuple(re.compile(one, re.ASCII) for one in told[name]) for name in ("except", "patterns")
+        tuple(re.compile(pattern, re.ASCII) for pattern in content[name]) for name in ("except", "patterns")
     )
-    return DistressPhrases(exceptions, patterns, told["notice"]["title"], tuple(told["notice"]["text"]))
+    notice = content["notice"]
+    return DistressPhrases(exceptions, patterns, notice["title"], tuple(notice["text"]))
 
 
 def shows_distress(text: str) -> bool:
-    """Whether any of the phrases is in it."""
+    """Whether any of the phrases is in the text."""
     plain = " ".join(APOSTROPHES.sub("'", text.lower()).split())
-    for exception in phrases().exceptions:
+    for exception in distress_phrases().exceptions:
         plain = exception.sub(" ", plain)
-    return any(pattern.search(plain) for pattern in phrases().patterns)
+    return any(pattern.search(plain) for pattern in distress_phrases().patterns)

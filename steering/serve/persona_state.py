@@ -1,28 +1,35 @@
-"""Where a conversation stands along the axis: the `persona` object of every answer.
+"""The `persona` object of every answer: where the conversation is on the axis, what the cap did, whether it drifts.
 
-    standing = Standing(axis, chat, monitor)
-    turns = standing.turns(messages, spans, projections)       # (message, tokens, projection) of the answers in a prompt
-    standing.drifting(turns)                                   # whether the alarm is on after them
-    standing.told(choice, turns, ...)                          # all of it, as it is sent
+    tracker = PersonaTracker(axis, monitor)
+    turns = tracker.turns(spans, projections)           # the answers in a prompt, from the projections of its tokens
+    tracker.drifting(turns)                             # whether the alarm is on after them
+    tracker.measure(answer, turns, message=3).to_json() # the object as it is sent
 
-The answers in a prompt are read on the way to the new one, and what a capped request reads is read with the cap on: its turns are
-how the model stands while it is held. In adaptive mode they are how the model reads the conversation by itself, since the alarm
-that decides whether to hold it must not be calmed by the holding.
+To add a field: declare it in `PersonaState`, which is the schema, and compute it in `PersonaTracker.measure` below.
+Responses, streams and the terminal chat pass the object on whole; the page keeps it if `PERSONA_FIELDS` in
+static/persona.js says how to read it.
+
+The answers in a prompt are measured while the prompt is read. In a capped request they are read with the cap on, so
+they say where the model is while it is capped. In adaptive mode they are read without it, because the alarm that
+decides whether to cap must not be calmed by the cap.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, NamedTuple
 
 from personatlas.analysis.drift_alarm import alarm_states
 from personatlas.persona.axis import Axis
 from personatlas.persona.models.token_spans import Span
+from personatlas.persona.records import JsonObject, JsonRecord
 from personatlas.steering.drift_monitor import DriftMonitor
-from personatlas.steering.serve.answer_stream import StreamedAnswer
+from personatlas.steering.serve.answer_stream import StreamedAnswer, TokenState
+
+ALWAYS, ADAPTIVE = "always", "adaptive"  # when a cap acts: in every answer, or while the alarm is on
 
 
 class AnswerTurn(NamedTuple):
-    """An answer of a conversation: its message's number, its tokens, and their mean projection (residual units)."""
+    """An answer of a conversation: index of its message, number of tokens, mean projection (residual units)."""
 
     message: int
     tokens: int
@@ -30,80 +37,170 @@ class AnswerTurn(NamedTuple):
 
 
 @dataclass(frozen=True)
+class TurnState(JsonRecord):
+    """An answer with its z and, where an alarm is calibrated, whether it is on after it and was raised by it."""
+
+    message: int
+    tokens: int
+    projection: float
+    z: float
+    alarm: bool | None
+    raised: bool | None
+
+
+@dataclass(frozen=True)
+class DriftState(JsonRecord):
+    """The alarm after an answer and its calibration; all None where none is calibrated."""
+
+    state: Literal["calm", "drifting"] | None = None
+    raised: bool | None = None
+    rule: str | None = None
+    limit: float | None = None
+    false_alarms: float | None = None
+
+
+@dataclass(frozen=True)
+class BaselineState(JsonRecord):
+    """The distribution that z is relative to: `z = (projection - mean) / spread`, and what it was measured on."""
+
+    mean: float
+    spread: float
+    of: str
+
+
+@dataclass(frozen=True)
+class PersonaState(JsonRecord):
+    """The `persona` object of an answer. Projections are before the cap's step, in residual units."""
+
+    layer: int
+    poles: tuple[str, ...]
+    projection: float | None
+    "mean over the answer's tokens, None where none was fed"
+    z: float | None
+    tokens: int
+    cap: str | None
+    "the cap that acted, None for the baseline and while an adaptive cap rests"
+    mode: str
+    floor: float | None
+    "the cap's floor for answers at `layer`, None where it does not act there"
+    fired: float | None
+    "share of the answer's tokens times capped layers that the cap changed"
+    turns: tuple[TurnState, ...]
+    "all answers of the conversation, this one last"
+    drift: DriftState | None
+    "None for an answer that this server did not write"
+    baseline: BaselineState
+    per_token: tuple[TokenState, ...] | None = None
+    "the answer's tokens, where a request asks for them"
+
+    omit_none: ClassVar[tuple[str, ...]] = ("per_token",)
+
+    @property
+    def turn(self) -> TurnState | None:
+        """The last answer of the conversation."""
+        return self.turns[-1] if self.turns else None
+
+
+@dataclass(frozen=True)
 class PersonaTracker:
-    """The axis and how conversations along it are watched."""
+    """Measures conversations along an axis: z relative to a baseline and, where it is calibrated, a drift alarm."""
 
     axis: Axis
     monitor: DriftMonitor
 
+    @property
+    def baseline(self) -> BaselineState:
+        """What z is relative to."""
+        reference = self.monitor.reference
+        return BaselineState(reference.mean, reference.std, self.monitor.population)
+
     def turns(self, spans: Sequence[Span], projections: Sequence[float]) -> list[AnswerTurn]:
-        """The answers that a prompt holds, from the projections of its tokens."""
-        found = []
+        """The answers in a prompt that were read whole, from the projections of its tokens."""
+        turns = []
         for span in spans:
-            own = projections[span.start : span.stop]
-            if span.speaker == "assistant" and len(own) == span.stop - span.start:
-                found.append(AnswerTurn(span.message, len(own), sum(own) / len(own)))
-        return found
+            values = projections[span.start : span.stop]
+            if span.speaker == "assistant" and len(values) == span.stop - span.start:
+                turns.append(AnswerTurn(span.message, len(values), sum(values) / len(values)))
+        return turns
 
     def drifting(self, turns: Sequence[AnswerTurn]) -> bool:
-        """Whether the alarm is on after these turns; never without a calibrated rule."""
-        if self.monitor.rule is None:
-            return False
-        states = alarm_states(self.monitor.rule, self.monitor.reference, [turn.projection for turn in turns])
-        return bool(states) and states[-1].alarm
+        """Whether the alarm is on after these turns; False where none is calibrated."""
+        states = self.watch(turns)
+        return bool(states and states[-1].alarm)
 
-    def told(
-        self, choice: StreamedAnswer, turns: Sequence[AnswerTurn], message: int | None, mode: str, held: bool
-    ) -> dict[str, Any]:
-        """The `persona` object of an answer that is message number `message` (None: no conversation). `held`: adaptive, and the
-        cap acts: the alarm stays as it was decided, since this answer has not been read without the cap."""
-        cap, projection = choice.ticket.ask.cap, choice.projection
-        listed = list(turns)
-        if message is not None and projection is not None:
-            listed.append(AnswerTurn(message, len(choice.seen), projection))
-        shown = self.watched(listed)
-        if held and shown and shown[-1]["alarm"] is False:
-            shown[-1] |= {"alarm": True, "raised": False}
-        last = shown[-1] if shown else {}
-        return {
-            "layer": self.axis.layer,
-            "poles": list(self.axis.poles),
-            "projection": projection,
-            "z": None if projection is None else self.monitor.reference.z(projection),
-            "tokens": len(choice.ids),
-            "cap": None if cap is None else cap.name,
-            "mode": mode,
-            "floor": None if cap is None else cap.floor_at(self.axis.layer),
-            "fired": choice.fired,
-            "turns": shown,
-            "drift": self._drift(last),
-            "baseline": self.describe()["baseline"],
-        }
-
-    def describe(self) -> dict[str, Any]:
-        """Reference distribution and alarm as plain numbers."""
-        return self.monitor.describe()
-
-    def watched(self, turns: Sequence[AnswerTurn]) -> list[dict[str, Any]]:
-        """Turns with their z and, where a rule is calibrated, the alarm's state."""
+    def watch(self, turns: Sequence[AnswerTurn]) -> list[TurnState]:
+        """The state after each turn."""
         rule, reference = self.monitor.rule, self.monitor.reference
-        places = [turn.projection for turn in turns]
-        states = alarm_states(rule, reference, places) if rule is not None else [None] * len(places)
+        if rule is None:
+            return [TurnState(*turn, reference.z(turn.projection), None, None) for turn in turns]
+        states = alarm_states(rule, reference, [turn.projection for turn in turns])
         return [
-            turn._asdict()
-            | {"z": reference.z(turn.projection)}
-            | (
-                {"alarm": None, "raised": None}
-                if state is None
-                else {"alarm": state.alarm, "raised": state.raised}
-            )
+            TurnState(*turn, state.z, state.alarm, state.raised)
             for turn, state in zip(turns, states, strict=True)
         ]
 
-    def _drift(self, last: dict[str, Any]) -> dict[str, Any]:
-        alarm = self.describe()["alarm"]
-        if alarm is None:
-            return {"state": None, "raised": None, "rule": None, "limit": None, "false_alarms": None}
-        state = "drifting" if last.get("alarm") else "calm"
-        told = {name: alarm[name] for name in ("rule", "limit", "false_alarms")}
-        return {"state": state, "raised": bool(last.get("raised")), **told}
+    def measure(
+        self,
+        answer: StreamedAnswer,
+        turns: Sequence[AnswerTurn] = (),
+        message: int | None = None,
+        mode: str = ALWAYS,
+        *,
+        per_token: bool = False,
+    ) -> PersonaState:
+        """The persona object of an answer behind `turns`, which is message number `message` (None: no conversation).
+
+        While an adaptive cap acts the alarm stays on: its answer has not been read without the cap.
+        """
+        cap, projection = answer.handle.request.cap, answer.projection
+        if message is not None and projection is not None:
+            turns = [*turns, AnswerTurn(message, len(answer.measured), projection)]
+        states = self.watch(turns)
+        if mode == ADAPTIVE and cap is not None and states and states[-1].alarm is False:
+            states[-1] = replace(states[-1], alarm=True, raised=False)
+        return PersonaState(
+            layer=self.axis.layer,
+            poles=tuple(self.axis.poles),
+            projection=projection,
+            z=None if projection is None else self.monitor.reference.z(projection),
+            tokens=len(answer.ids),
+            cap=None if cap is None else cap.name,
+            mode=mode,
+            floor=None if cap is None else cap.floor_at(self.axis.layer),
+            fired=answer.fired,
+            turns=tuple(states),
+            drift=self._drift(states[-1] if states else None),
+            baseline=self.baseline,
+            per_token=answer.tokens() if per_token else None,
+        )
+
+    def measure_loaded(self, states: Sequence[TurnState]) -> PersonaState:
+        """The persona object of the last of these turns, which another program wrote: no cap, tokens or drift."""
+        last = states[-1]
+        return PersonaState(
+            layer=self.axis.layer,
+            poles=tuple(self.axis.poles),
+            projection=last.projection,
+            z=last.z,
+            tokens=last.tokens,
+            cap=None,
+            mode=ALWAYS,
+            floor=None,
+            fired=None,
+            turns=tuple(states),
+            drift=None,
+            baseline=self.baseline,
+        )
+
+    def describe(self) -> JsonObject:
+        """Baseline and alarm as JSON."""
+        return self.monitor.describe()
+
+    def _drift(self, last: TurnState | None) -> DriftState:
+        rule, rate = self.monitor.rule, self.monitor.false_alarms
+        if rule is None or rate is None:
+            return DriftState()
+        on, raised = bool(last and last.alarm), bool(last and last.raised)
+        return DriftState(
+            "drifting" if on else "calm", raised, self.monitor.rule_name, rule.limit, rate.share
+        )

@@ -1,25 +1,27 @@
-"""What goes over the wire: OpenAI's requests with the extra `persona` object, strictly typed, unknown fields accepted.
+"""OpenAI's requests with the extra `persona` object, strictly typed; unknown fields are accepted.
 
-The field names and limits are those of OpenAI's API reference; what this engine cannot do (tools, images, JSON schemas, penalties)
-is refused when asked for, not ignored.
+Field names and limits are those of OpenAI's API reference. What this engine cannot do (tools, images, JSON schemas,
+penalties) is refused where a request asks for it, not ignored.
 """
 
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-MOST_STOPS, MOST_CHOICES, MOST_LIKELY = 16, 16, 20
-MOST_ANSWERS = 512
-LONGEST_STOP = 200  # characters
+from personatlas.steering.serve.options import CapMode
+
+MAX_STOPS, MAX_CHOICES, MAX_LOGPROBS = 16, 16, 20
+MAX_ANSWERS = 512  # prompts times answers of one request
+MAX_STOP_LENGTH = 200  # characters
 SEEDS = 2**62
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Count = Annotated[int, Field(ge=1, le=2**31)]
 
 
 class TextPart(BaseModel):
-    """A piece of a message; only text is taken."""
+    """A part of a message; only text is supported."""
 
     model_config = ConfigDict(strict=True, extra="allow")
     type: Literal["text"]
@@ -27,7 +29,7 @@ class TextPart(BaseModel):
 
 
 class ChatMessage(BaseModel):
-    """One message. `developer` is `system`."""
+    """A message; the role `developer` is read as `system`."""
 
     model_config = ConfigDict(strict=True, extra="allow")
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -35,7 +37,7 @@ class ChatMessage(BaseModel):
 
     @property
     def plain(self) -> dict[str, str]:
-        """Role and text alone."""
+        """Role and text."""
         role = "system" if self.role == "developer" else self.role
         content = self.content
         text = content if isinstance(content, str) else "".join(part.text for part in content or [])
@@ -43,7 +45,7 @@ class ChatMessage(BaseModel):
 
 
 class CapByLevel(BaseModel):
-    """A floor at a quantile of a population's projections, at layers in words."""
+    """A cap whose floor is a quantile of a population's projections: level p50 at layers "18-23"."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     level: Annotated[str, Field(pattern=r"^p\d{1,3}(\.\d{1,6})?$")]
@@ -52,7 +54,7 @@ class CapByLevel(BaseModel):
 
 
 class CapByName(BaseModel):
-    """A loaded cap, its floors moved by so many interquartile ranges of the default's answers."""
+    """A loaded cap, its floors moved by `shift` interquartile ranges of the default role's answers."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     name: Annotated[str, Field(max_length=200)]
@@ -60,35 +62,30 @@ class CapByName(BaseModel):
 
 
 class PersonaRequest(BaseModel):
-    """What a request asks of the persona: the cap (null: none; absent: the server's own), when it acts, and what to tell."""
+    """The `persona` object of a request: the cap (null: none, absent: the server's), when it acts, and what to return."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     cap: Annotated[str, Field(max_length=200)] | CapByLevel | CapByName | None = None
-    mode: Literal["always", "adaptive"] | None = None
+    mode: CapMode | None = None
     per_token: bool | None = None
-
-    @property
-    def asked(self) -> Any:
-        """The cap as `CapSlots.wanted` takes it."""
-        return self.cap.model_dump() if isinstance(self.cap, BaseModel) else self.cap
 
 
 class StreamOptions(BaseModel):
-    """Whether a stream ends with its usage."""
+    """Options of a stream."""
 
     model_config = ConfigDict(strict=True, extra="allow")
     include_usage: bool | None = None
 
 
 class SamplingRequest(BaseModel):
-    """What both kinds of request have in common. null is as good as absent, as OpenAI's clients write it."""
+    """What both kinds of requests have in common. null means absent, as OpenAI's clients write it."""
 
     model_config = ConfigDict(strict=True, extra="allow")
     model: Annotated[str, Field(max_length=500)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
@@ -108,9 +105,8 @@ class SamplingRequest(BaseModel):
     @field_validator("stop", mode="before")
     @classmethod
     def _no_empty_stop(cls, value: Any) -> Any:
-        """Clients send "" for none."""
-        if isinstance(value, list):
-            return [one for one in value if one != ""] or None
+        if isinstance(value, list):  # clients send "" for none
+            return [stop for stop in value if stop != ""] or None
         return value if value != "" else None
 
     @field_validator("logit_bias")
@@ -122,12 +118,12 @@ class SamplingRequest(BaseModel):
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """Texts that end the answer."""
+        """Texts that end an answer."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
     def choices(self) -> int:
-        """How many answers."""
+        """Number of answers to each prompt."""
         return self.n or 1
 
     @property
@@ -137,8 +133,13 @@ class SamplingRequest(BaseModel):
 
     @property
     def per_token(self) -> bool:
-        """Whether every token's projection is told."""
+        """Whether the projection of every token is returned."""
         return self.persona is not None and bool(self.persona.per_token)
+
+    @property
+    def n_logprobs(self) -> int | None:
+        """How many of the likeliest tokens to return, None for no log-probabilities."""
+        return None
 
 
 class ChatRequest(SamplingRequest):
@@ -147,7 +148,7 @@ class ChatRequest(SamplingRequest):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10000)]
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELY)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tools: list[Any] | None = None
     tool_choice: Any = None
     functions: list[Any] | None = None
@@ -162,13 +163,13 @@ class ChatRequest(SamplingRequest):
         return self
 
     @property
-    def limit(self) -> int | None:
-        """Most tokens of an answer."""
+    def max_new_tokens(self) -> int | None:
+        """Longest answer in tokens, None for the server's default."""
         return self.max_completion_tokens or self.max_tokens
 
     @property
-    def likely(self) -> int | None:
-        """How many of the likeliest tokens to tell, None for no log-probabilities."""
+    def n_logprobs(self) -> int | None:
+        """How many of the likeliest tokens to return, None for no log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
@@ -176,12 +177,12 @@ Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1,
 
 
 class CompletionRequest(SamplingRequest):
-    """POST /v1/completions. `max_tokens` 0 with `echo` scores the prompt."""
+    """POST /v1/completions. `max_tokens` 0 with `echo` and `logprobs` scores the prompt."""
 
     prompt: str | Ids | Annotated[list[str | Ids], Field(min_length=1, max_length=256)]
     max_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELY)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     suffix: str | None = None
     best_of: int | None = None
 
@@ -198,27 +199,25 @@ class CompletionRequest(SamplingRequest):
             raise ValueError("echo with logprobs does not stream; leave stream out")
         if self.best_of is not None and self.best_of != self.choices:
             raise ValueError("best_of is not supported; leave it out")
-        if len(self.prompts) * self.choices > MOST_ANSWERS:
-            raise ValueError(f"prompts times n are more than {MOST_ANSWERS}")
+        if len(self.prompts) * self.choices > MAX_ANSWERS:
+            raise ValueError(f"prompts times n are {len(self.prompts) * self.choices}, at most {MAX_ANSWERS}")
         return self
 
     @property
-    def limit(self) -> int | None:
-        """Most tokens of an answer; OpenAI's default."""
+    def max_new_tokens(self) -> int | None:
+        """Longest answer in tokens; OpenAI's default is 16."""
         return 16 if self.max_tokens is None else self.max_tokens
 
     @property
-    def likely(self) -> int | None:
-        """How many of the likeliest tokens to tell, None for no log-probabilities."""
+    def n_logprobs(self) -> int | None:
+        """How many of the likeliest tokens to return, None for no log-probabilities."""
         return self.logprobs
 
     @property
     def prompts(self) -> list[str | list[int]]:
         """The prompts, each text or token ids."""
-        given: Any = self.prompt
-        if isinstance(given, str) or isinstance(given[0], int):
-            return [given]
-        return list(given)
+        prompt: Any = self.prompt
+        return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else list(prompt)
 
 
 class ErrorBody(BaseModel):
@@ -231,6 +230,6 @@ class ErrorBody(BaseModel):
 
 
 class ErrorReply(BaseModel):
-    """What every refused request gets."""
+    """The body of every refused request."""
 
     error: ErrorBody

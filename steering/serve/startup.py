@@ -1,134 +1,150 @@
-"""What `serve` and `chat` may be told, and how that becomes a host. What can be wrong without a model is found before one is loaded."""
+"""From a model and an axis to a server that listens.
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+    serve("smollm2-135m", "smollm2-135m", port=8377, options=ServeOptions(cap="assistant"))      # until SIGTERM or Ctrl-C
 
-from cyclopts import Parameter
+`make_service` gives what stands behind the routes, for programs with an interface of their own.
+"""
 
+import os
+import socket
+from collections.abc import Callable
+
+import torch
+
+from personatlas.persona.axis import Axis, load_axis
 from personatlas.persona.errors import UserError
+from personatlas.persona.models.load import Model
 from personatlas.persona.options import ModelOptions
+from personatlas.persona.runs import resolve_axis
+from personatlas.steering.drift_monitor import load_monitor
+from personatlas.steering.serve.engine.cap_slots import cap_labels
+from personatlas.steering.serve.engine.scheduler import EngineLimits
+from personatlas.steering.serve.options import ADAPTIVE, CapacityOptions, ServeOptions, require_valid
+from personatlas.steering.serve.service import PersonaService, ServiceDefaults
+from personatlas.steering.session import load_steered_model, steered_model
 
-if TYPE_CHECKING:
-    from personatlas.steering.serve.service import PersonaService
-
-ADAPTIVE = "adaptive"  # as a cap: `assistant`, while the conversation drifts
+API_KEY = "PERSONATLAS_API_KEY"
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 CACHE_CPU, CACHE_GPU = 4 * 2**30, 0.5  # bytes, or the share of what the weights leave, for keys and values
-MOST_CONTEXT = 8192  # tokens, unless asked for more
+MAX_CONTEXT = 8192  # tokens, unless more are asked for
 
 
-@Parameter(name="*")
-@dataclass(frozen=True)
-class ServeOptions:
-    """How the persona is held and watched."""
+def serve(
+    model: str | Model,
+    axis: str | Axis,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8377,
+    options: ServeOptions = ServeOptions(),
+    capacity: CapacityOptions = CapacityOptions(),
+    load: ModelOptions = ModelOptions(),
+    force: bool = False,
+    on_ready: Callable[[PersonaService], None] = lambda _: None,
+) -> None:
+    """Serves a model to OpenAI's clients and on a page of its own until SIGTERM or Ctrl-C.
 
-    cap: str | None = None
-    "the cap that acts unless a request says otherwise: a name saved beside the axis, a file, LEVEL@LAYERS, or adaptive; none unless given"
-    mode: Literal["always", "adaptive"] = "always"
-    "adaptive: the cap acts only while the conversation's drift alarm is on"
-    reference: Path | None = None
-    "a reference.json of `personatlas drift`, on which the alarm is calibrated; the one beside the axis unless given"
-    rule: Literal["cusum", "two_of_three"] = "cusum"
-    "what raises an alarm: cusum (a small drift that lasts) or two_of_three (two of three turns far below)"
-    false_alarms: float = 0.05
-    "the share of reference conversations that may raise one"
-    max_tokens: int = 1024
-    "longest answer where a request does not say"
-    temperature: float = 0.7
-    "sampling temperature where a request does not say; 0 takes the likeliest token"
-    top_p: float = 0.9
-    "nucleus mass where a request does not say"
+    The key that clients must give is read from PERSONATLAS_API_KEY; without one only this machine is served.
 
+    Args:
+        model: a model, or what `load_model` loads.
+        axis: an axis that was loaded from a folder, or a run folder, an axis file, or a packaged name.
+        host: the address to listen on; one that other machines reach needs a key.
+        force: whether to accept an axis of the same model in another weight format.
+        on_ready: called with the service when all is loaded, before the server listens.
 
-@Parameter(name="*")
-@dataclass(frozen=True)
-class CapacityOptions:
-    """How much is answered at once."""
+    Raises `UserError` for options out of range, an address that cannot be had, and what does not belong together.
+    """
+    from personatlas.steering.serve.http.app import make_app
+    from personatlas.steering.serve.http.uvicorn_server import listen
 
-    slots: int = 32
-    "conversations that are answered at the same time; others wait"
-    context: int | None = None
-    "most tokens of a conversation; what the model and the memory hold, unless given"
-    prefix_mib: int = 1024
-    "memory for conversations that may go on, so that they need not be read again (MiB); 0 reads them anew"
-    queue: int = 4096
-    "most requests that wait"
+    key = _api_key(host)
+    _require_free(host, port)
+    service = make_service(model, axis, options, capacity, load=load, force=force)
+    on_ready(service)
+    listen(make_app(service, key), service, host, port)
 
 
 def make_service(
-    model: str,
-    how: ModelOptions,
-    axis: str,
-    hold: ServeOptions,
-    room: CapacityOptions,
+    model: str | Model,
+    axis: str | Axis,
+    options: ServeOptions = ServeOptions(),
+    capacity: CapacityOptions = CapacityOptions(),
     *,
+    load: ModelOptions = ModelOptions(),
     force: bool = False,
-) -> "PersonaService":
-    """Load all that is served, and prove that every cap binds. Raises `UserError`."""
-    cap, mode = ("assistant", ADAPTIVE) if hold.cap == ADAPTIVE else (hold.cap, hold.mode)
-    _require_sane(hold, room)
-    from personatlas.persona.axis import load_axis
-    from personatlas.persona.runs import resolve_axis
-    from personatlas.steering.drift_monitor import load_monitor
-    from personatlas.steering.serve.engine.cap_slots import cap_labels
-    from personatlas.steering.serve.service import PersonaService, ServiceDefaults
-    from personatlas.steering.session import load_steered_model
+) -> PersonaService:
+    """Loads model, axis, all caps beside it and the alarm, and checks that every cap binds; the engine is not started.
 
-    stem = resolve_axis(axis)
-    along = load_axis(stem)
-    monitor = load_monitor(along, hold.reference, hold.rule, hold.false_alarms)
+    Raises `UserError`; what can be wrong without a model is found before one is loaded.
+    """
+    require_valid(options, capacity)
+    cap, mode = options.cap_and_mode
+    if isinstance(axis, str):
+        axis = load_axis(resolve_axis(axis))
+    monitor = load_monitor(axis, options.reference, options.rule, options.false_alarms)
     if mode == ADAPTIVE and monitor.rule is None:
         raise UserError(
-            "adaptive capping needs a calibrated alarm: `personatlas drift` makes the reference.json for --reference"
+            "adaptive capping needs a calibrated alarm: `personatlas drift` makes the reference.json for "
+            "--reference"
         )
-    names = cap_labels(along, [cap] if cap else [])
-    held = load_steered_model(model, how, axis, list(names.values()), force=force)
-    caps = dict(zip(names, held.caps, strict=True))
-    default = next((name for name, given in names.items() if given == cap), None)
-    settings = ServiceDefaults(
-        default, mode, hold.max_tokens, hold.temperature, hold.top_p, _room(held.model, room)
+    labels = cap_labels(axis, [cap] if cap else [])
+    if isinstance(model, str):
+        steered = load_steered_model(model, load, str(axis.stem), list(labels.values()), force=force)
+    else:
+        steered = steered_model(model, axis, [axis.cap(spec) for spec in labels.values()], force=force)
+    defaults = ServiceDefaults(
+        cap=next((label for label, spec in labels.items() if spec == cap), None),
+        mode=mode,
+        max_tokens=options.max_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        limits=_engine_limits(steered.model, capacity),
     )
-    return PersonaService(held, caps, settings, monitor)
+    return PersonaService(steered, dict(zip(labels, steered.caps, strict=True)), defaults, monitor)
 
 
-def _require_sane(hold: ServeOptions, room: CapacityOptions) -> None:
-    from personatlas.persona.sampling.sampler import Sampling
-
-    if not 0 < hold.false_alarms < 1:
-        raise UserError(f"--false-alarms {hold.false_alarms} is outside 0..1: it is a share of conversations")
-    for name, value, least in (
-        ("--slots", room.slots, 1),
-        ("--context", room.context if room.context is not None else 16, 16),
-        ("--prefix-mib", room.prefix_mib, 0),
-        ("--queue", room.queue, 1),
-        ("--max-tokens", hold.max_tokens, 1),
-    ):
-        if value < least:
-            raise UserError(f"{name} {value} is below {least}")
-    Sampling(hold.max_tokens, hold.temperature, hold.top_p)
-
-
-def _room(model: Any, asked: CapacityOptions) -> Any:
-    """As many tokens a conversation as the model holds and the memory has room for, unless it was said."""
-    from personatlas.steering.serve.engine.scheduler import EngineLimits
-
+def _engine_limits(model: Model, capacity: CapacityOptions) -> EngineLimits:
+    """The context is what was asked for, else what the model holds and the memory has room for."""
     config = model.hf.config.get_text_config(decoder=True)
-    most = model.context or MOST_CONTEXT
-    if asked.context is not None and asked.context > most:
-        raise UserError(f"--context {asked.context} is more than the {most} tokens that {model.id} holds")
-    length = asked.context or min(most, MOST_CONTEXT, _fitting(model, config, asked.slots))
-    return EngineLimits(asked.slots, length, asked.prefix_mib * 2**20, asked.queue)
-
-
-def _fitting(model: Any, config: Any, slots: int) -> int:
-    """Tokens a slot that the memory has room for, a multiple of 64."""
-    import torch
-
+    longest = model.context or MAX_CONTEXT
+    if capacity.context is not None and capacity.context > longest:
+        raise UserError(
+            f"--context {capacity.context} is more than the {longest} tokens that {model.id} holds"
+        )
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token = 2 * model.n_layers * heads * width * model.dtype.itemsize
-    room: float = CACHE_CPU
+    token_bytes = 2 * model.n_layers * heads * width * model.dtype.itemsize
+    memory: float = CACHE_CPU
     if model.device.type == "cuda":
         weights = sum(parameter.numel() * parameter.element_size() for parameter in model.hf.parameters())
-        room = CACHE_GPU * (torch.cuda.get_device_properties(model.device).total_memory - weights)
-    return max(64, int(room / token / (slots + 1)) // 64 * 64)
+        memory = CACHE_GPU * (torch.cuda.get_device_properties(model.device).total_memory - weights)
+    fitting = max(64, int(memory / token_bytes / (capacity.slots + 1)) // 64 * 64)
+    context = capacity.context or min(longest, MAX_CONTEXT, fitting)
+    return EngineLimits(capacity.slots, context, capacity.prefix_mib * 2**20, capacity.queue)
+
+
+def _api_key(host: str) -> str | None:
+    key = os.environ.get(API_KEY)
+    if key is not None and (not key.isascii() or not key.isprintable() or len(key.strip()) < 8):
+        raise UserError(f"{API_KEY} must be at least 8 printable ASCII characters")
+    if key is None and host not in LOCAL_HOSTS:
+        raise UserError(
+            f"--host {host} can be reached from other machines: set {API_KEY} to a key that clients must give, or leave "
+            "--host out"
+        )
+    return key.strip() if key is not None else None
+
+
+def _require_free(host: str, port: int) -> None:
+    """Raises `UserError` for an address that cannot be had, before a model is loaded for it."""
+    if not 0 < port < 65536:
+        raise UserError(f"--port {port} is outside 1..65535")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise UserError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port"
+        ) from None

@@ -11,8 +11,9 @@ from personatlas.persona.axis import load_axis
 from personatlas.persona.options import ModelOptions
 from personatlas.steering.drift_monitor import save_reference
 from personatlas.steering.serve.http.app import make_app
-from personatlas.steering.serve.http.uvicorn_server import server_of
-from personatlas.steering.serve.startup import CapacityOptions, ServeOptions, make_service
+from personatlas.steering.serve.http.uvicorn_server import make_server
+from personatlas.steering.serve.options import CapacityOptions, ServeOptions
+from personatlas.steering.serve.startup import make_service
 
 HOW = ModelOptions(device="cpu", dtype="float32")
 ROOM = CapacityOptions(slots=8, context=256, prefix_mib=16)
@@ -30,25 +31,24 @@ def axis_folder(tiny_run, folder, *, reference=False):
     return folder
 
 
-def tiny_host(tiny_run, folder, room=ROOM, how=HOW, **hold):
-    """A host, its engine not yet started."""
-    return make_service(
-        str(tiny_run / "tiny"), how, str(folder), ServeOptions(**{"max_tokens": 12, **hold}), room
-    )
+def tiny_service(tiny_run, folder, room=ROOM, how=HOW, **hold):
+    """A service, its engine not yet started."""
+    options = ServeOptions(**{"max_tokens": 12, **hold})
+    return make_service(str(tiny_run / "tiny"), str(folder), options, room, load=how)
 
 
 class Served:
     """A server that listens."""
 
-    def __init__(self, host, port):
-        self.host, self.url = host, f"http://127.0.0.1:{port}"
+    def __init__(self, service, port):
+        self.service, self.url = service, f"http://127.0.0.1:{port}"
         self.v1 = f"{self.url}/v1"
 
 
 @contextmanager
-def served(host, key=None):
+def served(service, key=None):
     """The server in a thread; it ends, and its engine with it, on the way out."""
-    server = server_of(make_app(host, key), host, "127.0.0.1", 0)
+    server = make_server(make_app(service, key), service, "127.0.0.1", 0)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     deadline = time.monotonic() + 30
@@ -57,7 +57,7 @@ def served(host, key=None):
         assert time.monotonic() < deadline, "the server did not start"
         time.sleep(0.01)
     try:
-        yield Served(host, server.servers[0].sockets[0].getsockname()[1])
+        yield Served(service, server.servers[0].sockets[0].getsockname()[1])
     finally:
         server.should_exit = True
         thread.join(20)

@@ -1,19 +1,19 @@
-"""The caps that a server can put on, and the plans of one `Steering` that hold them.
+"""The caps of a server: which ones requests may name, and the plans of its `Steering` that apply them.
 
-    plans = Plans(axis, stem, {"assistant": cap})
-    wanted = plans.wanted("assistant")             # or "p50@18-23", {"level": "p50", "layers": "18-23"}, {"name": ..., "shift": -0.2}
-    plans.place(wanted)                            # a plan number that a row can follow, None while all spare ones are taken
+    slots = CapSlots(axis, model, {"assistant": cap})
+    cap = slots.resolve("assistant")     # or "p50@18-23", "assistant-0.2", CapByLevel(...), CapByName(...), None
+    slots.acquire(cap)                   # the plan for a row that is capped so; None while all spare plans are in use
+    slots.release(cap)                   # when the row ends
 
-Named caps have a plan each. Caps that requests describe share a few spare plans, whose numbers are put into the tables in
-place, so neither hooks nor captured graphs change. Names are looked up among the caps that were loaded: nothing that a request
-says is ever a path.
+Named caps have a plan each. Caps that requests describe share `SPARE_PLANS`, whose numbers are written into the
+steering tables in place, so neither hooks nor captured graphs change. Names are looked up among the loaded caps:
+nothing in a request is ever a path.
 """
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -22,144 +22,130 @@ from personatlas.persona.caps import format_layers
 from personatlas.persona.errors import UserError
 from personatlas.persona.interventions import Cap, Intervention, interventions_digest
 from personatlas.persona.models.load import Model
+from personatlas.persona.records import JsonObject
 from personatlas.steering.hooks.steering import Steering
+from personatlas.steering.serve.schema import CapByLevel, CapByName
 
-SPARES = 4
-NONE = "none"  # no cap, by a name that a model's alias can carry
+SPARE_PLANS = 4
+NONE = "none"  # the name of no cap, which a model's alias can carry
 
 
 @dataclass(frozen=True)
 class ResolvedCap:
-    """A cap to put on: what it is called, its numbers, and a digest of all that it does."""
+    """A cap with the name that answers report and a digest of all that it does."""
 
     name: str
     cap: Cap
     digest: str
 
     @property
-    def is_even(self) -> bool:
+    def is_uniform(self) -> bool:
         """Whether a token is capped alike in a prompt and in an answer."""
         return self.cap.phase == "both" and self.cap.prompt_floor is None
 
     def floor_at(self, layer: int) -> float | None:
-        """The floor for answers at a layer, None where it has none."""
+        """The floor for answers at a layer, None where the cap does not act there."""
         return self.cap.floor_of(self.cap.layers.index(layer), "answer") if layer in self.cap.layers else None
 
 
 class CapSlots:
-    """Caps by name, and a `Steering` with a plan for each and some to spare."""
+    """Caps by name, and a `Steering` with a plan for each of them and `SPARE_PLANS` more."""
 
     def __init__(self, axis: Axis, model: Model, caps: Mapping[str, Cap]) -> None:
-        self.axis, self.n_layers = axis, model.n_layers
-        self.caps = {name: _wanted(name, cap) for name, cap in caps.items()}
-        # plans that do nothing, along the axis at all of its layers: the tables then have room for any cap along it
-        idle = Cap(
-            axis.layers,
-            axis.vectors,
-            torch.full((len(axis.layers),), -torch.inf),
-            spare_first=True,
-            model=axis.model,
-        )
-        self._idle: list[Intervention] = [idle]
-        self._spares: list[ResolvedCap | None] = [None] * SPARES
-        self._used: Counter[str] = Counter()
+        self.axis = axis
+        self.named = {name: _resolved(name, cap) for name, cap in caps.items()}
+        # a plan that changes nothing, along the axis at all its layers: the tables then have room for any cap along it
+        no_floor = torch.full((len(axis.layers),), -torch.inf)
+        self._idle: list[Intervention] = [
+            Cap(axis.layers, axis.vectors, no_floor, spare_first=True, model=axis.model)
+        ]
+        self._spare: list[ResolvedCap | None] = [None] * SPARE_PLANS
+        self._rows: Counter[str] = Counter()  # rows by digest of their cap
         self.steering = Steering(model, self._plans())
 
-    def wanted(self, asked: Any) -> ResolvedCap | None:
-        """The cap that a request asks for; None for none. Raises `UserError` for anything that is not one."""
-        if asked is None or asked == NONE:
-            return None
-        if isinstance(asked, str):
-            return self._by_text(asked)
-        if not isinstance(asked, dict):
-            raise UserError('persona.cap is null, a name, {"level", "layers"} or {"name", "shift"}')
-        if "name" in asked:
-            return self._shifted(asked.get("name"), asked.get("shift", 0.0))
-        level, layers = asked.get("level"), asked.get("layers")
-        if not isinstance(level, str) or not isinstance(layers, str):
-            raise UserError('persona.cap needs "level" such as "p50" and "layers" such as "18-23", both text')
-        population = asked.get("population", "default")
-        return self._by_text(f"{population}:{level}@{layers}")
+    @property
+    def rows_in_use(self) -> int:
+        """Rows that follow a plan."""
+        return self._rows.total()
 
-    def place(self, wanted: ResolvedCap | None) -> int | None:
-        """The plan to follow (-1: none), and one row more that follows it; None when no spare plan is free."""
-        if wanted is None:
+    def resolve(self, cap: str | CapByLevel | CapByName | None) -> ResolvedCap | None:
+        """The cap that a request describes, None for none. Raises `UserError` for a cap that there is not."""
+        if cap is None or cap == NONE:
+            return None
+        if isinstance(cap, CapByName):
+            if cap.name not in self.named:
+                known = ", ".join(self.named) or "none is loaded"
+                raise UserError(f"cap {cap.name[:80]!r} is not one of {known}")
+            own = self.named[cap.name]
+            if cap.shift == 0:
+                return own
+            return _resolved(f"{cap.name}{cap.shift:+g}", self.axis.shift_cap(own.cap, cap.shift))
+        if isinstance(cap, CapByLevel):
+            return self._parsed(f"{cap.population}:{cap.level}@{cap.layers}")
+        return self._parsed(cap)
+
+    def acquire(self, cap: ResolvedCap | None) -> int | None:
+        """The plan for one more row with this cap (-1 without a cap); None while no spare plan is free."""
+        if cap is None:
             return -1
-        number = self._number(wanted)
-        if number is None:
-            free = [
-                place for place, one in enumerate(self._spares) if one is None or not self._used[one.digest]
-            ]
+        digests = [own.digest for own in self.named.values()]
+        digests += [own.digest if own is not None else "" for own in self._spare]
+        if cap.digest in digests:
+            plan = digests.index(cap.digest)
+        else:
+            free = [i for i, own in enumerate(self._spare) if own is None or not self._rows[own.digest]]
             if not free:
                 return None
-            before, self._spares[free[0]] = self._spares[free[0]], wanted
+            previous, self._spare[free[0]] = self._spare[free[0]], cap
             try:
                 self.steering.set(*self._plans())
             except (ValueError, UserError):
-                self._spares[free[0]] = before
+                self._spare[free[0]] = previous
                 raise
-            number = len(self.caps) + free[0]
-        self._used[wanted.digest] += 1
-        return number
+            plan = len(self.named) + free[0]
+        self._rows[cap.digest] += 1
+        return plan
 
-    def release(self, wanted: ResolvedCap | None) -> None:
-        """One row less follows it."""
-        if wanted is not None:
-            self._used[wanted.digest] -= 1
+    def release(self, cap: ResolvedCap | None) -> None:
+        """Notes that a row with this cap has ended."""
+        if cap is not None:
+            self._rows[cap.digest] -= 1
 
-    def describe(self) -> dict[str, dict[str, Any]]:
-        """The named caps, for people and programs."""
-        return {name: _described(one, self.axis.layer) for name, one in self.caps.items()}
+    def describe(self) -> dict[str, JsonObject]:
+        """The named caps as JSON; floors are those at the axis's layer."""
+        return {name: _description(named.cap, self.axis.layer) for name, named in self.named.items()}
 
     def _plans(self) -> list[Sequence[Intervention]]:
-        spare = [[one.cap] if one is not None else self._idle for one in self._spares]
-        return [*([one.cap] for one in self.caps.values()), *spare, self._idle]
+        spare = [[own.cap] if own is not None else self._idle for own in self._spare]
+        return [*([own.cap] for own in self.named.values()), *spare, self._idle]
 
-    def _number(self, wanted: ResolvedCap) -> int | None:
-        digests = [one.digest for one in self.caps.values()] + [
-            one.digest if one else "" for one in self._spares
-        ]
-        return digests.index(wanted.digest) if wanted.digest in digests else None
-
-    def _by_text(self, text: str) -> ResolvedCap:
-        if text in self.caps:
-            return self.caps[text]
-        cap = self.axis.cap(text, {name: wanted.cap for name, wanted in self.caps.items()})
+    def _parsed(self, spec: str) -> ResolvedCap:
+        if spec in self.named:
+            return self.named[spec]
+        cap = self.axis.cap(spec, {name: own.cap for name, own in self.named.items()})
         self.axis.require_sign(cap)
-        return _wanted(text, cap)
-
-    def _shifted(self, name: Any, amount: Any) -> ResolvedCap:
-        if name not in self.caps:
-            raise UserError(
-                f"cap {str(name)[:80]!r} is not loaded (there are: {', '.join(self.caps) or 'none'})"
-            )
-        if isinstance(amount, bool) or not isinstance(amount, int | float) or not abs(amount) <= 10:
-            raise UserError("persona.cap.shift is a number from -10 to 10 (interquartile ranges)")
-        if amount == 0:
-            return self.caps[name]
-        return _wanted(f"{name}{amount:+g}", self.axis.shift_cap(self.caps[name].cap, float(amount)))
+        return _resolved(spec, cap)
 
 
 def cap_labels(axis: Axis, extra: Sequence[str]) -> dict[str, str]:
-    """Labels of all caps that are saved beside an axis, and of others, and the spec of each (at start: maybe a path)."""
-    texts = dict.fromkeys([*axis.saved_caps, *extra])
+    """The spec of each cap to load, by its name: those saved beside the axis, and others by file or LEVEL@LAYERS."""
+    specs = dict.fromkeys([*axis.saved_caps, *extra])
     return {
-        text if "@" in text else Path(text).name.removesuffix(".json").removesuffix(".safetensors"): text
-        for text in texts
+        spec if "@" in spec else Path(spec).name.removesuffix(".json").removesuffix(".safetensors"): spec
+        for spec in specs
     }
 
 
-def _wanted(name: str, cap: Cap) -> ResolvedCap:
+def _resolved(name: str, cap: Cap) -> ResolvedCap:
     return ResolvedCap(name, cap, interventions_digest([cap]))
 
 
-def _described(one: ResolvedCap, layer: int) -> dict[str, Any]:
-    cap = one.cap
-    at = cap.layers.index(layer) if layer in cap.layers else None
+def _description(cap: Cap, layer: int) -> JsonObject:
+    row = cap.layers.index(layer) if layer in cap.layers else None
     return {
         "layers": format_layers(cap.layers),
-        "floor": None if at is None else cap.floor_of(at, "answer"),
-        "prompt_floor": None if at is None else cap.floor_of(at, "prompt"),
+        "floor": None if row is None else cap.floor_of(row, "answer"),
+        "prompt_floor": None if row is None else cap.floor_of(row, "prompt"),
         "level": cap.level,
         "population": cap.population,
         "phase": cap.phase,

@@ -1,10 +1,10 @@
-"""Keys and values of what was said before, so that a conversation that goes on is not read again.
+"""Keys and values of earlier prompts and answers, so that a conversation that continues is not read again.
 
-    prefixes.keep(digest, ids, projections, saved)         # when a row leaves
-    found = prefixes.longest(digest, ids)                  # when another comes: the longest common beginning
+    cache.add(CachedPrefix(digest, ids, projections, keys_and_values))   # when a row ends
+    cache.longest(digest, ids)                                           # (prefix, tokens in common) or None
 
-What a cap changed is in the keys and values, so a prefix serves only rows of the very same plan (`digest`). The projections of
-its tokens are kept with it. The least recently used go when the room is full.
+What a cap changed is in the keys and values, so a prefix serves only rows with the same cap (`digest`). The
+projections of its tokens are stored with it. The least recently used prefixes go first.
 """
 
 from collections.abc import Sequence
@@ -14,76 +14,75 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-FEWEST = 16  # tokens in common that are worth a copy
-MOST = 256  # prefixes that are kept, however small: each is compared with every prompt
+MIN_TOKENS = 16  # a shorter common prefix is not worth a copy
+MAX_PREFIXES = 256  # whatever their size: each is compared with every prompt
 
 
 @dataclass(frozen=True)
 class CachedPrefix:
-    """Tokens that were read under a plan, their projections, and keys and values layer by layer."""
+    """Tokens that were processed under a cap, their projections, and (keys, values) of each layer."""
 
     digest: str
     ids: NDArray[np.int64]
     projections: tuple[float, ...]
-    saved: list[tuple[Tensor, Tensor]]
+    keys_values: list[tuple[Tensor, Tensor]]
 
     @property
-    def size(self) -> int:
+    def nbytes(self) -> int:
         """Bytes of keys and values."""
-        return sum(value.nbytes for pair in self.saved for value in pair)
+        return sum(tensor.nbytes for pair in self.keys_values for tensor in pair)
 
 
 class PrefixCache:
-    """At most `room` bytes of them, in order of use."""
+    """Prefixes of at most `capacity` bytes together, least recently used first."""
 
-    def __init__(self, room: int) -> None:
-        self.room, self.used = room, 0
-        self._kept: list[CachedPrefix] = []
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self.nbytes = capacity, 0
+        self._prefixes: list[CachedPrefix] = []
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._prefixes)
 
     def longest(self, digest: str, ids: Sequence[int]) -> tuple[CachedPrefix, int] | None:
-        """The prefix that shares most of the first tokens with `ids`, and how many; never all of them: one is left to feed."""
-        if not self._kept:
+        """Finds the prefix that shares most leading tokens with `ids`, and how many, at most all but the last.
+
+        None where fewer than `MIN_TOKENS` are shared. The last token is never taken from the cache, since a
+        forward must produce its logits.
+        """
+        if not self._prefixes:
             return None
-        wanted, best, most = np.asarray(ids, dtype=np.int64), None, FEWEST - 1
-        for prefix in self._kept:
-            if prefix.digest == digest:
-                common = _common(prefix.ids, wanted[:-1])
-                if common > most:
-                    best, most = prefix, common
+        wanted, best, longest = np.asarray(ids, dtype=np.int64)[:-1], None, MIN_TOKENS - 1
+        for prefix in self._prefixes:
+            if prefix.digest == digest and (common := _common_length(prefix.ids, wanted)) > longest:
+                best, longest = prefix, common
         if best is None:
             return None
-        self._kept.append(self._kept.pop(next(n for n, one in enumerate(self._kept) if one is best)))
-        return best, most
+        self._prefixes = [*(prefix for prefix in self._prefixes if prefix is not best), best]
+        return best, longest
 
-    def keep(self, prefix: CachedPrefix) -> None:
-        """Keep it, in place of those that it continues; nothing when it is alone too large."""
-        if prefix.size > self.room or len(prefix.ids) < FEWEST:
+    def add(self, prefix: CachedPrefix) -> None:
+        """Stores a prefix in place of those that it continues, unless it is too short or alone too large."""
+        if prefix.nbytes > self.capacity or len(prefix.ids) < MIN_TOKENS:
             return
-        for old in [one for one in self._kept if self._continues(prefix, one)]:
-            self._forget(old)
-        self._kept.append(prefix)
-        self.used += prefix.size
-        while self.used > self.room or len(self._kept) > MOST:
-            self._forget(self._kept[0])
+        for old in list(self._prefixes):
+            if old.digest == prefix.digest and _common_length(old.ids, prefix.ids) == len(old.ids):
+                self._remove(old)
+        self._prefixes.append(prefix)
+        self.nbytes += prefix.nbytes
+        while self.nbytes > self.capacity or len(self._prefixes) > MAX_PREFIXES:
+            self._remove(self._prefixes[0])
 
     def clear(self) -> None:
-        """Forget all of them."""
-        self._kept, self.used = [], 0
+        """Removes all prefixes."""
+        self._prefixes, self.nbytes = [], 0
 
-    def _forget(self, prefix: CachedPrefix) -> None:
-        self._kept = [one for one in self._kept if one is not prefix]
-        self.used -= prefix.size
-
-    @staticmethod
-    def _continues(new: CachedPrefix, old: CachedPrefix) -> bool:
-        return new.digest == old.digest and _common(old.ids, new.ids) == len(old.ids)
+    def _remove(self, prefix: CachedPrefix) -> None:
+        self._prefixes = [other for other in self._prefixes if other is not prefix]
+        self.nbytes -= prefix.nbytes
 
 
-def _common(one: NDArray[np.int64], other: NDArray[np.int64]) -> int:
-    """How many first tokens are the same."""
-    n = min(len(one), len(other))
-    different = (one[:n] != other[:n]).nonzero()[0]
+def _common_length(a: NDArray[np.int64], b: NDArray[np.int64]) -> int:
+    """The number of leading tokens that are equal."""
+    n = min(len(a), len(b))
+    different = (a[:n] != b[:n]).nonzero()[0]
     return int(different[0]) if len(different) else n

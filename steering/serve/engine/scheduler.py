@@ -1,24 +1,25 @@
-"""Continuous batching: requests of many askers decode together, come and go, and are capped or not row by row.
+"""Continuous batching: many requests decode together, start and end one by one, each with a cap of its own or none.
 
-    engine = Engine(model, end_ids, axis, caps, Room(slots=32, length=2048, prefixes=2**30), post)
+    engine = Engine(model, end_ids, axis, caps, EngineLimits(slots=32, context=2048), listener)
     engine.start()
-    ticket = engine.submit(Ask(ids, seed=7, limit=64, cap=engine.plans.wanted("assistant")))
-    ...                                     # `post` gets [(ticket, event), ...] after every step, in the engine's thread
-    ticket.cancel()                         # its row is gone before the next step
+    handle = engine.submit(GenerationRequest(ids, seed=7, max_tokens=64, cap=engine.caps.resolve("assistant")))
+    ...                                  # after every step `listener` gets [(handle, event), ...], in the engine's thread
+    handle.cancel()                      # its row ends before the next step
     engine.close()
 
-One thread owns the model. Each round it takes in what was asked, reads at most one piece of the waiting prompts, so that those who
-decode never wait long, and feeds one token to every row. What a forward cannot do is an event of the rows that were in it, and
-the engine goes on; that a steering hook was silent is such an error, checked for every row.
+One thread owns the model. Each round it takes in new requests, reads at most one chunk of the waiting prompts, so
+that decoding rows never wait long, and decodes one token of every row. A forward that fails ends the rows in it with
+an error, and the engine goes on. A steering hook that did not fire is such an error, checked for every row.
 """
 
 import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -27,59 +28,68 @@ from personatlas.persona.errors import UserError
 from personatlas.persona.interventions import Cap
 from personatlas.persona.models.load import Model
 from personatlas.persona.sampling.cuda_graph import slot_attention_on
-from personatlas.persona.sampling.sampler import Prompt, decodes_from_cache
+from personatlas.persona.sampling.sampler import Prompt, batch_end, decodes_from_cache
 from personatlas.steering.hooks.steering import HookDidNotFire
-from personatlas.steering.serve.engine.batch import BatchRow, DecodeBatch, ProjectionHook, TokenEvent, fitting
+from personatlas.steering.serve.engine.batch import BatchRow, DecodeBatch, TokenEvent, TokenLogprobs
 from personatlas.steering.serve.engine.cap_slots import CapSlots, ResolvedCap
-from personatlas.steering.serve.engine.prefix_cache import FEWEST, CachedPrefix, PrefixCache
+from personatlas.steering.serve.engine.prefix_cache import MIN_TOKENS, CachedPrefix, PrefixCache
+from personatlas.steering.serve.engine.projection_hook import ProjectionHook
 
 log = logging.getLogger(__name__)
-PIECE_CPU, PIECE_GPU = 256, 4096  # tokens of a prompt read between two steps of those who decode
-CROWD = 4
-WORTH = 128  # tokens that are worth not being read again where others wait
-UNCAPPED = "as it is"  # the digest of no plan
+CHUNK_CPU, CHUNK_GPU = 256, 4096  # tokens of prompts read between two decoding steps
+CROWDED_CHUNKS = 4  # times as many while more requests wait than decode
+MIN_PREFIX = 128  # cached tokens that are worth a prefill of their own while others wait
+BASELINE_DIGEST = "baseline"  # of prefixes without a cap
+FORWARD_ERRORS = (
+    RuntimeError,
+    ValueError,
+    IndexError,
+)  # out of memory is a RuntimeError, UserError a ValueError
+T = TypeVar("T")
 
 
 class ServerBusy(UserError):
-    """As many requests wait as may, or the engine is ending."""
+    """The queue is full, or the engine is closing."""
 
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """How many rows decode at once, how many tokens each may hold, bytes for prefixes, and how many requests may wait."""
+    """Rows that decode at once, tokens of each, bytes of the prefix cache, and requests that may wait."""
 
     slots: int = 32
-    length: int = 2048
-    prefixes: int = 2**30
-    waiting: int = 4096
+    context: int = 2048
+    prefix_bytes: int = 2**30
+    queue: int = 4096
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """A prompt and how to answer it. `limit` 0 only reads it."""
+    """A prompt and how to answer it. With `max_tokens` 0 it is only read."""
 
     ids: tuple[int, ...]
     seed: int = 0
     temperature: float = 1.0
     top_p: float = 1.0
-    limit: int = 1
+    max_tokens: int = 1
     cap: ResolvedCap | None = None
     logprobs: int | None = None
 
 
 @dataclass(frozen=True)
 class PrefillEvent:
-    """The prompt is read: projections of its tokens but the last (all of them where nothing is to be answered), tokens that
-    were not read again, and tokens times layers changed."""
+    """The prompt is read: projections of its tokens but the last, which the first step feeds.
+
+    `cached` tokens came from a prefix; `fired` counts tokens times layers that the cap changed.
+    """
 
     projections: tuple[float, ...]
-    kept: int
+    cached: int
     fired: int
 
 
 @dataclass(frozen=True)
 class FinishEvent:
-    """The last event: why it ended, or the error that ended it."""
+    """The last event of a request: why it ended, and the error if there was one."""
 
     reason: Literal["end", "length", "read", "cancelled", "error"]
     error: BaseException | None = None
@@ -90,23 +100,26 @@ EngineEvent = PrefillEvent | TokenEvent | FinishEvent
 
 @dataclass(eq=False)
 class RequestHandle:
-    """A request on its way through the engine. `owner` is whoever asked, for `post`."""
+    """A submitted request. `owner` is for the listener."""
 
-    ask: GenerationRequest
-    owner: Any = None
+    request: GenerationRequest
+    owner: object = None
     cancelled: bool = False
     row: BatchRow | None = field(default=None, repr=False)
 
     def cancel(self) -> None:
-        """Give it up: from any thread, at any time, more than once."""
+        """Ends the request before the next step; from any thread, more than once, or after its end."""
         self.cancelled = True
 
 
-Post = Callable[[Sequence[tuple[RequestHandle, EngineEvent]]], None]
+Listener = Callable[[Sequence[tuple[RequestHandle, EngineEvent]]], None]
 
 
 class Engine:
-    """The thread that owns a model, and what is asked of it."""
+    """The thread that owns a model, its queue, and its batch.
+
+    Raises `UserError` for a model that does not decode from keys and values alone.
+    """
 
     def __init__(
         self,
@@ -114,24 +127,26 @@ class Engine:
         end_ids: frozenset[int],
         axis: Axis,
         caps: dict[str, Cap],
-        room: EngineLimits,
-        post: Post = lambda _: None,
+        limits: EngineLimits,
+        listener: Listener = lambda _: None,
     ) -> None:
         if not decodes_from_cache(model):
             raise UserError(
-                f"{model.id} keeps another state than keys and values (recurrent layers, say), which serving needs"
+                f"{model.id} cannot be served: it keeps another state than keys and values (recurrent layers, say)"
             )
-        self.model, self.end_ids, self.room, self.post = model, end_ids, room, post
-        self.plans = CapSlots(axis, model, caps)
-        self.watching = ProjectionHook(model, axis.layer, axis.at(axis.layer))
-        self.rows = DecodeBatch(model, room.slots, room.length, self.watching, self.plans.steering)
-        self.rows.usual |= {tuple(sorted(one.cap.layers)) for one in self.plans.caps.values()}
-        self.prefixes = PrefixCache(room.prefixes)
+        self.model, self.end_ids, self.limits, self.listener = model, end_ids, limits, listener
+        self.caps = CapSlots(axis, model, caps)
+        self.projection_hook = ProjectionHook(model, axis.layer, axis.at(axis.layer))
+        self.batch = DecodeBatch(
+            model, limits.slots, limits.context, self.projection_hook, self.caps.steering
+        )
+        self.batch.captured_layers |= {tuple(sorted(own.cap.layers)) for own in self.caps.named.values()}
+        self.prefixes = PrefixCache(limits.prefix_bytes)
         self.waiting: deque[RequestHandle] = deque()
-        self._opened: RequestHandle | None = None  # whose prompt is in the reading slot
+        self._reading: RequestHandle | None = None  # its prompt is read in chunks
         self._running: dict[BatchRow, RequestHandle] = {}
-        self._asked: SimpleQueue[RequestHandle | Callable[[], None] | None] = SimpleQueue()
-        self._told: list[tuple[RequestHandle, EngineEvent]] = []
+        self._inbox: SimpleQueue[RequestHandle | _Work | None] = SimpleQueue()
+        self._outbox: list[tuple[RequestHandle, EngineEvent]] = []
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -148,252 +163,279 @@ class Engine:
     @property
     def queued(self) -> int:
         """Requests that wait for a slot or are being read."""
-        return len(self.waiting) + self._asked.qsize() + (self._opened is not None)
+        return len(self.waiting) + self._inbox.qsize() + (self._reading is not None)
 
     def start(self) -> None:
-        """Start the thread."""
+        """Starts the thread."""
         self._thread.start()
 
-    def submit(self, ask: GenerationRequest, owner: Any = None) -> RequestHandle:
-        """Ask for an answer. Raises `ServerBusy` when too many wait, `UserError` for a prompt that does not fit."""
-        if not ask.ids:
+    def submit(self, request: GenerationRequest, owner: object = None) -> RequestHandle:
+        """Queues a request.
+
+        Raises `ServerBusy` when the queue is full or the engine closes, `UserError` for a prompt that does not fit.
+        """
+        if not request.ids:
             raise UserError("an empty prompt: there is nothing to answer")
-        if len(ask.ids) + ask.limit > self.room.length:
+        if len(request.ids) + request.max_tokens > self.limits.context:
             raise UserError(
-                f"{len(ask.ids)} tokens to read and {ask.limit} to write are more than the {self.room.length} of the context"
+                f"{len(request.ids)} tokens to read and {request.max_tokens} to write are more than the "
+                f"{self.limits.context} of the context"
             )
-        self._require_room()
-        ticket = RequestHandle(ask, owner)
-        self._asked.put(ticket)
-        if not self.alive:  # it ended meanwhile, and nobody may look at what is asked any more
-            raise ServerBusy("the server is ending")
-        return ticket
+        handle = RequestHandle(request, owner)
+        self._put(handle)
+        return handle
 
-    def _require_room(self) -> None:
-        if not self.alive:
-            raise ServerBusy("the engine is not running")
-        if self.queued >= self.room.waiting:
-            raise ServerBusy(f"{self.queued} requests are waiting, which is the most; try again later")
+    def between_steps(self, work: Callable[[], T]) -> Future[T]:
+        """Runs `work` in the engine's thread between two steps; the future has its result or its error.
 
-    def between_steps(self, work: Callable[[], None]) -> None:
-        """Do something with the model in the engine's thread, where nobody decodes meanwhile. Raises `ServerBusy` as `submit` does."""
-        self._require_room()
-        self._asked.put(work)
+        Raises `ServerBusy` as `submit` does; the future fails with it when the engine closes before.
+        """
+        future: Future[T] = Future()
+
+        def run() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(work())
+                except FORWARD_ERRORS as error:
+                    future.set_exception(error)
+
+        self._put(_Work(run, future))
+        return future
+
+    def score(self, request: GenerationRequest) -> Future[list[TokenLogprobs]]:
+        """Log-probabilities of a prompt's own tokens with its cap on, read between two steps."""
+
+        def work() -> list[TokenLogprobs]:
+            plan = self.caps.acquire(request.cap)
+            if plan is None:
+                raise ServerBusy("too many different caps are in use; try again later")
+            try:
+                return self.batch.score(Prompt(request.ids, 0, plan), request.logprobs or 0)
+            except FORWARD_ERRORS:
+                self.batch.reset()
+                raise
+            finally:
+                self.caps.release(request.cap)
+
+        return self.between_steps(work)
 
     def close(self, wait: float = 10.0) -> None:
-        """End all that is under way as cancelled, and the thread."""
+        """Ends all requests with an error and the thread; `wait` is how many seconds to wait for it."""
         self._closing.set()
-        self._asked.put(None)
+        self._inbox.put(None)
         if self._thread.is_alive():
             self._thread.join(wait)
+
+    def _put(self, item: "RequestHandle | _Work") -> None:
+        if not self.alive:
+            raise ServerBusy("the engine is not running")
+        if self.queued >= self.limits.queue:
+            raise ServerBusy(f"{self.queued} requests are waiting, which is the most; try again later")
+        self._inbox.put(item)
+        if not self.alive:  # it closed meanwhile and may not look into its inbox any more
+            raise ServerBusy("the server is ending")
 
     @torch.no_grad()
     def _run(self) -> None:
         try:
-            with self.watching.on(), self.plans.steering.on(), slot_attention_on(self.model):
+            with self.projection_hook.on(), self.caps.steering.on(), slot_attention_on(self.model):
                 while not self._closing.is_set():
-                    self._take_in()
+                    self._receive()
                     self._guarded(self._read)
                     self._guarded(self._step)
                     self._flush()
         finally:
             self._closing.set()
-            asked = [self._asked.get() for _ in range(self._asked.qsize())]
-            late = [one for one in asked if isinstance(one, RequestHandle)]
-            for ticket in [
-                *late,
-                *self.waiting,
-                *self._running.values(),
-                *([self._opened] if self._opened else []),
-            ]:
-                self._told.append((ticket, FinishEvent("error", ServerBusy("the server is ending"))))
+            ending = "the server is ending"
+            late = [self._inbox.get() for _ in range(self._inbox.qsize())]
+            for item in late:
+                if isinstance(item, _Work) and item.future.set_running_or_notify_cancel():
+                    item.future.set_exception(ServerBusy(ending))
+            handles = [item for item in late if isinstance(item, RequestHandle)]
+            for handle in [*handles, *self.waiting, *self._active()]:
+                self._outbox.append((handle, FinishEvent("error", ServerBusy(ending))))
             self._flush()
 
+    def _active(self) -> list[RequestHandle]:
+        """Requests that decode or are being read."""
+        return [*self._running.values(), *([self._reading] if self._reading is not None else [])]
+
     def _guarded(self, part: Callable[[], None]) -> None:
-        """What a forward cannot do ends the rows that were in it, and not the engine."""
+        """Runs a part of the round; a forward that fails ends the requests that were in it."""
         try:
             part()
-        except (RuntimeError, ValueError, IndexError, UserError) as error:  # out of memory is a RuntimeError
+        except FORWARD_ERRORS as error:
             log.exception("a forward failed: its requests end with an error")
-            for ticket in [*self._running.values(), *([self._opened] if self._opened else [])]:
-                self._leave(ticket, FinishEvent("error", error), keep=False)
+            for handle in self._active():
+                self._finish(handle, FinishEvent("error", error), cache=False)
             self.prefixes.clear()
-            self.rows.forget()
+            self.batch.reset()
             if self.model.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _take_in(self) -> None:
-        """What was asked since the last round; waits for it where there is nothing else to do."""
-        idle = not (self.waiting or self._running or self._opened)
+    def _receive(self) -> None:
+        """Takes in what was submitted, waiting for it while there is nothing else to do, and ends what was cancelled."""
+        idle = not (self.waiting or self._running or self._reading)
         try:
-            one = self._asked.get(block=idle)
+            item = self._inbox.get(block=idle)
             while True:
-                if isinstance(one, RequestHandle):
-                    self.waiting.append(one)
-                elif one is not None:
-                    self._guarded(one)
-                one = self._asked.get(block=False)
+                if isinstance(item, RequestHandle):
+                    self.waiting.append(item)
+                elif item is not None:
+                    item.run()
+                item = self._inbox.get(block=False)
         except Empty:
             pass
-        for ticket in [
-            one for one in [*self._running.values(), self._opened] if one is not None and one.cancelled
-        ]:
-            self._leave(ticket, FinishEvent("cancelled"))
-        for ticket in [one for one in self.waiting if one.cancelled]:
-            self.waiting.remove(ticket)
-            self._leave(ticket, FinishEvent("cancelled"))
+        for handle in [*self._active(), *self.waiting]:
+            if handle.cancelled:
+                if handle in self.waiting:
+                    self.waiting.remove(handle)
+                self._finish(handle, FinishEvent("cancelled"))
 
     def _read(self) -> None:
-        """Read a piece of what waits: on with a long prompt, then short ones and conversations that go on, in their order.
+        """Reads a chunk of the waiting prompts: first the rest of a long one, then short ones and continued ones in order.
 
-        Who waits for a spare plan is passed by those who do not.
+        A request that waits for a spare plan is passed by those that do not.
         """
-        piece = self._piece()
-        left, whole, parked = piece, list[RequestHandle](), list[RequestHandle]()
-        if self._opened is not None:
-            left -= self._read_on(self._opened, piece)
+        chunk = self._chunk_size()
+        left, whole, parked = chunk, list[RequestHandle](), list[RequestHandle]()
+        if self._reading is not None:
+            left -= self._read_chunk(self._reading, chunk)
         try:
-            while self.waiting and self.rows.free - (self._opened is not None) > len(whole):
-                ticket = self.waiting.popleft()
-                if ticket.row is None and not self._seat(ticket):
-                    parked.append(ticket)
+            while self.waiting and self.batch.free_slots - (self._reading is not None) > len(whole):
+                handle = self.waiting.popleft()
+                if handle.row is None and not self._acquire_plan(handle):
+                    parked.append(handle)
                     continue
-                found = self._known(ticket)
-                if (
-                    found is None
-                    and len(ticket.ask.ids) <= piece
-                    and ticket.ask.limit > 0
-                    and self._fits(whole, ticket, piece)
-                ):
-                    whole.append(ticket)
-                elif (
-                    self._opened is None
-                    and left > 0
-                    and (found is not None or len(ticket.ask.ids) > piece or not ticket.ask.limit)
-                ):
-                    self._opened = ticket
-                    left -= self._open(ticket, found, left)
+                prefix = self._cached_prefix(handle)
+                request = handle.request
+                is_short = prefix is None and len(request.ids) <= chunk and request.max_tokens > 0
+                if is_short and self._fits(whole, handle, chunk):
+                    whole.append(handle)
+                elif not is_short and self._reading is None and left > 0:
+                    self._reading = handle
+                    assert handle.row is not None
+                    self.batch.open(handle.row, *(prefix or (None, 0)))
+                    left -= self._read_chunk(handle, left)
                 else:
-                    self.waiting.appendleft(ticket)
+                    self.waiting.appendleft(handle)
                     break
-        except (RuntimeError, ValueError, IndexError, UserError):
-            self.waiting.extendleft(reversed(whole))  # seated, not read: they go on in the next round
+        except FORWARD_ERRORS:
+            self.waiting.extendleft(reversed(whole))  # they have plans, but were not read: next round
             raise
         finally:
             self.waiting.extendleft(reversed(parked))
         if whole:
-            self._read_whole(whole)
+            rows = {handle.row: handle for handle in whole if handle.row is not None}
+            self._running |= rows  # from here on a failure is theirs
+            self.batch.prefill(list(rows))
+            self._outbox += [(handle, _prefill_event(row)) for row, handle in rows.items()]
 
     @staticmethod
-    def _fits(whole: Sequence[RequestHandle], ticket: RequestHandle, piece: int) -> bool:
-        rows = [one.row for one in (*whole, ticket) if one.row is not None]
-        return fitting(rows, piece) > len(whole)
+    def _fits(whole: Sequence[RequestHandle], handle: RequestHandle, tokens: int) -> bool:
+        """Whether one more prompt can be read together with others, padded to the longest."""
+        return batch_end([len(one.request.ids) for one in (*whole, handle)], 0, tokens) > len(whole)
 
-    def _open(self, ticket: RequestHandle, found: tuple[CachedPrefix, int] | None, most: int) -> int:
-        assert ticket.row is not None
-        self.rows.open(ticket.row, *(found or (None, 0)))
-        return self._read_on(ticket, most)
-
-    def _known(self, ticket: RequestHandle) -> tuple[CachedPrefix, int] | None:
-        """What was said before, where it is worth a forward of its own: prompts are read together faster than one by one."""
-        found = self.prefixes.longest(self._digest(ticket), ticket.ask.ids)
+    def _cached_prefix(self, handle: RequestHandle) -> tuple[CachedPrefix, int] | None:
+        """What is cached of its prompt, where that is worth a prefill of its own: many are faster read together."""
+        found = self.prefixes.longest(_digest(handle), handle.request.ids)
         alone = not self.waiting and not self._running
-        return found if found is not None and (alone or found[1] >= WORTH) else None
+        return found if found is not None and (alone or found[1] >= MIN_PREFIX) else None
 
-    def _seat(self, ticket: RequestHandle) -> bool:
-        """Find its plan; False while none is free. What cannot be put on ends its own request alone."""
-        ask = ticket.ask
+    def _acquire_plan(self, handle: RequestHandle) -> bool:
+        """Gives a request its row with a plan; False while none is free. A cap that cannot be applied ends the request."""
+        request = handle.request
         try:
-            plan = self.plans.place(ask.cap)
-        except (ValueError, UserError) as error:
-            self._told.append((ticket, FinishEvent("error", error)))
-            ticket.cancelled = True
+            plan = self.caps.acquire(request.cap)
+        except ValueError as error:
+            self._outbox.append((handle, FinishEvent("error", error)))
+            handle.cancelled = True
             return False
-        if plan is not None:
-            ticket.row = BatchRow(Prompt(ask.ids, ask.seed, plan), ask.temperature, ask.top_p, ask.logprobs)
-        return plan is not None
+        if plan is None:
+            return False
+        prompt = Prompt(request.ids, request.seed, plan)
+        handle.row = BatchRow(prompt, request.temperature, request.top_p, request.logprobs)
+        return True
 
-    def _read_whole(self, tickets: list[RequestHandle]) -> None:
-        rows = [ticket.row for ticket in tickets if ticket.row is not None]
-        self._running |= dict(zip(rows, tickets, strict=True))  # from here on an error is theirs
-        self.rows.read(rows)
-        self._told += [(ticket, _read_of(row)) for row, ticket in zip(rows, tickets, strict=True)]
-
-    def _read_on(self, ticket: RequestHandle, most: int) -> int:
-        """Read on in the reading slot; how many tokens that were."""
-        row = ticket.row
+    def _read_chunk(self, handle: RequestHandle, max_tokens: int) -> int:
+        """Reads on in a long prompt and returns how many tokens that were."""
+        row = handle.row
         assert row is not None
         before = row.fed
-        if self.rows.read_part(row, most):
-            self._opened = None
-            self._running[row] = ticket
-            self._told.append((ticket, _read_of(row)))
+        if self.batch.prefill_chunk(row, max_tokens):
+            self._reading = None
+            self._running[row] = handle
+            self._outbox.append((handle, _prefill_event(row)))
         return row.fed - before
 
     def _step(self) -> None:
         if not self._running:
             return
-        for row, step in self.rows.step():
-            ticket = self._running[row]
-            if ticket.ask.limit == 0:  # it was fed its last token, and that was all
-                self._told.append((ticket, step))
-                self._leave(ticket, FinishEvent("read"))
-                continue
-            self._told.append((ticket, step))
-            if step.token in self.end_ids:
-                self._leave(ticket, FinishEvent("end"))
-            elif len(row.drawn) >= ticket.ask.limit:
-                self._leave(ticket, FinishEvent("length"))
+        for row, event in self.batch.step():
+            handle = self._running[row]
+            self._outbox.append((handle, event))
+            if handle.request.max_tokens == 0:  # its last prompt token was fed, and that was all
+                self._finish(handle, FinishEvent("read"))
+            elif event.token in self.end_ids:
+                self._finish(handle, FinishEvent("end"))
+            elif len(row.generated) >= handle.request.max_tokens:
+                self._finish(handle, FinishEvent("length"))
 
-    def _leave(self, ticket: RequestHandle, ended: FinishEvent, *, keep: bool = True) -> None:
-        row = ticket.row
+    def _finish(self, handle: RequestHandle, event: FinishEvent, *, cache: bool = True) -> None:
+        row = handle.row
         if row is not None:
-            if keep and row.fed:
-                ended = self._kept(ticket, row, ended)
-            if row in self._running:
-                del self._running[row]
-                self.rows.finish(row)
-            self.plans.release(ticket.ask.cap)
-        if ticket is self._opened:
-            self._opened = None
-        self._told.append((ticket, ended))
+            if cache and row.fed:
+                event = self._checked(handle, row, event)
+            if self._running.pop(row, None) is not None:
+                self.batch.remove(row)
+            self.caps.release(handle.request.cap)
+        if handle is self._reading:
+            self._reading = None
+        self._outbox.append((handle, event))
 
-    def _kept(self, ticket: RequestHandle, row: BatchRow, ended: FinishEvent) -> FinishEvent:
-        """Keep what was said, and how the row ends: with an error where its cap was not on.
+    def _checked(self, handle: RequestHandle, row: BatchRow, event: FinishEvent) -> FinishEvent:
+        """Caches what a row has read and written, and returns its last event: an error where its cap was not applied.
 
-        Of a cap whose floors differ between prompts and answers only the prompt is kept: as part of the next prompt the answer is
-        another matter than when it was spoken, and a conversation must not depend on what is kept.
+        With a cap whose floors differ between prompts and answers only the prompt is cached: as part of the next
+        prompt the answer gets other floors, and a conversation must not depend on what is cached.
         """
-        columns = (
-            row.fed if ticket.ask.cap is None or ticket.ask.cap.is_even else min(row.fed, len(row.prompt.ids))
-        )
+        cap = handle.request.cap
+        length = row.fed if cap is None or cap.is_uniform else min(row.fed, len(row.prompt.ids))
         try:
-            self.rows.require_steered(row)
-            if self.prefixes.room and columns >= FEWEST:
-                self.prefixes.keep(self.rows.saved(row, self._digest(ticket), columns))
+            self.batch.require_steered(row)
+            if self.prefixes.capacity and length >= MIN_TOKENS:
+                self.prefixes.add(self.batch.prefix_of(row, _digest(handle), length))
         except HookDidNotFire as error:
             return FinishEvent("error", error)
         except RuntimeError:  # no memory for it
-            log.exception("what was said is not kept")
+            log.exception("a prefix is not cached")
             self.prefixes.clear()
-        return ended
+        return event
 
     def _flush(self) -> None:
-        if self._told:
-            told, self._told = self._told, []
-            self.post(told)
+        if self._outbox:
+            events, self._outbox = self._outbox, []
+            self.listener(events)
 
-    def _piece(self) -> int:
-        """Tokens to read at once: few while others decode, more while more wait than decode."""
+    def _chunk_size(self) -> int:
+        """Prompt tokens to read in a round: few while rows decode, more while more requests wait than decode."""
         if not self._running:
-            return self.rows.reads_at_once
-        small = PIECE_CPU if self.model.device.type == "cpu" else PIECE_GPU
-        return small if len(self.waiting) <= len(self._running) else CROWD * small
-
-    @staticmethod
-    def _digest(ticket: RequestHandle) -> str:
-        return ticket.ask.cap.digest if ticket.ask.cap is not None else UNCAPPED
+            return self.batch.max_prefill_tokens
+        small = CHUNK_CPU if self.model.device.type == "cpu" else CHUNK_GPU
+        return small if len(self.waiting) <= len(self._running) else CROWDED_CHUNKS * small
 
 
-def _read_of(row: BatchRow) -> PrefillEvent:
-    return PrefillEvent(tuple(row.projections), row.kept, row.read_fired)
+@dataclass(frozen=True)
+class _Work:
+    """Something to do between two steps, and the future to fail when the engine closes before."""
+
+    run: Callable[[], None]
+    future: Future[Any]
+
+
+def _digest(handle: RequestHandle) -> str:
+    return handle.request.cap.digest if handle.request.cap is not None else BASELINE_DIGEST
+
+
+def _prefill_event(row: BatchRow) -> PrefillEvent:
+    return PrefillEvent(tuple(row.projections), row.cached, row.prompt_fired)

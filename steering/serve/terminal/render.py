@@ -1,159 +1,176 @@
-"""What a terminal chat prints. Everything that a model, a user or a file wrote goes through `clean` first.
+"""What a terminal chat writes. Everything that a model, a user or a file wrote goes through `clean` first.
 
-shown = Shown(console(), monitor.reference, layer=21)
-shown.piece("Hello")                       # text as it comes
-shown.standing(answer)                     # one line: where it lies on -3 to +3, and what the cap did
+renderer = ChatRenderer(Console(), service.tracker)
+renderer.piece("Hello")                    # text as it comes
+renderer.summary(answer)                   # one line: where the answer lies on -3 to +3, and what the cap did
 """
 
 import re
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from personatlas.analysis.drift_alarm import ReferenceDistribution
-from personatlas.cli.drift import WIDE, gauge
-from personatlas.steering.serve.distress_notice import phrases
+from personatlas.analysis.drift_alarm import GAUGE_LIMIT, z_gauge
+from personatlas.steering.serve.answer_stream import TokenState
+from personatlas.steering.serve.distress_notice import distress_phrases
+from personatlas.steering.serve.persona_state import PersonaTracker
 from personatlas.steering.serve.terminal.session import ChatAnswer, Transcript
 
-# control characters but tab and newline (a terminal obeys them), marks that turn the direction of writing, line separators
+# control characters but tab and newline (a terminal obeys them), marks that change the direction of writing, line
+# separators
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u061c\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-HALF = re.compile("[\ud800-\udfff]")  # half a character, which no terminal can be sent
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which no terminal can be sent
 GREY, TOWARDS, AWAY = (138, 138, 138), (60, 140, 210), (220, 120, 30)  # readable on dark and on light
 NARROW = 16  # characters of a gauge in a table
 ENDINGS = {"you": "stopped", "length": "cut"}
 
 
 def clean(text: str) -> str:
-    """The text without what a terminal would obey: with no escape character, no sequence is left but its letters."""
-    return HALF.sub("\ufffd", CONTROL.sub("", text))
+    """The text without what a terminal would obey: without its escape character a sequence is only letters."""
+    return SURROGATE.sub("\ufffd", CONTROL.sub("", text))
 
 
 class ChatRenderer:
-    """Prints for people: colours on a terminal, the same words without them elsewhere."""
+    """Writes for people: colours on a terminal, the same words without them elsewhere."""
 
-    def __init__(
-        self, out: Console, baseline: ReferenceDistribution, layer: int, poles: Sequence[str]
-    ) -> None:
-        self.out, self.baseline, self.layer, self.poles = out, baseline, layer, poles
+    def __init__(self, out: Console, tracker: PersonaTracker) -> None:
+        self.out, self.tracker = out, tracker
 
     def line(self, text: str, style: str = "") -> None:
-        """A line of our own words, maybe with others' names in it."""
+        """Writes a line of the program's own, maybe with names of others in it."""
         self.out.print(Text(clean(text), style=style), soft_wrap=True)
 
     def piece(self, text: str) -> None:
-        """Some of an answer, as it comes."""
+        """Writes a part of an answer as it comes."""
         self.out.out(clean(text), end="", highlight=False)
         self.out.file.flush()
 
     def notice(self) -> None:
-        """Who can help a person in distress."""
+        """Writes who can help a person in distress."""
         self.line("")
-        self.line(phrases().title, "bold")
-        for paragraph in phrases().text:
+        self.line(distress_phrases().title, "bold")
+        for paragraph in distress_phrases().text:
             self.out.print(Text(paragraph))
         self.line("")
 
-    def standing(self, answer: ChatAnswer) -> None:
-        """One line under an answer."""
-        self.out.print(self._place(answer), soft_wrap=True)
+    def summary(self, answer: ChatAnswer) -> None:
+        """Writes the line under an answer."""
+        persona, ending = answer.persona, Text(ENDINGS.get(answer.ended or "", ""), "dim")
+        if persona is None or persona.z is None:
+            text = _join(Text("nothing to project: no token of the answer was read", "dim"), ending)
+        else:
+            text = _join(
+                Text(z_gauge(persona.z), _colour(persona.z)),
+                Text(f"z {persona.z:+.1f}  projection {persona.projection:.1f}", "dim"),
+                Text(clean(_cap_words(answer)), "dim"),
+                _alarm(answer),
+                ending,
+            )
+        self.out.print(text, soft_wrap=True)
 
-    def table(self, told: Transcript) -> None:
-        """All exchanges, one row each."""
-        if not told.exchanges:
+    def table(self, transcript: Transcript) -> None:
+        """Writes all exchanges, one row each."""
+        if not transcript.exchanges:
             self.line("nothing was said yet")
             return
-        table = Table(box=None, header_style="dim", pad_edge=False)
-        for title in ("", "you", "projection", "z", f"-{WIDE:g} to +{WIDE:g}", "cap", ""):
-            table.add_column(title, justify="right" if title in ("projection", "z") else "left", no_wrap=True)
-        for number, (user, answer) in enumerate(told.exchanges, 1):
-            asked = clean(" ".join((user or "(the model began)").split()))
-            table.add_row(str(number), Text(asked, overflow="ellipsis"), *_cells(answer))
-        self.out.print(table)
+        gauge_title = f"-{GAUGE_LIMIT:g} to +{GAUGE_LIMIT:g}"
+        rows = [[Text(title, "dim") for title in ("", "you", "projection", "z", gauge_title, "cap", "")]]
+        for number, (user, answer) in enumerate(transcript.exchanges, 1):
+            message = clean(" ".join((user or "(the model began)").split()))
+            rows.append([Text(str(number)), Text(message), *_cells(answer)])
+        self.rows(rows, right=(2, 3), flexible=1)
+
+    def rows(self, rows: Sequence[Sequence[Text]], right: Sequence[int] = (), flexible: int = -1) -> None:
+        """Writes aligned columns; the column `flexible` is cut where they are wider than the console."""
+        widths = [max(cell.cell_len for cell in column) for column in zip(*rows, strict=True)]
+        excess = sum(widths) + 2 * (len(widths) - 1) - self.out.width
+        if flexible >= 0 and excess > 0:
+            widths[flexible] = max(widths[flexible] - excess, 4)
+        for row in rows:
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True)):
+                cell.truncate(width, overflow="ellipsis")
+                cell.align("right" if column in right else "left", width)
+            line = Text("  ").join(row)
+            line.rstrip()
+            self.out.print(line, soft_wrap=True)
 
     def tokens(self, answer: ChatAnswer) -> None:
-        """An answer's tokens, coloured by their projections, underlined where the cap changed them."""
-        if not any(token["projection"] is not None for token in answer.tokens):
+        """Writes an answer's tokens, coloured by projection, underlined where the cap changed them."""
+        tokens = (answer.persona.per_token if answer.persona is not None else None) or ()
+        reference = self.tracker.monitor.reference
+        positive, negative = self.tracker.axis.poles
+        if not any(token.projection is not None for token in tokens):
             self.line("the projections of this answer's tokens are not known (it was loaded, or empty)")
         elif self.out.is_terminal:
-            self.out.print(Text.assemble(*(self._coloured(token) for token in answer.tokens)))
-            low, high = (
-                Text(f"-{WIDE:g} {self.poles[1]}", _colour(-WIDE)),
-                Text(f"{self.poles[0]} +{WIDE:g}", _colour(WIDE)),
-            )
+            self.out.print(Text.assemble(*(self._coloured(token) for token in tokens)))
             scale = Text.assemble(
-                low, " … ", high, Text(f" (z at layer {self.layer}); underlined: changed by the cap", "dim")
+                Text(f"-{GAUGE_LIMIT:g} {negative}", _colour(-GAUGE_LIMIT)),
+                " … ",
+                Text(f"{positive} +{GAUGE_LIMIT:g}", _colour(GAUGE_LIMIT)),
+                Text(f" (z at layer {self.tracker.axis.layer}); underlined: changed by the cap", "dim"),
             )
             self.out.print(scale)
         else:
             self.line("projection\tz\tlayers changed\ttoken")
-            for token in answer.tokens:
-                value = token["projection"]
-                place = "\t" if value is None else f"{value:.2f}\t{self.baseline.z(value):+.2f}"
-                self.line(f"{place}\t{token['fired']}\t{clean(token['text'])!r}")
+            for token in tokens:
+                value = token.projection
+                numbers = "\t" if value is None else f"{value:.2f}\t{reference.z(value):+.2f}"
+                self.line(f"{numbers}\t{token.fired}\t{clean(token.text)!r}")
 
-    def _place(self, answer: ChatAnswer) -> Text:
-        ending = Text(ENDINGS.get(answer.ended or "", ""), "dim")
-        if answer.z is None or answer.projection is None:
-            return _joined(Text("nothing to project: no token of the answer was read", "dim"), ending)
-        place = Text(f"z {answer.z:+.1f}  projection {answer.projection:.1f}", "dim")
-        return _joined(
-            Text(gauge(answer.z), _colour(answer.z)),
-            place,
-            Text(clean(_acted(answer)), "dim"),
-            _state(answer),
-            ending,
-        )
-
-    def _coloured(self, token: dict) -> Text:
-        value = token["projection"]
-        style = "dim" if value is None else _colour(self.baseline.z(value))
-        return Text(clean(token["text"]), style + (" underline" if token["fired"] else ""))
+    def _coloured(self, token: TokenState) -> Text:
+        value = token.projection
+        style = "dim" if value is None else _colour(self.tracker.monitor.reference.z(value))
+        return Text(clean(token.text), style + (" underline" if token.fired else ""))
 
 
-def _acted(answer: ChatAnswer) -> str:
+def _cap_words(answer: ChatAnswer) -> str:
     """What the cap did, in words."""
-    if answer.cap is None:
-        return "no cap" if answer.ended is not None else "read as it is"
-    if not answer.acted:
+    persona = answer.persona
+    if answer.cap is None or persona is None:
+        return "no cap" if answer.ended is not None else "read without a cap"
+    if persona.cap is None:
         return f"cap {answer.cap} rested"
-    floor = "" if answer.floor is None else f", floor {answer.floor:.1f}"
-    fired = "acts on prompts alone" if answer.fired is None else f"fired {answer.fired:.0%}"
+    floor = "" if persona.floor is None else f", floor {persona.floor:.1f}"
+    fired = "acts on prompts alone" if persona.fired is None else f"fired {persona.fired:.0%}"
     return f"cap {answer.cap} {fired}{floor}"
 
 
-def _state(answer: ChatAnswer) -> Text:
-    if answer.alarm is None:
+def _alarm(answer: ChatAnswer) -> Text:
+    turn = answer.persona.turn if answer.persona is not None else None
+    if turn is None or turn.alarm is None:
         return Text("")
-    if answer.raised:
+    if turn.raised:
         return Text(" DRIFT BEGINS ", "bold reverse yellow")
-    return Text("drifting", "bold yellow") if answer.alarm else Text("calm", "green")
+    return Text("drifting", "bold yellow") if turn.alarm else Text("calm", "green")
 
 
 def _cells(answer: ChatAnswer | None) -> list[Text]:
-    """Projection, z, gauge, cap and state, for a table."""
+    """Projection, z, gauge, cap and alarm of a table's row."""
     if answer is None:
-        return [Text("")] * 4 + [Text("no answer", "dim")]
-    name = answer.cap or ("" if answer.ended is None else "none")  # loaded: it is not known
-    cap = Text(clean(name) + ("" if answer.fired is None else f" {answer.fired:.0%}"))
-    if answer.z is None or answer.projection is None:
+        return [Text("") for _ in range(4)] + [Text("no answer", "dim")]
+    persona = answer.persona
+    name = answer.cap or ("" if answer.ended is None else "none")  # that of a loaded answer is not known
+    fired = "" if persona is None or persona.fired is None else f" {persona.fired:.0%}"
+    cap = Text(clean(name) + fired)
+    if persona is None or persona.z is None:
         return [Text(""), Text(""), Text(""), cap, Text("not read", "dim")]
-    place = [
-        Text(f"{answer.projection:.1f}"),
-        Text(f"{answer.z:+.1f}"),
-        Text(gauge(answer.z, NARROW), _colour(answer.z)),
+    return [
+        Text(f"{persona.projection:.1f}"),
+        Text(f"{persona.z:+.1f}"),
+        Text(z_gauge(persona.z, NARROW), _colour(persona.z)),
+        cap,
+        _join(_alarm(answer), Text(ENDINGS.get(answer.ended or "", ""), "dim")),
     ]
-    return [*place, cap, _joined(_state(answer), Text(ENDINGS.get(answer.ended or "", ""), "dim"))]
 
 
-def _joined(*parts: Text) -> Text:
-    """With two blanks between those that say something."""
+def _join(*parts: Text) -> Text:
+    """With two blanks between the parts that are not empty."""
     return Text("  ").join(part for part in parts if part.plain)
 
 
 def _colour(z: float) -> str:
-    """From grey at the baseline's mean to a colour a pole at z = 3."""
-    share, pole = min(abs(z) / WIDE, 1.0), TOWARDS if z > 0 else AWAY
+    """From grey at the baseline's mean to a colour for each pole at z = 3."""
+    share, pole = min(abs(z) / GAUGE_LIMIT, 1.0), TOWARDS if z > 0 else AWAY
     red, green, blue = (round(grey + (end - grey) * share) for grey, end in zip(GREY, pole, strict=True))
     return f"#{red:02x}{green:02x}{blue:02x}"

@@ -1,23 +1,46 @@
-"""Lines in, answers out: the loop of a terminal chat, at a terminal or over a pipe.
+"""The loop of a terminal chat, at a terminal or over a pipe: messages, and commands such as /cap none.
+
+    with asyncio.Runner() as runner:
+        repl = ChatRepl(runner, service, Console(), Console(stderr=True), seed=None, live=True)
+        repl.run(Transcript(), lines=())
 
 Ctrl-C while an answer comes stops that answer; at the prompt it clears the line, and twice it leaves, as Ctrl-D does.
 """
 
 import asyncio
 import sys
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.text import Text
+
 from personatlas.persona.errors import UserError
-from personatlas.persona.progress import console, say
 from personatlas.steering.serve.answer_stream import EngineFailure
 from personatlas.steering.serve.distress_notice import shows_distress
+from personatlas.steering.serve.engine.cap_slots import NONE
+from personatlas.steering.serve.options import ADAPTIVE
 from personatlas.steering.serve.service import ContextOverflow, PersonaService
-from personatlas.steering.serve.terminal.commands import ChatCommands, ReplActions
-from personatlas.steering.serve.terminal.render import HALF, ChatRenderer, clean
-from personatlas.steering.serve.terminal.session import CapSetting, ChatAnswer, ChatSession, Transcript
+from personatlas.steering.serve.terminal.chat_file import load_chat, save_chat
+from personatlas.steering.serve.terminal.render import SURROGATE, ChatRenderer, clean
+from personatlas.steering.serve.terminal.session import CapSetting, ChatAnswer, ChatSession, Show, Transcript
 
 PROMPT = "> "
+COMMANDS = {  # what follows each, and what it does
+    "cap": ("NAME|none|adaptive", "the cap from now on; alone, which there are"),
+    "system": ("TEXT", "begin anew under this system prompt; alone, show it"),
+    "trace": ("", "all answers and where they lie"),
+    "tokens": ("", "the last answer's tokens, coloured by projection"),
+    "compare": ("", "the last message answered with and without the cap"),
+    "retry": ("", "another answer to the last message"),
+    "undo": ("", "take back the last exchange, /retry, /load or /reset"),
+    "reset": ("", "a new conversation with the same system prompt"),
+    "save": ("FILE", "as JSON, with projections; /save! writes over a file"),
+    "load": ("FILE", "go on with a stored conversation"),
+    "help": ("", "this list; to say something that begins with /, write //"),
+    "quit": ("", "leave (also Ctrl-D)"),
+}
 
 
 class AnswerCancelled(Exception):
@@ -25,152 +48,226 @@ class AnswerCancelled(Exception):
 
 
 class ChatRepl:
-    """A chat with a host's model, which runs in `runner`'s loop. `live`: somebody sits there."""
+    """A chat with a service's model, which runs in `runner`'s loop.
 
-    def __init__(self, runner: asyncio.Runner, host: PersonaService, seed: int | None, *, live: bool) -> None:
-        axis = host.held.axis
-        self.runner, self.host, self.live = runner, host, live
-        self.chat = ChatSession(host, seed)
-        self.shown = ChatRenderer(console(), host.standing.monitor.reference, axis.layer, axis.poles)
-        self.commands = ChatCommands(
-            self.chat, self.shown, ReplActions(self._again, self._compare, self._load, self._notice)
-        )
-        self.failed = 0
-        self._noticed = False
+    Answers go to `out`, remarks of the program to `err`. `live`: somebody is at the terminal. `n_failed` counts the
+    lines that could not be done.
+    """
 
-    def run(self, told: Transcript, lines: Sequence[str]) -> None:
-        """Go on from a conversation, with these lines or, where there are none, with those that are typed or piped in."""
+    def __init__(
+        self,
+        runner: asyncio.Runner,
+        service: PersonaService,
+        out: Console,
+        err: Console,
+        *,
+        seed: int | None = None,
+        live: bool,
+    ) -> None:
+        self.runner, self.service, self.err, self.live = runner, service, err, live
+        self.session = ChatSession(service, seed)
+        self.renderer = ChatRenderer(out, service.tracker)
+        self.n_failed = 0
+        self._notice_shown = False
+
+    def run(self, transcript: Transcript, lines: Sequence[str]) -> None:
+        """Continues a conversation with these lines or, without any, with those that are typed or piped in."""
         self._greet()
-        self.chat.told = Transcript(told.system)
-        if told.exchanges:
-            self._load(told)
-            self.commands.tell_loaded()
-        for line in lines or (self._typed() if self.live else _piped()):
+        self.session.transcript = Transcript(transcript.system)
+        if transcript.exchanges:
+            self._load(transcript)
+        for line in lines or (self._typed_lines() if self.live else _piped_lines()):
             if not self.live:
-                self.shown.line(PROMPT + line)
-            if not self._done(line):
+                self.renderer.line(PROMPT + line)
+            if not self._handle(line):
                 break
 
-    def _done(self, line: str) -> bool:
-        """Do what a line says; False when it is time to leave."""
+    def _handle(self, line: str) -> bool:
+        """Does what a line says; False when it is time to leave."""
         try:
-            if HALF.search(line):
+            if SURROGATE.search(line):
                 raise UserError("this line is not valid UTF-8")
             if line.startswith("/") and not line.startswith("//"):
-                return self.commands.obey(line)
-            self._say(line.removeprefix("/"))
+                return self._command(line)
+            text = line.removeprefix("/")
+            if shows_distress(text):
+                self._notice()
+            self._answer(lambda show: self.session.say(text, show))
+        except ContextOverflow:
+            self._fail(
+                f"no room: the context is {self.service.defaults.limits.context} tokens, and the conversation with "
+                "this message needs more; /undo takes an exchange back, /reset begins anew, /save FILE keeps it"
+            )
         except UserError as error:
-            self.failed += 1
-            self.shown.line(self._advice(error), "yellow")
+            self._fail(str(error))
         except EngineFailure as error:
-            self.failed += 1
-            self.shown.line(f"the engine failed: {error}", "yellow")
+            self._fail(f"the engine failed: {error}")
         except (AnswerCancelled, KeyboardInterrupt):
-            self.shown.line("stopped; there was no answer yet, and the message is taken back", "yellow")
+            self.renderer.line("stopped; there was no answer yet, and the message is taken back", "yellow")
             return self.live
         return True
 
-    def _say(self, text: str) -> None:
-        if shows_distress(text):
-            self._notice()
-        self._hear(lambda hear: self.chat.say(text, hear))
+    def _fail(self, message: str) -> None:
+        self.n_failed += 1
+        self.renderer.line(message, "yellow")
 
-    def _hear(self, ask: Callable[[Callable[[str], None]], Coroutine[Any, Any, ChatAnswer]]) -> None:
-        answer = self.runner.run(ask(self.shown.piece))
-        self.shown.line("")
+    def _answer(self, ask: Callable[[Show], Coroutine[Any, Any, ChatAnswer]]) -> None:
+        answer = self.runner.run(ask(self.renderer.piece))
+        self.renderer.line("")
         if not answer.text and answer.ended == "you":
             raise AnswerCancelled
-        self.shown.standing(answer)
+        self.renderer.summary(answer)
 
-    def _again(self) -> None:
-        self._hear(self.chat.again)
+    def _command(self, line: str) -> bool:
+        """Does a command; False for /quit. Raises `UserError` for what cannot be done."""
+        name, _, argument = line[1:].strip().partition(" ")
+        argument = argument.strip()
+        if name in ("quit", "exit", "q"):
+            return False
+        known = name.removesuffix("!") if name == "save!" else name
+        if known not in COMMANDS:
+            raise UserError(f"there is no command /{name[:40]}; /help lists them")
+        takes = COMMANDS[known][0]
+        if argument and not takes:
+            raise UserError(f"/{name} takes nothing after it")
+        if takes == "FILE" and not argument:
+            raise UserError(f"/{known} FILE: a file's name is needed")
+        session, renderer = self.session, self.renderer
+        match name:
+            case "cap":
+                self._cap(argument)
+            case "system" if argument:
+                session.change(Transcript(argument))
+                renderer.line("a new conversation begins under this system prompt (/undo comes back)")
+            case "system":
+                renderer.line(session.transcript.system or "no system prompt")
+            case "trace":
+                renderer.table(session.transcript)
+            case "tokens":
+                if not session.transcript.answers:
+                    raise UserError("there is no answer yet")
+                renderer.tokens(session.transcript.answers[-1])
+            case "compare":
+                self._compare()
+            case "retry":
+                self._answer(session.retry)
+            case "undo":
+                session.undo()
+                left = len(session.transcript.exchanges)
+                renderer.line(f"taken back; {left} exchange{'' if left == 1 else 's'} in the conversation")
+            case "reset":
+                session.change(Transcript(session.transcript.system))
+                renderer.line("a new conversation (/undo comes back)")
+            case "save" | "save!":
+                path = Path(argument).expanduser()
+                save_chat(path, session, overwrite=name == "save!")
+                renderer.line(f"saved: {path}")
+            case "load":
+                self._load(load_chat(Path(argument).expanduser()))
+            case "help":
+                rows = [(clean(f"/{command} {takes}"), does) for command, (takes, does) in COMMANDS.items()]
+                renderer.rows([[Text(left, "bold"), Text(right)] for left, right in rows])
+        return True
 
-    def _compare(self, arms: list[CapSetting]) -> None:
-        """The first answer as it comes; the second, which comes at the same time, after it."""
-        self.shown.line("as it is", "bold")
-        first, second = self.runner.run(
-            self.chat.compared(arms, lambda which, text: self.shown.piece(text if which == 0 else ""))
+    def _cap(self, name: str) -> None:
+        if name:
+            self.session.set_cap(name)
+        self.renderer.line(self._cap_words())
+        if not name:
+            caps = [f"{cap} (layers {own['layers']})" for cap, own in self.service.caps.describe().items()]
+            self.renderer.line("caps: " + ("; ".join(caps) or "none is loaded"))
+
+    def _cap_words(self) -> str:
+        cap, mode = self.session.setting
+        if cap == NONE:
+            return "no cap"
+        return f"cap {cap}" + (", while the conversation drifts" if mode == ADAPTIVE else "")
+
+    def _compare(self) -> None:
+        """Shows the baseline's answer as it comes; the capped one, which comes at the same time, after it."""
+        settings = [CapSetting(NONE), CapSetting(self.session.other_cap())]
+        self.renderer.line("baseline", "bold")
+        baseline, capped = self.runner.run(
+            self.session.compare(settings, [self.renderer.piece, lambda _: None])
         )
-        self.shown.line("")
-        self.shown.standing(first)
-        self.shown.line(f"cap {arms[1].cap}", "bold")
-        self.shown.line(second.text)
-        self.shown.standing(second)
-        self.shown.line("the same seed for both; the conversation goes on from the answer that it had", "dim")
+        self.renderer.line("")
+        self.renderer.summary(baseline)
+        self.renderer.line(f"cap {settings[1].cap}", "bold")
+        self.renderer.line(capped.text)
+        self.renderer.summary(capped)
+        self.renderer.line(
+            "the same seed for both; the conversation goes on from the answer that it had", "dim"
+        )
 
-    def _load(self, told: Transcript) -> None:
-        self.runner.run(self.chat.load(told))
+    def _load(self, transcript: Transcript) -> None:
+        self.runner.run(self.session.load(transcript))
+        self.renderer.table(self.session.transcript)
+        self.renderer.line("its answers as this model reads them, without a cap", "dim")
+        if transcript.exchanges[-1].answer is None:
+            self.renderer.line("its last message has no answer: /retry asks for one")
+        if any(shows_distress(exchange.user or "") for exchange in transcript.exchanges):
+            self._notice()
 
     def _notice(self) -> None:
-        """Once is enough."""
-        if not self._noticed:
-            self._noticed = True
-            self.shown.notice()
+        if not self._notice_shown:  # once is enough
+            self._notice_shown = True
+            self.renderer.notice()
 
-    def _advice(self, error: UserError) -> str:
-        if isinstance(error, ContextOverflow):
-            return (
-                f"no room: the context is {self.host.settings.room.length} tokens, and the conversation with this message needs more; "
-                "/undo takes an exchange back, /reset begins anew, /save FILE keeps what was said"
-            )
-        return str(error)
+    def _remark(self, text: str) -> None:
+        self.err.print(Text(clean(text)), soft_wrap=True)
 
     def _greet(self) -> None:
-        axis, model, rule = self.host.held.axis, self.host.held.model, self.host.standing.monitor.rule
+        axis, model = self.service.axis, self.service.model
         kind = f"{str(model.dtype).removeprefix('torch.')} on {model.device.type}"
-        told = f"{self.host.name} ({kind}); layer {axis.layer}, {axis.poles[0]} +, {axis.poles[1]} -; {self.commands.holding()}"
-        told += (
-            ""
-            if rule is not None
-            else "; no alarm is calibrated (`personatlas drift` makes a reference.json)"
-        )
-        say(clean(told))
-        say(
+        text = f"{self.service.name} ({kind}); layer {axis.layer}, {axis.poles[0]} +, {axis.poles[1]} -"
+        text += f"; {self._cap_words()}"
+        if self.service.tracker.monitor.rule is None:
+            text += "; no alarm is calibrated (`personatlas drift` makes a reference.json)"
+        self._remark(text)
+        self._remark(
             "A research tool: it shows a language model's internal state. It is no adviser, and answers can be wrong."
         )
         if self.live:
-            say("/help lists what else can be said; Ctrl-C stops an answer, Ctrl-D leaves.")
+            self._remark("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves.")
 
-    def _typed(self) -> Iterator[str]:
-        _edit(self.commands.known)
+    def _typed_lines(self) -> Iterator[str]:
+        _enable_line_editing(COMMANDS)
         interrupted = False
         while True:
             try:
                 line = input(PROMPT).strip()
             except EOFError:
-                self.shown.line("")
+                self.renderer.line("")
                 return
             except KeyboardInterrupt:
-                self.shown.line("")
+                self.renderer.line("")
                 if interrupted:
                     return
                 interrupted = True
-                say("Ctrl-C again, or Ctrl-D, leaves")
+                self._remark("Ctrl-C again, or Ctrl-D, leaves")
                 continue
             interrupted = False
             if line:
                 yield line
 
 
-def _piped() -> Iterator[str]:
-    """Lines of an input that is no terminal."""
+def _piped_lines() -> Iterator[str]:
+    """The lines of an input that is no terminal."""
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
-    for line in sys.stdin:
-        if line.strip():
-            yield line.strip()
+    yield from (line.strip() for line in sys.stdin if line.strip())
 
 
-def _edit(commands: Sequence[str] | dict[str, Any]) -> None:
-    """Line editing, the lines of this chat to go back to, and Tab for commands, where there is a readline."""
+def _enable_line_editing(commands: Collection[str]) -> None:
+    """Line editing, a history of this chat, and Tab for commands, where there is a readline."""
     try:
         import readline
     except ImportError:
         return
 
     def complete(text: str, state: int) -> str | None:
-        found = [f"/{name}" for name in commands if f"/{name}".startswith(text)]
-        return found[state] if text.startswith("/") and state < len(found) else None
+        matches = [f"/{name}" for name in commands if f"/{name}".startswith(text)]
+        return matches[state] if text.startswith("/") and state < len(matches) else None
 
     readline.set_completer(complete)
     readline.set_completer_delims(" ")

@@ -216,7 +216,7 @@ def test_errors_are_the_clients_own_exceptions(client):
 
 
 def test_a_wrong_key_is_an_authentication_error(tiny_server):
-    app = make_app(tiny_server.host, "a key of ours")
+    app = make_app(tiny_server.service, "a key of ours")
 
     async def listed(key):
         transport = httpx.ASGITransport(app=app)
@@ -253,14 +253,14 @@ def test_capped_and_uncapped_at_once_are_the_same_as_one_by_one_and_as_generate(
             )
 
     together = asyncio.run(all_at_once())
-    held, chat = tiny_server.host.held, chat_format(alone.tokenizer)
+    held, chat = tiny_server.service.steered, chat_format(alone.tokenizer)
     differ = 0
     for at, ((text, cap), answer) in enumerate(zip(wanted, together, strict=True)):
         messages = [{"role": "user", "content": text}]
         if at % 4 == 0:
             single = asked(client, messages, model=f"tiny:{cap}", max_tokens=10)
             assert single.choices[0].message.content == answer.choices[0].message.content
-        plan = [tiny_server.host.engine.plans.caps[cap].cap] if cap != "none" else []
+        plan = [tiny_server.service.caps.named[cap].cap] if cap != "none" else []
         one = generate(alone, chat, messages, {"arm": plan}, held.axis, Sampling(10, 0.0, 1.0), seed=0)["arm"]
         assert answer.choices[0].message.content == one.text
         read = answer.persona["turns"][-1]["tokens"]  # the last token of an answer that was cut is never fed

@@ -18,7 +18,7 @@ from personatlas.steering.hooks.steering import steer
 from personatlas.steering.serve.answer_stream import Detokenizer, StreamedAnswer
 from personatlas.steering.serve.engine import scheduler as engine_module
 from personatlas.steering.serve.engine.batch import TokenEvent
-from personatlas.steering.serve.engine.cap_slots import SPARES, CapSlots, ResolvedCap
+from personatlas.steering.serve.engine.cap_slots import SPARE_PLANS, CapSlots, ResolvedCap
 from personatlas.steering.serve.engine.prefix_cache import CachedPrefix, PrefixCache
 from personatlas.steering.serve.engine.scheduler import (
     Engine,
@@ -28,6 +28,7 @@ from personatlas.steering.serve.engine.scheduler import (
     PrefillEvent,
     ServerBusy,
 )
+from personatlas.steering.serve.schema import CapByName, PersonaRequest
 
 ENDS = frozenset(range(0, 320, 12))
 PROMPTS = [tuple((7 * i + 3 * j + 1) % 320 for j in range(2 + 5 * i)) for i in range(7)]
@@ -68,7 +69,7 @@ def served():
     """engine(room, caps) on the tiny model, closed at the end."""
     opened = []
 
-    def make(room=EngineLimits(slots=4, length=256), family="llama", ends=ENDS, caps=True):
+    def make(room=EngineLimits(slots=4, context=256), family="llama", ends=ENDS, caps=True):
         model = tiny_model(family)
         axis, listener = axis_of(model), Listener()
         named = (
@@ -85,8 +86,8 @@ def served():
         assert not any(block._forward_hooks for block in engine.model.blocks)
 
 
-def alone(engine, ids, cap=None, seed=0, limit=10, temperature=0.7, top_p=0.9):
-    sampler = Sampler(engine.model, engine.end_ids, Sampling(limit, temperature, top_p))
+def alone(engine, ids, cap=None, seed=0, max_tokens=10, temperature=0.7, top_p=0.9):
+    sampler = Sampler(engine.model, engine.end_ids, Sampling(max_tokens, temperature, top_p))
     plan = [[cap.cap]] if cap is not None else []
     if not plan:
         return next(iter(sampler.answers([Prompt(ids, seed, -1)])))
@@ -97,7 +98,7 @@ def alone(engine, ids, cap=None, seed=0, limit=10, temperature=0.7, top_p=0.9):
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "falcon", "mixtral", "mistral"])
 def test_every_row_of_a_full_engine_gets_what_it_would_get_alone(served, family):
     engine, listener = served(family=family)
-    caps = [None, engine.plans.wanted("mild"), engine.plans.wanted("firm")]
+    caps = [None, engine.caps.resolve("mild"), engine.caps.resolve("firm")]
     prompts = [*PROMPTS, LONG]
     asks = [
         GenerationRequest(
@@ -105,7 +106,7 @@ def test_every_row_of_a_full_engine_gets_what_it_would_get_alone(served, family)
             seed=n,
             temperature=(0.7, 0.0, 1.3)[n % 3],
             top_p=(0.9, 1.0)[n % 2],
-            limit=10,
+            max_tokens=10,
             cap=caps[n % 3],
         )
         for n, ids in enumerate(prompts)
@@ -114,39 +115,43 @@ def test_every_row_of_a_full_engine_gets_what_it_would_get_alone(served, family)
     listener.ended(tickets)
     got = [listener.answer(ticket) for ticket in tickets]
     engine.close()  # its hooks are off
-    assert got == [alone(engine, a.ids, a.cap, a.seed, a.limit, a.temperature, a.top_p).ids for a in asks]
+    assert got == [
+        alone(engine, a.ids, a.cap, a.seed, a.max_tokens, a.temperature, a.top_p).ids for a in asks
+    ]
 
 
 def test_projections_and_firings_are_those_of_reading_it_all_again(served):
     engine, listener = served(ends=frozenset())
-    cap = engine.plans.wanted("mild")
-    tickets = [engine.submit(GenerationRequest(ids, seed=3, limit=9, cap=cap)) for ids in (PROMPTS[3], LONG)]
+    cap = engine.caps.resolve("mild")
+    tickets = [
+        engine.submit(GenerationRequest(ids, seed=3, max_tokens=9, cap=cap)) for ids in (PROMPTS[3], LONG)
+    ]
     listener.ended(tickets)
     engine.close()
     for ticket in tickets:
         read = listener.first(ticket, PrefillEvent)
         steps = [event for event in listener.events[ticket] if isinstance(event, TokenEvent)]
-        again = trace(engine.model, ticket.ask.ids, listener.answer(ticket), [cap.cap], engine.plans.axis)
+        again = trace(engine.model, ticket.request.ids, listener.answer(ticket), [cap.cap], engine.caps.axis)
         got = torch.tensor([*read.projections, *(step.projection for step in steps)])
         assert torch.allclose(got, again.projection[:-1], atol=1e-4)
-        fired = again.fired[len(ticket.ask.ids) - 1 : -1].tolist()
+        fired = again.fired[len(ticket.request.ids) - 1 : -1].tolist()
         assert [step.fired for step in steps] == fired
-        assert read.fired == int(again.fired[: len(ticket.ask.ids) - 1].sum())
+        assert read.fired == int(again.fired[: len(ticket.request.ids) - 1].sum())
         assert sum(fired) > 0
 
 
 def test_a_conversation_that_goes_on_is_not_read_again_and_says_the_same(served):
     engine, listener = served(ends=frozenset())
-    (first,) = [engine.submit(GenerationRequest(LONG, seed=1, limit=8))]
+    (first,) = [engine.submit(GenerationRequest(LONG, seed=1, max_tokens=8))]
     listener.ended([first])
     longer = (*LONG, *listener.answer(first), *PROMPTS[2])
-    kept = engine.submit(GenerationRequest(longer, seed=2, limit=8))
+    kept = engine.submit(GenerationRequest(longer, seed=2, max_tokens=8))
     listener.ended([kept])
-    assert listener.first(kept, PrefillEvent).kept == len(LONG) + 7  # the last token was never fed
+    assert listener.first(kept, PrefillEvent).cached == len(LONG) + 7  # the last token was never fed
     engine.prefixes.clear()
-    fresh = engine.submit(GenerationRequest(longer, seed=2, limit=8))
+    fresh = engine.submit(GenerationRequest(longer, seed=2, max_tokens=8))
     listener.ended([fresh])
-    assert listener.first(fresh, PrefillEvent).kept == 0
+    assert listener.first(fresh, PrefillEvent).cached == 0
     assert listener.answer(fresh) == listener.answer(kept)
     one, other = (torch.tensor(listener.first(ticket, PrefillEvent).projections) for ticket in (kept, fresh))
     assert torch.allclose(one, other, atol=1e-4)
@@ -154,43 +159,43 @@ def test_a_conversation_that_goes_on_is_not_read_again_and_says_the_same(served)
 
 def test_what_a_cap_changed_never_serves_a_row_without_it(served):
     engine, listener = served(ends=frozenset())
-    cap = engine.plans.wanted("mild")
+    cap = engine.caps.resolve("mild")
     for wanted, kept in (
         (cap, False),
         (None, False),
         (cap, True),
         (None, True),
-        (engine.plans.wanted("firm"), False),
+        (engine.caps.resolve("firm"), False),
     ):
-        ticket = engine.submit(GenerationRequest(LONG, seed=1, limit=4, cap=wanted))
+        ticket = engine.submit(GenerationRequest(LONG, seed=1, max_tokens=4, cap=wanted))
         listener.ended([ticket])
-        assert (listener.first(ticket, PrefillEvent).kept > 0) == kept
+        assert (listener.first(ticket, PrefillEvent).cached > 0) == kept
     engine.close()
     assert (
         listener.answer(ticket)
-        == alone(engine, LONG, ticket.ask.cap, seed=1, limit=4, temperature=1.0, top_p=1.0).ids
+        == alone(engine, LONG, ticket.request.cap, seed=1, max_tokens=4, temperature=1.0, top_p=1.0).ids
     )
 
 
 def test_a_prompt_can_be_read_without_an_answer(served):
     engine, listener = served()
-    ticket = engine.submit(GenerationRequest(LONG, limit=0))
+    ticket = engine.submit(GenerationRequest(LONG, max_tokens=0))
     assert listener.ended([ticket]) == [FinishEvent("read")]
-    choice = StreamedAnswer(0, ticket, Detokenizer(engine.model.tokenizer), ENDS)
+    answer = StreamedAnswer(0, ticket, Detokenizer(engine.model.tokenizer), ENDS)
     for event in listener.events[ticket]:
-        choice.take(event)
+        answer.take(event)
     engine.close()
-    read = trace(engine.model, LONG, (), [], engine.plans.axis).projection
-    assert torch.allclose(torch.tensor(choice.prompt_projections), read, atol=1e-4)
-    assert choice.ids == []
+    read = trace(engine.model, LONG, (), [], engine.caps.axis).projection
+    assert torch.allclose(torch.tensor(answer.prompt_projections), read, atol=1e-4)
+    assert answer.ids == []
 
 
 def test_cancelling_frees_the_slot_and_leaves_the_others_alone(served):
-    engine, listener = served(EngineLimits(slots=2, length=256, prefixes=0), ends=frozenset())
-    stay = engine.submit(GenerationRequest(PROMPTS[1], seed=5, limit=60))
-    gone = engine.submit(GenerationRequest(PROMPTS[2], seed=6, limit=200))
-    waits = engine.submit(GenerationRequest(PROMPTS[3], seed=7, limit=5))
-    never = engine.submit(GenerationRequest(PROMPTS[4], seed=8, limit=5))
+    engine, listener = served(EngineLimits(slots=2, context=256, prefix_bytes=0), ends=frozenset())
+    stay = engine.submit(GenerationRequest(PROMPTS[1], seed=5, max_tokens=60))
+    gone = engine.submit(GenerationRequest(PROMPTS[2], seed=6, max_tokens=200))
+    waits = engine.submit(GenerationRequest(PROMPTS[3], seed=7, max_tokens=5))
+    never = engine.submit(GenerationRequest(PROMPTS[4], seed=8, max_tokens=5))
     never.cancel()
     listener.first(gone, TokenEvent)
     gone.cancel()
@@ -205,16 +210,16 @@ def test_cancelling_frees_the_slot_and_leaves_the_others_alone(served):
 
 
 def test_a_long_prompt_is_read_in_pieces_while_others_go_on(served, monkeypatch):
-    monkeypatch.setattr(engine_module, "PIECE_CPU", 16)
+    monkeypatch.setattr(engine_module, "CHUNK_CPU", 16)
     engine, listener = served(ends=frozenset())
-    talking = engine.submit(GenerationRequest(PROMPTS[1], seed=5, limit=120))
+    talking = engine.submit(GenerationRequest(PROMPTS[1], seed=5, max_tokens=120))
     listener.first(talking, TokenEvent)
     order = []
-    engine.post = lambda told: (
+    engine.listener = lambda told: (
         order.extend(type(event) for ticket, event in told if ticket is talking),
         listener(told),
     )
-    long = engine.submit(GenerationRequest(LONG, seed=6, limit=3))
+    long = engine.submit(GenerationRequest(LONG, seed=6, max_tokens=3))
     listener.first(long, PrefillEvent)
     between = len(order)
     listener.ended([talking, long])
@@ -224,9 +229,9 @@ def test_a_long_prompt_is_read_in_pieces_while_others_go_on(served, monkeypatch)
 
 
 def test_described_caps_share_the_spare_plans_and_wait_for_one(served):
-    engine, listener = served(EngineLimits(slots=8, length=256), ends=frozenset())
-    wanted = [engine.plans.wanted({"name": "mild", "shift": 0.1 * n}) for n in range(1, SPARES + 3)]
-    asks = [GenerationRequest(PROMPTS[2], seed=n, limit=12, cap=cap) for n, cap in enumerate(wanted)]
+    engine, listener = served(EngineLimits(slots=8, context=256), ends=frozenset())
+    wanted = [engine.caps.resolve(CapByName(name="mild", shift=0.1 * n)) for n in range(1, SPARE_PLANS + 3)]
+    asks = [GenerationRequest(PROMPTS[2], seed=n, max_tokens=12, cap=cap) for n, cap in enumerate(wanted)]
     tickets = [engine.submit(ask) for ask in asks]
     listener.ended(tickets)
     engine.close()
@@ -236,13 +241,13 @@ def test_described_caps_share_the_spare_plans_and_wait_for_one(served):
 
 
 def test_who_waits_for_a_spare_plan_holds_up_nobody_else(served):
-    engine, listener = served(EngineLimits(slots=8, length=256), ends=frozenset())
-    shifted = [engine.plans.wanted({"name": "mild", "shift": 0.1 * n}) for n in range(1, SPARES + 2)]
+    engine, listener = served(EngineLimits(slots=8, context=256), ends=frozenset())
+    shifted = [engine.caps.resolve(CapByName(name="mild", shift=0.1 * n)) for n in range(1, SPARE_PLANS + 2)]
     held = [
-        engine.submit(GenerationRequest(PROMPTS[2], seed=n, limit=200, cap=cap))
+        engine.submit(GenerationRequest(PROMPTS[2], seed=n, max_tokens=200, cap=cap))
         for n, cap in enumerate(shifted)
     ]
-    plain = engine.submit(GenerationRequest(PROMPTS[2], limit=3))
+    plain = engine.submit(GenerationRequest(PROMPTS[2], max_tokens=3))
     listener.ended([plain])
     assert not isinstance(listener.events[held[0]][-1], FinishEvent)
     for ticket in held:
@@ -253,24 +258,24 @@ def test_who_waits_for_a_spare_plan_holds_up_nobody_else(served):
 def test_a_conversation_under_uneven_floors_does_not_depend_on_what_is_kept(served):
     """As part of the next prompt an answer has the prompt's floor: its keys from when it was spoken are another text's."""
     engine, listener = served(ends=frozenset())
-    mild = engine.plans.wanted("mild").cap
+    mild = engine.caps.resolve("mild").cap
     uneven = replace(mild, prompt_floor=mild.floor - 0.5)
     wanted = ResolvedCap("uneven", uneven, interventions_digest([uneven]))
-    (first,) = [engine.submit(GenerationRequest(LONG, seed=1, limit=12, cap=wanted))]
+    (first,) = [engine.submit(GenerationRequest(LONG, seed=1, max_tokens=12, cap=wanted))]
     listener.ended([first])
     longer = (*LONG, *listener.answer(first), *PROMPTS[2])
-    kept = engine.submit(GenerationRequest(longer, seed=2, limit=4, cap=wanted))
+    kept = engine.submit(GenerationRequest(longer, seed=2, max_tokens=4, cap=wanted))
     listener.ended([kept])
     engine.prefixes.clear()
-    fresh = engine.submit(GenerationRequest(longer, seed=2, limit=4, cap=wanted))
+    fresh = engine.submit(GenerationRequest(longer, seed=2, max_tokens=4, cap=wanted))
     listener.ended([fresh])
-    assert listener.first(kept, PrefillEvent).kept == len(LONG)
+    assert listener.first(kept, PrefillEvent).cached == len(LONG)
     one, other = (torch.tensor(listener.first(ticket, PrefillEvent).projections) for ticket in (kept, fresh))
     assert torch.allclose(one, other, atol=1e-4)
 
 
 def test_many_requests_with_some_given_up_leave_nothing_behind(served):
-    engine, listener = served(EngineLimits(slots=4, length=64, prefixes=2**20))
+    engine, listener = served(EngineLimits(slots=4, context=64, prefix_bytes=2**20))
     tickets = []
     for n in range(300):
         tickets.append(
@@ -278,8 +283,8 @@ def test_many_requests_with_some_given_up_leave_nothing_behind(served):
                 GenerationRequest(
                     PROMPTS[n % 7],
                     seed=n,
-                    limit=1 + n % 6,
-                    cap=engine.plans.wanted("mild") if n % 2 else None,
+                    max_tokens=1 + n % 6,
+                    cap=engine.caps.resolve("mild") if n % 2 else None,
                 )
             )
         )
@@ -287,25 +292,25 @@ def test_many_requests_with_some_given_up_leave_nothing_behind(served):
             tickets[-1].cancel()
     listener.ended(tickets)
     assert {one[-1].reason for one in listener.events.values()} <= {"end", "length", "cancelled"}
-    assert (engine.running, engine.queued, len(engine.rows.rows)) == (0, 0, 0)
-    assert not any(engine.plans._used.values())
-    assert engine.prefixes.used <= 2**20
+    assert (engine.running, engine.queued, len(engine.batch.rows)) == (0, 0, 0)
+    assert engine.caps.rows_in_use == 0
+    assert engine.prefixes.nbytes <= 2**20
 
 
 def test_what_does_not_fit_is_refused_before_it_waits(served):
-    engine, _ = served(EngineLimits(slots=1, length=64, waiting=2), ends=frozenset())
+    engine, _ = served(EngineLimits(slots=1, context=64, queue=2), ends=frozenset())
     with pytest.raises(UserError, match="90 tokens to read and 1 to write are more than the 64"):
         engine.submit(GenerationRequest(LONG))
     with pytest.raises(UserError, match="empty prompt"):
         engine.submit(GenerationRequest(()))
-    asks = [GenerationRequest(PROMPTS[0], limit=50)] * 50
+    asks = [GenerationRequest(PROMPTS[0], max_tokens=50)] * 50
     with pytest.raises(ServerBusy, match="are waiting, which is the most"):
         [engine.submit(ask) for ask in asks]
 
 
 def test_closing_ends_everything_with_an_error_that_says_so(served):
     engine, listener = served(ends=frozenset())
-    tickets = [engine.submit(GenerationRequest(PROMPTS[1], limit=200)) for _ in range(9)]
+    tickets = [engine.submit(GenerationRequest(PROMPTS[1], max_tokens=200)) for _ in range(9)]
     listener.first(tickets[0], TokenEvent)
     began = time.perf_counter()
     engine.close()
@@ -317,8 +322,8 @@ def test_closing_ends_everything_with_an_error_that_says_so(served):
 
 def test_log_probabilities_are_those_of_the_model(served):
     engine, listener = served(ends=frozenset())
-    ticket = engine.submit(GenerationRequest(PROMPTS[3], seed=1, limit=6, logprobs=4))
-    plain = engine.submit(GenerationRequest(PROMPTS[2], seed=1, limit=6))
+    ticket = engine.submit(GenerationRequest(PROMPTS[3], seed=1, max_tokens=6, logprobs=4))
+    plain = engine.submit(GenerationRequest(PROMPTS[2], seed=1, max_tokens=6))
     listener.ended([ticket, plain])
     engine.close()
     ids = [*PROMPTS[3], *listener.answer(ticket)]
@@ -326,18 +331,20 @@ def test_log_probabilities_are_those_of_the_model(served):
     scores = logits[len(PROMPTS[3]) - 1 : -1].float().log_softmax(-1)
     steps = [event for event in listener.events[ticket] if isinstance(event, TokenEvent)]
     for step, line in zip(steps, scores, strict=True):
-        assert step.likely[0] == pytest.approx(float(line[step.token]), abs=1e-4)
-        assert list(step.likely[1].values()) == pytest.approx(line.topk(4).values.tolist(), abs=1e-4)
-    assert all(event.likely is None for event in listener.events[plain] if isinstance(event, TokenEvent))
+        assert step.logprobs[0] == pytest.approx(float(line[step.token]), abs=1e-4)
+        assert list(step.logprobs[1].values()) == pytest.approx(line.topk(4).values.tolist(), abs=1e-4)
+    assert all(event.logprobs is None for event in listener.events[plain] if isinstance(event, TokenEvent))
 
 
 def test_a_text_is_scored_with_its_plan_between_the_steps_of_others(served):
     engine, listener = served(ends=frozenset())
-    cap, found = engine.plans.wanted("mild"), []
-    talking = engine.submit(GenerationRequest(PROMPTS[1], seed=5, limit=60, cap=engine.plans.wanted("firm")))
+    cap, found = engine.caps.resolve("mild"), []
+    talking = engine.submit(
+        GenerationRequest(PROMPTS[1], seed=5, max_tokens=60, cap=engine.caps.resolve("firm"))
+    )
     listener.first(talking, TokenEvent)
     engine.between_steps(
-        lambda: found.append(engine.rows.scored(Prompt(LONG, 0, engine.plans.place(cap)), 2))
+        lambda: found.append(engine.batch.score(Prompt(LONG, 0, engine.caps.acquire(cap)), 2))
     )
     listener.ended([talking])
     engine.close()
@@ -347,16 +354,16 @@ def test_a_text_is_scored_with_its_plan_between_the_steps_of_others(served):
     own = [float(scores[at, id]) for at, id in enumerate(LONG[1:])]
     assert found[0][0] == (None, {})
     assert [one for one, _ in found[0][1:]] == pytest.approx(own, abs=1e-4)
-    assert listener.answer(talking) == alone(engine, PROMPTS[1], talking.ask.cap, 5, 60, 1.0, 1.0).ids
+    assert listener.answer(talking) == alone(engine, PROMPTS[1], talking.request.cap, 5, 60, 1.0, 1.0).ids
 
 
-@pytest.mark.parametrize("asked", ["../../etc/passwd", "/etc/passwd", "mild.json", "p50@99", "p50@0,0", "p50@", "p101@0", "mild+99", {}, {"name": "x"}, {"level": 3, "layers": "1"}, {"name": "mild", "shift": float("nan")}, 7])  # fmt: skip
-def test_what_is_no_cap_is_one_line_and_never_a_path(asked):
+@pytest.mark.parametrize("cap", ["../../etc/passwd", "/etc/passwd", "mild.json", "p50@99", "p50@0,0", "p50@", "p101@0", "mild+99", {}, {"name": "x"}, {"level": 3, "layers": "1"}, {"level": "p50", "layers": "x"}, {"name": "mild", "shift": float("nan")}, 7])  # fmt: skip
+def test_what_is_no_cap_is_one_line_and_never_a_path(cap):
     model = tiny_model()
     axis = axis_of(model)
-    plans = CapSlots(axis, model, {"mild": axis.quantile_cap((0, 1), 0.5)})
-    with pytest.raises(UserError):
-        plans.wanted(asked)
+    slots = CapSlots(axis, model, {"mild": axis.quantile_cap((0, 1), 0.5)})
+    with pytest.raises(ValueError):  # noqa: PT011 (of the schema or of the slots)
+        slots.resolve(PersonaRequest(cap=cap).cap)
 
 
 def prefix(digest, ids):
@@ -366,20 +373,20 @@ def prefix(digest, ids):
 
 
 def test_prefixes_keep_the_longest_and_forget_the_least_used():
-    one = prefix("a", range(20)).size
-    kept = PrefixCache(room=3 * one)
-    kept.keep(prefix("a", range(20)))
-    kept.keep(prefix("b", range(20)))
+    one = prefix("a", range(20)).nbytes
+    kept = PrefixCache(capacity=3 * one)
+    kept.add(prefix("a", range(20)))
+    kept.add(prefix("b", range(20)))
     assert kept.longest("c", range(30)) is None
     assert kept.longest("a", [*range(18), 99, 98])[1] == 18
     assert kept.longest("a", range(20))[1] == 19  # one is left to feed
     assert kept.longest("a", range(10)) is None
-    kept.keep(prefix("a", range(30)))  # continues the first, and takes its place
+    kept.add(prefix("a", range(30)))  # continues the first, and takes its place
     assert len(kept) == 2
-    kept.keep(prefix("c", range(100, 130)))
-    assert kept.used <= kept.room
+    kept.add(prefix("c", range(100, 130)))
+    assert kept.nbytes <= kept.capacity
     assert kept.longest("b", range(20)) is None
-    kept.keep(prefix("d", range(1000)))
+    kept.add(prefix("d", range(1000)))
     assert kept.longest("d", range(1000)) is None
 
 
@@ -393,12 +400,12 @@ def test_what_is_spoken_in_pieces_is_the_whole_text_up_to_a_stop(text):
     tokenizer = tiny_model().tokenizer
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     plain, stopped = Detokenizer(tokenizer), Detokenizer(tokenizer, STOPS)
-    pieces = [plain.add(id) for id in ids] + [plain.rest()]
+    pieces = [plain.add(id) for id in ids] + [plain.flush()]
     assert "".join(pieces) == plain.text == tokenizer.decode(ids)
     assert not any(piece.endswith("\ufffd") for piece in pieces)
     for id in ids:
         stopped.add(id)
-    stopped.rest()
+    stopped.flush()
     ends = [at for stop in STOPS if (at := text.find(stop)) >= 0]
     assert stopped.text == (text[: min(ends)] if ends else text)
-    assert stopped.ended == bool(ends)
+    assert stopped.stopped == bool(ends)

@@ -19,10 +19,10 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
     unsupported_method,
 )
-from serving import HOW, ROOM, axis_folder, served, tiny_host
+from serving import HOW, ROOM, axis_folder, served, tiny_service
 
 from personatlas.steering.serve.engine.scheduler import ServerBusy
-from personatlas.steering.serve.http.security import MOST_BODY
+from personatlas.steering.serve.http.security import MAX_BODY
 
 # left out: positive_data_acceptance and missing_required_header (a schema cannot say what fits the context, which caps are
 # loaded, or which messages a template refuses), use_after_free and ensure_resource_availability (nothing is made or deleted),
@@ -51,7 +51,7 @@ SAFE = {
 def small(tiny_run, tmp_path_factory):
     """A server with a short context, so that no answer is long."""
     folder = axis_folder(tiny_run, tmp_path_factory.mktemp("fuzzed"))
-    host = tiny_host(tiny_run, folder, room=replace(ROOM, slots=16, context=64), max_tokens=2)
+    host = tiny_service(tiny_run, folder, room=replace(ROOM, slots=16, context=64), max_tokens=2)
     with served(host) as server:
         yield server
 
@@ -231,7 +231,7 @@ def test_too_long_a_body_is_refused_with_and_without_its_length(small):
     require_refused(
         sent(small, "chat/completions", (long[i : i + 2**16] for i in range(0, len(long), 2**16))), 413
     )
-    fitting = said(padding="x" * (MOST_BODY - 200))
+    fitting = said(padding="x" * (MAX_BODY - 200))
     assert sent(small, "chat/completions", fitting).status_code == 200
     require_alive(small)
 
@@ -278,7 +278,7 @@ def test_an_error_of_the_servers_own_is_told_in_the_same_words(small, monkeypatc
         raise ZeroDivisionError("a detail of ours")
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(small.host), "wanted", broken)
+        patch.setattr(type(small.service), "resolve_cap", broken)
         error = require_refused(sent(small, "chat/completions", said()), 500)
     assert error["type"] == "server_error"
     assert "detail" not in error["message"]
@@ -289,7 +289,9 @@ def test_a_key_is_compared_in_constant_time_and_its_lack_is_one_answer(tiny_run,
     compared = []
     equal = hmac.compare_digest
     monkeypatch.setattr(hmac, "compare_digest", lambda one, other: compared.append(one) or equal(one, other))
-    with served(tiny_host(tiny_run, axis_folder(tiny_run, tmp_path / "run")), key="a key of ours") as server:
+    with served(
+        tiny_service(tiny_run, axis_folder(tiny_run, tmp_path / "run")), key="a key of ours"
+    ) as server:
         for given in (
             "Bearer another",
             "Bearer a key of our",
@@ -317,7 +319,7 @@ def test_messages_that_a_template_refuses_are_one_line(tiny_run, tmp_path):
     (tmp_path / "strict.jinja").write_text(turns)
     how = replace(HOW, chat_template=tmp_path / "strict.jinja")
     with served(
-        tiny_host(tiny_run, axis_folder(tiny_run, tmp_path / "run"), how=how, max_tokens=2)
+        tiny_service(tiny_run, axis_folder(tiny_run, tmp_path / "run"), how=how, max_tokens=2)
     ) as server:
         twice = [{"role": "user", "content": "Hi"}, {"role": "user", "content": "Ho"}]
         error = require_refused(sent(server, "chat/completions", said(messages=twice)), 400)
@@ -334,7 +336,7 @@ def test_where_too_many_wait_a_stream_is_refused_with_a_status_too(small, monkey
     def submit(*_given, **_named):
         raise ServerBusy("too many are waiting")
 
-    monkeypatch.setattr(small.host.engine, "submit", submit)
+    monkeypatch.setattr(small.service.engine, "submit", submit)
     body = {"messages": [{"role": "user", "content": "Hi"}]} if route.startswith("chat") else {"prompt": "Hi"}
     answer = sent(small, route, json.dumps({**body, "stream": stream}).encode())
     assert require_refused(answer, 503)["code"] == "overloaded"
@@ -342,9 +344,9 @@ def test_where_too_many_wait_a_stream_is_refused_with_a_status_too(small, monkey
 
 
 def test_an_engine_that_ended_answers_nobody_and_leaves_nobody_waiting(tiny_run, tmp_path):
-    host = tiny_host(tiny_run, axis_folder(tiny_run, tmp_path / "axis"))
+    host = tiny_service(tiny_run, axis_folder(tiny_run, tmp_path / "axis"))
     with served(host) as server:
-        host.end()
+        host.abort()
         host.engine._thread.join(10)
         for asked in ({"prompt": "Hi"}, {"prompt": "Hi", "echo": True, "logprobs": 1, "max_tokens": 1}):
             answer = sent(server, "completions", json.dumps(asked).encode())

@@ -26,7 +26,8 @@ def free_port():
 
 START = "from personatlas.cli.app import main; main()"
 IMPATIENT = (
-    "from personatlas.steering.serve.http import uvicorn_server as server; server.FINISH = 0.0; " + START
+    "from personatlas.steering.serve.http import uvicorn_server as server; server.ANSWER_SECONDS = 0.0; "
+    + START
 )
 
 

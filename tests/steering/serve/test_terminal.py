@@ -6,9 +6,11 @@ import io
 import json
 import signal
 import sys
+from dataclasses import replace
 
 import pytest
-from serving import ROOM, axis_folder, tiny_host
+from rich.console import Console
+from serving import ROOM, axis_folder, tiny_service
 
 from personatlas.cli.app import main
 from personatlas.persona.artifacts import read_json, write_json
@@ -33,114 +35,114 @@ def ctrl_c():
 
 
 @pytest.fixture(scope="module")
-def place(tiny_run, tmp_path_factory):
-    """A loop and a host in it, whose answers are greedy; no alarm is calibrated."""
-    host = tiny_host(tiny_run, axis_folder(tiny_run, tmp_path_factory.mktemp("chat")), **HOLD)
+def running(tiny_run, tmp_path_factory):
+    """A loop and a service in it, whose answers are greedy; no alarm is calibrated."""
+    service = tiny_service(tiny_run, axis_folder(tiny_run, tmp_path_factory.mktemp("chat")), **HOLD)
     with asyncio.Runner() as runner:
-        runner.run(host.open())
-        yield runner, host
-        host.close()
+        runner.run(service.start())
+        yield runner, service
+        service.close()
 
 
 @pytest.fixture
-def talk(place, capsys):
+def talk(running, capsys):
     """Say some lines in a chat of their own; gives the terminal and what it printed."""
 
-    def say(*lines, told=Transcript(), live=False, seed=0):
-        terminal = ChatRepl(*place, seed, live=live)
-        terminal.run(told, lines)
-        return terminal, capsys.readouterr().out
+    def say(*lines, transcript=Transcript(), live=False, seed=0):
+        repl = ChatRepl(*running, Console(), Console(stderr=True), seed=seed, live=live)
+        repl.run(transcript, lines)
+        return repl, capsys.readouterr().out
 
     return say
 
 
-def texts(terminal):
-    return [answer.text for answer in terminal.chat.told.answers]
+def texts(repl):
+    return [answer.text for answer in repl.session.transcript.answers]
 
 
 def test_every_answer_has_a_line_that_says_where_it_stands(talk):
-    terminal, out = talk("Who are you?", "Why?")
-    assert len(terminal.chat.told.exchanges) == 2
-    for answer, question in zip(terminal.chat.told.answers, ("Who are you?", "Why?"), strict=True):
-        assert answer.count == 10
+    repl, out = talk("Who are you?", "Why?")
+    assert len(repl.session.transcript.exchanges) == 2
+    for answer, question in zip(repl.session.transcript.answers, ("Who are you?", "Why?"), strict=True):
+        assert answer.persona.tokens == 10
         assert answer.ended == "length"
         said = out[out.index(f"> {question}\n") :].split("\n")
         line = next(line for line in said if "●" in line)
-        assert f"z {answer.z:+.1f}  projection {answer.projection:.1f}  no cap  cut" in line
+        assert f"z {answer.persona.z:+.1f}  projection {answer.persona.projection:.1f}  no cap  cut" in line
         assert clean(answer.text) in out
     assert "calm" not in out  # no alarm is calibrated, and none is told of
 
 
-def test_the_same_seed_says_the_same_and_retry_another(talk, place, monkeypatch):
-    _, host = place
+def test_the_same_seed_says_the_same_and_retry_another(talk, running, monkeypatch):
+    _, service = running
     monkeypatch.setattr(
-        host, "settings", type(host.settings)(None, "always", 10, 1.0, 1.0, host.settings.room)
+        service, "defaults", replace(service.defaults, max_tokens=10, temperature=1.0, top_p=1.0)
     )
     first, again = (texts(talk("Who are you?", "Why?", seed=4)[0]) for _ in range(2))
     assert first == again
-    terminal, _ = talk("Who are you?", "/retry", seed=4)
-    assert texts(terminal) != first[:1]
-    terminal, _ = talk("Who are you?", "/retry", "/undo", seed=4)
-    assert texts(terminal) == first[:1]
+    repl, _ = talk("Who are you?", "/retry", seed=4)
+    assert texts(repl) != first[:1]
+    repl, _ = talk("Who are you?", "/retry", "/undo", seed=4)
+    assert texts(repl) == first[:1]
     assert texts(talk("Who are you?", seed=5)[0]) != first[:1]
 
 
 def test_a_cap_is_chosen_named_and_left_and_an_unknown_one_is_one_line(talk):
-    terminal, out = talk(
-        "/cap", "/cap held", "Who are you?", "/cap nobody", "/cap p75@1", "/cap none", "Why?"
-    )
+    repl, out = talk("/cap", "/cap held", "Who are you?", "/cap nobody", "/cap p75@1", "/cap none", "Why?")
     assert "caps: firm (layers 1); held (layers 0-2)" in out
-    capped, plain = terminal.chat.told.answers
-    assert (capped.cap, capped.acted, plain.cap) == ("held", True, None)
-    assert 0 < capped.fired <= 1
-    assert f"cap held fired {capped.fired:.0%}, floor {capped.floor:.1f}" in out
+    capped, plain = repl.session.transcript.answers
+    assert (capped.cap, capped.persona.cap is not None, plain.cap) == ("held", True, None)
+    assert 0 < capped.persona.fired <= 1
+    assert f"cap held fired {capped.persona.fired:.0%}, floor {capped.persona.floor:.1f}" in out
     assert "cap 'nobody' is not one of firm, held, or LEVEL@LAYERS" in out
     assert "\ncap p75@1\n" in out
-    assert terminal.failed == 1
+    assert repl.n_failed == 1
 
 
 def test_comparing_answers_the_last_message_twice_and_changes_nothing(talk):
-    terminal, out = talk("/cap held", "Who are you?", "/compare")
-    assert len(terminal.chat.told.exchanges) == 1
+    repl, out = talk("/cap held", "Who are you?", "/compare")
+    assert len(repl.session.transcript.exchanges) == 1
     plain = texts(talk("Who are you?")[0])[0]
     said = out[out.index("> /compare") :]
-    assert f"as it is\n{clean(plain)}\n" in said
-    assert f"cap held\n{clean(texts(terminal)[0])}\n" in said
+    assert f"baseline\n{clean(plain)}\n" in said
+    assert f"cap held\n{clean(texts(repl)[0])}\n" in said
     assert said.count("●") == 2
     assert "nothing was asked yet" in talk("/compare")[1]
 
 
 def test_a_new_conversation_begins_with_reset_and_system_and_undo_comes_back(talk):
-    terminal, out = talk(
+    repl, out = talk(
         "/undo", "Hi", "/system You are a nun.", "/system", "/undo", "/undo", "Ho", "/reset", "/undo"
     )
     assert "there is nothing to take back" in out
     assert "a new conversation begins under this system prompt" in out
     assert "\nYou are a nun.\n" in out
-    assert [one.user for one in terminal.chat.told.exchanges] == ["Ho"]
-    terminal, _ = talk("Hi", told=Transcript("You are a nun."))
-    assert terminal.chat.told.messages[0] == {"role": "system", "content": "You are a nun."}
-    assert texts(terminal) != texts(talk("Hi")[0])
+    assert [one.user for one in repl.session.transcript.exchanges] == ["Ho"]
+    repl, _ = talk("Hi", transcript=Transcript("You are a nun."))
+    assert repl.session.transcript.messages[0] == {"role": "system", "content": "You are a nun."}
+    assert texts(repl) != texts(talk("Hi")[0])
 
 
 def test_a_saved_conversation_is_read_by_trace_and_loaded_with_the_same_projections(
     talk, tiny_run, tmp_path, capsys
 ):
     path = tmp_path / "chat.json"
-    terminal, out = talk("Who are you?", "Why?", "/save", f"/save {path}", f"/save {path}", f"/save! {path}")
+    repl, out = talk("Who are you?", "Why?", "/save", f"/save {path}", f"/save {path}", f"/save! {path}")
     assert "exists; /save!" in out
     assert out.count("saved:") == 2
-    content, answers = read_json(path), terminal.chat.told.answers
-    assert content["messages"] == terminal.chat.told.messages
+    content, answers = read_json(path), repl.session.transcript.answers
+    assert content["messages"] == repl.session.transcript.messages
     kept = [turn["answers"][0] for turn in content["personatlas"]["turns"]]
-    assert [one["projection"] for one in kept] == [answer.projection for answer in answers]
+    assert [one["projection"] for one in kept] == [answer.persona.projection for answer in answers]
     assert [len(one["per_token"]) for one in kept] == [10, 10]
-    held = terminal.host.held
+    held = repl.service.steered
     (one,) = traced(held.model, held.chat, held.axis, read_conversations(path), lambda *_: None)
     loaded, out = talk(f"/load {path}", "/trace")
-    for answer, turn in zip(loaded.chat.told.answers, one.turns, strict=True):
-        assert answer.projection == pytest.approx(turn.projection, abs=1e-4)
-        assert answer.z == pytest.approx(loaded.shown.baseline.z(turn.projection), abs=1e-2)
+    for answer, turn in zip(loaded.session.transcript.answers, one.turns, strict=True):
+        assert answer.persona.projection == pytest.approx(turn.projection, abs=1e-4)
+        assert answer.persona.z == pytest.approx(
+            loaded.service.tracker.monitor.reference.z(turn.projection), abs=1e-2
+        )
     assert "its answers as this model reads them, without a cap" in out
     assert out.count("Who are you?") == 2
     main(
@@ -167,7 +169,7 @@ def test_what_cannot_be_loaded_or_saved_is_one_line_and_the_chat_goes_on(talk, t
     write_json(tmp_path / "long.json", [{"role": "user", "content": "x" * 500}])
     (tmp_path / "half.json").write_text('[{"role": "user", "content": "\\ud800"}]')
     names = ("two", "late", "long", "half", "none")
-    terminal, out = talk(
+    repl, out = talk(
         "/save x.json",
         *(f"/load {tmp_path / name}.json" for name in names),
         "Hi",
@@ -182,27 +184,27 @@ def test_what_cannot_be_loaded_or_saved_is_one_line_and_the_chat_goes_on(talk, t
         "does not exist",
     ):
         assert said in out, said
-    assert [one.user for one in terminal.chat.told.exchanges] == ["Hi"]
-    assert terminal.failed == 7
+    assert [one.user for one in repl.session.transcript.exchanges] == ["Hi"]
+    assert repl.n_failed == 7
 
 
 def test_a_loaded_question_without_an_answer_is_answered_by_retry(talk):
-    told = Transcript("", (ChatExchange("Who are you?", None),))
-    terminal, out = talk("/trace", "/retry", told=told)
+    transcript = Transcript("", (ChatExchange("Who are you?", None),))
+    repl, out = talk("/trace", "/retry", transcript=transcript)
     assert "/retry asks for one" in out
-    assert texts(terminal) == texts(talk("Who are you?")[0])
-    terminal, _ = talk("/undo", told=terminal.chat.told)
-    assert terminal.chat.told.exchanges == ()
+    assert texts(repl) == texts(talk("Who are you?")[0])
+    repl, _ = talk("/undo", transcript=repl.session.transcript)
+    assert repl.session.transcript.exchanges == ()
 
 
 def test_tokens_are_told_with_projections_and_firings(talk):
-    terminal, out = talk("/tokens", "/cap held", "Who are you?", "/tokens")
+    repl, out = talk("/tokens", "/cap held", "Who are you?", "/tokens")
     assert "there is no answer yet" in out
     rows = out[out.index("layers changed") :].split("\n")[1:11]
-    for row, token in zip(rows, terminal.chat.told.answers[-1].tokens, strict=True):
-        if token["projection"] is not None:
-            assert row.split()[0] == f"{token['projection']:.2f}"
-            assert row.split()[2] == str(token["fired"])
+    for row, token in zip(rows, repl.session.transcript.answers[-1].persona.per_token, strict=True):
+        if token.projection is not None:
+            assert row.split()[0] == f"{token.projection:.2f}"
+            assert row.split()[2] == str(token.fired)
 
 
 def test_on_a_terminal_tokens_are_coloured_and_underlined_where_the_cap_acted(talk, monkeypatch):
@@ -227,22 +229,22 @@ def test_no_control_character_is_left_to_a_terminal(text):
 def test_what_a_model_or_a_file_says_cannot_control_the_terminal(talk):
     """The tiny model likes escape characters."""
     bad = Transcript("", (ChatExchange("Hi\x1b[2J", None),))
-    terminal, out = talk(
-        "Hi", "/tokens", "/trace", "/retry", "/cap \x1b[31m", "/load \x1b[31m", "/\x1b[31m", told=bad
+    repl, out = talk(
+        "Hi", "/tokens", "/trace", "/retry", "/cap \x1b[31m", "/load \x1b[31m", "/\x1b[31m", transcript=bad
     )
-    assert any("\x1b" in text for text in texts(terminal))
+    assert any("\x1b" in text for text in texts(repl))
     assert not CONTROL.search(out)
 
 
 def test_a_full_context_is_one_line_that_says_what_to_do(talk):
-    terminal, out = talk("Hi", "x" * (ROOM.context + 50), "Why?")
+    repl, out = talk("Hi", "x" * (ROOM.context + 50), "Why?")
     assert "no room: the context is 256 tokens" in out
     assert "/reset begins anew" in out
-    assert [one.user for one in terminal.chat.told.exchanges] == ["Hi", "Why?"]
+    assert [one.user for one in repl.session.transcript.exchanges] == ["Hi", "Why?"]
 
 
 def test_unknown_commands_are_one_line_and_two_slashes_are_a_message(talk):
-    terminal, out = talk("/fly", "/trace now", "/save", "/load", "//hi", "/help", "/quit", "never said")
+    repl, out = talk("/fly", "/trace now", "/save", "/load", "//hi", "/help", "/quit", "never said")
     for said in (
         "there is no command /fly",
         "/trace takes nothing after it",
@@ -251,7 +253,7 @@ def test_unknown_commands_are_one_line_and_two_slashes_are_a_message(talk):
         "/compare",
     ):
         assert said in out
-    assert [one.user for one in terminal.chat.told.exchanges] == ["/hi"]
+    assert [one.user for one in repl.session.transcript.exchanges] == ["/hi"]
 
 
 def test_distress_brings_up_the_notice_once(talk):
@@ -261,13 +263,15 @@ def test_distress_brings_up_the_notice_once(talk):
     _, out = talk("How do I kill the process?", "I want to die", "I want to end my life")
     assert out.count(notice) == 1
     assert out.index(notice) > out.index("> I want to die")
-    assert notice in talk("/trace", told=Transcript("", (ChatExchange("I want to die", None),)))[1]  # loaded
+    assert (
+        notice in talk("/trace", transcript=Transcript("", (ChatExchange("I want to die", None),)))[1]
+    )  # loaded
 
 
-def test_ctrl_c_stops_an_answer_which_is_kept_as_far_as_it_went(talk, place, monkeypatch):
-    _, host = place
+def test_ctrl_c_stops_an_answer_which_is_kept_as_far_as_it_went(talk, running, monkeypatch):
+    _, service = running
     monkeypatch.setattr(
-        host, "settings", type(host.settings)(None, "always", 200, 0.0, 1.0, host.settings.room)
+        service, "defaults", replace(service.defaults, max_tokens=200, temperature=0.0, top_p=1.0)
     )
     from personatlas.steering.serve.terminal.render import ChatRenderer
 
@@ -281,24 +285,24 @@ def test_ctrl_c_stops_an_answer_which_is_kept_as_far_as_it_went(talk, place, mon
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(ChatRenderer, "piece", pressed)
-    terminal, out = talk("Who are you?", "/trace", live=True)
-    (answer,) = terminal.chat.told.answers
+    repl, out = talk("Who are you?", "/trace", live=True)
+    (answer,) = repl.session.transcript.answers
     assert answer.ended == "you"
-    assert 3 <= answer.count < 150
+    assert 3 <= answer.persona.tokens < 150
     assert out.count("stopped") == 2
     monkeypatch.undo()
-    terminal, _ = talk("Why?", live=True)
-    assert terminal.chat.told.answers[0].ended == "length"
+    repl, _ = talk("Why?", live=True)
+    assert repl.session.transcript.answers[0].ended == "length"
 
 
-def test_ctrl_c_before_an_answer_takes_the_message_back_and_a_pipe_ends(talk, place, monkeypatch):
-    _, host = place
+def test_ctrl_c_before_an_answer_takes_the_message_back_and_a_pipe_ends(talk, running, monkeypatch):
+    _, service = running
 
     async def slow(*_):
         signal.raise_signal(signal.SIGINT)
         await asyncio.sleep(10)
 
-    monkeypatch.setattr(host, "prepare_chat", slow)
+    monkeypatch.setattr(service, "prepare_chat", slow)
     _, out = talk("Who are you?", "/trace", live=True)
     assert "the message is taken back" in out
     assert "nothing was said yet" in out
@@ -306,7 +310,7 @@ def test_ctrl_c_before_an_answer_takes_the_message_back_and_a_pipe_ends(talk, pl
     assert "> /trace" not in out
 
 
-def test_at_the_prompt_ctrl_c_clears_the_line_and_twice_or_ctrl_d_leaves(place, monkeypatch, capsys):
+def test_at_the_prompt_ctrl_c_clears_the_line_and_twice_or_ctrl_d_leaves(running, monkeypatch, capsys):
     def typing(*keys):
         left = list(keys)
 
@@ -317,15 +321,15 @@ def test_at_the_prompt_ctrl_c_clears_the_line_and_twice_or_ctrl_d_leaves(place, 
             raise key
 
         monkeypatch.setattr(builtins, "input", typed)
-        terminal = ChatRepl(*place, 0, live=True)
-        terminal.run(Transcript(), ())
-        return terminal, left
+        repl = ChatRepl(*running, Console(), Console(stderr=True), seed=0, live=True)
+        repl.run(Transcript(), ())
+        return repl, left
 
-    terminal, left = typing(KeyboardInterrupt, "  ", "Hi", KeyboardInterrupt, KeyboardInterrupt, "unread")
-    assert (len(terminal.chat.told.exchanges), left) == (1, ["unread"])
+    repl, left = typing(KeyboardInterrupt, "  ", "Hi", KeyboardInterrupt, KeyboardInterrupt, "unread")
+    assert (len(repl.session.transcript.exchanges), left) == (1, ["unread"])
     assert "Ctrl-C again, or Ctrl-D, leaves" in capsys.readouterr().err
-    terminal, left = typing("Hi", EOFError, "unread")
-    assert (len(terminal.chat.told.exchanges), left) == (1, ["unread"])
+    repl, left = typing("Hi", EOFError, "unread")
+    assert (len(repl.session.transcript.exchanges), left) == (1, ["unread"])
 
 
 def test_an_alarm_stands_out_and_an_adaptive_cap_acts_after_it(tiny_run, tmp_path, capsys):
@@ -333,21 +337,21 @@ def test_an_alarm_stands_out_and_an_adaptive_cap_acts_after_it(tiny_run, tmp_pat
     axis = load_axis(folder / "axis")
     far = [ReferenceConversation(f"coding-{n}/0", "coding", (9.0 + n % 3 / 10, 9.1, 9.2)) for n in range(40)]
     save_reference(folder / "reference.json", axis, axis.model, far, {})
-    host = tiny_host(tiny_run, folder, cap="held", mode="adaptive", **HOLD)
+    service = tiny_service(tiny_run, folder, cap="held", mode="adaptive", **HOLD)
     with asyncio.Runner() as runner:
-        runner.run(host.open())
-        terminal = ChatRepl(runner, host, 0, live=False)
-        terminal.run(Transcript(), ("Who are you?", "Why?", "/cap adaptive", "/trace"))
-        host.close()
+        runner.run(service.start())
+        repl = ChatRepl(runner, service, Console(), Console(stderr=True), seed=0, live=False)
+        repl.run(Transcript(), ("Who are you?", "Why?", "/cap adaptive", "/trace"))
+        service.close()
     out = capsys.readouterr().out
-    first, second = terminal.chat.told.answers
-    assert (first.acted, first.raised, second.acted, second.alarm, second.raised) == (
-        False,
-        True,
-        True,
-        True,
-        False,
-    )
+    first, second = repl.session.transcript.answers
+    assert (
+        first.persona.cap is not None,
+        first.persona.turn.raised,
+        second.persona.cap is not None,
+        second.persona.turn.alarm,
+        second.persona.turn.raised,
+    ) == (False, True, True, True, False)
     assert "cap held rested   DRIFT BEGINS" in out
     assert "  drifting  cut" in out
     assert "cap held, while the conversation drifts" in out

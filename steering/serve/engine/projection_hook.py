@@ -1,0 +1,72 @@
+"""The projection of every token that a forward processes, taken at one layer without a forward of its own.
+
+hook = ProjectionHook(model, axis.layer, axis.at(axis.layer))
+with hook.on(), steering.on():     # in this order: the projection at a layer is that before its caps
+    ...                            # forwards of a `Decoder` with `hook` among its callbacks
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from personatlas.persona.models.hooks import residual
+from personatlas.persona.models.load import Model
+from personatlas.persona.sampling.sampler import SamplerCallback
+
+
+class ProjectionHook(SamplerCallback):
+    """<h, v> at one layer, fp32.
+
+    `latest` (slots,) is that of the token which each slot decoded last; `take` gives those of prompts.
+    """
+
+    def __init__(self, model: Model, layer: int, vector: Float[Tensor, " D"]) -> None:
+        self.block = model.blocks[layer]
+        self.device = next(self.block.parameters()).device
+        self.vector = vector.detach().to(self.device, torch.float32)
+        self.latest = torch.zeros(0, device=self.device)
+        self._prompts: list[Float[Tensor, "B T"]] = []  # one tensor a prefill, until they are taken
+        self._prefill = False
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Registers the hook inside the context."""
+        handle = self.block.register_forward_hook(self._project)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def resize(self, slots: int) -> None:
+        """Makes room for so many slots."""
+        self.latest = torch.zeros(slots, device=self.device)
+
+    def before_prefill(self, slots: Tensor, lengths: Tensor, opening: bool = True) -> None:
+        """Notes that the next forward reads prompts."""
+        self._prefill = True
+
+    def before_decode(self, running: Tensor, first: Tensor, opening: Tensor) -> None:
+        """Notes that the next forward decodes one token in each of the first slots."""
+        self._prefill = False
+
+    def state(self) -> list[Tensor]:
+        """The tensors that a decoding forward changes."""
+        return [self.latest]
+
+    def take(self) -> list[Float[Tensor, "B T"]]:
+        """Returns the projections of the prompts read since the last call, one tensor a prefill."""
+        taken, self._prompts = self._prompts, []
+        return taken
+
+    def _project(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        h = residual(output)
+        # not a matrix product, whose precision on a GPU is a global setting
+        projection = (h.float() * self.vector).sum(-1)  # (B, T)
+        if self._prefill:
+            self._prompts.append(projection)
+        else:
+            self.latest[: len(h)].copy_(projection[:, 0])

@@ -1,0 +1,72 @@
+"""What a server does where a request does not say, and how much it answers at once."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from personatlas.persona.errors import UserError
+
+CapMode = Literal["always", "adaptive"]  # a cap acts in every answer, or only while the drift alarm is on
+ALWAYS: CapMode = "always"
+ADAPTIVE: CapMode = "adaptive"
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """The cap, the drift alarm and the sampling of requests that do not set their own."""
+
+    cap: str | None = None
+    "the cap of requests that name none: one saved beside the axis, a file, LEVEL@LAYERS, or adaptive; no cap by default"
+    mode: CapMode = ALWAYS
+    "adaptive: the cap acts only while the conversation's drift alarm is on"
+    reference: Path | None = None
+    "a reference.json of `personatlas drift` to calibrate the alarm on; by default the one beside the axis"
+    rule: Literal["cusum", "two_of_three"] = "cusum"
+    "what raises an alarm: cusum (a small drift that lasts) or two_of_three (turns far below)"
+    false_alarms: float = 0.05
+    "share of reference conversations that may raise an alarm"
+    max_tokens: int = 1024
+    "longest answer of requests that set no limit"
+    temperature: float = 0.7
+    "sampling temperature of requests that set none; 0 takes the likeliest token"
+    top_p: float = 0.9
+    "nucleus mass of requests that set none"
+
+    @property
+    def cap_and_mode(self) -> tuple[str | None, CapMode]:
+        """The cap and when it acts; the cap `adaptive` is short for `assistant` in adaptive mode."""
+        return ("assistant", ADAPTIVE) if self.cap == ADAPTIVE else (self.cap, self.mode)
+
+
+@dataclass(frozen=True)
+class CapacityOptions:
+    """How much is answered at once."""
+
+    slots: int = 32
+    "conversations that are answered at the same time; others wait"
+    context: int | None = None
+    "most tokens of a conversation; by default what the model and the memory hold"
+    prefix_mib: int = 1024
+    "memory for conversations that may continue, so that they are not read again (MiB); 0 reads them anew"
+    queue: int = 4096
+    "most requests that wait"
+
+
+def require_valid(options: ServeOptions, capacity: CapacityOptions) -> None:
+    """Raises `UserError` for values out of range, before a model is loaded."""
+    from personatlas.persona.sampling.sampler import Sampling
+
+    if not 0 < options.false_alarms < 1:
+        raise UserError(
+            f"--false-alarms {options.false_alarms} is outside 0..1: it is a share of conversations"
+        )
+    for name, value, least in (
+        ("--slots", capacity.slots, 1),
+        ("--context", capacity.context if capacity.context is not None else 16, 16),
+        ("--prefix-mib", capacity.prefix_mib, 0),
+        ("--queue", capacity.queue, 1),
+        ("--max-tokens", options.max_tokens, 1),
+    ):
+        if value < least:
+            raise UserError(f"{name} {value} is below {least}")
+    Sampling(options.max_tokens, options.temperature, options.top_p)
