@@ -1,111 +1,217 @@
-"""How an axis emerges while a model is trained: the fits of its checkpoints beside one another, at one layer.
+"""How an axis emerges in training: the fits of a training run's checkpoints beside one another, at one layer.
 
-    found = emergence({0: (fit, axis), 512: (fit, axis), 3112: (fit, axis)})
-    found["checkpoints"][-1]["pole"]             # {"z": 1.8, "place": 2, "of": 105}
+    result = compute_emergence(Path("runs/mine"), Path("runs/mine-emergence"))
+    result.checkpoints[-1].pole             # PoleRank(z=1.8, rank=2, n=105)
 
-Projections of different weights have different scales, so a role's place is its z among the roles of its checkpoint: its
-projection minus their mean, over their standard deviation, the positive pole left out of both. Everything is at one layer: the
-one that the last checkpoint's fit is about.
+Projections of different weights have different scales, so a role's position is its z-score among the roles of its
+checkpoint, the positive pole left out of mean and standard deviation. All numbers are at the layer to use of the last
+checkpoint, which is fitted first.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
-from personatlas.analysis.fit.pipeline import ranked_alike
-from personatlas.persona.axis import Axis
+from personatlas.analysis.fit.comparison import rank_correlation
+from personatlas.analysis.fit.pipeline import compute_axis
+from personatlas.analysis.fit.result import FitResult
+from personatlas.analysis.stats import Interval
+from personatlas.persona.artifacts import write_json
+from personatlas.persona.axis import Axis, load_axis
+from personatlas.persona.distributed import get_world
 from personatlas.persona.errors import UserError
+from personatlas.persona.options import FitOptions, JudgeOptions, ModelOptions, PlanOptions
+from personatlas.persona.progress import say
+from personatlas.persona.records import JsonRecord
+from personatlas.persona.runs import checkpoint_folders, is_training_run, model_name
 
-SHOWN = 6  # roles at either end of the last checkpoint whose way is drawn
+SETTLED = 0.8  # rank correlation with the last checkpoint from which on the roles count as ordered
 
 
-def emergence(fits: Mapping[int, tuple[dict[str, Any], Axis]]) -> dict[str, Any]:
-    """Plain numbers by checkpoint, and every role's z in each. Raises `UserError` for fits of fewer than two checkpoints, at
-    different layers, or of different roles."""
+@dataclass(frozen=True)
+class PoleRank(JsonRecord):
+    """The positive pole's z-score among the roles, and its rank from the top among n with it."""
+
+    z: float
+    rank: int
+    n: int
+
+    json_names: ClassVar[Mapping[str, str]] = {"rank": "place", "n": "of"}
+
+
+@dataclass(frozen=True)
+class CheckpointFit(JsonRecord):
+    """A checkpoint's fit at the layer: its own numbers, and its axis and roles beside those of the last checkpoint.
+
+    `cosine` is between the axes, `rank_correlation` (Spearman) between the roles' projections, None where these are
+    all equal. `role_play` is the share of judged answers that show their role.
+    """
+
+    step: int
+    cos_pc1: Interval
+    cos_pc1_shuffled: float | None
+    split_half: Interval | None
+    norm: float
+    norm_shuffled: float | None
+    p_norm: float | None
+    role_play: float | None
+    pole: PoleRank
+    rank_correlation: Interval | None
+    cosine: float
+
+    json_names: ClassVar[Mapping[str, str]] = {
+        "norm": "length",
+        "norm_shuffled": "length_shuffled",
+        "p_norm": "p",
+        "rank_correlation": "ranked_alike",
+    }
+
+
+@dataclass(frozen=True)
+class EmergenceResult(JsonRecord):
+    """The checkpoints by step, and every role's z-scores over them, in the order of the last one (emergence.json)."""
+
+    layer: int
+    positive: str
+    checkpoints: tuple[CheckpointFit, ...]
+    roles: dict[str, tuple[float, ...]]
+    run: str = ""
+    folders: dict[str, str] | None = None
+    kind: str = "emergence"
+
+    def ends(self, count: int) -> tuple[list[str], list[str]]:
+        """Returns the lowest and the highest roles at the last checkpoint, without the positive pole."""
+        names = sorted(
+            (name for name in self.roles if name != self.positive), key=lambda n: self.roles[n][-1]
+        )
+        count = min(count, len(names) // 2)
+        return names[:count], names[len(names) - count :]
+
+    @property
+    def settled_step(self) -> int | None:
+        """The first step from which on roles are ranked as at the end (0.8); the last checkpoint does not count."""
+        step = None
+        for row in reversed(self.checkpoints[:-1]):
+            value = math.nan if row.rank_correlation is None else row.rank_correlation.value
+            if not value >= SETTLED:
+                break
+            step = row.step
+        return step
+
+
+def compute_emergence(
+    run: Path,
+    out: Path,
+    *,
+    checkpoints: int = 8,
+    load: ModelOptions = ModelOptions(),
+    plan: PlanOptions = PlanOptions(plan="demo"),
+    judge: JudgeOptions = JudgeOptions(),
+    fit: FitOptions = FitOptions(),
+) -> EmergenceResult:
+    """Computes the axis of a training run's checkpoints, each in a run folder below `out`, and their page. Resumes.
+
+    `checkpoints` is how many at most. Writes emergence.json and emergence.html. Raises `UserError` under torchrun, and
+    for a folder that is no training run or has fewer than two checkpoints.
+    """
+    folders = select_checkpoints(run, checkpoints)
+    if get_world().size > 1:
+        raise UserError("emergence works with one process: start it without torchrun")
+    fits = {}
+    for step in sorted(folders, reverse=True):
+        folder = out / folders[step].name
+        say(f"step {step:,}: {folder}")
+        result = compute_axis(str(folders[step]), folder, load=load, plan=plan, judge=judge, fit=fit)
+        assert result is not None  # None on further processes only
+        fits[step] = result, load_axis(folder / "axis")
+        fit = replace(fit, layer=result.layer)
+    names = {str(step): folder.name for step, folder in folders.items()}
+    emergence = replace(compare_checkpoints(fits), run=str(run), folders=names)
+    write_json(out / "emergence.json", emergence.to_json())
+    from personatlas.analysis.emergence_page import write_emergence_page  # with plotly
+
+    write_emergence_page(out / "emergence.html", model_name(run), emergence)
+    return emergence
+
+
+def select_checkpoints(run: Path, count: int) -> dict[int, Path]:
+    """Returns at most `count` of a training run's checkpoints by step, evenly over the logarithm of the steps."""
+    if count < 2:
+        raise UserError(f"--checkpoints {count}: at least 2 are needed to see a change")
+    if not is_training_run(run):
+        raise UserError(f"{run} is not the folder of a training run (`personatlas train base`, `train chat`)")
+    folders = checkpoint_folders(run)
+    if len(folders) < 2:
+        found = f"{len(folders)} checkpoint" if folders else "no checkpoints"
+        raise UserError(f"{run} has {found}: train with --keep log to watch the axis emerge")
+    return {step: folders[step] for step in spread_steps(list(folders), count)}
+
+
+def spread_steps(steps: list[int], count: int) -> list[int]:
+    """Returns up to `count` (2 or more) of some sorted steps: the first two, the last, and the nearest to even
+    logarithms in between; of two the first and the last."""
+    if len(steps) <= count:
+        return steps
+    if count == 2:
+        return [steps[0], steps[-1]]
+    low, high = math.log1p(steps[1]), math.log1p(steps[-1])
+    targets = [low + (high - low) * i / (count - 2) for i in range(count - 1)]
+    nearest = (min(steps, key=lambda step: abs(math.log1p(step) - target)) for target in targets)
+    return sorted({steps[0], *nearest})
+
+
+def compare_checkpoints(fits: Mapping[int, tuple[FitResult, Axis]]) -> EmergenceResult:
+    """Returns the fits of checkpoints by step beside one another.
+
+    Raises `UserError` for fewer than two, for fits at different layers, or with fewer than three roles in common.
+    """
     steps = sorted(fits)
     if len(steps) < 2:
         raise UserError("an axis emerges over checkpoints: at least 2 are needed")
-    layer, positive = fits[steps[-1]][0]["layer"], fits[steps[-1]][0]["positive"]
-    places = {step: {row["role"]: row["projection"] for row in fits[step][0]["roles"]} for step in steps}
+    last, last_axis = fits[steps[-1]]
+    layer, positive = last.layer, last.positive
     for step in steps:
-        if fits[step][0]["layer"] != layer:
+        if fits[step][0].layer != layer:
             raise UserError(
-                f"the fit of step {step} is about layer {fits[step][0]['layer']}, the last one about {layer}"
+                f"the fit of step {step} is about layer {fits[step][0].layer}, the last one about {layer}"
             )
-    shared = set.intersection(*(set(own) for own in places.values())) - {positive}
+    projections = {step: {role.role: role.projection for role in fits[step][0].roles} for step in steps}
+    shared = sorted(set.intersection(*map(set, projections.values())) - {positive})
     if len(shared) < 3:
         raise UserError(f"the checkpoints have {len(shared)} roles in common: at least 3 are needed")
-    z = {step: _standardised(own, shared, positive) for step, own in places.items()}
-    last = fits[steps[-1]][1].at(layer).double()
-    rows = [
-        {
-            "step": step,
-            **_of_fit(fits[step][0], layer),
-            "pole": _place(z[step], positive),
-            "ranked_alike": ranked_alike(_without(z[step], positive), _without(z[steps[-1]], positive)),
-            "cosine": float(fits[step][1].at(layer).double() @ last),
-        }
-        for step in steps
-    ]
-    return {"layer": layer, "positive": positive, "checkpoints": rows, "roles": _courses(z, steps)}
-
-
-def _of_fit(fit: Mapping[str, Any], layer: int) -> dict[str, Any]:
-    """What a fit says of itself at the layer."""
-    row = next(one for one in fit["layers"] if one["layer"] == layer)
-    null = row.get("null") or {}
-    cosine = row.get("cos_pc1_by_roles") or {"value": row["cos_pc1"], "low": None, "high": None}
-    return {
-        "cos_pc1": {name: cosine[name] for name in ("value", "low", "high")},
-        "cos_pc1_shuffled": null.get("cos_pc1"),
-        "split_half": row.get("split_half"),
-        "length": row["norm"],
-        "length_shuffled": null.get("norm"),
-        "p": null.get("p_norm"),
-        "role_play": (fit.get("role_play") or {}).get("share"),
-    }
-
-
-def _standardised(places: Mapping[str, float], shared: set[str], positive: str) -> dict[str, float]:
-    values = np.array([places[name] for name in sorted(shared)])
-    spread = float(values.std()) or 1.0
-    return {name: (places[name] - float(values.mean())) / spread for name in (*sorted(shared), positive)}
-
-
-def _without(z: Mapping[str, float], positive: str) -> dict[str, float]:
-    return {name: value for name, value in z.items() if name != positive}
-
-
-def _place(z: Mapping[str, float], positive: str) -> dict[str, Any]:
-    above = sum(value > z[positive] for name, value in z.items() if name != positive)
-    return {"z": z[positive], "place": 1 + above, "of": len(z)}
-
-
-def _courses(z: Mapping[int, Mapping[str, float]], steps: Sequence[int]) -> dict[str, list[float]]:
-    """Every role's z over the steps, in the order of the last one."""
-    return {
-        name: [z[step][name] for step in steps]
-        for name in sorted(z[steps[-1]], key=lambda one: z[steps[-1]][one])
-    }
-
-
-def ends(
-    courses: Mapping[str, Sequence[float]], positive: str, count: int = SHOWN
-) -> tuple[list[str], list[str]]:
-    """The lowest and the highest roles at the last checkpoint, without the positive pole."""
-    names = sorted((name for name in courses if name != positive), key=lambda name: courses[name][-1])
-    count = min(count, len(names) // 2)
-    return names[:count], names[len(names) - count :]
-
-
-def settled(rows: Sequence[Mapping[str, Any]], least: float = 0.8) -> int | None:
-    """The first step from which on roles are ranked as at the end, to a correlation of `least`; the last one does not count."""
-    found = None
-    for row in reversed(rows[:-1]):
-        alike = row["ranked_alike"]
-        if alike is None or not math.isfinite(alike["value"]) or alike["value"] < least:
-            break
-        found = int(row["step"])
-    return found
+    z: dict[int, dict[str, float]] = {}
+    for step in steps:
+        values = np.array([projections[step][name] for name in shared])
+        mean, std = float(values.mean()), float(values.std()) or 1.0
+        z[step] = {name: (projections[step][name] - mean) / std for name in (*shared, positive)}
+    others = {step: {name: z[step][name] for name in shared} for step in steps}
+    rows = []
+    for step in steps:
+        result, axis = fits[step]
+        row, cos_pc1 = result.at_layer, result.cos_pc1
+        rows.append(
+            CheckpointFit(
+                step=step,
+                cos_pc1=Interval(cos_pc1.value, cos_pc1.low, cos_pc1.high),
+                cos_pc1_shuffled=row.null and row.null.cos_pc1,
+                split_half=row.split_half,
+                norm=row.norm,
+                norm_shuffled=row.null and row.null.norm,
+                p_norm=row.null and row.null.p_norm,
+                role_play=result.role_play and result.role_play.share,
+                pole=PoleRank(
+                    z[step][positive],
+                    1 + sum(value > z[step][positive] for value in others[step].values()),
+                    len(z[step]),
+                ),
+                rank_correlation=rank_correlation(others[step], others[steps[-1]]),
+                cosine=float(axis.at(layer).double() @ last_axis.at(layer).double()),
+            )
+        )
+    order = sorted(z[steps[-1]], key=lambda name: z[steps[-1]][name])
+    courses = {name: tuple(z[step][name] for step in steps) for name in order}
+    return EmergenceResult(layer, positive, tuple(rows), courses)

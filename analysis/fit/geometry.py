@@ -1,9 +1,9 @@
-"""The arithmetic of persona space, in fp64 numpy: role vectors, the axis, principal components.
+"""The arithmetic of persona space, in fp64 numpy: role means, the axis, principal components.
 
-    axis = mean(positive) - mean over the other roles of their means,   every role weighing the same
+    axis = mean(positive pole) - mean over the other roles of their means
 
-toward the positive pole, the default unless another role is named. PCA is taken of the other roles' means, centred,
-unscaled (arXiv 2601.10387, section 3). N rollouts, R other roles, D d_model.
+so every role weighs the same. The axis points toward the positive pole, the default role unless another is named. PCA is
+of the other roles' means, centred, not scaled (arXiv 2601.10387, section 3). N rollouts, R other roles, D = d_model.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.linalg import eigsh
 from sklearn.decomposition import PCA
 
-Array = NDArray[np.float64]
+from personatlas.analysis.stats import Array
 
 
 @dataclass(frozen=True)
@@ -33,43 +33,54 @@ class Groups:
         """Roles other than the positive pole."""
         return len(self.names) - 1
 
-    def only(self, taken: NDArray[np.bool_]) -> "Groups":
-        """The same groups with those rollouts alone."""
-        return Groups(self.index[taken], self.names, None if self.question is None else self.question[taken])
+    @property
+    def n_questions(self) -> int:
+        """Questions; 0 where they are not known."""
+        return 0 if self.question is None else int(self.question.max()) + 1
+
+    def only(self, selected: NDArray[np.bool_]) -> "Groups":
+        """Returns the groups of the selected rollouts (N,) alone."""
+        question = None if self.question is None else self.question[selected]
+        return Groups(self.index[selected], self.names, question)
 
     def means(self, x: Array, weight: Array | None = None) -> tuple[Array, Array]:
-        """Weighted mean of each group (R+1, D) of x (N, D), and the groups' total weights (R+1,); 0/0 gives NaN rows."""
-        sums, total = self.sums(x, weight)
+        """Returns each group's weighted mean (R+1, D) of x (N, D) and total weight (R+1,); 0/0 gives NaN rows."""
+        sums, totals = self.sums(x, weight)
         with np.errstate(invalid="ignore", divide="ignore"):
-            return sums / total[:, None], total
+            return sums / totals[:, None], totals
 
     def sums(self, x: Array, weight: Array | None = None) -> tuple[Array, Array]:
-        """Weighted sum of each group (R+1, D), and the groups' total weights (R+1,).
+        """Returns each group's weighted sum (R+1, D) of x (N, D) and total weight (R+1,).
 
-        A sparse product: 20,000 rollouts of 340 roles take 10 ms, and the bootstrap asks for it thousands of times.
+        A sparse product: 20,000 rollouts of 340 roles take 10 ms, and the bootstrap computes thousands of them.
         """
         weight = np.ones(len(x)) if weight is None else weight
-        total = np.bincount(self.index, weight, minlength=len(self.names)).astype(np.float64)
+        totals = np.bincount(self.index, weight, minlength=len(self.names)).astype(np.float64)
         members = csr_array((weight, (self.index, np.arange(len(x)))), shape=(len(self.names), len(x)))
-        return members @ x, total
+        return members @ x, totals
 
 
 def direction(means: Array, role_weight: Array | None = None) -> Array:
-    """The contrast (D,): row 0 of `means` minus the (weighted) mean of rows 1.., not scaled to length 1."""
+    """Returns the axis (D,), not scaled: row 0 of `means` (R+1, D) minus the (weighted) mean of the other rows."""
     weight = np.ones(len(means) - 1) if role_weight is None else role_weight
     return means[0] - (weight @ means[1:]) / weight.sum()
 
 
 def first_component(means: Array, role_weight: Array | None = None) -> tuple[Array, float]:
-    """PC1 (D,) of rows 1.. of `means`, unit, pointing to row 0, and its share of variance.
+    """Returns PC1 (D,) of rows 1.. of `means`, unit, turned toward row 0, and its share of the variance.
 
-    Worked out in the R x R Gram matrix: R is far below D, and the bootstrap asks for it thousands of times.
+    From the R x R Gram matrix: R is far below D, and the bootstrap computes thousands of them.
     """
     weight = np.ones(len(means) - 1) if role_weight is None else role_weight
     centre = (weight @ means[1:]) / weight.sum()
     rows = (means[1:] - centre) * np.sqrt(weight)[:, None]
     gram = rows @ rows.T
-    component = rows.T @ _leading_eigenvector(gram)
+    if len(gram) < 32:
+        leading = np.linalg.eigh(gram)[1][:, -1]
+    else:  # Lanczos: all 340 eigenvectors took ten times as long, and one is needed
+        start = gram[:, int(np.argmax(np.diag(gram)))]
+        leading = eigsh(gram, k=1, v0=start, which="LA", tol=1e-10)[1][:, 0]
+    component = rows.T @ leading
     length = float(np.linalg.norm(component))
     component /= length
     if component @ (means[0] - centre) < 0:
@@ -77,31 +88,28 @@ def first_component(means: Array, role_weight: Array | None = None) -> tuple[Arr
     return component, float(np.sum((rows @ component) ** 2) / np.trace(gram))
 
 
-def _leading_eigenvector(matrix: Array) -> Array:
-    """Of a positive matrix (R, R). Lanczos: all 340 eigenvectors took ten times as long, and one is asked for."""
-    if len(matrix) < 32:
-        return np.linalg.eigh(matrix)[1][:, -1]
-    start = matrix[:, int(np.argmax(np.diag(matrix)))]
-    return eigsh(matrix, k=1, v0=start, which="LA", tol=1e-10)[1][:, 0]
-
-
 def components(rows: Array) -> tuple[Array, Array, Array]:
-    """PCA by scikit-learn of rows (R, D): centre (D,), unit components (K, D) of no particular sign, variance ratio (K,)."""
+    """Returns the PCA of rows (R, D): centre (D,), unit components (K, D) of arbitrary sign, variance ratio (K,)."""
     pca = PCA(svd_solver="full").fit(rows)
-    found = int((pca.explained_variance_ratio_ > 1e-12).sum())
-    return pca.mean_, pca.components_[:found], pca.explained_variance_ratio_[:found]
+    rank = int((pca.explained_variance_ratio_ > 1e-12).sum())
+    return pca.mean_, pca.components_[:rank], pca.explained_variance_ratio_[:rank]
 
 
-def pointing(vectors: Array, toward: Array) -> Array:
-    """The vectors (K, D), turned so that none points away from `toward` (D,)."""
-    return vectors * np.where(vectors @ toward < 0, -1.0, 1.0)[:, None]
+def turned_toward(vectors: Array, target: Array) -> Array:
+    """Returns the vectors (K, D) with the sign that makes none point away from `target` (D,)."""
+    return vectors * np.where(vectors @ target < 0, -1.0, 1.0)[:, None]
 
 
 def cosine(a: Array, b: Array) -> float:
-    """Cosine of the angle between two vectors."""
+    """Returns the cosine of the angle between two vectors."""
     return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
 
 
+def components_for_shares(ratio: Array) -> dict[str, int]:
+    """Returns how many components hold 50, 70 and 90% of the variance, by "0.5", "0.7" and "0.9"."""
+    return {str(share): components_for(ratio, share) for share in (0.5, 0.7, 0.9)}
+
+
 def components_for(ratio: Array, share: float) -> int:
-    """How many components hold that share of the variance."""
+    """Returns how many components hold that share of the variance."""
     return int(np.searchsorted(np.cumsum(ratio), share - 1e-12) + 1)

@@ -1,120 +1,59 @@
-"""The report of a run: one HTML file that works offline and says what was found, how sure it is, and from what.
+"""The report of a run: one HTML file that works offline, with the results, their uncertainty, and what they are from.
 
     write_report(folder / "report.html", fit, rollouts, manifest, stamp)
 
-Role names, prompts, answers and model ids come from others: the template escapes all of them, figures carry them as
-JSON without markup, and the page's own policy runs no script but the three written here and loads nothing at all.
+Role names, prompts, answers and model ids come from others: see `analysis.html.page` on how they are escaped.
 """
 
 import json
 import math
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 
 from personatlas.analysis.fit.figures import figures
-from personatlas.analysis.fit.tables import number_format, ranking, say_compared, stability, trait_ranking
+from personatlas.analysis.fit.result import (
+    LOW_ROLE_PLAY,
+    SIGNIFICANCE,
+    DroppedRollouts,
+    FitResult,
+    LearningCurve,
+    RoleProjection,
+    TraitResult,
+)
+from personatlas.analysis.fit.tables import (
+    NumberFormat,
+    comparison_text,
+    number_format,
+    role_ranking,
+    stability_text,
+    trait_ranking,
+)
+from personatlas.analysis.html.canvas import shortened
 from personatlas.analysis.html.page import write_page
+from personatlas.analysis.stats import Interval
+from personatlas.persona.records import JsonObject
 from personatlas.persona.roles.bank import load_bank
 from personatlas.persona.rollout import Rollout
 
-HERE = Path(__file__).parent
+TEMPLATE = Path(__file__).parent / "page.html.jinja"
 SCORES = {
     "0": "refuses as itself",
     "1": "answers as itself",
     "2": "says that it is an AI, yet shows the role",
     "3": "fully in the role",
 }
-ENDS, ANSWERS, LONG = (
-    3,
-    2,
-    600,
-)  # roles at each end, answers a role, and letters of an answer that are shown at once
-HARDLY = 0.25  # a share of role-play below this is said aloud
-SURE = 0.05  # p-values above this are called chance
-
-Row = dict[str, Any]
+ENDS, ANSWERS = 3, 2  # roles at each end with sample answers, and answers of each
+LONG = 600  # characters of an answer that are not folded
 
 
-def write_report(
-    path: Path, fit: dict[str, Any], rollouts: Sequence[Rollout], manifest: dict[str, Any], stamp: str
-) -> None:
-    """Write the report of a fit (fit.json) with sample answers (scored rollouts) and the run's manifest (run.json).
-
-    `stamp` is found in the first 4000 characters of the file, so that a caller can tell whether it is up to date.
-    """
-    content = _content(fit, rollouts, manifest, stamp)
-    write_page(
-        path, HERE / "page.html.jinja", content, figures(fit), {"interval": _interval, "short": _short}
-    )
-
-
-def _content(
-    fit: dict[str, Any], rollouts: Sequence[Rollout], manifest: dict[str, Any], stamp: str
-) -> dict[str, Any]:
-    line = next(line for line in fit["layers"] if line["layer"] == fit["layer"])
-    return {
-        "stamp": stamp,
-        "fit": fit,
-        "line": line,
-        "others": len(fit["roles"]) - 1,
-        "verdict": _verdict(fit, line),
-        "stable": stability(line),
-        "tiles": _tiles(fit, line),
-        "gate": manifest.get("gate"),
-        "hardly": HARDLY,
-        "ranking": ranking(fit),
-        "traits": trait_ranking(fit["traits"]) if fit.get("traits") else None,
-        "says": {"roles": _say_roles(fit), "layers": _say_layers(fit), "answers": _say_answers(fit)}
-        | {"curve": _say_curve(fit), "traits": _say_traits(fit), "compared": say_compared(fit)},
-        "samples": _samples(fit, rollouts),
-        "score_names": SCORES,
-        "n_rollouts": len(rollouts),
-        "dropped": _dropped(fit["dropped"]),
-        "judge": manifest.get("judge"),
-        "command": _command(fit, manifest),
-        "asked": manifest.get("asked", {}),
-        "versions": manifest.get("versions", {}),
-        "created": manifest.get("created"),
-        "records": {
-            "All of run.json": _pretty(manifest),
-            "What the fit was asked for": _pretty(fit["asked"]),
-        },
-    }
-
-
-def _verdict(fit: dict[str, Any], line: dict[str, Any]) -> str:
-    """What the layer to use says about the two questions: do the poles differ, and is their difference the main one?"""
-    pole, others, null = _short(fit["positive"]), len(fit["roles"]) - 1, line.get("null")
-    if null is None:
-        return (
-            f"At layer {fit['layer']} the cosine between PC1 of {others} roles and the axis is {line['cos_pc1']:.2f}; what "
-            "chance would give is not known: no rollout means were kept there, or no replicates were asked for."
-        )
-    norm, cos, times = _p(null["p_norm"]), _p(null["p_cos_pc1"]), line["norm"] / null["norm"]
-    if null["p_norm"] > SURE:
-        return (
-            f"At layer {fit['layer']} “{pole}” is no further from the {others} other roles than shuffled labels would put "
-            f"it ({norm}): nothing here tells an axis from chance."
-        )
-    apart = (
-        f"At layer {fit['layer']} “{pole}” stands apart from the {others} other roles, {times:.1f} times as far as shuffled "
-        f"labels would put it ({norm})"
-    )
-    if null["p_cos_pc1"] > SURE:
-        return (
-            f"{apart}. But the main direction between the roles (PC1) does not point to it more than chance would ({cos}): "
-            "use the axis, and do not take PC1 for it."
-        )
-    return f"{apart}, and the main direction between the roles (PC1) points to it ({cos})."
-
-
-class Tile(NamedTuple):
-    """A headline figure. `strip` places value, interval and chance on a line, in percent of its length."""
+@dataclass(frozen=True)
+class Tile:
+    """A headline figure. `strip` has the value, its interval and chance on a line, in percent of its length."""
 
     name: str
     value: str
@@ -123,216 +62,292 @@ class Tile(NamedTuple):
     strip: dict[str, float]
 
 
-def _tiles(fit: dict[str, Any], line: dict[str, Any]) -> list[Tile]:
-    null, cos, half = line.get("null"), line.get("cos_pc1_by_roles"), line.get("split_half")
-    note = (
-        f"shuffled labels: {null['cos_pc1']:.2f}, 95% below {null['cos_pc1_95']:.2f}"
-        if null
-        else "chance not known"
-    )
-    strip = _strip(line["cos_pc1"], cos) | ({"chance": 100 * null["cos_pc1_95"]} if null else {})
-    tiles = [Tile("cos(PC1, axis)", f"{line['cos_pc1']:.2f}", _range(cos), note, strip)]
-    if half:
-        note = f"cosine between the axes of two random halves of the answers, {half['n']} splits"
-        tiles.append(
-            Tile("split-half", f"{half['value']:.2f}", _range(half), note, _strip(half["value"], half))
+@dataclass(frozen=True)
+class SampleAnswer:
+    """An answer to show: what is visible at once and what is folded, with its score and projection."""
+
+    system: str
+    question: str
+    visible: str
+    folded: str
+    score: str | None
+    projection: str | None
+    is_cut: bool
+
+
+@dataclass(frozen=True)
+class SampleRole:
+    """A role with sample answers. `end` is "lowest", "highest" or ""; `system` is None where its answers differ in it."""
+
+    role: str
+    end: str
+    projection: str
+    answers: tuple[SampleAnswer, ...]
+    system: str | None
+
+
+def write_report(
+    path: Path, fit: FitResult, rollouts: Sequence[Rollout], manifest: JsonObject, stamp: str
+) -> None:
+    """Writes the report of a fit, with sample answers (scored rollouts) and the run's manifest (run.json).
+
+    `stamp` is in the first 4000 characters of the file, so that a caller can tell whether it is up to date.
+    """
+    content = {
+        "stamp": stamp,
+        "fit": fit,
+        "line": fit.at_layer,
+        "verdict": _verdict(fit),
+        "stability": stability_text(fit.at_layer),
+        "tiles": _tiles(fit),
+        "gate": manifest.get("gate"),
+        "low_role_play": LOW_ROLE_PLAY,
+        "roles": role_ranking(fit),
+        "traits": trait_ranking(fit.traits) if fit.traits else None,
+        "text": {
+            "roles": _roles_text(fit),
+            "layers": _layers_text(fit),
+            "answers": _answers_text(fit),
+            "curve": _curve_text(fit.curve),
+            "traits": _traits_text(fit.traits, fit.poles[0]),
+            "compared": comparison_text(fit.comparison, fit.layer),
+        },
+        "samples": _samples(fit, rollouts),
+        "score_names": SCORES,
+        "n_rollouts": len(rollouts),
+        "dropped": _dropped_table(fit.dropped),
+        "judge": manifest.get("judge"),
+        "command": _command(fit, manifest),
+        "asked": manifest.get("asked", {}),
+        "versions": manifest.get("versions", {}),
+        "created": manifest.get("created"),
+        "records": {"All of run.json": _pretty(manifest), "Options of the fit": _pretty(fit.options)},
+    }
+    write_page(path, TEMPLATE, content, figures(fit), {"interval": _interval_cell, "short": _short})
+
+
+def _verdict(fit: FitResult) -> str:
+    """Whether the poles differ at the layer to use, and whether that difference is the main direction."""
+    row, null = fit.at_layer, fit.null
+    pole, others = _short(fit.positive), len(fit.other_roles)
+    if null is None:
+        return (
+            f"At layer {fit.layer} the cosine between PC1 of {others} roles and the axis is {row.cos_pc1:.2f}. The null "
+            "is not known: no rollout means were kept there, or no replicates were asked for."
         )
+    norm, cos_pc1 = _p(null.p_norm), _p(null.p_cos_pc1)
+    if null.p_norm > SIGNIFICANCE:
+        return (
+            f"At layer {fit.layer} “{pole}” is no further from the {others} other roles than with shuffled labels "
+            f"({norm}): the axis is not distinguishable from chance."
+        )
+    apart = (
+        f"At layer {fit.layer} “{pole}” is separated from the {others} other roles, {row.norm / null.norm:.1f} times as "
+        f"far as with shuffled labels ({norm})"
+    )
+    if null.p_cos_pc1 > SIGNIFICANCE:
+        return (
+            f"{apart}. But the main direction between the roles (PC1) does not point to it more than by chance "
+            f"({cos_pc1}): use the axis, not PC1."
+        )
+    return f"{apart}, and the main direction between the roles (PC1) points to it ({cos_pc1})."
+
+
+def _tiles(fit: FitResult) -> list[Tile]:
+    row, null, cos_pc1, half = fit.at_layer, fit.null, fit.cos_pc1, fit.split_half
+    note, strip = "null not known", _strip(cos_pc1)
     if null:
-        scale = 1.1 * max(line["norm"], null["norm_95"])
-        strip = {"value": 100 * line["norm"] / scale, "chance": 100 * null["norm_95"] / scale}
-        note = (
-            f"|axis| {line['norm']:.3g}; shuffled labels: {null['norm']:.3g}, 95% below {null['norm_95']:.3g}"
-        )
-        times, of = f"{line['norm'] / null['norm']:.1f}×", f"{_p(null['p_norm'])} ({null['n']} shuffles)"
-        tiles.append(Tile("|axis| / shuffled", times, of, note, strip))
-    counts, others = fit["components_for"], len(fit["roles"]) - 1
-    note = f"{counts['0.5']}, {counts['0.7']} and {counts['0.9']} components hold 50, 70 and 90%"
-    place = _strip(line["variance_pc1"], None)
-    tiles.append(
-        Tile("variance on PC1", f"{line['variance_pc1']:.0%}", f"between {others} roles", note, place)
-    )
-    if share := fit.get("role_play"):
-        low, high = share["interval"]
-        place = _strip(share["share"], {"low": low, "high": high})
-        note = f"of {share['n']:,} judged answers show the role (score 2 or 3)"
-        tiles.append(Tile("role-play", f"{share['share']:.0%}", f"95% {low:.0%} to {high:.0%}", note, place))
+        note = f"shuffled labels: {null.cos_pc1:.2f}, 95% below {null.cos_pc1_95:.2f}"
+        strip["chance"] = 100 * null.cos_pc1_95
+    tiles = [Tile("cos(PC1, axis)", f"{cos_pc1.value:.2f}", _range(cos_pc1), note, strip)]
+    if half:
+        note = f"cosine between the axes of two random halves of the answers, {half.n} splits"
+        tiles.append(Tile("split-half", f"{half.value:.2f}", _range(half), note, _strip(half)))
+    if null:
+        scale = 1.1 * max(row.norm, null.norm_95)
+        strip = {"value": 100 * row.norm / scale, "chance": 100 * null.norm_95 / scale}
+        note = f"|axis| {row.norm:.3g}; shuffled labels: {null.norm:.3g}, 95% below {null.norm_95:.3g}"
+        times, test = f"{row.norm / null.norm:.1f}×", f"{_p(null.p_norm)} ({null.n} shuffles)"
+        tiles.append(Tile("|axis| / shuffled", times, test, note, strip))
+    strip = _strip(Interval(row.variance_pc1, None, None))
+    others = f"between {len(fit.other_roles)} roles"
+    note = _components_text(fit.components_for)
+    tiles.append(Tile("variance on PC1", f"{row.variance_pc1:.0%}", others, note, strip))
+    if play := fit.role_play:
+        low, high = play.interval
+        strip = _strip(Interval(play.share, low, high))
+        note = f"of {play.n:,} judged answers show the role (score 2 or 3)"
+        tiles.append(Tile("role-play", f"{play.share:.0%}", f"95% {low:.0%} to {high:.0%}", note, strip))
     return tiles
 
 
-def _strip(value: float, interval: Row | None) -> dict[str, float]:
-    place = {"value": value} | ({"low": interval["low"], "high": interval["high"]} if interval else {})
-    return {name: min(max(100 * number, 0), 100) for name, number in place.items()}
+def _strip(interval: Interval) -> dict[str, float]:
+    values = {"value": interval.value, "low": interval.low, "high": interval.high}
+    return {name: min(max(100 * value, 0), 100) for name, value in values.items() if value is not None}
 
 
-def _say_roles(fit: dict[str, Any]) -> str:
-    others, show = [role for role in fit["roles"] if not role["positive"]], number_format(fit)
-    pole = next(role for role in fit["roles"] if role["positive"])
-    name, below = _short(pole["role"]), sum(role["projection"] < pole["projection"] for role in others)
-    ends = ", ".join(_short(role["role"]) for role in others[:ENDS])
-    where = f"“{name}” lies at {show(pole['projection'])}, above {below} of {len(others)} roles; the lowest are {ends}."
-    if "low" not in pole:
-        return f"{where} No rollout means were kept at this layer, so how sure each place is cannot be said."
-    apart = sum(role["high"] < pole["low"] for role in others)
-    wide = float(np.median([role["high"] - role["low"] for role in others])) / 2
+def _components_text(components_for: Mapping[str, int]) -> str:
+    half, most, nearly_all = (components_for[share] for share in ("0.5", "0.7", "0.9"))
+    return f"{half}, {most} and {nearly_all} components hold 50, 70 and 90%"
+
+
+def _roles_text(fit: FitResult) -> str:
+    pole, others, number = fit.positive_role, fit.other_roles, number_format(fit)
+    name, below = _short(pole.role), sum(role.projection < pole.projection for role in others)
+    lowest = ", ".join(_short(role.role) for role in others[:ENDS])
+    text = f"“{name}” projects to {number(pole.projection)}, above {below} of {len(others)} roles; the lowest are {lowest}."
+    widths = [role.high - role.low for role in others if role.low is not None and role.high is not None]
+    if pole.low is None or not widths:
+        return f"{text} No rollout means were kept at this layer, so there are no intervals."
+    apart = sum(role.high is not None and role.high < pole.low for role in others)
     return (
-        f"{where} Intervals are 95% over a role's own answers, typically ±{show(wide)}, so neighbours are seldom told "
-        f"apart; those of {apart} roles end below the interval of “{name}”."
+        f"{text} Intervals are 95% over a role's own answers, typically ±{number(float(np.median(widths)) / 2)}, so "
+        f"neighbours can seldom be told apart; those of {apart} roles end below the interval of “{name}”."
     )
 
 
-def _say_layers(fit: dict[str, Any]) -> str:
-    if not any("null" in line for line in fit["layers"]):
+def _layers_text(fit: FitResult) -> str:
+    if not any(row.null for row in fit.layers):
         return (
             "Only the angle and the length are known: no rollout means were kept, or no replicates were asked for, so "
-            "there are no intervals and no chance level."
+            "there are no intervals and no null."
         )
     return (
-        "A layer is of use where the curves are high and clear of the grey, in which shuffled labels stay 95% of the time "
-        "(dotted: their mean). Coloured bands are 95% intervals, over resampled roles for the cosine and over random splits "
-        "for the halves."
+        "A layer is useful where the curves are high and above the grey band, which holds 95% of shuffled labels "
+        "(dotted: their mean). Coloured bands are 95% intervals, over resampled roles for the cosine and over random "
+        "splits for the halves."
     )
 
 
-def _say_curve(fit: dict[str, Any]) -> str:
-    found = fit.get("curve")
-    if not found or not found["answers"]:
+def _curve_text(curve: LearningCurve | None) -> str:
+    if curve is None or not curve.answers:
         return ""
-    last, needed = found["cosines"][-1], found["needed"]
-    there = f"With {found['answers'][-1]:.3g} answers a role, two axes have cosine {last['value']:.2f}"
-    if needed is None:
-        return f"{there}; nothing can be said of more."
+    last = (
+        f"With {curve.answers[-1]:.3g} answers per role, two axes have cosine {curve.cosines[-1].value:.2f}"
+    )
+    if curve.needed is None:
+        return f"{last}; it cannot be extrapolated."
     return (
-        f"{there}; about {needed:,.0f} a role would make it {found['goal']} (dotted, by Spearman and Brown's rule). The pole's "
-        "own answers are the scarcest: they are one side of the difference, and those of all other roles the other."
+        f"{last}; about {curve.needed:,.0f} per role would make it {curve.goal} (dotted: Spearman-Brown formula). The "
+        "pole's own answers are the scarcest: they are one side of the difference, those of all other roles the other."
     )
 
 
-def _say_traits(fit: dict[str, Any]) -> str:
-    traits = fit.get("traits")
-    if not traits:
+def _traits_text(traits: TraitResult | None, pole: str) -> str:
+    if traits is None:
         return ""
-    rows, chance = traits["traits"], traits["chance"]
-    ends = (
-        ", ".join(_short(row["trait"]) for row in rows[:ENDS]),
-        ", ".join(_short(r["trait"]) for r in rows[::-1][:ENDS]),
+    rows = traits.traits
+    lowest, highest = (", ".join(_short(row.trait) for row in end[:ENDS]) for end in (rows, rows[::-1]))
+    text = (
+        "Each trait is the mean of answers that show it less the mean of answers that show its opposite. Toward "
+        f"“{pole}” point {highest}; away from it {lowest}."
     )
-    said = (
-        f"Each trait is the difference between answers that show it and answers that show its opposite. Toward "
-        f"“{fit['poles'][0]}” point {ends[1]}; away from it {ends[0]}."
-    )
-    if chance is not None:
-        beyond = sum(abs(row["cosine"]) > chance for row in rows)
-        said += f" {beyond} of {len(rows)} lie beyond ±{chance:.2f}, where 95% of traits with shuffled answers stay."
-    if traits["judged"]:
-        said += (
-            f" {traits['other_side']:,} answers that did not show their side by the judge's score were dropped, and "
-            f"{traits['unjudged']:,} that it gave no score."
+    if traits.chance is not None:
+        text += (
+            f" {traits.n_beyond_chance} of {len(rows)} lie beyond ±{traits.chance:.2f}, which holds 95% of traits with "
+            "shuffled answers."
         )
-    if traits["left_out"]:
-        said += f" Left out for want of answers: {', '.join(map(_short, traits['left_out']))}."
-    counts = traits["components_for"]
+    if traits.judged:
+        text += (
+            f" {traits.other_side:,} answers were dropped because the judge did not see their side in them, and "
+            f"{traits.unjudged:,} because it gave no score."
+        )
+    if traits.left_out:
+        text += f" Left out for want of answers: {', '.join(map(_short, traits.left_out))}."
     return (
-        f"{said} {counts['0.5']}, {counts['0.7']} and {counts['0.9']} components hold 50, 70 and 90% of the variance between "
-        f"traits; the first has cosine {traits['cos_pc1_axis']:.2f} with the axis."
+        f"{text} {_components_text(traits.components_for)} of the variance between traits; the first has cosine "
+        f"{traits.cos_pc1_axis:.2f} with the axis."
     )
 
 
-def _say_answers(fit: dict[str, Any]) -> str:
+def _answers_text(fit: FitResult) -> str:
     """How well a single answer tells the pole from the rest: area under the ROC curve, Hanley and McNeil's interval."""
-    ours, rest = (np.sort(fit["projections"].get(side, [])) for side in ("positive", "others"))
-    if not len(ours) or not len(rest):
-        return "No rollout means were kept at this layer, so single answers have no projection to show."
-    below = (np.searchsorted(rest, ours, "left") + np.searchsorted(rest, ours, "right")) / 2
+    pole, rest = np.sort(fit.projections.positive), np.sort(fit.projections.others)
+    if not len(pole) or not len(rest):
+        return "No rollout means were kept at this layer, so single answers have no projection."
+    below = (np.searchsorted(rest, pole, "left") + np.searchsorted(rest, pole, "right")) / 2
     area = float(below.mean()) / len(rest)
     first, second = area / (2 - area), 2 * area**2 / (1 + area)
-    spread = area * (1 - area) + (len(ours) - 1) * (first - area**2) + (len(rest) - 1) * (second - area**2)
-    error = 1.96 * math.sqrt(max(spread, 0) / (len(ours) * len(rest)))
+    spread = area * (1 - area) + (len(pole) - 1) * (first - area**2) + (len(rest) - 1) * (second - area**2)
+    error = 1.96 * math.sqrt(max(spread, 0) / (len(pole) * len(rest)))
     low, high = max(area - error, 0), min(area + error, 1)
     return (
-        f"Of an answer of “{_short(fit['positive'])}” and one of another role, the first lies higher in {area:.0%} of pairs; "
-        f"chance is 50%, and the 95% interval {low:.0%} to {high:.0%} if answers are independent."
+        f"An answer of “{_short(fit.positive)}” projects higher than one of another role in {area:.0%} of pairs (area "
+        f"under the ROC curve); chance is 50%, the 95% interval {low:.0%} to {high:.0%} if answers are independent."
     )
 
 
-def _samples(fit: dict[str, Any], rollouts: Sequence[Rollout]) -> list[Row]:
-    """Answers of the pole, the default and the ends, to the same questions where they can be: the first, not chosen."""
-    others = [role for role in fit["roles"] if not role["positive"]]
-    marked = [role for role in fit["roles"][::-1] if role["positive"] or role["role"] == fit["default"]]
-    ends = [("", marked), ("lowest", others[:ENDS]), ("highest", others[::-1][:ENDS])]
-    wanted: dict[str, tuple[str, Row]] = {}
-    for end, roles in ends:
+def _samples(fit: FitResult, rollouts: Sequence[Rollout]) -> list[SampleRole]:
+    """The first answers of the pole, the default and the ends of the axis, to the same questions where possible."""
+    others, number = fit.other_roles, number_format(fit)
+    marked = [role for role in fit.roles[::-1] if role.positive or role.role == fit.default]
+    selected: dict[str, tuple[str, RoleProjection]] = {}
+    for end, roles in (("", marked), ("lowest", others[:ENDS]), ("highest", others[::-1][:ENDS])):
         for role in roles:
-            wanted.setdefault(role["role"], (end, role))
-    own: dict[str, dict[str, Rollout]] = {name: {} for name in wanted}
+            selected.setdefault(role.role, (end, role))
+    by_question: dict[str, dict[str, Rollout]] = {name: {} for name in selected}
     for rollout in sorted(rollouts, key=lambda rollout: rollout.key):
-        if rollout.role in own and rollout.answer.strip():
-            own[rollout.role].setdefault(rollout.question, rollout)
-    asked = Counter(question for answers in own.values() for question in answers)
-    same = sorted(asked, key=lambda question: (-asked[question], question))
-    places, show = _places(fit), number_format(fit)
-    found = []
-    for name, (end, role) in wanted.items():
-        taken = [own[name][question] for question in same if question in own[name]][:ANSWERS]
-        answers = [_sample(rollout, places.get(rollout.key), show) for rollout in taken]
-        systems = {answer["system"] for answer in answers}
-        row = {"role": name, "end": end, "projection": show(role["projection"]), "answers": answers}
-        found.append({**row, "system": systems.pop() if len(systems) == 1 else None})
-    return found
+        if rollout.role in selected and rollout.answer.strip():
+            by_question[rollout.role].setdefault(rollout.question, rollout)
+    counts = Counter(question for answers in by_question.values() for question in answers)
+    questions = sorted(counts, key=lambda question: (-counts[question], question))
+    projections: dict[str, float] = {}
+    if (keys := fit.projections.keys) is not None:
+        projections |= zip(keys.positive, fit.projections.positive, strict=True)
+        projections |= zip(keys.others, fit.projections.others, strict=True)
+    samples = []
+    for name, (end, role) in selected.items():
+        first = [by_question[name][question] for question in questions if question in by_question[name]]
+        answers = tuple(_answer(rollout, projections, number) for rollout in first[:ANSWERS])
+        systems = {answer.system for answer in answers}
+        system = systems.pop() if len(systems) == 1 else None
+        samples.append(SampleRole(name, end, number(role.projection), answers, system))
+    return samples
 
 
-def _places(fit: dict[str, Any]) -> dict[str, float]:
-    """Projections of single rollouts by key, where the fit names the keys of its projections."""
-    found: dict[str, float] = {}
-    for side, keys in fit["projections"].get("keys", {}).items():
-        found |= zip(keys, fit["projections"][side], strict=True)
-    return found
+def _answer(rollout: Rollout, projections: Mapping[str, float], number: NumberFormat) -> SampleAnswer:
+    messages = {message["role"]: message["content"] for message in rollout.messages}
+    text, cut = rollout.answer.strip(), None
+    if len(text) > LONG * 1.2:
+        space = text.rfind(" ", LONG // 2, LONG)
+        cut = space if space > 0 else LONG
+    return SampleAnswer(
+        system=messages.get("system", ""),
+        question=messages.get("user", ""),
+        visible=text[:cut],
+        folded="" if cut is None else text[cut:],
+        score=None if rollout.score is None else str(rollout.score),
+        projection=number(projections[rollout.key]) if rollout.key in projections else None,
+        is_cut=rollout.stopped == "length",
+    )
 
 
-def _sample(rollout: Rollout, place: float | None, show: Any) -> Row:
-    said = {message["role"]: message["content"] for message in rollout.messages}
-    return {
-        "key": rollout.key,
-        "system": said.get("system", ""),
-        "question": said.get("user", ""),
-        "answer": _parts(rollout.answer.strip()),
-        "score": None if rollout.score is None else str(rollout.score),
-        "projection": None if place is None else show(place),
-        "cut": rollout.stopped == "length",
-    }
-
-
-def _parts(text: str) -> tuple[str, str]:
-    """What is shown of an answer and what is folded away, parted at a space."""
-    if len(text) <= LONG * 1.2:
-        return text, ""
-    end = text.rfind(" ", LONG // 2, LONG)
-    return text[: end if end > 0 else LONG], text[end if end > 0 else LONG :]
-
-
-def _dropped(dropped: dict[str, Any]) -> dict[str, Any]:
-    """Answers left out as a table: a row a role, a column a reason that occurred."""
-    scores, empty, whole = dropped.get("by_score", {}), dropped.get("empty", {}), dropped.get("roles", {})
+def _dropped_table(dropped: DroppedRollouts) -> dict[str, object]:
+    """Answers left out: a row per role, a column per reason that occurred, and totals."""
+    scores = dropped.by_score
     columns = [name for name in (*SCORES, "unjudged") if any(counts.get(name) for counts in scores.values())]
-    rows = []
-    for role in sorted({*scores, *empty, *whole}):
-        counts = [scores.get(role, {}).get(name, 0) for name in columns]
-        rows.append({"role": role, "counts": counts, "empty": empty.get(role, 0), "why": whole.get(role, "")})
-    by_score = sum(sum(counts.values()) for counts in scores.values())
+    rows = [
+        {
+            "role": role,
+            "counts": [scores.get(role, {}).get(name, 0) for name in columns],
+            "empty": dropped.empty.get(role, 0),
+            "reason": dropped.roles.get(role, ""),
+        }
+        for role in sorted({*scores, *dropped.empty, *dropped.roles})
+    ]
     return {
         "columns": columns,
         "rows": rows,
-        "by_score": by_score,
-        "empty": sum(empty.values()),
-        "whole": len(whole),
+        "by_score": sum(sum(counts.values()) for counts in scores.values()),
+        "empty": sum(dropped.empty.values()),
+        "roles": len(dropped.roles),
     }
 
 
-def _command(fit: dict[str, Any], manifest: dict[str, Any]) -> str:
+def _command(fit: FitResult, manifest: JsonObject) -> str:
     """The command that makes this run again in a folder of its own; what no record holds is in capitals."""
-    asked, fitted = manifest.get("asked", {}), fit["asked"]
-    options: dict[str, Any] = {
-        "--plan": "paper"
-    }  # the plan without limits of its own: all that it had follows
+    asked = manifest.get("asked", {})
+    options: dict[str, object] = {"--plan": "paper"}  # the plan without limits of its own; the limits follow
     if asked.get("bank") not in (None, load_bank().digest):
         options["--bank"] = "FOLDER"
     options["--roles"] = ",".join(asked.get("roles", [])[1:]) or None
@@ -345,9 +360,9 @@ def _command(fit: dict[str, Any], manifest: dict[str, Any]) -> str:
         "top_p",
         "seed",
         "chunk",
-        "dtype",
     ):
         options[f"--{name.replace('_', '-')}"] = asked.get(name)
+    options["--dtype"] = asked.get("dtype")
     judge, *rest = str(manifest.get("judge", {}).get("id", "none")).split(":")
     if judge == "local":
         options["--judge"] = f"local:{':'.join(rest[:-2])}"  # name:weights:wording
@@ -357,32 +372,30 @@ def _command(fit: dict[str, Any], manifest: dict[str, Any]) -> str:
         options["--judge"] = judge.split("-")[0]  # rules-1
     options["--trait-names"] = ",".join(asked.get("traits", [])) or None
     for name in ("keep", "positive", "layer", "replicates", "compare"):
-        options[f"--{name}"] = fitted.get(name)
-    model = asked.get("model_name") or (fit.get("model") or {}).get("id", "MODEL")
+        options[f"--{name}"] = fit.options.get(name)
     options["--out"] = "again"
+    model = asked.get("model_name") or fit.model.get("id", "MODEL")
     lines = [shlex.join([name, str(value)]) for name, value in options.items() if value is not None]
     return " \\\n  ".join([shlex.join(["personatlas", "axis", str(model)]), *lines])
 
 
 def _p(value: float) -> str:
-    return f"p\u00a0=\u00a0{value:.2g}"  # never parted at a line's end
+    return f"p\u00a0=\u00a0{value:.2g}"  # never broken at a line's end
 
 
-def _range(interval: Row | None) -> str:
-    return "no interval" if interval is None else f"95% {interval['low']:.2f} to {interval['high']:.2f}"
+def _range(interval: Interval) -> str:
+    return "no interval" if interval.low is None else f"95% {interval.low:.2f} to {interval.high:.2f}"
 
 
-def _interval(value: Row | None) -> str:
-    return (
-        ""
-        if value is None
-        else f"{value['value']:.2f} [{value['low']:.2f}, {value['high']:.2f}]".replace("-", "−")
-    )
+def _interval_cell(interval: Interval | None) -> str:
+    if interval is None:
+        return ""
+    return f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]".replace("-", "−")
 
 
 def _short(text: str, length: int = 40) -> str:
-    return text if len(text) <= length else f"{text[: length - 1]}…"
+    return shortened(text, length)
 
 
-def _pretty(content: Any) -> str:
+def _pretty(content: JsonObject) -> str:
     return json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False)

@@ -1,189 +1,239 @@
-"""The fitting stage of a run: from recorded activations to axis, space, traits and fit.json, once.
+"""The steps of an axis: sample answers under role prompts, judge them, record activations, fit, write the report.
 
-content = fit_run(folder, activations, trait_activations, rollouts, "default", FitOptions())
+    fit = compute_axis("smollm2-135m", Path("runs/demo"), plan=PlanOptions(plan="demo"))
+    fit.layer, fit.cos_pc1, fit.warnings
 
-One axis beside another of the same model: another bank, another plan, or the paper repository's.
-
-    compared(axis, fit["roles"], Path("runs/other"))     # a run folder, an axis artefact, or a packaged model's name
-
-Cosines are by layer. The places of the roles that both have are compared too (Spearman), which axes of different models
-allow as well: their roles may be ranked alike although their directions live in other spaces.
+Every step resumes: what is in the run folder is not made again. `fit_run` and `report_run` repeat the last steps on a
+run that was made before.
 """
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from scipy.stats import spearmanr
-
-from personatlas.analysis.fit.axis import Fit, fit_axis
+from personatlas.analysis.fit.axis import AxisFit, fit_axis
+from personatlas.analysis.fit.comparison import compare_axes
+from personatlas.analysis.fit.result import FIT_VERSION, DroppedRollouts, FitResult, RolePlay, TraitResult
 from personatlas.analysis.fit.traits import fit_traits
 from personatlas.persona.artifacts import digest, read_json, write_json
-from personatlas.persona.axis import Axis, load_axis, load_space
+from personatlas.persona.axis import Axis, load_axis
 from personatlas.persona.errors import UserError
-from personatlas.persona.judges.base import KEEP, Dropped, kept, role_play_share
-from personatlas.persona.options import FitOptions, given
-from personatlas.persona.pipeline.activations import Activations
-from personatlas.persona.rollout import Rollout, without_poles
-from personatlas.persona.runs import resolve_axis
+from personatlas.persona.judges.base import KEEP, kept, read_scores, role_play_share
+from personatlas.persona.models.load import Model
+from personatlas.persona.options import FitOptions, JudgeOptions, ModelOptions, PlanOptions, given
+from personatlas.persona.pipeline.activations import Activations, load_activations
+from personatlas.persona.pipeline.run_context import (
+    judge_run,
+    open_context,
+    record_run,
+    require_judge,
+    sample,
+)
+from personatlas.persona.pipeline.stages import content_of
+from personatlas.persona.records import JsonObject
+from personatlas.persona.roles.traits import is_pole
+from personatlas.persona.rollout import Rollout, read_rollouts, with_scores, without_poles
+from personatlas.persona.runs import open_run, resolve_axis
 
 
-def other_axis(name: str | Path) -> Axis:
-    """The axis of a run folder, an artefact or a packaged model. Raises `UserError` where there is none."""
-    return load_axis(resolve_axis(str(name)))
+def compute_axis(
+    model: str | Model,
+    out: Path,
+    *,
+    load: ModelOptions = ModelOptions(),
+    plan: PlanOptions = PlanOptions(),
+    judge: JudgeOptions = JudgeOptions(),
+    fit: FitOptions = FitOptions(),
+) -> FitResult | None:
+    """Computes the Assistant Axis of a model into a run folder, and its report. Resumes where it stopped.
+
+    Parameters
+    ----------
+    model
+        a model's name, or a loaded one, which is used as it is
+    out
+        the run folder
+    load
+        how to load a model that is named
+    plan
+        which rollouts to make
+    judge
+        who scores whether answers play their roles
+    fit
+        what to fit
+
+    Under torchrun only the first process fits; the others return None. Raises `UserError` for options that do not go
+    together, before anything long begins, and for a folder that holds another run.
+    """
+    require_judge(judge)
+    _require_options(fit)
+    with open_context(model, out, load, plan) as context:
+        _require_enough_answers(context.plan.keys, fit, context.model.n_layers)
+        rollouts = sample(context)
+        rollouts = judge_run(context.run, context.bank, rollouts, judge, context.world)
+        activations, traits = record_run(context, rollouts)
+        if context.world.rank:
+            return None
+        traits = traits or _load_traits(out)
+        result = _fit_recorded(out, activations, traits, rollouts, context.bank.default.name, fit)
+        _write_report(out, result)
+        return result
 
 
-def compared(axis: Axis, roles: list[dict[str, Any]], path: Path) -> dict[str, Any]:
-    """Plain numbers: the cosine at each layer that both have, None for another width or depth, and the roles' rank correlation."""
-    other = other_axis(path)
-    same = all(axis.model.get(name) == other.model.get(name) for name in ("n_layers", "d_model"))
-    found: dict[str, Any] = {
-        "path": str(path),
-        "model": other.model.get("id"),
-        "poles": list(other.poles),
-        "cosines": None,
-    }
-    known = {axis.model.get("fingerprint"), other.model.get("fingerprint")} - {None}
-    found["same_model"] = same and len(known) <= 1
-    if same:
-        shared = [layer for layer in axis.layers if layer in other.layers]
-        found["cosines"] = {
-            str(layer): float(axis.at(layer).double() @ other.at(layer).double()) for layer in shared
-        }
-    alike = ranked_alike(
-        {row["role"]: row["projection"] for row in roles}, places(resolve_axis(str(path)), other)
-    )
-    if alike is not None:
-        found["roles"] = {
-            "n": alike["n"],
-            "spearman": alike["value"],
-            "low": alike["low"],
-            "high": alike["high"],
-        }
-    return found
+def fit_run(run: Path, options: FitOptions = FitOptions()) -> FitResult:
+    """Fits axis and persona space to a run's recorded activations, and writes its report.
+
+    Raises `UserError` for a folder without recorded activations, and for rollouts that changed since.
+    """
+    _require_options(options)
+    with open_run(run):
+        activations = load_activations(run / "activations")
+        recorded = dict(zip(activations.keys, activations.scores, strict=True))
+        rollouts = without_poles(read_rollouts(run))
+        rollouts = with_scores([r for r in rollouts if r.key in recorded or r.is_empty], recorded)
+        if content_of([rollout for rollout in rollouts if not rollout.is_empty]) != activations.content:
+            raise UserError(
+                f"{run}: rollouts changed after they were recorded; run `personatlas run record {run}` again"
+            )
+        roles = read_json(run / "run.json").get("asked", {}).get("roles")
+        if not roles:
+            raise UserError(f"{run / 'run.json'} does not say which roles were asked for")
+        result = _fit_recorded(run, activations, _load_traits(run), rollouts, str(roles[0]), options)
+        _write_report(run, result)
+        return result
 
 
-def places(stem: Path, axis: Axis) -> dict[str, float]:
-    """Where each role lies along an axis: by the fit beside it, else by the persona space beside it, else nowhere."""
-    if (fit := stem.with_name("fit.json")).is_file():
-        return {row["role"]: row["projection"] for row in read_json(fit)["roles"]}
-    if not stem.with_name("space.json").is_file():
-        return {}
-    space = load_space(stem.with_name("space"))
-    means = space.mean.double() + space.coordinates.double() @ space.components.double()  # (R, D)
-    return dict(zip(space.roles, (means @ axis.at(space.layer).double()).tolist(), strict=True))
+def report_run(run: Path) -> Path:
+    """Writes the report.html of a fitted run again and returns its path. Raises `UserError` without a current fit."""
+    with open_run(run):
+        return _write_report(run, FitResult.load(run), force=True)
 
 
-def ranked_alike(
-    ours: Mapping[str, float], theirs: Mapping[str, float], draws: int = 1000
-) -> dict[str, Any] | None:
-    """Spearman's correlation of the roles that both have, with a 95% bootstrap interval over roles; None below three, and
-    where all of them lie at one place."""
-    both = np.array([(ours[name], theirs[name]) for name in ours if name in theirs])
-    if len(both) < 3 or (both == both[0]).all(axis=0).any():
-        return None
-    generator = np.random.default_rng(0)
-    drawn = [both[generator.integers(len(both), size=len(both))] for _ in range(draws)]
-    spread = [
-        spearmanr(*one.T).statistic
-        for one in drawn
-        if len(np.unique(one[:, 0])) > 1 < len(np.unique(one[:, 1]))
-    ]
-    low, high = np.quantile(spread, (0.025, 0.975))
-    return {
-        "value": float(spearmanr(*both.T).statistic),
-        "low": float(low),
-        "high": float(high),
-        "n": len(both),
-    }
-
-
-FIT_VERSION = 6  # raise it when fitting changes, so that stored fits are made again
-
-
-def fit_run(
+def _fit_recorded(
     folder: Path,
     activations: Activations,
-    of_traits: Activations | None,
+    traits: Activations | None,
     rollouts: Sequence[Rollout],
     default: str,
     options: FitOptions,
-) -> dict[str, Any]:
-    """Fit and write the artefacts and fit.json, whose content is returned; read it when nothing has changed."""
+) -> FitResult:
+    """Fits and writes the artefacts and fit.json; reads it where it was made with the same options and data."""
     if options.replicates == 1:
         raise UserError("--replicates 1 makes no interval; give 0 for none, or as many as 100")
     asked = {"content": activations.content, "version": FIT_VERSION, **given(options)}
-    if of_traits is not None:
-        asked["traits"] = of_traits.content
+    if traits is not None:
+        asked["traits"] = traits.content
     if options.compare is not None:
         asked["compared_with"] = digest(resolve_axis(str(options.compare)).with_suffix(".safetensors"))
-    if (before := _unchanged(folder, asked)) is not None:
-        return before
-    of_roles = without_poles(rollouts)
-    found, dropped = _fit_roles(activations, of_roles, default, options)
-    found.axis.save(folder / "axis")
-    found.space.save(folder / "space")
-    traits, problem = _fit_traits(folder, of_traits, found.axis, options)
-    comparison = (
-        None if options.compare is None else compared(found.axis, found.report["roles"], options.compare)
+    if (stored := _stored_fit(folder, asked)) is not None:
+        return stored
+    rollouts = without_poles(rollouts)
+    fit, dropped = _fit_roles(activations, rollouts, default, options)
+    fit.axis.save(folder / "axis")
+    fit.space.save(folder / "space")
+    trait_result, trait_problem = _fit_traits(folder, traits, fit.axis, options)
+    names = ("axis", "space") if trait_result is None else ("axis", "space", "traits")
+    projections = {role.role: role.projection for role in fit.result.roles}
+    is_judged = any(rollout.score is not None for rollout in rollouts)
+    result = replace(
+        fit.result,
+        options=asked,
+        artefacts={name: digest(folder / f"{name}.safetensors") for name in names},
+        dropped=dropped,
+        role_play=RolePlay(*role_play_share(rollouts)) if is_judged else None,
+        traits=trait_result,
+        trait_problem=trait_problem,
+        comparison=None if options.compare is None else compare_axes(fit.axis, projections, options.compare),
     )
-    names = ("axis", "space") if traits is None else ("axis", "space", "traits")
-    scored = any(rollout.score is not None for rollout in of_roles)
-    content = {
-        "asked": asked,
-        "artefacts": {name: digest(folder / f"{name}.safetensors") for name in names},
-        **found.report,
-        "default": default,
-        "model": activations.model,
-        "dropped": dropped.to_json(),
-        "role_play": role_play_share(of_roles)._asdict() if scored else None,
-        "traits": traits,
-        "trait_problem": problem,
-        "compared": comparison,
-    }
-    write_json(folder / "fit.json", content)
-    return content
+    write_json(folder / "fit.json", result.to_json())
+    return result
 
 
-def _fit_traits(
-    folder: Path, activations: Activations | None, axis: Axis, options: FitOptions
-) -> tuple[dict[str, Any] | None, str | None]:
-    """The traits' part of fit.json, or why there is none: traits that make no space must not cost a run its axis."""
-    for ending in ("json", "safetensors"):
-        (folder / f"traits.{ending}").unlink(missing_ok=True)  # of another axis
-    if activations is None:
-        return None, None
-    try:
-        found = fit_traits(activations, axis, replicates=options.replicates)
-    except UserError as error:
-        return None, str(error)
-    found.space.save(folder / "traits")
-    return found.report, None
+def _stored_fit(folder: Path, asked: JsonObject) -> FitResult | None:
+    """The fit in the folder, if it was made with the same options and its artefacts are whole."""
+    if not (folder / "fit.json").exists():
+        return None
+    content = read_json(folder / "fit.json")
+    files = {folder / f"{name}.safetensors": value for name, value in content.get("artefacts", {}).items()}
+    is_whole = bool(files) and all(path.exists() and digest(path) == value for path, value in files.items())
+    return FitResult.from_json(content) if is_whole and content.get("asked") == asked else None
 
 
 def _fit_roles(
     activations: Activations, rollouts: list[Rollout], default: str, options: FitOptions
-) -> tuple[Fit, Dropped]:
-    keep = KEEP[options.keep]
-    left, dropped = kept(rollouts, keep, default)
-    found = fit_axis(
+) -> tuple[AxisFit, DroppedRollouts]:
+    """The axis of the rollouts that pass the score filter, and what it dropped."""
+    score_filter = KEEP[options.keep]
+    passed, dropped = kept(rollouts, score_filter, default)
+    fit = fit_axis(
         activations,
-        [rollout.key for rollout in left],
-        scores=None if keep.name == "all" else keep.scores,
+        [rollout.key for rollout in passed],
+        scores=None if score_filter.name == "all" else score_filter.scores,
         default=default,
         positive=options.positive,
         layer=options.layer,
         replicates=options.replicates,
     )
-    return found, dropped
+    return fit, DroppedRollouts.from_json(dropped.to_json())
 
 
-def _unchanged(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
-    """The fit that is there, if it was asked for the same and its artefacts are whole."""
-    if not (folder / "fit.json").exists():
-        return None
-    before: dict[str, Any] = read_json(folder / "fit.json")
-    files = {folder / f"{name}.safetensors": value for name, value in before.get("artefacts", {}).items()}
-    whole = bool(files) and all(path.exists() and digest(path) == value for path, value in files.items())
-    return before if before.get("asked") == asked and whole else None
+def _fit_traits(
+    folder: Path, activations: Activations | None, axis: Axis, options: FitOptions
+) -> tuple[TraitResult | None, str | None]:
+    """The trait space, or why there is none: traits that make no space must not cost a run its axis."""
+    for ending in ("json", "safetensors"):
+        (folder / f"traits.{ending}").unlink(missing_ok=True)  # of another axis
+    if activations is None:
+        return None, None
+    try:
+        fit = fit_traits(activations, axis, replicates=options.replicates)
+    except UserError as error:
+        return None, str(error)
+    fit.space.save(folder / "traits")
+    return fit.result, None
+
+
+def _load_traits(folder: Path) -> Activations | None:
+    """The traits' activations, where they were recorded."""
+    stem = folder / "trait_activations"
+    return load_activations(stem) if stem.with_suffix(".json").exists() else None
+
+
+def _write_report(folder: Path, fit: FitResult, *, force: bool = False) -> Path:
+    """Writes report.html unless it is that of this fit."""
+    path = folder / "report.html"
+    stamp = hashlib.sha256(json.dumps(fit.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+    from personatlas.analysis.fit.page import write_report  # with plotly
+
+    if force or not path.exists() or stamp not in path.read_text(encoding="utf-8")[:4000]:
+        rollouts = with_scores(without_poles(read_rollouts(folder)), read_scores(folder / "scores.jsonl"))
+        write_report(path, fit, rollouts, read_json(folder / "run.json"), stamp)
+    return path
+
+
+def _require_options(options: FitOptions) -> None:
+    """Raises `UserError` for options that no run allows."""
+    if options.keep not in KEEP:
+        raise UserError(f"--keep {options.keep!r} is not one of {', '.join(KEEP)}")
+    if options.replicates < 0:
+        raise UserError(f"--replicates {options.replicates} is below 0")
+    if options.compare is not None:
+        load_axis(resolve_axis(str(options.compare)))
+
+
+def _require_enough_answers(keys: Sequence[str], options: FitOptions, n_layers: int) -> None:
+    """Raises `UserError`, before the long steps, for what could only fail after them."""
+    counts = Counter(key.split("/", 1)[0] for key in keys if not is_pole(key))
+    score_filter, fewest = KEEP[options.keep], min(counts.values())
+    if fewest < score_filter.minimum:
+        raise UserError(
+            f"--keep {score_filter.name} needs {score_filter.minimum} answers a role and this plan makes {fewest}; "
+            f"give more --questions, --prompts or --samples, or --keep all"
+        )
+    if options.positive is not None and options.positive not in counts:
+        raise UserError(f"--positive {options.positive!r} is not among the roles of this run")
+    if options.layer is not None and not 0 <= options.layer < n_layers:
+        raise UserError(f"--layer {options.layer} is not in this model (0..{n_layers - 1})")

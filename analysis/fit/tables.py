@@ -1,84 +1,133 @@
-"""Rankings for the report's tables: rows along a scale, with places in percent of its length, and the scale's ticks.
+"""Rankings of roles and traits along the axis, as rows for the report, and numbers and intervals as text.
 
-The fit as tables in the terminal: by layer, and the two ends of the axis.
+ranking = role_ranking(fit)         # ranking.rows[0].name is the role nearest to the positive pole
+interval_text(fit.cos_pc1)          # "0.61 [0.50, 0.70]"
 """
 
 import math
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from personatlas.analysis.fit.figures import neutral_projection
+from personatlas.analysis.fit.result import AxisComparison, FitResult, LayerFit, TraitResult
+from personatlas.analysis.stats import Interval
 
-from personatlas.analysis.fit.figures import middle
+NumberFormat = Callable[[float], str]
 
 
-def ranking(fit: dict[str, Any]) -> dict[str, Any]:
-    """Rows from the first pole down, with places in percent of the scale, and the scale's ticks."""
-    roles, centre, show = fit["roles"], middle(fit), number_format(fit)
-    ticks = ticks_over(
-        [role[name] for role in roles for name in ("projection", "low", "high") if name in role]
-    )
+@dataclass(frozen=True)
+class RankingRow:
+    """A role or trait. `position`, `low` and `high` are in percent of the scale, `interval` and `value` text.
+
+    `kind` is "pole", "default" or ""; `strength` is the distance from the neutral point in percent of the largest on
+    its `side`, which is "positive" or "others".
+    """
+
+    name: str
+    kind: str
+    value: str
+    interval: str
+    n: str
+    position: float
+    low: float | None
+    high: float | None
+    side: str
+    strength: float
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Rows from the positive pole down, the scale's ticks (text, percent), and a mark on the scale (percent)."""
+
+    rows: tuple[RankingRow, ...]
+    ticks: tuple[tuple[str, float], ...]
+    mark: float
+
+
+@dataclass(frozen=True)
+class _Entry:
+    name: str
+    kind: str
+    n: str
+    value: float
+    low: float | None
+    high: float | None
+
+
+def role_ranking(fit: FitResult) -> Ranking:
+    """Returns the roles by their projection, with the positive pole marked on the scale."""
+    entries = [
+        _Entry(
+            name=role.role,
+            kind="pole" if role.positive else "default" if role.role == fit.default else "",
+            n=str(role.n),
+            value=role.projection,
+            low=role.low,
+            high=role.high,
+        )
+        for role in fit.roles
+    ]
+    ends = [value for entry in entries for value in (entry.value, entry.low, entry.high) if value is not None]
+    neutral = neutral_projection(fit)
+    return _ranking(entries, scale_ticks(ends), neutral, fit.positive_role.projection, number_format(fit))
+
+
+def trait_ranking(traits: TraitResult) -> Ranking:
+    """Returns the traits by their cosine with the axis, on a scale that is symmetric around the marked 0."""
+    entries = [
+        _Entry(row.trait, "", f"{row.n[0]} + {row.n[1]}", row.cosine, row.low, row.high)
+        for row in traits.traits
+    ]
+    limit = max(abs(v) for row in entries for v in (row.value, row.low, row.high) if v is not None)
+    return _ranking(entries, scale_ticks([-limit, limit]), 0.0, 0.0, _signed, limit)
+
+
+def _ranking(
+    entries: Sequence[_Entry],
+    ticks: Sequence[float],
+    neutral: float,
+    mark: float,
+    text: NumberFormat,
+    limit: float | None = None,
+) -> Ranking:
+    """Rows of entries in ascending order; strength is relative to `limit`, else to the first and last entry."""
     first, span = ticks[0], ticks[-1] - ticks[0]
-    least, most = roles[0]["projection"], roles[-1]["projection"]
+    below = entries[0].value - neutral if limit is None else -limit
+    above = entries[-1].value - neutral if limit is None else limit
+
+    def percent(value: float) -> float:
+        return 100 * (value - first) / span
+
     rows = []
-    for role in reversed(roles):
-        value = role["projection"]
-        far = (value - centre) / (most - centre if value > centre else least - centre or 1)
-        places = {
-            name: 100 * (role[name] - first) / span for name in ("projection", "low", "high") if name in role
-        }
+    for entry in reversed(entries):
+        is_positive, interval, low, high = entry.value > neutral, "", None, None
+        if entry.low is not None and entry.high is not None:
+            interval = f"{text(entry.low)} to {text(entry.high)}"
+            low, high = percent(entry.low), percent(entry.high)
         rows.append(
-            {
-                "role": role["role"],
-                "kind": "pole" if role["positive"] else "default" if role["role"] == fit["default"] else "",
-                "projection": show(value),
-                "interval": f"{show(role['low'])} to {show(role['high'])}" if "low" in role else "",
-                "n": role["n"],
-                "places": places,
-                "side": "positive" if value > centre else "others",
-                "far": 100 * far,
-            }
+            RankingRow(
+                entry.name,
+                entry.kind,
+                text(entry.value),
+                interval,
+                entry.n,
+                percent(entry.value),
+                low,
+                high,
+                side="positive" if is_positive else "others",
+                strength=100 * ((entry.value - neutral) / (above if is_positive else below or 1)),
+            )
         )
-    pole = next(row["places"]["projection"] for row in rows if row["kind"] == "pole")
-    marks = [(f"{tick:.10g}".replace("-", "−"), 100 * (tick - first) / span) for tick in ticks]
-    return {"rows": rows, "ticks": marks, "pole": pole}
-
-
-def trait_ranking(traits: dict[str, Any]) -> dict[str, Any]:
-    """The same for traits, by their cosine with the axis, on a scale that is even around 0."""
-    rows = traits["traits"]
-    most = max(abs(row[name]) for row in rows for name in ("cosine", "low", "high") if name in row)
-    ticks = ticks_over([-most, most])
-    first, span = ticks[0], ticks[-1] - ticks[0]
-    found = []
-    for row in reversed(rows):
-        places = {"projection": 100 * (row["cosine"] - first) / span}
-        places |= {name: 100 * (row[name] - first) / span for name in ("low", "high") if name in row}
-        found.append(
-            {
-                "role": row["trait"],
-                "kind": "",
-                "projection": _signed(row["cosine"]),
-                "interval": f"{_signed(row['low'])} to {_signed(row['high'])}" if "low" in row else "",
-                "n": " + ".join(map(str, row["n"])),
-                "places": places,
-                "side": "positive" if row["cosine"] > 0 else "others",
-                "far": 100 * abs(row["cosine"]) / most,
-            }
-        )
-    marks = [(f"{tick:.10g}".replace("-", "−"), 100 * (tick - first) / span) for tick in ticks]
-    return {"rows": found, "ticks": marks, "pole": 100 * -first / span}
+    marks = tuple((f"{tick:.10g}".replace("-", "−"), percent(tick)) for tick in ticks)
+    return Ranking(tuple(rows), marks, percent(mark))
 
 
 def _signed(value: float) -> str:
     return f"{value:.2f}".replace("-", "−")
 
 
-def ticks_over(values: list[float]) -> list[float]:
-    """Four to eight round numbers, the first at or below all values and the last at or above."""
+def scale_ticks(values: Sequence[float]) -> list[float]:
+    """Returns four to eight round numbers, the first at or below all values and the last at or above."""
     low, high = min(values), max(values)
     rough = (high - low or abs(high) or 1.0) / 5
     unit = 10.0 ** math.floor(math.log10(rough))
@@ -87,151 +136,55 @@ def ticks_over(values: list[float]) -> list[float]:
     return [number * step for number in range(first, max(last, first + 1) + 1)]
 
 
-def number_format(fit: dict[str, Any]) -> Any:
-    """How projections are written: to a hundredth or so of their spread over roles, with a true minus sign."""
-    spread = fit["roles"][-1]["projection"] - fit["roles"][0]["projection"]
+def number_format(fit: FitResult) -> NumberFormat:
+    """Returns how projections are written: to about a hundredth of their spread over roles, with a true minus sign."""
+    spread = fit.roles[-1].projection - fit.roles[0].projection
     digits = max(0, 2 - math.floor(math.log10(spread))) if spread > 0 else 2
     return lambda value: f"{value:,.{min(digits, 8)}f}".replace("-", "−")
 
 
-ENDS, TRAITS = 10, 5
+def interval_text(interval: Interval | None) -> str:
+    """Returns a value with its interval, where it has one; "-" for None."""
+    if interval is None:
+        return "-"
+    bounds = "" if interval.low is None else f" [{interval.low:.2f}, {interval.high:.2f}]"
+    return f"{interval.value:.2f}{bounds}"
 
 
-def print_fit(fit: dict[str, Any], page: Path) -> None:
-    """Print the layer table, the ten lowest and highest roles, what was dropped, and where the report is."""
-    console = Console()
-    console.print(_layers(fit))
-    console.print(Text(f"* layer {fit['layer']}: {fit['why']}", style="dim"))
-    console.print(_ends(fit))
-    line = next(line for line in fit["layers"] if line["layer"] == fit["layer"])
-    console.print(Text(f"How stable: {stability(line)}"))
-    for said in (say_needed(fit), say_traits(fit), say_compared(fit)):
-        if said:
-            console.print(Text(said))
-    dropped = fit["dropped"]
-    whole = ", ".join(sorted(dropped.get("roles", {}))) or "none"
-    console.print(Text(f"{fit['n_rollouts']} rollouts fitted; roles dropped whole: {whole}"))
-    print(f"report: {page}")  # noqa: T201 (never wrapped: it is a path to click or copy)
+def number_text(value: float | None) -> str:
+    """Returns a value to two digits; "-" for None."""
+    return "-" if value is None else f"{value:.2f}"
 
 
-def stability(line: dict[str, Any]) -> str:
-    """One sentence on how far the axis at a layer can be trusted."""
-    if "split_half" not in line:
-        return "no rollout means were kept at this layer, there are too few answers for halves, or --replicates was 0, so it is not known"
-    half, null = line["split_half"], line["null"]
-    whole = (
-        2 * half["value"] / (1 + half["value"])
-    )  # Spearman-Brown: the halves are half as long as the whole
-    other = (
-        f"; two halves of the questions {interval(line['split_questions'])}"
-        if "split_questions" in line
-        else ""
-    )
+def stability_text(row: LayerFit) -> str:
+    """Returns a sentence on how reproducible the axis is at a layer."""
+    half, null = row.split_half, row.null
+    if half is None or null is None:
+        return (
+            "not known: no rollout means were kept at this layer, there are too few answers for halves, or "
+            "--replicates was 0"
+        )
+    full = 2 * half.value / (1 + half.value)  # Spearman-Brown: a half is half as long as the run
+    questions = ""
+    if row.split_questions is not None:
+        questions = f"; two halves of the questions {interval_text(row.split_questions)}"
     return (
-        f"two halves of the answers give axes of cosine {interval(half)}, so two whole runs of this size would agree to "
-        f"about {whole:.2f}{other}; with shuffled labels |axis| is {null['norm']:.3g} (95% below {null['norm_95']:.3g}), here {line['norm']:.3g}"
-        f" (p = {null['p_norm']:.3g})"
+        f"axes of two halves of the answers have cosine {interval_text(half)}, so those of two full runs of this size "
+        f"about {full:.2f}{questions}; |axis| is {row.norm:.3g}, with shuffled labels {null.norm:.3g} "
+        f"(95% below {null.norm_95:.3g}; p = {null.p_norm:.3g})"
     )
 
 
-def say_needed(fit: dict[str, Any]) -> str:
-    """How many answers a role would make two axes agree."""
-    curve = fit.get("curve")
-    if not curve or curve["needed"] is None:
-        return ""
-    return f"About {curve['needed']:,.0f} answers a role would make the cosine of two such halves {curve['goal']}"
-
-
-def say_traits(fit: dict[str, Any]) -> str:
-    """The traits at either end, and how many are further out than chance; or why there is no trait space."""
-    traits = fit.get("traits")
-    if not traits:
-        return f"No trait space: {fit['trait_problem']}" if fit.get("trait_problem") else ""
-    rows, chance = traits["traits"], traits["chance"]
-    ends = [
-        ", ".join(f"{row['trait']} {row['cosine']:.2f}" for row in end)
-        for end in (rows[:TRAITS], rows[::-1][:TRAITS])
-    ]
-    beyond = sum(abs(row["cosine"]) > chance for row in rows) if chance is not None else None
-    more = "" if beyond is None else f"; {beyond} of {len(rows)} beyond the ±{chance:.2f} of shuffled answers"
-    return f"Traits, cosine with the axis: lowest {ends[0]}; highest {ends[1]}{more}"
-
-
-def say_compared(fit: dict[str, Any]) -> str:
-    """The axis beside another one."""
-    found = fit.get("compared")
-    if not found:
+def comparison_text(comparison: AxisComparison | None, layer: int) -> str:
+    """Returns a sentence on an axis, at its layer, beside another one; "" without another."""
+    if comparison is None:
         return ""
     parts = []
-    if found["cosines"]:
-        parts += [
-            f"cosine {value:.2f} at layer {layer}"
-            for layer, value in found["cosines"].items()
-            if int(layer) == fit["layer"]
-        ]
-    if "roles" in found:
-        alike = found["roles"]
-        parts.append(
-            f"rank correlation {interval({**alike, 'value': alike['spearman']})} over {alike['n']} roles"
-        )
-    other = "" if found["same_model"] else f", another model ({found['model']})"
-    return f"Compared with {found['path']}{other}: {'; '.join(parts) or 'another width or depth, and no roles in common'}"
-
-
-def _layers(fit: dict[str, Any]) -> Table:
-    table = Table(
-        title="By layer (intervals 95%; shuffled: cos(PC1, axis) when labels are shuffled)",
-        title_justify="left",
-    )
-    for name in ("layer", "cos(PC1, axis)", "var PC1", "split-half", "|axis|", "shuffled"):
-        table.add_column(name, justify="right")
-    for line in fit["layers"]:
-        mark = "*" if line["layer"] == fit["layer"] else ""
-        cos = interval(line["cos_pc1_by_roles"]) if "cos_pc1_by_roles" in line else f"{line['cos_pc1']:.2f}"
-        half = interval(line.get("split_half"))
-        null = f"{line['null']['cos_pc1']:.2f}" if "null" in line else "-"
-        cells = [
-            f"{mark}{line['layer']}",
-            cos,
-            f"{line['variance_pc1']:.0%}",
-            half,
-            f"{line['norm']:.3g}",
-            null,
-        ]
-        table.add_row(*cells, style="bold" if mark else None)
-    return table
-
-
-def _ends(fit: dict[str, Any]) -> Table:
-    roles = [role for role in fit["roles"] if not role["positive"]]
-    first, second = fit["poles"]
-    title = f"Projection at layer {fit['layer']}: lowest ({second}) and highest ({first}), with 95% intervals"
-    # no borders: two names and two intervals just fit into 80 columns
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for name in ("lowest", "projection", "highest", "projection"):
-        table.add_column(name, justify="right" if name == "projection" else "left", no_wrap=True)
-    count = min(ENDS, len(roles))
-    for low, high in zip(roles[:count], roles[::-1][:count], strict=True):
-        table.add_row(Text(low["role"]), _place(low), Text(high["role"]), _place(high))
-    pole = next(role for role in fit["roles"] if role["positive"])
-    table.add_row("", "", Text(pole["role"], style="bold"), _place(pole))
-    return table
-
-
-def _place(role: dict[str, Any]) -> str:
-    if "low" not in role:
-        return f"{role['projection']:.1f}"
-    return f"{role['projection']:.1f} [{role['low']:.1f}, {role['high']:.1f}]"
-
-
-def interval(found: Mapping[str, Any] | None) -> str:
-    """A value with its interval, where it has one, for people."""
-    if found is None:
-        return "-"
-    known = "" if found.get("low") is None else f" [{found['low']:.2f}, {found['high']:.2f}]"
-    return f"{found['value']:.2f}{known}"
-
-
-def number(value: float | None) -> str:
-    """The same of a value alone."""
-    return "-" if value is None else f"{value:.2f}"
+    if comparison.cosines and str(layer) in comparison.cosines:
+        parts.append(f"cosine {comparison.cosines[str(layer)]:.2f} at layer {layer}")
+    if (roles := comparison.roles) is not None:
+        correlation = interval_text(Interval(roles.spearman, roles.low, roles.high))
+        parts.append(f"rank correlation {correlation} over {roles.n} roles")
+    model = "" if comparison.same_model else f", another model ({comparison.model})"
+    found = "; ".join(parts) or "another width or depth, and no roles in common"
+    return f"Compared with {comparison.path}{model}: {found}"

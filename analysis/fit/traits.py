@@ -1,60 +1,77 @@
-"""Trait vectors, trait space, and where each trait lies along the axis.
+"""Trait vectors, trait space, and each trait's cosine with the axis.
 
-    found = fit_traits(activations, axis)
-    found.space.save(folder / "traits")
+    fit = fit_traits(activations, axis)
+    fit.space.save(folder / "traits"); fit.result.traits[0].cosine
 
-A trait's place is the cosine between its vector and the axis at the axis's layer: +1 would be the axis itself, 0 has
-nothing to do with it. Its interval is a bootstrap over both poles' answers of the vector's length along the axis, over the
-vector's own length: resampling makes every vector longer by noise, and cosines of resampled vectors are all too small.
-What chance gives is the same ratio when a trait's answers are dealt to its poles at random. PC1 of trait space points along the axis (arXiv 2601.10387, appendix on traits).
+A trait's vector is the mean of the answers at its positive pole less that at its negative pole. Its position is the
+cosine with the axis at the axis's layer: +1 is the axis itself, 0 unrelated. The interval is a bootstrap over both
+poles' answers of the vector's length along the axis, over the norm of the vector itself: resampling lengthens every
+vector by noise, so cosines of resampled vectors are too small. The null is the same ratio when a trait's answers are
+assigned to its poles at random. PC1 of trait space points along the axis (arXiv 2601.10387, appendix on traits).
 """
 
 from collections import Counter
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from personatlas.analysis.fit.geometry import Array, components, components_for, cosine, pointing
-from personatlas.analysis.fit.uncertainty import interval
+from personatlas.analysis.fit.geometry import components, components_for_shares, cosine, turned_toward
+from personatlas.analysis.fit.result import TraitProjection, TraitResult
+from personatlas.analysis.stats import Array, bootstrap_means, percentile_interval
 from personatlas.persona.axis import Axis
 from personatlas.persona.errors import UserError
 from personatlas.persona.pipeline.activations import Activations
 from personatlas.persona.roles.traits import NEGATIVE, POSITIVE, TraitSpace
 
-FEWEST = 3  # traits that a space needs
+MIN_TRAITS = 3
 
 
 @dataclass(frozen=True)
 class TraitFit:
-    """The artefact, and `report`: plain numbers for tables and plots (the part "traits" of fit.json)."""
+    """A fitted trait space, and the numbers about it."""
 
     space: TraitSpace
-    report: dict[str, Any]
+    result: TraitResult
 
 
 def fit_traits(activations: Activations, axis: Axis, *, replicates: int = 100, seed: int = 0) -> TraitFit:
-    """Vectors of all recorded traits at every layer, their space at the axis's layer, and their places along the axis.
+    """Fits all recorded traits at every layer and their space at the axis's layer.
 
-    Where answers were judged, only those count that show their own side. A trait without an answer at either pole is left
-    out and named. Raises `UserError` when two poles coincide, or when fewer than three traits are left.
+    Where answers were judged, only those count that show their own pole. A trait without an answer at either pole is
+    left out and named. Raises `UserError` when two poles coincide, or when fewer than three traits are left.
     """
     scores = frozenset({1}) if any(score is not None for score in activations.scores) else None
-    names, vectors, counts = _contrasts(activations, scores)  # vectors (T, L, D)
+    names, vectors, counts = _trait_vectors(activations, scores)  # vectors (T, L, D)
     norms = np.linalg.norm(vectors, axis=2)
     if not (norms > 0).all():
-        raise UserError(
-            f"the poles of trait {names[int(np.argmin(norms.min(1)))]!r} coincide: nothing separates them"
-        )
+        coinciding = names[int(np.argmin(norms.min(1)))]
+        raise UserError(f"the poles of trait {coinciding!r} coincide: nothing separates them")
     layer, unit = axis.layer, axis.at(axis.layer).double().numpy()
     at_layer = vectors[:, layer]
-    centre, found, ratio = components(at_layer)
-    found = pointing(found, unit)
-    rows, chance = _rows(activations, scores, names, at_layer, axis, replicates, seed)
-    coordinates = (at_layer - centre) @ found[:3].T
-    for row, count, place in zip(rows, counts, coordinates.tolist(), strict=True):
-        row |= {"n": list(count), "coordinates": place}
+    centre, directions, ratio = components(at_layer)
+    directions = turned_toward(directions, unit)
+    coordinates = (at_layer - centre) @ directions[:3].T
+    rows = [
+        TraitProjection(
+            trait=name,
+            cosine=cosine(vector, unit),
+            along=float(vector @ unit),
+            norm=float(np.linalg.norm(vector)),
+            n=count,
+            coordinates=tuple(position),
+        )
+        for name, vector, count, position in zip(names, at_layer, counts, coordinates.tolist(), strict=True)
+    ]
+    chance = None
+    if layer in activations.layers and replicates:
+        x = activations.rollout_means[:, activations.layers.index(layer)].double().numpy()
+        counted = [scores is None or score in scores for score in activations.scores]
+        poles = [
+            key.split("/", 1)[0] if use else "" for key, use in zip(activations.keys, counted, strict=True)
+        ]
+        rows, chance = _with_intervals(rows, x, poles, unit, replicates, seed)
     space = TraitSpace(
         traits=tuple(names),
         vectors=torch.from_numpy(vectors / norms[:, :, None]).float(),
@@ -62,31 +79,31 @@ def fit_traits(activations: Activations, axis: Axis, *, replicates: int = 100, s
         counts=torch.tensor(counts),
         layer=layer,
         mean=torch.from_numpy(centre).float(),
-        components=torch.from_numpy(found).float(),
+        components=torch.from_numpy(directions).float(),
         variance_ratio=torch.from_numpy(ratio).float(),
         model=activations.model,
     )
     score_counts = Counter(activations.scores)
-    report = {
-        "layer": layer,
-        "traits": sorted(rows, key=lambda row: float(row["cosine"])),
-        "chance": chance,
-        "cos_pc1_axis": cosine(found[0], unit),
-        "variance_ratio": ratio[:50].tolist(),
-        "components_for": {str(share): components_for(ratio, share) for share in (0.5, 0.7, 0.9)},
-        "n_rollouts": sum(map(sum, counts)),
-        "judged": scores is not None,
-        "other_side": score_counts[0],
-        "unjudged": score_counts[None] if scores is not None else 0,
-        "left_out": sorted({role[1:] for role in activations.roles} - set(names)),
-    }
-    return TraitFit(space, report)
+    result = TraitResult(
+        layer=layer,
+        traits=tuple(sorted(rows, key=lambda row: row.cosine)),
+        chance=chance,
+        cos_pc1_axis=cosine(directions[0], unit),
+        variance_ratio=tuple(ratio[:50].tolist()),
+        components_for=components_for_shares(ratio),
+        n_rollouts=sum(map(sum, counts)),
+        judged=scores is not None,
+        other_side=score_counts[0],
+        unjudged=score_counts[None] if scores is not None else 0,
+        left_out=tuple(sorted({role[1:] for role in activations.roles} - set(names))),
+    )
+    return TraitFit(space, result)
 
 
-def _contrasts(
+def _trait_vectors(
     activations: Activations, scores: frozenset[int] | None
 ) -> tuple[list[str], Array, list[tuple[int, int]]]:
-    """Traits with answers at both poles: names, positive minus negative means (T, L, D), and numbers of answers."""
+    """Traits with answers at both poles: names, positive minus negative means (T, L, D), numbers of answers."""
     names, vectors, counts = [], [], []
     for name in dict.fromkeys(role[1:] for role in activations.roles):
         (positive, n), (negative, m) = (
@@ -96,59 +113,28 @@ def _contrasts(
             names.append(name)
             vectors.append((positive - negative).numpy())
             counts.append((n, m))
-    if len(names) < FEWEST:
-        raise UserError(f"only {len(names)} traits have answers at both poles; a trait space needs {FEWEST}")
+    if len(names) < MIN_TRAITS:
+        raise UserError(
+            f"only {len(names)} traits have answers at both poles; a trait space needs {MIN_TRAITS}"
+        )
     return names, np.stack(vectors), counts
 
 
-def _rows(
-    activations: Activations,
-    scores: frozenset[int] | None,
-    names: list[str],
-    vectors: Array,
-    axis: Axis,
-    replicates: int,
-    seed: int,
-) -> tuple[list[dict[str, Any]], float | None]:
-    """Each trait's cosine with the axis and its length along it; intervals and chance where rollout means were kept.
+def _with_intervals(
+    rows: list[TraitProjection], x: Array, poles: Sequence[str], unit: Array, replicates: int, seed: int
+) -> tuple[list[TraitProjection], float]:
+    """The rows with intervals from rollout means x (N, D) of the named poles (N,).
 
-    Chance is the 95th percentile of its size over all traits when answers are dealt to the poles at random.
+    Also the 95th percentile of the cosines' size over all traits when answers are assigned to the poles at random.
     """
-    layer, unit = axis.layer, axis.at(axis.layer).double().numpy()
-    rows: list[dict[str, Any]] = [
-        {
-            "trait": name,
-            "cosine": cosine(vector, unit),
-            "along": float(vector @ unit),
-            "norm": float(np.linalg.norm(vector)),
-        }
-        for name, vector in zip(names, vectors, strict=True)
-    ]
-    if layer not in activations.layers or not replicates:
-        return rows, None
-    x = activations.rollout_means[:, activations.layers.index(layer)].double().numpy()
-    counted = [scores is None or score in scores for score in activations.scores]
-    owner = np.array(
-        [key.split("/", 1)[0] if own else "" for key, own in zip(activations.keys, counted, strict=True)]
-    )
-    shuffled = []
+    with_intervals, shuffled, pole = [], [], np.array(poles)
     for number, row in enumerate(rows):
-        sides = [x[owner == sign + row["trait"]] for sign in (POSITIVE, NEGATIVE)]
-        drawn, dealt = _resampled(
-            [side @ unit for side in sides], np.random.default_rng([seed, 11, number]), replicates
-        )
-        drawn, dealt = drawn / row["norm"], dealt / row["norm"]
-        found = interval(row["cosine"], drawn)
-        row |= {"low": max(found.low, -1.0), "high": min(found.high, 1.0)}  # a cosine is no more than 1
-        shuffled.append(dealt)
-    return rows, min(float(np.quantile(np.abs(np.concatenate(shuffled)), 0.95)), 1.0)
-
-
-def _resampled(sides: list[Array], generator: np.random.Generator, replicates: int) -> tuple[Array, Array]:
-    """Differences (replicates,) between the poles' mean projections: resampled, and with answers dealt at random."""
-    positive, negative = (
-        side[generator.integers(len(side), size=(replicates, len(side)))].mean(1) for side in sides
-    )
-    both, n = np.concatenate(sides), len(sides[0])
-    dealt = generator.permuted(np.tile(both, (replicates, 1)), axis=1)
-    return positive - negative, dealt[:, :n].mean(1) - dealt[:, n:].mean(1)
+        generator = np.random.default_rng([seed, 11, number])
+        positive, negative = (x[pole == sign + row.trait] @ unit for sign in (POSITIVE, NEGATIVE))
+        first, second = (bootstrap_means(side, replicates, generator) for side in (positive, negative))
+        low, high = percentile_interval((first - second) / row.norm)
+        with_intervals.append(replace(row, low=max(low, -1.0), high=min(high, 1.0)))  # a cosine is at most 1
+        both, n = np.concatenate([positive, negative]), len(positive)
+        assigned = generator.permuted(np.tile(both, (replicates, 1)), axis=1)
+        shuffled.append((assigned[:, :n].mean(1) - assigned[:, n:].mean(1)) / row.norm)
+    return with_intervals, min(float(np.quantile(np.abs(np.concatenate(shuffled)), 0.95)), 1.0)

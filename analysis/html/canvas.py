@@ -1,16 +1,16 @@
-"""What all figures of a report share: an empty canvas without plotly's own template, axes, lines and short names.
+"""Building blocks of all figures: an empty canvas without plotly's template, axis and line styles, labels of points.
 
-Colours are written as `var(--name)`: the page resolves them to its palette, so a figure follows light and dark.
+    figure = empty_figure(margin={"l": 60, "r": 16, "t": 16, "b": 48})
+    figure.update_xaxes(title_text="layer", **axis_look())
 
-Where the names of dots may lie in a scatter, so that they cover neither a dot nor each other.
-
-Places are worked out for the plot areas of a desktop and a phone, in pixels; the page shows one of them. Both axes have one
-scale: distances mean the same in both directions.
+Colours are written as `var(--name)`: the page resolves them to its palette, so that a figure follows light and dark.
+Labels are placed so that they cover neither a point nor each other, in pixels, for the plot areas of a desktop and of a
+phone; the page shows one of the two. Both axes have one scale: distances mean the same in both directions.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from html import escape
 
 import numpy as np
 import plotly.graph_objects as go
@@ -18,105 +18,136 @@ import plotly.graph_objects as go
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 CLEAR = "rgba(0,0,0,0)"
 WORDS = {"color": "var(--ink)", "size": 12}
+SCREENS = {"wide": (850, 495), "narrow": (250, 235)}  # plot areas, pixels
+LETTER_WIDTH, LINE_HEIGHT, POINT_GAP = 6.8, 14.0, 8.0  # pixels; the gap is from a point's centre to its label
+Box = tuple[float, float, float, float]  # left, bottom, right, top
+Style = dict[str, object]
 
 
-def empty_figure(**layout: Any) -> go.Figure:
-    """An empty figure without plotly's own template: transparent, quiet, in the page's colours."""
-    hover = {"bgcolor": "var(--card)", "bordercolor": "var(--line)", "font": {**WORDS, "family": FONT}}
-    clear = {
+def empty_figure(**layout: object) -> go.Figure:
+    """Returns an empty figure without plotly's template: transparent, in the page's colours."""
+    defaults = {
         "paper_bgcolor": CLEAR,
         "plot_bgcolor": CLEAR,
         "template": None,
         "dragmode": False,
         "showlegend": False,
+        "font": {"family": FONT, "size": 13, "color": "var(--muted)"},
+        "hoverlabel": {
+            "bgcolor": "var(--card)",
+            "bordercolor": "var(--line)",
+            "font": {**WORDS, "family": FONT},
+        },
+        "modebar": {"bgcolor": CLEAR, "color": "var(--line)", "activecolor": "var(--muted)"},
+        "uirevision": "keep",  # zoom and camera stay when the page redraws in other colours
     }
-    buttons = {"bgcolor": CLEAR, "color": "var(--line)", "activecolor": "var(--muted)"}
-    font = {"family": FONT, "size": 13, "color": "var(--muted)"}
-    # a fixed uirevision keeps zoom and camera when the page redraws in other colours
-    quiet = {**clear, "font": font, "hoverlabel": hover, "modebar": buttons, "uirevision": "keep"}
-    return go.Figure(layout={**quiet, **layout})
+    return go.Figure(layout={**defaults, **layout})
 
 
-def axis_look(*, zero: bool = False) -> dict[str, Any]:
-    line = {"zeroline": zero, "zerolinecolor": "var(--line)", "linecolor": "var(--line)"}
-    # automargin would go on for ever with a colour bar below axes of equal scale: margins are given
+def axis_look(*, zero: bool = False) -> Style:
+    """Returns the style of an x or y axis, with a line at 0 on demand."""
     return {
-        **line,
+        "zeroline": zero,
+        "zerolinecolor": "var(--line)",
+        "linecolor": "var(--line)",
         "gridcolor": "var(--grid)",
-        "automargin": False,
+        "automargin": False,  # never ends with a colour bar below axes of equal scale: margins are given
         "title_standoff": 10,
         "title_font_size": 13,
     }
 
 
-def line_look(colour: str, width: float, dash: str = "solid") -> dict[str, Any]:
+def line_look(colour: str, width: float, dash: str = "solid") -> Style:
+    """Returns the style of a line in a colour of the page, such as "--accent"."""
     return {"color": f"var({colour})", "width": width, "dash": dash}
 
 
 def shortened(text: str, length: int = 28) -> str:
+    """Returns the text, cut with an ellipsis to at most that many characters."""
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
-SCREENS = {"wide": (850, 495), "narrow": (250, 235)}
-LETTER, LINE, DOT = (
-    6.8,
-    14.0,
-    8.0,
-)  # pixels: width of a letter, height of a line, from a dot's centre to its label
-Box = tuple[float, float, float, float]
+def plain(text: str, length: int = 28) -> str:
+    """Returns a shortened text without markup: plotly reads its texts as HTML."""
+    return escape(shortened(text, length), quote=False)
 
 
 @dataclass(frozen=True)
 class Label:
-    """A name, the dot's place in data units, whether it is drawn come what may, and its distance from the dot's centre."""
+    """A point's name and position (data units); `required` labels are drawn even where they cover something.
+
+    `gap` is the distance from the point's centre to the label, `size` the diameter of its marker (pixels).
+    """
 
     text: str
     x: float
     y: float
-    must: bool = False
-    gap: float = DOT
+    required: bool = False
+    gap: float = POINT_GAP
+    size: int = 12
+
+
+def add_labels(figure: go.Figure, points: Sequence[Sequence[float]], labels: Sequence[Label]) -> None:
+    """Adds those of the labels that fit among the points (N, 2), for both screens; the first ones take precedence."""
+    for screen, size in SCREENS.items():
+        positions = place_labels(points, labels, size)
+        placed = [labels[number] for number in positions]
+        figure.add_scatter(
+            x=[label.x for label in placed],
+            y=[label.y for label in placed],
+            text=[plain(label.text) for label in placed],
+            textposition=list(positions.values()),
+            textfont=WORDS,
+            mode="markers+text",
+            # invisible markers: plotly keeps a label clear of the marker in its own trace only
+            marker={"size": [label.size for label in placed], "opacity": 0},
+            hoverinfo="skip",
+            cliponaxis=False,
+            meta=screen,
+        )
 
 
 def place_labels(
-    points: Sequence[Sequence[float]], wanted: Sequence[Label], size: tuple[int, int]
+    points: Sequence[Sequence[float]], labels: Sequence[Label], size: tuple[int, int]
 ) -> dict[int, str]:
-    """Positions ("top center", ...) of those wanted labels, by number, that find room among the points; greedily."""
-    found = np.array(points, dtype=np.float64)
-    span = np.ptp(found, axis=0)
-    scale = 0.85 * float(
-        min(size[0] / (span[0] or 1), size[1] / (span[1] or 1))
-    )  # one for both axes, as drawn
-    dots, taken, placed = found * scale, list[Box](), dict[int, str]()
+    """Returns plotly's text positions ("top center", ...), by number, of the labels that fit on a screen of that size."""
+    data = np.array(points, dtype=np.float64)
+    span = np.ptp(data, axis=0)
+    # pixels per data unit, the same for both axes, as drawn
+    scale = 0.85 * float(min(size[0] / (span[0] or 1), size[1] / (span[1] or 1)))
+    dots, taken, placed = data * scale, list[Box](), dict[int, str]()
     room = (np.array(size) - span * scale) / 2
     low, high = (dots.min(axis=0) - room).tolist(), (dots.max(axis=0) + room).tolist()
 
     def is_free(box: Box) -> bool:
-        inside = low[0] < box[0] and box[2] < high[0] and low[1] < box[1] and box[3] < high[1]
-        return inside and not _covers(box, dots) and not any(_overlap(box, other) for other in taken)
+        left, bottom, right, top = box
+        if not (low[0] < left and right < high[0] and low[1] < bottom and top < high[1]):
+            return False
+        inside = (dots[:, 0] > left) & (dots[:, 0] < right) & (dots[:, 1] > bottom) & (dots[:, 1] < top)
+        overlaps = (left < b[2] and b[0] < right and bottom < b[3] and b[1] < top for b in taken)
+        return not inside.any() and not any(overlaps)
 
-    for number, label in enumerate(wanted):
-        choices = _boxes(label, scale)
-        free = [position for position, box in choices.items() if is_free(box)]
-        if free or label.must:
+    for number, label in enumerate(labels):
+        boxes = _label_boxes(label, scale)
+        free = [position for position, box in boxes.items() if is_free(box)]
+        if free or label.required:
             placed[number] = free[0] if free else "top center"
-            taken.append(choices[placed[number]])
+            taken.append(boxes[placed[number]])
     return placed
 
 
-def _boxes(label: Label, scale: float) -> dict[str, Box]:
-    """Where a label could lie, in pixels, the best place first."""
+def _label_boxes(label: Label, scale: float) -> dict[str, Box]:
+    """Where a label could lie, in pixels, the best position first."""
     x, y = label.x * scale, label.y * scale
-    half = len(label.text) * LETTER / 2
-    up, aside = label.gap + LINE / 2, label.gap + half
-    centres = {"top center": (x, y + up), "bottom center": (x, y - up)}
-    centres |= {"middle right": (x + aside, y), "middle left": (x - aside, y)}
-    return {name: (cx - half, cy - LINE / 2, cx + half, cy + LINE / 2) for name, (cx, cy) in centres.items()}
-
-
-def _overlap(a: Box, b: Box) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
-
-
-def _covers(box: Box, dots: Any) -> bool:
-    inside = (dots[:, 0] > box[0]) & (dots[:, 0] < box[2]) & (dots[:, 1] > box[1]) & (dots[:, 1] < box[3])
-    return bool(inside.any())
+    half = len(shortened(label.text)) * LETTER_WIDTH / 2
+    up, aside = label.gap + LINE_HEIGHT / 2, label.gap + half
+    centres = {
+        "top center": (x, y + up),
+        "bottom center": (x, y - up),
+        "middle right": (x + aside, y),
+        "middle left": (x - aside, y),
+    }
+    return {
+        name: (cx - half, cy - LINE_HEIGHT / 2, cx + half, cy + LINE_HEIGHT / 2)
+        for name, (cx, cy) in centres.items()
+    }

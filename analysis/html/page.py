@@ -1,18 +1,17 @@
-"""What all pages of this project share: one HTML file that works offline, in the reader's light or dark, and runs nothing foreign.
+"""Pages: one HTML file that works offline, in the reader's light or dark scheme, and runs no foreign script.
 
-    write_page(path, folder / "report.html.jinja", {"fit": fit}, {"plane": figure})
+    write_page(path, folder / "page.html.jinja", {"fit": fit}, {"plane": figure}, {})
 
-Names, prompts, answers and model ids come from others: templates escape all of them, figures carry them as JSON without
-markup, and the page's own policy runs no script but those written here and loads nothing at all.
+Names, prompts, answers and model ids come from others: templates escape them, figures carry them as JSON without markup,
+and the page's content security policy runs no script but those written here and loads nothing.
 """
 
 import base64
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import plotly.graph_objects as go
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -27,18 +26,21 @@ HERE = Path(__file__).parent
 def write_page(
     path: Path,
     template: Path,
-    content: Mapping[str, Any],
+    content: Mapping[str, object],
     figures: Mapping[str, go.Figure],
-    filters: Mapping[str, Callable[..., Any]],
+    filters: Mapping[str, Callable[..., object]],
 ) -> None:
-    """Write a template's page with its figures; without any, plotly and its script stay out."""
+    """Writes a Jinja template's page with its figures; without any, plotly is left out."""
     script = (HERE / "page.js").read_text(encoding="utf-8")
     scripts = [get_plotlyjs(), script] if figures else [script]
     data = "{" + ",".join(f"{json.dumps(name)}:{figure.to_json()}" for name, figure in figures.items()) + "}"
+    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts]
+    allowed = " ".join(f"'sha256-{value}'" for value in digests)
     shared = {
-        "policy": _policy(scripts),
+        "policy": f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; "
+        "base-uri 'none'; form-action 'none'",
         "css": Markup((HERE / "page.css").read_text(encoding="utf-8")),
-        "scripts": [Markup(one) for one in scripts],
+        "scripts": [Markup(text) for text in scripts],
         "data": Markup(data.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")),
         "drawn": figures.keys(),
     }
@@ -54,14 +56,4 @@ def _environment(folder: Path) -> Environment:
     loader = FileSystemLoader([folder, HERE])
     return Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-
-
-def _policy(scripts: Sequence[str]) -> str:
-    """A content security policy: these scripts by their hashes, styles in the page, images from memory, no network."""
-    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
-    allowed = " ".join(f"'sha256-{value}'" for value in hashes)
-    return (
-        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; "
-        "base-uri 'none'; form-action 'none'"
     )

@@ -2,16 +2,18 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from families import save_tiny
 
-from personatlas.analysis.emergence import emergence, ends, settled
-from personatlas.analysis.fit.tables import interval
+from personatlas.analysis.emergence import compare_checkpoints, select_checkpoints
+from personatlas.analysis.fit.result import AnswerProjections, FitResult, LayerFit, RoleProjection
+from personatlas.analysis.fit.tables import interval_text
+from personatlas.analysis.stats import Interval
 from personatlas.cli.app import main
-from personatlas.cli.axis import chosen
 from personatlas.persona.axis import Axis
 from personatlas.persona.errors import UserError
 
@@ -25,52 +27,57 @@ def axis(*vector):
 
 
 def fit(places, layer=1, **more):
-    row = {"layer": layer, "cos_pc1": 0.5, "norm": 3.0, **more}
-    return {
-        "layer": layer,
-        "positive": "default",
-        "layers": [{"layer": 0, "cos_pc1": 0.1, "norm": 1.0}, row],
-        "roles": [{"role": name, "projection": place} for name, place in places.items()],
-    }
+    return FitResult(
+        layers=(LayerFit(0, 1.0, 0.1, 84.0, 0.2), LayerFit(layer, 3.0, 0.5, 60.0, 0.4, **more)),
+        layer=layer,
+        layer_reason="",
+        poles=("assistant", "role-play"),
+        positive="default",
+        roles=tuple(RoleProjection(name, place, 1, (), name == "default") for name, place in places.items()),
+        variance_ratio=(1.0,),
+        components_for={},
+        projections=AnswerProjections(),
+        n_rollouts=6,
+        curve=None,
+        default="default",
+        model=MODEL,
+    )
 
 
 def test_places_are_standard_deviations_of_the_roles_without_the_default_whatever_the_scale():
     scaled = {name: 40 * place - 700 for name, place in END.items()}
-    found = emergence({0: (fit(scaled), axis(1, 0, 0, 0)), 8: (fit(END), axis(1, 0, 0, 0))})
+    found = compare_checkpoints({0: (fit(scaled), axis(1, 0, 0, 0)), 8: (fit(END), axis(1, 0, 0, 0))})
     roles = np.array([place for name, place in END.items() if name != "default"])
     wanted = {name: (place - roles.mean()) / roles.std() for name, place in END.items()}
-    assert found["roles"] == {name: pytest.approx([place, place]) for name, place in wanted.items()}
-    first, last = (row["pole"] for row in found["checkpoints"])
-    assert first == {"z": pytest.approx(wanted["default"]), "place": 1, "of": 6}
-    assert last["place"] == 1
-    assert found["checkpoints"][0]["ranked_alike"]["value"] == pytest.approx(1)
+    assert found.roles == {name: pytest.approx((place, place)) for name, place in wanted.items()}
+    first, last = (row.pole for row in found.checkpoints)
+    assert first.to_json() == {"z": pytest.approx(wanted["default"]), "place": 1, "of": 6}
+    assert last.rank == 1
+    assert found.checkpoints[0].rank_correlation.value == pytest.approx(1)
 
 
 def test_every_checkpoint_is_compared_with_the_last_one():
     turned = dict(zip(END, [0.0, -4.0, -3.0, -1.0, 2.0, 6.0], strict=True))
-    found = emergence(
+    found = compare_checkpoints(
         {0: (fit(turned), axis(0, 1, 0, 0)), 4: (fit(END), axis(1, 1, 0, 0)), 8: (fit(END), axis(1, 0, 0, 0))}
     )
-    assert [row["ranked_alike"]["value"] for row in found["checkpoints"]] == pytest.approx([-1, 1, 1])
-    assert [row["cosine"] for row in found["checkpoints"]] == pytest.approx([0, 0.5**0.5, 1], abs=1e-6)
-    assert found["checkpoints"][0]["pole"]["place"] == 3
-    assert settled(found["checkpoints"]) == 4
-    assert settled(found["checkpoints"][:1] + found["checkpoints"][2:]) is None
-    for roles in (
-        found["roles"],
-        dict(sorted(found["roles"].items())),
-    ):  # in whatever order a file holds them
-        assert ends(roles, "default", 2) == (["pirate", "ghost"], ["clerk", "editor"])
-    assert list(found["roles"])[-1] == "default"
+    assert [row.rank_correlation.value for row in found.checkpoints] == pytest.approx([-1, 1, 1])
+    assert [row.cosine for row in found.checkpoints] == pytest.approx([0, 0.5**0.5, 1], abs=1e-6)
+    assert found.checkpoints[0].pole.rank == 3
+    assert found.settled_step == 4
+    assert replace(found, checkpoints=found.checkpoints[:1] + found.checkpoints[2:]).settled_step is None
+    for roles in (found.roles, dict(sorted(found.roles.items()))):  # in whatever order a file holds them
+        assert replace(found, roles=roles).ends(2) == (["pirate", "ghost"], ["clerk", "editor"])
+    assert list(found.roles)[-1] == "default"
 
 
 def test_intervals_are_shown_where_there_are_some():
-    wide = {"value": 0.5, "low": 0.25, "high": 0.75}
-    found = emergence(
+    wide = Interval(0.5, 0.25, 0.75, 100)
+    found = compare_checkpoints(
         {0: (fit(END), axis(1, 0, 0, 0)), 8: (fit(END, cos_pc1_by_roles=wide), axis(1, 0, 0, 0))}
     )
-    assert [interval(row["cos_pc1"]) for row in found["checkpoints"]] == ["0.50", "0.50 [0.25, 0.75]"]
-    assert interval(found["checkpoints"][0]["split_half"]) == "-"
+    assert [interval_text(row.cos_pc1) for row in found.checkpoints] == ["0.50", "0.50 [0.25, 0.75]"]
+    assert interval_text(found.checkpoints[0].split_half) == "-"
 
 
 @pytest.mark.parametrize(
@@ -83,7 +90,7 @@ def test_intervals_are_shown_where_there_are_some():
 )
 def test_what_cannot_be_compared_is_refused(fits, said):
     with pytest.raises(UserError, match=said):
-        emergence({step: (one, axis(1, 0, 0, 0)) for step, one in fits.items()})
+        compare_checkpoints({step: (one, axis(1, 0, 0, 0)) for step, one in fits.items()})
 
 
 @pytest.fixture(scope="module")
@@ -98,16 +105,16 @@ def trained(tmp_path_factory):
 
 
 def test_checkpoints_are_spread_over_the_logarithm_of_their_steps_with_both_ends(trained):
-    assert list(chosen(trained, 8)) == [0, 1, 2, 4, 6]
-    assert list(chosen(trained, 4)) == [0, 1, 2, 6]
-    assert list(chosen(trained, 2)) == [0, 6]
+    assert list(select_checkpoints(trained, 8)) == [0, 1, 2, 4, 6]
+    assert list(select_checkpoints(trained, 4)) == [0, 1, 2, 6]
+    assert list(select_checkpoints(trained, 2)) == [0, 6]
 
 
 def test_roles_that_all_lie_at_one_place_have_no_ranks():
     flat = dict.fromkeys(END, 2.0)
-    found = emergence({0: (fit(flat), axis(1, 0, 0, 0)), 8: (fit(END), axis(1, 0, 0, 0))})
-    assert found["checkpoints"][0]["ranked_alike"] is None
-    assert settled(found["checkpoints"]) is None
+    found = compare_checkpoints({0: (fit(flat), axis(1, 0, 0, 0)), 8: (fit(END), axis(1, 0, 0, 0))})
+    assert found.checkpoints[0].rank_correlation is None
+    assert found.settled_step is None
 
 
 def test_several_processes_are_refused_before_anything_is_done(trained, monkeypatch, capsys):
@@ -119,17 +126,17 @@ def test_several_processes_are_refused_before_anything_is_done(trained, monkeypa
 
 def test_what_has_no_checkpoints_to_watch_is_refused_in_one_line(trained, tmp_path):
     with pytest.raises(UserError, match="--checkpoints 1: at least 2"):
-        chosen(trained, 1)
+        select_checkpoints(trained, 1)
     with pytest.raises(UserError, match="is not the folder of a training run"):
-        chosen(tmp_path, 8)
+        select_checkpoints(tmp_path, 8)
     one = shutil.copytree(trained, tmp_path / "one")
     for step in (0, 1, 2, 4):
         shutil.rmtree(one / "checkpoints" / f"step-{step:06d}")
     with pytest.raises(UserError, match="has 1 checkpoint: train with --keep log"):
-        chosen(one, 8)
+        select_checkpoints(one, 8)
     shutil.rmtree(one / "checkpoints")
     with pytest.raises(UserError, match="has no checkpoints: train with"):
-        chosen(one, 8)
+        select_checkpoints(one, 8)
 
 
 def test_the_verb_fits_all_at_the_layer_of_the_last_one_and_goes_on_where_it_stopped(

@@ -216,7 +216,8 @@ def compression(
         raise UserError("there is no held-out text to check the tokenizer on")
     table = np.array(list(sizes.values()))  # (documents, 2)
     total = table.sum(0)
-    ends = ratio_interval(*table.T.astype(float), range(len(table)), samples=1000)
+    byte_counts, token_counts = table.T.astype(float)
+    ends = ratio_interval(byte_counts, token_counts, range(len(table)), samples=1000)
     interval = None if ends is None else (round(ends[0], 4), round(ends[1], 4))
     return Compression(
         len(table), int(total[0]), int(total[1]), round(float(total[0] / total[1]), 4), interval

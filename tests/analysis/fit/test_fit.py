@@ -17,11 +17,11 @@ from personatlas.analysis.fit.geometry import (
     first_component,
 )
 from personatlas.analysis.fit.uncertainty import (
-    _places,
-    _resample,
-    agreement,
     learning_curve,
-    shuffled,
+    pc1_agreement,
+    random_ranks,
+    resampled_weights,
+    shuffled_null,
     split_half,
     split_questions,
     split_roles,
@@ -96,10 +96,7 @@ def test_a_planted_axis_is_found_and_points_to_the_default():
     x, groups, v = planted()
     fit = fitted(x, groups)
     assert cosine(fit.axis.vectors[0].double().numpy(), v) > 0.85
-    assert (
-        fit.report["roles"][-1]["projection"]
-        >= next(r["projection"] for r in fit.report["roles"] if r["positive"]) - 3
-    )
+    assert fit.result.roles[-1].projection >= fit.result.positive_role.projection - 3
     assert float(fit.space.coordinates[0, 0]) > 0  # the default on the positive side of PC1
 
 
@@ -136,19 +133,19 @@ def test_more_rollouts_give_halves_that_agree_better():
 def test_without_signal_the_null_is_not_rejected_and_with_signal_it_is():
     g = np.random.default_rng(3)
     _, groups, _ = planted()
-    noise = shuffled(g.normal(size=(len(groups.index), 24)), groups, np.random.default_rng(1), 60)
+    noise = shuffled_null(g.normal(size=(len(groups.index), 24)), groups, np.random.default_rng(1), 60)
     assert noise.p_norm > 0.02
     x, groups, _ = planted()
-    assert shuffled(x, groups, np.random.default_rng(1), 60).p_norm == pytest.approx(1 / 61)
+    assert shuffled_null(x, groups, np.random.default_rng(1), 60).p_norm == pytest.approx(1 / 61)
 
 
 def test_agreement_has_an_interval_around_the_estimate_over_roles_and_rollouts():
     x, groups, _ = planted()
-    found = agreement(x, groups, np.random.default_rng(0), 60)
+    found = pc1_agreement(x, groups, np.random.default_rng(0), 60)
     assert 0.8 < found.by_roles.value <= 1
     assert found.by_roles.low <= found.by_roles.value
     assert found.by_questions.high <= 1
-    assert 0 < found.angle_to_estimate < 30
+    assert 0 < found.angle_resampled < 30
 
 
 def test_splitting_roles_uses_each_rollout_of_the_default_once():
@@ -160,7 +157,7 @@ def test_the_axis_of_another_character_has_its_own_poles():
     x, groups, _ = planted()
     fit = fitted(x, groups, positive="role03")
     assert fit.axis.poles == ("role03", "others")
-    assert "default" in [role["role"] for role in fit.report["roles"]]
+    assert "default" in [role.role for role in fit.result.roles]
     with pytest.raises(UserError, match="'nobody' has no kept rollout"):
         fitted(x, groups, positive="nobody")
 
@@ -189,7 +186,7 @@ def test_scores_choose_the_cells_that_make_a_role():
     fit = fit_axis(activations, kept, scores=frozenset({3}), default="default", replicates=0)
     role = x[(groups.index == 1) & (np.array([s == 3 for s in scores]))].mean(0)
     assert np.allclose(activations.role_mean("role00", {3})[0][0].numpy(), role, atol=1e-4)
-    assert fit.report["n_rollouts"] == len(kept)
+    assert fit.result.n_rollouts == len(kept)
 
 
 def test_sums_do_not_depend_on_order_and_parts_join(tmp_path):
@@ -244,9 +241,9 @@ def test_a_curve_of_one_answer_a_role_says_nothing():
 
 def test_layers_on_all_cores_give_the_very_numbers_of_one(monkeypatch):
     x, groups, _ = planted()
-    alone = fitted(x, groups).report["layers"]
+    alone = fitted(x, groups).result.layers
     monkeypatch.setattr("personatlas.analysis.fit.axis.PARALLEL_FROM", 0)
-    assert fitted(x, groups).report["layers"] == alone
+    assert fitted(x, groups).result.layers == alone
 
 
 def with_questions(question_effect, n_roles=30, n_questions=12, prompts=5, d=24, seed=0):
@@ -281,7 +278,7 @@ def test_what_questions_do_to_every_role_alike_is_no_instability():
 
 def test_halves_hold_half_of_every_roles_answers_to_each_question():
     _, groups = with_questions(0.0, prompts=4)
-    place = _places(groups, np.random.default_rng(3))
+    place = random_ranks(groups, np.random.default_rng(3))
     for role in range(3):
         own = groups.index == role
         assert sorted(place[own]) == list(range(48))
@@ -305,8 +302,8 @@ def test_the_smallest_runs_are_fitted_without_a_number_that_is_none(n_roles, pro
         cells, count, mean, square, tuple(keys), (None,) * len(keys), (0, 1, 2), means, MODEL, "c"
     )
     for seed in range(5):
-        report = fit_axis(activations, keys, scores=None, default="default", replicates=20, seed=seed).report
-        json.dumps(report, allow_nan=False)
+        report = fit_axis(activations, keys, scores=None, default="default", replicates=20, seed=seed).result
+        json.dumps(report.to_json(), allow_nan=False)
 
 
 def test_a_split_without_the_pole_on_either_side_is_not_counted():
@@ -322,14 +319,14 @@ def test_a_split_without_the_pole_on_either_side_is_not_counted():
 
 def test_resampled_questions_are_the_same_for_every_role_and_count_as_often_as_they_were_drawn():
     x, groups = with_questions(2.0, n_roles=10)
-    weight = _resample(groups, np.random.default_rng(4))
+    weight = resampled_weights(groups, np.random.default_rng(4))
     assert weight.sum() == len(x)
     for question in range(12):
         assert len(set(weight[groups.question == question])) == 1
     loud, quiet = (
-        agreement(with_questions(size)[0], groups_of, np.random.default_rng(0), 40)
+        pc1_agreement(with_questions(size)[0], groups_of, np.random.default_rng(0), 40)
         for size, groups_of in ((4.0, with_questions(4.0)[1]), (0.0, with_questions(0.0)[1]))
     )
-    assert loud.angle_to_estimate == pytest.approx(
-        quiet.angle_to_estimate, abs=3
+    assert loud.angle_resampled == pytest.approx(
+        quiet.angle_resampled, abs=3
     )  # what moves all roles alike cancels

@@ -13,6 +13,7 @@ from plotly.offline import get_plotlyjs
 
 from personatlas.analysis.fit.figures import figures
 from personatlas.analysis.fit.page import write_report
+from personatlas.analysis.fit.result import FitResult
 from personatlas.analysis.html import page as pages
 from personatlas.persona.rollout import Rollout
 
@@ -91,6 +92,10 @@ def a_fit(
             "others": [] if bare else [-3.0, -1.0, 0.5, 1.5],
         },
         "n_rollouts": 6,
+        "curve": None,
+        "traits": None,
+        "trait_problem": None,
+        "compared": None,
         "default": "default",
         "model": {
             "id": "a/model",
@@ -185,7 +190,13 @@ def written(
     folder: Path, fit: dict[str, Any], rollouts: Any = (), manifest: dict[str, Any] | None = None
 ) -> Page:
     path = folder / "report.html"
-    write_report(path, fit, rollouts, a_manifest() if manifest is None else manifest, "stamp0123456789")
+    write_report(
+        path,
+        FitResult.from_json(fit),
+        rollouts,
+        a_manifest() if manifest is None else manifest,
+        "stamp0123456789",
+    )
     assert [file.name for file in folder.iterdir()] == ["report.html"]  # no temporary file is left
     return Page(path.read_text(encoding="utf-8"))
 
@@ -253,7 +264,7 @@ def test_nothing_is_loaded_from_anywhere(tmp_path: Path, monkeypatch: pytest.Mon
 def test_layers_without_rollout_means_still_give_a_page(tmp_path: Path) -> None:
     page = written(tmp_path, a_fit(bare=True), (), {})
     assert set(page.figures()) == {"layers", "variance", "plane", "cloud"}
-    assert "chance would give is not known" in page.words
+    assert "The null is not known" in page.words
     assert "No rollout means were kept at this layer" in page.words
     assert "No judge has scored these answers" in page.words
 
@@ -263,7 +274,7 @@ def test_a_band_bridges_no_layer_that_lacks_it() -> None:
     fit["layers"] = [a_layer(number, bare=number in (1, 4)) for number in range(6)]
     bands = [
         trace
-        for trace in figures(fit)["layers"].data
+        for trace in figures(FitResult.from_json(fit))["layers"].data
         if trace.fill == "toself" and "accent" in trace.fillcolor
     ]
     assert [sorted({round(x) for x in band.x}) for band in bands] == [[0], [2, 3], [5]] * 2
@@ -274,7 +285,7 @@ def test_a_space_of_few_dimensions_leaves_figures_out(tmp_path: Path, n_componen
     fit = a_fit(n_components=n_components)
     fit["variance_ratio"] = fit["variance_ratio"][:n_components]
     assert ("plane" in written(tmp_path, fit).figures()) == (n_components == 2)
-    assert "cloud" not in figures(fit)
+    assert "cloud" not in figures(FitResult.from_json(fit))
 
 
 def test_another_character_can_be_the_positive_pole(tmp_path: Path) -> None:
@@ -291,10 +302,7 @@ def test_another_character_can_be_the_positive_pole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("p_norm", "p_cos", "said"),
-    [
-        (0.3, 0.3, "nothing here tells an axis from chance"),
-        (0.01, 0.3, "use the axis, and do not take PC1 for it"),
-    ],
+    [(0.3, 0.3, "the axis is not distinguishable from chance"), (0.01, 0.3, "use the axis, not PC1")],
 )
 def test_what_chance_would_give_is_said_first(tmp_path: Path, p_norm: float, p_cos: float, said: str) -> None:
     fit = a_fit()
@@ -304,10 +312,10 @@ def test_what_chance_would_give_is_said_first(tmp_path: Path, p_norm: float, p_c
 
 def test_all_that_was_dropped_is_shown(page: Page) -> None:
     assert (
-        "6 of 6 answers went into the fit (keeping “small”): 3 fell by their score, 1 as empty, and 1 role was"
+        "6 of 6 answers went into the fit (keeping “small”): 3 were dropped by their score, 1 as empty, and 1 whole role was"
         in page.words
     )
-    assert "role score 0 unjudged empty dropped whole" in page.words
+    assert "role score 0 unjudged empty role dropped" in page.words
     assert "none left" in page.words
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from personatlas.analysis.fit.pipeline import compared, other_axis
-from personatlas.analysis.fit.tables import say_compared
+from personatlas.analysis.fit.comparison import compare_axes
+from personatlas.analysis.fit.tables import comparison_text
 from personatlas.analysis.fit.traits import fit_traits
 from personatlas.persona.artifacts import write_json
 from personatlas.persona.axis import Axis, load_axis
@@ -63,23 +63,23 @@ PLACES = {"up": 0.9, "across": 0.0, "down": -0.7, "askew": 0.4}
 
 def test_planted_traits_are_found_at_their_places_with_intervals_that_hold_them():
     found = fit_traits(planted(PLACES), axis())
-    rows = {row["trait"]: row for row in found.report["traits"]}
-    assert [row["trait"] for row in found.report["traits"]] == ["down", "across", "askew", "up"]
+    rows = {row.trait: row for row in found.result.traits}
+    assert [row.trait for row in found.result.traits] == ["down", "across", "askew", "up"]
     for name, place in PLACES.items():
-        assert rows[name]["cosine"] == pytest.approx(place, abs=0.1)
-        assert rows[name]["low"] < rows[name]["cosine"] < rows[name]["high"]
-        assert rows[name]["low"] - 0.1 < place < rows[name]["high"] + 0.1
-        assert rows[name]["n"] == [EACH, EACH]
-    assert abs(rows["across"]["cosine"]) < 2 * found.report["chance"]
-    assert 0 < found.report["chance"] < 0.3 < rows["up"]["cosine"]
+        assert rows[name].cosine == pytest.approx(place, abs=0.1)
+        assert rows[name].low < rows[name].cosine < rows[name].high
+        assert rows[name].low - 0.1 < place < rows[name].high + 0.1
+        assert rows[name].n == (EACH, EACH)
+    assert abs(rows["across"].cosine) < 2 * found.result.chance
+    assert 0 < found.result.chance < 0.3 < rows["up"].cosine
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
     held = [
-        row["low"] <= PLACES[row["trait"]] <= row["high"]
+        row.low <= PLACES[row.trait] <= row.high
         for seed in range(12)
-        for row in fit_traits(planted(PLACES), axis(), seed=seed).report["traits"]
-        if row["trait"] == "across"
+        for row in fit_traits(planted(PLACES), axis(), seed=seed).result.traits
+        if row.trait == "across"
     ]
     assert np.mean(held) > 0.7
 
@@ -97,10 +97,11 @@ def test_trait_vectors_are_positive_minus_negative_means_as_unit_rows():
 
 
 def test_without_rollout_means_at_the_layer_there_are_places_and_no_intervals():
-    report = fit_traits(planted(PLACES, kept=(0,)), axis()).report
-    assert report["chance"] is None
-    assert not any("low" in row for row in report["traits"])
-    assert report["traits"][-1]["cosine"] == pytest.approx(0.9, abs=0.1)
+    result = fit_traits(planted(PLACES, kept=(0,)), axis()).result
+    assert result.chance is None
+    assert not any(row.low or row.high for row in result.traits)
+    assert "low" not in result.to_json()["traits"][0]
+    assert result.traits[-1].cosine == pytest.approx(0.9, abs=0.1)
 
 
 def test_a_trait_space_is_read_as_it_was_written(tmp_path):
@@ -123,10 +124,10 @@ def scored(activations, scores):
 def test_answers_that_do_not_show_their_side_are_dropped_where_they_were_judged():
     whole = planted(PLACES)
     kept = [i % 3 > 0 for i in range(len(whole.keys))]
-    found = fit_traits(scored(whole, [int(own) for own in kept]), axis(), replicates=20).report
-    assert found["judged"] is True
-    assert (found["other_side"], found["unjudged"]) == (kept.count(False), 0)
-    assert {tuple(row["n"]) for row in found["traits"]} == {(20, 20)}
+    found = fit_traits(scored(whole, [int(own) for own in kept]), axis(), replicates=20).result
+    assert found.judged is True
+    assert (found.other_side, found.unjudged) == (kept.count(False), 0)
+    assert {row.n for row in found.traits} == {(20, 20)}
     x = whole.rollout_means[:, 1].double()
     up = [
         torch.stack(
@@ -135,16 +136,14 @@ def test_answers_that_do_not_show_their_side_are_dropped_where_they_were_judged(
         for sign in "+-"
     ]
     by_hand = float(torch.nn.functional.cosine_similarity(up[0] - up[1], UNIT.double(), dim=0))
-    assert next(row for row in found["traits"] if row["trait"] == "up")["cosine"] == pytest.approx(
-        by_hand, abs=1e-5
-    )
+    assert next(row for row in found.traits if row.trait == "up").cosine == pytest.approx(by_hand, abs=1e-5)
 
 
 def test_a_trait_without_answers_at_a_pole_is_left_out_and_named():
     whole = planted({**PLACES, "mute": 0.5})
     scores = [0 if key.startswith("-mute") else 1 for key in whole.keys]
     found = fit_traits(scored(whole, scores), axis(), replicates=0)
-    assert found.report["left_out"] == ["mute"]
+    assert found.result.left_out == ("mute",)
     assert found.space.traits == tuple(PLACES)
 
 
@@ -190,29 +189,27 @@ def test_an_axis_is_compared_with_another_layer_by_layer_and_by_the_rank_of_role
         for name, place in (("a", 1.0), ("b", 5.0), ("c", 3.0), ("d", 0.0))
     ]
     write_json(tmp_path / "fit.json", {"roles": theirs})
-    ours = [
-        {"role": name, "projection": place}
-        for name, place in (("a", 10.0), ("b", 50.0), ("c", 30.0), ("e", 2.0))
-    ]
-    found = compared(axis(), ours, tmp_path)
-    assert found["cosines"] == {
+    found = compare_axes(axis(), {"a": 10.0, "b": 50.0, "c": 30.0, "e": 2.0}, tmp_path)
+    assert found.cosines == {
         "1": pytest.approx(float(UNIT @ turned)),
         "2": pytest.approx(float(UNIT @ turned)),
     }
-    assert (found["roles"]["n"], found["roles"]["spearman"]) == (3, pytest.approx(1.0))
-    assert found["same_model"] is True
-    assert other_axis(tmp_path / "axis.safetensors").layers == (1, 2)
+    assert (found.roles.n, found.roles.spearman) == (3, pytest.approx(1.0))
+    assert found.same_model is True
+    named = compare_axes(axis(), {}, tmp_path / "axis.safetensors")
+    assert (named.cosines, named.roles) == (found.cosines, None)
     with pytest.raises(UserError, match=r"no axis at .*nothing"):
-        other_axis(tmp_path / "nothing")
+        compare_axes(axis(), {}, tmp_path / "nothing")
 
 
 def test_axes_of_another_width_have_no_cosines(tmp_path):
     other = {**MODEL, "d_model": 4, "fingerprint": "x"}
     Axis(torch.eye(4)[:L], torch.ones(L), (0, 1, 2), 1, other).save(tmp_path / "axis")
-    found = compared(axis(), [], tmp_path / "axis")
-    assert (found["cosines"], found["same_model"], "roles" in found) == (None, False, False)
-    said = say_compared({"compared": found, "layer": 1})
-    assert said.endswith("another model (m): another width or depth, and no roles in common")
+    found = compare_axes(axis(), {}, tmp_path / "axis")
+    assert (found.cosines, found.same_model, found.roles) == (None, False, None)
+    assert comparison_text(found, 1).endswith(
+        "another model (m): another width or depth, and no roles in common"
+    )
 
 
 def test_the_packaged_model_comes_with_an_axis_that_names_its_weights_and_floors():

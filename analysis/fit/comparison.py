@@ -1,0 +1,72 @@
+"""One axis beside another: from another bank or plan, another model, or the paper's repository.
+
+    compare_axes(axis, {"pirate": -3.2}, Path("runs/other"))    # a run folder, an axis artefact, or a packaged model's name
+
+Cosines are by layer, between axes of one width and depth. The projections of the roles that both have are compared by
+rank (Spearman), between any two axes: two models may rank their roles alike although their spaces differ.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from personatlas.analysis.fit.result import AxisComparison, RoleCorrelation
+from personatlas.analysis.stats import Interval, percentile_interval, resample
+from personatlas.persona.artifacts import read_json
+from personatlas.persona.axis import Axis, load_axis, load_space
+from personatlas.persona.runs import resolve_axis
+
+SAMPLES = 1000  # bootstrap draws
+
+
+def compare_axes(axis: Axis, projections: Mapping[str, float], path: Path) -> AxisComparison:
+    """Returns an axis and its roles' projections beside the axis at `path`. Raises `UserError` where there is none."""
+    stem = resolve_axis(str(path))
+    other = load_axis(stem)
+    same_size = all(axis.model.get(name) == other.model.get(name) for name in ("n_layers", "d_model"))
+    cosines = None
+    if same_size:
+        shared = [layer for layer in axis.layers if layer in other.layers]
+        cosines = {str(layer): float(axis.at(layer).double() @ other.at(layer).double()) for layer in shared}
+    fingerprints = {axis.model.get("fingerprint"), other.model.get("fingerprint")} - {None}
+    correlation, ranks = rank_correlation(projections, _projections_of(stem, other)), None
+    if correlation is not None:
+        low, high = correlation.low, correlation.high
+        ranks = RoleCorrelation(n=correlation.n, spearman=correlation.value, low=low, high=high)
+    return AxisComparison(
+        path=str(path),
+        model=other.model.get("id"),
+        poles=other.poles,
+        same_model=same_size and len(fingerprints) <= 1,
+        cosines=cosines,
+        roles=ranks,
+    )
+
+
+def _projections_of(stem: Path, axis: Axis) -> dict[str, float]:
+    """The roles' projections on an axis from the fit beside it, else from the persona space, else none."""
+    if (fit := stem.with_name("fit.json")).is_file():
+        return {row["role"]: row["projection"] for row in read_json(fit)["roles"]}
+    if not stem.with_name("space.json").is_file():
+        return {}
+    space = load_space(stem.with_name("space"))
+    means = space.mean.double() + space.coordinates.double() @ space.components.double()  # (R, D)
+    return dict(zip(space.roles, (means @ axis.at(space.layer).double()).tolist(), strict=True))
+
+
+def rank_correlation(first: Mapping[str, float], second: Mapping[str, float]) -> Interval | None:
+    """Returns Spearman's correlation over the n roles that both have, with its bootstrap interval over roles.
+
+    None for fewer than three roles, and where all projections of either are equal.
+    """
+    pairs = np.array([(first[name], second[name]) for name in first if name in second])
+    if len(pairs) < 3 or (pairs == pairs[0]).all(axis=0).any():
+        return None
+    generator, draws = np.random.default_rng(0), []
+    for _ in range(SAMPLES):
+        drawn = pairs[resample(len(pairs), generator)]
+        if all(len(np.unique(column)) > 1 for column in drawn.T):
+            draws.append(float(spearmanr(*drawn.T).statistic))
+    return Interval(float(spearmanr(*pairs.T).statistic), *percentile_interval(draws), len(pairs))

@@ -1,0 +1,327 @@
+"""What a fit found, as typed records: fit.json of a run folder.
+
+    fit = FitResult.load(Path("runs/demo"))
+    fit.layer, fit.cos_pc1.value, fit.cos_pc1.low       # the layer to use, cos(PC1, axis) there, its 95% interval
+    [role.role for role in fit.roles[:5]]               # the roles furthest from the positive pole
+
+The keys of fit.json are the attributes' names, but for those in `json_names`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from personatlas.analysis.stats import Interval
+from personatlas.persona.artifacts import read_json
+from personatlas.persona.errors import UserError
+from personatlas.persona.records import JsonObject, JsonRecord
+
+FIT_VERSION = 6  # raise it when fitting changes: stored fits of another version are computed again
+SIGNIFICANCE = 0.05  # a p-value above this is called chance
+LOW_ROLE_PLAY = 0.25  # a share of answers in their role below this is warned of
+
+
+@dataclass(frozen=True)
+class ShuffledNull(JsonRecord):
+    """|axis| and cos(PC1, axis) of n fits with shuffled role labels: mean, 95th percentile, and p-value of the fit."""
+
+    norm: float
+    norm_95: float
+    p_norm: float
+    cos_pc1: float
+    cos_pc1_95: float
+    p_cos_pc1: float
+    n: int
+
+
+@dataclass(frozen=True)
+class LayerFit(JsonRecord):
+    """The fit at one layer. What needs rollout means is None at layers that kept none, or without replicates.
+
+    `norm` is |axis| (residual units), `angle_pc1` the angle between PC1 and axis (degrees), `variance_pc1` PC1's share
+    of the variance between roles. cos(PC1, axis) has an interval over resampled questions and one over resampled roles;
+    `angle_resampled` is the median angle (degrees) between the axis and those of resampled questions. The split cosines
+    are between the axes of two halves of the answers, of the roles, and of the questions.
+    """
+
+    layer: int
+    norm: float
+    cos_pc1: float
+    angle_pc1: float
+    variance_pc1: float
+    cos_pc1_by_questions: Interval | None = None
+    cos_pc1_by_roles: Interval | None = None
+    angle_resampled: float | None = None
+    split_half: Interval | None = None
+    split_roles: Interval | None = None
+    split_questions: Interval | None = None
+    null: ShuffledNull | None = None
+
+    json_names: ClassVar[Mapping[str, str]] = {"angle_resampled": "wobble"}
+    omit_none: ClassVar[tuple[str, ...]] = (
+        "cos_pc1_by_questions",
+        "cos_pc1_by_roles",
+        "angle_resampled",
+        "split_half",
+        "split_roles",
+        "split_questions",
+        "null",
+    )
+
+
+@dataclass(frozen=True)
+class RoleProjection(JsonRecord):
+    """A role's mean projection on the axis (residual units) with its 95% interval over its n answers.
+
+    `coordinates` are those of its mean in persona space (the first three); `positive` marks the positive pole.
+    """
+
+    role: str
+    projection: float
+    n: int
+    coordinates: tuple[float, ...]
+    positive: bool
+    low: float | None = None
+    high: float | None = None
+
+    omit_none: ClassVar[tuple[str, ...]] = ("low", "high")
+
+
+@dataclass(frozen=True)
+class AnswerKeys(JsonRecord):
+    """Keys of the rollouts whose projections `AnswerProjections` holds, in its order."""
+
+    positive: tuple[str, ...]
+    others: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class AnswerProjections(JsonRecord):
+    """Projections of single answers at the layer to use; empty where it kept no rollout means."""
+
+    positive: tuple[float, ...] = ()
+    others: tuple[float, ...] = ()
+    keys: AnswerKeys | None = None
+
+    omit_none: ClassVar[tuple[str, ...]] = ("keys",)
+
+
+@dataclass(frozen=True)
+class LearningCurve(JsonRecord):
+    """Cosine between two axes of n answers per role each, by n (the median role's).
+
+    `needed` is the n at which it would be `goal`, extrapolated from the last point by the Spearman-Brown formula
+    r(n) = n k / (1 + n k); None where that is not defined.
+    """
+
+    answers: tuple[float, ...]
+    cosines: tuple[Interval, ...]
+    goal: float
+    needed: float | None
+
+
+@dataclass(frozen=True)
+class TraitProjection(JsonRecord):
+    """A trait's cosine with the axis and its 95% interval; `along` is its length along the axis, `norm` its length.
+
+    `n` counts the answers at its positive and its negative pole; `coordinates` are those in trait space (three).
+    """
+
+    trait: str
+    cosine: float
+    along: float
+    norm: float
+    n: tuple[int, int]
+    coordinates: tuple[float, ...]
+    low: float | None = None
+    high: float | None = None
+
+    omit_none: ClassVar[tuple[str, ...]] = ("low", "high")
+
+
+@dataclass(frozen=True)
+class TraitResult(JsonRecord):
+    """Traits by their cosine with the axis, lowest first, and the variance of trait space.
+
+    95% of the cosines of shuffled answers are at most `chance` in size. `other_side` counts judged answers that did not
+    show their pole, `left_out` names traits without an answer at a pole.
+    """
+
+    layer: int
+    traits: tuple[TraitProjection, ...]
+    chance: float | None
+    cos_pc1_axis: float
+    variance_ratio: tuple[float, ...]
+    components_for: dict[str, int]
+    n_rollouts: int
+    judged: bool
+    other_side: int
+    unjudged: int
+    left_out: tuple[str, ...]
+
+    @property
+    def n_beyond_chance(self) -> int | None:
+        """How many traits have a larger cosine than `chance`; None where it is not known."""
+        return None if self.chance is None else sum(abs(row.cosine) > self.chance for row in self.traits)
+
+
+@dataclass(frozen=True)
+class RoleCorrelation(JsonRecord):
+    """Spearman correlation of n roles' projections on two axes, with its 95% interval."""
+
+    n: int
+    spearman: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class AxisComparison(JsonRecord):
+    """This axis beside another: cosine by layer (None for another width or depth) and the roles' rank correlation."""
+
+    path: str
+    model: str | None
+    poles: tuple[str, ...]
+    same_model: bool
+    cosines: dict[str, float] | None
+    roles: RoleCorrelation | None = None
+
+    omit_none: ClassVar[tuple[str, ...]] = ("roles",)
+
+
+@dataclass(frozen=True)
+class RolePlay(JsonRecord):
+    """Share of n judged answers that show their role (score 2 or 3), with its 95% Wilson interval."""
+
+    share: float
+    n: int
+    interval: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class DroppedRollouts(JsonRecord):
+    """Answers left out: by role and score ("unjudged" without one), empty ones by role, whole roles with the reason."""
+
+    by_score: dict[str, dict[str, int]] = field(default_factory=dict)
+    empty: dict[str, int] = field(default_factory=dict)
+    roles: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitResult(JsonRecord):
+    """All numbers of a fit.
+
+    Parameters
+    ----------
+    layers
+        the fit at every layer of the model
+    layer, layer_reason
+        the layer to use, and why
+    poles, positive
+        names of the two sides, + toward the first; the role that is the positive pole
+    roles
+        the roles by their projection at the layer to use, lowest first, the positive pole among them
+    variance_ratio, components_for
+        shares of the variance between roles (the first 50 components); components that hold 50, 70 and 90% of it
+    projections, n_rollouts
+        projections of single answers; how many answers were fitted
+    curve
+        how many answers an axis needs; None without replicates or rollout means
+    default, model
+        the default role's name; `Model.describe()` of the model
+    options
+        what was fitted with which options (content hashes, version, `FitOptions`)
+    artefacts
+        SHA-256 of the artefacts written beside it
+    dropped, role_play
+        answers left out; the share of role-play, None where none was judged
+    traits, trait_problem
+        the traits along the axis, or why there are none; both None without traits
+    comparison
+        the axis that `FitOptions.compare` names beside this one
+    """
+
+    layers: tuple[LayerFit, ...]
+    layer: int
+    layer_reason: str
+    poles: tuple[str, str]
+    positive: str
+    roles: tuple[RoleProjection, ...]
+    variance_ratio: tuple[float, ...]
+    components_for: dict[str, int]
+    projections: AnswerProjections
+    n_rollouts: int
+    curve: LearningCurve | None
+    default: str
+    model: JsonObject
+    options: JsonObject = field(default_factory=dict)
+    artefacts: dict[str, str] = field(default_factory=dict)
+    dropped: DroppedRollouts = field(default_factory=DroppedRollouts)
+    role_play: RolePlay | None = None
+    traits: TraitResult | None = None
+    trait_problem: str | None = None
+    comparison: AxisComparison | None = None
+
+    json_names: ClassVar[Mapping[str, str]] = {
+        "layer_reason": "why",
+        "options": "asked",
+        "comparison": "compared",
+    }
+
+    @classmethod
+    def load(cls, folder: Path) -> "FitResult":
+        """Reads fit.json of a run folder. Raises `UserError` where there is none, or one of another version."""
+        content = read_json(folder / "fit.json")
+        if content["asked"].get("version") != FIT_VERSION:
+            raise UserError(
+                f"{folder} was fitted by another version of personatlas; run `personatlas run fit {folder}`"
+            )
+        return cls.from_json(content)
+
+    @property
+    def at_layer(self) -> LayerFit:
+        """The fit at the layer to use."""
+        return next(row for row in self.layers if row.layer == self.layer)
+
+    @property
+    def cos_pc1(self) -> Interval:
+        """cos(PC1, axis) at the layer to use, with its interval over roles where there is one."""
+        row = self.at_layer
+        return row.cos_pc1_by_roles or Interval(row.cos_pc1, None, None)
+
+    @property
+    def split_half(self) -> Interval | None:
+        """Cosine between the axes of two halves of the answers, at the layer to use."""
+        return self.at_layer.split_half
+
+    @property
+    def null(self) -> ShuffledNull | None:
+        """What shuffled labels give at the layer to use."""
+        return self.at_layer.null
+
+    @property
+    def positive_role(self) -> RoleProjection:
+        """The positive pole."""
+        return next(role for role in self.roles if role.positive)
+
+    @property
+    def other_roles(self) -> tuple[RoleProjection, ...]:
+        """All roles but the positive pole, lowest first."""
+        return tuple(role for role in self.roles if not role.positive)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What to know before using the axis: tests that do not reject chance, little role-play, missing parts."""
+        found, null = [], self.null
+        if null is None:
+            found.append(f"no null at layer {self.layer}: no rollout means there, or --replicates 0")
+        elif null.p_norm > SIGNIFICANCE:
+            found.append(f"|axis| is no larger than with shuffled labels (p = {null.p_norm:.2g})")
+        elif null.p_cos_pc1 > SIGNIFICANCE:
+            found.append(f"cos(PC1, axis) is no larger than with shuffled labels (p = {null.p_cos_pc1:.2g})")
+        if self.role_play is not None and self.role_play.share < LOW_ROLE_PLAY:
+            found.append(f"only {self.role_play.share:.0%} of the judged answers show their role")
+        if self.trait_problem is not None:
+            found.append(f"no trait space: {self.trait_problem}")
+        return tuple(found)
