@@ -1,10 +1,10 @@
 """Answers as they come out of the engine: their text, their tokens with projections, and why they ended.
 
-    async with service.stream(requests, stops=("\\n\\n",)) as answers:       # an `AnswerStream`
-        async for answer, text in answers: ...                              # a `StreamedAnswer` and the text it gained
+    async with service.stream(requests, stops) as answers:   # an `AnswerStream`
+        async for answer, text in answers: ...               # a `StreamedAnswer` and the text it gained
 
-An event carries the projection of the token that was fed, so a token's projection comes with the event after the one
-that drew it. The last token of an answer that was cut is never fed and has none.
+An event carries the projection of the token that was fed, so a token's projection comes with the event after
+the one that drew it. The last token of an answer that was cut is never fed and has none.
 """
 
 import asyncio
@@ -42,8 +42,8 @@ class Detokenizer:
         detokenizer.add(4093)              # text that is safe to show, often one token's, sometimes ""
         detokenizer.flush()                # what was held back, when no token follows
 
-    `prefix` are tokens before the text: some tokenizers write a first token's blank only behind others. `stopped` says
-    whether a stop text came.
+    `prefix` are tokens before the text: some tokenizers write a first token's blank only behind others.
+    `stopped` says whether a stop text came.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ def _overlap(text: str, stop: str) -> int:
 
 @dataclass(frozen=True)
 class TokenState(JsonRecord):
-    """A token of an answer: its projection (None while it is not fed) and at how many layers the cap changed it."""
+    """A token: its projection (None while it is not fed) and at how many layers the cap changed it."""
 
     id: int
     text: str
@@ -106,7 +106,7 @@ class TokenState(JsonRecord):
 
 @dataclass(eq=False)
 class StreamedAnswer:
-    """One answer so far. `measured[i]` are projection and changed layers of token i, as far as they are known."""
+    """One answer so far. `measured[i]` are projection and changed layers of token i, where known."""
 
     index: int
     handle: RequestHandle
@@ -140,7 +140,7 @@ class StreamedAnswer:
 
     @property
     def fired(self) -> float | None:
-        """Share of the answer's tokens times capped layers that were changed; None where no cap acts on answers."""
+        """Share of the answer's tokens times capped layers that were changed; None without a cap."""
         cap = self.handle.request.cap
         if cap is None or cap.cap.phase == "prompt" or not self.measured:
             return None
@@ -156,7 +156,7 @@ class StreamedAnswer:
         return tuple(states)
 
     def raise_error(self) -> None:
-        """Raises the error that ended the answer, if any: a `UserError` as it is, others as `EngineFailure`."""
+        """Raises the error that ended the answer: a `UserError` as it is, others as `EngineFailure`."""
         if isinstance(self.error, UserError):
             raise self.error
         if self.error is not None:
@@ -199,8 +199,8 @@ class StreamedAnswer:
 class AnswerStream:
     """The answers to several requests: an asynchronous iterator of (answer, the text that it gained).
 
-    `continues_prompt`: answers continue the prompt's text. Raises `UserError` for a request that the engine refuses;
-    those before it are cancelled.
+    `continues_prompt`: answers continue the prompt's text. Raises `UserError` for a request that the engine
+    refuses; those before it are cancelled.
     """
 
     def __init__(

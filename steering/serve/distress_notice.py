@@ -1,4 +1,4 @@
-"""Does a message speak of suicide or self-harm? The phrases and the notice to show then are in static/distress.json.
+"""Does a message speak of suicide or self-harm? Phrases and notice are in static/distress.json.
 
     shows_distress("I want to end my life")            # True; "kill the process" is not
 

@@ -1,4 +1,4 @@
-"""Prometheus metrics of a server. Names begin with `personatlas_`; labels are loaded caps, never text of a request."""
+"""Prometheus metrics of a server. Labels are loaded caps, never text of a request."""
 
 import time
 from typing import Any

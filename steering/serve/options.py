@@ -16,7 +16,7 @@ class ServeOptions:
     """The cap, the drift alarm and the sampling of requests that do not set their own."""
 
     cap: str | None = None
-    "the cap of requests that name none: one saved beside the axis, a file, LEVEL@LAYERS, or adaptive; no cap by default"
+    "the cap of requests that name none: one saved beside the axis, a file, LEVEL@LAYERS, or adaptive"
     mode: CapMode = ALWAYS
     "adaptive: the cap acts only while the conversation's drift alarm is on"
     reference: Path | None = None

@@ -1,17 +1,17 @@
-"""The `persona` object of every answer: where the conversation is on the axis, what the cap did, whether it drifts.
+"""The `persona` object of every answer: place on the axis, what the cap did, whether the persona drifts.
 
     tracker = PersonaTracker(axis, monitor)
-    turns = tracker.turns(spans, projections)           # the answers in a prompt, from the projections of its tokens
-    tracker.drifting(turns)                             # whether the alarm is on after them
-    tracker.measure(answer, turns, message=3).to_json() # the object as it is sent
+    turns = tracker.turns(spans, projections)               # the answers in a prompt
+    tracker.drifting(turns)                                 # whether the alarm is on after them
+    tracker.measure(answer, turns, message=3).to_json()     # the object as it is sent
 
-To add a field: declare it in `PersonaState`, which is the schema, and compute it in `PersonaTracker.measure` below.
-Responses, streams and the terminal chat pass the object on whole; the page keeps it if `PERSONA_FIELDS` in
-static/persona.js says how to read it.
+To add a field: declare it in `PersonaState`, which is the schema, and compute it in `PersonaTracker.measure`
+below. Responses, streams and the terminal chat pass the object on whole; the page keeps it if
+`PERSONA_FIELDS` in static/persona.js says how to read it.
 
-The answers in a prompt are measured while the prompt is read. In a capped request they are read with the cap on, so
-they say where the model is while it is capped. In adaptive mode they are read without it, because the alarm that
-decides whether to cap must not be calmed by the cap.
+The answers in a prompt are measured while the prompt is read. In a capped request they are read with the cap
+on, so they say where the model is while it is capped. In adaptive mode they are read without it, because the
+alarm that decides whether to cap must not be calmed by the cap.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ ALWAYS, ADAPTIVE = "always", "adaptive"  # when a cap acts: in every answer, or 
 
 
 class AnswerTurn(NamedTuple):
-    """An answer of a conversation: index of its message, number of tokens, mean projection (residual units)."""
+    """An answer of a conversation: index of its message, tokens, mean projection (residual units)."""
 
     message: int
     tokens: int
@@ -38,7 +38,7 @@ class AnswerTurn(NamedTuple):
 
 @dataclass(frozen=True)
 class TurnState(JsonRecord):
-    """An answer with its z and, where an alarm is calibrated, whether it is on after it and was raised by it."""
+    """An answer with its z, and whether the alarm is on after it and raised by it (None: no alarm)."""
 
     message: int
     tokens: int
@@ -61,7 +61,7 @@ class DriftState(JsonRecord):
 
 @dataclass(frozen=True)
 class BaselineState(JsonRecord):
-    """The distribution that z is relative to: `z = (projection - mean) / spread`, and what it was measured on."""
+    """What z = (projection - mean) / spread is relative to, and what it was measured on."""
 
     mean: float
     spread: float
@@ -103,7 +103,7 @@ class PersonaState(JsonRecord):
 
 @dataclass(frozen=True)
 class PersonaTracker:
-    """Measures conversations along an axis: z relative to a baseline and, where it is calibrated, a drift alarm."""
+    """Measures conversations along an axis: z and, where one is calibrated, a drift alarm."""
 
     axis: Axis
     monitor: DriftMonitor
@@ -148,7 +148,7 @@ class PersonaTracker:
         *,
         per_token: bool = False,
     ) -> PersonaState:
-        """The persona object of an answer behind `turns`, which is message number `message` (None: no conversation).
+        """The persona object of an answer after `turns`, which is message number `message` if any.
 
         While an adaptive cap acts the alarm stays on: its answer has not been read without the cap.
         """
@@ -175,7 +175,7 @@ class PersonaTracker:
         )
 
     def measure_loaded(self, states: Sequence[TurnState]) -> PersonaState:
-        """The persona object of the last of these turns, which another program wrote: no cap, tokens or drift."""
+        """The persona object of the last of these turns, which this server did not write."""
         last = states[-1]
         return PersonaState(
             layer=self.axis.layer,

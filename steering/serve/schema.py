@@ -1,7 +1,7 @@
 """OpenAI's requests with the extra `persona` object, strictly typed; unknown fields are accepted.
 
-Field names and limits are those of OpenAI's API reference. What this engine cannot do (tools, images, JSON schemas,
-penalties) is refused where a request asks for it, not ignored.
+Field names and limits are those of OpenAI's API reference. What this engine cannot do (tools, images, JSON
+schemas, penalties) is refused where a request asks for it, not ignored.
 """
 
 from typing import Annotated, Any, Literal
@@ -62,7 +62,7 @@ class CapByName(BaseModel):
 
 
 class PersonaRequest(BaseModel):
-    """The `persona` object of a request: the cap (null: none, absent: the server's), when it acts, and what to return."""
+    """The `persona` object of a request: the cap (null: none, absent: the server's) and when it acts."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     cap: Annotated[str, Field(max_length=200)] | CapByLevel | CapByName | None = None

@@ -61,8 +61,8 @@ class ServiceDefaults:
 class PreparedPrompt:
     """A prompt that is ready to be answered, with the cap that acts (None while an adaptive one rests).
 
-    `message` is the index of the answer's message, None where the prompt is no conversation. `spans` are those of the
-    prompt's answers, `turns` what is already known of them.
+    `message` is the index of the answer's message, None where the prompt is no conversation. `spans` are
+    those of the prompt's answers, `turns` what is already known of them.
     """
 
     ids: tuple[int, ...]
@@ -75,7 +75,7 @@ class PreparedPrompt:
 
 
 class PersonaService:
-    """One model with its engine, its caps and its drift alarm. Raises `UserError` for a default cap that there is not."""
+    """One model with its engine, caps and drift alarm. Raises `UserError` for an unknown default cap."""
 
     def __init__(
         self, steered: SteeredModel, caps: Mapping[str, Cap], defaults: ServiceDefaults, monitor: DriftMonitor
@@ -139,8 +139,8 @@ class PersonaService:
     async def prepare_chat(self, request: ChatRequest) -> PreparedPrompt:
         """Makes the prompt of a conversation. Raises `UserError` for one that cannot be answered.
 
-        In adaptive mode the conversation is first read without the cap, which then acts if the alarm is on, or if
-        there are answers that cannot be located in the prompt.
+        In adaptive mode the conversation is first read without the cap, which then acts if the alarm is on,
+        or if there are answers that cannot be located in the prompt.
         """
         cap, mode = self.resolve_cap(request)
         messages = [message.plain for message in request.messages]
@@ -158,7 +158,7 @@ class PersonaService:
         return PreparedPrompt(ids, max_tokens, cap, mode, len(messages), spans, turns)
 
     async def prepare_text(self, request: CompletionRequest, prompt: str | list[int]) -> PreparedPrompt:
-        """Makes the prompt of a text to continue, without a template. Raises `UserError` as `prepare_chat` does."""
+        """Makes the prompt of a text to continue. Raises `UserError` for one that cannot be."""
         cap, mode = self.resolve_cap(request)
         is_long = len(prompt) > LONG_TEXT
         ids = await asyncio.to_thread(self._text_ids, prompt) if is_long else self._text_ids(prompt)
@@ -222,7 +222,7 @@ class PersonaService:
         return self.tracker.measure(answer, turns, prompt.message, prompt.mode, per_token=per_token)
 
     def _tokenize(self, messages: list[dict[str, str]]) -> tuple[tuple[int, ...], tuple[Span, ...]]:
-        """Ids of a prompt and spans of its messages; no spans where they cannot be told apart without guessing."""
+        """Ids of a prompt and spans of its messages, none where they cannot be located exactly."""
         ids = tuple(self.chat.prompt_ids(messages))
         # a prompt that is too long is refused, and finding its spans takes longer than reading it
         fits = len(ids) < self.defaults.limits.context
@@ -235,7 +235,7 @@ class PersonaService:
         return ids, ()
 
     def _text_ids(self, prompt: str | list[int]) -> tuple[int, ...]:
-        """Ids of a text or checked ids. Raises `UserError` for half characters, unknown ids and an empty prompt."""
+        """Ids of a text, or checked ids."""
         if isinstance(prompt, str):
             try:
                 prompt.encode()
@@ -264,8 +264,7 @@ class PersonaService:
             return min(self.defaults.max_tokens, context - n_prompt)
         if n_prompt + requested > context:
             raise ContextOverflow(
-                f"this model's context is {context} tokens here; the prompt has {n_prompt} and the request wants an "
-                f"answer of {requested}"
+                f"this model's context is {context} tokens; the prompt has {n_prompt}, the answer {requested}"
             )
         return requested
 

@@ -1,6 +1,6 @@
 """From a model and an axis to a server that listens.
 
-    serve("smollm2-135m", "smollm2-135m", port=8377, options=ServeOptions(cap="assistant"))      # until SIGTERM or Ctrl-C
+    serve("smollm2-135m", "smollm2-135m", options=ServeOptions(cap="assistant"))     # until Ctrl-C
 
 `make_service` gives what stands behind the routes, for programs with an interface of their own.
 """
@@ -52,7 +52,7 @@ def serve(
         force: whether to accept an axis of the same model in another weight format.
         on_ready: called with the service when all is loaded, before the server listens.
 
-    Raises `UserError` for options out of range, an address that cannot be had, and what does not belong together.
+    Raises `UserError` for options out of range, a taken address, and what does not belong together.
     """
     from personatlas.steering.serve.http.app import make_app
     from personatlas.steering.serve.http.uvicorn_server import listen
@@ -73,7 +73,7 @@ def make_service(
     load: ModelOptions = ModelOptions(),
     force: bool = False,
 ) -> PersonaService:
-    """Loads model, axis, all caps beside it and the alarm, and checks that every cap binds; the engine is not started.
+    """Loads model, axis, all caps beside it and the alarm; proves every cap; does not start the engine.
 
     Raises `UserError`; what can be wrong without a model is found before one is loaded.
     """
@@ -129,8 +129,7 @@ def _api_key(host: str) -> str | None:
         raise UserError(f"{API_KEY} must be at least 8 printable ASCII characters")
     if key is None and host not in LOCAL_HOSTS:
         raise UserError(
-            f"--host {host} can be reached from other machines: set {API_KEY} to a key that clients must give, or leave "
-            "--host out"
+            f"--host {host} is reached from other machines: set {API_KEY} to a key, or leave --host out"
         )
     return key.strip() if key is not None else None
 

@@ -1,13 +1,14 @@
-"""Rows that decode together, start and end one by one: the tensors of a serving engine, on a CPU or as CUDA graphs.
+"""Rows that decode together and start and end one by one, on a CPU or as CUDA graphs.
 
     batch = DecodeBatch(model, slots=32, length=2048, projection_hook=hook, steering=steering)
     batch.prefill([row])                       # reads a prompt into the cache; the row decodes from now on
     for row, event in batch.step(): ...        # decodes one token of every row
     batch.remove(row)                          # at any time; the last row moves into its slot
 
-Slots 0..n-1 decode. A long prompt is read in chunks into the slot behind them, while the others go on. Every row
-has its own seed, temperature, top-p and cap, and its tokens depend on the other rows only through rounding.
-On a GPU a step is captured at first use, for some numbers of rows and for the layers that are steered.
+Slots 0..n-1 decode. A long prompt is read in chunks into the slot behind them, while the others go on. Every
+row has its own seed, temperature, top-p and cap, and its tokens depend on the other rows only through
+rounding. On a GPU a step is captured at first use, for some numbers of rows and for the layers that are
+steered.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -37,8 +38,8 @@ TokenLogprobs = tuple[float | None, dict[int, float]]  # of a token, and of the 
 class BatchRow:
     """A prompt, how to answer it, and its progress. `projections[i]` belongs to token i of `ids`.
 
-    `fired` counts tokens times layers that the cap changed, `prompt_fired` those of the prompt without its last
-    token; `cached` of the `fed` tokens came from a prefix.
+    `fired` counts tokens times layers that the cap changed, `prompt_fired` those of the prompt without its
+    last token; `cached` of the `fed` tokens came from a prefix.
     """
 
     prompt: Prompt
@@ -61,7 +62,7 @@ class BatchRow:
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """A decoding step of one row: the new token, and for the token that was fed its projection and changed layers."""
+    """A row's step: the new token, and for the one that was fed its projection and changed layers."""
 
     token: int
     projection: float
@@ -126,7 +127,7 @@ class DecodeBatch:
             row.projections = list(prefix.projections[:tokens])
 
     def prefill_chunk(self, row: BatchRow, max_tokens: int) -> bool:
-        """Reads the next tokens of an opened row; True when that was the rest, and the row decodes from now on."""
+        """Reads on in an opened row; True when all is read, and the row decodes from now on."""
         end = len(row.prompt.ids) - 1
         ids = row.prompt.ids[row.fed : min(row.fed + max_tokens, end)]
         if ids:
@@ -176,10 +177,7 @@ class DecodeBatch:
         return events
 
     def score(self, prompt: Prompt, n_likeliest: int) -> list[TokenLogprobs]:
-        """Log-probabilities of a text's own tokens and of the likeliest ones at each position, with its cap on.
-
-        The first token has none.
-        """
+        """Log-probabilities of a text's own tokens (the first has none) and of the likeliest ones."""
         slot, device = self.slots + 1, self.model.device
         self.callbacks.assign_slots([slot], [prompt])
         self.steering.restrict_layers(self._steered_layers([prompt]))
@@ -199,7 +197,7 @@ class DecodeBatch:
         return scores
 
     def remove(self, row: BatchRow) -> None:
-        """Ends a decoding row; the last one moves into its slot. Does nothing for one that is still being read."""
+        """Ends a row, whose slot the last one takes; does nothing for one that is still being read."""
         if row not in self.rows:
             return
         last = self.rows[-1]
@@ -214,7 +212,7 @@ class DecodeBatch:
         self.positions[len(self.rows)] = 0
 
     def prefix_of(self, row: BatchRow, digest: str, length: int) -> CachedPrefix:
-        """Copies the first `length` tokens of a row, to continue from later."""
+        """A copy of the first `length` tokens of a row, to continue from later."""
         ids = np.asarray(row.ids[:length], dtype=np.int64)
         keys_values = self.decoder.cache.saved(row.slot, length)
         return CachedPrefix(digest, ids, tuple(row.projections[:length]), keys_values)
@@ -233,7 +231,7 @@ class DecodeBatch:
         return tuple(sorted(layers))
 
     def _start(self, rows: Sequence[BatchRow]) -> None:
-        """Lets rows decode whose prompts are read but for the last token; they are in the next slots already."""
+        """Lets rows decode that are read but for the last token and in the next slots already."""
         first = len(self.rows)
         slots = slice(first, first + len(rows))
         fired = self.steering.fired_of(slots.stop)[first:].tolist()
@@ -274,7 +272,7 @@ class DecodeBatch:
         return found
 
     def _advance(self, n: int, visible: int) -> None:
-        """Feeds one token to slots 0..n-1 and draws the next; slots without a row feed theirs to their first column."""
+        """Feeds and draws a token in slots 0..n-1; slots without a row feed theirs to column 0."""
         state, positions, running = self.decoder.cache.state, self.positions[:n], self.running[:n]
         state.prefill, state.positions, state.visible = False, positions, visible
         mask = decoding_mask(self.decoder.config, positions, visible, self.model.dtype)

@@ -1,13 +1,13 @@
 """The caps of a server: which ones requests may name, and the plans of its `Steering` that apply them.
 
     slots = CapSlots(axis, model, {"assistant": cap})
-    cap = slots.resolve("assistant")     # or "p50@18-23", "assistant-0.2", CapByLevel(...), CapByName(...), None
-    slots.acquire(cap)                   # the plan for a row that is capped so; None while all spare plans are in use
+    cap = slots.resolve("assistant")     # or "p50@18-23", "assistant-0.2", CapByLevel(...), CapByName(...)
+    slots.acquire(cap)                   # the plan of a new row; None while all spare plans are in use
     slots.release(cap)                   # when the row ends
 
-Named caps have a plan each. Caps that requests describe share `SPARE_PLANS`, whose numbers are written into the
-steering tables in place, so neither hooks nor captured graphs change. Names are looked up among the loaded caps:
-nothing in a request is ever a path.
+Named caps have a plan each. Caps that requests describe share `SPARE_PLANS`, whose numbers are written into
+the steering tables in place, so neither hooks nor captured graphs change. Names are looked up among the
+loaded caps: nothing in a request is ever a path.
 """
 
 from collections import Counter
@@ -54,7 +54,7 @@ class CapSlots:
     def __init__(self, axis: Axis, model: Model, caps: Mapping[str, Cap]) -> None:
         self.axis = axis
         self.named = {name: _resolved(name, cap) for name, cap in caps.items()}
-        # a plan that changes nothing, along the axis at all its layers: the tables then have room for any cap along it
+        # a plan that changes nothing, at all layers: the tables then have room for any cap along the axis
         no_floor = torch.full((len(axis.layers),), -torch.inf)
         self._idle: list[Intervention] = [
             Cap(axis.layers, axis.vectors, no_floor, spare_first=True, model=axis.model)
@@ -113,7 +113,19 @@ class CapSlots:
 
     def describe(self) -> dict[str, JsonObject]:
         """The named caps as JSON; floors are those at the axis's layer."""
-        return {name: _description(named.cap, self.axis.layer) for name, named in self.named.items()}
+        described: dict[str, JsonObject] = {}
+        for name, own in self.named.items():
+            cap, layer = own.cap, self.axis.layer
+            prompt_floor = cap.floor_of(cap.layers.index(layer), "prompt") if layer in cap.layers else None
+            described[name] = {
+                "layers": format_layers(cap.layers),
+                "floor": own.floor_at(layer),
+                "prompt_floor": prompt_floor,
+                "level": cap.level,
+                "population": cap.population,
+                "phase": cap.phase,
+            }
+        return described
 
     def _plans(self) -> list[Sequence[Intervention]]:
         spare = [[own.cap] if own is not None else self._idle for own in self._spare]
@@ -128,7 +140,7 @@ class CapSlots:
 
 
 def cap_labels(axis: Axis, extra: Sequence[str]) -> dict[str, str]:
-    """The spec of each cap to load, by its name: those saved beside the axis, and others by file or LEVEL@LAYERS."""
+    """The spec of each cap to load, by name: those saved beside the axis, and others by file or level."""
     specs = dict.fromkeys([*axis.saved_caps, *extra])
     return {
         spec if "@" in spec else Path(spec).name.removesuffix(".json").removesuffix(".safetensors"): spec
@@ -138,15 +150,3 @@ def cap_labels(axis: Axis, extra: Sequence[str]) -> dict[str, str]:
 
 def _resolved(name: str, cap: Cap) -> ResolvedCap:
     return ResolvedCap(name, cap, interventions_digest([cap]))
-
-
-def _description(cap: Cap, layer: int) -> JsonObject:
-    row = cap.layers.index(layer) if layer in cap.layers else None
-    return {
-        "layers": format_layers(cap.layers),
-        "floor": None if row is None else cap.floor_of(row, "answer"),
-        "prompt_floor": None if row is None else cap.floor_of(row, "prompt"),
-        "level": cap.level,
-        "population": cap.population,
-        "phase": cap.phase,
-    }

@@ -44,7 +44,7 @@ class PrefixCache:
         return len(self._prefixes)
 
     def longest(self, digest: str, ids: Sequence[int]) -> tuple[CachedPrefix, int] | None:
-        """Finds the prefix that shares most leading tokens with `ids`, and how many, at most all but the last.
+        """Finds the prefix that shares most leading tokens with `ids`, and how many.
 
         None where fewer than `MIN_TOKENS` are shared. The last token is never taken from the cache, since a
         forward must produce its logits.

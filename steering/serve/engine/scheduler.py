@@ -1,15 +1,16 @@
-"""Continuous batching: many requests decode together, start and end one by one, each with a cap of its own or none.
+"""Continuous batching: requests decode together and start and end one by one, each with its own cap.
 
     engine = Engine(model, end_ids, axis, caps, EngineLimits(slots=32, context=2048), listener)
     engine.start()
-    handle = engine.submit(GenerationRequest(ids, seed=7, max_tokens=64, cap=engine.caps.resolve("assistant")))
-    ...                                  # after every step `listener` gets [(handle, event), ...], in the engine's thread
-    handle.cancel()                      # its row ends before the next step
+    handle = engine.submit(GenerationRequest(ids, seed=7, max_tokens=64))
+    ...                      # after each step `listener` gets [(handle, event), ...], in the engine's thread
+    handle.cancel()          # its row ends before the next step
     engine.close()
 
-One thread owns the model. Each round it takes in new requests, reads at most one chunk of the waiting prompts, so
-that decoding rows never wait long, and decodes one token of every row. A forward that fails ends the rows in it with
-an error, and the engine goes on. A steering hook that did not fire is such an error, checked for every row.
+One thread owns the model. Each round it takes in new requests, reads at most one chunk of the waiting
+prompts, so that decoding rows never wait long, and decodes one token of every row. A forward that fails ends
+the rows in it with an error, and the engine goes on. A steering hook that did not fire is such an error,
+checked for every row.
 """
 
 import logging
@@ -131,9 +132,7 @@ class Engine:
         listener: Listener = lambda _: None,
     ) -> None:
         if not decodes_from_cache(model):
-            raise UserError(
-                f"{model.id} cannot be served: it keeps another state than keys and values (recurrent layers, say)"
-            )
+            raise UserError(f"{model.id} cannot be served: it has another state than keys and values")
         self.model, self.end_ids, self.limits, self.listener = model, end_ids, limits, listener
         self.caps = CapSlots(axis, model, caps)
         self.projection_hook = ProjectionHook(model, axis.layer, axis.at(axis.layer))
@@ -170,10 +169,7 @@ class Engine:
         self._thread.start()
 
     def submit(self, request: GenerationRequest, owner: object = None) -> RequestHandle:
-        """Queues a request.
-
-        Raises `ServerBusy` when the queue is full or the engine closes, `UserError` for a prompt that does not fit.
-        """
+        """Queues a request. Raises `ServerBusy`, and `UserError` for a prompt that does not fit."""
         if not request.ids:
             raise UserError("an empty prompt: there is nothing to answer")
         if len(request.ids) + request.max_tokens > self.limits.context:
@@ -274,7 +270,7 @@ class Engine:
                 torch.cuda.empty_cache()
 
     def _receive(self) -> None:
-        """Takes in what was submitted, waiting for it while there is nothing else to do, and ends what was cancelled."""
+        """Takes in what was submitted, waiting while there is nothing else to do; ends what was cancelled."""
         idle = not (self.waiting or self._running or self._reading)
         try:
             item = self._inbox.get(block=idle)
@@ -293,7 +289,7 @@ class Engine:
                 self._finish(handle, FinishEvent("cancelled"))
 
     def _read(self) -> None:
-        """Reads a chunk of the waiting prompts: first the rest of a long one, then short ones and continued ones in order.
+        """Reads a chunk of the waiting prompts: first the rest of a long one, then others in order.
 
         A request that waits for a spare plan is passed by those that do not.
         """
@@ -337,13 +333,13 @@ class Engine:
         return batch_end([len(one.request.ids) for one in (*whole, handle)], 0, tokens) > len(whole)
 
     def _cached_prefix(self, handle: RequestHandle) -> tuple[CachedPrefix, int] | None:
-        """What is cached of its prompt, where that is worth a prefill of its own: many are faster read together."""
+        """What is cached of its prompt, where that is worth a prefill of its own."""
         found = self.prefixes.longest(_digest(handle), handle.request.ids)
         alone = not self.waiting and not self._running
         return found if found is not None and (alone or found[1] >= MIN_PREFIX) else None
 
     def _acquire_plan(self, handle: RequestHandle) -> bool:
-        """Gives a request its row with a plan; False while none is free. A cap that cannot be applied ends the request."""
+        """Gives a request its row; False while no plan is free. A cap that cannot be applied ends it."""
         request = handle.request
         try:
             plan = self.caps.acquire(request.cap)
@@ -394,10 +390,10 @@ class Engine:
         self._outbox.append((handle, event))
 
     def _checked(self, handle: RequestHandle, row: BatchRow, event: FinishEvent) -> FinishEvent:
-        """Caches what a row has read and written, and returns its last event: an error where its cap was not applied.
+        """Caches what a row has processed; returns its last event, an error where its cap was not applied.
 
-        With a cap whose floors differ between prompts and answers only the prompt is cached: as part of the next
-        prompt the answer gets other floors, and a conversation must not depend on what is cached.
+        With a cap whose floors differ between prompts and answers only the prompt is cached: as part of the
+        next prompt the answer gets other floors, and a conversation must not depend on what is cached.
         """
         cap = handle.request.cap
         length = row.fed if cap is None or cap.is_uniform else min(row.fed, len(row.prompt.ids))
@@ -418,7 +414,7 @@ class Engine:
             self.listener(events)
 
     def _chunk_size(self) -> int:
-        """Prompt tokens to read in a round: few while rows decode, more while more requests wait than decode."""
+        """Prompt tokens to read in a round: few while rows decode, more while most requests wait."""
         if not self._running:
             return self.batch.max_prefill_tokens
         small = CHUNK_CPU if self.model.device.type == "cpu" else CHUNK_GPU

@@ -2,8 +2,8 @@
 
     app = make_app(service, key=None)      # an ASGI application; its lifespan starts and closes the service
 
-Every error is OpenAI's error object with the status that OpenAI gives it. Nothing of a request is ever a path: the
-page's files are read once, at the start, and found by name.
+Every error is OpenAI's error object with the status that OpenAI gives it. Nothing of a request is ever a
+path: the page's files are read once, at the start, and found by name.
 """
 
 import asyncio
@@ -64,7 +64,7 @@ class ClientDisconnected(Exception):
 
 
 def make_app(service: PersonaService, key: str | None) -> SecurityMiddleware:
-    """The application behind its security checks; `key` is the API key that clients must give, None for none."""
+    """The application behind its security checks; `key` is the API key of clients, None for none."""
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -291,7 +291,7 @@ def _add_error_handlers(app: FastAPI, service: PersonaService) -> None:
 
 
 def _explain(errors: Sequence[Any]) -> tuple[str, str]:
-    """Location and text of the first validation error. Each branch of a union has its own: the best fit is reported."""
+    """Location and text of the first validation error; of a union's branches the best fit is told."""
     same_field = [error for error in errors if error["loc"][:2] == errors[0]["loc"][:2]]
     best = max(same_field, key=lambda error: (not WRONG_BRANCH.fullmatch(error["type"]), len(error["loc"])))
     if best["type"] == "json_invalid":

@@ -33,7 +33,7 @@ Request = TypeVar("Request", ChatRequest, CompletionRequest)
 
 
 class _Completion(Generic[Request]):
-    """What both kinds share: submitting, streaming, usage and persona objects. Leaving early cancels the answers."""
+    """What both kinds share. Leaving `respond` or `stream` early cancels the answers."""
 
     continues_prompt = False
     envelope: ResponseEnvelope
@@ -70,8 +70,8 @@ class _Completion(Generic[Request]):
                     return
                 if answer.ids:
                     self.timer.note_token()
-                # The last chunk has the persona object, unless one with the usage follows: a chunk without choices
-                # that nobody asked for breaks clients that read `choices[0]` of each.
+                # in the last chunk, unless one with the usage follows: an extra chunk without choices would
+                # break clients that read `choices[0]` of each
                 is_last = answer.done and not stream.n_open and not wants_usage
                 more = {"persona": self._personas(stream.answers)} if is_last else {}
                 for line in self._chunks(answer, text, more):
@@ -192,8 +192,7 @@ class TextCompletion(_Completion[CompletionRequest]):
             ids = [*prompt, *ids]
             logprobs = [*(scores[answer.index // self.request.choices] if scores else []), *logprobs]
         if answer.end_token is not None and answer.end_token.logprobs is not None:
-            # Log-probabilities have the token that ended the answer too, as those of other servers: harnesses that
-            # ask for one token to score a prompt count on it.
+            # as other servers: harnesses that ask for one token to score a prompt count on it
             ids.append(answer.end_token.token)
             logprobs.append(answer.end_token.logprobs)
         wanted = self.request.n_logprobs is not None

@@ -19,7 +19,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 def stream_line(content: JsonObject) -> bytes:
-    """A data line of a stream, in ASCII: half a character is an escape, so that the line is always valid UTF-8."""
+    """A data line of a stream, in ASCII: even half a character is then valid UTF-8."""
     return b"data: " + json.dumps(content, allow_nan=False).encode() + b"\n\n"
 
 
@@ -71,12 +71,12 @@ def usage_object(answers: Sequence[StreamedAnswer], prompt_lengths: Sequence[int
 
 
 def persona_object(personas: list[JsonObject]) -> JsonObject:
-    """The `persona` object of a response: that of its first answer, and where there are several, all of them as `choices`."""
+    """The `persona` object of a response: that of its first answer, with `choices` where it has several."""
     return personas[0] if len(personas) == 1 else {**personas[0], "choices": personas}
 
 
 def chat_logprobs(answer: StreamedAnswer, start: int, stop: int) -> JsonObject | None:
-    """Log-probabilities of answer tokens [start, stop) as in chat completions; None where none were asked for."""
+    """Log-probabilities of answer tokens [start, stop) as in chat completions, if they were asked for."""
     if answer.handle.request.logprobs is None:
         return None
     tokenizer = answer.detokenizer.tokenizer

@@ -1,8 +1,8 @@
-"""What every request passes before its route: size of the body, API key, origin; and the headers of every response.
+"""The checks before every route (host, origin, size, API key) and the headers of every response.
 
-Pure ASGI: nothing is buffered, so streams stay streams. Without a key the server listens on this machine only and
-takes only requests that name it as such. A web page elsewhere can neither read it nor make it work: there is no CORS,
-foreign origins are refused, and so are host names that merely resolve to this machine.
+Pure ASGI: nothing is buffered, so streams stay streams. Without a key the server listens on this machine only
+and takes only requests that name it as such. A web page elsewhere can neither read it nor make it work: there
+is no CORS, foreign origins are refused, and so are host names that merely resolve to this machine.
 """
 
 import hmac
@@ -48,7 +48,7 @@ class Refusal(NamedTuple):
 
 
 class SecurityMiddleware:
-    """An application behind these checks. Without a `key` none is asked for, and only this machine is served."""
+    """An application behind these checks. Without a `key` only this machine is served."""
 
     def __init__(self, app: App, key: str | None) -> None:
         self.app, self.key = app, key.encode() if key is not None else None

@@ -1,7 +1,7 @@
 """The listening side: uvicorn with limits on silent connections, and a shutdown within ten seconds.
 
-On SIGTERM or Ctrl-C no connection is accepted any more. Answers have some seconds to end; the rest are cut with an
-error that says so.
+On SIGTERM or Ctrl-C no connection is accepted any more. Answers have some seconds to end; the rest are cut
+with an error that says so.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
-"""A terminal conversation as a file: OpenAI's form, with the measurements of every answer under "personatlas".
+"""A terminal conversation as a file: OpenAI's form, with measurements under "personatlas".
 
-    save_chat(Path("chat.json"), session)             # `personatlas trace` and the page of `personatlas serve` read it
-    transcript = load_chat(Path("chat.json"))         # any conversation that `trace` reads
+    save_chat(Path("chat.json"), session)          # `personatlas trace` and the page of `serve` read it
+    transcript = load_chat(Path("chat.json"))      # any conversation that `trace` reads
 
 Only roles and texts of a loaded file are used: its answers are measured again, by the model that is loaded.
 """
@@ -20,7 +20,7 @@ FORMAT = 1
 
 
 def save_chat(path: Path, session: ChatSession, *, overwrite: bool = False) -> None:
-    """Writes a conversation. Raises `UserError` for an empty one and, without `overwrite`, for a file that exists."""
+    """Writes a conversation. Raises `UserError` for an empty one, or a file that exists."""
     transcript, service = session.transcript, session.service
     if not transcript.exchanges:
         raise UserError("nothing was said yet, so there is nothing to save")
@@ -52,11 +52,11 @@ def save_chat(path: Path, session: ChatSession, *, overwrite: bool = False) -> N
 
 
 def load_chat(path: Path) -> Transcript:
-    """Reads the conversation of a file. Raises `UserError` for several, or one that a chat cannot continue."""
+    """Reads the one conversation of a file. Raises `UserError` for one that a chat cannot continue."""
     conversations = read_conversations(path)
     if len(conversations) > 1:
         raise UserError(
-            f"{path} holds {len(conversations)} conversations; a chat goes on with one: take it out into a file"
+            f"{path} holds {len(conversations)} conversations; take the one to continue into a file"
         )
     messages = list(conversations[0].messages)
     system = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""

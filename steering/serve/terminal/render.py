@@ -17,8 +17,7 @@ from personatlas.steering.serve.distress_notice import distress_phrases
 from personatlas.steering.serve.persona_state import PersonaTracker
 from personatlas.steering.serve.terminal.session import ChatAnswer, Transcript
 
-# control characters but tab and newline (a terminal obeys them), marks that change the direction of writing, line
-# separators
+# control characters but tab and newline, marks of writing direction, line separators
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u061c\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which no terminal can be sent
 GREY, TOWARDS, AWAY = (138, 138, 138), (60, 140, 210), (220, 120, 30)  # readable on dark and on light
@@ -27,7 +26,7 @@ ENDINGS = {"you": "stopped", "length": "cut"}
 
 
 def clean(text: str) -> str:
-    """The text without what a terminal would obey: without its escape character a sequence is only letters."""
+    """The text without what a terminal would obey."""
     return SURROGATE.sub("\ufffd", CONTROL.sub("", text))
 
 

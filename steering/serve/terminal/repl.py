@@ -4,7 +4,7 @@
         repl = ChatRepl(runner, service, Console(), Console(stderr=True), seed=None, live=True)
         repl.run(Transcript(), lines=())
 
-Ctrl-C while an answer comes stops that answer; at the prompt it clears the line, and twice it leaves, as Ctrl-D does.
+Ctrl-C stops an answer; at the prompt it clears the line, and twice it leaves, as Ctrl-D does.
 """
 
 import asyncio
@@ -50,8 +50,7 @@ class AnswerCancelled(Exception):
 class ChatRepl:
     """A chat with a service's model, which runs in `runner`'s loop.
 
-    Answers go to `out`, remarks of the program to `err`. `live`: somebody is at the terminal. `n_failed` counts the
-    lines that could not be done.
+    Answers go to `out`, remarks to `err`. `live`: somebody is at the terminal. `n_failed`: lines that failed.
     """
 
     def __init__(
@@ -71,7 +70,7 @@ class ChatRepl:
         self._notice_shown = False
 
     def run(self, transcript: Transcript, lines: Sequence[str]) -> None:
-        """Continues a conversation with these lines or, without any, with those that are typed or piped in."""
+        """Continues a conversation with these lines, or with those that are typed or piped in."""
         self._greet()
         self.session.transcript = Transcript(transcript.system)
         if transcript.exchanges:
@@ -95,8 +94,8 @@ class ChatRepl:
             self._answer(lambda show: self.session.say(text, show))
         except ContextOverflow:
             self._fail(
-                f"no room: the context is {self.service.defaults.limits.context} tokens, and the conversation with "
-                "this message needs more; /undo takes an exchange back, /reset begins anew, /save FILE keeps it"
+                f"no room: the context is {self.service.defaults.limits.context} tokens; this needs more: "
+                "/undo takes an exchange back, /reset begins anew, /save FILE keeps the conversation"
             )
         except UserError as error:
             self._fail(str(error))
@@ -225,7 +224,7 @@ class ChatRepl:
             text += "; no alarm is calibrated (`personatlas drift` makes a reference.json)"
         self._remark(text)
         self._remark(
-            "A research tool: it shows a language model's internal state. It is no adviser, and answers can be wrong."
+            "A research tool: it shows a model's internal state. It is no adviser, and answers can be wrong."
         )
         if self.live:
             self._remark("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves.")

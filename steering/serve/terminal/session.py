@@ -4,8 +4,8 @@
     answer = await session.say("Who are you?", show)      # show(text) for every piece of the answer
     session.undo()
 
-A transcript is never changed in place: every change keeps the one before it, so that all changes can be undone. A
-cancelled answer is kept as far as it went.
+A transcript is never changed in place: every change keeps the one before it, so that all changes can be
+undone. A cancelled answer is kept as far as it went.
 """
 
 import asyncio
@@ -30,8 +30,8 @@ Show = Callable[[str], None]  # is given the text that an answer gained
 class ChatAnswer:
     """An answer with the server's persona object, None where the model did not read it.
 
-    `cap` is the chosen cap (`persona.cap` is None while an adaptive one rests). `ended` is "stop", "length", "you"
-    (stopped by the user), or None for an answer that was loaded.
+    `cap` is the chosen cap (`persona.cap` is None while an adaptive one rests). `ended` is "stop", "length",
+    "you" (stopped by the user), or None for an answer that was loaded.
     """
 
     text: str
@@ -109,17 +109,17 @@ class ChatSession:
             raise UserError("there is nothing to take back")
 
     def set_cap(self, name: str) -> None:
-        """Sets the cap of the next answers: its name, none, or adaptive. Raises `UserError` for an unknown one."""
+        """Sets the cap of the next answers: a name, none, or adaptive. `UserError` for an unknown one."""
         setting = CapSetting(self.other_cap(), ADAPTIVE) if name == ADAPTIVE else CapSetting(name)
         self.service.resolve_cap(_request([], setting))
         self.setting = setting
 
     def other_cap(self) -> str:
-        """The cap to compare the baseline with: the chosen one, else the default. Raises `UserError` without any."""
+        """The cap to compare with the baseline: the chosen one, else the default. `UserError` without any."""
         names = list(self.service.caps.named)
         if self.setting.cap == NONE and not names:
             raise UserError(
-                "no cap is loaded: `personatlas calibrate` makes one, and /cap p50@18-23 names one by its level"
+                "no cap is loaded: `personatlas calibrate` makes one, or name one as /cap p50@18-23"
             )
         if self.setting.cap != NONE:
             return self.setting.cap
@@ -135,7 +135,7 @@ class ChatSession:
         return await self._answer(self.transcript.with_answer(None), show)
 
     async def compare(self, settings: Sequence[CapSetting], show: Sequence[Show]) -> list[ChatAnswer]:
-        """Answers the last message under several caps at once, with the seed of its answer; changes nothing."""
+        """Answers the last message under several caps, with the seed of its answer; changes nothing."""
         question, answers = self.transcript.with_answer(None), self.transcript.answers
         seed = answers[-1].seed if answers else None
         return await self._generate(question, settings, self._draw_seed() if seed is None else seed, show)
