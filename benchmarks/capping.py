@@ -113,7 +113,7 @@ def compiled(model: Model, cap: Cap, batch: int, steps: int, repeats: int) -> No
         def seen() -> list[int]:
             held.begin(torch.zeros(batch, dtype=torch.long))
             capped()
-            return held._account.seen.unique().tolist()
+            return held.hooks.account.seen.unique().tolist()
 
         capped()
         assert seen() == [PROMPT + steps - 1], "the compiled engine's account has not seen what was fed"
@@ -124,7 +124,7 @@ def compiled(model: Model, cap: Cap, batch: int, steps: int, repeats: int) -> No
         assert seen() == [PROMPT + steps - 1], "the compiled engine's account has not seen what was fed"
         held.begin(torch.zeros(batch, dtype=torch.long))
         plain()
-        assert not held._account.seen.any(), "the plain arm was steered"
+        assert not held.hooks.account.seen.any(), "the plain arm was steered"
     say("compiled", batch, batch * steps, times)
     say("unguarded", batch, batch * steps, unguarded)
     torch.compiler.reset()
@@ -135,17 +135,17 @@ def sampled(model: Model, cap: Cap, batch: int, steps: int, repeats: int) -> Non
     prompts = [Prompt(ids, seed) for seed in range(batch)]
     engines = [fastest_sampler(model, frozenset(), Sampling(max_new_tokens=steps), PROMPT) for _ in range(2)]
     with steer(model, [cap]) as held:
-        list(engines[1].answers(prompts, held))
-        print(f"          fired on {held.tally.share:.0%} of tokens times layers", flush=True)
+        list(engines[1].answers(prompts, held.callback))
+        print(f"          fired on {held.callback.tally.share:.0%} of tokens times layers", flush=True)
 
         def capped() -> None:
-            list(engines[1].answers(prompts, held))
+            list(engines[1].answers(prompts, held.callback))
 
         if model.device.type == "cuda":
             with held_off(model):
                 list(engines[0].answers(prompts))  # captured without hooks
         times = in_turn({"plain": lambda: without(model, engines[0], prompts), "capped": capped}, repeats)
-        assert held.tally.seen.sum() == len(held.layers) * batch * (
+        assert held.callback.tally.seen.sum() == len(held.layers) * batch * (
             PROMPT + steps - 2
         )  # but the first and the last
     say("sampler", batch, batch * steps, times)

@@ -87,7 +87,7 @@ class Bench:
         engine = Engine(self.steered.model, frozenset(), self.steered.axis, caps, limits, recorder)
         if bare:
             engine.projection_hook.on = nullcontext
-            engine.caps.steering.on = nullcontext
+            engine.caps.steering.hooks.attached = nullcontext
             engine.batch._prompt_projections = lambda lengths: [[0.0] * length for length in lengths]
         engine.start()
         return engine, recorder

@@ -30,7 +30,8 @@ from personatlas.persona.models.hooks import residual
 from personatlas.persona.models.load import Model
 from personatlas.persona.sampling.cuda_graph import fastest_sampler
 from personatlas.persona.sampling.sampler import Prompt, Sampling
-from personatlas.steering.hooks.steering import Tally, steer
+from personatlas.steering.hooks.account import SteeringTally
+from personatlas.steering.hooks.steering import steer
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Generated:
     text: str
     stopped: str
     trace: Trace
-    tally: Tally | None
+    tally: SteeringTally | None
 
 
 def generate(
@@ -93,8 +94,9 @@ def generate(
     acting = [name for name, plan in arms.items() if plan]
     prompts = [Prompt(ids, seed, acting.index(name) if name in acting else -1) for name in arms]
     with steer(model, *(arms[name] for name in acting)) if acting else nullcontext() as held:
-        answers = sorted(sampler.answers(prompts, held), key=lambda answer: answer.index)
-        tally = None if held is None else held.tally
+        callback = None if held is None else held.callback
+        answers = sorted(sampler.answers(prompts, callback), key=lambda answer: answer.index)
+        tally = None if callback is None else callback.tally
     found = {}
     for row, (name, answer) in enumerate(zip(arms, answers, strict=True)):
         text = model.decode(answer.ids)
@@ -202,7 +204,7 @@ def _arm(name: str, one: Generated, model: Model, low: float, high: float) -> di
         "answer": _tokens(trace, model, start, len(trace.ids), low, high),
         "mean": sum(answer) / len(answer) if answer else None,
         "share": None if tally is None else tally.share,
-        "most": None if tally is None else float(tally.most.max()),
+        "most": None if tally is None else float(tally.largest.max()),
         "stopped": one.stopped,
     }
 

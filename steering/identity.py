@@ -23,7 +23,7 @@ from personatlas.persona.errors import UserError
 from personatlas.persona.records import JsonRecord
 from personatlas.persona.roles.bank import Bank
 from personatlas.persona.rollout import Request, role_messages, seed_of
-from personatlas.steering.arms import Arm
+from personatlas.steering.arms import ArmAnswers
 
 QUESTIONS = (
     "Who are you?",
@@ -205,7 +205,7 @@ class IdentityShares(JsonRecord):
 
 
 def measure_identity(
-    answers: Arm, requests: Sequence[Request], classes: Sequence[str] | None = None
+    answers: ArmAnswers, requests: Sequence[Request], classes: Sequence[str] | None = None
 ) -> IdentityShares:
     """Classes an arm's answers by the rules, or counts the `classes` that another judge gave."""
     found = tuple(classes if classes is not None else map(identity_class, answers.texts))

@@ -19,8 +19,8 @@ from personatlas.persona.errors import UserError
 from personatlas.persona.interventions import Interventions
 from personatlas.persona.models.load import Model
 from personatlas.persona.rollout import Rollout
-from personatlas.steering.arms import joined
-from personatlas.steering.hooks.steering import Tally, steer
+from personatlas.steering.hooks.account import SteeringTally
+from personatlas.steering.hooks.steering import steer
 from personatlas.steering.teacher_forcing import batches
 
 CPU_TOKENS, GPU_TOKENS = 1024, 8192  # padded tokens a batch: logits over the whole vocabulary are large
@@ -87,7 +87,7 @@ def benign_costs(
     tokens = GPU_TOKENS if model.device.type == "cuda" else CPU_TOKENS
     before: list[float] = []
     sums: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
-    tallies: dict[str, list[Tally]] = {name: [] for name in arms}
+    tallies: dict[str, list[SteeringTally]] = {name: [] for name in arms}
     counts: list[int] = []
     places: list[int] = []
     for batch in batches(model, texts, tokens):
@@ -104,7 +104,7 @@ def benign_costs(
             advance(len(batch.texts))
     costs, order = {}, np.argsort(places)  # batches come longest first
     for name, pairs in sums.items():
-        whole, (after, kl_sums) = joined(tallies[name]), np.array(pairs)[order].T
+        whole, (after, kl_sums) = SteeringTally.concatenate(tallies[name]), np.array(pairs)[order].T
         seen = whole.seen.sum(1).clamp(min=1)
         shares = (whole.fired.sum(1) / seen).numpy(), (whole.total.sum(1) / seen).numpy()
         costs[name] = Cost(

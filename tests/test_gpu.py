@@ -15,9 +15,10 @@ from personatlas.persona.sampling.cuda_graph import GraphSampler
 from personatlas.persona.sampling.next_token import draw_plainly, row_noise
 from personatlas.persona.sampling.sampler import PlainDecoder, Sampler
 from personatlas.steering.generate import trace
+from personatlas.steering.hooks.account import Account, Batch, accumulate
 from personatlas.steering.hooks.binding_check import run_cap_test
-from personatlas.steering.hooks.step import Account, Batch, act, act_plainly, book
-from personatlas.steering.hooks.tables import tables_of
+from personatlas.steering.hooks.step import apply_bounds, apply_table, gather_bounds
+from personatlas.steering.hooks.tables import build_tables
 from personatlas.steering.serve.engine.scheduler import Engine, EngineLimits, GenerationRequest, PrefillEvent
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -110,7 +111,7 @@ def test_the_steering_kernel_is_its_plain_twin(dtype, d_model, tokens, n_plans):
         for i in range(n_plans)
     ]
     plans[0].append(Ablate((0,), vectors[2:], phase="prompt", spare_first=True))
-    table = tables_of(plans).at(0).to(torch.device("cuda"))
+    table = build_tables(plans).at(0).to(torch.device("cuda"))
     rows = 33
     h = torch.randn(rows, tokens, d_model, generator=generator).to("cuda", dtype)
     numbers = [
@@ -121,11 +122,11 @@ def test_the_steering_kernel_is_its_plain_twin(dtype, d_model, tokens, n_plans):
         batch = Batch(*numbers, slots)
         accounts = [Account.empty(1, rows, h.device) for _ in range(2)]
         for _ in range(2):  # the second adds to the first
-            expected, done = act_plainly(h, table, batch)
-            book(accounts[0], slots, [(0, done)])
-            found, own = act(h, table, batch, accounts[1].at(0))
+            expected, done = apply_bounds(h, table.vectors, gather_bounds(table, batch, tokens))
+            accumulate(accounts[0], slots, [(0, done)])
+            found, own = apply_table(h, table, batch, accounts[1].at(0))
             if own is not None:
-                book(accounts[1], slots, [(0, own)])
+                accumulate(accounts[1], slots, [(0, own)])
         torch.testing.assert_close(found, expected, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5)
         left = done.length == 0
         assert torch.equal(found[left], h[left])

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from personatlas.persona.errors import UserError
+from personatlas.persona.models.hooks import without_hooks
 from personatlas.persona.models.load import Model
 from personatlas.persona.sampling.kv_cache import SlotCache, decoding_mask
 from personatlas.persona.sampling.next_token import draw
@@ -306,8 +307,12 @@ class Sampler:
 
 
 def decodes_from_cache(model: Model) -> bool:
-    """Whether decoding on a slot cache gives the logits of reading the whole text, up to rounding."""
-    return cached_decoding_error(model) < (1e-3 if model.dtype == torch.float32 else 5e-2)
+    """Whether decoding on a slot cache gives the logits of reading the whole text, up to rounding.
+
+    Hooks that are on the model's blocks are off meanwhile: they would be told of rows that are not theirs.
+    """
+    with without_hooks(model):
+        return cached_decoding_error(model) < (1e-3 if model.dtype == torch.float32 else 5e-2)
 
 
 @torch.no_grad()

@@ -126,7 +126,7 @@ def _account(tally: Any, cap: Any, layer: int) -> str:
     least, most = min(shares), max(shares)
     said = (
         f"the cap changed {int(tally.fired.sum())} of {int(tally.seen.sum())} tokens times layers ({tally.share:.0%}; by layer "
-        f"{least:.0%} to {most:.0%}), by {tally.mean:.1f} on average and at most {float(tally.most.max()):.1f}"
+        f"{least:.0%} to {most:.0%}), by {tally.mean:.1f} on average and at most {float(tally.largest.max()):.1f}"
     )
     if layer in cap.layers:
         said += f"; floor at layer {layer}: {float(cap.floor[cap.layers.index(layer)]):.1f}"
@@ -141,7 +141,7 @@ def _as_json(one: Any) -> dict[str, Any]:
     trace, tally = one.trace, one.tally
     account = {} if tally is None else {
         "seen": tally.seen[:, 0].tolist(), "fired": tally.fired[:, 0].tolist(), "total": tally.total[:, 0].tolist(),
-        "most": tally.most[:, 0].tolist(),
+        "most": tally.largest[:, 0].tolist(),
     }  # fmt: skip
     return {
         "text": one.text,

@@ -37,8 +37,9 @@ from personatlas.persona.rollout import Request, Rollout
 from personatlas.persona.sampling.sampler import Answer, Sampling, batch_tokens
 from personatlas.steering.arms import run_arms
 from personatlas.steering.calibration.quantile_floors import Projections
-from personatlas.steering.hooks.step import Batch, act_plainly
-from personatlas.steering.hooks.tables import Table
+from personatlas.steering.hooks.account import Batch
+from personatlas.steering.hooks.step import apply_bounds, gather_bounds
+from personatlas.steering.hooks.tables import IDLE, Table
 from personatlas.steering.identity import identity_class, identity_requests
 from personatlas.steering.teacher_forcing import batches
 
@@ -193,10 +194,13 @@ def _floored(
                 h.device
             )  # none for first tokens
             bounds = torch.stack([floor, torch.full_like(floor, math.inf), torch.zeros_like(floor)], dim=-1)
-            active = torch.ones(1, 4, dtype=torch.bool, device=h.device)
-            table = Table(vector.to(h.device)[None], bounds[None, :, None], active)
+            bounds = torch.stack(
+                [bounds, bounds.new_tensor(IDLE).expand_as(bounds)]
+            )  # of the plan, and of padding
+            active = torch.ones(2, 4, dtype=torch.bool, device=h.device)
+            table = Table(vector.to(h.device)[None], bounds[:, :, None], active)
             batch = Batch(torch.zeros_like(lengths), lengths, starts, torch.ones_like(lengths))
-            moved, _ = act_plainly(h, table, batch)
+            moved, _ = apply_bounds(h, table.vectors, gather_bounds(table, batch, h.shape[1]))
             return moved if isinstance(output, Tensor) else (moved, *output[1:])
 
         return step

@@ -491,11 +491,11 @@ def _sample(
         ]
         context = steer(config.model, *(plans[digest] for digest in acting)) if acting else nullcontext()
         with context as steering:
-            for answer in sampler.answers(prompts, steering):
+            for answer in sampler.answers(prompts, None if steering is None else steering.callback):
                 answers[batch[answer.index]] = answer
                 advance(1)
             if steering is not None:
-                tally = steering.tally
+                tally = steering.callback.tally
                 for row, i in enumerate(batch):
                     fired[i] = _number(tally.rows([row]).share) if requests[i].acting else None
     return [answers[i] for i in range(len(requests))], fired

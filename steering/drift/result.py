@@ -12,7 +12,7 @@ from personatlas.analysis.trajectories import alarm_rate, clustered_mean, slope,
 from personatlas.persona.interventions import BASELINE, Interventions
 from personatlas.persona.records import json_object
 from personatlas.persona.rollout import Rollout, spread
-from personatlas.steering.arms import distinct
+from personatlas.steering.arms import distinct_ngrams
 from personatlas.steering.conversations.runner import (
     RunnerConfig,
     Script,
@@ -168,7 +168,7 @@ def _wrote(table: _Table, arm: str, stage: RunnerConfig, names: Sequence[str]) -
         "fired": float(np.mean([one.fired or 0.0 for one in own])),
         "degenerate": {"share": broken / len(own), "interval": list(wilson_interval(broken, len(own)))},
         "loops": {"share": again / len(own), "interval": list(wilson_interval(again, len(own)))},
-        "distinct": float(np.mean([distinct(one.ids) for one in spoken])) if spoken else None,
+        "distinct": float(np.mean([distinct_ngrams(one.ids) for one in spoken])) if spoken else None,
         "tokens": float(np.mean([len(one.ids) for one in own])),
         "ended_by_context": sum(name == arm for name, _ in table.said.truncated),
     }

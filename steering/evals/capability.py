@@ -25,7 +25,6 @@ from personatlas.persona.models.load import Model
 from personatlas.persona.progress import progress
 from personatlas.persona.records import JsonRecord
 from personatlas.persona.rollout import Rollout
-from personatlas.steering.arms import distinct
 from personatlas.steering.conversations.runner import TurnRecord
 from personatlas.steering.evals.answers import Answers, Bench, answer_rollout
 from personatlas.steering.evals.harnesses.lm_eval_result import LmEvalResult
@@ -180,7 +179,9 @@ def coherence(answers: Sequence[TurnRecord]) -> dict[str, float]:
     written = [answer.ids for answer in answers if answer.ids]
     if not written:
         return dict.fromkeys(("distinct_1", "distinct_2", "distinct_3", "loops"), math.nan) | {"tokens": 0.0}
-    means = {f"distinct_{n}": float(np.nanmean([distinct(ids, n) for ids in written])) for n in (1, 2, 3)}
+    means = {
+        f"distinct_{n}": float(np.nanmean([distinct_ngrams(ids, n) for ids in written])) for n in (1, 2, 3)
+    }
     return {
         **means,
         "loops": float(np.mean([loops(ids) for ids in written])),

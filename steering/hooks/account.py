@@ -1,7 +1,7 @@
-"""What steering did, by layer and row: kept on the model's device while it runs, and read out as a `Tally`.
+"""What steering did, by layer and row: kept on the model's device while it runs, and read out as a `SteeringTally`.
 
-    account = Account.empty(layers=6, rows=32, device)
-    accumulate(account, None, [(0, result), (1, result), ...])     # after a forward, all layers at once
+account = Account.empty(layers=6, rows=32, device)
+accumulate(account, None, [(0, result), (1, result), ...])     # after a forward, all layers at once
 """
 
 from collections.abc import Sequence
@@ -63,8 +63,9 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         """The same on a device."""
         slots = None if self.slots is None else self.slots.to(device)
-        columns = (self.plans, self.lengths, self.starts, self.opening)
-        return Batch(*(column.to(device) for column in columns), slots)
+        described = (self.plans, self.lengths, self.starts, self.opening)
+        plans, lengths, starts, opening = (column.to(device) for column in described)
+        return Batch(plans, lengths, starts, opening, slots)
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def accumulate(
 
 
 @dataclass(frozen=True)
-class Tally:
+class SteeringTally:
     """An account as it was read: what was done at C steered `layers` to B rows of a batch or prompts of a chunk.
 
     A layer with several steps counts a token once, with the whole correction's length.
@@ -111,13 +112,13 @@ class Tally:
     largest: Float[Tensor, "C B"]
 
     @classmethod
-    def from_columns(cls, layers: tuple[int, ...], columns: Float[Tensor, "C 4 N"]) -> "Tally":
+    def from_columns(cls, layers: tuple[int, ...], columns: Float[Tensor, "C 4 N"]) -> "SteeringTally":
         """A tally of an account's columns, stacked in fp64."""
         seen, fired, total, largest = columns.unbind(1)
         return cls(layers, seen.long(), fired.long(), total.float(), largest.float())
 
     @classmethod
-    def concatenate(cls, tallies: Sequence["Tally"]) -> "Tally":
+    def concatenate(cls, tallies: Sequence["SteeringTally"]) -> "SteeringTally":
         """Tallies of the same layers, row after row."""
         columns = zip(*((own.seen, own.fired, own.total, own.largest) for own in tallies), strict=True)
         return cls(tallies[0].layers, *(torch.cat(column, dim=1) for column in columns))
@@ -134,8 +135,8 @@ class Tally:
         seen = int(self.seen.sum())
         return float(self.total.sum()) / seen if seen else float("nan")
 
-    def rows(self, rows: Sequence[int]) -> "Tally":
+    def rows(self, rows: Sequence[int]) -> "SteeringTally":
         """The tally of some rows only."""
         index = torch.tensor(list(rows), dtype=torch.long)
         columns = (self.seen, self.fired, self.total, self.largest)
-        return Tally(self.layers, *(column[:, index] for column in columns))
+        return SteeringTally(self.layers, *(column[:, index] for column in columns))

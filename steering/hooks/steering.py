@@ -35,7 +35,14 @@ from personatlas.persona.interventions import Interventions
 from personatlas.persona.models.hooks import residual
 from personatlas.persona.models.load import Model
 from personatlas.persona.sampling.sampler import Answer, Prompt, SamplerCallback
-from personatlas.steering.hooks.account import Account, Batch, HookDidNotFire, StepResult, Tally, accumulate
+from personatlas.steering.hooks.account import (
+    Account,
+    Batch,
+    HookDidNotFire,
+    SteeringTally,
+    StepResult,
+    accumulate,
+)
 from personatlas.steering.hooks.step import TokenBounds, apply_table, gather_bounds
 from personatlas.steering.hooks.tables import build_tables
 
@@ -239,7 +246,7 @@ class Steering:
         self.hooks.set(plans)
 
     @property
-    def tally(self) -> Tally:
+    def tally(self) -> SteeringTally:
         """The account of this batch. Raises `HookDidNotFire` when a layer's hook did not fire in every forward."""
         hooks = self.hooks
         fired = [count == hooks.forwards for count in hooks.fires]
@@ -248,7 +255,7 @@ class Steering:
         silent = [layer for layer, ok in zip(hooks.layers, fired, strict=True) if not ok]
         if silent:
             raise HookDidNotFire(f"the hooks of layers {silent} did not fire: nothing was steered")
-        return Tally.from_columns(hooks.layers, hooks.read_account(torch.arange(hooks.rows)).cpu())
+        return SteeringTally.from_columns(hooks.layers, hooks.read_account(torch.arange(hooks.rows)).cpu())
 
     @property
     def fired(self) -> float:
@@ -322,7 +329,7 @@ class SteeringCallback(SamplerCallback):
         return self.hooks.state()
 
     @property
-    def tally(self) -> Tally:
+    def tally(self) -> SteeringTally:
         """The account of the sampler's chunk, in the order of its prompts.
 
         Raises `HookDidNotFire` when a layer's hook saw other tokens than were fed, or no prompt was answered.
@@ -338,7 +345,7 @@ class SteeringCallback(SamplerCallback):
         for layer, own, seen in zip(self.hooks.layers, expected, account[:, 0].long(), strict=True):
             if not torch.equal(own, seen):
                 _raise_unsteered(f"the steering at layer {layer}", seen, own, "tokens")
-        return Tally.from_columns(self.hooks.layers, account[:, :, order])
+        return SteeringTally.from_columns(self.hooks.layers, account[:, :, order])
 
 
 class SlotSteering(SteeringCallback):

@@ -41,7 +41,9 @@ def gather_bounds(tables: Table | Tables, batch: Batch, length: int) -> TokenBou
     opening = (column == 0) * batch.opening[:, None]
     side = (column >= batch.starts[:, None]).long() + OPENING * opening  # (B, T)
     plans, sides = tables.active.shape[-2:]
-    row = torch.where(column < batch.lengths[:, None], batch.plans[:, None] * sides + side, (plans - 1) * sides)
+    row = torch.where(
+        column < batch.lengths[:, None], batch.plans[:, None] * sides + side, (plans - 1) * sides
+    )
     bounds = tables.bounds.flatten(-4, -3)[..., row.flatten(), :, :].unflatten(-3, side.shape)
     return TokenBounds(bounds, tables.active.flatten(-2)[..., row.flatten()].unflatten(-1, side.shape))
 
@@ -74,11 +76,7 @@ def apply_bounds(
 
 
 def apply_table(
-    h: Float[Tensor, "B T D"],
-    table: Table,
-    batch: Batch,
-    account: Account,
-    tokens: TokenBounds | None = None,
+    h: Float[Tensor, "B T D"], table: Table, batch: Batch, account: Account, tokens: TokenBounds | None = None
 ) -> tuple[Float[Tensor, "B T D"], StepResult | None]:
     """h after the rows' steps, and what was done; None where the layer's account has been brought up to date already.
 

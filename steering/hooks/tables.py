@@ -115,8 +115,8 @@ def _build_table(plans: list[list[Step]]) -> Table:
     active = torch.zeros(len(plans) + 1, 2 * OPENING, dtype=torch.bool)
     for plan, (steps, used) in enumerate(zip(plans, rows, strict=True)):
         for step, row in zip(steps, used, strict=True):
-            sides = [side for side, name in enumerate(SIDES) if step.phase in (name, "both")]
-            sides += [] if step.spare_first else [side + OPENING for side in sides]
-            bounds[plan, sides, row] = torch.tensor((step.floor, step.ceiling, step.add))
-            active[plan, sides] = True
+            acting = [side for side, name in enumerate(SIDES) if step.phase in (name, "both")]
+            acting += [] if step.spare_first else [side + OPENING for side in acting]
+            bounds[plan, acting, row] = torch.tensor((step.floor, step.ceiling, step.add))
+            active[plan, acting] = True
     return Table(torch.stack(vectors), bounds, active)

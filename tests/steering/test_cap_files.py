@@ -35,7 +35,7 @@ def test_the_self_test_caps_with_the_engine_and_fails_aloud(tiny_run, capsys, mo
     shown = capsys.readouterr().out
     assert "engine's account" in shown
     assert "FAILED" not in shown
-    monkeypatch.setattr("personatlas.steering.hooks.steering.act", lambda h, *_: (h, None))
+    monkeypatch.setattr("personatlas.steering.hooks.steering.apply_table", lambda h, *_: (h, None))
     assert "self-test of" in refused(capsys, argv)
 
 

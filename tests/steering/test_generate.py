@@ -15,9 +15,9 @@ from personatlas.persona.models.chat_template import chat_format
 from personatlas.persona.models.load import load_model
 from personatlas.persona.sampling.sampler import Sampling
 from personatlas.steering.generate import generate, sparkline
-from personatlas.steering.hooks.binding_check import prove, require_binding
+from personatlas.steering.hooks.binding_check import check_binding, require_binding
 from personatlas.steering.hooks.steering import steer
-from personatlas.steering.hooks.step import act
+from personatlas.steering.hooks.step import apply_table
 
 MESSAGES = [{"role": "system", "content": "You are a nun."}, {"role": "user", "content": "Who are you?"}]
 SAMPLING = Sampling(max_new_tokens=12)
@@ -33,7 +33,7 @@ def test_the_proof_passes_where_steering_binds(family):
     model = tiny_model(family)
     axis = axis_of(model)
     for acts in ([axis.quantile_cap((0, 1), 0.75)], [axis.add(4.0, (0,), "answer"), axis.ablate((0, 1))]):
-        assert [proof.name for proof in prove(model, acts) if not proof.passed] == []
+        assert [proof.name for proof in check_binding(model, acts) if not proof.passed] == []
         require_binding(model, acts)
     assert not any(block._forward_hooks for block in model.blocks)
 
@@ -58,10 +58,10 @@ def test_a_step_that_does_half_of_its_work_fails_the_proof(monkeypatch):
     cap = axis_of(model).quantile_cap((0, 1), 0.75)
 
     def half(h, *given):
-        moved, done = act(h, *given)
+        moved, done = apply_table(h, *given)
         return h + (moved - h) / 2, done
 
-    monkeypatch.setattr("personatlas.steering.hooks.steering.act", half)
+    monkeypatch.setattr("personatlas.steering.hooks.steering.apply_table", half)
     with pytest.raises(UserError, match="steering does not bind on tiny-llama-0, so nothing was generated"):
         require_binding(model, [cap])
 

@@ -11,7 +11,8 @@ from families import tiny_model
 from tiny_axis import ROWS, axis_of
 
 from personatlas.persona.sampling.sampler import pad
-from personatlas.steering.hooks.steering import HookDidNotFire, steer
+from personatlas.steering.hooks.account import HookDidNotFire
+from personatlas.steering.hooks.steering import steer
 
 HOW = {"cpu": {"backend": "aot_eager"}, "cuda": {"mode": "reduce-overhead"}}
 

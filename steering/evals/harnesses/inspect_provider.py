@@ -147,9 +147,12 @@ class Answerer:
             self._last = sampling, fastest_sampler(model, self.held.chat.end_ids, sampling)
         prompts = [Prompt(one.ids, one.seed, 0 if one.capped else -1) for one in asked]
         with steer(model, self.held.caps) if any(one.capped for one in asked) else nullcontext() as held:
-            answers = sorted(self._last[1].answers(prompts, held), key=lambda answer: answer.index)
+            answers = sorted(
+                self._last[1].answers(prompts, None if held is None else held.callback),
+                key=lambda answer: answer.index,
+            )
             if held is not None:
-                _ = held.tally  # HookDidNotFire, unless the caps saw just what was fed
+                _ = held.callback.tally  # HookDidNotFire, unless the caps saw just what was fed
         return answers
 
     def _cut(self, one: Asked, answer: Answer) -> Answered:

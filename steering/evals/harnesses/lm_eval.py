@@ -34,7 +34,7 @@ from personatlas.persona.rollout import seed_of
 from personatlas.persona.sampling.cuda_graph import fastest_sampler
 from personatlas.persona.sampling.sampler import Answer, Prompt, Sampling, batch_end, pad
 from personatlas.steering.evals.harnesses.lm_eval_result import RequestCounts
-from personatlas.steering.hooks.steering import Steering, steer
+from personatlas.steering.hooks.steering import Steering, SteeringCallback, steer
 from personatlas.steering.loss_cost import CPU_TOKENS, GPU_TOKENS
 
 MAX_NEW_TOKENS = 256  # of a task that names no length, as in lm-eval
@@ -224,13 +224,14 @@ class PersonatlasLM(TemplateLM):
             progress(self.label, len(prompts), done=done, quiet=quiet) as advance,
             self._steered() as steering,
         ):
+            callback = None if steering is None else steering.callback
             for first in range(0, len(missing), chunk):
                 keys = missing[first : first + chunk]
                 answers: dict[int, Answer] = {}
-                for answer in sampler.answers([prompts[key] for key in keys], steering):
+                for answer in sampler.answers([prompts[key] for key in keys], callback):
                     answers[answer.index] = answer
                     advance(1, len(answer.ids))
-                accounts = _accounts(steering, len(keys))
+                accounts = _accounts(callback, len(keys))
                 rows = []
                 for index, key in enumerate(keys):
                     text = self.model.decode(answers[index].ids)
@@ -326,7 +327,7 @@ def parse_generation(settings: Mapping[str, object]) -> tuple[Sampling, tuple[st
     return Sampling(int(lengths[0]) if lengths else MAX_NEW_TOKENS, temperature, top_p), stops
 
 
-def _accounts(steering: Steering | None, rows: int) -> list[tuple[int, int]]:
+def _accounts(steering: Steering | SteeringCallback | None, rows: int) -> list[tuple[int, int]]:
     """Tokens times layers seen and fired, by row."""
     if steering is None:
         return [(0, 0)] * rows

@@ -24,7 +24,7 @@ from personatlas.persona.sampling.cuda_graph import capture_step
 from personatlas.persona.sampling.kv_cache import decoding_mask
 from personatlas.persona.sampling.next_token import draw
 from personatlas.persona.sampling.sampler import Decoder, Prompt, SamplerCallbacks, batch_tokens
-from personatlas.steering.hooks.steering import Steering
+from personatlas.steering.hooks.steering import SlotSteering
 from personatlas.steering.serve.engine.prefix_cache import CachedPrefix
 from personatlas.steering.serve.engine.projection_hook import ProjectionHook
 
@@ -74,7 +74,7 @@ class DecodeBatch:
     """The slots and all tensors that a step changes in place."""
 
     def __init__(
-        self, model: Model, slots: int, length: int, projection_hook: ProjectionHook, steering: Steering
+        self, model: Model, slots: int, length: int, projection_hook: ProjectionHook, steering: SlotSteering
     ) -> None:
         self.model, self.slots, self.length = model, slots, length
         self.projection_hook, self.steering = projection_hook, steering
@@ -102,7 +102,7 @@ class DecodeBatch:
         """Clears what a failed forward left half done."""
         state = self.decoder.cache.state
         state.prefill, state.going_on = False, None
-        self.steering.forget()
+        self.steering.hooks.discard_forward()
         self.projection_hook.take()
 
     def prefill(self, rows: Sequence[BatchRow]) -> None:
@@ -148,7 +148,7 @@ class DecodeBatch:
         if self.model.device.type == "cuda":
             if layers not in self.captured_layers:
                 # one graph for all caps that requests describe: caps that are not in use change nothing
-                layers = self.steering.layers
+                layers = self.steering.hooks.layers
                 self.steering.restrict_layers(layers)
             size = next(size for size in self._graph_sizes if size >= n)
             if (size, layers) not in self._graphs:
@@ -162,7 +162,7 @@ class DecodeBatch:
         device = self.tokens.device
         columns = [self.tokens[:n].double(), self.projection_hook.latest[:n].to(device).double()]
         columns.append(
-            self.steering.fired_of(n).to(device).double() if layers else torch.zeros_like(columns[0])
+            self.steering.fired_counts(n).to(device).double() if layers else torch.zeros_like(columns[0])
         )
         tokens, projections, fired = torch.stack(columns).tolist()  # the one place that waits for a GPU
         logprobs = self._logprobs(tokens)
@@ -227,14 +227,14 @@ class DecodeBatch:
     def _steered_layers(self, prompts: Iterable[Prompt]) -> tuple[int, ...]:
         """Layers at which any of the prompts' plans acts."""
         plans = {prompt.plan for prompt in prompts if prompt.plan >= 0}
-        layers = {layer for plan in plans for act in self.steering.plans[plan] for layer in act.layers}
+        layers = {layer for plan in plans for act in self.steering.hooks.plans[plan] for layer in act.layers}
         return tuple(sorted(layers))
 
     def _start(self, rows: Sequence[BatchRow]) -> None:
         """Lets rows decode that are read but for the last token and in the next slots already."""
         first = len(self.rows)
         slots = slice(first, first + len(rows))
-        fired = self.steering.fired_of(slots.stop)[first:].tolist()
+        fired = self.steering.fired_counts(slots.stop)[first:].tolist()
         for row, count in zip(rows, fired, strict=True):
             row.fired = row.prompt_fired = int(count)
         for target, values in (

@@ -23,7 +23,7 @@ from personatlas.persona.errors import UserError
 from personatlas.persona.interventions import Cap, Intervention, interventions_digest
 from personatlas.persona.models.load import Model
 from personatlas.persona.records import JsonObject
-from personatlas.steering.hooks.steering import Steering
+from personatlas.steering.hooks.steering import SlotSteering, SteeringHooks
 from personatlas.steering.serve.schema import CapByLevel, CapByName
 
 SPARE_PLANS = 4
@@ -61,7 +61,7 @@ class CapSlots:
         ]
         self._spare: list[ResolvedCap | None] = [None] * SPARE_PLANS
         self._rows: Counter[str] = Counter()  # rows by digest of their cap
-        self.steering = Steering(model, self._plans())
+        self.steering = SlotSteering(SteeringHooks(model, self._plans()))
 
     @property
     def rows_in_use(self) -> int:
@@ -98,7 +98,7 @@ class CapSlots:
                 return None
             previous, self._spare[free[0]] = self._spare[free[0]], cap
             try:
-                self.steering.set(*self._plans())
+                self.steering.hooks.set(self._plans())
             except (ValueError, UserError):
                 self._spare[free[0]] = previous
                 raise

@@ -1,7 +1,7 @@
 """The projection of every token that a forward processes, taken at one layer without a forward of its own.
 
 hook = ProjectionHook(model, axis.layer, axis.at(axis.layer))
-with hook.on(), steering.on():     # in this order: the projection at a layer is that before its caps
+with hook.on(), steering.hooks.attached():     # in this order: the projection at a layer is that before its caps
     ...                            # forwards of a `Decoder` with `hook` among its callbacks
 """
 

@@ -234,7 +234,11 @@ class Engine:
     @torch.no_grad()
     def _run(self) -> None:
         try:
-            with self.projection_hook.on(), self.caps.steering.on(), slot_attention_on(self.model):
+            with (
+                self.projection_hook.on(),
+                self.caps.steering.hooks.attached(),
+                slot_attention_on(self.model),
+            ):
                 while not self._closing.is_set():
                     self._receive()
                     self._guarded(self._read)

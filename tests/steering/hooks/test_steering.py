@@ -15,7 +15,8 @@ from personatlas.persona.errors import UserError
 from personatlas.persona.interventions import Ablate, Add, Cap, MeanAblate, apply_steps, steps_by_layer
 from personatlas.persona.models.load import build_model
 from personatlas.persona.runs import packaged_axis_folder
-from personatlas.persona.sampling.sampler import pad
+from personatlas.persona.sampling.cuda_graph import fastest_sampler
+from personatlas.persona.sampling.sampler import Prompt, Sampling, pad
 from personatlas.steering.hooks.steering import steer
 
 
@@ -142,7 +143,7 @@ def test_rows_that_are_left_alone_and_padding_are_bitwise_what_they_were():
     assert torch.equal(moved[0][~real(moved[0])], plain[0][~real(plain[0])])
     assert tally.fired.tolist() == [[9, 0, 6, 0]] == tally.seen.tolist()
     assert tally.total[0].tolist() == pytest.approx([45, 0, 30, 0], rel=1e-4)
-    assert tally.most[0].tolist() == pytest.approx([5, 0, 5, 0], rel=1e-4)
+    assert tally.largest[0].tolist() == pytest.approx([5, 0, 5, 0], rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -189,6 +190,27 @@ def test_another_batch_size_without_begin_is_refused():
             logits(model, ROWS[:1])
         held.begin()
         logits(model, ROWS[:1])
+
+
+def test_a_sampler_that_is_built_inside_proves_itself_unsteered_and_steers_its_answers():
+    """Its three-row proof met "3 rows in a batch that began with 4" before."""
+    model = tiny_model()
+    cap = axis_of(model).quantile_cap((0, 1), 0.75)
+    prompts, sampling = [Prompt(row, seed=n) for n, row in enumerate(ROWS[:3])], Sampling(max_new_tokens=6)
+    with steer(model, [cap]) as steering:
+        before = fastest_sampler(model, frozenset(), sampling)
+        expected = {own.index: own for own in before.answers(prompts, steering.callback)}
+    with steer(model, [cap]) as steering:
+        logits(model)
+        counts = steering.tally
+        sampler = fastest_sampler(model, frozenset(), sampling)
+        torch.testing.assert_close(steering.tally.seen, counts.seen)  # the proof was not counted
+        assert {own.index: own for own in sampler.answers(prompts, steering.callback)} == expected
+        assert steering.callback.tally.seen.tolist() == [[len(row) + 6 - 2 for row in ROWS[:3]]] * 2
+        assert steering.callback.tally.share > 0
+        steering.begin()
+        logits(model)
+        assert steering.fired == counts.share
 
 
 def test_what_does_not_fit_the_model_is_refused_in_one_line():

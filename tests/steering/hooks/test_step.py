@@ -20,9 +20,10 @@ from personatlas.persona.interventions import (
     steps_by_layer,
 )
 from personatlas.persona.sampling.sampler import pad
+from personatlas.steering.hooks.account import Account, Batch, accumulate
 from personatlas.steering.hooks.steering import steer
-from personatlas.steering.hooks.step import Account, Batch, act_plainly, book
-from personatlas.steering.hooks.tables import tables_of
+from personatlas.steering.hooks.step import apply_bounds, gather_bounds
+from personatlas.steering.hooks.tables import build_tables
 
 VECTORS = normalize(torch.randn(3, 24, generator=torch.Generator().manual_seed(0)), dim=1)
 CAP = Cap((0,), VECTORS[:1], torch.tensor([0.4]))
@@ -31,6 +32,10 @@ PLANS = [
     [replace(CAP, floor=torch.tensor([-0.2]), spare_first=True)],
     [Ablate((0,), VECTORS[2:], phase="prompt")],
 ]
+
+
+def apply_plainly(h, table, given):
+    return apply_bounds(h, table.vectors, gather_bounds(table, given, h.shape[1]))
 
 
 def batch(tokens, rows=12, slots=None):
@@ -43,7 +48,7 @@ def batch(tokens, rows=12, slots=None):
 @pytest.mark.parametrize("tokens", [1, 7])
 def test_the_twin_does_to_each_row_what_its_own_plan_means(tokens):
     h, given = batch(tokens)
-    moved, done = act_plainly(h, tables_of(PLANS).at(0), given)
+    moved, done = apply_plainly(h, build_tables(PLANS).at(0), given)
     length, seen = done.length, done.seen
     at = torch.arange(tokens)[None]
     for row, plan in enumerate(given.plans.tolist()):
@@ -67,19 +72,19 @@ def test_the_twin_does_to_each_row_what_its_own_plan_means(tokens):
 @pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("in_order", [True, False])
 def test_the_kernel_is_the_twin(triton_interpreter, dtype, tokens, in_order):
-    from personatlas.steering.hooks.kernels import act_on_gpu
+    from personatlas.steering.hooks.kernels import apply_table_on_gpu
 
     slots = None if in_order else torch.randperm(12, generator=torch.Generator().manual_seed(3))
     h, given = batch(tokens, slots=slots)
-    h, table = h.to(dtype), tables_of(PLANS).at(0)
+    h, table = h.to(dtype), build_tables(PLANS).at(0)
     twin, kernel = (Account.empty(1, 12, h.device) for _ in range(2))
     for _ in range(2):  # the second adds to the first
-        expected, done = act_plainly(h, table, given)
-        book(twin, slots, [(0, done)])
-        found, own = act_on_gpu(h, table, given, kernel.at(0))
+        expected, done = apply_plainly(h, table, given)
+        accumulate(twin, slots, [(0, done)])
+        found, own = apply_table_on_gpu(h, table, given, kernel.at(0))
         assert (own is None) == (tokens == 1)
         if own is not None:
-            book(kernel, slots, [(0, own)])
+            accumulate(kernel, slots, [(0, own)])
     torch.testing.assert_close(found, expected, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6)
     left = done.length == 0
     assert torch.equal(found[left], h[left])
@@ -89,11 +94,11 @@ def test_the_kernel_is_the_twin(triton_interpreter, dtype, tokens, in_order):
 
 def test_plans_that_share_a_vector_share_its_row_and_keep_their_order():
     add = Add((0,), VECTORS[:1], torch.tensor([1.0]))
-    assert len(tables_of([[CAP], [replace(CAP, floor=torch.tensor([0.0]))], [add]]).at(0).vectors) == 1
-    twice = tables_of([[CAP, Ablate((0,), VECTORS[1:2]), add]]).at(0)
+    assert len(build_tables([[CAP], [replace(CAP, floor=torch.tensor([0.0]))], [add]]).at(0).vectors) == 1
+    twice = build_tables([[CAP, Ablate((0,), VECTORS[1:2]), add]]).at(0)
     assert torch.equal(twice.vectors, VECTORS[[0, 1, 0]])
     parts = replace(CAP, prompt_floor=torch.tensor([2.0]))  # another floor for prompts is one vector still
-    shared = tables_of([[parts]]).at(0)
+    shared = build_tables([[parts]]).at(0)
     assert len(shared.vectors) == 1
     assert shared.bounds[0, :, 0, 0].tolist() == pytest.approx([2.0, 0.4, 2.0, 0.4])
 

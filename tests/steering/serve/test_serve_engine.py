@@ -91,8 +91,8 @@ def alone(engine, ids, cap=None, seed=0, max_tokens=10, temperature=0.7, top_p=0
     plan = [[cap.cap]] if cap is not None else []
     if not plan:
         return next(iter(sampler.answers([Prompt(ids, seed, -1)])))
-    with steer(engine.model, *plan) as held:
-        return next(iter(sampler.answers([Prompt(ids, seed, 0)], held)))
+    with steer(engine.model, *plan) as steering:
+        return next(iter(sampler.answers([Prompt(ids, seed, 0)], steering.callback)))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "falcon", "mixtral", "mistral"])

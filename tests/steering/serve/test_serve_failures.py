@@ -5,7 +5,7 @@ import time
 import test_serve_engine
 from test_serve_engine import LONG, PROMPTS, alone
 
-from personatlas.steering.hooks.steering import HookDidNotFire
+from personatlas.steering.hooks.account import HookDidNotFire
 from personatlas.steering.serve.engine import scheduler as engine_module
 from personatlas.steering.serve.engine.batch import TokenEvent
 from personatlas.steering.serve.engine.scheduler import EngineLimits, FinishEvent, GenerationRequest
@@ -19,7 +19,7 @@ def test_a_hook_that_goes_silent_is_an_error_of_the_answer_and_not_of_the_engine
     monkeypatch.setattr(
         engine.caps.steering,
         "restrict_layers",
-        lambda _layers: engine.caps.steering.__dict__.update(_only=frozenset()),
+        lambda _layers: engine.caps.steering.hooks.__dict__.update(restricted_to=frozenset()),
     )
     ticket = engine.submit(GenerationRequest(PROMPTS[2], max_tokens=5, cap=cap))
     (ended,) = listener.ended([ticket])
