@@ -4,7 +4,7 @@ import pytest
 
 from personatlas.persona.rollout import Request
 from personatlas.persona.sampling.sampler import Answer
-from personatlas.steering.arms import Arm
+from personatlas.steering.arms import ArmAnswers
 from personatlas.steering.identity import IdentityShares, identity_class, measure_identity
 
 
@@ -25,7 +25,7 @@ def test_an_answer_is_what_its_speaker_claims_to_be(answer, name):
 def test_shares_and_differences_count_roles_as_clusters():
     requests = [Request(f"{role}/0/identity{i}/0", (), 0) for role in ("a", "b", "c") for i in range(4)]
     answers = tuple(Answer(i, (1, 2, 2), "end") for i in range(12))
-    arms = [Arm(name, ("x",) * 12, answers, None) for name in ("one", "other")]
+    arms = [ArmAnswers(name, ("x",) * 12, answers, None) for name in ("one", "other")]
     one = measure_identity(arms[0], requests, ["assistant"] * 4 + ["human"] * 8)
     other = measure_identity(arms[1], requests, ["assistant"] * 8 + ["human"] * 4)
     assert one.shares["assistant"] == pytest.approx(1 / 3)
