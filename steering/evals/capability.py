@@ -25,6 +25,7 @@ from personatlas.persona.models.load import Model
 from personatlas.persona.progress import progress
 from personatlas.persona.records import JsonRecord
 from personatlas.persona.rollout import Rollout
+from personatlas.steering.arms import distinct_ngrams
 from personatlas.steering.conversations.runner import TurnRecord
 from personatlas.steering.evals.answers import Answers, Bench, answer_rollout
 from personatlas.steering.evals.harnesses.lm_eval_result import LmEvalResult
