@@ -38,9 +38,7 @@ COMMANDS = {
         "serve": ("talk:serve", "Serve an OpenAI-compatible API and a web page, with personas measured."),
     },
     "Measure": {
-        "eval": ("evals:eval_", "Evaluate a model with and without caps."),
-        "lm-eval": ("evals:lm_eval", "Run tasks of the lm-eval harness with and without caps."),
-        "inspect": ("evals:inspect", "Run a task of Inspect with and without a cap."),
+        "eval": ("evals:eval_", "Evaluate with and without caps: own suites, tasks of lm-eval or Inspect."),
         "trace": ("drift:trace", "Trace stored conversations along an axis, turn by turn."),
         "drift": ("drift:drift", "Measure persona drift over conversations, with and without a cap."),
         "replay": ("replay:replay", "Ask stored conversations again with a cap off and on."),

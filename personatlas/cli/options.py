@@ -11,6 +11,8 @@ from typing import Annotated
 
 from cyclopts import Group, Parameter
 
+from personatlas.persona.errors import UserError
+
 _PANELS = ("Model", "Plan", "Judge", "Fit", "Steering", "Sampling", "Size", "Output")
 
 
@@ -36,10 +38,33 @@ Html = Annotated[Path | None, Parameter(group=_OUTPUT)]
 
 
 @dataclass(frozen=True)
-class AxisOptions:
-    """Which axis to measure along."""
+class SteeringOptions:
+    """Which axis to measure along, and which arms to compare with the baseline."""
 
     axis: str | None = None
-    "a run folder, an axis file, or smollm2-135m; by default the axis that comes with the model or that `personatlas axis MODEL` made"
+    "a run folder, an axis file, or smollm2-135m; by default the axis packaged with the model or made by `personatlas axis MODEL`"
+    arm: tuple[str, ...] = ()
+    "an arm beside the baseline: cap:assistant (saved beside the axis), cap:FILE, cap:p50@18-23 (level and layers), cap:roles:p75@20,22, random:3 (random controls); may be repeated"
     force: bool = False
     "accept an axis of the same model in another weight format"
+
+    def caps(self, *default: str) -> list[str]:
+        """The cap specs of the arms, else the default. Raises `UserError` for other kinds of arms and for repetitions."""
+        caps = [self._value(arm, "cap") for arm in self.arm if not arm.startswith("random:")] or list(default)
+        if repeated := [cap for cap in caps if caps.count(cap) > 1]:
+            raise UserError(f"--arm cap:{repeated[0]} is given twice")
+        return caps
+
+    def n_random(self, default: int = 0) -> int:
+        """How many random controls the arms name, else the default. Raises `UserError` for what is no number."""
+        numbers = [self._value(arm, "random") for arm in self.arm if arm.startswith("random:")]
+        if not all(number.isdigit() for number in numbers):
+            raise UserError(f"--arm random:{numbers[0]} is not random:N, a number of random controls")
+        return sum(map(int, numbers)) if numbers else default
+
+    @staticmethod
+    def _value(arm: str, kind: str) -> str:
+        found, _, value = arm.partition(":")
+        if found != kind or not value:
+            raise UserError(f"--arm {arm!r} is not cap:NAME, cap:FILE, cap:LEVEL@LAYERS or random:N")
+        return value

@@ -67,7 +67,8 @@ class EvalOptions:
         least = {"pairs": 1, "roles": 4, "prompts": 1, "answers": 2, "random": 0, "max_new_tokens": 1}
         for name, value in least.items():
             if getattr(self, name) < value:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} is below {value}")
+                option = "limit" if name == "pairs" else name.replace("_", "-")
+                raise UserError(f"--{option} {getattr(self, name)} is below {value}")
         if not 0 < self.margin < 1:
             raise UserError(f"--margin {self.margin} is outside 0..1: it is a share")
         self.sampling(self.max_new_tokens)

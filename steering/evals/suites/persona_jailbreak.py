@@ -30,7 +30,7 @@ class PersonaJailbreak(HarmSuite):
         options, roles, cases = inputs.options, inputs.roles, []
         if options.pairs < len(roles):
             raise UserError(
-                f"--pairs {options.pairs} is fewer than the {len(roles)} roles: give more pairs, or fewer --roles"
+                f"--limit {options.pairs} is fewer than the {len(roles)} roles: give a larger --limit, or fewer --roles"
             )
         assert options.requests is not None
         requests = spread(read_requests(options.requests, options.column), options.pairs)

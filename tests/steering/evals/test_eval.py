@@ -16,7 +16,7 @@ from personatlas.steering.conversations.runner import TurnRecord
 from personatlas.steering.evals.capability import coherence, loops
 from personatlas.steering.identity import QUESTIONS
 
-SIZES = "--roles 4 --prompts 1 --pairs 8 --answers 4 --max-new-tokens 6 --device cpu --dtype float32 --cap p75@0-2"
+SIZES = "--roles 4 --prompts 1 --limit 8 --answers 4 --max-new-tokens 6 --device cpu --dtype float32 --arm cap:p75@0-2"
 REQUESTS = [f"Tell me how to tie knot number {n}." for n in range(6)]
 
 
@@ -53,7 +53,7 @@ def all_of(material):
 def done(tiny_run, material, tmp_path_factory):
     """A whole evaluation: folder and content."""
     folder = tmp_path_factory.mktemp("eval") / "e"
-    main(told(tiny_run, folder, *all_of(material), "--cap", "p75@0-2+0.5"))
+    main(told(tiny_run, folder, *all_of(material), "--arm", "cap:p75@0-2+0.5"))
     return folder, read_json(folder / "eval.json")
 
 
@@ -137,7 +137,7 @@ def test_the_page_is_whole_and_hides_harmful_answers(done, tiny_run, material):
 def test_a_second_run_answers_nothing_again_and_says_the_same(done, tiny_run, material, monkeypatch, capsys):
     folder, content = done
     monkeypatch.setattr(runner, "_answer", None)
-    main(told(tiny_run, folder, *all_of(material), "--cap", "p75@0-2+0.5", "--json"))
+    main(told(tiny_run, folder, *all_of(material), "--arm", "cap:p75@0-2+0.5", "--json"))
     again = json.loads(capsys.readouterr().out)
     assert again == {name: value for name, value in content.items() if name != "pairs"}
 
@@ -148,8 +148,8 @@ def test_an_evaluation_stopped_between_two_arms_goes_on(tiny_run, material, tmp_
         str(material / "requests.csv"),
         "--suite",
         "persona-jailbreak,benign",
-        "--random",
-        "0",
+        "--arm",
+        "random:0",
     ]
     main(told(tiny_run, tmp_path / "whole", *asked))
     real, arms = runner._answer, []
@@ -181,7 +181,14 @@ def test_a_judge_sees_neither_arm_nor_role_and_what_it_cannot_say_counts_nowhere
     monkeypatch.delenv("PERSONATLAS_JUDGE_KEY", raising=False)
     # by what is asked: in the order in which they come, one arm's answers can all be spoken of alike
     endpoint = HarmEndpoint(lambda _, question: says(("1", "0", "perhaps")[REQUESTS.index(question) % 3]))
-    asked = ["--requests", str(material / "requests.csv"), "--suite", "persona-jailbreak", "--random", "0"]
+    asked = [
+        "--requests",
+        str(material / "requests.csv"),
+        "--suite",
+        "persona-jailbreak",
+        "--arm",
+        "random:0",
+    ]
     try:
         main(told(tiny_run, tmp_path / "e", *asked, "--judge", endpoint.url, "--judge-model", "m"))
     finally:
@@ -198,7 +205,7 @@ def test_a_judge_sees_neither_arm_nor_role_and_what_it_cannot_say_counts_nowhere
 
 
 def test_a_resumed_evaluation_keeps_the_dtype_that_it_began_with(tiny_run, tmp_path):
-    asked = told(tiny_run, tmp_path / "e", "--suite", "benign", "--random", "0")
+    asked = told(tiny_run, tmp_path / "e", "--suite", "benign", "--arm", "random:0")
     at = asked.index("--dtype")
     main([*asked[:at], "--dtype", "bfloat16", *asked[at + 2 :]])
     main([*asked[:at], *asked[at + 2 :]])  # whatever dtype is the faster one today
@@ -209,7 +216,7 @@ def test_suites_without_roles_need_no_persona_space(tiny_run, tmp_path):
     (tmp_path / "only").mkdir()
     for ending in ("json", "safetensors"):
         shutil.copy(tiny_run / "run" / f"axis.{ending}", tmp_path / "only")
-    asked = told(tiny_run, tmp_path / "e", "--suite", "benign", "--random", "0")
+    asked = told(tiny_run, tmp_path / "e", "--suite", "benign", "--arm", "random:0")
     asked[asked.index("--axis") + 1] = str(tmp_path / "only" / "axis.safetensors")
     main(asked)
     assert (tmp_path / "e" / "eval.html").exists()
@@ -234,11 +241,11 @@ def test_another_model_dtype_or_engine_is_not_put_into_the_same_folder(done, tin
         (["--requests", "nowhere.csv"], "nowhere.csv does not exist"),
         (["--suite", "benign", "--tag", "purple"], "--tag 'purple' is not one of"),
         (["--suite", "benign", "--judge", "oracle"], "oracle"),
-        (["--suite", "benign", "--cap", "p75@0-2"], "given twice"),
+        (["--suite", "benign", "--arm", "cap:p75@0-2"], "given twice"),
         (["--suite", "benign", "--text", "nowhere.txt"], "--text nowhere.txt cannot be read"),
         (["--suite", "charm"], "suite 'charm' is not one of"),
         (["--suite", ","], "no suite is named"),
-        (["--suite", "benign", "--cap", "nobody"], "cap 'nobody' is not"),
+        (["--suite", "benign", "--arm", "cap:nobody"], "cap 'nobody' is not"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_in_one_line(tiny_run, tmp_path, capsys, more, said):
@@ -263,8 +270,8 @@ def test_what_is_asked_is_looked_at_before_a_model_is_loaded(tmp_path, capsys, m
 
 def test_fewer_pairs_than_roles_are_refused(tiny_run, tmp_path, material, capsys):
     asked = told(tiny_run, tmp_path / "e", "--requests", str(material / "requests.csv"))
-    asked[asked.index("--pairs") + 1] = "3"
-    assert "--pairs 3 is fewer than the 4 roles" in refused(capsys, asked)
+    asked[asked.index("--limit") + 1] = "3"
+    assert "--limit 3 is fewer than the 4 roles" in refused(capsys, asked)
 
 
 def test_tasks_of_the_harness_run_in_every_arm(tiny_run, tmp_path):
@@ -276,16 +283,7 @@ def test_tasks_of_the_harness_run_in_every_arm(tiny_run, tmp_path):
     (tmp_path / "ifeval.jsonl").write_text(
         "".join(json.dumps(row | {"key": n, "kwargs": [{}]}) + "\n" for n in (1, 2))
     )
-    asked = [
-        "--suite",
-        "benign",
-        "--tasks",
-        "ifeval",
-        "--data",
-        f"ifeval={tmp_path / 'ifeval.jsonl'}",
-        "--task-tokens",
-        "6",
-    ]
+    asked = ["--suite", "benign", "--lm-eval", "ifeval", "--data", f"ifeval={tmp_path / 'ifeval.jsonl'}"]
     main(told(tiny_run, tmp_path / "e", *asked))
     content = read_json(tmp_path / "e" / "eval.json")
     arms = content["capability"]["tasks"]["tasks"]["ifeval"]["metrics"]["prompt_level_strict_acc"]["arms"]

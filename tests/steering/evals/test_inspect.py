@@ -377,8 +377,8 @@ def test_the_verb_runs_both_arms_with_one_model_and_compares_logs_that_are_there
     place, tiny_run, tmp_path, capsys
 ):
     def told(task, *more):
-        how = f"--axis {tiny_run / 'run'} --cap {CAP} --device cpu --dtype float32 --max-tokens 8 --log-dir {tmp_path}"
-        return ["inspect", str(tiny_run / "tiny"), f"{place.folder}/{task}", *how.split(), *more]
+        how = f"--axis {tiny_run / 'run'} --arm cap:{CAP} --device cpu --dtype float32 --max-new-tokens 8 --log-dir {tmp_path}"
+        return ["eval", str(tiny_run / "tiny"), "--inspect", f"{place.folder}/{task}", *how.split(), *more]
 
     main(told("task.py@questions", "--limit", "4", "--json"))
     found = json.loads(capsys.readouterr().out)
@@ -386,9 +386,9 @@ def test_the_verb_runs_both_arms_with_one_model_and_compares_logs_that_are_there
     assert [arm["cap"] for arm in found["arms"]] == [None, CAP]
     logs = [arm["log"] for arm in found["arms"]]
     assert all(Path(log).parent == tmp_path for log in logs)
-    main(["inspect", "--compare", *logs, "--json"])
+    main(["eval", "--compare", *logs, "--json"])
     assert json.loads(capsys.readouterr().out) == found
-    main(["inspect", "--compare", *logs])
+    main(["eval", "--compare", *logs])
     shown = capsys.readouterr().out
     assert all(said in shown for said in ("includes", "projection", "the cap changed"))
     for wrong, said in (
@@ -397,8 +397,8 @@ def test_the_verb_runs_both_arms_with_one_model_and_compares_logs_that_are_there
         (told("tusk.py"), "there is no task file"),
         (told("task.py@bells"), "gives the model tools"),
         (told("task.py@questions", "--limit", "0"), "--limit 0 is below 1"),
-        (["inspect", "tiny"], "give MODEL, TASK and --axis RUN, or two logs"),
-        (["inspect", "tiny", "--compare", *logs], "no MODEL, TASK or --axis beside them"),
+        (["eval"], "give MODEL, or two logs"),
+        (["eval", "tiny", "--compare", *logs], "no MODEL or task beside them"),
     ):
         with pytest.raises(SystemExit):
             main(wrong)
@@ -408,7 +408,7 @@ def test_the_verb_runs_both_arms_with_one_model_and_compares_logs_that_are_there
 def test_without_inspect_the_verb_says_how_to_get_it(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SystemExit):
-        main(["inspect", "tiny", "task.py", "--axis", "run"])
+        main(["eval", "tiny", "--inspect", "task.py", "--axis", "run"])
     assert "run `pip install personatlas[inspect]`" in capsys.readouterr().err
 
 

@@ -343,8 +343,17 @@ def test_sign_flips_find_a_shift_and_none_where_there_is_none():
 
 
 def told(place, *more, tasks="tiny_choice"):
-    how = ["--axis", str(place / "axis"), "--cap", "p75@0-1", "--dtype", "float32", "--device", "cpu"]
-    return ["lm-eval", str(place / "tiny"), tasks, *how, "--tasks-folder", str(place / "tasks"), *more]
+    how = ["--axis", str(place / "axis"), "--arm", "cap:p75@0-1", "--dtype", "float32", "--device", "cpu"]
+    return [
+        "eval",
+        str(place / "tiny"),
+        "--lm-eval",
+        tasks,
+        *how,
+        "--tasks-folder",
+        str(place / "tasks"),
+        *more,
+    ]
 
 
 def test_the_verb_prints_a_table_and_keeps_every_answer(place, tmp_path, capsys):
@@ -420,8 +429,9 @@ def test_without_lm_eval_the_verb_says_what_to_install(place, capsys, monkeypatc
 def test_without_an_axis_a_model_is_asked_as_it_is_and_cannot_be_capped(place, tmp_path, capsys):
     rows = ["--data", f"tiny_choice={place / 'tiny_choice.jsonl'}", "--limit", "3", "--out", str(tmp_path)]
     model = [
-        "lm-eval",
+        "eval",
         str(place / "tiny"),
+        "--lm-eval",
         "tiny_choice",
         "--device",
         "cpu",
@@ -433,5 +443,5 @@ def test_without_an_axis_a_model_is_asked_as_it_is_and_cannot_be_capped(place, t
     assert list(content["tasks"]["tiny_choice"]["account"]) == ["baseline"]
     assert "fired" not in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        main([*model, *rows, "--cap", "assistant"])
-    assert "--cap assistant needs --axis" in capsys.readouterr().err
+        main([*model, *rows, "--arm", "cap:assistant"])
+    assert "has no axis in" in capsys.readouterr().err

@@ -214,7 +214,7 @@ def test_suites_that_cannot_be_run_are_refused(suites, said):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"pairs": 0}, "--pairs 0 is below 1"),
+        ({"pairs": 0}, "--limit 0 is below 1"),
         ({"roles": 2}, "--roles 2 is below 4"),
         ({"prompts": 0}, "--prompts 0 is below 1"),
         ({"margin": 1.5}, "--margin 1.5 is outside"),
