@@ -18,7 +18,7 @@ from typing import Any
 
 STATIC = Path(__file__).parents[2] / "steering" / "serve" / "static"
 POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; font-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"  # fmt: skip
-BASELINE = {"mean": -1.5, "spread": 11.0, "of": "calm conversations"}
+BASELINE = {"mean": -1.5, "spread": 11.0, "of": "reference conversations"}
 LIMIT, SLACK = 4.0, 0.5
 AXIS: dict[str, Any] = {
     "model": {"id": "smollm2-135m", "name": "smollm2-135m", "n_layers": 30, "d_model": 576, "weights": "gguf Q4_1", "fingerprint": "6c4ab75a8c384a39"},

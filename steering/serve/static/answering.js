@@ -1,12 +1,13 @@
-// One answer, streamed into its place. `changed` is called after every chunk; what goes wrong stands in the answer;
-// "denied" is returned where the server wants another key.
+// Streams one answer. `changed` is called after every chunk; errors are put into the answer, and "denied" is returned where the
+// server wants another key.
 
 import { chat, ServerError } from "./api.js";
-import { historyOf, runningMean, takePersona, zOf } from "./conversation.js";
+import { historyOf, runningMean, zOf } from "./conversation.js";
+import { applyPersona, finite } from "./persona.js";
 
 export const newSeed = () => crypto.getRandomValues(new Uint32Array(1))[0];
 
-// The body of a request: OpenAI's, and what this server adds to it.
+// The body of a request: OpenAI's fields and the `persona` object.
 export const requestOf = (model, messages, answer, sampling) => ({
   model,
   messages,
@@ -36,7 +37,7 @@ export const stream = async (conversation, turn, answer, side, { axis, sampling,
     } else throw error;
   } finally {
     answer.live = false;
-    answer.projection ??= runningMean(answer.tokens); // stopped before the server could sum up
+    answer.projection ??= runningMean(answer.tokens); // stopped before the server sent its persona object
     answer.z ??= zOf(axis, answer.projection);
     answer.acted ||= answer.tokens.some((token) => token.fired > 0);
     changed(answer);
@@ -52,12 +53,12 @@ const takeChunk = (answer, chunk, answers) => {
   if (Array.isArray(persona.tokens)) answer.tokens.push(...persona.tokens.map(token));
   else {
     if (persona.per_token?.length > answer.tokens.length) answer.tokens = persona.per_token.map(token);
-    takePersona(answer, persona, answers);
+    applyPersona(answer, persona, answers);
   }
 };
 
 const token = ({ text, projection, fired }) => ({
   text: String(text ?? ""),
-  projection: Number.isFinite(projection) ? projection : null,
+  projection: finite(projection),
   fired: fired || 0,
 });

@@ -13,16 +13,16 @@ export const setKey = (key) => {
   try {
     sessionStorage.setItem(KEY, key);
   } catch {
-    // a browser that stores nothing asks again in the next tab
+    // without storage the key is asked for again in the next tab
   }
-  held = key;
+  currentKey = key;
 };
-let held = null;
+let currentKey = null;
 const key = () => {
   try {
-    return held ?? sessionStorage.getItem(KEY);
+    return currentKey ?? sessionStorage.getItem(KEY);
   } catch {
-    return held;
+    return currentKey;
   }
 };
 

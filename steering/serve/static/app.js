@@ -1,11 +1,11 @@
-// The page: waits for the server's axis, then holds one conversation and streams its answers.
+// The page: waits for the server's axis, then keeps one conversation and streams its answers.
 
 import { newSeed, stream } from "./answering.js";
 import { askForKey, findServer } from "./arrival.js";
 import { chosenCap, chosenMode, isPressed, sampling, startControls } from "./controls.js";
-import { addTurn, keepSide, newAnswer, newConversation } from "./conversation.js";
+import { addTurn, chooseSide, newAnswer, newConversation } from "./conversation.js";
 import { loadDistress, showNotice, showsDistress } from "./distress.js";
-import { at, el, fixed, speak } from "./dom.js";
+import { byId, el, fixed, speak } from "./dom.js";
 import { STARTERS } from "./examples.js";
 import { download, startFiles } from "./files.js";
 import { newPanel } from "./panel.js";
@@ -16,25 +16,25 @@ import { newLog } from "./turns.js";
 
 let axis, log, panel;
 let conversation = newConversation();
-let stopper = null; // of the round that is being answered
+let controller = null; // aborts the answers under way
 let editing = false;
 
 // ---- lines under the messages
 
 const showLine = (text, action = null) => {
-  const line = at("line");
+  const line = byId("line");
   line.hidden = !text;
   line.replaceChildren(text ?? "");
   if (action)
     line.append(" ", el("button", { type: "button", class: "quiet", onclick: () => (showLine(null), action.act()) }, action.name));
 };
 
-// ---- drawing: whole turns when their number or choice changes, and once a frame what a stream adds
+// ---- drawing: all turns when one is added or changed, and once a frame what a stream adds
 
 const draw = () => {
   log.draw(conversation);
-  at("empty").hidden = conversation.turns.length > 0;
-  at("save").disabled = conversation.turns.length === 0;
+  byId("empty").hidden = conversation.turns.length > 0;
+  byId("save").disabled = conversation.turns.length === 0;
   drawPanel();
 };
 const drawPanel = () => panel.draw(conversation, chosenCap());
@@ -45,71 +45,71 @@ const changed = (answer) => {
   pending.add(answer);
 };
 const frame = () =>
-  following(() => {
+  keepScrolled(() => {
     for (const answer of pending) log.fill(answer);
     pending.clear();
     drawPanel();
   });
 
-// Who reads at the end stays at the end; who has scrolled up is left there.
-const following = (act) => {
-  const box = at("log");
+// Stays at the end for readers who are there; others keep their position.
+const keepScrolled = (change) => {
+  const box = byId("log");
   const follows = box.scrollHeight - box.scrollTop - box.clientHeight < 60;
-  act();
+  change();
   if (follows) box.scrollTop = box.scrollHeight;
 };
 
 const setBusy = (busy) => {
   document.body.classList.toggle("busy", busy);
-  at("send").hidden = busy;
-  at("stop").hidden = !busy;
-  at("log").setAttribute("aria-busy", String(busy));
+  byId("send").hidden = busy;
+  byId("stop").hidden = !busy;
+  byId("log").setAttribute("aria-busy", String(busy));
 };
 
-const keepHere = () => {
-  if (!at("keep").checked) return;
+const storeConversation = () => {
+  if (!byId("keep").checked) return;
   if (conversation.turns.length || conversation.system) remember(conversation, axis);
   else forget();
 };
 
-const notice = () => {
-  showNotice(at("notice"));
-  makeRoom();
+const notifyDistress = () => {
+  showNotice(byId("notice"));
+  foldChart();
 };
-// On a narrow page the chart folds away before what needs its room.
-const makeRoom = () => matchMedia("(max-width: 56rem)").matches && toggle("strip", "panel-body", false);
+// On a narrow page the chart is folded away for what needs its space.
+const foldChart = () => matchMedia("(max-width: 56rem)").matches && toggle("strip", "panel-body", false);
 
 // ---- asking
 
-// One answer as chosen in the header, or two in a comparison; both of one seed.
+// One answer as set in the header, or two with one seed in a comparison.
 const newAnswers = (seed) => {
   const capped = () => newAnswer({ cap: chosenCap(), mode: chosenMode(), seed });
   return isPressed("compare") ? [newAnswer({ seed }), capped()] : [capped()];
 };
 
 const ask = async (turn, answers) => {
-  let chosen;
+  let settings;
   try {
-    chosen = sampling(axis);
+    settings = sampling(axis);
   } catch (error) {
     if (!(error instanceof RangeError)) throw error;
     return showLine(error.message);
   }
   showLine(null);
-  stopper = new AbortController();
-  const mine = stopper;
+  controller = new AbortController();
+  const own = controller;
   setBusy(true);
   draw();
-  at("log").scrollTop = at("log").scrollHeight;
-  const how = { axis, sampling: chosen.sampling, signal: mine.signal, changed };
-  let ends = [];
+  byId("log").scrollTop = byId("log").scrollHeight;
+  const options = { axis, sampling: settings.sampling, signal: own.signal, changed };
+  let outcomes = [];
   try {
-    ends = await Promise.all(answers.map((answer) => stream(conversation, turn, answer, turn.answers.indexOf(answer), how)));
+    outcomes = await Promise.all(answers.map((answer) => stream(conversation, turn, answer, turn.answers.indexOf(answer), options)));
   } finally {
-    if (stopper === mine) endRound();
+    if (controller === own) endAnswering();
   }
   if (!conversation.turns.includes(turn)) return; // another conversation has taken its place
-  if (ends.includes("denied")) return askForKey(true).then(again);
+  if (outcomes.includes("denied")) return askForKey(true).then(again);
   speak(
     answers
       .map(
@@ -121,43 +121,43 @@ const ask = async (turn, answers) => {
   );
 };
 
-const endRound = () => {
-  stopper = null;
+const endAnswering = () => {
+  controller = null;
   setBusy(false);
-  following(draw);
-  keepHere();
+  keepScrolled(draw);
+  storeConversation();
 };
 
-const seedOf = () => {
-  const value = at("seed").value;
+const currentSeed = () => {
+  const value = byId("seed").value;
   return value === "" ? newSeed() : Number(value);
 };
 
 const send = async () => {
-  const text = at("say").value;
-  if (!text.trim() || stopper || !axis) return;
+  const text = byId("say").value;
+  if (!text.trim() || controller || !axis) return;
   try {
     sampling(axis);
   } catch (error) {
     return showLine(error.message);
   }
-  if (showsDistress(text)) notice();
+  if (showsDistress(text)) notifyDistress();
   if (editing) {
     conversation.turns.pop();
     stopEditing();
   }
-  at("say").value = "";
-  fit();
+  byId("say").value = "";
+  resizeField();
   const turn = addTurn(conversation, text, isPressed("compare"));
-  turn.answers = newAnswers(seedOf());
-  keepHere();
+  turn.answers = newAnswers(currentSeed());
+  storeConversation();
   await ask(turn, turn.answers);
 };
 
-// The last message again, with a new seed and what the header says now. If that fails, what was there before stays.
+// Answers the last message again with a new seed and the header's settings. If that fails, the answer before stays.
 const again = async () => {
   const turn = conversation.turns.at(-1);
-  if (!turn || stopper) return;
+  if (!turn || controller) return;
   const before = [turn.answers, turn.kept];
   turn.kept = null;
   turn.answers = newAnswers(newSeed());
@@ -171,51 +171,51 @@ const again = async () => {
 };
 
 const retry = async (turn, side) => {
-  if (stopper) return;
+  if (controller) return;
   const { cap, mode, seed } = turn.answers[side];
   turn.answers[side] = newAnswer({ cap, mode, seed });
   await ask(turn, [turn.answers[side]]);
 };
 
-const stop = () => stopper?.abort();
+const stop = () => controller?.abort();
 
 // ---- editing the last message
 
 const edit = () => {
   const last = conversation.turns.at(-1);
-  if (!last || last.user === null || stopper) return;
+  if (!last || last.user === null || controller) return;
   editing = true;
-  at("editing").hidden = false;
-  at("say").value = last.user;
-  fit();
-  at("say").focus();
+  byId("editing").hidden = false;
+  byId("say").value = last.user;
+  resizeField();
+  byId("say").focus();
 };
 const stopEditing = () => {
   editing = false;
-  at("editing").hidden = true;
+  byId("editing").hidden = true;
 };
 
 // ---- another conversation
 
-const replaceBy = (next, said) => {
+const replaceConversation = (next, message) => {
   stop();
-  stopper = null;
+  controller = null;
   setBusy(false);
   const before = conversation;
   conversation = next;
-  at("system").value = next.system;
-  at("system").dispatchEvent(new Event("input"));
+  byId("system").value = next.system;
+  byId("system").dispatchEvent(new Event("input"));
   stopEditing();
   draw();
-  keepHere();
-  const undo = before.turns.length ? { name: "Undo", act: () => replaceBy(before, null) } : null;
-  showLine(said, said ? undo : null);
-  if (conversation.turns.some((turn) => turn.user !== null && showsDistress(turn.user))) notice();
+  storeConversation();
+  const undo = before.turns.length ? { name: "Undo", act: () => replaceConversation(before, null) } : null;
+  showLine(message, message ? undo : null);
+  if (conversation.turns.some((turn) => turn.user !== null && showsDistress(turn.user))) notifyDistress();
 };
 
 const load = (next, remark) => {
-  replaceBy(next, remark ?? (conversation.turns.length ? "Another conversation was loaded in place of yours." : null));
-  at("log").scrollTop = at("log").scrollHeight;
+  replaceConversation(next, remark ?? (conversation.turns.length ? "Another conversation was loaded in place of yours." : null));
+  byId("log").scrollTop = byId("log").scrollHeight;
 };
 
 const copy = async (answer, button) => {
@@ -229,7 +229,7 @@ const copy = async (answer, button) => {
 };
 
 const goTo = (turn) => {
-  const article = at(`turn-${turn}`);
+  const article = byId(`turn-${turn}`);
   article?.scrollIntoView({ block: "start" });
   article?.focus({ preventScroll: true });
   article?.classList.add("found");
@@ -238,85 +238,85 @@ const goTo = (turn) => {
 
 // ---- the field and the keys
 
-const fit = () => {
-  const field = at("say");
+const resizeField = () => {
+  const field = byId("say");
   field.style.height = "auto";
   field.style.height = `${Math.min(field.scrollHeight + 2, innerHeight / 3)}px`;
 };
 
 const escape = () => {
-  if (stopper) return stop();
+  if (controller) return stop();
   if (editing) {
-    at("say").value = "";
-    fit();
+    byId("say").value = "";
+    resizeField();
     return stopEditing();
   }
   toggle("menu", "actions", false);
 };
 
 const toggle = (button, target, open) => {
-  at(button).setAttribute("aria-expanded", String(open));
-  at(target).classList.toggle("open", open);
+  byId(button).setAttribute("aria-expanded", String(open));
+  byId(target).classList.toggle("open", open);
 };
 
 const startKeys = () => {
-  at("form").addEventListener("submit", (event) => (event.preventDefault(), send()));
-  at("say").addEventListener("input", fit);
-  at("say").addEventListener("keydown", (event) => {
+  byId("form").addEventListener("submit", (event) => (event.preventDefault(), send()));
+  byId("say").addEventListener("input", resizeField);
+  byId("say").addEventListener("keydown", (event) => {
     if (event.isComposing) return;
     if (event.key === "Enter" && !event.shiftKey) (event.preventDefault(), send());
-    if (event.key === "ArrowUp" && at("say").value === "") (event.preventDefault(), edit());
+    if (event.key === "ArrowUp" && byId("say").value === "") (event.preventDefault(), edit());
   });
   document.addEventListener("keydown", (event) => {
-    if (event.key === "Escape" && !at("ask-key").open) escape();
-    if (event.key.toLowerCase() === "k" && (event.ctrlKey || event.metaKey)) (event.preventDefault(), at("say").focus());
+    if (event.key === "Escape" && !byId("ask-key").open) escape();
+    if (event.key.toLowerCase() === "k" && (event.ctrlKey || event.metaKey)) (event.preventDefault(), byId("say").focus());
   });
-  at("stop").addEventListener("click", stop);
-  at("how").addEventListener("toggle", () => at("how").open && makeRoom());
+  byId("stop").addEventListener("click", stop);
+  byId("how").addEventListener("toggle", () => byId("how").open && foldChart());
   for (const [button, target] of [
     ["menu", "actions"],
     ["strip", "panel-body"],
   ]) {
-    at(button).addEventListener("click", () => toggle(button, target, at(button).getAttribute("aria-expanded") !== "true"));
+    byId(button).addEventListener("click", () => toggle(button, target, byId(button).getAttribute("aria-expanded") !== "true"));
   }
-  at("table-toggle").addEventListener("click", () => {
-    at("table").hidden = !at("table").hidden;
-    at("table-toggle").setAttribute("aria-expanded", String(!at("table").hidden));
-    at("table-toggle").textContent = at("table").hidden ? "Show as a table" : "Hide the table";
+  byId("table-toggle").addEventListener("click", () => {
+    byId("table").hidden = !byId("table").hidden;
+    byId("table-toggle").setAttribute("aria-expanded", String(!byId("table").hidden));
+    byId("table-toggle").textContent = byId("table").hidden ? "Show as a table" : "Hide the table";
   });
 };
 
 const startKeeping = () => {
-  at("keep").checked = choice("keep", "yes") === "yes";
-  at("keep").addEventListener("change", () => {
-    choose("keep", at("keep").checked ? "yes" : "no");
-    if (at("keep").checked) keepHere();
+  byId("keep").checked = choice("keep", "yes") === "yes";
+  byId("keep").addEventListener("change", () => {
+    choose("keep", byId("keep").checked ? "yes" : "no");
+    if (byId("keep").checked) storeConversation();
     else forget();
   });
   const empty = () =>
-    replaceBy(newConversation(), conversation.turns.length ? "A new conversation. The one before is gone from this page." : null);
-  at("clear").addEventListener("click", () => (empty(), forget()));
-  at("new").addEventListener("click", () => (empty(), at("say").focus()));
-  addEventListener("pagehide", keepHere); // also in the middle of an answer
-  at("save").addEventListener("click", () => download(conversation, axis));
+    replaceConversation(newConversation(), conversation.turns.length ? "A new conversation. The one before is gone from this page." : null);
+  byId("clear").addEventListener("click", () => (empty(), forget()));
+  byId("new").addEventListener("click", () => (empty(), byId("say").focus()));
+  addEventListener("pagehide", storeConversation); // also in the middle of an answer
+  byId("save").addEventListener("click", () => download(conversation, axis));
 };
 
 const startEmpty = () => {
   const begin = (text) => () => {
-    at("say").value = text;
-    fit();
-    at("say").focus();
+    byId("say").value = text;
+    resizeField();
+    byId("say").focus();
   };
-  at("empty").replaceChildren(
+  byId("empty").replaceChildren(
     el(
       "p",
       { class: "lead" },
-      `Talk with ${axis.model.id} and watch where its answers lie between “${axis.poles[1]}” and “${axis.poles[0]}”.`,
+      `Talk with ${axis.model.id} and see where its answers lie between “${axis.poles[1]}” and “${axis.poles[0]}”.`,
     ),
     el(
       "p",
       { class: "note" },
-      "Begin with a message of your own or with one of these. Compare answers each message twice, as it is and capped: two conversations side by side to the same words, each with its own history.",
+      "Begin with a message of your own or with one of these. Compare answers each message twice, baseline and capped: two conversations side by side with the same messages, each with its own history.",
     ),
     el(
       "div",
@@ -330,36 +330,36 @@ const start = async () => {
   startTheme();
   startKeys();
   toggle("strip", "panel-body", innerHeight >= 700);
-  loadDistress().catch(() => showLine("The list of words that speak of distress could not be read."));
+  loadDistress().catch(() => showLine("The list of phrases of distress could not be loaded."));
   axis = await findServer(showLine);
   showLine(null);
   const scale = scaleOf(axis);
-  const acts = { edit, again, retry, copy, keep: (side) => (keepSide(conversation, side), draw(), keepHere(), at("say").focus()) };
-  log = newLog(at("turns"), scale, acts);
+  const actions = { edit, again, retry, copy, keep: (side) => (chooseSide(conversation, side), draw(), storeConversation(), byId("say").focus()) };
+  log = newLog(byId("turns"), scale, actions);
   panel = newPanel(axis, scale, goTo);
-  watchTokens(at("turns"), (cap) => countLayers(axis.caps?.[cap]?.layers), scale, speak);
+  watchTokens(byId("turns"), (cap) => countLayers(axis.caps?.[cap]?.layers), scale, speak);
   startEmpty();
   const { conversation: known, remark } = remembered(axis);
   conversation = known ?? newConversation();
-  at("system").value = conversation.system;
+  byId("system").value = conversation.system;
   startKeeping();
   startControls(axis, () => {
-    conversation.system = at("system").value;
-    at("log").classList.toggle("coloured", isPressed("colours"));
-    at("scale").hidden = !isPressed("colours");
+    conversation.system = byId("system").value;
+    byId("log").classList.toggle("coloured", isPressed("colours"));
+    byId("scale").hidden = !isPressed("colours");
     drawPanel();
-    keepHere();
+    storeConversation();
   });
   startFiles(axis, { loaded: load, refused: (message) => showLine(message) });
-  at("send").disabled = false;
+  byId("send").disabled = false;
   draw();
   showLine(remark);
-  if (conversation.turns.length) at("log").scrollTop = at("log").scrollHeight;
-  if (conversation.turns.some((turn) => turn.user !== null && showsDistress(turn.user))) notice();
-  if (matchMedia("(hover: hover)").matches) at("say").focus(); // on a phone the keyboard would cover the page
+  if (conversation.turns.length) byId("log").scrollTop = byId("log").scrollHeight;
+  if (conversation.turns.some((turn) => turn.user !== null && showsDistress(turn.user))) notifyDistress();
+  if (matchMedia("(hover: hover)").matches) byId("say").focus(); // on a phone the keyboard would cover the page
 };
 
-// "8-26" or "3,5,8-10" in words that the server uses; null where it cannot be counted
+// The number of layers in "8-26" or "3, 5, 8-10"; null where it cannot be counted.
 const countLayers = (layers) => {
   if (typeof layers !== "string") return null;
   let count = 0;

@@ -1,27 +1,27 @@
-// Arriving: the server may not be there yet, and may want a key.
+// Connecting: the server may not be up yet, and may require a key.
 
 import { getAxis, setKey } from "./api.js";
-import { at } from "./dom.js";
+import { byId } from "./dom.js";
 
-const AGAIN = 2000; // milliseconds between two looks for the server
+const RETRY = 2000; // milliseconds between attempts
 
-// A key must be given: without one the page can do nothing, so Escape does not close the question.
+// Asks for the key. Escape does not close the dialog: without a key the page can do nothing.
 export const askForKey = (wrong) => {
-  at("key-wrong").hidden = !wrong;
-  at("key-wrong").textContent = wrong ? "The server does not take this key." : "";
-  const dialog = at("ask-key");
+  byId("key-wrong").hidden = !wrong;
+  byId("key-wrong").textContent = wrong ? "The server does not accept this key." : "";
+  const dialog = byId("ask-key");
   if (!dialog.open) dialog.showModal();
-  // Escape as a key, since a browser lets a second one close the dialog whatever is said to "cancel"
+  // the key too: browsers let a second Escape close the dialog whatever the handler of "cancel" does
   dialog.onkeydown = (event) => {
     if (event.key === "Escape") event.preventDefault();
   };
   dialog.oncancel = (event) => event.preventDefault();
   return new Promise((done) => {
-    at("key-form").addEventListener("submit", () => (setKey(at("key").value), done()), { once: true });
+    byId("key-form").addEventListener("submit", () => (setKey(byId("key").value), done()), { once: true });
   });
 };
 
-// The server's axis, as soon as there is one. `showLine` says why there is none yet.
+// The server's axis, once it answers; `showLine` says why it does not yet.
 export const findServer = async (showLine) => {
   for (let asked = false; ;) {
     try {
@@ -32,9 +32,9 @@ export const findServer = async (showLine) => {
         asked = true;
         continue;
       }
-      at("model").textContent = "waiting for the server";
+      byId("model").textContent = "waiting for the server";
       showLine(`${error.message} Trying again every two seconds.`);
-      await new Promise((done) => setTimeout(done, AGAIN));
+      await new Promise((done) => setTimeout(done, RETRY));
     }
   }
 };

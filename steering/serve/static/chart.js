@@ -1,4 +1,4 @@
-// The trajectory: answers along x, projection along y (up is toward the assistant), drawn by hand as SVG in the box's own pixels.
+// The trajectory as SVG: answers along x, projection along y (up is toward the first pole).
 //
 //   const chart = newChart(box, { onpick: (turn, side) => … });
 //   chart.draw(trajectories(conversation), axis, floor);
@@ -6,8 +6,8 @@
 import { el, fixed, hideTip, percent, showTip, signed, svg } from "./dom.js";
 import { CAPPED } from "./conversation.js";
 
-const WIDE = 2; // spreads on either side of the baseline's mean
-const SHORTEST = 6; // answers that the empty chart has room for
+const BAND = 2; // spreads on either side of the baseline's mean
+const MIN_TURNS = 6; // answers that an empty chart has room for
 
 export const newChart = (box, { onpick }) => {
   let drawn = null;
@@ -45,8 +45,8 @@ export const newChart = (box, { onpick }) => {
 const domain = ({ series, axis, floor }) => {
   const values = series.flatMap((one) => one.points.map((point) => point.value));
   const { mean, spread } = axis.baseline ?? {};
-  if (Number.isFinite(mean)) values.push(mean - WIDE * spread, mean + WIDE * spread);
-  for (const name of ["roles", "default"]) if (hasQuantiles(axis, name)) values.push(at(axis, name, 0.05), at(axis, name, 0.95));
+  if (Number.isFinite(mean)) values.push(mean - BAND * spread, mean + BAND * spread);
+  for (const name of ["roles", "default"]) if (hasQuantiles(axis, name)) values.push(quantileAt(axis, name, 0.05), quantileAt(axis, name, 0.95));
   let [low, high] = [Math.min(...values), Math.max(...values)];
   if (!Number.isFinite(low)) [low, high] = [-1, 1];
   const reach = high - low || 1;
@@ -54,11 +54,11 @@ const domain = ({ series, axis, floor }) => {
   return [low - 0.04 * (high - low || 1), high + 0.05 * (high - low || 1)];
 };
 
-// Whether the axis keeps quantiles of answers under roles, or of the default's.
+// Whether the axis has quantiles of answers under roles, or of the default's.
 export const hasQuantiles = ({ quantiles }, name) => quantiles?.[name]?.length > 0 && quantiles[name].every(Number.isFinite);
 
-// A quantile of the axis at a level that it keeps, or the nearest one.
-export const at = (axis, name, level) => {
+// A quantile of the axis at a level, or at the nearest one that it has.
+export const quantileAt = (axis, name, level) => {
   const { levels, [name]: row } = axis.quantiles;
   let best = 0;
   for (const [place, one] of levels.entries()) if (Math.abs(one - level) < Math.abs(levels[best] - level)) best = place;
@@ -80,9 +80,9 @@ const picture = (box, drawn, onpick) => {
   const [low, high] = domain(drawn);
   const strips = hasQuantiles(axis, "roles") && hasQuantiles(axis, "default") && width >= 300;
   const [left, right, top, bottom] = [48, strips ? width - 80 : width - 12, 20, height - 22];
-  const turns = Math.max(SHORTEST, ...series.flatMap((one) => one.points.map((point) => point.turn + 1)));
+  const turns = Math.max(MIN_TURNS, ...series.flatMap((one) => one.points.map((point) => point.turn + 1)));
   const x = (turn) => left + ((right - left) * (turn + 0.5)) / turns;
-  const y = (value) => bottom - 18 - ((bottom - 18 - top) * (value - low)) / (high - low); // the name of the lower pole stands below
+  const y = (value) => bottom - 18 - ((bottom - 18 - top) * (value - low)) / (high - low); // room for the name of the lower pole
   const root = svg("svg", {
     width,
     height,
@@ -126,8 +126,8 @@ const band = ({ mean, spread }, left, right, y) => [
     class: "band",
     x: left,
     width: right - left,
-    y: y(mean + WIDE * spread),
-    height: y(mean - WIDE * spread) - y(mean + WIDE * spread),
+    y: y(mean + BAND * spread),
+    height: y(mean - BAND * spread) - y(mean + BAND * spread),
   }),
   svg("line", { class: "mean", x1: left, x2: right, y1: y(mean), y2: y(mean) }),
 ];
@@ -142,7 +142,7 @@ const floorLine = (floor, series, { left, right, bottom, y, x, low, high }) => {
       ),
     ];
   const line = svg("line", { class: "floor", x1: left, x2: right, y1: y(floor), y2: y(floor) });
-  // at either end, above or below the line: where it hides the fewest points and names of alarms
+  // the label: at either end, above or below the line, where it hides the fewest points and labels of alarms
   const taken = series
     .flatMap((one) => one.points)
     .flatMap((point) => {
@@ -173,14 +173,14 @@ const floorLine = (floor, series, { left, right, bottom, y, x, low, high }) => {
   return [line, svg("text", { class: "floor-name", ...side, y: y(floor) + (best.shift < 0 ? -5 : 14) }, `floor ${fixed(floor)}`)];
 };
 
-// Beside the plot, where answers lie that were made for the axis: 5 to 95% thin, the middle half thick, the median a line.
+// Beside the plot, the distributions of the axis's own answers: 5 to 95% thin, the middle half thick, the median a line.
 const reference = (axis, right, bottom, y) =>
   [
     ["roles", "others"],
     ["default", "positive"],
   ].flatMap(([name, side], place) => {
     const middle = right + 22 + 38 * place;
-    const [least, lower, half, upper, most] = [0.05, 0.25, 0.5, 0.75, 0.95].map((level) => y(at(axis, name, level)));
+    const [least, lower, half, upper, most] = [0.05, 0.25, 0.5, 0.75, 0.95].map((level) => y(quantileAt(axis, name, level)));
     const title = svg(
       "title",
       {},
@@ -200,7 +200,7 @@ const reference = (axis, right, bottom, y) =>
     ];
   });
 
-// The stretch of turns after which the alarm was on.
+// The turns after which the alarm was on.
 const alarmBars = (one, x, bottom, step) =>
   one.points
     .filter((point) => point.answer.alarm)
@@ -218,7 +218,7 @@ const line = (one, x, y) => {
   ].filter(Boolean);
 };
 
-// A ring, and its name where the line is not: right above or left below a falling line, the other way round for a rising one.
+// A ring and a label beside the line: above right or below left of a falling line, the other way round for a rising one.
 const alarm = (point, series, px, py, right) => {
   const before = series[point.side]?.points.findLast((one) => one.turn < point.turn);
   const falling = !before || before.value > point.value;
@@ -231,18 +231,18 @@ const mark = (point, px, py, step, several, onpick) => {
   const { answer, turn, side, value } = point;
   const capped = answer.cap !== null;
   const size = step < 14 ? 3 : 5;
-  const said = words(point, several);
+  const lines = words(point, several);
   const shape = capped
     ? svg("rect", { class: "dot", x: px - size, y: py - size, width: 2 * size, height: 2 * size, transform: `rotate(45 ${px} ${py})` })
     : svg("circle", { class: "dot", cx: px, cy: py, r: size });
-  const show = (event) => showTip(said, event.currentTarget.getBoundingClientRect());
+  const show = (event) => showTip(lines, event.currentTarget.getBoundingClientRect());
   const pick = () => onpick(turn, side);
   return svg(
     "g",
     {
       class: `point ${capped ? "capped" : "plain"}${answer.live ? " live" : ""}${answer.raised ? " raised" : ""}`,
       role: "button",
-      "aria-label": said.join(", "),
+      "aria-label": lines.join(", "),
       "data-turn": turn,
       "data-side": side,
       "data-value": value.toFixed(2),
@@ -253,19 +253,19 @@ const mark = (point, px, py, step, several, onpick) => {
       onclick: pick,
       onkeydown: (event) => (event.key === "Enter" || event.key === " ") && (event.preventDefault(), pick()),
     },
-    svg("circle", { class: "hit", cx: px, cy: py, r: Math.min(Math.max(step / 2, 5), 14) }), // as far as half the way to the next
+    svg("circle", { class: "hit", cx: px, cy: py, r: Math.min(Math.max(step / 2, 5), 14) }), // half the distance to the next point
     shape,
   );
 };
 
 const words = ({ answer, turn, value }, several) => [
-  `Answer ${turn + 1}${several || answer.cap ? `, ${answer.cap ? `cap “${answer.cap}”` : "as it is"}` : ""}`,
+  `Answer ${turn + 1}${several || answer.cap ? `, ${answer.cap ? `cap “${answer.cap}”` : "baseline"}` : ""}`,
   answer.live ? `${fixed(value)} so far` : `projection ${fixed(value)}${answer.z === null ? "" : `, z ${signed(answer.z)}`}`,
   ...(answer.fired === null ? [] : [`the cap acted on ${percent(answer.fired)} of tokens × layers`]),
   ...(answer.raised ? ["the drift alarm was raised here"] : answer.alarm ? ["the drift alarm is on"] : []),
 ];
 
-// The same as a table, for reading aloud and for copying.
+// The same as a table, for screen readers and for copying.
 export const chartTable = (series, several) => {
   const head = el(
     "tr",
@@ -278,7 +278,7 @@ export const chartTable = (series, several) => {
   rows.sort((a, b) => a.turn - b.turn || a.side - b.side);
   const cells = ({ answer, turn, value }) => [
     el("th", { scope: "row" }, String(turn + 1)),
-    ...(several ? [el("td", { class: "text" }, answer.cap ?? "as it is")] : []),
+    ...(several ? [el("td", { class: "text" }, answer.cap ?? "baseline")] : []),
     ...[
       fixed(value),
       answer.z === null ? "–" : signed(answer.z),

@@ -1,62 +1,62 @@
-// What answers: cap, when it acts, both side by side, sampling. Reads the fields; keeps no state of its own beside them.
+// The controls: cap, when it acts, comparison, sampling. Their state is in the fields alone.
 
-import { at, el } from "./dom.js";
+import { byId, el } from "./dom.js";
 import { ROLES } from "./examples.js";
 
 const LIMITS = {
   temperature: ["Temperature", 0, 2],
   top_p: ["Top p", 0.01, 1],
-  max_tokens: ["Most tokens", 1, Infinity],
+  max_tokens: ["Longest answer", 1, Infinity],
   seed: ["Seed", 0, 2 ** 32 - 1],
 };
 
-export const isPressed = (id) => at(id).getAttribute("aria-pressed") === "true";
-export const press = (id, on) => at(id).setAttribute("aria-pressed", String(on));
+export const isPressed = (id) => byId(id).getAttribute("aria-pressed") === "true";
+export const press = (id, on) => byId(id).setAttribute("aria-pressed", String(on));
 
-export const chosenCap = () => at("cap").value || null;
-export const chosenMode = () => (chosenCap() ? at("mode").value : "always");
+export const chosenCap = () => byId("cap").value || null;
+export const chosenMode = () => (chosenCap() ? byId("mode").value : "always");
 
 // Fills the header from the axis. `changed` runs after every choice.
 export const startControls = (axis, changed) => {
   const caps = Object.entries(axis.caps ?? {});
-  at("model").textContent = axis.model.id;
-  at("model").title = `${axis.model.name}, ${axis.model.n_layers} layers, ${axis.dtype} on ${axis.device}`;
+  byId("model").textContent = axis.model.id;
+  byId("model").title = `${axis.model.name}, ${axis.model.n_layers} layers, ${axis.dtype} on ${axis.device}`;
   document.title = `${axis.model.id} · personatlas`;
-  at("cap").append(...caps.map(([name, cap]) => el("option", { value: name, title: `layers ${cap.layers}` }, name)));
-  at("cap").disabled = at("compare").disabled = caps.length === 0;
-  if (!caps.length) at("compare").title = at("cap").title = "This server has no cap: start it with one to compare";
-  at("cap").value = axis.default_cap ?? "";
-  at("mode").value = axis.default_mode ?? "always";
-  const adaptive = at("mode").querySelector('[value="adaptive"]');
+  byId("cap").append(...caps.map(([name, cap]) => el("option", { value: name, title: `layers ${cap.layers}` }, name)));
+  byId("cap").disabled = byId("compare").disabled = caps.length === 0;
+  if (!caps.length) byId("compare").title = byId("cap").title = "This server has no cap: start it with one to compare";
+  byId("cap").value = axis.default_cap ?? "";
+  byId("mode").value = axis.default_mode ?? "always";
+  const adaptive = byId("mode").querySelector('[value="adaptive"]');
   adaptive.disabled = !axis.alarm;
-  if (!axis.alarm) adaptive.title = "needs an alarm calibrated on calm conversations";
-  for (const id of ["temperature", "top_p", "max_tokens"]) at(id).placeholder = axis[id] ?? "the server’s";
+  if (!axis.alarm) adaptive.title = "needs an alarm calibrated on reference conversations";
+  for (const id of ["temperature", "top_p", "max_tokens"]) byId(id).placeholder = axis[id] ?? "the server’s";
   const show = () => {
-    at("mode-label").hidden = !chosenCap();
-    at("how-now").textContent = summary();
+    byId("mode-label").hidden = !chosenCap();
+    byId("how-now").textContent = summary();
     changed();
   };
-  at("cap").addEventListener("change", () => {
+  byId("cap").addEventListener("change", () => {
     if (!chosenCap()) press("compare", false);
     show();
   });
-  at("mode").addEventListener("change", show);
-  at("compare").addEventListener("click", () => {
+  byId("mode").addEventListener("change", show);
+  byId("compare").addEventListener("click", () => {
     press("compare", !isPressed("compare"));
-    if (isPressed("compare") && !chosenCap()) at("cap").value = axis.default_cap ?? caps[0][0];
+    if (isPressed("compare") && !chosenCap()) byId("cap").value = axis.default_cap ?? caps[0][0];
     show();
   });
-  at("colours").addEventListener("click", () => {
+  byId("colours").addEventListener("click", () => {
     press("colours", !isPressed("colours"));
     show();
   });
-  for (const id of [...Object.keys(LIMITS), "system"]) at(id).addEventListener("input", show);
+  for (const id of [...Object.keys(LIMITS), "system"]) byId(id).addEventListener("input", show);
   const fill = (text) => () => {
-    at("system").value = text;
-    at("system").dispatchEvent(new Event("input"));
-    at("system").focus();
+    byId("system").value = text;
+    byId("system").dispatchEvent(new Event("input"));
+    byId("system").focus();
   };
-  at("roles").append(
+  byId("roles").append(
     ...ROLES.map(([name, text]) => el("button", { type: "button", class: "quiet", onclick: fill(text) }, name)),
     el("button", { type: "button", class: "quiet", onclick: fill("") }, "None"),
   );
@@ -64,18 +64,18 @@ export const startControls = (axis, changed) => {
 };
 
 const summary = () => {
-  const said = [];
-  const system = at("system").value.trim();
-  if (system) said.push(`“${system.length > 40 ? `${system.slice(0, 39)}…` : system}”`);
-  for (const [id, [name]] of Object.entries(LIMITS)) if (at(id).value !== "") said.push(`${name.toLowerCase()} ${at(id).value}`);
-  return said.length ? `: ${said.join(", ")}` : "";
+  const parts = [];
+  const system = byId("system").value.trim();
+  if (system) parts.push(`“${system.length > 40 ? `${system.slice(0, 39)}…` : system}”`);
+  for (const [id, [name]] of Object.entries(LIMITS)) if (byId(id).value !== "") parts.push(`${name.toLowerCase()} ${byId(id).value}`);
+  return parts.length ? `: ${parts.join(", ")}` : "";
 };
 
-// Fields that are filled in; throws a RangeError that says what is allowed. The seed is apart: every answer has one.
+// The values of filled-in fields; throws a RangeError that says what is allowed. The seed is apart: every answer has one.
 export const sampling = (axis) => {
   const found = {};
   for (const [id, [name, low, most]] of Object.entries(LIMITS)) {
-    const field = at(id);
+    const field = byId(id);
     if (field.value === "" && !field.validity.badInput) continue;
     const high = id === "max_tokens" ? (axis.max_tokens ?? most) : most;
     const value = Number(field.value);

@@ -1,44 +1,39 @@
-// A conversation is a list of turns: what the user said, and one answer or two (0 as it is, 1 capped).
+// A conversation is a list of turns: a message of the user, and one answer or two (0 baseline, 1 capped).
 //
 //   turn   = { user: text | null, answers: [answer] | [answer, answer], kept: null | 0 | 1, run }
-//   answer = { text, tokens: [{ text, projection, fired }], cap, mode, acted, seed, projection, z, floor, fired, alarm, raised, drift, ended, problem, live }
-//            `cap` is what was asked for, `acted` whether it did; `drift` is "calm", "drifting" or null (not said); `ended` is "stop", "length", "you" (stopped by the user) or null
+//   answer = { text, tokens: [{ text, projection, fired }], cap, mode, seed, ended, problem, live, ...fields of persona.js }
+//            `cap` is the chosen one, `acted` whether it acted; `ended` is "stop", "length", "you" (stopped by the user) or null
 //
-// Each side reads its own history: its own answers where there are two, the only one where there is one. `kept` says that both go
-// on from one of the two; the other stays to be read and is no longer part of what the model sees. `run` numbers the stretches
-// between such choices, so that a choice reaches back to the last one and no further.
+// Each side has a history of its own: its own answers where there are two, the only one where there is one. `kept` says that both
+// sides continue from one of the two; the other stays visible and is no longer part of what the model reads. `run` numbers the
+// stretches between such choices: a choice reaches back to the one before.
 
-export const PLAIN = 0;
+import { emptyPersona } from "./persona.js";
+
+export const BASELINE = 0;
 export const CAPPED = 1;
 
 export const newConversation = () => ({ system: "", turns: [], run: 0 });
 
-export const newAnswer = (given = {}) => ({
+export const newAnswer = (values = {}) => ({
   text: "",
   tokens: [],
   cap: null,
   mode: "always",
-  acted: false,
   seed: null,
-  projection: null,
-  z: null,
-  floor: null,
-  fired: null,
-  alarm: false,
-  raised: false,
-  drift: null,
+  ...emptyPersona(),
   ended: null,
   problem: null,
   live: false,
-  ...given,
+  ...values,
 });
 
 // the answer of a turn that a side reads, or null
 export const answerOn = (turn, side) => turn.answers[turn.kept ?? Math.min(side, turn.answers.length - 1)] ?? null;
 
-// An answer with something in it, or that ended by itself (models do answer with nothing).
-export const isSaid = (answer) => answer !== null && (answer.text !== "" || answer.ended === "stop");
-export const isLeftOut = (turn, side) => turn.answers.length > 0 && !isSaid(answerOn(turn, side));
+// An answer with text, or that ended by itself: models do answer with nothing.
+export const isComplete = (answer) => answer !== null && (answer.text !== "" || answer.ended === "stop");
+export const isLeftOut = (turn, side) => turn.answers.length > 0 && !isComplete(answerOn(turn, side));
 
 // What the model reads on a side before turn `end`, and which answer each message of the assistant is.
 export const historyOf = (conversation, side, end = conversation.turns.length) => {
@@ -46,7 +41,7 @@ export const historyOf = (conversation, side, end = conversation.turns.length) =
   const answers = new Map();
   for (const turn of conversation.turns.slice(0, end)) {
     const answer = answerOn(turn, side);
-    if (isLeftOut(turn, side)) continue; // it failed: the question goes with it
+    if (isLeftOut(turn, side)) continue; // the answer failed, and its message is left out with it
     if (turn.user !== null) messages.push({ role: "user", content: turn.user });
     if (answer) {
       answers.set(messages.length, answer);
@@ -57,19 +52,19 @@ export const historyOf = (conversation, side, end = conversation.turns.length) =
 };
 
 export const isSplit = (turn) => turn.answers.length > 1 && turn.kept === null;
-export const sidesOf = (conversation) => (conversation.turns.some(isSplit) ? [PLAIN, CAPPED] : [PLAIN]);
+export const sidesOf = (conversation) => (conversation.turns.some(isSplit) ? [BASELINE, CAPPED] : [BASELINE]);
 
-// Both sides go on from one answer of the last turn.
-export const keepSide = (conversation, side) => {
+// Lets both sides continue from one answer of the last turn.
+export const chooseSide = (conversation, side) => {
   const last = conversation.turns.at(-1);
   for (const turn of conversation.turns) {
     if (turn.run === last.run && turn.answers.length > 1) turn.kept = side;
   }
 };
 
-// A new turn; with one answer to come where there were two, the conversation goes on as it is unless it was said otherwise.
+// A new turn. With one answer to come where there were two, the conversation continues from the baseline unless a side was chosen.
 export const addTurn = (conversation, user, compare) => {
-  if (!compare) for (const turn of conversation.turns) if (isSplit(turn)) turn.kept = PLAIN;
+  if (!compare) for (const turn of conversation.turns) if (isSplit(turn)) turn.kept = BASELINE;
   const last = conversation.turns.at(-1);
   if (last && last.kept !== null && last.run === conversation.run) conversation.run += 1;
   const turn = { user, answers: [], kept: null, run: conversation.run };
@@ -77,30 +72,15 @@ export const addTurn = (conversation, user, compare) => {
   return turn;
 };
 
-// What the server said of an answer and, where this page does not know them (a loaded conversation), of those before it.
-export const takePersona = (answer, persona, answers) => {
-  for (const key of ["projection", "z", "floor", "fired"]) answer[key] = persona[key] ?? null;
-  answer.drift = persona.drift?.state ?? null;
-  answer.acted = typeof persona.cap === "string"; // an adaptive cap may rest
-  for (const turn of persona.turns ?? []) {
-    const known = answers.get(turn.message);
-    if (!known) continue;
-    known.projection ??= turn.projection;
-    known.z ??= turn.z;
-    known.alarm = turn.alarm === true;
-    known.raised = turn.raised === true;
-  }
-};
-
 // Points of the trajectories: one a turn and side, joined where the two sides are the same.
 export const trajectories = (conversation) =>
   sidesOf(conversation).map((side) => ({
     side,
-    points: conversation.turns.flatMap((turn, place) => {
+    points: conversation.turns.flatMap((turn, index) => {
       const answer = answerOn(turn, side);
       if (!answer) return [];
       const value = answer.live ? runningMean(answer.tokens) : answer.projection;
-      return value === null ? [] : [{ turn: place, value, answer, shared: !isSplit(turn) }];
+      return value === null ? [] : [{ turn: index, value, answer, shared: !isSplit(turn) }];
     }),
   }));
 

@@ -1,4 +1,4 @@
-// Does a message speak of suicide or self-harm? The phrases and the notice stand in distress.json, for this page and for others.
+// Does a message speak of suicide or self-harm? The phrases and the notice are in distress.json, which Python reads too.
 
 import { el } from "./dom.js";
 
@@ -20,12 +20,12 @@ export const showsDistress = (text) => {
   return list.patterns.some((pattern) => pattern.test(plain));
 };
 
-// The notice: it stands above the message field, blocks nothing, and goes when it is sent away.
+// Shows the notice above the message field; it blocks nothing and can be closed.
 export const showNotice = (box) => {
   if (!box.hidden || !list) return;
   const { title, text } = list.notice;
   const close = el("button", { type: "button", class: "quiet", onclick: () => (box.hidden = true) }, "Close");
   box.replaceChildren();
-  box.hidden = false; // the region first, its words after, so that they are read aloud
+  box.hidden = false; // the region before its words, so that screen readers announce them
   box.append(el("p", { class: "notice-title" }, title), ...text.map((line) => el("p", {}, line)), close);
 };

@@ -1,8 +1,8 @@
-// Elements without markup: text goes in as text nodes, never as HTML, so nothing that a model or a file says can become a tag.
+// Elements without markup: text becomes text nodes, never HTML, so that nothing from a model or a file can become a tag.
 
 const SVG = "http://www.w3.org/2000/svg";
 
-export const at = (id) => document.getElementById(id);
+export const byId = (id) => document.getElementById(id);
 
 // el("p", { class: "note", onclick: act }, "text", child): attributes by name, listeners by on…; null and false are left out
 const build = (node, attributes, children) => {
@@ -30,7 +30,7 @@ export const percent = (share) =>
 
 // one tooltip for tokens and points; it never takes the pointer or the focus
 export const showTip = (lines, box) => {
-  const tip = at("tip");
+  const tip = byId("tip");
   tip.replaceChildren(...lines.map((line) => el("span", {}, line)));
   tip.hidden = false;
   const { width, height } = tip.getBoundingClientRect();
@@ -40,9 +40,9 @@ export const showTip = (lines, box) => {
   tip.style.top = `${above < 8 ? box.bottom + 8 : above}px`;
 };
 export const hideTip = () => {
-  at("tip").hidden = true;
+  byId("tip").hidden = true;
 };
 
 export const speak = (text) => {
-  at("spoken").textContent = text;
+  byId("spoken").textContent = text;
 };

@@ -1,4 +1,4 @@
-// Where to begin: first messages from four domains, and characters for the system prompt.
+// Examples: first messages from four domains, and roles for the system prompt.
 
 export const STARTERS = [
   ["Coding", "How do I read a text file line by line in Python and add up the numbers in it?"],

@@ -1,7 +1,7 @@
-// Conversations in and out: a download, a file picker, a file dropped on the page.
+// Saving and loading conversations: a download, a file picker, a file dropped on the page.
 
-import { at, el } from "./dom.js";
-import { FileError, fromSaved, LARGEST, toSaved } from "./saved.js";
+import { byId, el } from "./dom.js";
+import { FileError, fromSaved, MAX_BYTES, toSaved } from "./saved.js";
 
 export const download = (conversation, axis) => {
   const now = new Date();
@@ -18,8 +18,8 @@ export const startFiles = (axis, { loaded, refused }) => {
   const take = async (file) => {
     if (!file) return;
     try {
-      if (file.size > LARGEST)
-        throw new FileError(`This file has ${Math.round(file.size / 2 ** 20)} MiB; at most ${LARGEST / 2 ** 20} are read.`);
+      if (file.size > MAX_BYTES)
+        throw new FileError(`This file has ${Math.round(file.size / 2 ** 20)} MiB; at most ${MAX_BYTES / 2 ** 20} are read.`);
       const { conversation, remark } = fromSaved(await file.text(), axis);
       loaded(conversation, remark);
     } catch (error) {
@@ -27,10 +27,10 @@ export const startFiles = (axis, { loaded, refused }) => {
       refused(error instanceof FileError ? error.message : "This file cannot be read.");
     }
   };
-  at("load").addEventListener("click", () => at("file").click());
-  at("file").addEventListener("change", () => {
-    take(at("file").files[0]);
-    at("file").value = "";
+  byId("load").addEventListener("click", () => byId("file").click());
+  byId("file").addEventListener("change", () => {
+    take(byId("file").files[0]);
+    byId("file").value = "";
   });
   const carriesFile = (event) => event.dataTransfer?.types.includes("Files");
   document.addEventListener("dragover", (event) => {

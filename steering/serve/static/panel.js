@@ -1,25 +1,25 @@
-// Beside the chat: where the conversation lies, in a chart, in words and in numbers.
+// The panel beside the chat: the conversation's position on the axis as a chart, in words and in numbers.
 
 import { chartTable, newChart } from "./chart.js";
 import { answerOn, CAPPED, runningMean, sidesOf, trajectories, zOf } from "./conversation.js";
-import { at, el, fixed, percent, signed } from "./dom.js";
+import { byId, el, fixed, percent, signed } from "./dom.js";
 import { scaleLegend } from "./tokens.js";
 
 export const newPanel = (axis, scale, onpick) => {
-  const chart = newChart(at("chart"), { onpick });
-  at("explain").textContent = explanation(axis);
-  at("scale").replaceChildren(...scaleLegend(scale));
+  const chart = newChart(byId("chart"), { onpick });
+  byId("explain").textContent = explanation(axis);
+  byId("scale").replaceChildren(...scaleLegend(scale));
   return {
     draw: (conversation, cap) => {
       const series = trajectories(conversation);
       const floor = floorOf(conversation, axis, cap);
       chart.draw(series, axis, floor);
       const words = stateOf(conversation, axis);
-      at("state").replaceChildren(...words.map(({ text, alarm }) => el("span", { class: alarm ? "alarmed" : null }, text)));
-      at("strip-state").textContent = shortState(conversation, axis);
-      at("legend").replaceChildren(...legend(conversation, axis, cap, floor));
-      at("readouts").replaceChildren(readouts(conversation, axis, cap));
-      at("table").replaceChildren(chartTable(series, series.length > 1));
+      byId("state").replaceChildren(...words.map(({ text, alarm }) => el("span", { class: alarm ? "alarmed" : null }, text)));
+      byId("strip-state").textContent = shortState(conversation, axis);
+      byId("legend").replaceChildren(...legend(conversation, axis, cap, floor));
+      byId("readouts").replaceChildren(readouts(conversation, axis, cap));
+      byId("table").replaceChildren(chartTable(series, series.length > 1));
     },
   };
 };
@@ -29,7 +29,7 @@ const explanation = ({ layer, poles, model, baseline, alarm }) =>
   (baseline
     ? ` The band is where ${baseline.of} lie (mean ± 2 spreads); z counts spreads from their mean, so an answer far below zero has left the model’s default character.`
     : "") +
-  (alarm ? ` The alarm is raised in ${percent(alarm.false_alarms)} of calm conversations.` : " No alarm is calibrated on this server.");
+  (alarm ? ` The alarm is raised in ${percent(alarm.false_alarms)} of reference conversations.` : " No alarm is calibrated on this server.");
 
 const floorOf = (conversation, axis, cap) => {
   if (cap) return axis.caps[cap]?.floor ?? null;
@@ -40,7 +40,7 @@ const floorOf = (conversation, axis, cap) => {
 const answersOn = (conversation, side) =>
   conversation.turns.map((turn) => answerOn(turn, side)).filter((answer) => answer !== null && (answer.projection !== null || answer.live));
 
-const sideName = (side) => (side === CAPPED ? "Capped" : "As it is");
+const sideName = (side) => (side === CAPPED ? "Capped" : "Baseline");
 
 const stateOf = (conversation, axis) => {
   const sides = sidesOf(conversation);
@@ -58,7 +58,7 @@ const stateOn = (conversation, axis, side) => {
     const mean = runningMean(last.tokens);
     return { text: mean === null ? "Answering." : `Answering: ${fixed(mean)} so far.` };
   }
-  const judged = answers.findLast((answer) => answer.drift !== null); // one that was stopped is not
+  const judged = answers.findLast((answer) => answer.drift !== null); // a stopped answer has no alarm state
   if (judged?.drift === "drifting") {
     const since = answers.findLastIndex((answer) => answer.raised);
     return {
@@ -75,15 +75,15 @@ const stateOn = (conversation, axis, side) => {
   return { text: `${place} the band.`, long: `The last answer lies ${place.toLowerCase()} the band.` };
 };
 
-// Beside the closed panel's name.
+// Beside the name of the closed panel.
 const shortState = (conversation, axis) => {
   const lasts = sidesOf(conversation).map((side) => answersOn(conversation, side).at(-1));
   if (!lasts.every(Boolean)) return "";
-  const said = lasts.map((last) => {
+  const values = lasts.map((last) => {
     const z = zOf(axis, last.live ? runningMean(last.tokens) : last.projection);
     return z === null ? "–" : signed(z);
   });
-  return `z ${said.join(", capped ")}${lasts[0].alarm ? ", drifting" : ""}`;
+  return `z ${values.join(", capped ")}${lasts[0].alarm ? ", drifting" : ""}`;
 };
 
 const legend = (conversation, axis, cap, floor) => {
@@ -91,7 +91,7 @@ const legend = (conversation, axis, cap, floor) => {
   const key = (name, text) => el("span", {}, el("i", { class: name, "aria-hidden": "true" }), text);
   const anyPlain = answers.some((answer) => answer.cap === null) || !answers.length;
   return [
-    anyPlain && key("key-plain", "as it is"),
+    anyPlain && key("key-plain", "baseline"),
     (answers.some((answer) => answer.cap !== null) || cap) && key("key-capped", "capped"),
     axis.baseline && key("key-band", axis.baseline.of),
     floor !== null && key("key-floor", "floor"),

@@ -1,6 +1,6 @@
-// Light and dark as the system says, or as chosen here.
+// Light or dark: the system's setting, or the one chosen here.
 
-import { at } from "./dom.js";
+import { byId } from "./dom.js";
 import { choice, choose } from "./saved.js";
 
 const root = document.documentElement;
@@ -9,14 +9,14 @@ const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : syste
 
 const name = () => {
   const other = isDark() ? "Light" : "Dark";
-  at("theme").textContent = other;
-  at("theme").setAttribute("aria-label", `Switch to ${other.toLowerCase()} colours`);
+  byId("theme").textContent = other;
+  byId("theme").setAttribute("aria-label", `Switch to ${other.toLowerCase()} colours`);
 };
 
 export const startTheme = () => {
   const chosen = choice("theme");
   if (chosen === "light" || chosen === "dark") root.dataset.theme = chosen;
-  at("theme").addEventListener("click", () => {
+  byId("theme").addEventListener("click", () => {
     root.dataset.theme = isDark() ? "light" : "dark";
     choose("theme", root.dataset.theme);
     name();

@@ -1,13 +1,13 @@
-// An answer's tokens: one span each, its colour from a fixed scale, so that the same shade means the same place in every answer.
+// An answer's tokens: one span each, coloured on a fixed scale, so that a shade means the same projection in every answer.
 
 import { el, fixed, hideTip, showTip, signed } from "./dom.js";
-import { at, hasQuantiles } from "./chart.js";
+import { quantileAt, hasQuantiles } from "./chart.js";
 import { zOf } from "./conversation.js";
 
-const DEEPEST = 62; // percent of the side's colour at either end
+const MAX_DEPTH = 62; // percent of the side's colour at either end
 
-// The middle is the baseline's mean. Either end is as far from it as the outermost of: the lowest tenth of answers under roles,
-// the default's 5 and 95% (with roles' lower quartile an answer in a role was one flat shade). Both sides have one reach, so that equal depth is equal distance.
+// The middle is the baseline's mean. Both ends are as far from it as the outermost of: the lowest tenth of answers under roles, the
+// default's 5% and 95% (with the roles' lower quartile an answer under a role was one flat shade). Equal depth is equal distance.
 export const scaleOf = (axis) => {
   const { baseline } = axis;
   const wanted = [
@@ -15,7 +15,7 @@ export const scaleOf = (axis) => {
     ["default", 0.05],
     ["default", 0.95],
   ];
-  const places = wanted.filter(([name]) => hasQuantiles(axis, name)).map(([name, level]) => at(axis, name, level));
+  const places = wanted.filter(([name]) => hasQuantiles(axis, name)).map(([name, level]) => quantileAt(axis, name, level));
   const middle = baseline?.mean ?? 0;
   const reach = Math.max(...places.map((place) => Math.abs(place - middle)), baseline ? 2 * baseline.spread : 0) || 1;
   return { middle, reach, low: middle - reach, high: middle + reach, axis };
@@ -27,13 +27,13 @@ const spanOf = (token, scale) => {
   if (token.projection !== null) {
     const away = Math.min(Math.max((token.projection - scale.middle) / scale.reach, -1), 1);
     span.style.setProperty("--side", away < 0 ? "var(--token-low)" : "var(--token-high)");
-    span.style.setProperty("--depth", `${Math.round(Math.abs(away) * DEEPEST)}%`);
+    span.style.setProperty("--depth", `${Math.round(Math.abs(away) * MAX_DEPTH)}%`);
   }
   return span;
 };
 
-// Text of an answer into a box. A token's place is known only when the model has read it, so the last words may come before their
-// colour; where the tokens do not spell the text, it stands alone.
+// Fills a box with an answer. A token's projection is known only when the model has read it, so the last words may come before
+// their colour; where the tokens do not spell the text, the text is shown without them.
 export const fillTokens = (box, answer, scale) => {
   const { text, tokens } = answer;
   const spelled = tokens.map((token) => token.text).join("");
@@ -50,7 +50,7 @@ export const fillTokens = (box, answer, scale) => {
   box.answer = answer;
 };
 
-const tell = (box, span, layersOf, scale) => {
+const describeToken = (box, span, layersOf, scale) => {
   const place = [...box.children].indexOf(span);
   const token = box.answer?.tokens[place];
   if (!token) return null;
@@ -79,7 +79,7 @@ export const watchTokens = (root, layersOf, scale, speak) => {
   root.addEventListener("pointerover", (event) => {
     const span = event.target.closest?.(".t");
     if (!span) return hideTip();
-    tell(span.parentElement, span, layersOf, scale);
+    describeToken(span.parentElement, span, layersOf, scale);
   });
   root.addEventListener("pointerleave", hideTip);
   root.addEventListener("focusout", leave);
@@ -96,7 +96,7 @@ export const watchTokens = (root, layersOf, scale, speak) => {
     current = next;
     next.classList.add("here");
     next.scrollIntoView({ block: "nearest" });
-    const lines = tell(box, next, layersOf, scale);
+    const lines = describeToken(box, next, layersOf, scale);
     if (lines) speak(`${next.textContent.trim() || "space"}: ${lines.join(", ")}`);
   });
 };

@@ -1,51 +1,51 @@
-// The messages as they are shown: a turn is an article, its answers stand side by side where there are two.
+// The messages: a turn is an article with one answer, or two side by side.
 
 import { el, fixed, percent, signed } from "./dom.js";
-import { CAPPED, isLeftOut, PLAIN } from "./conversation.js";
+import { CAPPED, isLeftOut, BASELINE } from "./conversation.js";
 import { fillTokens } from "./tokens.js";
 
 const ENDS = { length: "cut short", you: "stopped by you" };
 
-export const newLog = (box, scale, acts) => {
-  const places = new Map(); // answer -> its boxes, to be filled while it streams
+export const newLog = (box, scale, actions) => {
+  const boxes = new Map(); // answer -> its elements, filled while it streams
   const draw = (conversation) => {
-    places.clear();
-    box.replaceChildren(...conversation.turns.map((turn, number) => turnOf(conversation, turn, number, { scale, acts, places })));
-    for (const answer of places.keys()) fill(answer);
+    boxes.clear();
+    box.replaceChildren(...conversation.turns.map((turn, number) => turnOf(conversation, turn, number, { scale, actions, boxes })));
+    for (const answer of boxes.keys()) fill(answer);
   };
   const fill = (answer) => {
-    const place = places.get(answer);
-    if (!place) return;
-    place.article.classList.toggle("live", answer.live);
-    fillTokens(place.text, answer, scale);
+    const own = boxes.get(answer);
+    if (!own) return;
+    own.article.classList.toggle("live", answer.live);
+    fillTokens(own.text, answer, scale);
     if (answer.text === "")
-      place.text.append(
+      own.text.append(
         el(
           "em",
           {},
           answer.live ? "…" : answer.problem ? "" : answer.ended === "you" ? "stopped before its first token" : "an empty answer",
         ),
       );
-    place.facts.replaceChildren(
+    own.facts.replaceChildren(
       ...factsOf(answer).map((fact) => el("span", { class: fact.alarm ? "alarmed" : null, title: fact.title }, fact.text)),
     );
-    place.problem.hidden = !answer.problem;
-    place.problem.firstChild.textContent = answer.problem ? `${answer.problem} ` : "";
+    own.problem.hidden = !answer.problem;
+    own.problem.firstChild.textContent = answer.problem ? `${answer.problem} ` : "";
   };
   return { draw, fill };
 };
 
 const turnOf = (conversation, turn, number, context) => {
   const last = number === conversation.turns.length - 1;
-  const { acts } = context;
-  const said =
+  const { actions } = context;
+  const message =
     turn.user === null
       ? null
       : el(
           "div",
           { class: "user" },
           el("p", { class: "text" }, turn.user),
-          last && el("div", { class: "acts" }, el("button", { type: "button", class: "quiet", onclick: acts.edit }, "Edit")),
+          last && el("div", { class: "acts" }, el("button", { type: "button", class: "quiet", onclick: actions.edit }, "Edit")),
         );
   const answers = turn.answers.map((answer, side) => answerOf(turn, answer, side, last, context));
   const unanswered =
@@ -55,11 +55,11 @@ const turnOf = (conversation, turn, number, context) => {
       "p",
       { class: "problem" },
       "This message has no answer yet. ",
-      el("button", { type: "button", class: "quiet", onclick: acts.again }, "Answer it"),
+      el("button", { type: "button", class: "quiet", onclick: actions.again }, "Answer it"),
     );
   const out =
     !last &&
-    isLeftOut(turn, PLAIN) &&
+    isLeftOut(turn, BASELINE) &&
     isLeftOut(turn, CAPPED) &&
     el("p", { class: "note" }, "Left out: the model does not see this message.");
   return el(
@@ -70,27 +70,27 @@ const turnOf = (conversation, turn, number, context) => {
       tabindex: -1,
       "aria-label": `Turn ${number + 1}`,
     },
-    said,
+    message,
     el("div", { class: "answers" }, ...answers),
     unanswered,
     out,
   );
 };
 
-const answerOf = (turn, answer, side, last, { acts, places }) => {
+const answerOf = (turn, answer, side, last, { actions, boxes }) => {
   const aside = turn.kept !== null && turn.answers.length > 1 && turn.kept !== side;
   const pair = turn.answers.length > 1;
-  const name = answer.cap === null ? "As it is" : `Cap “${answer.cap}”${answer.mode === "adaptive" ? ", only while drifting" : ""}`;
+  const name = answer.cap === null ? "Baseline" : `Cap “${answer.cap}”${answer.mode === "adaptive" ? ", only while drifting" : ""}`;
   const text = el("p", { class: "tokens", tabindex: 0, "aria-label": `${name}, answer` });
   const facts = el("p", { class: "facts" });
   const problem = el(
     "p",
     { class: "problem", role: "alert", hidden: true },
     "",
-    el("button", { type: "button", class: "quiet", onclick: () => acts.retry(turn, side) }, "Retry"),
+    el("button", { type: "button", class: "quiet", onclick: () => actions.retry(turn, side) }, "Retry"),
   );
   const button = (label, act) => el("button", { type: "button", class: "quiet", onclick: act }, label);
-  const copy = button("Copy", () => acts.copy(answer, copy));
+  const copy = button("Copy", () => actions.copy(answer, copy));
   const article = el(
     "div",
     { class: `answer ${answer.cap === null ? "plain" : "capped"}${aside ? " aside" : ""}` },
@@ -106,12 +106,12 @@ const answerOf = (turn, answer, side, last, { acts, places }) => {
         "div",
         { class: "acts" },
         copy,
-        last && side === (turn.kept ?? 0) && button("Try again", acts.again),
-        last && pair && turn.kept !== side && button("Go on from this answer", () => acts.keep(side)),
+        last && side === (turn.kept ?? 0) && button("Try again", actions.again),
+        last && pair && turn.kept !== side && button("Continue from this answer", () => actions.keep(side)),
       ),
     ),
   );
-  places.set(answer, { article, text, facts, problem });
+  boxes.set(answer, { article, text, facts, problem });
   return article;
 };
 

@@ -91,7 +91,7 @@ def test_compared_sides_hear_the_same_words_and_keep_their_own_histories(visit, 
         assert (plain["messages"][place] == capped["messages"][place]) is same
     expect(page.locator("#chart .line.second")).to_have_count(1)
     expect(page.locator("#chart .point")).to_have_count(5)
-    page.locator(".answer.capped").last.get_by_role("button", name="Go on from this answer").click()
+    page.locator(".answer.capped").last.get_by_role("button", name="Continue from this answer").click()
     expect(page.locator(".answer.aside")).to_have_count(2)
     page.click("#compare")
     say(page, "Third")
