@@ -31,7 +31,7 @@ demo-train: .venv/runs
 	$(BIN)/personatlas train base --depth 4 --minutes 2 --corpus $(DEMO)/data/text --held-share 0.04 --vocabulary 1024 --context 256 --device cpu --out $(DEMO)/base
 	$(BIN)/personatlas train chat $(DEMO)/base --minutes 1 --data $(DEMO)/data/chats.jsonl --device cpu --out $(DEMO)/chat
 	$(BIN)/personatlas axis $(DEMO)/chat --roles 8 --prompts 1 --questions 8 --max-new-tokens 16 --judge none --keep all --replicates 20 --device cpu --out $(DEMO)/axis
-	$(BIN)/personatlas chat $(DEMO)/chat --axis $(DEMO)/axis --max-tokens 64 --message "What does textwrap.indent do?" --message "What is queue.Queue?" --device cpu
+	$(BIN)/personatlas chat $(DEMO)/chat --axis $(DEMO)/axis --max-new-tokens 64 --message "What does textwrap.indent do?" --message "What is queue.Queue?" --device cpu
 
 # two processes, one thread each: on two cores they are done in two thirds of the time that one process takes
 test: install

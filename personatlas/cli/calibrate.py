@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from personatlas.cli.options import MODEL, OPTIONS, Json
+from personatlas.cli.options import MODEL, OPTIONS, STEERING, Json, SteeringOptions
 from personatlas.cli.output import print_json, print_line, print_path, print_table, print_warning
 from personatlas.persona.errors import UserError
 from personatlas.persona.options import ModelOptions
@@ -45,14 +45,15 @@ def calibrate(
     /,
     *,
     name: str = "assistant",
-    axis: str | None = None,
-    also: list[str] | None = None,
     bank: Path | None = None,
     search: Annotated[SearchOptions, OPTIONS] = SearchOptions(),
+    steering: Annotated[SteeringOptions, STEERING] = SteeringOptions(),
     load: Annotated[ModelOptions, MODEL] = ModelOptions(),
     json: Json = False,
 ) -> None:
     """Find the strongest cap within a loss budget, save it beside the axis, and report it on other roles. Resumes.
+
+    The run's own axis is used unless --axis names another one; every --arm cap:... is reported beside the chosen cap.
 
     Parameters
     ----------
@@ -60,10 +61,6 @@ def calibrate(
         a run folder with rollouts and a fit
     name
         the cap's name: RUN/caps/NAME
-    axis
-        another axis of the same model; the run's own unless given
-    also
-        a cap to report beside the chosen one, by name, file or LEVEL@LAYERS; may be given several times
     bank
         the bank that the run was made with, if not the packaged one
     """
@@ -71,7 +68,7 @@ def calibrate(
 
     if not name or "/" in name or name.startswith("."):
         raise UserError(f"--name {name!r} cannot be a file's name")
-    content = calibrated(run, name, axis, also or [], bank, search, load)
+    content = calibrated(run, name, steering.axis, steering.caps(), bank, search, load)
     if json:
         print_json(content)
         return

@@ -234,9 +234,6 @@ def _inspect(
     from personatlas.steering.evals.harnesses.inspect_run import InspectOptions, run_inspect
 
     require_inspect()
-    caps = steering.caps("assistant")
-    if len(caps) != 1:
-        raise UserError(f"--inspect compares one cap with the baseline; give one --arm, not {len(caps)}")
     options = InspectOptions(
         samples.limit,
         tasks.epochs,
@@ -247,7 +244,9 @@ def _inspect(
         tasks.log_dir,
     )
     axis = find_axis(model, steering.axis)
-    logs = run_inspect(model, tasks.inspect or "", axis, caps[0], options, load, force=steering.force)
+    logs = run_inspect(
+        model, tasks.inspect or "", axis, steering.cap("assistant"), options, load, force=steering.force
+    )
     _print_logs(logs, json)
 
 

@@ -55,6 +55,15 @@ class SteeringOptions:
             raise UserError(f"--arm cap:{repeated[0]} is given twice")
         return caps
 
+    def cap(self, *default: str) -> str:
+        """The cap of the only arm, else the default. Raises `UserError` for several arms."""
+        caps = self.caps(*default)
+        if len(caps) != 1 or self.n_random():
+            raise UserError(
+                f"one cap is compared with the baseline: give one --arm cap:..., not {len(self.arm)}"
+            )
+        return caps[0]
+
     def n_random(self, default: int = 0) -> int:
         """How many random controls the arms name, else the default. Raises `UserError` for what is no number."""
         numbers = [self._value(arm, "random") for arm in self.arm if arm.startswith("random:")]

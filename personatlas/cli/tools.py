@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from rich.text import Text
 
-from personatlas.cli.options import MODEL, Json, ModelName
+from personatlas.cli.options import MODEL, STEERING, Json, ModelName, SteeringOptions
 from personatlas.cli.output import console, print_json, print_line, print_table
 from personatlas.persona.errors import UserError
 from personatlas.persona.options import ModelOptions
@@ -172,38 +172,28 @@ def self_test(
     model: ModelName,
     /,
     *,
-    axis: str | None = None,
-    cap: list[str] | None = None,
-    force: bool = False,
+    steering: Annotated[SteeringOptions, STEERING] = SteeringOptions(),
     load: Annotated[ModelOptions, MODEL] = ModelOptions(),
     json: Json = False,
 ) -> None:
     """Test that recording binds on this model and machine, and with --axis that capping does, in the sampling engine.
 
     Exits with status 2 when any check fails.
-
-    Parameters
-    ----------
-    axis
-        a run folder, an axis file, or smollm2-135m: also cap a probe along it, and check counters, projections and identities
-    cap
-        a cap to check besides, by name, file or LEVEL@LAYERS; may be given several times
-    force
-        accept an axis of the same model in another weight format
     """
     from personatlas.persona.models.load import load_model
     from personatlas.persona.pipeline.self_test import run_self_test
 
-    if cap and axis is None:
-        raise UserError("--cap needs --axis, beside which it is saved or along which it is made")
-    if axis is None:
+    caps = steering.caps()
+    if caps and steering.axis is None:
+        raise UserError("--arm needs --axis, beside which a cap is saved or along which it is made")
+    if steering.axis is None:
         decoder = load_model(model, device=load.device, dtype=load.dtype, chat_template=load.chat_template)
         checks = run_self_test(decoder)
     else:
         from personatlas.steering.hooks.binding_check import run_cap_test
         from personatlas.steering.session import load_steered_model
 
-        steered = load_steered_model(model, load, axis, cap or [], force=force)
+        steered = load_steered_model(model, load, steering.axis, caps, force=steering.force)
         checks = [*run_self_test(steered.model), *run_cap_test(steered.model, steered.axis)]
     if json:
         print_json([check.to_json() for check in checks])

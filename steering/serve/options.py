@@ -65,7 +65,7 @@ def require_valid(options: ServeOptions, capacity: CapacityOptions) -> None:
         ("--context", capacity.context if capacity.context is not None else 16, 16),
         ("--prefix-mib", capacity.prefix_mib, 0),
         ("--queue", capacity.queue, 1),
-        ("--max-tokens", options.max_tokens, 1),
+        ("--max-new-tokens", options.max_tokens, 1),
     ):
         if value < least:
             raise UserError(f"{name} {value} is below {least}")

@@ -69,7 +69,7 @@ def test_the_axis_of_a_run_is_that_of_a_checkpoint_and_goes_on_with_it(
     capsys.readouterr()
     main(
         [
-            *["chat", "mine", "--message", "Hello", "--max-tokens", "4"],
+            *["chat", "mine", "--message", "Hello", "--max-new-tokens", "4"],
             "--device",
             "cpu",
             "--dtype",

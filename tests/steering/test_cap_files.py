@@ -117,8 +117,8 @@ def test_the_papers_own_caps_are_used_by_name_once_they_lie_beside_the_axis(tiny
         "Who?",
         "--axis",
         str(tmp_path / "axis"),
-        "--cap",
-        "layers_0:2-p0.25",
+        "--arm",
+        "cap:layers_0:2-p0.25",
     ]
     main([*argv, "--dtype", "float32", "--max-new-tokens", "4", "--json"])
     assert '"capped_layers": [ 0, 1 ]' in " ".join(capsys.readouterr().out.split())
@@ -136,7 +136,15 @@ def test_another_weight_format_needs_force_and_another_model_cannot_be_forced(tm
     axis = axis_of(load_model(str(tmp_path / "tiny"), dtype="float32"))
     axis = replace(axis, model=axis.model | {"weights": "gguf Q4_1", "fingerprint": "0" * 32})
     axis.save(tmp_path / "axis")
-    argv = ["generate", str(tmp_path / "tiny"), "Who?", "--axis", str(tmp_path / "axis"), "--cap", "p75@0-2"]
+    argv = [
+        "generate",
+        str(tmp_path / "tiny"),
+        "Who?",
+        "--axis",
+        str(tmp_path / "axis"),
+        "--arm",
+        "cap:p75@0-2",
+    ]
     argv += ["--dtype", "float32", "--max-new-tokens", "4"]
     assert "--force it across formats" in refused(capsys, argv)
     main([*argv, "--force"])

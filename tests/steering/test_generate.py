@@ -185,8 +185,8 @@ def test_the_verb_prints_both_answers_and_their_traces(place, capsys):
         "Who are you?",
         "--axis",
         str(place / "axis"),
-        "--cap",
-        "p75@0-2",
+        "--arm",
+        "cap:p75@0-2",
     ]
     told += ["--dtype", "float32", "--max-new-tokens", "8"]
     main(told)
@@ -218,8 +218,8 @@ def test_an_axis_of_another_model_is_refused_by_the_verb(place, tmp_path, capsys
                 "Who?",
                 "--axis",
                 str(place / "axis"),
-                "--cap",
-                "p75@0",
+                "--arm",
+                "cap:p75@0",
                 "--dtype",
                 "float32",
             ]

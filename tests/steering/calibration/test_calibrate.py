@@ -49,7 +49,6 @@ def classes(monkeypatch):
 
 
 def calibrated(tiny_run, **told):
-    """The verb; "also" stands for --also."""
     options = SEARCH | {f"--{name}": value for name, value in told.items()}
     main(
         [
@@ -72,7 +71,7 @@ def refused(capsys, tiny_run, **told):
 
 
 def test_a_calibration_saves_a_cap_and_reports_what_it_did_on_the_other_half(tiny_run, capsys):
-    calibrated(tiny_run, also="p50@1")
+    calibrated(tiny_run, arm="cap:p50@1")
     assert "chosen" in capsys.readouterr().out
     content = json.loads((tiny_run / "run" / "calibration.json").read_text())
     cap = load_cap(tiny_run / "run" / "caps" / "assistant")
@@ -127,7 +126,7 @@ def test_a_second_calibration_measures_nothing_again(tiny_run, capsys, monkeypat
         ("--steps -1", "--steps -1 is below 0"),
         ("--budget 0", "--budget 0"),
         ("--name ../x", "cannot be a file's name"),
-        ("--also p200@1", "level 2.0 is outside 0..1"),
+        ("--arm cap:p200@1", "level 2.0 is outside 0..1"),
     ],
 )
 def test_what_cannot_be_searched_is_refused_in_one_line(tiny_run, capsys, told, said):

@@ -88,7 +88,7 @@ def shared(tiny_run, tmp_path_factory):
     """One process for the tests that leave it as it was, from a copy of the model, which one of them deletes."""
     folder = tmp_path_factory.mktemp("served")
     shutil.copytree(tiny_run, folder, dirs_exist_ok=True)
-    with serving(folder, "--context", "512", "--max-tokens", "400") as (process, url):
+    with serving(folder, "--context", "512", "--max-new-tokens", "400") as (process, url):
         yield process, url, folder
 
 
@@ -163,8 +163,8 @@ def test_told_to_end_it_lets_answers_end(shared):
         (["--host", "0.0.0.0"], "set PERSONATLAS_API_KEY"),
         (["--port", "0"], "--port 0 is outside"),
         (["--host", "999.1.1.1"], "set PERSONATLAS_API_KEY"),
-        (["--cap", "nosuch"], "is not a name"),
-        (["--cap", "adaptive"], "adaptive capping needs a calibrated alarm"),
+        (["--arm", "cap:nosuch"], "is not a name"),
+        (["--arm", "cap:adaptive"], "adaptive capping needs a calibrated alarm"),
         (["--slots", "0"], "--slots 0 is below 1"),
         (["--context", "5"], "--context 5 is below 16"),
         (["--context", "999999"], "is more than the"),

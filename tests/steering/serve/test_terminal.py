@@ -366,7 +366,7 @@ def chat(tiny_run, *options):
             str(tiny_run / "run"),
             "--device",
             "cpu",
-            "--max-tokens",
+            "--max-new-tokens",
             "4",
             *options,
         ]
@@ -403,7 +403,7 @@ def test_messages_on_the_command_line_are_asked_and_that_is_all(tiny_run, tmp_pa
         (["--system", "x", "--load", "x.json"], "give --system or --load"),
         (["--load", "nowhere.json"], "nowhere.json does not exist"),
         (["--temperature", "-1"], "temperature"),
-        (["--cap", "adaptive"], "needs a calibrated alarm"),
+        (["--arm", "cap:adaptive"], "needs a calibrated alarm"),
     ],
 )
 def test_what_is_wrong_is_found_before_a_model_is_loaded(tiny_run, capsys, monkeypatch, options, said):
