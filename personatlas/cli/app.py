@@ -41,7 +41,6 @@ COMMANDS = {
         "eval": ("evals:eval_", "Evaluate with and without caps: own suites, tasks of lm-eval or Inspect."),
         "trace": ("drift:trace", "Trace stored conversations along an axis, turn by turn."),
         "drift": ("drift:drift", "Measure persona drift over conversations, with and without a cap."),
-        "replay": ("replay:replay", "Ask stored conversations again with a cap off and on."),
     },
     "Train": {
         "train": ("", "Train a small GPT, tune it to chat, evaluate and export it."),

@@ -1,22 +1,38 @@
-"""The verb `drift`: do conversations leave the Assistant, where, and does a cap hold them?
-
-The verb `trace`: a stored conversation's persona, turn by turn.
-"""
+"""The commands `drift` and `trace`: do conversations leave the Assistant, where, and does a cap hold them?"""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from rich.table import Table
 from rich.text import Text
 
 from personatlas.analysis.drift_alarm import GAUGE_LIMIT, z_gauge
-from personatlas.cli.options import MODEL, Json, ModelName
-from personatlas.cli.output import console, print_json, print_line, print_path
+from personatlas.cli.options import MODEL, OPTIONS, Html, Json, ModelName, Out
+from personatlas.cli.output import (
+    print_json,
+    print_line,
+    print_path,
+    print_table,
+    print_warning,
+    with_interval,
+)
 from personatlas.persona.errors import UserError
 from personatlas.persona.options import ModelOptions
-from personatlas.persona.progress import progress, say
+from personatlas.persona.progress import say
 from personatlas.persona.runs import default_folder
 from personatlas.steering.drift.options import DriftOptions
+from personatlas.steering.drift.result import ALL, DriftResult, StoredAnswers
+from personatlas.steering.drift.trace import TraceStudy
+
+DRIFT_COLUMNS = (
+    *("arm", "first turn", "last turn", "slope per turn [95%]", "change [95%]"),
+    *("alarms [95%]", "first alarm"),
+)
+ARM_COLUMNS = (
+    *("arm", "answers", "cap on", "fired", "degenerate", "loops", "tokens"),
+    "more loss on reference answers",
+)
+SHORT = 44  # characters of a user's message
+SHOWN = 10  # stored conversations in the terminal
 
 
 def drift(
@@ -24,127 +40,140 @@ def drift(
     /,
     *,
     axis: str,
-    cap: str | None = None,
+    arm: str | None = None,
     reference: Path | None = None,
-    out: Path | None = None,
+    out: Out = None,
     force: bool = False,
-    asked: DriftOptions = DriftOptions(),
+    options: Annotated[DriftOptions, OPTIONS] = DriftOptions(),
     load: Annotated[ModelOptions, MODEL] = ModelOptions(),
     json: Json = False,
 ) -> None:
-    """Have conversations in several domains as the model is, capped, and capped only while an alarm is on (resumes).
+    """Measure persona drift over conversations: baseline, capped, and capped only while an alarm is on (resumes).
 
     Parameters
     ----------
     axis
         a run folder, an axis file, or smollm2-135m for the axis that comes with it
-    cap
-        a cap by name, file or LEVEL@LAYERS; "assistant" unless given, where it is saved beside the axis
+    arm
+        the cap of the other arms: cap:NAME, cap:FILE or cap:LEVEL@LAYERS; cap:assistant unless given, where it is saved
+        beside the axis
     reference
-        a reference.json of an earlier study, on which the alarm is calibrated; unless given the one beside the axis, else this study's own conversations in the domains that hold
+        a reference.json of an earlier study, on which the alarm is calibrated; unless given the one beside the axis, else
+        this study's own conversations in the reference domains
     out
         the folder of the study; runs/NAME-drift unless given
     force
         use an axis of the same model in another weight format
     """
     from personatlas.steering.drift.page import write_drift_page
-    from personatlas.steering.drift.study import study
+    from personatlas.steering.drift.study import run_drift_study
 
-    folder = out or default_folder(model, "drift")
-    content = study(model, load, axis, cap, asked, folder, reference, force=force)
-    write_drift_page(folder / "drift.html", content)
-    if json:
-        print_json({name: value for name, value in content.items() if name != "examples"})
-    else:
-        _print(content, folder)
-
-
-def _print(content: dict[str, Any], folder: Path) -> None:
-    out = console()
-    for domain in [*content["domains"], "all"]:
-        out.print(_table(content, domain))
-    out.print(_wrote(content))
-    for target, row in (content["next_turn"] or {}).items():
-        if isinstance(row, dict):
-            said = f"R² {_span(row['r2'], row['low'], row['high'], '.2f')}; the domain alone {row['domain']['r2']:.2f}, shuffled {row['shuffled']['mean']:.2f}"
-            out.print(Text(f"next answer's {target} from the user's message: {said}"))
-    for warning in content["warnings"]:
-        out.print(Text(f"note: {warning}", style="yellow"))
-    print_line(
-        f"every turn: {folder / 'turns.jsonl'}; conversations, for `trace`: {folder / 'conversations.jsonl'}"
+    if arm is not None and not arm.startswith("cap:"):
+        raise UserError(f"--arm {arm}: a drift study takes a cap, such as cap:assistant or cap:p50@18-23")
+    folder, cap = out or default_folder(model, "drift"), arm and arm.removeprefix("cap:")
+    result = run_drift_study(
+        model, axis, folder, cap=cap, options=options, reference=reference, load=load, force=force
     )
-    print_line(f"reference conversations, to be put beside the axis: {folder / 'reference.json'}")
+    write_drift_page(folder / "drift.html", result)
+    if json:
+        print_json({name: value for name, value in result.to_json().items() if name != "examples"})
+    else:
+        _print_result(result, folder)
+
+
+def _print_result(result: DriftResult, folder: Path) -> None:
+    for domain in dict.fromkeys((*result.domains, ALL)):
+        rows: list[tuple[str, ...]] = []
+        for arm in result.arms:
+            means, slope = result.trajectories[domain][arm], result.slopes[domain][arm]
+            change, alarm = result.means[domain][arm].change, result.alarms.get(domain, {}).get(arm)
+            rows.append(
+                (
+                    arm,
+                    f"{means[0].mean:.1f}" if means else "",
+                    f"{means[-1].mean:.1f} (turn {means[-1].turn})" if means else "",
+                    with_interval(slope.value, slope.low, slope.high, "+.1f") if slope else "",
+                    with_interval(change.value, change.low, change.high, "+.1f")
+                    if change and change.n
+                    else "",
+                    with_interval(alarm.share, *alarm.interval, ".0%") if alarm and alarm.interval else "",
+                    f"{alarm.first:.0f}" if alarm and alarm.first is not None else "",
+                )
+            )
+        title = f"{domain or 'conversations'}: {result.conversations[domain]} conversations"
+        print_table(DRIFT_COLUMNS, rows, title=title)
+    rows = []
+    for arm, wrote in result.wrote.items():
+        cost = getattr(result.cost, arm, None)
+        shares = (with_interval(own.share, *own.interval, ".0%") for own in (wrote.degenerate, wrote.loops))
+        more = with_interval(cost.value, cost.low, cost.high, "+.1%") if cost is not None else ""
+        acted, fired = f"{wrote.acted:.0%}", f"{wrote.fired:.0%}"
+        rows.append((arm, str(wrote.answers), acted, fired, *shares, f"{wrote.tokens:.0f}", more))
+    print_table(ARM_COLUMNS, rows, title="what the arms wrote")
+    if result.stored is not None:
+        _print_stored(result.stored, result)
+    for target in ("projection", "change"):
+        row = getattr(result.next_turn, target, None)
+        if row is not None:
+            r2 = with_interval(row.r2, row.low, row.high)
+            print_line(
+                f"next answer's {target} from the user's message: R² {r2}; the domain alone {row.domain.r2:.2f}, "
+                f"shuffled {row.shuffled.mean:.2f}"
+            )
+    for warning in result.warnings:
+        print_warning(warning)
+    print_path("every turn", folder / "turns.jsonl")
+    print_path("conversations, for `trace`", folder / "conversations.jsonl")
+    print_path("reference conversations, to be put beside the axis", folder / "reference.json")
     print_path("page", folder / "drift.html")
 
 
-def _table(content: dict[str, Any], domain: str) -> Table:
-    table = Table(title=f"{domain}: {content['conversations'][domain]} conversations", title_justify="left")
-    for title in (
-        "arm",
-        "first turn",
-        "last turn",
-        "slope a turn [95%]",
-        "change [95%]",
-        "alarms [95%]",
-        "first alarm",
-    ):
-        table.add_column(title)
-    for arm in content["arms"]:
-        rows, slope = content["trajectories"][domain][arm], content["slopes"][domain][arm]
-        change = content["means"][domain][arm].get("change")
-        alarm = content["alarms"].get(domain, {}).get(arm)
-        table.add_row(
-            Text(arm),
-            f"{rows[0]['mean']:.1f}" if rows else "",
-            f"{rows[-1]['mean']:.1f} (turn {rows[-1]['turn']})" if rows else "",
-            _span(slope["value"], slope["low"], slope["high"], "+.1f") if slope else "",
-            _span(change["value"], change["low"], change["high"], "+.1f") if change and change["n"] else "",
-            _span(alarm["share"], alarm["interval"][0], alarm["interval"][1], ".0%")
-            if alarm and alarm["n"]
-            else "",
-            f"{alarm['first']:.0f}" if alarm and alarm["first"] is not None else "",
+def _print_stored(stored: StoredAnswers, result: DriftResult) -> None:
+    for conversation in stored.conversations[:SHOWN]:
+        arms, rows = [arm for arm in ("stored", *result.arms) if arm in conversation.arms], []
+        for index, user in enumerate(conversation.users):
+            cells = []
+            for arm in arms:
+                turns = conversation.arms[arm]
+                turn = turns[index] if index < len(turns) else None
+                if turn is None:
+                    cells.append("")
+                elif turn.projection is None:
+                    cells.append("empty")
+                else:
+                    marks = ("*" if turn.alarm else "") + ("+" if turn.acted else "")
+                    cells.append(f"{turn.projection:.1f} (z {turn.z:+.1f}){marks}")
+            said = " ".join(user.split())
+            short = said if len(said) <= SHORT else f"{said[: SHORT - 1]}…"
+            if any(cells):
+                rows.append((str(index + 1), short, *cells))
+        print_table(("turn", "the user says", *arms), rows, title=conversation.name, left=(1,))
+        if conversation.cut_short:
+            arms_cut = ", ".join(conversation.cut_short)
+            say(f"{conversation.name}: {arms_cut} filled the model's context before the last turn")
+    if (more := len(stored.conversations) - SHOWN) > 0:
+        print_line(f"and {more} conversations more", style="dim")
+    mean, change, baseline = stored.mean, stored.mean.change, result.watch["baseline"]
+    if change is not None and change.n:
+        difference = with_interval(change.value, change.low, change.high, "+.1f")
+        print_line(
+            f"stored: mean projection {mean.value:.1f} over {mean.n} answers, {difference} beside the baseline"
         )
-    return table
-
-
-def _wrote(content: dict[str, Any]) -> Table:
-    table = Table(title="what the arms wrote", title_justify="left")
-    for title in (
-        "arm",
-        "answers",
-        "cap on",
-        "fired",
-        "degenerate",
-        "loops",
-        "tokens",
-        "more loss where it holds",
-    ):
-        table.add_column(title)
-    cost = content["cost"] or {}
-    for arm, row in content["wrote"].items():
-        shares = (f"{row[name]:.0%}" for name in ("acted", "fired"))
-        told = [(row[name]["share"], row[name]["interval"]) for name in ("degenerate", "loops")]
-        broken = [_span(share, low, high, ".0%") for share, (low, high) in told]
-        more = _span(cost[arm]["value"], cost[arm]["low"], cost[arm]["high"], "+.1%") if arm in cost else ""
-        table.add_row(Text(arm), str(row["answers"]), *shares, *broken, f"{row['tokens']:.0f}", more)
-    return table
-
-
-def _span(value: float, low: float | None, high: float | None, form: str) -> str:
-    """A value with its interval, where it has one."""
-    return f"{value:{form}}" + ("" if low is None or high is None else f" [{low:{form}}, {high:{form}}]")
+    spread = f"{baseline['mean']:.1f} ± {baseline['spread']:.1f}"
+    marks = "* the alarm is on, + the cap acted"
+    print_line(f"layer {result.axis['layer']}; z against {baseline['of']}: {spread}; {marks}", style="dim")
 
 
 def trace(
     model: ModelName,
-    transcript: Path,
+    conversations: Path,
     /,
     *,
     axis: str,
     reference: Path | None = None,
     rule: Literal["cusum", "two_of_three"] = "cusum",
     false_alarms: float = 0.05,
-    html: Path | None = None,
+    html: Html = None,
     force: bool = False,
     load: Annotated[ModelOptions, MODEL] = ModelOptions(),
     json: Json = False,
@@ -153,121 +182,67 @@ def trace(
 
     Parameters
     ----------
-    transcript
-        conversations in OpenAI's or ShareGPT's form, JSON or JSONL, or one as plain text (.txt: "User: ...", "Assistant: ...")
+    conversations
+        conversations in OpenAI's or ShareGPT's form, JSON or JSONL, or one as plain text (.txt: "User: ...",
+        "Assistant: ...")
     axis
         a run folder, an axis file, or smollm2-135m for the axis that comes with it
     reference
-        a reference.json of `personatlas drift`, or at least 40 conversations of this model that do not drift: the alarm is calibrated on one half and its false alarms are counted in the other. Unless given, the reference.json beside the axis; without one there are z but no alarms
+        a reference.json of `personatlas drift`, or at least 40 conversations of this model that do not drift: the alarm is
+        calibrated on one half and its false alarms are counted in the other. Unless given, the reference.json beside the
+        axis; without one there are z but no alarms
     rule
         what raises an alarm: cusum (a small drift that lasts) or two_of_three (two of three turns far below)
     false_alarms
-        the share of reference conversations that may raise one
+        share of reference conversations that may raise an alarm
     html
-        write a page here with the conversations, their turns and tokens coloured, and their trajectories (20 at most)
+        write a page with the conversations, their turns and tokens coloured, and their trajectories (20 at most)
     force
         use an axis of the same model in another weight format
     """
-    if not 0 < false_alarms < 1:
-        raise UserError(f"--false-alarms {false_alarms} is outside 0..1: it is a share of conversations")
-    told = _told(transcript, html)
-    along, found, watcher = _read(model, load, axis, told, reference, rule, false_alarms, force)
-    content = _content(along, found, watcher)
-    print_json(content) if json else _trace_verb_print(content)
-    if html is not None:
-        _write_page(html, content, found, told, along)
-
-
-def _write_page(html: Path, content: dict[str, Any], found: list[Any], told: list[Any], axis: Any) -> None:
-    from personatlas.steering.drift.trace import write_trace_page
-
-    write_trace_page(html, content, found, told, axis.poles)
-    say(f"page: {html}")
-
-
-def _told(transcript: Path, html: Path | None) -> list[Any]:
-    """The conversations, once it is sure that a page can be written."""
     from personatlas.persona.artifacts import require_writable
-    from personatlas.persona.formats import read_conversations
+    from personatlas.steering.drift.trace import run_trace, write_trace_page
 
     if html is not None:
         require_writable(html, "--html")
-    return read_conversations(transcript)
-
-
-def _read(
-    model: str,
-    load: ModelOptions,
-    axis: str,
-    told: list[Any],
-    reference: Path | None,
-    rule: str,
-    rate: float,
-    force: bool,
-) -> tuple[Any, list[Any], Any]:
-    """The axis, what was traced, and how it is watched. What can be wrong without a model is found before one is loaded."""
-    from personatlas.persona.axis import load_axis
-    from personatlas.persona.formats import read_conversations
-    from personatlas.persona.runs import resolve_axis
-    from personatlas.steering.drift.trace import calm_of, require_calm, traced
-    from personatlas.steering.drift_monitor import is_reference_file, load_monitor
-    from personatlas.steering.session import load_steered_model
-
-    quiet = (
-        read_conversations(reference) if reference is not None and not is_reference_file(reference) else []
+    study = run_trace(
+        model,
+        axis,
+        conversations,
+        reference=reference,
+        rule=rule,
+        false_alarms=false_alarms,
+        load=load,
+        force=force,
     )
-    stem = resolve_axis(axis)
-    if quiet:
-        require_calm(quiet)
-    else:
-        watcher = load_monitor(load_axis(stem), reference, rule, rate)
-    held = load_steered_model(model, load, axis, [], force=force)
-    with progress("reading", len(told) + len(quiet)) as advance:
-        found = traced(held.model, held.chat, held.axis, told, advance)
-        if quiet:
-            watcher = calm_of(held.model, held.chat, held.axis, quiet, advance).monitor(rule, rate)
-    return held.axis, found, watcher
+    print_json(study.to_json()) if json else _print_trace(study)
+    if html is not None:
+        write_trace_page(html, study)
+        say(f"page: {html}")
 
 
-def _content(axis: Any, found: list[Any], watcher: Any) -> dict[str, Any]:
-    rows = [_row(one, watcher) for one in found]
-    return {"layer": axis.layer, "model": axis.model, **watcher.describe(), "conversations": rows}
-
-
-def _row(one: Any, watcher: Any) -> dict[str, Any]:
-    """A conversation's turns with their z and, where there is a rule, the alarm's state."""
-    monitor, turns = watcher.start(), []
-    for turn in one.turns:
-        state = None if monitor is None else monitor.update(turn.projection)
-        told = {"message": turn.message, "tokens": [turn.start, turn.stop], "projection": turn.projection}
-        alarm = {} if state is None else {"alarm": state.alarm, "raised": state.raised}
-        turns.append({**told, "z": watcher.reference.z(turn.projection), **alarm})
-    tokens = {"ids": list(one.spans.ids), "projection": one.projection.tolist()}
-    return {"name": one.name, "turns": turns, "left_out": one.left_out, **tokens}
-
-
-def _trace_verb_print(content: dict[str, Any]) -> None:
-    out, baseline, alarm = console(), content["baseline"], content["alarm"]
-    for one in content["conversations"]:
-        table = Table(title=one["name"], title_justify="left")
-        for title in ("turn", "tokens", "projection", "z", f"-{GAUGE_LIMIT:g} to +{GAUGE_LIMIT:g}", ""):
-            table.add_column(
-                title, justify="right" if title in ("turn", "tokens", "projection", "z") else "left"
+def _print_trace(study: TraceStudy) -> None:
+    for conversation in study.conversations:
+        rows = []
+        for number, turn in enumerate(conversation.turns, 1):
+            start, stop = turn.tokens
+            state = "drift begins" if turn.raised else "drifting" if turn.alarm else ""
+            numbers = (str(number), str(stop - start), f"{turn.projection:.1f}", f"{turn.z:+.1f}")
+            rows.append((*numbers, Text(z_gauge(turn.z), style="cyan"), Text(state, style="yellow")))
+        columns = ("turn", "tokens", "projection", "z", f"-{GAUGE_LIMIT:g} to +{GAUGE_LIMIT:g}", "")
+        print_table(columns, rows, title=conversation.name, left=(4, 5))
+        if conversation.left_out:
+            say(
+                f"{conversation.name}: {conversation.left_out} turns are beyond the model's context and were not read"
             )
-        for number, turn in enumerate(one["turns"], 1):
-            start, stop = turn["tokens"]
-            state = "drift begins" if turn.get("raised") else "drifting" if turn.get("alarm") else ""
-            cells = (str(number), str(stop - start), f"{turn['projection']:.1f}", f"{turn['z']:+.1f}")
-            table.add_row(*cells, Text(z_gauge(turn["z"]), style="cyan"), Text(state, style="yellow"))
-        out.print(table)
-        if one["left_out"]:
-            say(f"{one['name']}: {one['left_out']} turns are beyond the model's context and were not read")
-    out.print(
-        Text(
-            f"layer {content['layer']}; z against {baseline['of']}: {baseline['mean']:.1f} ± {baseline['spread']:.1f}",
-            style="dim",
-        )
-    )
+    described = study.monitor.describe()
+    baseline, alarm = described["baseline"], described["alarm"]
+    spread = f"{baseline['mean']:.1f} ± {baseline['spread']:.1f}"
+    print_line(f"layer {study.axis.layer}; z against {baseline['of']}: {spread}", style="dim")
     if alarm is not None:
         low, high = alarm["interval"]
-        out.print(Text(f"{alarm['rule']} above {alarm['limit']:.2f}: raised in {alarm['false_alarms']:.0%} [{low:.0%}, {high:.0%}] of {alarm['n']} reference conversations that it was not calibrated on", style="dim"))  # fmt: skip
+        share = with_interval(alarm["false_alarms"], low, high, ".0%")
+        population = f"{alarm['n']} reference conversations that it was not calibrated on"
+        print_line(
+            f"{alarm['rule']} above {alarm['limit']:.2f}: raised in {share} of {population}", style="dim"
+        )

@@ -1,25 +1,24 @@
-"""Sentence embeddings by any encoder that `transformers` loads: the mean of the last layer over a text's tokens, scaled to length 1.
+"""Sentence embeddings by any encoder that `transformers` loads: the last layer's mean over tokens, of length 1.
 
-embed = embedder("path/to/some-sentence-model", "cpu")
+embed = load_embedding("path/to/some-sentence-model", "cpu")
 embed(["a text", "another"])                 # (2, D)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
+from personatlas.analysis.next_message import Embedding
 from personatlas.persona.errors import UserError
 
 BATCH = 64
-LONGEST = 512  # tokens of a text
+MAX_TOKENS = 512  # of a text
 
 
-def embedder(name: str, device: str) -> Callable[[Sequence[str]], np.ndarray]:
-    """A function from texts (N) to unit rows (N, D). Raises `UserError` for a model that cannot be loaded."""
+def load_embedding(name: str, device: str) -> Embedding:
+    """Returns a function from texts (N) to unit rows (N, D). Raises `UserError` for a model that cannot be loaded."""
     from transformers import AutoModel, AutoTokenizer
 
     from personatlas.persona.models.load import quiet_transformers
@@ -34,7 +33,7 @@ def embedder(name: str, device: str) -> Callable[[Sequence[str]], np.ndarray]:
         ) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    longest = min(LONGEST, getattr(model.config, "max_position_embeddings", LONGEST))
+    longest = min(MAX_TOKENS, getattr(model.config, "max_position_embeddings", MAX_TOKENS))
 
     @torch.no_grad()
     def embed(texts: Sequence[str]) -> np.ndarray:
@@ -44,15 +43,11 @@ def embedder(name: str, device: str) -> Callable[[Sequence[str]], np.ndarray]:
             batch = tokenizer(
                 part, padding=True, truncation=True, max_length=longest, return_tensors="pt"
             ).to(device)
-            kept = {key: batch[key] for key in ("input_ids", "attention_mask")}
-            rows.append(_pooled(model(**kept).last_hidden_state, kept["attention_mask"]).cpu().numpy())
+            mask = batch["attention_mask"]
+            hidden = model(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state.float()
+            weights = mask[..., None].float()
+            mean = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)  # over real tokens, fp32
+            rows.append(torch.nn.functional.normalize(mean, dim=1).cpu().numpy())
         return np.concatenate(rows).astype(np.float64)
 
     return embed
-
-
-def _pooled(hidden: Float[Tensor, "N T D"], mask: Tensor) -> Float[Tensor, "N D"]:
-    """Mean over real tokens, of length 1, in fp32."""
-    weights = mask[..., None].float()
-    mean = (hidden.float() * weights).sum(1) / weights.sum(1).clamp(min=1)
-    return torch.nn.functional.normalize(mean, dim=1)

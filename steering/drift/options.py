@@ -1,13 +1,13 @@
-"""What a drift study is asked: the options of `personatlas drift`, checked before a model is loaded, and the conversations they make."""
+"""Options of a drift study, checked before a model is loaded, and the scripts that they select."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-from cyclopts import Parameter
+from typing import ClassVar, Literal
 
 from personatlas.persona.errors import UserError
 from personatlas.persona.formats import Conversation, read_conversations
+from personatlas.persona.records import JsonRecord
 from personatlas.persona.rollout import spread
 from personatlas.persona.sampling.sampler import Sampling
 from personatlas.steering.conversations.runner import Script, ScriptedUser
@@ -15,100 +15,98 @@ from personatlas.steering.conversations.scripts import SCRIPTS
 from personatlas.steering.conversations.simulated_user import EndpointUser
 
 
-@Parameter(name="*")
 @dataclass(frozen=True)
-class DriftOptions:
-    """Which conversations to have, how often, and who plays the user."""
+class DriftOptions(JsonRecord):
+    """Which conversations to run, how often, and who plays the user."""
 
     domains: str | None = None
     "domains of the scripts with commas between (coding, writing, therapy, philosophy, everyday); all unless given"
     conversations: int | None = None
-    "scripts a domain, spread over them; all unless given"
-    turns: int = 8
-    "most turns a conversation"
+    "scripts per domain, spread over them; all unless given"
+    turns: int | None = None
+    "maximum turns per conversation; those of the scripts unless given"
     seeds: int = 1
-    "samples of each script; an alarm can be calibrated on one of each of our own, more make it surer"
+    "samples of each script; one of each packaged script calibrates an alarm, more make it surer"
     user: str = "scripts"
     "scripts (offline), or the URL of an OpenAI-compatible endpoint that plays the user (key in PERSONATLAS_USER_KEY)"
     user_model: str | None = None
     "the model to ask for at that URL"
     scripts: Path | None = None
-    "conversations whose user turns are asked, in any form that `personatlas trace` reads, in place of our own; their domains count"
-    calm_domains: str = "coding,everyday"
-    "domains that are known to hold: their conversations, as the model is, become reference.json, on which an alarm is calibrated"
+    "stored conversations to run again in place of the packaged scripts: their users' messages, with stored answers beside the new"
+    reference_domains: str = "coding,everyday"
+    "domains without drift: their baseline conversations become reference.json, on which an alarm is calibrated"
     rule: Literal["cusum", "two_of_three"] = "cusum"
     "what raises an alarm: cusum (a small drift that lasts) or two_of_three (two of three turns far below)"
     false_alarms: float = 0.05
-    "the share of calm conversations that may raise one"
+    "share of reference conversations that may raise an alarm"
     embedding: str | None = None
     "a sentence-embedding model that transformers loads, for the ridge regression on users' messages; hashed words unless given"
     max_new_tokens: int = 128
-    "longest answer"
+    "maximum tokens per answer"
     temperature: float = 0.7
-    "sampling temperature; 0 takes the likeliest token"
+    "sampling temperature; 0 is greedy"
     top_p: float = 0.9
     "nucleus mass"
     seed: int = 0
-    "all arms sample with it"
+    "sampling seed of all arms"
+
+    json_names: ClassVar = {"reference_domains": "calm_domains"}
 
     @property
     def sampling(self) -> Sampling:
-        """How to sample. Raises `UserError` for what cannot be."""
+        """The sampling of answers. Raises `UserError` for numbers out of range."""
         return Sampling(self.max_new_tokens, self.temperature, self.top_p)
 
     @property
-    def calm(self) -> tuple[str, ...]:
-        """The domains that hold."""
-        return names_in(self.calm_domains)
+    def references(self) -> tuple[str, ...]:
+        """The names in `reference_domains`."""
+        return _names(self.reference_domains)
+
+    def select_conversations(self) -> list[Conversation]:
+        """The conversations to run. Raises `UserError` for numbers out of range and for domains that no script has."""
+        for name in ("conversations", "turns", "seeds"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name} {value} is below 1")
+        if not 0 < self.false_alarms < 1:
+            raise UserError(
+                f"--false-alarms {self.false_alarms} is outside 0..1: it is a share of conversations"
+            )
+        _ = self.sampling
+        conversations = read_conversations(self.scripts or SCRIPTS)
+        known = tuple(dict.fromkeys(conversation.domain for conversation in conversations))
+        domains = known if self.domains is None else _names(self.domains)
+        if unknown := next((domain for domain in domains if domain not in known), None):
+            raise UserError(f"--domains: {unknown!r} is not one of {', '.join(map(repr, known))}")
+        if not domains:
+            raise UserError(f"--domains {self.domains!r} names none")
+        by_domain = ([one for one in conversations if one.domain == domain] for domain in domains)
+        return [one for own in by_domain for one in spread(own, self.conversations)]
+
+    def scripts_of(self, conversations: Sequence[Conversation]) -> list[Script]:
+        """The users' messages of conversations as scripts, each in `seeds` samples."""
+        scripts = []
+        for conversation in conversations:
+            first, messages = conversation.messages[0], conversation.messages
+            users = tuple(message["content"] for message in messages if message["role"] == "user")
+            opening = (first,) if first["role"] == "system" else ()
+            for sample in range(self.seeds):
+                name = f"{conversation.name}/{sample}"
+                scripts.append(Script(name, conversation.domain, users, opening, self.seed))
+        return scripts
+
+    def make_user(self, folder: Path) -> ScriptedUser:
+        """Who plays the user. Raises `UserError` for an endpoint that is named in part, or does not answer."""
+        if self.user == "scripts":
+            if self.user_model is not None:
+                raise UserError("--user-model names a model at an address: give --user URL with it")
+            return ScriptedUser()
+        if self.user_model is None:
+            raise UserError(f"--user {self.user} needs --user-model NAME, the model to ask for there")
+        user = EndpointUser(self.user, self.user_model, folder / "users.jsonl")
+        user.require_answer()
+        return user
 
 
-def names_in(text: str) -> tuple[str, ...]:
-    """Names with commas between."""
+def _names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-
-
-def chosen_talks(asked: DriftOptions) -> list[Script]:
-    """The conversations to have. `UserError` for numbers that cannot be, and for domains that no script has."""
-    for name in ("conversations", "turns", "seeds"):
-        value = getattr(asked, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value} is below 1")
-    if not 0 < asked.false_alarms < 1:
-        raise UserError(
-            f"--false-alarms {asked.false_alarms} is outside 0..1: it is a share of conversations"
-        )
-    _ = asked.sampling
-    told = read_conversations(asked.scripts or SCRIPTS)
-    known = tuple(dict.fromkeys(one.domain for one in told))
-    domains = known if asked.domains is None else names_in(asked.domains)
-    for domain in domains:
-        if domain not in known:
-            raise UserError(f"--domains: {domain!r} is not one of {', '.join(map(repr, known))}")
-    if not domains:
-        raise UserError(f"--domains {asked.domains!r} names none")
-    scripts = [
-        one
-        for domain in domains
-        for one in spread([one for one in told if one.domain == domain], asked.conversations)
-    ]
-    return [talk_of(one, sample, asked.seed) for one in scripts for sample in range(asked.seeds)]
-
-
-def talk_of(one: Conversation, sample: int = 0, seed: int = 0) -> Script:
-    """A conversation's user turns, to be asked again."""
-    users = tuple(message["content"] for message in one.messages if message["role"] == "user")
-    opening = tuple(one.messages[:1]) if one.messages[0]["role"] == "system" else ()
-    return Script(f"{one.name}/{sample}", one.domain, users, opening, seed)
-
-
-def user_of(asked: DriftOptions, folder: Path) -> ScriptedUser:
-    """Who plays the user. `UserError` for an endpoint that is not named whole, or does not answer."""
-    if asked.user == "scripts":
-        if asked.user_model is not None:
-            raise UserError("--user-model names a model at an address: give --user URL with it")
-        return ScriptedUser()
-    if asked.user_model is None:
-        raise UserError(f"--user {asked.user} needs --user-model NAME, the model to ask for there")
-    user = EndpointUser(asked.user, asked.user_model, folder / "users.jsonl")
-    user.require_answer()
-    return user

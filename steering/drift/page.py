@@ -1,7 +1,4 @@
-"""The figures of drift: mean projection by turn with bands, what a cap changes by turn, and how many alarms are on.
-
-The page of a drift study: where conversations go, what a cap changes, when an alarm comes, and what predicts the next turn.
-"""
+"""The page of a drift study: trajectories by domain, what a cap changes, alarms, costs, and conversations to read."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,28 +8,141 @@ import plotly.graph_objects as go
 
 from personatlas.analysis.html.canvas import CLEAR, axis_look, empty_figure, line_look
 from personatlas.analysis.html.page import write_page
+from personatlas.analysis.stats import Interval
+from personatlas.analysis.trajectories import Slope, TurnMean
 from personatlas.persona.interventions import BASELINE
-from personatlas.steering.drift.result import ADAPTIVE, ALL, CAPPED
+from personatlas.persona.records import JsonObject
+from personatlas.steering.drift.result import (
+    ADAPTIVE,
+    ALL,
+    CAPPED,
+    DriftResult,
+    Example,
+    ExampleTurn,
+    StoredConversation,
+)
 
-# how an arm looks: colour, its soft kind, symbol, dash
+# how an arm looks: colour, its band's colour, symbol, dash
 LOOKS = {
-    "baseline": ("--ink", "--chance-soft", "diamond", "solid"),
-    "capped": ("--positive", "--positive-soft", "circle", "solid"),
-    "adaptive": ("--accent", "--accent-soft", "square", "dash"),
+    BASELINE: ("--ink", "--chance-soft", "diamond", "solid"),
+    CAPPED: ("--positive", "--positive-soft", "circle", "solid"),
+    ADAPTIVE: ("--accent", "--accent-soft", "square", "dash"),
 }
 OTHER = ("--muted", "--chance-soft", "circle", "solid")
 LEGEND = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
 MARGIN = {"l": 64, "r": 24, "t": 16, "b": 54}
+HERE = Path(__file__).parent
+FULL_Z, FULL_DEPTH = 4.0, 55  # the z at which a turn's colour is full, and how full that is (percent)
+MAX_CONVERSATIONS = 20  # on one page
+
+TurnMeans = Mapping[str, Sequence[TurnMean]]  # by arm
 
 
-def trajectories(
-    arms: Mapping[str, Sequence[Mapping[str, Any]]], baseline: Mapping[str, Any], span: tuple[float, float]
+def conversation_figure(
+    arms: Mapping[str, Sequence[tuple[int, float | None, bool]]], baseline: JsonObject
 ) -> go.Figure:
-    """Mean projection of answers by turn and arm (rows with turn, mean, low, high), against the calm mean and its spread."""
+    """One conversation's answers by arm as (turn, projection, raised), with its alarms, against the reference mean."""
+    present = {
+        arm: [(n, p, raised) for n, p, raised in turns if p is not None] for arm, turns in arms.items()
+    }
+    points = [turn for turns in present.values() for turn in turns]
+    means = {arm: [TurnMean(n, p, None, None, 1) for n, p, _ in turns] for arm, turns in present.items()}
+    values = [p for _, p, _ in points]
+    values += [baseline["mean"] + baseline["spread"], baseline["mean"] - 2 * baseline["spread"]]
+    figure = _trajectories(means, baseline, _padded(values))
+    raised = [(n, p) for n, p, is_raised in points if is_raised]
+    if raised:
+        line = {"color": "var(--others)", "width": 2.5}
+        figure.add_scatter(
+            x=[n for n, _ in raised],
+            y=[p for _, p in raised],
+            name="drift begins",
+            mode="markers",
+            marker={"color": CLEAR, "size": 17, "symbol": "circle", "line": line},
+            hovertemplate="an alarm is raised<extra></extra>",
+        )
+    return figure
+
+
+def shade(z: float | None) -> JsonObject:
+    """A turn's colour: the farther from the reference mean, the deeper, on the side where it lies."""
+    depth = round(min(abs(z or 0.0), FULL_Z) / FULL_Z * FULL_DEPTH)
+    return {"side": "positive" if (z or 0.0) >= 0 else "others", "depth": depth}
+
+
+def write_drift_page(path: Path, result: DriftResult) -> None:
+    """Writes the page of a drift study."""
+    baseline, domains = result.watch["baseline"], result.domains
+    arms = list(result.arms)  # in their order: a file's names are sorted
+    every = [mean for by_arm in result.trajectories.values() for means in by_arm.values() for mean in means]
+    bounds = [v for mean in every for v in (mean.mean, mean.low, mean.high) if v is not None]
+    span = _padded([*bounds, baseline["mean"]])  # one range for all domains, so that they can be compared
+    figures = {
+        f"turns-{n}": _trajectories({arm: result.trajectories[d][arm] for arm in arms}, baseline, span)
+        for n, d in enumerate(domains)
+    }
+    if len(arms) > 1:
+        changes = {arm: result.differences[ALL][arm] for arm in arms[1:]}
+        figures["differences"] = _lines(changes, "%{y:+.1f}")
+        figures["differences"].update_yaxes(
+            title_text="projection less the baseline's", **axis_look(zero=True)
+        )
+    if result.alarms:
+        on = {
+            arm: [TurnMean(n, share, None, None, 1) for n, share in enumerate(result.alarms[ALL][arm].on, 1)]
+            for arm in arms
+        }
+        figures["alarms"] = _lines(on, "%{y:.0%}")
+        title = "conversations with the alarm on"
+        figures["alarms"].update_yaxes(title_text=title, tickformat=".0%", range=[0, 1.02], **axis_look())
+    stored = result.stored.conversations if result.stored is not None else ()
+    for kind, conversations in (("example", result.examples), ("stored", stored[:MAX_CONVERSATIONS])):
+        for n, conversation in enumerate(conversations):
+            figures[f"{kind}-{n}"] = conversation_figure(_points(conversation), baseline)
+    other = next((arm for arm in (ADAPTIVE, CAPPED) if arm in arms), None)
+    record = [(f"model: {name}", value) for name, value in result.model.items()]
+    record += [("axis", result.axis["of"]), ("reference conversations", result.watch["source"])]
+    asked = {name: value for name, value in result.asked.to_json().items() if value is not None}
+    record += [(name.replace("_", " "), value) for name, value in (asked | result.versions).items()]
+    content = {
+        "c": result,
+        "tiles": _tiles(result),
+        "rows": [*domains, *([ALL] if len(domains) > 1 else [])],
+        "examples": [_columns(one, [BASELINE, *([other] if other else [])]) for one in result.examples],
+        "stored": [
+            _columns(one, [arm for arm in ("stored", *arms) if arm in one.arms and arm != ADAPTIVE])
+            for one in stored[:MAX_CONVERSATIONS]
+        ],
+        "more": max(0, len(stored) - MAX_CONVERSATIONS),
+        "targets": {
+            name: getattr(result.next_turn, name)
+            for name in ("projection", "change")
+            if getattr(result.next_turn, name, None) is not None
+        },
+        "record": record,
+    }
+    filters: dict[str, Callable[..., str]] = {"percent": _percent, "span": _format_interval, "share": _share}
+    write_page(path, HERE / "page.html.jinja", content, figures, filters)
+
+
+def _points(conversation: Example) -> dict[str, list[tuple[int, float | None, bool]]]:
+    return {
+        arm: [(n, turn.projection, turn.raised) for n, turn in enumerate(turns, 1) if turn is not None]
+        for arm, turns in conversation.arms.items()
+    }
+
+
+def _padded(values: Sequence[float]) -> tuple[float, float]:
+    margin = 0.06 * (max(values) - min(values) or 1.0)
+    return min(values) - margin, max(values) + margin
+
+
+def _trajectories(arms: TurnMeans, baseline: JsonObject, span: tuple[float, float]) -> go.Figure:
+    """Mean projection by turn and arm, against the reference mean and standard deviation."""
     figure = _lines(arms, "%{y:.1f}")
-    last = max((row["turn"] for rows in arms.values() for row in rows), default=1)
+    last = max((mean.turn for means in arms.values() for mean in means), default=1)
     mean, low = baseline["mean"], baseline["mean"] - baseline["spread"]
-    for value, dash, name in ((mean, "dot", "calm mean"), (low, "dash", "a spread below it")):
+    for value, dash, name in ((mean, "dot", "reference mean"), (low, "dash", "one standard deviation below")):
         look = line_look("--middle", 1.2, dash)
         figure.add_scatter(
             x=[1, last], y=[value, value], name=name, mode="lines", line=look, hoverinfo="skip"
@@ -41,74 +151,21 @@ def trajectories(
     return figure
 
 
-def differences(arms: Mapping[str, Sequence[Mapping[str, Any]]]) -> go.Figure:
-    """How much higher an arm's answers lie than the model's own, by turn."""
-    figure = _lines(arms, "%{y:+.1f}")
-    figure.update_yaxes(title_text="projection less that as it is", **axis_look(zero=True))
-    return figure
-
-
-def alarms_on(arms: Mapping[str, Sequence[float]]) -> go.Figure:
-    """By turn, the share of conversations in which the alarm is on."""
-    rows = {
-        arm: [{"turn": n, "mean": share, "low": None, "high": None} for n, share in enumerate(own, 1)]
-        for arm, own in arms.items()
-    }
-    figure = _lines(rows, "%{y:.0%}")
-    figure.update_yaxes(
-        title_text="conversations with the alarm on", tickformat=".0%", range=[0, 1.02], **axis_look()
-    )
-    return figure
-
-
-def conversation(arms: Mapping[str, Sequence[Mapping[str, Any]]], baseline: Mapping[str, Any]) -> go.Figure:
-    """One conversation's answers by turn and arm (rows with turn, projection, raised), its alarms marked."""
-    rows = {
-        arm: [
-            {"turn": row["turn"], "mean": row["projection"], "low": None, "high": None}
-            for row in own
-            if row["projection"] is not None
-        ]
-        for arm, own in arms.items()
-    }
-    values = [row["mean"] for own in rows.values() for row in own]
-    values += [baseline["mean"] + baseline["spread"], baseline["mean"] - 2 * baseline["spread"]]
-    room = 0.06 * (max(values) - min(values))
-    figure = trajectories(rows, baseline, (min(values) - room, max(values) + room))
-    raised = [
-        row for own in arms.values() for row in own if row.get("raised") and row["projection"] is not None
-    ]
-    if raised:
-        ring = {
-            "color": CLEAR,
-            "size": 17,
-            "symbol": "circle",
-            "line": {"color": "var(--others)", "width": 2.5},
-        }
-        across, up = [row["turn"] for row in raised], [row["projection"] for row in raised]
-        told = "an alarm is raised<extra></extra>"
-        figure.add_scatter(
-            x=across, y=up, name="drift begins", mode="markers", marker=ring, hovertemplate=told
-        )
-    return figure
-
-
-def _lines(arms: Mapping[str, Sequence[Mapping[str, Any]]], form: str) -> go.Figure:
+def _lines(arms: TurnMeans, form: str) -> go.Figure:
     """A line with its band for each arm."""
     figure = empty_figure(margin=MARGIN, showlegend=True)
     figure.update_layout(legend=LEGEND)
-    for arm, rows in arms.items():
-        colour, soft, symbol, dash = LOOKS.get(arm, OTHER)
-        turns = [row["turn"] for row in rows]
-        banded = [row for row in rows if row["low"] is not None]
+    for arm, means in arms.items():
+        colour, band, symbol, dash = LOOKS.get(arm, OTHER)
+        banded = [mean for mean in means if mean.low is not None]
         if banded:
-            edge = [row["high"] for row in banded] + [row["low"] for row in banded[::-1]]
-            across = [row["turn"] for row in banded] + [row["turn"] for row in banded[::-1]]
-            area = {"fill": "toself", "fillcolor": f"var({soft})", "line": {"width": 0}, "mode": "lines"}
-            figure.add_scatter(x=across, y=edge, hoverinfo="skip", showlegend=False, **area)
+            edge = [mean.high for mean in banded] + [mean.low for mean in banded[::-1]]
+            turns = [mean.turn for mean in banded] + [mean.turn for mean in banded[::-1]]
+            area = {"fill": "toself", "fillcolor": f"var({band})", "line": {"width": 0}, "mode": "lines"}
+            figure.add_scatter(x=turns, y=edge, hoverinfo="skip", showlegend=False, **area)
         figure.add_scatter(
-            x=turns,
-            y=[row["mean"] for row in rows],
+            x=[mean.turn for mean in means],
+            y=[mean.mean for mean in means],
             name=arm,
             mode="lines+markers",
             line=line_look(colour, 2.2, dash),
@@ -119,133 +176,72 @@ def _lines(arms: Mapping[str, Sequence[Mapping[str, Any]]], form: str) -> go.Fig
     return figure
 
 
-HERE = Path(__file__).parent
-FARTHEST, DEEPEST = 4.0, 55  # the z at which a turn's colour is full, and how full that is (percent)
-
-
-def write_drift_page(path: Path, content: Mapping[str, Any]) -> None:
-    """Write the page of drift.json's content."""
-    baseline, span = content["watch"]["baseline"], _span(content)
-
-    def in_order(rows: Mapping[str, Any]) -> dict[str, Any]:  # a file's names are sorted
-        return {arm: rows[arm] for arm in content["arms"] if arm in rows}
-
-    figures: dict[str, Any] = {
-        f"turns-{number}": trajectories(in_order(content["trajectories"][domain]), baseline, span)
-        for number, domain in enumerate(content["domains"])
-    }
-    if len(content["arms"]) > 1:
-        figures["differences"] = differences(in_order(content["differences"][ALL]))
-    if content["alarms"]:
-        figures["alarms"] = alarms_on(
-            {arm: row["on"] for arm, row in in_order(content["alarms"][ALL]).items()}
-        )
-    for number, one in enumerate(content["examples"]):
-        numbered = {
-            arm: [{**row, "turn": n} for n, row in enumerate(own, 1)]
-            for arm, own in in_order(one["arms"]).items()
-        }
-        figures[f"example-{number}"] = conversation(numbered, baseline)
-    shown = {
-        "c": content,
-        "tiles": _tiles(content),
-        "rows": [*content["domains"], *([ALL] if len(content["domains"]) > 1 else [])],
-        "examples": [_example(one) for one in content["examples"]],
-        "targets": {
-            name: row for name, row in (content["next_turn"] or {}).items() if isinstance(row, Mapping)
-        },
-    }
-    filters: dict[str, Callable[..., Any]] = {
-        "percent": _percent,
-        "span": span_of,
-        "share": _share,
-        "alarm": lambda row: _share({**row, "share": row["false_alarms"]}),
-    }
-    write_page(path, HERE / "page.html.jinja", shown, figures, filters)
-
-
-def _span(content: Mapping[str, Any]) -> tuple[float, float]:
-    """One range for all domains, so that they can be compared."""
-    values = [
-        row[name]
-        for by_arm in content["trajectories"].values()
-        for rows in by_arm.values()
-        for row in rows
-        for name in ("mean", "low", "high")
-        if row[name] is not None
-    ]
-    values.append(content["watch"]["baseline"]["mean"])
-    room = 0.06 * (max(values) - min(values) or 1.0)
-    return min(values) - room, max(values) + room
-
-
-def _tiles(content: Mapping[str, Any]) -> list[dict[str, str]]:
+def _tiles(result: DriftResult) -> list[dict[str, str]]:
     """The steepest domain, and what each arm does to its answers and to all."""
-    slopes = {d: own[BASELINE] for d, own in content["slopes"].items() if d != ALL and own[BASELINE]}
-    tiles = []
+    slopes = {
+        domain: slope
+        for domain, by_arm in result.slopes.items()
+        if domain != ALL and (slope := by_arm[BASELINE]) is not None
+    }
+    tiles: list[tuple[str, str, str, str]] = []  # name, value, interval, note
     if slopes:
-        domain = min(slopes, key=lambda d: slopes[d]["value"])
-        row = slopes[domain]
-        note = f"slope a turn in {domain or 'all'}, as it is; {row['n']} conversations, shuffled turns within ±{row['chance']:.1f}"
-        tiles.append(
-            {
-                "name": "steepest drift",
-                "value": f"{row['value']:+.1f}",
-                "interval": _interval(row),
-                "note": note,
-            }
-        )
-    plain = content["means"][ALL][BASELINE]
-    tiles.append({"name": "mean, as it is", "value": f"{plain['value']:.1f}", "interval": _interval(plain), "note": f"projection of {plain['n']} answers"})  # fmt: skip
-    for arm in content["arms"][1:]:
-        row, wrote = content["means"][ALL][arm], content["wrote"][arm]
-        note = f"on average over its answers; the cap acted on {_percent(wrote['acted'])} of them, fired on {_percent(wrote['fired'])}"
-        change = row["change"]
-        tiles.append({"name": f"mean, {arm}", "value": f"{row['value']:.1f}", "interval": f"{change['value']:+.1f} {_interval(change)}", "note": note})  # fmt: skip
+        domain = min(slopes, key=lambda name: slopes[name].value)
+        slope = slopes[domain]
+        note = f"slope per turn in {domain or 'all'}, baseline; {slope.n} conversations, "
+        note += f"shuffled turns within ±{slope.chance:.1f}"
+        tiles.append(("steepest drift", f"{slope.value:+.1f}", _bounds(slope), note))
+    mean = result.means[ALL][BASELINE]
+    tiles.append(("mean, baseline", f"{mean.value:.1f}", _bounds(mean), f"projection of {mean.n} answers"))
+    for arm in result.arms[1:]:
+        mean, wrote = result.means[ALL][arm], result.wrote[arm]
+        change = mean.change
+        assert change is not None
+        note = f"on average over its answers; the cap acted on {_percent(wrote.acted)} of them, "
+        note += f"fired on {_percent(wrote.fired)}"
+        tiles.append((f"mean, {arm}", f"{mean.value:.1f}", f"{change.value:+.1f} {_bounds(change)}", note))
     return [
-        {name: text.replace("-", "−") if name != "note" else text for name, text in tile.items()}
-        for tile in tiles
+        {"name": name, "value": value.replace("-", "−"), "interval": bounds.replace("-", "−"), "note": note}
+        for name, value, bounds, note in tiles
     ]
 
 
-def _interval(row: Mapping[str, Any]) -> str:
-    return "" if row["low"] is None else f"[{row['low']:+.1f}, {row['high']:+.1f}]"
+def _bounds(row: Interval | Slope) -> str:
+    return "" if row.low is None else f"[{row.low:+.1f}, {row.high:+.1f}]"
 
 
-def _example(one: Mapping[str, Any]) -> dict[str, Any]:
-    """A conversation as columns: as it is beside the arm that reacts, or else the capped one."""
-    other = next((arm for arm in (ADAPTIVE, CAPPED) if arm in one["arms"]), None)
-    arms = [BASELINE, *([other] if other else [])]
-    length = max(len(one["arms"][arm]) for arm in arms)
+def _columns(conversation: Example, arms: Sequence[str]) -> JsonObject:
+    """A conversation's turns with the answers of some arms beside each other."""
     turns = []
-    for turn in range(length):
-        cells = [shaded(own[turn]) if turn < len(own := one["arms"][arm]) else None for arm in arms]
-        turns.append({"asked": list(dict.fromkeys(cell["user"] for cell in cells if cell)), "cells": cells})
-    return {"name": one["name"], "domain": one["domain"], "arms": arms, "turns": turns}
+    for n in range(max(len(conversation.arms[arm]) for arm in arms)):
+        cells = [own[n] if n < len(own := conversation.arms[arm]) else None for arm in arms]
+        if any(cells):
+            users = list(dict.fromkeys(cell.user for cell in cells if cell))
+            turns.append({"users": users, "cells": [cell and _cell(cell) for cell in cells]})
+    cut_short = conversation.cut_short if isinstance(conversation, StoredConversation) else ()
+    return {
+        "name": conversation.name,
+        "domain": conversation.domain,
+        "arms": arms,
+        "turns": turns,
+        "cut_short": cut_short,
+    }
 
 
-def shaded(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A turn with its colour: the farther from the calm mean, the deeper, on the side where it lies."""
-    z = row["z"] or 0.0
-    depth = round(min(abs(z), FARTHEST) / FARTHEST * DEEPEST)
-    return {**row, "side": "positive" if z >= 0 else "others", "depth": depth}
+def _cell(turn: ExampleTurn) -> JsonObject:
+    return turn.to_json() | shade(turn.z)
 
 
-def span_of(row: Mapping[str, Any] | None, form: str = "+.1f", name: str = "value") -> str:
-    """A value with its interval, where it has one."""
-    if row is None or row[name] is None:
+def _format_interval(row: Any, form: str = "+.1f", name: str = "value") -> str:
+    """The field `name` of a record with the record's interval, where it has one."""
+    value = None if row is None else getattr(row, name)
+    if value is None or value != value:
         return "·"
-    text = f"{row[name]:{form}}" + (
-        "" if row["low"] is None else f" [{row['low']:{form}}, {row['high']:{form}}]"
-    )
-    return text.replace("-", "−")
+    bounds = "" if row.low is None else f" [{row.low:{form}}, {row.high:{form}}]"
+    return f"{value:{form}}{bounds}".replace("-", "−")
 
 
-def _share(row: Mapping[str, Any] | None) -> str:
-    if row is None or row["share"] is None:
-        return "·"
-    low, high = row["interval"]
-    return f"{row['share']:.0%} [{low:.0%}, {high:.0%}]"
+def _share(share: float | None, interval: Sequence[float] | None) -> str:
+    return "·" if share is None or interval is None else f"{share:.0%} [{interval[0]:.0%}, {interval[1]:.0%}]"
 
 
 def _percent(share: float | None) -> str:

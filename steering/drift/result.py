@@ -1,16 +1,33 @@
-"""What a drift study found: trajectories, slopes, differences, alarms, what each arm wrote and cost, and what predicts the next turn."""
+"""The result of a drift study: trajectories, slopes, differences, alarms, what each arm wrote and cost.
 
-from collections.abc import Callable, Mapping, Sequence
+    result = DriftResult.load(folder)
+    result.trajectories["therapy"]["capped"][7].mean         # at turn 8
+    result.slopes["therapy"]["baseline"].value               # residual units per turn
+
+Means and slopes are by domain, and over `ALL` of them, then by arm.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
-from personatlas.analysis.next_message import Turn, predict_from_messages
-from personatlas.analysis.stats import Array, cluster_weights, percentile_interval, wilson_interval
-from personatlas.analysis.trajectories import alarm_rate, clustered_mean, slope, turn_means
+from personatlas.analysis.next_message import Embedding, Prediction, Turn, predict_from_messages
+from personatlas.analysis.stats import Array, Interval, cluster_weights, percentile_interval, wilson_interval
+from personatlas.analysis.trajectories import (
+    AlarmRate,
+    Slope,
+    TurnMean,
+    alarm_rate,
+    clustered_mean,
+    slope,
+    turn_means,
+)
+from personatlas.persona.artifacts import read_json
 from personatlas.persona.interventions import BASELINE, Interventions
-from personatlas.persona.records import json_object
+from personatlas.persona.records import JsonObject, JsonRecord
 from personatlas.persona.rollout import Rollout, spread
 from personatlas.steering.arms import distinct_ngrams
 from personatlas.steering.conversations.runner import (
@@ -26,262 +43,385 @@ from personatlas.steering.evals.capability import loops
 from personatlas.steering.evals.harm.refusal_rules import refusal_of
 from personatlas.steering.loss_cost import benign_costs
 
-CAPPED, ADAPTIVE = "capped", "adaptive"
+CAPPED, ADAPTIVE, STORED = "capped", "adaptive", "stored"
 ALL = "all"
 CPU_READ, GPU_READ = 24, 400  # answers on which the cap's cost is measured
 EXAMPLES = 2  # conversations
 
 
 @dataclass(frozen=True)
-class Watched:
-    """The watcher, where its calm conversations are from, and the scripts that set its limit and so count no false alarms."""
+class ArmMean(Interval):
+    """Mean projection of n answers and, but for the baseline, its paired difference to the baseline's."""
 
-    watcher: DriftMonitor
+    change: Interval | None = None
+
+    omit_none: ClassVar[tuple[str, ...]] = ("n", "change")
+
+
+@dataclass(frozen=True)
+class Share(JsonRecord):
+    """A share of answers with its Wilson interval."""
+
+    share: float
+    interval: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class ArmSummary(JsonRecord):
+    """What an arm did and wrote: shares of answers, mean fired share, mean distinct tokens, mean length in tokens."""
+
+    answers: int
+    empty: int
+    acted: float
+    fired: float
+    degenerate: Share
+    loops: Share
+    distinct: float | None
+    tokens: float
+    ended_by_context: int
+
+
+@dataclass(frozen=True)
+class DriftCost(JsonRecord):
+    """Relative increase of loss per token on n baseline answers of the reference domains.
+
+    `adaptive` has the cap on only where the adaptive arm's was, in the same turn of the same conversation.
+    """
+
+    n: int
+    capped: Interval
+    adaptive: Interval | None = None
+
+    omit_none: ClassVar[tuple[str, ...]] = ("adaptive",)
+
+
+@dataclass(frozen=True)
+class NextTurn(JsonRecord):
+    """How well the user's message predicts the next baseline answer's projection, and its change since the one before."""
+
+    projection: Prediction
+    features: str
+    change: Prediction | None = None
+
+    omit_none: ClassVar[tuple[str, ...]] = ("change",)
+
+
+@dataclass(frozen=True)
+class ExampleTurn(JsonRecord):
+    """A turn as the page shows it."""
+
+    user: str
+    text: str
+    projection: float | None
+    acted: bool
+    z: float | None
+    alarm: bool | None
+    raised: bool
+
+
+@dataclass(frozen=True)
+class Example(JsonRecord):
+    """A conversation's turns by arm; None where an arm has no answer to a turn."""
+
+    name: str
+    domain: str
+    arms: dict[str, tuple[ExampleTurn | None, ...]]
+
+
+@dataclass(frozen=True)
+class StoredConversation(Example):
+    """A stored conversation run again, with the stored answers as an arm. `cut_short` are arms that filled the context."""
+
+    users: tuple[str, ...]
+    cut_short: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StoredAnswers(JsonRecord):
+    """The mean projection of the stored answers beside the baseline's, and the conversations."""
+
+    mean: ArmMean
+    conversations: tuple[StoredConversation, ...]
+
+
+@dataclass(frozen=True)
+class DriftResult(JsonRecord):
+    """The content of drift.json: what was run, and all figures by domain and arm."""
+
+    model: JsonObject
+    dtype: str
+    device: str
+    axis: JsonObject
+    cap: JsonObject | None
+    watch: JsonObject
+    asked: DriftOptions
+    versions: JsonObject
+    arms: tuple[str, ...]
+    domains: tuple[str, ...]
+    scripts: int
+    conversations: dict[str, int]
+    trajectories: dict[str, dict[str, tuple[TurnMean, ...]]]
+    differences: dict[str, dict[str, tuple[TurnMean, ...]]]
+    slopes: dict[str, dict[str, Slope | None]]
+    means: dict[str, dict[str, ArmMean]]
+    alarms: dict[str, dict[str, AlarmRate]]
+    wrote: dict[str, ArmSummary]
+    cost: DriftCost | None
+    next_turn: NextTurn | None
+    examples: tuple[Example, ...]
+    warnings: tuple[str, ...]
+    stored: StoredAnswers | None = None
+
+    omit_none: ClassVar[tuple[str, ...]] = ("stored",)
+
+    @classmethod
+    def load(cls, folder: Path) -> "DriftResult":
+        """Reads drift.json of a study's folder. Raises `UserError` where there is none."""
+        return cls.from_json(read_json(folder / "drift.json"))
+
+
+@dataclass(frozen=True)
+class StudyMonitor:
+    """The monitor of a study, where its reference conversations are from, and the scripts that set its limit.
+
+    Those scripts count no alarms in the study's own conversations.
+    """
+
+    monitor: DriftMonitor
     source: str
     fitted_on: frozenset[str] = frozenset()
 
-
-def result(
-    stage: RunnerConfig,
-    said: Transcripts,
-    talks: Sequence[Script],
-    arms: Mapping[str, Interventions],
-    watched: Watched,
-    asked: DriftOptions,
-    embed: Callable[[Sequence[str]], np.ndarray] | None,
-) -> dict[str, Any]:
-    """All figures, as plain numbers."""
-    names = list(arms)
-    table = _Table(said, talks, asked.turns)
-    domains = list(dict.fromkeys(one.domain for one in said.turns.values()))
-    every = {domain: table.names((domain,)) for domain in domains} | {ALL: table.names(domains)}
-    content = {
-        "arms": names,
-        "domains": domains,
-        "scripts": len({one.script for one in said.turns.values()}),
-        "conversations": {domain: len(own) for domain, own in every.items()},
-        "trajectories": {d: {arm: table.band(arm, own) for arm in names} for d, own in every.items()},
-        "differences": {
-            d: {arm: table.band(arm, own, BASELINE) for arm in names[1:]} for d, own in every.items()
-        },
-        "slopes": {d: {arm: table.slope(arm, own) for arm in names} for d, own in every.items()},
-        "means": {d: {arm: table.mean(arm, own) for arm in names} for d, own in every.items()},
-        "alarms": _alarms(table, names, every, watched),
-        "wrote": {arm: _wrote(table, arm, stage, every[ALL]) for arm in names},
-        "cost": _cost(stage, table, arms, asked),
-        "next_turn": _next_turn(table, every[ALL], embed, asked),
-        "examples": _examples(table, names, domains, watched),
-    }
-    return json_object(content | {"warnings": _warnings(content, stage, said, watched, asked.false_alarms)})
+    def example_turns(
+        self, turns: Iterable[tuple[str, str, float | None, bool, float | None]]
+    ) -> tuple[ExampleTurn, ...]:
+        """Turns (user, text, projection, acted, uncapped projection) with z and the alarm's state."""
+        alarm, rows = self.monitor.start(), []
+        for user, text, projection, acted, uncapped in turns:
+            state = None if alarm is None or uncapped is None else alarm.update(uncapped)
+            z = None if projection is None else self.monitor.reference.z(projection)
+            on, raised = (None, False) if state is None else (state.alarm, state.raised)
+            rows.append(ExampleTurn(user, text, projection, acted, z, on, raised))
+        return tuple(rows)
 
 
-class _Table:
-    """The study by conversation: what was said, and projections (N, T) with NaN where a conversation had ended."""
+@dataclass(frozen=True)
+class StudyData:
+    """The conversations of a study in all arms, and what they were run with."""
 
-    def __init__(self, said: Transcripts, talks: Sequence[Script], turns: int) -> None:
-        self.said, self.turns = said, turns
-        self.scripts = {talk.name: talk for talk in talks}
-
-    def rollout(self, stage: RunnerConfig, one: TurnRecord) -> Rollout:
-        """A turn as a text to be read again."""
-        before = self.said.history(one.arm, one.conversation)[: one.turn]
-        messages = messages_before(self.scripts[one.conversation], before, one.user)
-        return Rollout(one.conversation, messages, one.prompt_ids, one.ids, one.text, one.seed, one.stopped)
+    config: RunnerConfig
+    scripts: Sequence[Script]
+    transcripts: Transcripts
+    arms: Mapping[str, Interventions]
+    monitor: StudyMonitor
+    options: DriftOptions
 
     def names(self, domains: Sequence[str]) -> list[str]:
-        """The domains' conversations."""
-        return list(
-            dict.fromkeys(one.conversation for one in self.said.turns.values() if one.domain in domains)
-        )
+        """Names of the domains' conversations."""
+        turns = self.transcripts.turns.values()
+        return list(dict.fromkeys(turn.conversation for turn in turns if turn.domain in domains))
 
-    def spoken(self, arm: str, name: str) -> list[TurnRecord]:
-        """A conversation's turns in order."""
-        return self.said.history(arm, name)
+    def turns(self, arm: str, names: Sequence[str]) -> list[TurnRecord]:
+        """All turns of some conversations in an arm."""
+        return [turn for name in names for turn in self.transcripts.history(arm, name)]
 
     def values(self, arm: str, names: Sequence[str]) -> Array:
-        """Projections of some conversations' answers, as they were made."""
-        found = np.full((len(names), self.turns), np.nan)
-        for row, name in enumerate(names):
-            for one in self.spoken(arm, name):
-                found[row, one.turn] = np.nan if one.projection is None else one.projection
-        return found
+        """Projections (N, T) of some conversations' answers; NaN where there is none."""
+        values = np.full((len(names), self.options.turns or 0), np.nan)
+        row = {name: index for index, name in enumerate(names)}
+        for turn in self.turns(arm, names):
+            values[row[turn.conversation], turn.turn] = np.nan if turn.projection is None else turn.projection
+        return values
 
-    def band(self, arm: str, names: Sequence[str], less: str | None = None) -> list[dict[str, Any]]:
-        """Means by turn, or mean differences to another arm, in the same conversations."""
-        values = self.values(arm, names)
-        change = values if less is None else values - self.values(less, names)
-        return [row.to_json() for row in turn_means(change, _scripts(names))]
+    def mean(self, values: Array, names: Sequence[str], baseline: Array | None) -> ArmMean:
+        """The mean of projections (N, T) and its difference to the baseline's."""
+        scripts = script_names(names)
+        change = None if baseline is None else clustered_mean(values - baseline, scripts)
+        mean = clustered_mean(values, scripts)
+        return ArmMean(mean.value, mean.low, mean.high, mean.n, change)
 
-    def slope(self, arm: str, names: Sequence[str]) -> dict[str, Any] | None:
-        """The mean slope."""
-        found = slope(self.values(arm, names), _scripts(names))
-        return None if found is None else found.to_json()
-
-    def mean(self, arm: str, names: Sequence[str]) -> dict[str, Any]:
-        """The mean projection of all answers and, but for the model as it is, its difference to that."""
-        values = self.values(arm, names)
-        told: dict[str, Any] = clustered_mean(values, _scripts(names)).to_json()
-        if arm != BASELINE:
-            change = values - self.values(BASELINE, names)
-            told["change"] = clustered_mean(change, _scripts(names)).to_json()
-        return told
+    def example(self, arm: str, name: str) -> tuple[ExampleTurn, ...]:
+        """A conversation's turns in an arm."""
+        return self.monitor.example_turns(
+            (turn.user, turn.text, turn.projection, turn.acted, turn.uncapped)
+            for turn in self.turns(arm, [name])
+        )
 
 
-def _scripts(names: Sequence[str]) -> list[str]:
+def script_names(names: Sequence[str]) -> list[str]:
+    """Script names of conversations SCRIPT/SAMPLE."""
     return [name.rpartition("/")[0] for name in names]
 
 
-def _alarms(
-    table: _Table, arms: Sequence[str], every: dict[str, list[str]], watched: Watched
-) -> dict[str, Any]:
-    """By domain and arm, from answers as the model itself reads them. Scripts that set the limit are left out."""
-    watcher = watched.watcher
-    if watcher.rule is None:
-        return {}
-    found: dict[str, Any] = {}
+def summarise(
+    data: StudyData, record: JsonObject, stored: StoredAnswers | None = None, embed: Embedding | None = None
+) -> DriftResult:
+    """Computes all figures of a study. `record` holds the fields of `DriftResult` up to `versions`."""
+    arms, turns = list(data.arms), data.transcripts.turns.values()
+    domains = list(dict.fromkeys(turn.domain for turn in turns))
+    every = {domain: data.names((domain,)) for domain in domains} | {ALL: data.names(domains)}
+    trajectories: dict[str, dict[str, tuple[TurnMean, ...]]] = {}
+    differences: dict[str, dict[str, tuple[TurnMean, ...]]] = {}
+    slopes: dict[str, dict[str, Slope | None]] = {}
+    means: dict[str, dict[str, ArmMean]] = {}
+    alarms: dict[str, dict[str, AlarmRate]] = {}
     for domain, names in every.items():
-        own = [name for name in names if name.rpartition("/")[0] not in watched.fitted_on]
-        found[domain] = {
-            arm: alarm_rate(
-                watcher.rule,
-                watcher.reference,
-                [
-                    [one.uncapped for one in table.spoken(arm, name) if one.uncapped is not None]
-                    for name in own
-                ],
-            ).to_json()
-            for arm in arms
+        scripts = script_names(names)
+        values = {arm: data.values(arm, names) for arm in arms}
+        baseline = values[BASELINE]
+        trajectories[domain] = {arm: tuple(turn_means(values[arm], scripts)) for arm in arms}
+        differences[domain] = {
+            arm: tuple(turn_means(values[arm] - baseline, scripts)) for arm in arms if arm != BASELINE
         }
-    return found
+        slopes[domain] = {arm: slope(values[arm], scripts) for arm in arms}
+        means[domain] = {
+            arm: data.mean(values[arm], names, None if arm == BASELINE else baseline) for arm in arms
+        }
+        if data.monitor.monitor.rule is not None:
+            alarms[domain] = {arm: _alarm_rate(data, arm, names) for arm in arms}
+    wrote = {arm: _summary(data, arm, every[ALL]) for arm in arms}
+    n_scripts = len({turn.script for turn in turns})
+    return DriftResult(
+        **record,
+        arms=tuple(arms),
+        domains=tuple(domains),
+        scripts=n_scripts,
+        conversations={domain: len(names) for domain, names in every.items()},
+        trajectories=trajectories,
+        differences=differences,
+        slopes=slopes,
+        means=means,
+        alarms=alarms,
+        wrote=wrote,
+        cost=_cost(data),
+        next_turn=_next_turn(data, every[ALL], embed),
+        examples=_examples(data, domains),
+        warnings=tuple(_warnings(data, n_scripts, wrote)),
+        stored=stored,
+    )
 
 
-def _wrote(table: _Table, arm: str, stage: RunnerConfig, names: Sequence[str]) -> dict[str, Any]:
-    """What an arm did and wrote, over all answers."""
-    own = [one for name in names for one in table.spoken(arm, name)]
-    spoken = [one for one in own if one.ids]
-    broken = sum(refusal_of(one.text) == "degenerate" for one in own)
-    again = sum(loops(one.ids) for one in own)
-    return {
-        "answers": len(own),
-        "empty": len(own) - len(spoken),
-        "acted": sum(one.acted for one in own) / len(own),
-        "fired": float(np.mean([one.fired or 0.0 for one in own])),
-        "degenerate": {"share": broken / len(own), "interval": list(wilson_interval(broken, len(own)))},
-        "loops": {"share": again / len(own), "interval": list(wilson_interval(again, len(own)))},
-        "distinct": float(np.mean([distinct_ngrams(one.ids) for one in spoken])) if spoken else None,
-        "tokens": float(np.mean([len(one.ids) for one in own])),
-        "ended_by_context": sum(name == arm for name, _ in table.said.truncated),
-    }
+def _alarm_rate(data: StudyData, arm: str, names: Sequence[str]) -> AlarmRate:
+    """From answers as the model itself reads them, without the scripts that set the limit."""
+    monitor = data.monitor.monitor
+    assert monitor.rule is not None
+    projections = [
+        [turn.uncapped for turn in data.turns(arm, [name]) if turn.uncapped is not None]
+        for name, script in zip(names, script_names(names), strict=True)
+        if script not in data.monitor.fitted_on
+    ]
+    return alarm_rate(monitor.rule, monitor.reference, projections)
 
 
-def _cost(
-    stage: RunnerConfig, table: _Table, arms: Mapping[str, Interventions], asked: DriftOptions
-) -> dict[str, Any] | None:
-    """More loss per token on the model's own answers in the domains that hold, read again: with the cap on all of them, and only
-    where the adaptive arm's was on in the same turn of the same conversation."""
-    capped = arms.get(CAPPED)
-    names = table.names(asked.calm)
-    whole = [one for name in names for one in table.spoken(BASELINE, name) if one.ids]
-    if capped is None or not whole:
+def _summary(data: StudyData, arm: str, names: Sequence[str]) -> ArmSummary:
+    turns = data.turns(arm, names)
+    n, answered = len(turns), [turn for turn in turns if turn.ids]
+    degenerate = sum(refusal_of(turn.text) == "degenerate" for turn in turns)
+    looping = sum(loops(turn.ids) for turn in turns)
+    return ArmSummary(
+        answers=n,
+        empty=n - len(answered),
+        acted=sum(turn.acted for turn in turns) / n,
+        fired=float(np.mean([turn.fired or 0.0 for turn in turns])),
+        degenerate=Share(degenerate / n, wilson_interval(degenerate, n)),
+        loops=Share(looping / n, wilson_interval(looping, n)),
+        distinct=float(np.mean([distinct_ngrams(turn.ids) for turn in answered])) if answered else None,
+        tokens=float(np.mean([len(turn.ids) for turn in turns])),
+        ended_by_context=sum(truncated == arm for truncated, _ in data.transcripts.truncated),
+    )
+
+
+def _cost(data: StudyData) -> DriftCost | None:
+    turns = [
+        turn for turn in data.turns(BASELINE, data.names(data.options.references)) if turn.ids
+    ]  # read again with the cap on
+    if CAPPED not in data.arms or not turns:
         return None
-    texts = spread(whole, GPU_READ if stage.on_gpu else CPU_READ)
-    cost = benign_costs(stage.model, [table.rollout(stage, one) for one in texts], {CAPPED: capped})[CAPPED]
-    weights = cluster_weights([one.script for one in texts])
+    turns = spread(turns, GPU_READ if data.config.on_gpu else CPU_READ)
+    scripts = {script.name: script for script in data.scripts}
+    texts = []
+    for turn in turns:
+        before = data.transcripts.history(BASELINE, turn.conversation)[: turn.turn]
+        messages = messages_before(scripts[turn.conversation], before, turn.user)
+        texts.append(
+            Rollout(
+                turn.conversation, messages, turn.prompt_ids, turn.ids, turn.text, turn.seed, turn.stopped
+            )
+        )
+    cost = benign_costs(data.config.model, texts, {CAPPED: data.arms[CAPPED]})[CAPPED]
+    weights = cluster_weights([turn.script for turn in turns])
 
-    def more(after: Array) -> dict[str, float]:
+    def increase(after: Array) -> Interval:
         low, high = percentile_interval((weights @ after) / (weights @ cost.before) - 1)
-        return {"value": float(after.sum() / cost.before.sum() - 1), "low": low, "high": high}
+        return Interval(float(after.sum() / cost.before.sum() - 1), low, high)
 
-    found: dict[str, Any] = {"n": len(texts), CAPPED: more(cost.after)}
-    if ADAPTIVE in arms:
-        met = [table.said.turns.get((ADAPTIVE, one.conversation, one.turn)) for one in texts]
-        was_on = np.array([one is not None and one.acted for one in met])
-        found[ADAPTIVE] = more(np.where(was_on, cost.after, cost.before))
-    return found
+    adaptive = None
+    if ADAPTIVE in data.arms:
+        same = [data.transcripts.turns.get((ADAPTIVE, turn.conversation, turn.turn)) for turn in turns]
+        was_on = np.array([turn is not None and turn.acted for turn in same])
+        adaptive = increase(np.where(was_on, cost.after, cost.before))
+    return DriftCost(len(texts), increase(cost.after), adaptive)
 
 
-def _next_turn(
-    table: _Table,
-    names: Sequence[str],
-    embed: Callable[[Sequence[str]], np.ndarray] | None,
-    asked: DriftOptions,
-) -> dict[str, Any] | None:
-    """How much of the next answer's projection, as the model is, the user's message says."""
-    turns = []
+def _next_turn(data: StudyData, names: Sequence[str], embed: Embedding | None) -> NextTurn | None:
+    messages = []
     for name in names:
         before: float | None = None
-        for one in table.spoken(BASELINE, name):
-            if one.projection is not None:
-                change = None if before is None else one.projection - before
-                turns.append(Turn(one.user, one.projection, change, one.script, one.domain))
-            before = one.projection
-    found = predict_from_messages(turns, embed)
-    if found is None:
-        return None
-    features = {"features": asked.embedding or "hashed words and word pairs, TF-IDF"}
-    return {name: prediction.to_json() for name, prediction in found.items()} | features
+        for turn in data.turns(BASELINE, [name]):
+            if turn.projection is not None:
+                change = None if before is None else turn.projection - before
+                messages.append(Turn(turn.user, turn.projection, change, turn.script, turn.domain))
+            before = turn.projection
+    predictions = predict_from_messages(messages, embed)
+    features = data.options.embedding or "hashed words and word pairs, TF-IDF"
+    return None if predictions is None else NextTurn(features=features, **predictions)
 
 
-def _examples(
-    table: _Table, names: Sequence[str], domains: Sequence[str], watched: Watched
-) -> list[dict[str, Any]]:
-    """The conversations that fall lowest as the model is, one a domain, in every arm."""
+def _examples(data: StudyData, domains: Sequence[str]) -> tuple[Example, ...]:
+    """The conversations whose baseline falls lowest, one per domain."""
     lowest = []
     for domain in domains:
-        own = table.names((domain,))
-        means = np.nanmean(np.where(np.isfinite(values := table.values(BASELINE, own)), values, 0.0), axis=1)
-        lowest.append((float(means.min()), own[int(means.argmin())], domain))
-    found = []
-    for _, name, domain in sorted(lowest)[:EXAMPLES]:
-        told = {arm: _turns(table.spoken(arm, name), watched.watcher) for arm in names}
-        found.append({"name": name, "domain": domain, "arms": told})
-    return found
+        names = data.names((domain,))
+        values = data.values(BASELINE, names)
+        means = np.where(np.isfinite(values), values, 0.0).mean(axis=1)
+        lowest.append((float(means.min()), names[int(means.argmin())], domain))
+    return tuple(
+        Example(name, domain, {arm: data.example(arm, name) for arm in data.arms})
+        for _, name, domain in sorted(lowest)[:EXAMPLES]
+    )
 
 
-def _turns(own: Sequence[TurnRecord], watcher: DriftMonitor) -> list[dict[str, Any]]:
-    monitor, rows = watcher.start(), []
-    for one in own:
-        state = None if monitor is None or one.uncapped is None else monitor.update(one.uncapped)
-        row = {"user": one.user, "text": one.text, "projection": one.projection, "acted": one.acted}
-        row["z"] = None if one.projection is None else watcher.reference.z(one.projection)
-        rows.append(
-            row | {"alarm": None if state is None else state.alarm, "raised": bool(state and state.raised)}
+def _warnings(data: StudyData, scripts: int, wrote: Mapping[str, ArmSummary]) -> list[str]:
+    warnings, monitor, rate = [], data.monitor, data.options.false_alarms
+    if monitor.monitor.rule is None:
+        warnings.append(
+            f"no alarm is calibrated ({monitor.source}), so there is no adaptive arm and no count of alarms"
         )
-    return rows
-
-
-def _warnings(
-    content: dict[str, Any], stage: RunnerConfig, conversations: Transcripts, watched: Watched, rate: float
-) -> list[str]:
-    """What a reader must know before believing the numbers."""
-    found = []
-    if watched.watcher.rule is None:
-        found.append(
-            f"no alarm is calibrated ({watched.source}), so there is no adaptive arm and no count of alarms"
+    elif monitor.fitted_on:
+        warnings.append(f"{len(monitor.fitted_on)} scripts set the alarm's limit: their alarms are left out")
+    counted = monitor.monitor.false_alarms
+    if counted is not None and counted.interval[0] > rate:
+        low, high = counted.interval
+        warnings.append(
+            f"{rate:.0%} of reference conversations were to raise an alarm, and {counted.share:.0%} [{low:.0%}, "
+            f"{high:.0%}] of those with other scripts do: scripts differ, and more of them are needed to set the limit"
         )
-    elif watched.fitted_on:
-        found.append(f"{len(watched.fitted_on)} scripts set the alarm's limit: their alarms are left out")
-    seen = watched.watcher.false_alarms
-    if seen is not None and seen.interval[0] > rate:
-        low, high = seen.interval
-        found.append(
-            f"{rate:.0%} of calm conversations were to raise an alarm, and {seen.share:.0%} [{low:.0%}, {high:.0%}] of those with other "
-            "scripts do: scripts differ, and more of them are needed to set the limit"
+    if scripts < 20:
+        warnings.append(f"intervals are over {scripts} scripts in all: few, so they are rather too narrow")
+    if data.transcripts.truncated:
+        warnings.append(
+            f"{len(data.transcripts.truncated)} conversations ended before their last turn, at the model's "
+            f"{data.config.model.context} tokens of context: means of late turns are of the shorter ones"
         )
-    if content["scripts"] < 20:
-        found.append(
-            f"intervals are over {content['scripts']} scripts in all: few, so they are rather too narrow"
+    if data.config.user.n_silent:
+        warnings.append(
+            f"the user's model had nothing to say, or no room to read more, {data.config.user.n_silent} times, "
+            "which ended those conversations"
         )
-    if conversations.truncated:
-        said = f"{len(conversations.truncated)} conversations ended before their last turn, at the model's {stage.model.context} tokens of context"
-        found.append(f"{said}: means of late turns are of the shorter ones")
-    if stage.user.n_silent:
-        found.append(
-            f"the user's model had nothing to say, or no room to read more, {stage.user.n_silent} times, which ended those conversations"
-        )
-    for arm, row in content["wrote"].items():
-        if arm != BASELINE and row["fired"] == 0:
-            found.append(f"{arm}: the cap never fired, so its answers are the model's own")
-        if row["empty"] > row["answers"] / 10:
-            found.append(f"{arm}: {row['empty']} of {row['answers']} answers are empty and lie nowhere")
-    return found
+    for arm, summary in wrote.items():
+        if arm != BASELINE and summary.fired == 0:
+            warnings.append(f"{arm}: the cap never fired, so its answers are the model's own")
+        if summary.empty > summary.answers / 10:
+            warnings.append(
+                f"{arm}: {summary.empty} of {summary.answers} answers are empty and have no projection"
+            )
+    return warnings

@@ -1,32 +1,47 @@
-"""A drift study from a model's name to drift.json: conversations in several domains, as the model is, capped, and capped only while
-an alarm is on.
+"""Runs a drift study: conversations in several domains at baseline, capped, and capped only while an alarm is on.
 
-    content = study("smollm2-135m", ModelOptions(), "smollm2-135m", None, DriftOptions(seeds=4), folder)
+    result = run_drift_study("smollm2-135m", "smollm2-135m", folder, options=DriftOptions(seeds=4))
+    result.slopes["therapy"]["baseline"].value
 
-The model as it is and the capped one come first. Of their conversations, those as the model is in the domains that hold are kept as
-calm.json; the alarm of the adaptive arm is calibrated on those given, else on those beside the axis, else on these. In the last
-case alarms in those very domains are counted in the scripts alone that did not set the limit.
+The baseline and capped arms run first. Baseline conversations of the reference domains are saved as reference.json. The
+alarm of the adaptive arm is calibrated on the reference.json given, else on the one beside the axis, else on this one; in
+the last case alarms in those very domains are counted only in the scripts that did not set the limit.
+
+With `DriftOptions.scripts` the users' messages of stored conversations are sent again, whatever is answered now. Their
+stored answers, read in one forward over the whole conversation, are an arm of their own in `result.stored`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from personatlas.analysis.drift_alarm import fit_reference
 from personatlas.persona.artifacts import atomic, write_json
-from personatlas.persona.axis import load_axis
+from personatlas.persona.axis import Axis, load_axis
 from personatlas.persona.caps import format_layers
 from personatlas.persona.errors import UserError
+from personatlas.persona.formats import Conversation, Message
 from personatlas.persona.interventions import BASELINE, Interventions
 from personatlas.persona.logs import append_lines
-from personatlas.persona.models.load import Model
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.progress import progress, say
-from personatlas.persona.runs import RunFolder, open_run, resolve_axis, versions
+from personatlas.persona.records import JsonObject
+from personatlas.persona.runs import open_run, resolve_axis, versions
 from personatlas.steering.conversations.runner import RunnerConfig, Script, Transcripts, run_conversations
-from personatlas.steering.drift.options import DriftOptions, chosen_talks, user_of
-from personatlas.steering.drift.result import ADAPTIVE, CAPPED, Watched, result
+from personatlas.steering.drift.options import DriftOptions
+from personatlas.steering.drift.result import (
+    ADAPTIVE,
+    CAPPED,
+    STORED,
+    DriftResult,
+    StoredAnswers,
+    StoredConversation,
+    StudyData,
+    StudyMonitor,
+    summarise,
+)
 from personatlas.steering.drift_monitor import (
     REFERENCE_FILE,
     DriftMonitor,
@@ -39,158 +54,212 @@ from personatlas.steering.drift_monitor import (
     save_reference,
 )
 from personatlas.steering.session import SteeredModel, load_steered_model
+from personatlas.steering.traces import trace_conversations
 
 DEFAULT_CAP = "assistant"
 
 
-def study(
+def run_drift_study(
     model: str,
-    how: ModelOptions,
     axis: str,
-    cap: str | None,
-    asked: DriftOptions,
-    folder: Path,
-    calm: Path | None = None,
+    out: Path,
     *,
+    cap: str | None = None,
+    options: DriftOptions = DriftOptions(),
+    reference: Path | None = None,
+    load: ModelOptions = ModelOptions(),
     force: bool = False,
-) -> dict[str, Any]:
-    """The content of drift.json, which is written into the folder with conversations.jsonl and calm.json beside turns.jsonl.
+) -> DriftResult:
+    """Runs a drift study, or resumes it.
 
-    Raises `UserError` for what cannot be, before anything is asked, and for a folder of another model, engine or sampling.
+    Parameters
+    ----------
+    model, load
+        the model's name and how to load it
+    axis
+        a run folder, an axis file or the name of a packaged axis
+    out
+        the folder; drift.json, turns.jsonl, conversations.jsonl and reference.json are written there
+    cap
+        a cap spec; "assistant" unless given, where it is saved beside the axis
+    reference
+        a reference.json on which the alarm is calibrated
+    force
+        use an axis of the same model in another weight format
+
+    Raises `UserError` for what cannot be, before anything is answered, and for a folder of another model, engine or
+    sampling.
     """
-    talks, stem = chosen_talks(asked), resolve_axis(axis)
-    known = _watched(load_axis(stem), stem, calm, asked)
-    if known is None and not any(talk.domain in asked.calm for talk in talks):
-        load_monitor(load_axis(stem))  # raises where there is nothing to tell z by
-    names = [cap] if cap is not None else [DEFAULT_CAP] if DEFAULT_CAP in load_axis(stem).saved_caps else []
-    with open_run(folder, create=True) as run:
-        user = user_of(asked, folder)
-        how = replace(how, dtype=how.dtype or run.manifest.get("asked", {}).get("dtype"))
+    conversations, loaded_axis = options.select_conversations(), load_axis(resolve_axis(axis))
+    scripts = options.scripts_of(conversations)
+    turns = options.turns or max(len(script.users) for script in scripts)
+    options = replace(options, turns=turns)
+    monitor = _saved_monitor(loaded_axis, reference, options)
+    if monitor is None and not any(script.domain in options.references for script in scripts):
+        load_monitor(loaded_axis)  # raises where there is nothing to measure z against
+    default = [DEFAULT_CAP] if DEFAULT_CAP in loaded_axis.saved_caps else []
+    caps = default if cap is None else [cap]
+    with open_run(out, create=True) as run:
+        user = options.make_user(out)
+        load = replace(load, dtype=load.dtype or run.manifest.get("asked", {}).get("dtype"))
         embed = None
-        if asked.embedding is not None:
-            from personatlas.steering.drift.embedding import embedder
+        if options.embedding is not None:
+            from personatlas.steering.drift.embedding import load_embedding
 
-            embed = embedder(asked.embedding, "cpu")
-        held = load_steered_model(model, how, axis, names, force=force)
-        require_engine(run, held.model, asdict(asked))
-        stage = RunnerConfig(held.model, held.chat, held.axis, asked.sampling, folder / "turns.jsonl", user)
-        said, arms = _first_arms(stage, held, talks, asked.turns)
-        own = _keep_calm(stage, said, asked, folder)
-        watched = known or _own_alarm(held, own, asked)
-        if held.caps and watched.watcher.rule is not None:
-            arms[ADAPTIVE] = held.caps
-            monitors = {ADAPTIVE: watched.watcher}
-            with progress("turns, adaptive", asked.turns * len(talks)) as advance:
-                said |= run_conversations(stage, talks, {ADAPTIVE: held.caps}, asked.turns, advance, monitors)
-        content = _told(held, asked, names, watched) | result(stage, said, talks, arms, watched, asked, embed)
-        _keep_conversations(folder, said, talks)
-        write_json(folder / "drift.json", content)
-        return content
+            embed = load_embedding(options.embedding, "cpu")
+        steered = load_steered_model(model, load, axis, caps, force=force)
+        record = _record(steered, caps, options)
+        engine = {name: versions()[name] for name in ("torch", "transformers")}
+        # answers of another model, engine or sampling would be mixed in
+        run.claim(
+            {
+                "model": record["model"],
+                "dtype": record["dtype"],
+                "engine": {"device": record["device"], **engine},
+            }
+            | {"seed": options.seed, **asdict(options.sampling)}
+        )
+        config = RunnerConfig(
+            steered.model, steered.chat, steered.axis, options.sampling, out / "turns.jsonl", user
+        )
+        arms: dict[str, Interventions] = {BASELINE: [], **({CAPPED: steered.caps} if caps else {})}
+        n_turns = sum(min(len(script.users), turns) for script in scripts)
+        with progress("turns", n_turns * len(arms)) as advance:
+            transcripts = run_conversations(config, scripts, arms, turns, advance)
+        own = _save_reference(config, transcripts, options, out)
+        monitor = monitor or _own_monitor(steered.axis, own, options)
+        if caps and monitor.monitor.rule is not None:
+            arms[ADAPTIVE] = steered.caps
+            with progress("turns, adaptive", n_turns) as advance:
+                transcripts |= run_conversations(
+                    config, scripts, {ADAPTIVE: steered.caps}, turns, advance, {ADAPTIVE: monitor.monitor}
+                )
+        data = StudyData(config, scripts, transcripts, arms, monitor, options)
+        record["watch"] = monitor.monitor.describe() | {"source": monitor.source}
+        result = summarise(data, record, _stored_answers(data, conversations), embed)
+        _save_conversations(out, transcripts, scripts)
+        write_json(out / "drift.json", result.to_json())
+        return result
 
 
-def _watched(axis: Any, stem: Path, calm: Path | None, asked: DriftOptions) -> Watched | None:
-    """The watcher that is calibrated already; None where the study's own conversations are to be used."""
-    path = calm or find_reference(axis)
+def _saved_monitor(axis: Axis, reference: Path | None, options: DriftOptions) -> StudyMonitor | None:
+    """The monitor of the reference.json given or beside the axis; None without either."""
+    path = reference or find_reference(axis)
     if path is None:
         return None
-    if calm is not None and not is_reference_file(calm):
+    if reference is not None and not is_reference_file(reference):
         raise UserError(
-            f"--reference {calm} is no reference.json, which an earlier `personatlas drift` has made"
+            f"--reference {reference} is no {REFERENCE_FILE}, which an earlier `personatlas drift` has made"
         )
-    watcher = load_monitor(axis, calm, asked.rule, asked.false_alarms)
-    record = load_reference(path, axis)
-    return Watched(watcher, str(path), _fitted_on(record))
+    monitor = load_monitor(axis, reference, options.rule, options.false_alarms)
+    return StudyMonitor(monitor, str(path), _fitted_scripts(load_reference(path, axis)))
 
 
-def _fitted_on(calm: ReferenceConversations) -> frozenset[str]:
-    return frozenset(one.script for one in calm.split()[0])
+def _fitted_scripts(reference: ReferenceConversations) -> frozenset[str]:
+    return frozenset(conversation.script for conversation in reference.split()[0])
 
 
-def require_engine(run: RunFolder, model: Model, sampled: Mapping[str, Any]) -> None:
-    """`UserError` for a folder of another model, engine or sampling: its answers would be another's."""
-    engine = {
-        "device": model.device.type,
-        "torch": versions()["torch"],
-        "transformers": versions()["transformers"],
-    }
-    told = {"model": model.describe(), "dtype": str(model.dtype).removeprefix("torch."), "engine": engine}
-    run.claim(told | {name: sampled[name] for name in ("seed", "max_new_tokens", "temperature", "top_p")})
-
-
-def _first_arms(
-    stage: RunnerConfig, held: SteeredModel, talks: Sequence[Script], turns: int
-) -> tuple[Transcripts, dict[str, Interventions]]:
-    arms: dict[str, Interventions] = {BASELINE: [], **({CAPPED: held.caps} if held.caps else {})}
-    with progress("turns", turns * len(talks) * len(arms)) as advance:
-        return run_conversations(stage, talks, arms, turns, advance), arms
-
-
-def _keep_calm(
-    stage: RunnerConfig, said: Transcripts, asked: DriftOptions, folder: Path
+def _save_reference(
+    config: RunnerConfig, transcripts: Transcripts, options: DriftOptions, folder: Path
 ) -> ReferenceConversations | None:
-    """Write calm.json from the domains that hold, as the model is; None where there is no such conversation."""
-    places: dict[tuple[str, str], list[float]] = {}
-    for (arm, name, _), one in said.turns.items():
-        if arm == BASELINE and one.domain in asked.calm and one.uncapped is not None:
-            places.setdefault((name, one.domain), []).append(one.uncapped)
-    if not places:
+    """Write reference.json from baseline conversations of the reference domains; None where there are none."""
+    projections: dict[tuple[str, str], list[float]] = {}
+    for (arm, name, _), turn in transcripts.turns.items():
+        if arm == BASELINE and turn.domain in options.references and turn.uncapped is not None:
+            projections.setdefault((name, turn.domain), []).append(turn.uncapped)
+    if not projections:
         return None
-    rows = tuple(ReferenceConversation(name, domain, tuple(own)) for (name, domain), own in places.items())
-    model, sampling = stage.model.describe(), asdict(asked.sampling)
-    made = {"by": "personatlas drift", "sampling": sampling, "seed": asked.seed, "samples": asked.seeds}
-    made |= {"turns": asked.turns, "domains": list(asked.calm), "user": asked.user_model or "scripts"}
-    made |= {"dtype": str(stage.model.dtype).removeprefix("torch.")}
-    save_reference(folder / REFERENCE_FILE, stage.axis, model, rows, made)
-    return ReferenceConversations(rows, made)
+    rows = tuple(ReferenceConversation(*key, tuple(values)) for key, values in projections.items())
+    provenance: JsonObject = {
+        "by": "personatlas drift",
+        "sampling": asdict(options.sampling),
+        "seed": options.seed,
+        "samples": options.seeds,
+        "turns": options.turns,
+        "domains": list(options.references),
+        "user": options.user_model or "scripts",
+        "dtype": str(config.model.dtype).removeprefix("torch."),
+    }
+    save_reference(folder / REFERENCE_FILE, config.axis, config.model.describe(), rows, provenance)
+    return ReferenceConversations(rows, provenance)
 
 
-def _own_alarm(held: SteeredModel, calm: ReferenceConversations | None, asked: DriftOptions) -> Watched:
-    """Calibrated on the study's own calm conversations; where they are too few, the axis's quartiles without an alarm."""
-    if calm is None:
-        return Watched(
-            load_monitor(held.axis), f"no conversation is of the domains that hold ({', '.join(asked.calm)})"
-        )
+def _own_monitor(axis: Axis, reference: ReferenceConversations | None, options: DriftOptions) -> StudyMonitor:
+    """Calibrated on the study's own reference conversations; where they are too few, without an alarm."""
+    if reference is None:
+        domains = ", ".join(options.references)
+        return StudyMonitor(load_monitor(axis), f"no conversation is of the reference domains ({domains})")
     try:
-        watcher = calm.monitor(asked.rule, asked.false_alarms)
+        monitor = reference.monitor(options.rule, options.false_alarms)
     except UserError as error:
         say(f"no alarm: {error}")
-        values = [value for one in calm.conversations for value in one.projections]
+        values = [value for one in reference.conversations for value in one.projections]
         if len(set(values)) < 2:
-            return Watched(load_monitor(held.axis), str(error))
-        return Watched(DriftMonitor(fit_reference(values), "reference conversations"), str(error))
-    return Watched(watcher, "this study's own reference conversations", _fitted_on(calm))
+            return StudyMonitor(load_monitor(axis), str(error))
+        return StudyMonitor(DriftMonitor(fit_reference(values), "reference conversations"), str(error))
+    return StudyMonitor(monitor, "this study's own reference conversations", _fitted_scripts(reference))
 
 
-def _told(held: SteeredModel, asked: DriftOptions, names: Sequence[str], watched: Watched) -> dict[str, Any]:
-    """Whose study this is."""
-    model, axis = held.model, held.axis
-    caps = [
+def _record(steered: SteeredModel, caps: Sequence[str], options: DriftOptions) -> JsonObject:
+    """The fields of `DriftResult` that say what was run."""
+    model, axis = steered.model, steered.axis
+    described = [
         {"name": name, "layers": format_layers(cap.layers), "phase": cap.phase, "level": cap.level}
-        for name, cap in zip(names, held.caps, strict=True)
+        for name, cap in zip(caps, steered.caps, strict=True)
     ]
-    given = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(asked).items()}
     return {
         "model": model.describe(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
-        "axis": {"layer": axis.layer, "poles": list(axis.poles), "of": held.axis.source},
-        "cap": caps[0] if caps else None,
-        "watch": watched.watcher.describe() | {"source": watched.source},
-        "asked": given,
+        "axis": {"layer": axis.layer, "poles": list(axis.poles), "of": axis.source},
+        "cap": described[0] if described else None,
+        "asked": options,
         "versions": versions(),
     }
 
 
-def _keep_conversations(folder: Path, said: Transcripts, talks: Sequence[Script]) -> None:
-    """Every conversation of every arm in OpenAI's form, as `personatlas trace` reads it."""
-    chats: dict[tuple[str, str], list[dict[str, str]]] = {}
-    known = {talk.name: talk for talk in talks}
-    for (arm, name, _), one in sorted(said.turns.items(), key=lambda item: item[0][2]):
-        own = chats.setdefault((arm, name), list(known[name].opening))
-        own += [{"role": "user", "content": one.user}, {"role": "assistant", "content": one.text}]
+def _stored_answers(data: StudyData, conversations: Sequence[Conversation]) -> StoredAnswers | None:
+    """The stored answers by the user's message that they follow; of several to one message, the last. None without any."""
+    config = data.config
+    answered = [one for one in conversations if any(m["role"] == "assistant" for m in one.messages)]
+    if not answered:
+        return None
+    traces = {one.name: one for one in trace_conversations(config.model, config.axis, answered)}
+    names = [f"{conversation.name}/0" for conversation in conversations]
+    baseline = data.values(BASELINE, names)
+    values = np.full_like(baseline, np.nan)
+    rows = []
+    for index, (name, conversation) in enumerate(zip(names, conversations, strict=True)):
+        users = [message["content"] for message in conversation.messages if message["role"] == "user"]
+        stored: list[tuple[int, str, float]] = []
+        for turn in traces[conversation.name].turns if conversation.name in traces else ():
+            before = sum(message["role"] == "user" for message in conversation.messages[: turn.message])
+            if before:  # not a greeting before the user has said anything
+                text = conversation.messages[turn.message]["content"]
+                stored.append((before - 1, text, turn.projection))
+        examples = data.monitor.example_turns((users[n], text, p, False, p) for n, text, p in stored)
+        by_turn = dict(zip((n for n, *_ in stored), examples, strict=True))
+        for n, example in by_turn.items():
+            if n < values.shape[1]:
+                values[index, n] = example.projection
+        last = max(by_turn, default=-1)
+        own = {STORED: tuple(by_turn.get(n) for n in range(last + 1))} if by_turn else {}
+        arms = own | {arm: data.example(arm, name) for arm in data.arms}
+        cut_short = tuple(arm for arm in data.arms if (arm, name) in data.transcripts.truncated)
+        rows.append(StoredConversation(conversation.name, conversation.domain, arms, tuple(users), cut_short))
+    return StoredAnswers(data.mean(values, names, baseline), tuple(rows))
+
+
+def _save_conversations(folder: Path, transcripts: Transcripts, scripts: Sequence[Script]) -> None:
+    """Write every conversation of every arm in OpenAI's form, as `personatlas trace` reads it."""
+    by_name = {script.name: script for script in scripts}
+    conversations: dict[tuple[str, str], list[Message]] = {}
+    for (arm, name, _), turn in sorted(transcripts.turns.items(), key=lambda item: item[0][2]):
+        messages = conversations.setdefault((arm, name), list(by_name[name].opening))
+        messages += [{"role": "user", "content": turn.user}, {"role": "assistant", "content": turn.text}]
     rows = [
-        {"id": f"{name}/{arm}", "arm": arm, "domain": known[name].domain, "messages": messages}
-        for (arm, name), messages in sorted(chats.items())
+        {"id": f"{name}/{arm}", "arm": arm, "domain": by_name[name].domain, "messages": messages}
+        for (arm, name), messages in sorted(conversations.items())
     ]
     with atomic(folder / "conversations.jsonl") as temporary:
         append_lines(temporary, rows)

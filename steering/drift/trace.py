@@ -1,187 +1,183 @@
-"""Where a stored conversation lies along an axis, token by token and turn by turn.
+"""Traces stored conversations along an axis, with z and the alarm of every turn.
 
-    (one,) = traced(model, chat, axis, [Conversation("chat", messages)])
-    [turn.projection for turn in one.turns]          # mean over each answer's tokens at the axis's layer
+    study = run_trace("smollm2-135m", "smollm2-135m", Path("chats.jsonl"))
+    [turn.z for turn in study.conversations[0].turns]
 
-One forward reads a whole conversation, several of them in a batch; whose a token is comes from the template's own spans. What
-does not fit into the model's context is left out from the end, and said: `left_out` turns.
-
-The page of `personatlas trace --html`: conversations with their turns and tokens coloured, and their trajectory with its alarms.
+The page has conversations with their turns and tokens coloured, and their trajectories with alarms.
 """
 
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from jaxtyping import Float
-from torch import Tensor
+from typing import ClassVar
 
 from personatlas.analysis.html.page import write_page
-from personatlas.persona.axis import Axis
+from personatlas.persona.axis import Axis, load_axis
 from personatlas.persona.errors import UserError
-from personatlas.persona.formats import Conversation
-from personatlas.persona.models.chat_template import ChatFormat
-from personatlas.persona.models.load import Model
-from personatlas.persona.models.token_spans import Spans, conversation_spans
-from personatlas.persona.rollout import Rollout
-from personatlas.steering.drift.page import conversation, shaded
-from personatlas.steering.drift_monitor import ReferenceConversation, ReferenceConversations
+from personatlas.persona.formats import Conversation, read_conversations
+from personatlas.persona.options import ModelOptions
+from personatlas.persona.progress import progress
+from personatlas.persona.records import JsonObject, JsonRecord
+from personatlas.persona.runs import resolve_axis
+from personatlas.steering.drift.page import MAX_CONVERSATIONS, conversation_figure, shade
+from personatlas.steering.drift_monitor import (
+    DriftMonitor,
+    ReferenceConversation,
+    ReferenceConversations,
+    is_reference_file,
+    load_monitor,
+)
 from personatlas.steering.generate import placed
-from personatlas.steering.teacher_forcing import projected
+from personatlas.steering.session import load_steered_model
+from personatlas.steering.traces import Trace, trace_conversations
 
 
 @dataclass(frozen=True)
-class Turn:
-    """An answer in a conversation: its message's number, its tokens [start, stop), and their mean projection (residual units)."""
+class TracedTurn(JsonRecord):
+    """An answer: index of its message, tokens [start, stop), mean projection, z; the alarm's state where there is a rule."""
 
     message: int
-    start: int
-    stop: int
+    tokens: tuple[int, int]
     projection: float
+    z: float
+    alarm: bool | None = None
+    raised: bool | None = None
+
+    omit_none: ClassVar[tuple[str, ...]] = ("alarm", "raised")
 
 
 @dataclass(frozen=True)
-class Traced:
-    """A conversation with the projection of each of its T tokens at `layer`, and its answers in order."""
+class TracedConversation(JsonRecord):
+    """A conversation's answers, its token ids, and their projections; `left_out` answers are beyond the context."""
 
     name: str
-    spans: Spans
-    layer: int
-    projection: Float[Tensor, " T"]
-    turns: tuple[Turn, ...]
+    turns: tuple[TracedTurn, ...]
     left_out: int
+    ids: tuple[int, ...]
+    projection: tuple[float, ...]
 
 
-def traced(
-    model: Model,
-    chat: ChatFormat,
-    axis: Axis,
-    conversations: Sequence[Conversation],
-    advance: Callable[[int], None] = lambda _: None,
-) -> list[Traced]:
-    """All conversations in their order; `advance` counts them.
+@dataclass(frozen=True)
+class TraceStudy:
+    """Traced conversations, as stored and as read, and the axis and monitor that they were measured with."""
 
-    Raises `UserError` for an axis of another model, and for a conversation without an answer that fits into the context.
+    axis: Axis
+    monitor: DriftMonitor
+    stored: tuple[Conversation, ...]
+    traces: tuple[Trace, ...]
+    conversations: tuple[TracedConversation, ...]
+
+    def to_json(self) -> JsonObject:
+        """What `personatlas trace --json` prints."""
+        rows = [conversation.to_json() for conversation in self.conversations]
+        origin = {"layer": self.axis.layer, "model": self.axis.model}
+        return {**origin, **self.monitor.describe(), "conversations": rows}
+
+
+def run_trace(
+    model: str,
+    axis: str,
+    conversations: Path,
+    *,
+    reference: Path | None = None,
+    rule: str = "cusum",
+    false_alarms: float = 0.05,
+    load: ModelOptions = ModelOptions(),
+    force: bool = False,
+) -> TraceStudy:
+    """Traces the conversations of a file.
+
+    The alarm is calibrated on `reference`, a reference.json or stored conversations that do not drift, else on the
+    reference.json beside the axis. Raises `UserError` for what cannot be, before a model is loaded where possible.
     """
-    axis.require_model(model.describe())
-    room = model.context
-    spans = [conversation_spans(chat, list(one.messages)) for one in conversations]
-    texts = []
-    for (name, *_), own in zip(conversations, spans, strict=True):
-        ids = own.ids[:room]
-        if not any(span.speaker == "assistant" and span.stop <= len(ids) for span in own.spans):
-            fits = f" that fits into the {room} tokens of {model.id}" if len(own.ids) > len(ids) else ""
-            raise UserError(f"{name} has no answer of an assistant{fits}: there is nothing to trace")
-        texts.append(Rollout(name, (), ids[:1], ids[1:], "", 0, "end"))
-    found: dict[int, Tensor] = {}
-    for batch, places in projected(model, texts, [], axis.layer, axis.at(axis.layer)):
-        for row, place in enumerate(batch.places):
-            found[place] = places[row, : int(batch.lengths[row])]
-        advance(len(batch.places))
-    return [
-        _with_turns(one.name, own, axis.layer, found[place])
-        for place, (one, own) in enumerate(zip(conversations, spans, strict=True))
-    ]
+    if not 0 < false_alarms < 1:
+        raise UserError(f"--false-alarms {false_alarms} is outside 0..1: it is a share of conversations")
+    stored = read_conversations(conversations)
+    is_stored = reference is not None and not is_reference_file(reference)
+    quiet = read_conversations(reference) if reference is not None and is_stored else []
+    if is_stored:
+        rows = tuple(ReferenceConversation(one.name, one.domain, ()) for one in quiet)
+        ReferenceConversations(rows, {}).require_enough()
+    else:
+        monitor = load_monitor(load_axis(resolve_axis(axis)), reference, rule, false_alarms)
+    steered = load_steered_model(model, load, axis, [], force=force)
+    with progress("reading", len(stored) + len(quiet)) as advance:
+        traces = trace_conversations(steered.model, steered.axis, stored, advance)
+        if is_stored:
+            read = trace_conversations(steered.model, steered.axis, quiet, advance)
+            rows = tuple(
+                ReferenceConversation(
+                    trace.name, conversation.domain, tuple(turn.projection for turn in trace.turns)
+                )
+                for trace, conversation in zip(read, quiet, strict=True)
+            )
+            provenance = {"how": "stored conversations, read again"}
+            monitor = ReferenceConversations(rows, provenance).monitor(rule, false_alarms)
+    traced = tuple(_traced(trace, monitor) for trace in traces)
+    return TraceStudy(steered.axis, monitor, tuple(stored), traces, traced)
 
 
-def calm_of(
-    model: Model,
-    chat: ChatFormat,
-    axis: Axis,
-    conversations: Sequence[Conversation],
-    advance: Callable[[int], None] = lambda _: None,
-) -> ReferenceConversations:
-    """Stored conversations that do not drift, as what an alarm is calibrated on. Raises like `traced`."""
-    found = traced(model, chat, axis, conversations, advance)
-    rows = [
-        ReferenceConversation(one.name, told.domain, tuple(turn.projection for turn in one.turns))
-        for one, told in zip(found, conversations, strict=True)
-    ]
-    return ReferenceConversations(tuple(rows), {"how": "stored conversations, read again"})
+def _traced(trace: Trace, monitor: DriftMonitor) -> TracedConversation:
+    alarm, turns = monitor.start(), []
+    for turn in trace.turns:
+        state = None if alarm is None else alarm.update(turn.projection)
+        flags = (None, None) if state is None else (state.alarm, state.raised)
+        z = monitor.reference.z(turn.projection)
+        turns.append(TracedTurn(turn.message, (turn.start, turn.stop), turn.projection, z, *flags))
+    projection = tuple(trace.projection.tolist())
+    return TracedConversation(trace.name, tuple(turns), trace.left_out, trace.ids, projection)
 
 
-def require_calm(conversations: Sequence[Conversation]) -> None:
-    """`UserError` for too few of them, before a model is loaded to read them."""
-    ReferenceConversations(
-        tuple(ReferenceConversation(one.name, one.domain, ()) for one in conversations), {}
-    ).require_enough()
+def write_trace_page(path: Path, study: TraceStudy) -> None:
+    """Writes the page of traced conversations.
 
-
-def _with_turns(name: str, spans: Spans, layer: int, projection: Tensor) -> Traced:
-    answers = [span for span in spans.spans if span.speaker == "assistant"]
-    turns = tuple(
-        Turn(span.message, span.start, span.stop, float(projection[span.start : span.stop].mean()))
-        for span in answers
-        if span.stop <= len(projection)
-    )
-    return Traced(name, spans, layer, projection, turns, len(answers) - len(turns))
-
-
-HERE = Path(__file__).parent
-MOST = 20  # conversations on one page
-
-
-def write_trace_page(
-    path: Path,
-    content: Mapping[str, Any],
-    found: Sequence[Traced],
-    told: Sequence[Conversation],
-    poles: Sequence[str],
-) -> None:
-    """Write the page of what `trace` prints. Tokens are coloured from the lowest to the highest of all answers' on the page, the
-    2% at either end cut off."""
-    shown = list(zip(content["conversations"], found, told, strict=True))[:MOST]
-    values = sorted(
-        value
-        for _, one, _ in shown
-        for turn in one.turns
-        for value in one.projection[turn.start : turn.stop].tolist()
-    )
+    Colours run from the lowest to the highest projection of the answers' tokens on the page, 2% at either end cut off.
+    """
+    shown = list(zip(study.conversations, study.traces, study.stored, strict=True))[:MAX_CONVERSATIONS]
+    spans = [(trace, slice(turn.start, turn.stop)) for _, trace, _ in shown for turn in trace.turns]
+    values = sorted(value for trace, span in spans for value in trace.projection[span].tolist())
     low, high = values[len(values) // 50], values[-1 - len(values) // 50]
+    described = study.monitor.describe()
     figures = {
-        f"turns-{number}": conversation(
-            {"answers": [{**turn, "turn": n} for n, turn in enumerate(row["turns"], 1)]}, content["baseline"]
+        f"turns-{number}": conversation_figure(
+            {"answers": [(n, turn.projection, bool(turn.raised)) for n, turn in enumerate(row.turns, 1)]},
+            described["baseline"],
         )
-        for number, (row, _, _) in enumerate(shown)
+        for number, (row, *_) in enumerate(shown)
     }
-    page = {
-        "c": content,
-        "poles": poles,
+    content = {
+        "c": {"layer": study.axis.layer, "model": study.axis.model, **described},
+        "n": len(study.conversations),
+        "poles": study.axis.poles,
         "low": low,
         "high": high,
         "conversations": [_conversation(*one, low, high) for one in shown],
-        "more": len(content["conversations"]) - len(shown),
+        "more": len(study.conversations) - len(shown),
     }
-    write_page(path, HERE / "trace.html.jinja", page, figures, {})
+    write_page(path, Path(__file__).parent / "trace.html.jinja", content, figures, {})
 
 
 def _conversation(
-    row: Mapping[str, Any], one: Traced, told: Conversation, low: float, high: float
-) -> dict[str, Any]:
+    row: TracedConversation, trace: Trace, stored: Conversation, low: float, high: float
+) -> JsonObject:
     """Its messages in order: what users said, and answers with their tokens."""
-    turns = {turn["message"]: turn for turn in row["turns"]}
-    messages: list[dict[str, Any]] = []
-    for number, message in enumerate(told.messages):
-        if number not in turns:
+    turns = {turn.message: turn for turn in row.turns}
+    messages: list[JsonObject] = []
+    for index, message in enumerate(stored.messages):
+        turn = turns.get(index)
+        if turn is None:
             messages.append({"speaker": message["role"], "text": message["content"]})
             continue
-        start, stop = turns[number]["tokens"]
-        tokens = [
-            _token(one.spans.pieces[at], float(one.projection[at]), low, high) for at in range(start, stop)
-        ]
-        messages.append(
-            {"speaker": "assistant", "cell": shaded({**turns[number], "acted": False}), "tokens": tokens}
-        )
-    return {"name": row["name"], "domain": told.domain, "messages": messages, "left_out": row["left_out"]}
+        tokens = [_token(trace.pieces[i], float(trace.projection[i]), low, high) for i in range(*turn.tokens)]
+        cell = turn.to_json() | {"acted": False} | shade(turn.z)
+        messages.append({"speaker": "assistant", "cell": cell, "tokens": tokens})
+    return {"name": row.name, "domain": stored.domain, "messages": messages, "left_out": row.left_out}
 
 
-def _token(text: str, projection: float, low: float, high: float) -> dict[str, Any]:
-    place = placed(projection, low, high)
-    side = "positive" if place >= 0.5 else "others"
+def _token(text: str, projection: float, low: float, high: float) -> JsonObject:
+    position = placed(projection, low, high)
     return {
         "text": text,
-        "side": side,
-        "depth": round(abs(place - 0.5) * 2 * 62),
+        "side": "positive" if position >= 0.5 else "others",
+        "depth": round(abs(position - 0.5) * 2 * 62),
         "said": f"projection {projection:.1f}",
     }

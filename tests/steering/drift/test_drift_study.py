@@ -1,4 +1,4 @@
-"""The verb `drift`: a whole study of a tiny model, what it writes, what it refuses, and that it goes on where it was."""
+"""The command `drift`: a whole study of a tiny model, what it writes, what it refuses, and that it goes on where it was."""
 
 import json
 
@@ -8,8 +8,9 @@ from commands import refused
 from personatlas.cli.app import main
 from personatlas.persona.axis import load_axis
 from personatlas.persona.formats import read_conversations
-from personatlas.steering.conversations import runner as dialogue
-from personatlas.steering.drift.options import DriftOptions, chosen_talks
+from personatlas.steering.conversations import runner
+from personatlas.steering.drift.options import DriftOptions
+from personatlas.steering.drift.result import DriftResult
 from personatlas.steering.drift_monitor import ReferenceConversation, ReferenceConversations, load_reference
 
 HOW = ["--device", "cpu", "--dtype", "float32", "--max-new-tokens", "4"]
@@ -47,8 +48,8 @@ def told(tiny_run, scripts, out, *more):
         str(tiny_run / "tiny"),
         "--axis",
         str(tiny_run / "run"),
-        "--cap",
-        "p90@1,2",
+        "--arm",
+        "cap:p90@1,2",
         "--turns",
         "3",
         "--false-alarms",
@@ -64,9 +65,10 @@ def study(tiny_run, scripts, tmp_path_factory):
     return out
 
 
-def test_a_study_has_three_arms_whose_alarm_is_calibrated_on_its_own_calm_conversations(study, tiny_run):
+def test_a_study_has_three_arms_whose_alarm_is_calibrated_on_its_own_reference_conversations(study, tiny_run):
     content = json.loads((study / "drift.json").read_text())
     assert content["arms"] == ARMS
+    assert DriftResult.load(study).to_json() == content
     assert content["conversations"] == {"coding": 22, "everyday": 22, "therapy": 6, "all": 50}
     for domain in ("coding", "therapy", "all"):
         for arm in ARMS:
@@ -77,7 +79,7 @@ def test_a_study_has_three_arms_whose_alarm_is_calibrated_on_its_own_calm_conver
     watch = content["watch"]
     assert watch["source"] == "this study's own reference conversations"
     assert watch["alarm"]["n"] == 22
-    # half of the calm domains' scripts set the limit, and count no alarms
+    # half of the reference domains' scripts set the limit, and count no alarms
     assert content["alarms"]["all"]["baseline"]["n"] == 50 - 22
     assert content["alarms"]["therapy"]["baseline"]["n"] == 6
     wrote = content["wrote"]
@@ -90,19 +92,19 @@ def test_a_study_has_three_arms_whose_alarm_is_calibrated_on_its_own_calm_conver
     assert abs(cost["adaptive"]["value"]) <= abs(cost["capped"]["value"])
     assert content["next_turn"]["projection"]["scripts"] == 25
     axis = load_axis(tiny_run / "run" / "axis")
-    calm = load_reference(study / "reference.json", axis)
-    assert len(calm.conversations) == 44
-    assert calm.provenance["domains"] == ["coding", "everyday"]
+    reference = load_reference(study / "reference.json", axis)
+    assert len(reference.conversations) == 44
+    assert reference.provenance["domains"] == ["coding", "everyday"]
 
 
 def test_one_sample_of_our_own_scripts_is_enough_to_calibrate_an_alarm():
-    asked = DriftOptions()
-    talks = [talk for talk in chosen_talks(asked) if talk.domain in asked.calm]
-    calm = ReferenceConversations(
-        tuple(ReferenceConversation(talk.name, talk.domain, (0.0,)) for talk in talks), {}
-    )
-    calm.require_enough()
-    assert [len(half) for half in calm.split()] == [25, 25]
+    options = DriftOptions()
+    conversations = options.select_conversations()
+    scripts = [one for one in options.scripts_of(conversations) if one.domain in options.references]
+    rows = tuple(ReferenceConversation(script.name, script.domain, (0.0,)) for script in scripts)
+    reference = ReferenceConversations(rows, {})
+    reference.require_enough()
+    assert [len(half) for half in reference.split()] == [25, 25]
 
 
 def test_its_conversations_can_be_traced_and_its_page_names_every_domain(study, tiny_run, capsys):
@@ -129,14 +131,14 @@ def test_the_same_command_again_asks_nothing_and_finds_the_same(
         name: (study / name).read_bytes()
         for name in ("drift.json", "turns.jsonl", "reference.json", "drift.html")
     }
-    monkeypatch.setattr(dialogue, "_answer", None)
+    monkeypatch.setattr(runner, "_answer", None)
     main(told(tiny_run, scripts, study, "--json"))
     assert json.loads(capsys.readouterr().out)["arms"] == ARMS
     assert {name: (study / name).read_bytes() for name in before} == before
     assert "with seed 0, not 1" in refused(capsys, told(tiny_run, scripts, study, "--seed", "1"))
 
 
-def test_without_enough_calm_conversations_there_is_no_alarm_and_a_page_all_the_same(
+def test_without_enough_reference_conversations_there_is_no_alarm_and_a_page_all_the_same(
     tiny_run, scripts, tmp_path, capsys
 ):
     main(
@@ -173,7 +175,7 @@ def test_a_study_of_one_answer_is_measured_by_the_axis(tiny_run, scripts, tmp_pa
 
 def test_an_axis_without_caps_is_studied_as_the_model_is(tiny_run, scripts, tmp_path, capsys):
     asked = told(tiny_run, scripts, tmp_path / "plain", "--domains", "therapy", "--json")
-    del asked[asked.index("--cap") : asked.index("--cap") + 2]
+    del asked[asked.index("--arm") : asked.index("--arm") + 2]
     main(asked)
     content = json.loads(capsys.readouterr().out)
     assert content["arms"] == ARMS[:1]

@@ -6,14 +6,14 @@ import torch
 from families import save_tiny
 
 from personatlas.persona.errors import UserError
-from personatlas.steering.drift.embedding import embedder
+from personatlas.steering.drift.embedding import load_embedding
 
 
 def test_an_embedding_is_the_mean_over_the_texts_own_tokens_and_of_length_one(tmp_path):
     from transformers import AutoModel, AutoTokenizer
 
     folder = save_tiny(tmp_path / "tiny")
-    embed = embedder(str(folder), "cpu")
+    embed = load_embedding(str(folder), "cpu")
     texts = ["Hello.", "A much longer text than that."]
     found = embed(texts)
     assert np.linalg.norm(found, axis=1) == pytest.approx([1, 1])
@@ -26,4 +26,4 @@ def test_an_embedding_is_the_mean_over_the_texts_own_tokens_and_of_length_one(tm
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"--embedding .* cannot be loaded"):
-        embedder(str(tmp_path / "none"), "cpu")
+        load_embedding(str(tmp_path / "none"), "cpu")

@@ -1,4 +1,4 @@
-"""Traces of stored conversations: whose tokens are whose, what is left out, and the verb."""
+"""Traces of stored conversations: whose tokens are whose, what is left out, and the command."""
 
 import json
 import shutil
@@ -16,10 +16,9 @@ from personatlas.cli.app import main
 from personatlas.persona.axis import load_axis
 from personatlas.persona.errors import UserError
 from personatlas.persona.formats import Conversation, read_conversations
-from personatlas.persona.models.chat_template import chat_format
 from personatlas.steering.conversations.scripts import EVERYDAY, SCRIPTS
-from personatlas.steering.drift.trace import traced
 from personatlas.steering.drift_monitor import save_reference
+from personatlas.steering.traces import trace_conversations
 
 
 def chat(*answers):
@@ -35,13 +34,13 @@ def talk(name, *answers):
 
 def test_a_turn_is_the_mean_over_its_answers_tokens_in_one_reading_of_the_whole():
     model = tiny_model()
-    axis, form = axis_of(model), chat_format(model.tokenizer)
+    axis = axis_of(model)
     conversations = [talk("long", "I am here.", "Then nothing.", "So it goes."), talk("short", "Hi.")]
-    long, short = traced(model, form, axis, conversations)
+    long, short = trace_conversations(model, axis, conversations)
     assert [len(one.turns) for one in (long, short)] == [3, 1]
     assert (long.left_out, short.left_out) == (0, 0)
     for one in (long, short):
-        ids = torch.tensor([one.spans.ids])
+        ids = torch.tensor([one.ids])
         kept = []
         handle = model.blocks[axis.layer].register_forward_hook(
             lambda _m, _a, output, kept=kept: kept.append(
@@ -60,15 +59,15 @@ def test_a_turn_is_the_mean_over_its_answers_tokens_in_one_reading_of_the_whole(
 def test_turns_beyond_the_context_are_left_out_and_counted():
     model = tiny_model()
     room = model.hf.config.max_position_embeddings
-    axis, form = axis_of(model), chat_format(model.tokenizer)
-    (one,) = traced(model, form, axis, [talk("long", "Hi.", "word " * room, "Bye.")])
+    axis = axis_of(model)
+    (one,) = trace_conversations(model, axis, [talk("long", "Hi.", "word " * room, "Bye.")])
     assert (len(one.turns), one.left_out) == (1, 2)
     with pytest.raises(
         UserError, match=rf"long has no answer of an assistant that fits into the {room} tokens"
     ):
-        traced(model, form, axis, [talk("long", "word " * room)])
+        trace_conversations(model, axis, [talk("long", "word " * room)])
     with pytest.raises(UserError, match="has no answer of an assistant: there"):
-        traced(model, form, axis, [talk("none")])
+        trace_conversations(model, axis, [talk("none")])
 
 
 @pytest.fixture
@@ -93,7 +92,7 @@ def told(tiny_run, files, *more):
     ]
 
 
-def test_the_verb_says_z_of_every_turn_and_alarms_only_where_they_are_calibrated(tiny_run, files, capsys):
+def test_the_command_says_z_of_every_turn_and_alarms_only_where_they_are_calibrated(tiny_run, files, capsys):
     main(told(tiny_run, files, "--json"))
     content = json.loads(capsys.readouterr().out)
     (one,) = content["conversations"]
@@ -126,7 +125,7 @@ def test_what_cannot_be_traced_is_refused_in_one_line(tiny_run, files, capsys):
     assert "is no conversation" in refused(capsys, told(tiny_run, files))
 
 
-def test_a_calm_json_beside_the_axis_is_found_and_one_of_another_axis_is_refused(
+def test_a_reference_json_beside_the_axis_is_found_and_one_of_another_axis_is_refused(
     tiny_run, files, capsys, tmp_path
 ):
     run = shutil.copytree(tiny_run / "run", tmp_path / "beside")

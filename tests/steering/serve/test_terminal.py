@@ -16,12 +16,12 @@ from personatlas.cli.app import main
 from personatlas.persona.artifacts import read_json, write_json
 from personatlas.persona.axis import load_axis
 from personatlas.persona.formats import read_conversations
-from personatlas.steering.drift.trace import traced
 from personatlas.steering.drift_monitor import ReferenceConversation, save_reference
 from personatlas.steering.serve.distress_notice import shows_distress
 from personatlas.steering.serve.terminal.render import CONTROL, clean
 from personatlas.steering.serve.terminal.repl import ChatRepl
 from personatlas.steering.serve.terminal.session import ChatExchange, Transcript
+from personatlas.steering.traces import trace_conversations
 
 HOLD = {"temperature": 0.0, "max_tokens": 10}
 
@@ -136,7 +136,7 @@ def test_a_saved_conversation_is_read_by_trace_and_loaded_with_the_same_projecti
     assert [one["projection"] for one in kept] == [answer.persona.projection for answer in answers]
     assert [len(one["per_token"]) for one in kept] == [10, 10]
     held = repl.service.steered
-    (one,) = traced(held.model, held.chat, held.axis, read_conversations(path), lambda *_: None)
+    (one,) = trace_conversations(held.model, held.axis, read_conversations(path))
     loaded, out = talk(f"/load {path}", "/trace")
     for answer, turn in zip(loaded.session.transcript.answers, one.turns, strict=True):
         assert answer.persona.projection == pytest.approx(turn.projection, abs=1e-4)

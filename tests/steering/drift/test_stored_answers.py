@@ -1,4 +1,4 @@
-"""Conversations asked again with a cap off and on, and the pages of traces and replays."""
+"""Stored conversations run again: their answers beside the new ones; and the page of traces."""
 
 import json
 
@@ -8,7 +8,7 @@ from test_drift_monitor import reference_conversations
 
 from personatlas.cli.app import main
 from personatlas.persona.axis import load_axis
-from personatlas.steering.conversations import runner as dialogue
+from personatlas.steering.conversations import runner
 from personatlas.steering.drift_monitor import save_reference
 
 HOW = ["--device", "cpu", "--dtype", "float32"]
@@ -32,47 +32,40 @@ def chats(tmp_path):
     return path
 
 
-def told(tiny_run, chats, *more):
-    asked = [
-        "replay",
-        str(tiny_run / "tiny"),
-        str(chats),
-        "--axis",
-        str(tiny_run / "run"),
-        "--cap",
-        "p90@1,2",
-    ]
-    return [*asked, "--out", str(chats.parent / "again"), "--max-new-tokens", "4", *HOW, *more]
+def command(tiny_run, chats, *more):
+    model, run, out = (str(path) for path in (tiny_run / "tiny", tiny_run / "run", chats.parent / "again"))
+    arguments = ["drift", model, "--scripts", str(chats), "--axis", run, "--arm", "cap:p90@1,2", "--out", out]
+    return [*arguments, "--max-new-tokens", "4", *HOW, *more]
 
 
 def test_users_are_asked_again_and_stored_answers_stand_at_the_turn_that_they_follow(
     tiny_run, chats, capsys, monkeypatch
 ):
-    page = chats.parent / "replay.html"
-    main(told(tiny_run, chats, "--json", "--html", str(page)))
+    main(command(tiny_run, chats, "--json"))
     content = json.loads(capsys.readouterr().out)
-    assert content == json.loads((chats.parent / "again" / "replay.json").read_text())
-    assert content["arms"] == ["stored", "baseline", "capped"]
-    talk, script = content["conversations"]
-    assert [row["text"] for row in talk["arms"]["stored"].values()] == ["I am & was.", "Nothing."]
-    assert list(talk["arms"]["stored"]) == ["1", "2"]
-    assert list(talk["arms"]["capped"]) == ["1", "2", "3"]
+    stored = json.loads((chats.parent / "again" / "drift.json").read_text())["stored"]
+    assert content["stored"] == stored
+    talk, script = stored["conversations"]
+    assert list(talk["arms"]) == ["baseline", "capped", "stored"]
+    assert [row["text"] for row in talk["arms"]["stored"]] == ["I am & was.", "Nothing."]
+    assert [row["user"] for row in talk["arms"]["stored"]] == ["Hello <b>there</b>", "And then?"]
+    assert len(talk["arms"]["capped"]) == 3
     assert "stored" not in script["arms"]
-    assert list(script["arms"]["baseline"]) == ["1", "2"]
-    assert all(row["acted"] for row in talk["arms"]["capped"].values())
-    assert not any(row["acted"] for row in talk["arms"]["baseline"].values())
-    assert content["means"]["stored"]["n"] == 2
-    assert content["means"]["baseline"]["n"] == 5
+    assert len(script["arms"]["baseline"]) == 2
+    assert all(row["acted"] for row in talk["arms"]["capped"])
+    assert not any(row["acted"] for row in talk["arms"]["baseline"])
+    assert stored["mean"]["n"] == 2
+    assert content["means"]["all"]["baseline"]["n"] == 5
     rows = [json.loads(line) for line in (chats.parent / "again" / "turns.jsonl").read_text().splitlines()]
     assert {row["conversation"] for row in rows} == {"talk/0", "script/0"}
-    text = page.read_text()
+    text = (chats.parent / "again" / "drift.html").read_text()
     assert "Hello &lt;b&gt;there&lt;/b&gt;" in text
     assert "I am &amp; was." in text
-    monkeypatch.setattr(dialogue, "_answer", None)  # nothing is answered twice
-    main(told(tiny_run, chats))
+    monkeypatch.setattr(runner, "_answer", None)  # nothing is answered twice
+    main(command(tiny_run, chats))
     shown = " ".join(capsys.readouterr().out.split())
     assert "stored: mean projection" in shown
-    assert "beside baseline" in shown
+    assert "beside the baseline" in shown
 
 
 def test_with_a_calibrated_alarm_there_is_an_arm_whose_cap_acts_while_it_is_on(tiny_run, chats, capsys):
@@ -82,37 +75,24 @@ def test_with_a_calibrated_alarm_there_is_an_arm_whose_cap_acts_while_it_is_on(t
         for one in reference_conversations(axis)
     ]
     save_reference(chats.parent / "reference.json", axis, axis.model, high, {})
-    page = chats.parent / "replay.html"
-    main(
-        told(
-            tiny_run,
-            chats,
-            "--reference",
-            str(chats.parent / "reference.json"),
-            "--json",
-            "--html",
-            str(page),
-        )
-    )
+    main(command(tiny_run, chats, "--reference", str(chats.parent / "reference.json"), "--json"))
     content = json.loads(capsys.readouterr().out)
-    assert content["arms"] == ["stored", "baseline", "capped", "adaptive"]
-    own = list(content["conversations"][0]["arms"]["adaptive"].values())
-    assert [row["acted"] for row in own] == [
-        False,
-        True,
-        True,
-    ]  # every answer is far below calm ones like those
-    assert [row["raised"] for row in own] == [True, False, False]
-    assert content["conversations"][0]["arms"]["stored"]["1"]["alarm"]
-    assert content["asked"]["reference"].endswith("reference.json")
-    assert "drift begins" in page.read_text()
+    arms = content["stored"]["conversations"][0]["arms"]
+    assert list(arms) == ["stored", "baseline", "capped", "adaptive"]
+    assert content["arms"] == ["baseline", "capped", "adaptive"]
+    # every answer is far below references like those
+    assert [row["acted"] for row in arms["adaptive"]] == [False, True, True]
+    assert [row["raised"] for row in arms["adaptive"]] == [True, False, False]
+    assert arms["stored"][1]["alarm"]
+    assert content["watch"]["source"].endswith("reference.json")
+    assert "drift begins" in (chats.parent / "again" / "drift.html").read_text()
 
 
 def test_what_cannot_be_asked_again_is_refused_in_one_line(tiny_run, chats, capsys):
-    assert "--turns 0 is below 1" in refused(capsys, told(tiny_run, chats, "--turns", "0"))
-    assert "this is a folder" in refused(capsys, told(tiny_run, chats, "--html", str(chats.parent)))
-    missing = refused(capsys, told(tiny_run, chats.parent / "none.jsonl"))
-    assert "does not exist" in missing
+    assert "--turns 0 is below 1" in refused(capsys, command(tiny_run, chats, "--turns", "0"))
+    assert "does not exist" in refused(capsys, command(tiny_run, chats.parent / "none.jsonl"))
+    arguments = ["add:8@1" if text == "cap:p90@1,2" else text for text in command(tiny_run, chats)]
+    assert "a drift study takes a cap" in refused(capsys, arguments)
 
 
 def test_a_trace_is_a_page_with_every_token_of_the_answers(tiny_run, chats, capsys):
