@@ -12,7 +12,6 @@ import time
 
 import torch
 
-from personatlas.persona.models.chat_template import chat_format
 from personatlas.persona.models.load import load_model
 from personatlas.persona.pipeline.record import record
 from personatlas.persona.pipeline.stages import plan_rollouts
@@ -121,7 +120,7 @@ def main() -> None:
     options = parser.parse_args()
     gpu = torch.cuda.is_available()
     model, bank = load_model("smollm2-135m"), load_bank()
-    plan = plan_rollouts(bank, model, chat_format(model.tokenizer), Selection(), 0, options.chunk)
+    plan = plan_rollouts(bank, model, Selection(), 0, options.chunk)
     requests = [request for chunk in plan.chunks[1:] for request in chunk]
     step = max(len(requests) // options.rollouts, 1)
     chosen = sorted(requests[::step][: options.rollouts], key=lambda r: len(plan.prompt_ids[r.key]))

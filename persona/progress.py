@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.progress import (
@@ -19,6 +19,7 @@ from rich.progress import (
 EVERY = 10.0  # seconds between plain lines
 
 
+@runtime_checkable
 class Advance(Protocol):
     """Call it with how many more are done, and how many units (tokens) they were."""
 

@@ -1,23 +1,46 @@
 """Rollouts: what a model answered to one question under one role prompt, and the log that they are kept in.
 
-A rollout's key is "role/prompt/question/sample", for example "pirate/2/q014/0". The key and the run's seed determine the
-rollout's own seed, so the same key has the same prompt and the same random numbers whatever else is in the batch.
-`rollouts.jsonl` holds one rollout a line, with token ids: they are never tokenised again.
+    rollouts = read_rollouts(Path("runs/smollm2-135m"))
+    RolloutKey.parse("pirate/2/q014/0")            # role "pirate", prompt 2, question "q014", sample 0
+
+A rollout's key is "role/prompt/question/sample". The key and the run's seed determine the rollout's own seed, so
+the same key has the same prompt and the same random numbers whatever else is in the batch. `rollouts.jsonl` holds
+one rollout a line, with token ids: they are never tokenised again.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from personatlas.persona.errors import UserError
 from personatlas.persona.formats import Message
 from personatlas.persona.logs import read_lines
-from personatlas.persona.roles.bank import Bank, Question, Role, Trait
+from personatlas.persona.roles.bank import Bank, Role, Trait
 from personatlas.persona.roles.traits import is_pole, poles
 
-Chosen = TypeVar("Chosen")
+T = TypeVar("T")
+
+
+class RolloutKey(NamedTuple):
+    """The parts of a rollout's key: role or trait pole, prompt (0-based), question id, sample (0-based)."""
+
+    role: str
+    prompt: int
+    question: str
+    sample: int
+
+    @classmethod
+    def parse(cls, key: str) -> "RolloutKey":
+        """The parts of "pirate/2/q014/0". Raises `ValueError` for another form."""
+        parts = key.split("/")
+        if len(parts) != 4 or not parts[1].isdigit() or not parts[3].isdigit():
+            raise ValueError(f"{key!r} is not a rollout key: role/prompt/question/sample")
+        return cls(parts[0], int(parts[1]), parts[2], int(parts[3]))
+
+    def __str__(self) -> str:
+        return f"{self.role}/{self.prompt}/{self.question}/{self.sample}"
 
 
 @dataclass(frozen=True)
@@ -27,6 +50,11 @@ class Request:
     key: str
     messages: tuple[Message, ...]
     seed: int
+
+    @property
+    def parts(self) -> RolloutKey:
+        """The parts of the key."""
+        return RolloutKey.parse(self.key)
 
 
 @dataclass(frozen=True)
@@ -47,17 +75,22 @@ class Rollout:
 
     @property
     def role(self) -> str:
-        """The role's name, the first part of the key."""
-        return self.key.split("/", 1)[0]
+        """The role's name, or that of the trait's pole."""
+        return RolloutKey.parse(self.key).role
 
     @property
     def question(self) -> str:
-        """The question's id, the third part of the key."""
-        return self.key.split("/")[2]
+        """The question's id."""
+        return RolloutKey.parse(self.key).question
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of prompt and answer together."""
+        return len(self.prompt_ids) + len(self.answer_ids)
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was said: no tokens, or white space alone. Such answers are not recorded and count nowhere."""
+        """Whether there are no tokens, or white space alone. Such answers are not recorded and count nowhere."""
         return not self.answer_ids or not self.answer.strip()
 
     def to_json(self) -> dict[str, Any]:
@@ -66,23 +99,30 @@ class Rollout:
         del row["score"]
         return row
 
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> "Rollout":
+        """What `to_json` gave. Raises `KeyError` or `TypeError` for a row of another form."""
+        values = {name: row[name] for name in ("key", "answer", "seed", "stopped")}
+        values |= {name: tuple(row[name]) for name in ("messages", "prompt_ids", "answer_ids")}
+        return cls(**values)
+
 
 def seed_of(key: str, run_seed: int) -> int:
     """A rollout's seed, 0 <= seed < 2**62, from its key and the run's seed."""
     return int.from_bytes(hashlib.sha256(f"{run_seed}/{key}".encode()).digest()[:8], "big") >> 2
 
 
-def requests(bank: Bank, model_name: str, selection: "Selection", run_seed: int) -> list[Request]:
+def rollout_requests(bank: Bank, model_name: str, selection: "Selection", run_seed: int) -> list[Request]:
     """All rollouts of a selection, ordered by role, prompt, question and sample; the traits' poles come last."""
-    made = []
+    requests = []
     for role in (*selection.roles(bank), *selection.poles(bank)):
-        for number in selection.prompt_numbers(role):
-            for question in selection.chosen_questions(bank):
+        for prompt in selection.prompt_indices(role):
+            for question in bank.questions[: selection.questions]:
+                messages = role_messages(role, prompt, question.question, model_name)
                 for sample in range(selection.samples):
-                    key = f"{role.name}/{number}/{question.id}/{sample}"
-                    messages = role_messages(role, number, question.question, model_name)
-                    made.append(Request(key, messages, seed_of(key, run_seed)))
-    return made
+                    key = str(RolloutKey(role.name, prompt, question.id, sample))
+                    requests.append(Request(key, messages, seed_of(key, run_seed)))
+    return requests
 
 
 def role_messages(role: Role, prompt: int, question: str, model_name: str) -> tuple[Message, ...]:
@@ -131,17 +171,10 @@ class Selection:
         """The chosen traits' poles, positive and negative in turn."""
         return [pole for trait in self.traits(bank) for pole in poles(trait)]
 
-    def prompt_numbers(self, role: Role) -> range:
-        """Prompt numbers, 0-based. The default keeps all of its own: they are its whole population."""
-        return range(
-            len(role.prompts)
-            if role.is_default or self.prompts is None
-            else min(self.prompts, len(role.prompts))
-        )
-
-    def chosen_questions(self, bank: Bank) -> tuple[Question, ...]:
-        """The first `questions` of the bank."""
-        return bank.questions[: self.questions]
+    def prompt_indices(self, role: Role) -> range:
+        """Which prompts of a role. The default keeps all of its own: they are its whole population."""
+        n = len(role.prompts)
+        return range(n if role.is_default or self.prompts is None else min(self.prompts, n))
 
 
 def without_poles(rollouts: Iterable[Rollout]) -> list[Rollout]:
@@ -159,15 +192,18 @@ def read_rollouts(folder: Path) -> list[Rollout]:
 
     A key that stands twice with different answers is two runs mixed into one folder: `UserError`.
     """
-    found: dict[str, Rollout] = {}
+    rollouts: dict[str, Rollout] = {}
     for path in sorted(folder.glob("rollouts*.jsonl")):
         for row in read_lines(path):
-            rollout = _from_json(row, path)
-            if found.setdefault(rollout.key, rollout) != rollout:
+            try:
+                rollout = Rollout.from_json(row)
+            except (KeyError, TypeError) as error:
+                raise UserError(f"{path}: a line lacks a rollout's fields ({error})") from None
+            if rollouts.setdefault(rollout.key, rollout) != rollout:
                 raise UserError(
                     f"{path}: {rollout.key} is there twice with different answers: two runs were mixed"
                 )
-    return list(found.values())
+    return list(rollouts.values())
 
 
 def with_scores(rollouts: Iterable[Rollout], scores: dict[str, int | None]) -> list[Rollout]:
@@ -175,22 +211,7 @@ def with_scores(rollouts: Iterable[Rollout], scores: dict[str, int | None]) -> l
     return [replace(rollout, score=scores.get(rollout.key)) for rollout in rollouts]
 
 
-def spread(items: Sequence[Chosen], count: int | None) -> list[Chosen]:
+def spread(items: Sequence[T], count: int | None) -> list[T]:
     """An even spread of `count` over the items, in their order; all of them where there are no more, or for None."""
     count = len(items) if count is None else min(count, len(items))
     return [items[i * len(items) // count] for i in range(count)]
-
-
-def _from_json(row: dict[str, Any], path: Path) -> Rollout:
-    try:
-        return Rollout(
-            key=row["key"],
-            messages=tuple(row["messages"]),
-            prompt_ids=tuple(row["prompt_ids"]),
-            answer_ids=tuple(row["answer_ids"]),
-            answer=row["answer"],
-            seed=row["seed"],
-            stopped=row["stopped"],
-        )
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: a line lacks a rollout's fields ({error})") from None

@@ -39,6 +39,7 @@ from personatlas.analysis.stats import Array
 from personatlas.persona.axis import POLES, Axis, PersonaSpace
 from personatlas.persona.errors import UserError
 from personatlas.persona.pipeline.activations import Activations
+from personatlas.persona.rollout import RolloutKey
 
 LEVELS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 # replicates x rollouts x features x layers: below it, starting processes costs more than it saves
@@ -145,8 +146,8 @@ def _select(
     """The rollouts of a fit, grouped by role; group means come from the sums, which every layer has."""
     selected = set(keys)
     rows = [row for row, key in enumerate(activations.keys) if key in selected]
-    parts = [activations.keys[row].split("/") for row in rows]
-    roles = [part[0] for part in parts]
+    parts = [RolloutKey.parse(activations.keys[row]) for row in rows]
+    roles = [part.role for part in parts]
     if positive not in roles:
         raise UserError(f"role {positive!r} has no kept rollout, so it cannot be a pole")
     names = (positive, *(role for role in dict.fromkeys(roles) if role != positive))
@@ -155,11 +156,11 @@ def _select(
             f"only {len(names) - 1} other roles are left: a persona space needs at least {MIN_ROLES}"
         )
     role_index = {name: index for index, name in enumerate(names)}
-    question_index = {name: index for index, name in enumerate(sorted({part[2] for part in parts}))}
+    question_index = {name: index for index, name in enumerate(sorted({part.question for part in parts}))}
     groups = Groups(
         np.array([role_index[role] for role in roles]),
         names,
-        np.array([question_index[part[2]] for part in parts]),
+        np.array([question_index[part.question] for part in parts]),
     )
     means = []
     for name, count in zip(names, np.bincount(groups.index), strict=True):

@@ -21,7 +21,7 @@ from personatlas.analysis.fit.traits import fit_traits
 from personatlas.persona.artifacts import digest, read_json, write_json
 from personatlas.persona.axis import Axis, load_axis
 from personatlas.persona.errors import UserError
-from personatlas.persona.judges.base import KEEP, kept, read_scores, role_play_share
+from personatlas.persona.judges.base import SCORE_FILTERS, filter_by_score, read_scores, role_play_share
 from personatlas.persona.models.load import Model
 from personatlas.persona.options import FitOptions, JudgeOptions, ModelOptions, PlanOptions, given
 from personatlas.persona.pipeline.activations import Activations, load_activations
@@ -35,7 +35,7 @@ from personatlas.persona.pipeline.run_context import (
 from personatlas.persona.pipeline.stages import content_of
 from personatlas.persona.records import JsonObject
 from personatlas.persona.roles.traits import is_pole
-from personatlas.persona.rollout import Rollout, read_rollouts, with_scores, without_poles
+from personatlas.persona.rollout import Rollout, RolloutKey, read_rollouts, with_scores, without_poles
 from personatlas.persona.runs import open_run, resolve_axis
 
 
@@ -166,8 +166,8 @@ def _fit_roles(
     activations: Activations, rollouts: list[Rollout], default: str, options: FitOptions
 ) -> tuple[AxisFit, DroppedRollouts]:
     """The axis of the rollouts that pass the score filter, and what it dropped."""
-    score_filter = KEEP[options.keep]
-    passed, dropped = kept(rollouts, score_filter, default)
+    score_filter = SCORE_FILTERS[options.keep]
+    passed, dropped = filter_by_score(rollouts, score_filter, default)
     fit = fit_axis(
         activations,
         [rollout.key for rollout in passed],
@@ -216,8 +216,8 @@ def _write_report(folder: Path, fit: FitResult, *, force: bool = False) -> Path:
 
 def _require_options(options: FitOptions) -> None:
     """Raises `UserError` for options that no run allows."""
-    if options.keep not in KEEP:
-        raise UserError(f"--keep {options.keep!r} is not one of {', '.join(KEEP)}")
+    if options.keep not in SCORE_FILTERS:
+        raise UserError(f"--keep {options.keep!r} is not one of {', '.join(SCORE_FILTERS)}")
     if options.replicates < 0:
         raise UserError(f"--replicates {options.replicates} is below 0")
     if options.compare is not None:
@@ -226,8 +226,8 @@ def _require_options(options: FitOptions) -> None:
 
 def _require_enough_answers(keys: Sequence[str], options: FitOptions, n_layers: int) -> None:
     """Raises `UserError`, before the long steps, for what could only fail after them."""
-    counts = Counter(key.split("/", 1)[0] for key in keys if not is_pole(key))
-    score_filter, fewest = KEEP[options.keep], min(counts.values())
+    counts = Counter(RolloutKey.parse(key).role for key in keys if not is_pole(key))
+    score_filter, fewest = SCORE_FILTERS[options.keep], min(counts.values())
     if fewest < score_filter.minimum:
         raise UserError(
             f"--keep {score_filter.name} needs {score_filter.minimum} answers a role and this plan makes {fewest}; "

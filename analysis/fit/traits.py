@@ -24,6 +24,7 @@ from personatlas.persona.axis import Axis
 from personatlas.persona.errors import UserError
 from personatlas.persona.pipeline.activations import Activations
 from personatlas.persona.roles.traits import NEGATIVE, POSITIVE, TraitSpace
+from personatlas.persona.rollout import RolloutKey
 
 MIN_TRAITS = 3
 
@@ -69,7 +70,8 @@ def fit_traits(activations: Activations, axis: Axis, *, replicates: int = 100, s
         x = activations.rollout_means[:, activations.layers.index(layer)].double().numpy()
         counted = [scores is None or score in scores for score in activations.scores]
         poles = [
-            key.split("/", 1)[0] if use else "" for key, use in zip(activations.keys, counted, strict=True)
+            RolloutKey.parse(key).role if use else ""
+            for key, use in zip(activations.keys, counted, strict=True)
         ]
         rows, chance = _with_intervals(rows, x, poles, unit, replicates, seed)
     space = TraitSpace(

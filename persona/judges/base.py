@@ -7,7 +7,7 @@ judge could not decide is a `problem`, counted and asked again on the next run, 
 
     tally = judge_rollouts(rollouts, bank, RuleJudge(), folder / "scores.jsonl", None)
     rollouts = with_scores(rollouts, read_scores(folder / "scores.jsonl", tally.judge))
-    used, dropped = kept(rollouts, KEEP["small"], bank.default.name)
+    used, dropped = filter_by_score(rollouts, SCORE_FILTERS["small"], bank.default.name)
 """
 
 import contextlib
@@ -100,24 +100,20 @@ class Tally:
         return sum(counts[None] for counts in self.by_role.values())
 
 
-def items_of(rollouts: Sequence[Rollout], bank: Bank) -> list[Item]:
-    """What there is to judge: every rollout but the default's and those without text, which no score could save."""
-    default, items = bank.default.name, []
+def items_to_judge(rollouts: Sequence[Rollout], bank: Bank) -> list[Item]:
+    """Every rollout but the default's and those without text, which no score could save."""
+    items, roles = [], dict[str, Role]()
     for rollout in rollouts:
-        if rollout.role != default and not rollout.is_empty:
-            said = {message["role"]: message["content"] for message in rollout.messages}
-            role = played(bank, rollout.role)
-            items.append(
-                Item(rollout.key, role, said.get("system", ""), said.get("user", ""), rollout.answer)
-            )
+        name = rollout.role
+        if name == bank.default.name or rollout.is_empty:
+            continue
+        if name not in roles:
+            named = poles(bank.trait(name[1:])) if is_pole(name) else (bank.role(name),)
+            roles |= {role.name: role for role in named}
+        contents = {message["role"]: message["content"] for message in rollout.messages}
+        system, question = contents.get("system", ""), contents.get("user", "")
+        items.append(Item(rollout.key, roles[name], system, question, rollout.answer))
     return items
-
-
-def played(bank: Bank, name: str) -> Role:
-    """The role, or the trait's pole, that rollouts of that name play."""
-    if not is_pole(name):
-        return bank.role(name)
-    return next(pole for pole in poles(bank.trait(name[1:])) if pole.name == name)
 
 
 def judge_rollouts(
@@ -132,9 +128,9 @@ def judge_rollouts(
     Rows: key, judge, answer_sha (see `Item.sha`), score, reply, problem. An exception loses no verdict, a kill at most
     those that came within half a second of the last write; the next run asks only for the rest and for those with a
     problem. `progress` is called with the number of items just finished, first with those from the log; their sum is
-    `len(items_of(...))`.
+    `len(items_to_judge(...))`.
     """
-    items = {item.key: item for item in items_of(rollouts, bank)}
+    items = {item.key: item for item in items_to_judge(rollouts, bank)}
     log = _score_log(path, batched=True)
     done: dict[str, int] = {}
     for key, item in items.items():
@@ -188,7 +184,7 @@ def read_sides(path: Path, judge_id: str | None = None) -> dict[str, int | None]
 
 
 @dataclass(frozen=True)
-class Keep:
+class ScoreFilter:
     """Which scores are kept, and how many answers a role needs to be kept at all. Scores never drop the default."""
 
     name: str
@@ -196,24 +192,22 @@ class Keep:
     minimum: int
 
 
-KEEP = {
-    keep.name: keep
-    for keep in (
-        Keep("paper", frozenset({3}), 50),  # the paper repository's code
-        Keep(
-            "paper-soft", frozenset({2, 3}), 10
-        ),  # the paper's text: "fully" and "somewhat", at least 10 answers
-        Keep(
-            "small", frozenset({1, 2, 3}), 3
-        ),  # small models seldom play a role in full, small plans have few answers
-        Keep("all", frozenset({None, *SCORES}), 1),
+SCORE_FILTERS = {
+    score_filter.name: score_filter
+    for score_filter in (
+        ScoreFilter("paper", frozenset({3}), 50),  # the paper repository's code
+        # the paper's text: "fully" and "somewhat", at least 10 answers
+        ScoreFilter("paper-soft", frozenset({2, 3}), 10),
+        # small models seldom play a role in full, small plans have few answers
+        ScoreFilter("small", frozenset({1, 2, 3}), 3),
+        ScoreFilter("all", frozenset({None, *SCORES}), 1),
     )
 }
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """What `kept` left out: answers by role and score (None: unjudged), empty answers by role, whole roles with why.
+    """What `filter_by_score` left out: answers by role and score (None: unjudged), empty answers by role, whole roles with why.
 
     Answers that fell only because their whole role did are in no count: the role's reason says how many they were.
     """
@@ -231,30 +225,59 @@ class Dropped:
         return {"by_score": named, "empty": dict(self.empty), "roles": dict(self.roles)}
 
 
-def kept(rollouts: Sequence[Rollout], keep: Keep, default_name: str) -> tuple[list[Rollout], Dropped]:
+def filter_by_score(
+    rollouts: Sequence[Rollout], keep: ScoreFilter, default_name: str
+) -> tuple[list[Rollout], Dropped]:
     """The rollouts that a fit may use, in order, and what was left out.
 
     Empty answers (no tokens, or only white space) are always dropped, in the default too; scores drop none of the
-    default's. A role with fewer than `keep.minimum` answers left is dropped whole. Raises `UserError` when no default
-    answer or fewer than three other roles are left.
+    default's. A role with fewer than `keep.minimum` answers left is dropped whole. Raises `UserError` when no
+    default answer or fewer than three other roles are left.
     """
     dropped, total, left = Dropped(), Counter[str](), Counter[str]()
-    passed = []
+    passed: list[Rollout] = []
     for rollout in rollouts:
-        total[rollout.role] += 1
+        role = rollout.role
+        total[role] += 1
         if rollout.is_empty:
-            dropped.empty[rollout.role] += 1
-        elif rollout.role != default_name and rollout.score not in keep.scores:
-            dropped.by_score.setdefault(rollout.role, Counter())[rollout.score] += 1
+            dropped.empty[role] += 1
+        elif role != default_name and rollout.score not in keep.scores:
+            dropped.by_score.setdefault(role, Counter())[rollout.score] += 1
         else:
             passed.append(rollout)
-            left[rollout.role] += 1
+            left[role] += 1
+    minimum = max(keep.minimum, 1)
     for role in total:
-        if role != default_name and left[role] < max(keep.minimum, 1):
-            none = "none" if left[role] == 0 else f"only {left[role]}"
-            dropped.roles[role] = f"{none} of its {total[role]} answers left, {max(keep.minimum, 1)} needed"
-    _require_enough(total, left, dropped, keep, default_name)
+        if role != default_name and left[role] < minimum:
+            some = "none" if left[role] == 0 else f"only {left[role]}"
+            dropped.roles[role] = f"{some} of its {total[role]} answers left, {minimum} needed"
+    n = total[default_name]
+    if left[default_name] == 0:
+        reason = f"all {n} of its answers are empty" if n else "it has no rollouts"
+        raise UserError(
+            f"nothing is left of the default role {default_name!r}: {reason}; make more rollouts of it"
+        )
+    roles = [role for role in total if role != default_name and role not in dropped.roles]
+    if len(roles) < 3:
+        raise UserError(_too_few_roles(len(roles), len(total) - (n > 0), dropped, keep))
     return [rollout for rollout in passed if rollout.role not in dropped.roles], dropped
+
+
+def _too_few_roles(left: int, total: int, dropped: Dropped, keep: ScoreFilter) -> str:
+    """What to do when fewer than three roles are left."""
+    unjudged = sum(counts[None] for counts in dropped.by_score.values())
+    some = "; ".join(f"{role}: {why}" for role, why in list(dropped.roles.items())[:3])
+    softer = " or ".join(
+        repr(other.name)
+        for other in SCORE_FILTERS.values()
+        if other.scores >= keep.scores and other.minimum < keep.minimum
+    )
+    return (
+        f"only {left} of {total} roles are left and 3 are needed, keeping {keep.name!r}"
+        f"{f' ({some})' if some else ''}; "
+        + (f"{unjudged} answers have no score: judge them" if unjudged else "make more rollouts")
+        + (f", or keep {softer}" if softer else "")
+    )
 
 
 class Share(NamedTuple):
@@ -293,34 +316,3 @@ def _score_log(path: Path, *, batched: bool = False) -> ResultCache:
         return f"a score: key, judge and a score of 0-{highest} or null are needed"
 
     return ResultCache(path, ("judge", "key"), check=check, batched=batched)
-
-
-def _require_enough(
-    total: Counter[str], left: Counter[str], dropped: Dropped, keep: Keep, default_name: str
-) -> None:
-    if left[default_name] == 0:
-        run_conversations = (
-            f"all {total[default_name]} of its answers are empty"
-            if total[default_name]
-            else "it has no rollouts"
-        )
-        raise UserError(
-            f"nothing is left of the default role {default_name!r}: {run_conversations}; make more rollouts of it"
-        )
-    roles = [role for role in total if role != default_name and role not in dropped.roles]
-    if len(roles) >= 3:
-        return
-    unjudged = sum(counts[None] for counts in dropped.by_score.values())
-    some = "; ".join(f"{role}: {why}" for role, why in list(dropped.roles.items())[:3])
-    raise UserError(
-        f"only {len(roles)} of {len(total) - (default_name in total)} roles are left and 3 are needed, keeping "
-        f"{keep.name!r}{f' ({some})' if some else ''}; "
-        + (f"{unjudged} answers have no score: judge them" if unjudged else "make more rollouts")
-        + (f", or keep {_softer(keep)}" if _softer(keep) else "")
-    )
-
-
-def _softer(keep: Keep) -> str:
-    """The presets that let more through than this one."""
-    softer = [repr(k.name) for k in KEEP.values() if k.scores >= keep.scores and k.minimum < keep.minimum]
-    return " or ".join(softer)

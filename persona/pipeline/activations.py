@@ -114,7 +114,7 @@ def cell_sums(
     return tuple(members), count, mean, square
 
 
-def join(parts: Sequence[Activations]) -> Activations:
+def join_activations(parts: Sequence[Activations]) -> Activations:
     """Activations of disjoint sets of roles put together in order; every part must come from one model and one choice of layers."""
     first = parts[0]
     cells = tuple(cell for part in parts for cell in part.cells)

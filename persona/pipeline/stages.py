@@ -1,38 +1,41 @@
 """The long steps of a run: rollouts, then scores, then activations. Each resumes, and each can be shared by ranks.
 
-A step's work is cut into chunks that depend on the plan alone. Rollouts are cut after sorting by prompt length (length
-buckets); a chunk that was interrupted is sampled again whole, with what it already gave thrown away, so that a resumed
-run gives the answers of an uninterrupted one bit for bit. Recording is cut by role, one part file a chunk.
+    plan = plan_rollouts(bank, model, Selection(n_roles=48), seed=0, chunk=64)
+    log = RolloutLog(run.folder, world)
+    make_rollouts(plan, log, model, sampler, range(len(plan.chunks)))
+    activations = make_activations(run, model, log.select(plan.keys), world)
+
+A step's work is cut into chunks that depend on the plan alone. Rollouts are cut after sorting by prompt length; a
+chunk that was interrupted is sampled again whole, with what it already gave thrown away, so that a resumed run gives
+the answers of an uninterrupted one bit for bit. Recording is cut by role, one part file a chunk.
 """
 
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from personatlas.persona.distributed import World
 from personatlas.persona.errors import UserError
 from personatlas.persona.logs import append_lines, read_lines
-from personatlas.persona.models.chat_template import ChatFormat
 from personatlas.persona.models.load import Model
 from personatlas.persona.pipeline.activations import (
     Activations,
     cell_sums,
-    join,
+    join_activations,
     kept_layers,
     load_activations,
 )
 from personatlas.persona.pipeline.record import compiled, record, worth_compiling
-from personatlas.persona.progress import progress
+from personatlas.persona.progress import Advance, progress
 from personatlas.persona.roles.bank import Bank
 from personatlas.persona.roles.traits import is_pole
-from personatlas.persona.rollout import Request, Rollout, Selection, read_rollouts, requests
+from personatlas.persona.rollout import Request, Rollout, Selection, read_rollouts, rollout_requests
 from personatlas.persona.runs import RunFolder
-from personatlas.persona.sampling.sampler import Answer, Prompt, Sampler
+from personatlas.persona.sampling.sampler import Prompt, Sampler
 
 CPU_CHUNK, GPU_CHUNK = 64, 16384
 PART_ROLLOUTS, PART_BYTES = 1024, 1 << 30
@@ -40,8 +43,8 @@ GATE_ROLES, GATE_QUESTIONS, GATE_FROM = 8, 2, 200
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Every rollout of a run, cut into chunks. `gate` is the number of leading chunks (0 or 1) that try a few roles."""
+class RolloutPlan:
+    """Every rollout of a run, cut into chunks. `gate` is how many leading chunks (0 or 1) try a few roles."""
 
     chunks: tuple[tuple[Request, ...], ...]
     prompt_ids: dict[str, tuple[int, ...]]
@@ -53,69 +56,100 @@ class Plan:
         return [request.key for chunk in self.chunks for request in chunk]
 
 
-def plan_rollouts(
-    bank: Bank, model: Model, chat: ChatFormat, selection: Selection, seed: int, size: int
-) -> Plan:
-    """Cut a selection into chunks of `size`: first a few roles that show whether the model role-plays, then all by length.
+def plan_rollouts(bank: Bank, model: Model, selection: Selection, seed: int, chunk: int) -> RolloutPlan:
+    """Cuts a selection into chunks: first a few roles that show whether the model plays roles, then all by length.
 
     Traits have chunks of their own, after the roles': adding them to a run changes nothing of what is there.
     """
-    wanted = requests(bank, model.name, selection, seed)
-    prompt_ids = {request.key: tuple(chat.prompt_ids(list(request.messages))) for request in wanted}
-    of_roles = [request for request in wanted if not is_pole(request.key)]
+    requests = rollout_requests(bank, model.name, selection, seed)
+    prompt_ids = {request.key: tuple(model.chat.prompt_ids(request.messages)) for request in requests}
+    of_roles = [request for request in requests if not is_pole(request.key)]
     gate = _gate(of_roles) if len(of_roles) >= GATE_FROM else []
-    tried = {request.key for request in gate}
+    in_gate = {request.key for request in gate}
     chunks = [tuple(gate)] if gate else []
-    for part in ([r for r in of_roles if r.key not in tried], [r for r in wanted if is_pole(r.key)]):
+    for part in ([r for r in of_roles if r.key not in in_gate], [r for r in requests if is_pole(r.key)]):
         rest = sorted(part, key=lambda r: (len(prompt_ids[r.key]), r.key))
-        chunks += [tuple(rest[i : i + size]) for i in range(0, len(rest), size)]
-    return Plan(tuple(chunks), prompt_ids, int(bool(gate)))
+        chunks += [tuple(rest[i : i + chunk]) for i in range(0, len(rest), chunk)]
+    return RolloutPlan(tuple(chunks), prompt_ids, int(bool(gate)))
 
 
-def make_rollouts(
-    run: RunFolder, plan: Plan, model: Model, sampler: Sampler, world: World, chunks: range
-) -> None:
-    """Sample what is missing in those chunks of the plan and append it to this rank's log, answer by answer."""
-    done = {rollout.key for rollout in read_rollouts(run.folder)}
-    path = run.folder / ("rollouts.jsonl" if world.size == 1 else f"rollouts.{world.rank:04d}.jsonl")
-    mine = [plan.chunks[i] for i in chunks if world.owns(i)]
-    there = sum(request.key in done for chunk in mine for request in chunk)
-    with progress("rollouts", sum(map(len, mine)), "tokens", done=there, quiet=world.rank > 0) as advance:
-        for chunk in mine:
+def _gate(requests: Sequence[Request]) -> list[Request]:
+    """The first prompt and questions of a few roles spread over the plan, the default left out."""
+    roles = list(dict.fromkeys(request.parts.role for request in requests))[1:]
+    selected = {roles[i * len(roles) // GATE_ROLES] for i in range(GATE_ROLES)} if roles else set()
+    first = [
+        request
+        for request in requests
+        if (parts := request.parts).role in selected and parts.prompt == parts.sample == 0
+    ]
+    questions = list(dict.fromkeys(request.parts.question for request in first))[:GATE_QUESTIONS]
+    return [request for request in first if request.parts.question in questions]
+
+
+class RolloutLog:
+    """The rollouts of a run folder: parsed once, and kept up with what this process appends to its own log."""
+
+    def __init__(self, folder: Path, world: World) -> None:
+        self.folder, self.world = folder, world
+        name = "rollouts.jsonl" if world.size == 1 else f"rollouts.{world.rank:04d}.jsonl"
+        self.path = folder / name
+        self.reload()
+
+    def reload(self) -> None:
+        """Reads what is there again, which the logs of other processes need."""
+        self.rollouts = {rollout.key: rollout for rollout in read_rollouts(self.folder)}
+
+    def append(self, rollout: Rollout) -> None:
+        """Adds one rollout."""
+        append_lines(self.path, [rollout.to_json()], sync=False)
+        self.rollouts[rollout.key] = rollout
+
+    def merge(self) -> None:
+        """Puts the ranks' logs into one, after all are done. A crash in between leaves equal lines twice: harmless."""
+        self.world.barrier()
+        shards = sorted(self.folder.glob("rollouts.*.jsonl"))
+        if self.world.rank == 0 and shards:
+            log = self.folder / "rollouts.jsonl"
+            merged = {row["key"] for row in read_lines(log)}
+            append_lines(log, [r.to_json() for r in read_rollouts(self.folder) if r.key not in merged])
+            for shard in shards:
+                shard.unlink()
+        self.world.barrier()
+        if self.world.size > 1:
+            self.reload()
+
+    def select(self, keys: Iterable[str]) -> list[Rollout]:
+        """Those rollouts, sorted by key; `UserError` when some are missing."""
+        keys = sorted(keys)
+        missing = [key for key in keys if key not in self.rollouts]
+        if missing:
+            raise UserError(
+                f"{self.folder} lacks {len(missing)} rollouts, such as {missing[0]}; run the rollout step again"
+            )
+        return [self.rollouts[key] for key in keys]
+
+
+def make_rollouts(plan: RolloutPlan, log: RolloutLog, model: Model, sampler: Sampler, chunks: range) -> None:
+    """Samples what is missing in this rank's share of those chunks and appends it to the log, answer by answer."""
+    own = [plan.chunks[i] for i in chunks if log.world.owns(i)]
+    done = {request.key for chunk in own for request in chunk if request.key in log.rollouts}
+    quiet = log.world.rank > 0
+    with progress("rollouts", sum(map(len, own)), "tokens", done=len(done), quiet=quiet) as advance:
+        for chunk in own:
             if all(request.key in done for request in chunk):
                 continue
             prompts = [Prompt(plan.prompt_ids[request.key], request.seed) for request in chunk]
             for answer in sampler.answers(prompts):
-                request = chunk[answer.index]
+                request, prompt = chunk[answer.index], prompts[answer.index]
                 if request.key in done:
                     continue
-                rollout = _rollout(request, prompts[answer.index], answer, model)
-                append_lines(path, [rollout.to_json()], sync=False)
+                text, stopped = model.decode(answer.ids), answer.stopped
+                log.append(
+                    Rollout(
+                        request.key, request.messages, prompt.ids, answer.ids, text, request.seed, stopped
+                    )
+                )
                 advance(1, len(answer.ids) + 1)
-
-
-def merge_rollouts(run: RunFolder, world: World) -> None:
-    """Put the ranks' logs into one, after all of them are done. A crash in between leaves equal lines twice: harmless."""
-    world.barrier()
-    shards = sorted(run.folder.glob("rollouts.*.jsonl"))
-    if world.rank == 0 and shards:
-        log = run.folder / "rollouts.jsonl"
-        there = {row["key"] for row in read_lines(log)}
-        append_lines(log, [r.to_json() for r in read_rollouts(run.folder) if r.key not in there])
-        for shard in shards:
-            shard.unlink()
-    world.barrier()
-
-
-def planned(run: RunFolder, plan_keys: Sequence[str]) -> list[Rollout]:
-    """The plan's rollouts in the plan's order; `UserError` when some are missing."""
-    found = {rollout.key: rollout for rollout in read_rollouts(run.folder)}
-    missing = [key for key in plan_keys if key not in found]
-    if missing:
-        raise UserError(
-            f"{run.folder} lacks {len(missing)} rollouts, such as {missing[0]}; run the rollout step again"
-        )
-    return [found[key] for key in sorted(plan_keys)]
 
 
 def content_of(rollouts: Sequence[Rollout]) -> str:
@@ -129,51 +163,52 @@ def content_of(rollouts: Sequence[Rollout]) -> str:
 def make_activations(
     run: RunFolder, model: Model, rollouts: Sequence[Rollout], world: World, name: str = "activations"
 ) -> Activations:
-    """Record those rollouts (empty answers left out) and write the artefact `name`; returns at once if that is done already."""
+    """Records those rollouts (empty answers left out) and writes the artefact `name`, unless it is there already."""
     stem = run.folder / name
-    spoken = [rollout for rollout in rollouts if not rollout.is_empty]
-    if not spoken:
+    rollouts = [rollout for rollout in rollouts if not rollout.is_empty]
+    if not rollouts:
         raise UserError(f"{run.folder}: every answer is empty; nothing to record")
-    layers = kept_layers(model.n_layers, model.d_model, len(spoken))
-    content = content_of(spoken)
-    if _recorded(stem, content, layers):
+    layers = kept_layers(model.n_layers, model.d_model, len(rollouts))
+    content = content_of(rollouts)
+    if _is_recorded(stem, content, layers):
         return load_activations(stem)
-    parts = _parts(spoken, part_rollouts(model))
+    parts = _parts(rollouts, part_rollouts(model))
     folder = run.folder / f"{name}.parts"
     folder.mkdir(exist_ok=True)
-    mine = [rollout for i, part in enumerate(parts) if world.owns(i) for rollout in part]
-    compile = worth_compiling(model, sum(len(r.prompt_ids) + len(r.answer_ids) for r in mine))
+    own = [rollout for i, part in enumerate(parts) if world.owns(i) for rollout in part]
+    compile = worth_compiling(model, sum(rollout.n_tokens for rollout in own))
+    title = "recording" if name == "activations" else "recording traits"
     with (
-        progress(
-            "recording" if name == "activations" else "recording traits",
-            len(mine),
-            "tokens",
-            quiet=world.rank > 0,
-        ) as advance,
+        progress(title, len(own), "tokens", quiet=world.rank > 0) as advance,
         compiled(model, enabled=compile),
     ):
         for number, part in enumerate(parts):
-            if world.owns(number):
-                part_stem = folder / f"{number:05d}"
-                part_content = content_of(part)
-                if not _recorded(part_stem, part_content, layers):
-                    _record_part(model, part, layers, part_content, advance).save(part_stem)
+            part_stem, part_content = folder / f"{number:05d}", content_of(part)
+            if world.owns(number) and not _is_recorded(part_stem, part_content, layers):
+                _record_part(model, part, layers, part_content, advance).save(part_stem)
     world.barrier()
     if world.rank == 0:
-        whole = join([_whole_part(folder / f"{number:05d}", part) for number, part in enumerate(parts)])
-        replace(whole, content=content).save(stem)
+        recorded = []
+        for number, part in enumerate(parts):
+            recorded.append(load_activations(folder / f"{number:05d}"))
+            if recorded[-1].content != content_of(part):
+                raise UserError(
+                    f"{folder / f'{number:05d}'}: another process recorded other answers or scores than this one "
+                    "has; run it again"
+                )
+        replace(join_activations(recorded), content=content).save(stem)
         shutil.rmtree(folder)
     world.barrier()
     return load_activations(stem)
 
 
 def _record_part(
-    model: Model, part: Sequence[Rollout], layers: tuple[int, ...], content: str, advance: Any
+    model: Model, part: Sequence[Rollout], layers: tuple[int, ...], content: str, advance: Advance
 ) -> Activations:
     means = torch.empty(len(part), model.n_layers, model.d_model)
     for indices, batch in record(model, part, compile=False):  # the caller has compiled if it pays
         means[indices] = batch
-        advance(len(indices), sum(len(part[i].prompt_ids) + len(part[i].answer_ids) for i in indices))
+        advance(len(indices), sum(part[i].n_tokens for i in indices))
     cells, count, mean, square = cell_sums([(rollout.role, rollout.score) for rollout in part], means)
     return Activations(
         cells=cells,
@@ -189,20 +224,11 @@ def _record_part(
     )
 
 
-def _whole_part(stem: Path, part: Sequence[Rollout]) -> Activations:
-    found = load_activations(stem)
-    if found.content != content_of(part):
-        raise UserError(
-            f"{stem}: another process recorded other answers or scores than this one has; run it again"
-        )
-    return found
-
-
-def _recorded(stem: Path, content: str, layers: tuple[int, ...]) -> bool:
+def _is_recorded(stem: Path, content: str, layers: tuple[int, ...]) -> bool:
     if not stem.with_name(stem.name + ".json").exists():
         return False
-    there = load_activations(stem)
-    return there.content == content and there.layers == layers
+    activations = load_activations(stem)
+    return activations.content == content and activations.layers == layers
 
 
 def part_rollouts(model: Model) -> int:
@@ -224,21 +250,3 @@ def _parts(rollouts: Sequence[Rollout], size: int) -> list[list[Rollout]]:
         else:
             parts.append(list(by_role[role]))
     return parts
-
-
-def _gate(wanted: Sequence[Request]) -> list[Request]:
-    """The first prompt and questions of a few roles spread over the plan, the default left out."""
-    roles = list(dict.fromkeys(request.key.split("/")[0] for request in wanted))[1:]
-    chosen = {roles[i * len(roles) // GATE_ROLES] for i in range(GATE_ROLES)} if roles else set()
-    first = [
-        r
-        for r in wanted
-        if r.key.split("/")[0] in chosen and r.key.split("/")[1] == "0" and r.key.endswith("/0")
-    ]
-    asked = list(dict.fromkeys(request.key.split("/")[2] for request in first))[:GATE_QUESTIONS]
-    return [request for request in first if request.key.split("/")[2] in asked]
-
-
-def _rollout(request: Request, prompt: Prompt, answer: Answer, model: Model) -> Rollout:
-    text = model.decode(answer.ids)
-    return Rollout(request.key, request.messages, prompt.ids, answer.ids, text, request.seed, answer.stopped)

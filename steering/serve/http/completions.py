@@ -232,4 +232,4 @@ class TextCompletion(_Completion[CompletionRequest]):
 
     def _decode(self, ids: Sequence[int]) -> str:
         decode = self.service.model.tokenizer.decode
-        return decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return str(decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -30,7 +30,7 @@ from personatlas.persona.errors import UserError
 from personatlas.persona.pipeline.activations import (
     Activations,
     cell_sums,
-    join,
+    join_activations,
     kept_layers,
     load_activations,
 )
@@ -199,7 +199,7 @@ def test_sums_do_not_depend_on_order_and_parts_join(tmp_path):
         as_activations(x[groups.index == r], Groups(np.zeros((groups.index == r).sum(), int), (name,)))
         for r, name in enumerate(groups.names)
     ]
-    assert torch.equal(join(parts).mean, whole.mean)
+    assert torch.equal(join_activations(parts).mean, whole.mean)
     whole.save(tmp_path / "activations")
     again = load_activations(tmp_path / "activations")
     assert again.cells == whole.cells

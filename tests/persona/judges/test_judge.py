@@ -9,13 +9,13 @@ import pytest
 
 from personatlas.persona.errors import UserError
 from personatlas.persona.judges.base import (
-    KEEP,
+    SCORE_FILTERS,
     Item,
-    Keep,
+    ScoreFilter,
     Verdict,
-    items_of,
+    filter_by_score,
+    items_to_judge,
     judge_rollouts,
-    kept,
     read_scores,
     role_play_share,
 )
@@ -266,7 +266,7 @@ class Scripted:
 
 def test_the_default_and_answers_without_text_are_not_judged() -> None:
     rollouts = [*a_run(1), rollout("pirate/0/q001/7", ""), rollout("pirate/0/q001/8", " \n")]
-    items = items_of(rollouts, small_bank())
+    items = items_to_judge(rollouts, small_bank())
     assert [item.key for item in items] == [f"{role}/0/q001/0" for role in ROLES]
     assert (items[0].prompt, items[0].question) == ("Play pirate/0/q001/0.", SEA)
 
@@ -368,7 +368,7 @@ def scored(scores: dict[str, list[int | None]]) -> list[Rollout]:
 
 def test_keep_drops_answers_by_score_and_roles_that_are_left_with_too_few() -> None:
     rollouts = scored({"a": [3, 1, 2, 0], "b": [3, 3, 3], "c": [1, 1, 1, None], "d": [0, 0], "e": [1, 3]})
-    left, dropped = kept(rollouts, KEEP["small"], "default")
+    left, dropped = filter_by_score(rollouts, SCORE_FILTERS["small"], "default")
     assert [r.role for r in left] == ["default"] * 2 + ["a"] * 3 + ["b"] * 3 + ["c"] * 3
     assert dropped.by_score == {"a": {0: 1}, "c": {None: 1}, "d": {0: 2}}
     assert dropped.roles == {
@@ -381,10 +381,10 @@ def test_keep_drops_answers_by_score_and_roles_that_are_left_with_too_few() -> N
 def test_the_default_is_never_filtered_by_score_but_empty_answers_always_go() -> None:
     empty = [rollout("default/0/q001/8", ""), rollout("a/0/q001/9", "", 3)]
     rollouts = scored({role: [3] * 3 for role in "abc"}) + empty
-    left, dropped = kept(rollouts, Keep("mine", frozenset({3}), 1), "default")
+    left, dropped = filter_by_score(rollouts, ScoreFilter("mine", frozenset({3}), 1), "default")
     assert len(left) == len(rollouts) - 2
     assert dropped.empty == {"default": 1, "a": 1}
-    left, dropped = kept(rollouts, KEEP["all"], "default")
+    left, dropped = filter_by_score(rollouts, SCORE_FILTERS["all"], "default")
     assert (len(left), dropped.roles) == (len(rollouts) - 2, {})
 
 
@@ -392,20 +392,20 @@ def test_too_few_roles_is_one_line_that_says_what_to_do() -> None:
     with pytest.raises(
         UserError, match=r"only 0 of 3 roles are left.*more rollouts, or keep 'paper-soft'"
     ) as error:
-        kept(scored({role: [3] * 5 for role in "abc"}), KEEP["paper"], "default")
+        filter_by_score(scored({role: [3] * 5 for role in "abc"}), SCORE_FILTERS["paper"], "default")
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="15 answers have no score: judge them, or keep 'all'"):
-        kept(scored({role: [None] * 5 for role in "abc"}), KEEP["small"], "default")
+        filter_by_score(scored({role: [None] * 5 for role in "abc"}), SCORE_FILTERS["small"], "default")
     with pytest.raises(UserError, match="only 2 of 2 roles are left and 3 are needed"):
-        kept(scored({role: [3] * 5 for role in "ab"}), KEEP["all"], "default")
+        filter_by_score(scored({role: [3] * 5 for role in "ab"}), SCORE_FILTERS["all"], "default")
 
 
 def test_a_default_without_answers_is_one_line() -> None:
     roles = [r for r in scored({role: [3] for role in "abc"}) if r.role != "default"]
     with pytest.raises(UserError, match="it has no rollouts"):
-        kept(roles, KEEP["all"], "default")
+        filter_by_score(roles, SCORE_FILTERS["all"], "default")
     with pytest.raises(UserError, match="all 1 of its answers are empty"):
-        kept([*roles, rollout("default/0/q001/0", "")], KEEP["all"], "default")
+        filter_by_score([*roles, rollout("default/0/q001/0", "")], SCORE_FILTERS["all"], "default")
 
 
 def test_the_share_of_role_play_has_its_wilson_interval() -> None:

@@ -18,7 +18,6 @@ import torch
 from families import TEMPLATE, save_tiny, tiny_model
 
 from personatlas.cli.app import main
-from personatlas.persona.models.chat_template import chat_format
 from personatlas.persona.pipeline import stages
 from personatlas.persona.pipeline.stages import plan_rollouts
 from personatlas.persona.roles.bank import load_bank
@@ -403,10 +402,9 @@ def test_answers_that_would_not_fit_are_refused_before_the_run_is_begun(place, c
 
 def test_the_same_key_has_the_same_prompt_and_seed_in_every_selection(place):
     bank, model = load_bank(place / "bank"), tiny_model()
-    chat = chat_format(model.tokenizer)
 
     def planned(selection, seed=0, size=7):
-        plan = plan_rollouts(bank, model, chat, selection, seed, size)
+        plan = plan_rollouts(bank, model, selection, seed, size)
         made = {r.key: (r.seed, r.messages, plan.prompt_ids[r.key]) for chunk in plan.chunks for r in chunk}
         assert len(made) == len(plan.keys)
         return made

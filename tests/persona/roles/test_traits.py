@@ -15,7 +15,7 @@ from personatlas.persona.errors import UserError
 from personatlas.persona.pipeline.activations import Activations, cell_sums
 from personatlas.persona.roles.bank import Bank, Question, Role, Trait
 from personatlas.persona.roles.traits import is_pole, load_traits, poles
-from personatlas.persona.rollout import Selection, requests
+from personatlas.persona.rollout import Selection, rollout_requests
 from personatlas.persona.runs import packaged_axes, packaged_axis_folder, resolve_axis
 
 D, L, EACH = 24, 3, 30
@@ -157,9 +157,9 @@ def test_poles_are_rolled_out_after_the_roles_and_only_when_asked_for():
     assert is_pole("+calm")
     assert is_pole("-calm/0/q0/0")
     assert not is_pole("calm")
-    plain = [request.key for request in requests(BANK, "m", Selection(), 0)]
+    plain = [request.key for request in rollout_requests(BANK, "m", Selection(), 0)]
     assert not any(is_pole(key) for key in plain)
-    both = [request.key for request in requests(BANK, "m", Selection(with_traits=True), 0)]
+    both = [request.key for request in rollout_requests(BANK, "m", Selection(with_traits=True), 0)]
     assert both[: len(plain)] == plain
     assert both[len(plain) :][:5] == [
         "+calm/0/q0/0",
@@ -168,7 +168,9 @@ def test_poles_are_rolled_out_after_the_roles_and_only_when_asked_for():
         "+calm/1/q1/0",
         "-calm/0/q0/0",
     ]
-    one = requests(BANK, "m", Selection(with_traits=True, trait_names=("terse",), prompts=1, questions=1), 0)
+    one = rollout_requests(
+        BANK, "m", Selection(with_traits=True, trait_names=("terse",), prompts=1, questions=1), 0
+    )
     assert [request.key for request in one][-2:] == ["+terse/0/q0/0", "-terse/0/q0/0"]
     assert one[-1].messages[0]["content"] == "Go on and on."
 
