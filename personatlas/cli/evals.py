@@ -6,7 +6,6 @@ personatlas eval smollm2-135m --arm cap:assistant --inspect task.py@name --limit
 personatlas eval --compare baseline.eval capped.eval
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -18,10 +17,10 @@ from personatlas.cli.output import print_json
 from personatlas.persona.errors import UserError
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.runs import default_folder, find_axis
-from personatlas.steering.evals.options import EvalOptions
+from personatlas.steering.evals.options import EvalOptions, InspectOptions, LmEvalOptions
 
 if TYPE_CHECKING:
-    from inspect_ai.log import EvalLog
+    from personatlas.steering.evals.harnesses.inspect_compare import InspectComparison
 
 T = TypeVar("T")
 HIDDEN = Parameter(parse=False)
@@ -120,10 +119,16 @@ def eval_(
     if tasks.compare is not None:
         if model or tasks.inspect or tasks.lm_eval or suite:
             raise UserError("--compare takes two logs of Inspect, and no MODEL or task beside them")
-        from personatlas.steering.evals.harnesses.inspect_compare import read_log, require_inspect
+        from personatlas.steering.evals.harnesses.inspect_compare import (
+            compare_inspect_arms,
+            read_inspect_arm,
+            read_inspect_log,
+            require_inspect,
+        )
 
         require_inspect()
-        _print_logs([read_log(path) for path in tasks.compare], json)
+        before, after = (read_inspect_arm(read_inspect_log(path)) for path in tasks.compare)
+        _print_inspect(compare_inspect_arms(before, after), json)
     elif model is None:
         raise UserError("give MODEL, or two logs of Inspect with --compare BEFORE AFTER")
     elif tasks.inspect is not None:
@@ -185,40 +190,22 @@ def _lm_eval(
 ) -> None:
     """Runs tasks of lm-eval; on the baseline alone where neither --axis nor --arm is given."""
     from personatlas.cli.eval_tables import print_lm_eval
-    from personatlas.persona.interventions import BASELINE, Interventions
-    from personatlas.persona.models.load import load_model
-    from personatlas.steering.evals.harnesses.lm_eval_result import (
-        parse_task_data,
-        parse_task_names,
-        require_lm_eval,
-    )
-    from personatlas.steering.evals.harnesses.lm_eval_run import LmEvalOptions, check_tasks, run_lm_eval
-    from personatlas.steering.session import load_chat, load_steered_model
+    from personatlas.steering.evals.harnesses.lm_eval_result import parse_task_names, require_lm_eval
+    from personatlas.steering.evals.harnesses.lm_eval_run import run_lm_eval
 
     require_lm_eval()
-    names, files = parse_task_names(tasks.lm_eval or ""), parse_task_data(list(tasks.data))
-    caps = steering.caps(*(["assistant"] if steering.axis else []))
-    check_tasks(names, files, tasks.tasks_folder)
-    margin = _or(samples.margin, LmEvalOptions.margin)
-    options = LmEvalOptions(samples.limit, not tasks.raw, tasks.fewshot, samples.max_new_tokens, margin)
-    options.check()
-    arms: dict[str, Interventions] = {BASELINE: []}
-    if caps:
-        steered = load_steered_model(model, load, find_axis(model, steering.axis), caps, force=steering.force)
-        decoder = steered.model
-        arms |= {name: [cap] for name, cap in zip(caps, steered.caps, strict=True)}
-    else:
-        decoder = load_model(model, device=load.device, dtype=load.dtype, chat_template=load.chat_template)
-    result = run_lm_eval(
-        decoder,
-        load_chat(decoder),
-        arms,
-        names,
-        data=files,
-        out=folder,
-        tasks_folder=tasks.tasks_folder,
-        options=options,
+    options = LmEvalOptions(
+        tasks.tasks_folder,
+        list(tasks.data),
+        samples.limit,
+        tasks.fewshot,
+        samples.max_new_tokens,
+        tasks.raw,
+        _or(samples.margin, LmEvalOptions.margin),
     )
+    names, caps = parse_task_names(tasks.lm_eval or ""), steering.caps(*(["assistant"] if steering.axis else []))
+    axis = find_axis(model, steering.axis) if caps else None
+    result = run_lm_eval(model, names, axis, caps, folder, options=options, load=load, force=steering.force)
     print_json(result.to_json()) if json else print_lm_eval(result.to_json(), folder)
 
 
@@ -231,7 +218,7 @@ def _inspect(
     json: bool,
 ) -> None:
     from personatlas.steering.evals.harnesses.inspect_compare import require_inspect
-    from personatlas.steering.evals.harnesses.inspect_run import InspectOptions, run_inspect
+    from personatlas.steering.evals.harnesses.inspect_run import run_inspect
 
     require_inspect()
     options = InspectOptions(
@@ -243,16 +230,12 @@ def _inspect(
         tasks.grader,
         tasks.log_dir,
     )
-    axis = find_axis(model, steering.axis)
-    logs = run_inspect(
-        model, tasks.inspect or "", axis, steering.cap("assistant"), options, load, force=steering.force
-    )
-    _print_logs(logs, json)
+    axis, task, cap = find_axis(model, steering.axis), tasks.inspect or "", steering.cap("assistant")
+    _print_inspect(run_inspect(model, task, axis, [cap], options, load=load, force=steering.force), json)
 
 
-def _print_logs(logs: "Sequence[EvalLog]", json: bool) -> None:
+def _print_inspect(comparison: "InspectComparison", json: bool) -> None:
     from personatlas.cli.eval_tables import print_inspect_comparison
-    from personatlas.steering.evals.harnesses.inspect_compare import arm_of, compared
 
-    result = compared(*(arm_of(log) for log in logs))
-    print_json(result) if json else print_inspect_comparison(result)
+    content = comparison.to_json()
+    print_json(content) if json else print_inspect_comparison(content)

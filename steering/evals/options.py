@@ -1,10 +1,13 @@
-"""Options of an evaluation: which files its suites are made of, how much is asked, how answers are sampled and judged."""
+"""Options of an evaluation, of lm-eval's tasks and of Inspect's: files, sizes, sampling, judge."""
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from personatlas.persona.errors import UserError
-from personatlas.persona.sampling.sampler import Sampling
+
+if TYPE_CHECKING:
+    from personatlas.persona.sampling.sampler import Sampling
 
 
 @dataclass(frozen=True)
@@ -64,15 +67,73 @@ class EvalOptions:
 
     def check(self) -> None:
         """Raises `UserError` for a number that is out of range."""
-        least = {"pairs": 1, "roles": 4, "prompts": 1, "answers": 2, "random": 0, "max_new_tokens": 1}
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                option = "limit" if name == "pairs" else name.replace("_", "-")
-                raise UserError(f"--{option} {getattr(self, name)} is below {value}")
+        _require_least(self, pairs=1, roles=4, prompts=1, answers=2, random=0, max_new_tokens=1)
         if not 0 < self.margin < 1:
             raise UserError(f"--margin {self.margin} is outside 0..1: it is a share")
         self.sampling(self.max_new_tokens)
 
-    def sampling(self, max_new_tokens: int) -> Sampling:
+    def sampling(self, max_new_tokens: int) -> "Sampling":
         """The sampling of answers of at most that many tokens."""
+        from personatlas.persona.sampling.sampler import Sampling
+
         return Sampling(max_new_tokens, self.temperature, self.top_p)
+
+
+@dataclass(frozen=True)
+class LmEvalOptions:
+    """How to run tasks of the lm-eval harness."""
+
+    tasks_folder: Path | None = None
+    "a folder with task YAMLs of your own"
+    data: list[str] | None = None
+    "TASK=FILE.jsonl: rows in place of those that a built-in task would download; may be repeated"
+    limit: int | None = None
+    "samples per task; all unless given"
+    fewshot: int | None = None
+    "examples in each prompt, in place of the task's own number"
+    max_new_tokens: int | None = None
+    "bounds every answer; the task's own length unless given"
+    raw: bool = False
+    "prompts without the chat template (lm-eval's own default)"
+    margin: float = 0.02
+    "the largest change that counts as none, in the metric's own unit"
+
+    def check(self) -> None:
+        """Raises `UserError` for a number that is out of range."""
+        _require_least(self, limit=1, fewshot=0, max_new_tokens=1)
+        if not 0 < self.margin < 1:
+            raise UserError(
+                f"--margin {self.margin} is outside (0, 1): the largest change that counts as none"
+            )
+
+
+@dataclass(frozen=True)
+class InspectOptions:
+    """How to run a task of Inspect."""
+
+    limit: int | None = None
+    "the first samples only; all unless given"
+    epochs: int | None = None
+    "times that every sample is answered; the task's own number unless given"
+    max_tokens: int | None = None
+    "longest answer; the task's own unless given, else 512"
+    temperature: float | None = None
+    "sampling temperature; the task's own unless given, else 0.7"
+    seed: int | None = None
+    "seed of both arms; 0 unless given"
+    grader: str | None = None
+    "a model in Inspect's words (openai/gpt-4o) for scorers that ask one; the baseline unless given"
+    log_dir: Path | None = None
+    "where Inspect writes its logs; ./logs unless given"
+
+    def check(self) -> None:
+        """Raises `UserError` for a number that is out of range."""
+        _require_least(self, limit=1, epochs=1, max_tokens=1)
+
+
+def _require_least(options: object, **least: int) -> None:
+    for name, value in least.items():
+        given = getattr(options, name)
+        if given is not None and given < value:
+            option = {"pairs": "limit", "max_tokens": "max-new-tokens"}.get(name, name.replace("_", "-"))
+            raise UserError(f"--{option} {given} is below {value}")

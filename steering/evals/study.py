@@ -13,11 +13,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from personatlas.persona.artifacts import write_json
-from personatlas.persona.axis import load_space
+from personatlas.persona.axis import Axis, load_space
 from personatlas.persona.caps import format_layers
 from personatlas.persona.distributed import get_world
 from personatlas.persona.errors import UserError
 from personatlas.persona.interventions import BASELINE, Cap, Interventions, interventions_digest, load_cap
+from personatlas.persona.models.load import Model
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.pipeline.run_context import local_device
 from personatlas.persona.progress import progress
@@ -25,6 +26,7 @@ from personatlas.persona.roles.bank import Bank, load_bank
 from personatlas.persona.rollout import Rollout, spread
 from personatlas.persona.runs import RunFolder, open_run, versions
 from personatlas.steering.evals.answers import Answers, Bench, answer_rollout, answer_suite, fit_to_context
+from personatlas.steering.evals.arms import Arms, load_arms
 from personatlas.steering.evals.capability import measure_capability, read_text
 from personatlas.steering.evals.harm.judges import HarmJudge, harm_judge, judge_harm
 from personatlas.steering.evals.harnesses.lm_eval_result import (
@@ -33,7 +35,7 @@ from personatlas.steering.evals.harnesses.lm_eval_result import (
     parse_task_names,
     require_lm_eval,
 )
-from personatlas.steering.evals.options import EvalOptions
+from personatlas.steering.evals.options import EvalOptions, LmEvalOptions
 from personatlas.steering.evals.result import (
     RANDOM,
     CapSummary,
@@ -47,7 +49,6 @@ from personatlas.steering.evals.result import (
 from personatlas.steering.evals.suites import Suite, SuiteInputs, select_suites
 from personatlas.steering.identity import lowest_roles
 from personatlas.steering.random_caps import fired_shares, random_cap
-from personatlas.steering.session import load_steered_model
 
 MATCHED = 48  # answers that random caps are matched on
 
@@ -66,9 +67,9 @@ class EvalContext:
 
 
 def evaluate(
-    model: str,
-    axis: str,
-    caps: Sequence[str],
+    model: str | Model,
+    axis: str | Axis,
+    arms: Arms,
     suites: Sequence[str | Suite] | None,
     out: Path,
     *,
@@ -81,14 +82,16 @@ def evaluate(
 
     Parameters
     ----------
-    model, load
-        the model's name and how to load it
-    axis
-        a run folder, an axis file or the name of a packaged axis
+    model, axis
+        names, or loaded objects: an axis is a run folder, an axis file or a packaged axis
+    arms
+        interventions by name, or texts such as "p50@18-23"; the baseline and random controls are added
     suites
         names or `Suite` objects; those whose file is in the options, and those that need none, unless given
     out
         the folder; eval.json and all answers are written there
+    load
+        how to load the model
     bank
         the folder of a bank with the axis's roles; the packaged one unless given
     force
@@ -106,10 +109,9 @@ def evaluate(
             # the dtype that it was begun with, not the one that is faster now
             dtype = load.dtype or run.manifest.get("asked", {}).get("dtype")
             load = replace(load, device=load.device or local_device(world), dtype=dtype)
-            loaded = load_steered_model(model, load, axis, list(caps), force=force)
-            bench = Bench(loaded.model, loaded.chat, loaded.axis, run.folder, world)
-            own_arms = {name: [cap] for name, cap in zip(caps, loaded.caps, strict=True)}
-            context = _open_context(run, bench, options, selected, roles, own_arms)
+            steered, plans = load_arms(model, axis, arms, load=load, force=force)
+            bench = Bench(steered.model, steered.chat, steered.axis, run.folder, world)
+            context = _open_context(run, bench, options, selected, roles, plans)
             if not world.rank:
                 world.barrier()
             named = None if suites is None else ",".join(suite.name for suite in selected)
@@ -170,7 +172,7 @@ def _open_context(
     )
     suites = tuple(suite for suite, _ in fitted)
     left_out = {suite.name: count for suite, count in fitted}
-    arms = {BASELINE: [], **arms, **_random_arms(bench, suites, arms, options.random)}
+    arms = {**arms, **_random_arms(bench, suites, arms, options.random)}
     return EvalContext(run, bench, options, suites, left_out, arms)
 
 
@@ -250,20 +252,14 @@ def _run(context: EvalContext, judge: HarmJudge, asked: Mapping[str, object]) ->
 
 def _run_tasks(context: EvalContext) -> LmEvalResult:
     """Tasks of lm-eval in all arms, without their samples, which are in tasks/lm_eval.json."""
-    from personatlas.steering.evals.harnesses.lm_eval_run import LmEvalOptions, run_lm_eval
+    from personatlas.steering.evals.harnesses.lm_eval_run import compare_tasks
 
     options = context.options
-    result = run_lm_eval(
-        context.bench.model,
-        context.bench.chat,
-        context.arms,
-        parse_task_names(options.tasks or ""),
-        data=parse_task_data(options.data or []),
-        out=context.run.folder / "tasks",
-        options=LmEvalOptions(
-            limit=options.task_limit, max_new_tokens=options.task_tokens, margin=options.margin
-        ),
+    task_options = LmEvalOptions(
+        data=options.data, limit=options.task_limit, max_new_tokens=options.task_tokens, margin=options.margin
     )
+    names, out = parse_task_names(options.tasks or ""), context.run.folder / "tasks"
+    result = compare_tasks(context.bench.model, context.arms, names, out, task_options)
     return replace(result, tasks={name: replace(task, samples=None) for name, task in result.tasks.items()})
 
 

@@ -1,95 +1,82 @@
-"""A task of Inspect in two arms, the baseline and one with a cap, answered by one loaded model.
+"""A task of Inspect in two arms of one loaded model, the baseline and a cap, and what the cap changed.
 
-logs = run_inspect("smollm2-135m", "task.py@name", "smollm2-135m", "assistant", InspectOptions(limit=100))
-compared(*(arm_of(log) for log in logs))
+comparison = run_inspect("smollm2-135m", "task.py@name", "smollm2-135m", ["assistant"], InspectOptions(limit=100))
+comparison.scorers["includes"].change.value
 """
 
 import sys
 from contextlib import redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from personatlas.persona.axis import Axis
 from personatlas.persona.errors import UserError
+from personatlas.persona.interventions import BASELINE
+from personatlas.persona.models.load import Model
 from personatlas.persona.options import ModelOptions, given
 from personatlas.persona.progress import say
+from personatlas.steering.evals.arms import Arms, load_arms
+from personatlas.steering.evals.harnesses.inspect_compare import (
+    InspectComparison,
+    compare_inspect_arms,
+    read_inspect_arm,
+    require_inspect,
+)
+from personatlas.steering.evals.options import InspectOptions
 
 if TYPE_CHECKING:
     from inspect_ai.log import EvalLog
-    from inspect_ai.model import Model
-
-
-@dataclass(frozen=True)
-class InspectOptions:
-    """How a task is run; what is None is the task's own."""
-
-    limit: int | None = None
-    "the first samples only; all unless given"
-    epochs: int | None = None
-    "how often every sample is answered"
-    max_tokens: int | None = None
-    "longest answer, else 512"
-    temperature: float | None = None
-    "sampling temperature, else 0.7"
-    seed: int | None = None
-    "seed of both arms, else 0"
-    grader: str | None = None
-    "a model in Inspect's words (openai/gpt-4o) for scorers that ask one; the baseline unless given"
-    log_dir: Path | None = None
-    "where Inspect writes its logs; ./logs unless given"
-
-    def check(self) -> None:
-        """Raises `UserError` for a number that is out of range."""
-        names = {"limit": "limit", "epochs": "epochs", "max_tokens": "max-new-tokens"}
-        for name, option in names.items():
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{option} {value} is below 1")
+    from inspect_ai.model import Model as InspectModel
 
 
 def run_inspect(
-    model: str,
+    model: str | Model,
     task: str,
-    axis: str,
-    cap: str,
+    axis: str | Axis,
+    arms: Arms,
     options: InspectOptions = InspectOptions(),
-    load: ModelOptions = ModelOptions(),
     *,
+    load: ModelOptions = ModelOptions(),
     force: bool = False,
-) -> "list[EvalLog]":
-    """Returns the logs of both arms. Raises `UserError` for a task or a cap that cannot be.
+) -> InspectComparison:
+    """Runs a task on the baseline and in one arm. `task` is FILE.py, FILE.py@NAME or the name of an installed task.
 
-    `task` is FILE.py, FILE.py@NAME or the name of an installed task.
+    Raises `UserError` for a task or an arm that cannot be.
     """
-    from inspect_ai.model import GenerateConfig, Model
+    require_inspect()
+    from inspect_ai.model import GenerateConfig
+    from inspect_ai.model import Model as InspectModel
 
-    from personatlas.steering.evals.harnesses.inspect_provider import Answerer, PersonatlasAPI
-    from personatlas.steering.session import load_steered_model
+    from personatlas.steering.evals.harnesses.batch_answerer import BatchAnswerer
+    from personatlas.steering.evals.harnesses.inspect_provider import PersonatlasAPI
 
-    _require_one_task(task)
+    _require_one(task)
     options.check()
-    answerer = Answerer(load_steered_model(model, load, axis, [cap], force=force))
-    load_options = {name: value for name, value in given(load).items() if value is not None}
-    arms = {}
-    for name in (None, cap):
-        api = PersonatlasAPI(model_name=model, axis=axis, cap=name, answerer=answerer)
-        arms[name] = Model(api, GenerateConfig(), {"axis": axis, "cap": name or "none", **load_options})
-    logs = []
-    for name, arm in arms.items():
-        say(f"{task}: {'capped' if name else 'baseline'}")
+    steered, by_name = load_arms(model, axis, arms, load=load, force=force)
+    names = [name for name in by_name if name != BASELINE]
+    if len(names) != 1:
+        raise UserError(f"Inspect compares the baseline with one arm, and {len(names)} are given")
+    answerer = BatchAnswerer(steered, by_name[names[0]])
+    model_name = model if isinstance(model, str) else model.id
+    axis_name = axis if isinstance(axis, str) else axis.source
+    settings = {name: value for name, value in given(load).items() if value is not None}
+    logs, grader = [], options.grader
+    for cap in (None, names[0]):
+        api = PersonatlasAPI(model_name=model_name, axis=axis_name, cap=cap, answerer=answerer)
+        arm = InspectModel(api, GenerateConfig(), {"axis": axis_name, "cap": cap or "none", **settings})
+        say(f"{task}: {'capped' if cap else BASELINE}")
         # a model that grades itself would be capped in one arm only: the arms would be graded by two measures
-        logs.append(_run_arm(task, arm, options, options.grader or arms[None]))
-    return logs
+        grader = grader or arm
+        logs.append(_run(task, arm, options, grader))
+    return compare_inspect_arms(*map(read_inspect_arm, logs))
 
 
-def _run_arm(task: str, arm: "Model", options: InspectOptions, grader: "str | Model") -> "EvalLog":
+def _run(task: str, arm: "InspectModel", options: InspectOptions, grader: "str | InspectModel") -> "EvalLog":
     from inspect_ai import eval
     from inspect_ai._util.error import PrerequisiteError
 
     names = ("limit", "epochs", "max_tokens", "temperature", "seed")
-    settings: dict[str, Any] = {
-        name: value for name in names if (value := getattr(options, name)) is not None
-    }
+    settings = {name: value for name in names if (value := getattr(options, name)) is not None}
     try:
         with redirect_stdout(sys.stderr):  # stdout is for the result
             logs = eval(
@@ -110,8 +97,8 @@ def _run_arm(task: str, arm: "Model", options: InspectOptions, grader: "str | Mo
     return logs[0]
 
 
-def _require_one_task(task: str) -> None:
-    """`UserError` for a file with several tasks and no @NAME, all of which Inspect itself would run."""
+def _require_one(task: str) -> None:
+    """A file with several tasks must be told which; Inspect itself would run them all."""
     from inspect_ai import list_tasks
 
     file, _, name = task.partition("@")

@@ -1,7 +1,7 @@
 """Tasks of EleutherAI's lm-eval harness in several arms of one model, and what the arms differ by.
 
-    result = run_lm_eval(model, chat, {"baseline": [], "assistant": [cap]}, ["ifeval"],
-                         data={"ifeval": Path("ifeval.jsonl")}, out=Path("runs/evals"), options=LmEvalOptions(limit=100))
+    options = LmEvalOptions(data=["ifeval=ifeval.jsonl"], limit=100)
+    result = run_lm_eval("smollm2-135m", ["ifeval"], "smollm2-135m", ["assistant"], Path("runs/evals"), options=options)
     result.tasks["ifeval"].metrics["prompt_level_strict_acc"].arms["assistant"].change
 
 The first arm is the one that others are compared with (`lm_eval_result` says how). Tasks are loaded by lm-eval's own
@@ -22,7 +22,7 @@ import logging
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
@@ -31,13 +31,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from personatlas.persona.artifacts import write_json
+from personatlas.persona.axis import Axis
 from personatlas.persona.errors import UserError
 from personatlas.persona.formats import read_table
-from personatlas.persona.interventions import Interventions, interventions_digest
+from personatlas.persona.interventions import BASELINE, Interventions, interventions_digest
 from personatlas.persona.logs import ResultCache
 from personatlas.persona.models.chat_template import ChatFormat
 from personatlas.persona.models.load import Model
+from personatlas.persona.options import ModelOptions
 from personatlas.persona.records import JsonObject
+from personatlas.steering.evals.arms import Arms, load_arms, load_named
 from personatlas.steering.evals.harnesses.lm_eval_result import (
     LmEvalResult,
     MetricValue,
@@ -48,9 +51,12 @@ from personatlas.steering.evals.harnesses.lm_eval_result import (
     TaskResult,
     TaskSample,
     compare_arms,
+    parse_task_data,
     require_lm_eval,
     sample_outcome,
 )
+from personatlas.steering.evals.options import LmEvalOptions
+from personatlas.steering.session import load_chat
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
@@ -68,33 +74,6 @@ MetricOutcomes = dict[str, dict[str, dict[int, SampleOutcome | None]]]  # by met
 
 
 @dataclass(frozen=True)
-class LmEvalOptions:
-    """How tasks are run."""
-
-    limit: int | None = None
-    "samples per task; all unless given"
-    as_chat: bool = True
-    "put prompts through the chat template"
-    fewshot: int | None = None
-    "examples in each prompt, in place of the task's own number"
-    max_new_tokens: int | None = None
-    "bounds every answer; the task's own length unless given"
-    margin: float = 0.02
-    "the largest change that counts as none, in the metric's own unit"
-
-    def check(self) -> None:
-        """Raises `UserError` for a number that is out of range."""
-        for name, least in (("limit", 1), ("fewshot", 0), ("max_new_tokens", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"--{name.replace('_', '-')} {value} is below {least}")
-        if not 0 < self.margin < 1:
-            raise UserError(
-                f"--margin {self.margin} is outside (0, 1): the largest change that counts as none"
-            )
-
-
-@dataclass(frozen=True)
 class _ArmRun:
     """A task in one arm: lm-eval's values and samples, and the counts of requests."""
 
@@ -104,38 +83,55 @@ class _ArmRun:
 
 
 def run_lm_eval(
-    model: Model,
-    chat: ChatFormat,
-    arms: Mapping[str, Interventions],
+    model: str | Model,
     tasks: Sequence[str],
-    *,
-    data: Mapping[str, Path] | None = None,
+    axis: str | Axis | None = None,
+    arms: Arms = (),
     out: Path | None = None,
-    log: Path | None = None,
-    tasks_folder: Path | None = None,
+    *,
     options: LmEvalOptions = LmEvalOptions(),
+    load: ModelOptions = ModelOptions(),
+    force: bool = False,
 ) -> LmEvalResult:
-    """Runs every task in every arm; the result is also written to `out`/lm_eval.json if there is a folder.
+    """Runs every task in every arm; the result is also written to `out`/lm_eval.json if there is a folder. Resumes there.
 
-    `data` are files of rows in place of tasks' own data, `log` the file of answers that a later run resumes from
-    (`out`/answers.jsonl unless given), and `tasks_folder` holds task YAMLs of one's own. Raises `UserError` for what cannot
-    be, before anything is asked where that can be known.
+    `arms` are as in `load_arms`; without an axis there is only the baseline. Raises `UserError` for what cannot be, before
+    anything is asked where that can be known.
     """
     require_lm_eval()
     options.check()
-    data = data or {}
+    check_tasks(tasks, parse_task_data(options.data or []), options.tasks_folder)
+    by_name: Mapping[str, Interventions] = {BASELINE: []}
+    if axis is None:
+        if arms:
+            raise UserError(f"the arm {next(iter(arms))} needs --axis: along which axis?")
+        model = load_named(model, load)
+    else:
+        steered, by_name = load_arms(model, axis, arms, load=load, force=force)
+        model = steered.model
+    return compare_tasks(model, by_name, tasks, out, options)
+
+
+def compare_tasks(
+    model: Model,
+    arms: Mapping[str, Interventions],
+    tasks: Sequence[str],
+    out: Path | None = None,
+    options: LmEvalOptions = LmEvalOptions(),
+) -> LmEvalResult:
+    """`run_lm_eval` of a loaded model. The first arm is the one that others are compared with."""
     if not arms:
         raise UserError('no arm is given: at least the baseline, {"baseline": []}')
+    data, chat = parse_task_data(options.data or []), load_chat(model)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        log = log or out / "answers.jsonl"
     results, outcomes, notes = dict[str, TaskResult](), dict[str, MetricOutcomes](), list[str]()
     with _checkers_ready(tasks) as has_short_list, _quiet():
-        loaded = load_tasks(tasks, data, tasks_folder)
+        loaded = load_tasks(tasks, data, options.tasks_folder)
         for name, task in loaded.items():
             _configure(task, options)
             notes += _notes(name, task, data, options.limit, has_short_list)
-        cache = ResultCache(log, "key", sync=False)
+        cache = ResultCache(None if out is None else out / "answers.jsonl", "key", sync=False)
         for name, task in loaded.items():
             runs = {
                 arm: _run(model, chat, plan, name, task, arm, options, cache) for arm, plan in arms.items()
@@ -143,13 +139,15 @@ def run_lm_eval(
             results[name], outcomes[name] = _task_result(task, runs)
             cut = {arm: run.counts.cut for arm, run in runs.items() if run.counts.cut}
             notes += [f"{name}, {arm}: {n} prompts were cut on the left to fit" for arm, n in cut.items()]
+    names = ("limit", "fewshot", "max_new_tokens", "margin")
+    asked = {name: getattr(options, name) for name in names} | {"as_chat": not options.raw}
     result = LmEvalResult(
         kind="lm_eval",
         lm_eval=version("lm_eval"),
         model=model.describe(),
         dtype=str(model.dtype).removeprefix("torch."),
         arms={arm: interventions_digest(plan) for arm, plan in arms.items()},
-        asked=asdict(options) | {"data": {name: str(path) for name, path in data.items()}},
+        asked=asked | {"data": {name: str(path) for name, path in data.items()}},
         tasks=compare_arms(results, next(iter(arms)), outcomes, options.margin),
         notes=tuple(notes),
     )
@@ -370,7 +368,7 @@ def _run(
 
     from personatlas.steering.evals.harnesses.lm_eval import PersonatlasLM
 
-    lm = PersonatlasLM(model, chat, plan, as_chat=options.as_chat, cache=cache, label=f"{name}, {arm}")
+    lm = PersonatlasLM(model, chat, plan, as_chat=not options.raw, cache=cache, label=f"{name}, {arm}")
     task.set_fewshot_seed(seed=FEWSHOT_SEED)  # every arm sees the same examples
     try:
         found = evaluate(
@@ -378,8 +376,8 @@ def _run(
             {"tasks": {name: task}, "groups": {}, "group_map": {}},
             limit=options.limit,
             bootstrap_iters=0,
-            apply_chat_template=options.as_chat,
-            fewshot_as_multiturn=options.as_chat,
+            apply_chat_template=not options.raw,
+            fewshot_as_multiturn=not options.raw,
         )
     except KeyError as error:
         columns = list(task.eval_docs.features)
