@@ -80,6 +80,8 @@ def _hints(cls: type) -> dict[str, Any]:
 def _read(hint: Any, value: Any) -> Any:
     """The value of a field with this annotation."""
     origin, arguments = get_origin(hint), get_args(hint)
+    if value is None and hint is float:  # what to_json made of NaN
+        return math.nan
     if value is None or not (origin or isinstance(hint, type)):
         return value
     if origin in (Union, UnionType):

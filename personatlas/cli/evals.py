@@ -203,7 +203,10 @@ def _lm_eval(
         tasks.raw,
         _or(samples.margin, LmEvalOptions.margin),
     )
-    names, caps = parse_task_names(tasks.lm_eval or ""), steering.caps(*(["assistant"] if steering.axis else []))
+    names, caps = (
+        parse_task_names(tasks.lm_eval or ""),
+        steering.caps(*(["assistant"] if steering.axis else [])),
+    )
     axis = find_axis(model, steering.axis) if caps else None
     result = run_lm_eval(model, names, axis, caps, folder, options=options, load=load, force=steering.force)
     print_json(result.to_json()) if json else print_lm_eval(result.to_json(), folder)

@@ -16,7 +16,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from personatlas.analysis.stats import cluster_bootstrap, equivalence_p, holm, paired_change, wilson_interval
+from personatlas.analysis.stats import (
+    Change,
+    cluster_bootstrap,
+    equivalence_p,
+    holm,
+    paired_change,
+    wilson_interval,
+)
 from personatlas.persona.artifacts import read_json
 from personatlas.persona.formats import Message
 from personatlas.persona.interventions import BASELINE
@@ -33,23 +40,16 @@ Scores = dict[tuple[str, str, int], dict[str, float | None]]  # outcomes by arm,
 
 
 @dataclass(frozen=True)
-class PairedChange(JsonRecord):
-    """A mean change over n pairs with its 95% interval and tests; `no_loss` and `p_holm` None where they were not computed."""
+class PairedChange(Change):
+    """A mean change over pairs; `no_loss` (against `margin`) and `p_holm` are None where they were not computed."""
 
     omit_none = ("no_loss", "margin", "p_holm")
-    value: float
-    low: float
-    high: float
-    p: float | None
-    smallest: float
-    n: int
-    clusters: int
     no_loss: float | None = None
     margin: float | None = None
     p_holm: float | None = None
 
     @property
-    def adjusted_p(self) -> float | None:
+    def adjusted_p(self) -> float:
         """`p_holm` where there is one, else `p`."""
         return self.p if self.p_holm is None else self.p_holm
 
@@ -303,7 +303,7 @@ def _outcome_by_arm(
             changes[arm] = compare_pairs(pairs, margin)
     tested = [arm for arm in changes if not arm.startswith(RANDOM)]
     if tested:
-        adjusted = holm([changes[arm].p or 0.0 for arm in tested])
+        adjusted = holm([changes[arm].p for arm in tested])
         changes |= {arm: replace(changes[arm], p_holm=p) for arm, p in zip(tested, adjusted, strict=True)}
     return {arm: replace(row, change=changes.get(arm)) for arm, row in rows.items()}
 
@@ -321,7 +321,7 @@ def compare_pairs(pairs: Sequence[tuple[float, float, Case]], margin: float | No
     """The change over pairs (before, after, case), clustered by role and request; with a margin, the test of no loss."""
     before, after, cases = zip(*pairs, strict=True)
     roles, requests = [case.role for case in cases], [case.request for case in cases]
-    change = PairedChange.from_json(paired_change(before, after, roles, requests).to_json())
+    change = PairedChange(**vars(paired_change(before, after, roles, requests)))
     if margin is None:
         return change
     differences = np.array(after) - np.array(before)

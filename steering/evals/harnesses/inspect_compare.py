@@ -186,8 +186,8 @@ def compare_inspect_arms(before: InspectArm, after: InspectArm) -> InspectCompar
     projections = {key: (before.projections[key], after.projections[key]) for key in keys}
     about = before.about
     return InspectComparison(
-        before.task,
-        *(about[name] for name in ("model", "dtype", "axis", "layer", "direction")),
+        task=before.task,
+        **{name: about[name] for name in ("model", "dtype", "axis", "layer", "direction")},
         pairs=len(keys),
         same_seeds=about["sampling"]["seed"] == after.about["sampling"]["seed"],
         arms=(_summary(before), _summary(after)),

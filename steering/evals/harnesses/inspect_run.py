@@ -60,13 +60,13 @@ def run_inspect(
     model_name = model if isinstance(model, str) else model.id
     axis_name = axis if isinstance(axis, str) else axis.source
     settings = {name: value for name, value in given(load).items() if value is not None}
-    logs, grader = [], options.grader
+    logs, grader = [], None
     for cap in (None, names[0]):
         api = PersonatlasAPI(model_name=model_name, axis=axis_name, cap=cap, answerer=answerer)
         arm = InspectModel(api, GenerateConfig(), {"axis": axis_name, "cap": cap or "none", **settings})
         say(f"{task}: {'capped' if cap else BASELINE}")
         # a model that grades itself would be capped in one arm only: the arms would be graded by two measures
-        grader = grader or arm
+        grader = grader or options.grader or arm
         logs.append(_run(task, arm, options, grader))
     return compare_inspect_arms(*map(read_inspect_arm, logs))
 

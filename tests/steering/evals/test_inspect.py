@@ -34,14 +34,14 @@ from personatlas.persona.errors import UserError
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.sampling.sampler import Sampling
 from personatlas.steering.evals.harnesses import inspect_provider as inspect_model
-from personatlas.steering.evals.harnesses.inspect_compare import arm_of, compared, read_log
-from personatlas.steering.evals.harnesses.inspect_provider import (
-    Answerer,
-    Asked,
-    Gatherer,
-    PersonatlasAPI,
-    Refused,
+from personatlas.steering.evals.harnesses.batch_answerer import AnswerRequest, BatchAnswerer
+from personatlas.steering.evals.harnesses.inspect_compare import (
+    InspectComparison,
+    compare_inspect_arms,
+    read_inspect_arm,
+    read_inspect_log,
 )
+from personatlas.steering.evals.harnesses.inspect_provider import CallBatcher, InspectRefusal, PersonatlasAPI
 from personatlas.steering.generate import trace
 from personatlas.steering.session import load_steered_model
 
@@ -110,7 +110,7 @@ def _alone(monkeypatch):
 @pytest.fixture(scope="module")
 def answerer(tiny_run):
     how = ModelOptions(device="cpu", dtype="float32")
-    return Answerer(load_steered_model(str(tiny_run / "tiny"), how, str(tiny_run / "run"), [CAP]))
+    return BatchAnswerer(load_steered_model(str(tiny_run / "tiny"), how, str(tiny_run / "run"), [CAP]))
 
 
 @pytest.fixture
@@ -167,9 +167,11 @@ def test_a_task_runs_capped_and_every_answer_says_what_was_done_to_it(place, tin
 
 
 def test_calls_that_wait_together_are_one_batch(place, monkeypatch):
-    sizes, sampled = [], Answerer._sampled
+    sizes, sampled = [], BatchAnswerer._sample
     monkeypatch.setattr(
-        Answerer, "_sampled", lambda self, asked, how: sizes.append(len(asked)) or sampled(self, asked, how)
+        BatchAnswerer,
+        "_sample",
+        lambda self, asked, how: sizes.append(len(asked)) or sampled(self, asked, how),
     )
     monkeypatch.setattr(inspect_model, "GATHER", 0.5)
     place(seed=7)
@@ -198,10 +200,10 @@ def test_both_arms_share_seeds_and_a_strong_cap_changes_the_answers(place, api):
 
 
 def test_projection_and_fired_share_are_those_of_a_trace(answerer):
-    model, axis, cap = answerer.held.model, answerer.held.axis, answerer.held.caps[0]
+    model, axis, cap = answerer.steered.model, answerer.steered.axis, answerer.steered.caps[0]
     texts = ("Who are you?", "Rain", "A long question about boats and birds, and about the sea.")
     asked = [
-        Asked(
+        AnswerRequest(
             answerer.prompt_ids([{"role": "user", "content": text}]),
             seed,
             Sampling(14 if seed else 9),
@@ -210,9 +212,9 @@ def test_projection_and_fired_share_are_those_of_a_trace(answerer):
         for seed, text in enumerate(texts)
     ]
     for one, found in zip(asked, answerer.answers(asked), strict=True):
-        alone = trace(model, one.ids, found.ids, [cap] if one.capped else [], axis)
+        alone = trace(model, one.ids, found.ids, [cap] if one.steered else [], axis)
         assert found.projection == pytest.approx(float(alone.answer.mean()), abs=1e-4)
-        if one.capped:
+        if one.steered:
             share = float((alone.corrections[:, 1:] > 0).float().mean())  # the first token is spared
             assert found.fired == pytest.approx(share)
         assert answerer.answers([one])[0].text == found.text
@@ -261,7 +263,7 @@ IMAGE = ContentImage(image="data:image/png;base64,AAAA")
     ],
 )
 def test_what_cannot_be_done_is_refused_in_one_line(api, said, given):
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(InspectRefusal) as caught:
         ask(api(), **given)
     assert said in str(caught.value).replace("max_new_tokens", "max_tokens")
     assert "\n" not in str(caught.value)
@@ -304,7 +306,7 @@ def test_a_failure_is_that_of_every_call_in_the_batch_and_the_next_batch_is_answ
         return [one.upper() for one in asked]
 
     async def calls():
-        gatherer = Gatherer(answers, 2)
+        gatherer = CallBatcher(answers, 2)
         asked = (["bad"], ["a"], ["b", "c", "d"], ["e"])
         return await asyncio.gather(*map(gatherer.ask, asked), return_exceptions=True)
 
@@ -315,7 +317,9 @@ def test_a_failure_is_that_of_every_call_in_the_batch_and_the_next_batch_is_answ
 
 def test_logs_are_compared_scorer_by_scorer(place):
     before, after = place(cap="none", epochs=2), place(epochs=2)
-    found = compared(arm_of(before), arm_of(after))
+    comparison = compare_inspect_arms(read_inspect_arm(before), read_inspect_arm(after))
+    found = comparison.to_json()
+    assert InspectComparison.from_json(found).to_json() == found
     assert found["pairs"] == 12
     assert set(found["scorers"]) == {"includes", "shape.long", "shape.word"}
     scored = found["scorers"]["includes"]
@@ -328,7 +332,9 @@ def test_logs_are_compared_scorer_by_scorer(place):
     assert found["scorers"]["shape.word"] == {"n": 0, "left_out": 12, "is_shown": False}
     assert found["arms"][0]["fired"] is None
     assert found["projection"]["n"] == 12
-    same = compared(arm_of(after), arm_of(after))["scorers"]["includes"]
+    same = compare_inspect_arms(read_inspect_arm(after), read_inspect_arm(after)).to_json()["scorers"][
+        "includes"
+    ]
     assert (same["change"]["value"], same["change"]["p"], same["is_shown"]) == (0, 1, False)
 
 
@@ -337,7 +343,7 @@ def test_logs_that_differ_in_more_than_the_cap_are_refused(place):
 
     def refused(other, said):
         with pytest.raises(UserError, match=said) as caught:
-            compared(arm_of(log), arm_of(other))
+            compare_inspect_arms(read_inspect_arm(log), read_inspect_arm(other))
         assert "\n" not in str(caught.value)
 
     refused(place("fewer"), "are not of one task: task 'questions' and 'fewer'")
@@ -370,7 +376,7 @@ def test_what_is_no_log_is_refused(tmp_path):
     (tmp_path / "a.eval").write_text("no zip")
     for name, said in (("a.json", "is not a log"), ("a.eval", "is not a log"), ("b.eval", "there is no log")):
         with pytest.raises(UserError, match=said):
-            read_log(tmp_path / name)
+            read_inspect_log(tmp_path / name)
 
 
 def test_the_verb_runs_both_arms_with_one_model_and_compares_logs_that_are_there(

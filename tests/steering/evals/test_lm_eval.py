@@ -24,7 +24,8 @@ from personatlas.steering.evals.harnesses.lm_eval_result import (
     flip_p,
     sample_outcome,
 )
-from personatlas.steering.evals.harnesses.lm_eval_run import LmEvalOptions, run_lm_eval
+from personatlas.steering.evals.harnesses.lm_eval_run import compare_tasks
+from personatlas.steering.evals.options import LmEvalOptions
 
 pytest.importorskip("lm_eval")
 pytestmark = [
@@ -121,11 +122,9 @@ def pairs():
 
 
 def run(model, place, arms, names=NAMES, out=None, **options):
-    data = {name: place / f"{name}.jsonl" for name in names}
-    result = run_lm_eval(
-        model, chat_format(model.tokenizer), arms, names,
-        data=data, tasks_folder=place / "tasks", out=out, options=LmEvalOptions(**options),
-    )  # fmt: skip
+    data = [f"{name}={place / f'{name}.jsonl'}" for name in names]
+    options = LmEvalOptions(data=data, tasks_folder=place / "tasks", **options)
+    result = compare_tasks(model, arms, names, out, options)
     assert LmEvalResult.from_json(result.to_json()).to_json() == result.to_json()
     return result.to_json()
 
@@ -278,11 +277,8 @@ def test_ifeval_is_checked_without_a_download_and_says_so(model, tmp_path):
          "kwargs": [{"relation": "less than", "num_sentences": 90}, {"relation": None, "num_sentences": None}]},
     ]  # fmt: skip
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    chat = chat_format(model.tokenizer)
-    found = run_lm_eval(
-        model, chat, {"baseline": []}, ["ifeval"],
-        data={"ifeval": tmp_path / "own.jsonl"}, options=LmEvalOptions(max_new_tokens=8),
-    ).to_json()  # fmt: skip
+    options = LmEvalOptions(data=[f"ifeval={tmp_path / 'own.jsonl'}"], max_new_tokens=8)
+    found = compare_tasks(model, {"baseline": []}, ["ifeval"], options=options).to_json()
     metrics = found["tasks"]["ifeval"]["metrics"]
     assert set(metrics) == {f"{a}_level_{b}_acc" for a in ("prompt", "inst") for b in ("strict", "loose")}
     assert (
@@ -294,7 +290,7 @@ def test_ifeval_is_checked_without_a_download_and_says_so(model, tmp_path):
 
 
 def test_examples_from_the_same_file_are_never_the_row_that_is_asked(model, place):
-    found = run(model, place, {"baseline": []}, ["tiny_choice"], fewshot=2, as_chat=False)
+    found = run(model, place, {"baseline": []}, ["tiny_choice"], fewshot=2, raw=True)
     assert found["tasks"]["tiny_choice"]["fewshot"] == 2
     assert "its 2 examples come from" in found["notes"][0]
 
