@@ -11,7 +11,7 @@ import resource
 import time
 from pathlib import Path
 
-from personatlas.training.data.batches import Batches
+from personatlas.training.data.batches import CorpusBatches
 from personatlas.training.data.corpus import Corpus
 from personatlas.training.data.token_shards import make_tokens
 from personatlas.training.data.tokenizer import SAMPLE, make_tokenizer
@@ -25,24 +25,26 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=32_768)
     parser.add_argument("--sample", type=int, default=SAMPLE)
     parser.add_argument("--only-held-out", action="store_true")
-    asked = parser.parse_args()
-    corpus = Corpus.open(asked.corpus, held_out=asked.held_out)
+    arguments = parser.parse_args()
+    corpus = Corpus.open(arguments.corpus, held_out=arguments.held_out)
     start = time.perf_counter()
-    record = make_tokenizer(corpus, asked.out / "tokenizer", vocabulary=asked.vocabulary, sample=asked.sample)
+    record = make_tokenizer(
+        corpus, arguments.out / "tokenizer", vocabulary=arguments.vocabulary, sample=arguments.sample
+    )
     print(f"tokenizer: {time.perf_counter() - start:.1f} s, scanning, training and checking")
     print(record["scan"])
     print(record["held_out"])
-    if asked.only_held_out:
-        corpus = Corpus.open(asked.held_out, held_share=0.5)
+    if arguments.only_held_out:
+        corpus = Corpus.open(arguments.held_out, held_share=0.5)
     start = time.perf_counter()
-    tokens = make_tokens(corpus, asked.out / "tokenizer", asked.out / "tokens")
+    tokens = make_tokens(corpus, arguments.out / "tokenizer", arguments.out / "tokens")
     seconds = time.perf_counter() - start
     total = len(tokens.train) + len(tokens.held_out)
     print(f"tokens: {total:,} in {seconds:.1f} s, {total / seconds:,.0f} tokens/s")
-    batches = Batches(tokens.train, context=2048, rows=32)
+    batches = CorpusBatches(tokens.train, context=2048, rows=32)
     start = time.perf_counter()
     for step in range(50):
-        batches.batch(step)
+        batches.rows_at(step, 0, 32)
     print(f"batches: {50 * 32 * 2048 / (time.perf_counter() - start):,.0f} tokens/s")
     print(f"most memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10:,} MiB")
 

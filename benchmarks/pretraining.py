@@ -2,9 +2,10 @@
 
     python benchmarks/pretraining.py TOKENS TOKENIZER --depth 12 --tokens 20000000 --arm matrix=2,others=2 --arm batch=131072
 
-An arm is what differs from the dial: batch (tokens), matrix, others, decay, second (factors of what the dial says; others are the
-rates of embedding, head and gains), tokens. Every arm starts from the same weights and reads the same text in the same
-order. Printed: bits per byte of the held-out text, tokens/s, the share of the chip's peak.
+An arm is what differs from the plan: batch (tokens), matrix, others, decay, second (factors of what the plan
+says; others are the rates of embedding, head and norm weights, second is AdamW's memory in steps), tokens.
+Every arm starts from the same weights and reads the same text in the same order. Printed: bits per byte of
+the held-out text, tokens/s, the share of the chip's peak.
 """
 
 import argparse
@@ -16,14 +17,14 @@ from pathlib import Path
 import torch
 
 from personatlas.persona.distributed import World
-from personatlas.training.bits_per_byte import fit_of
-from personatlas.training.data.batches import Batches, BooksSource
+from personatlas.training.bits_per_byte import held_out_bits_per_byte
+from personatlas.training.data.batches import CorpusBatches
 from personatlas.training.data.token_shards import open_tokens
-from personatlas.training.data.tokenizer import load_tokenizer, token_bytes
-from personatlas.training.loop.distributed import join, wait_for
+from personatlas.training.data.tokenizer import load_corpus_tokenizer, token_bytes
+from personatlas.training.loop.distributed import init_distributed, synchronize
 from personatlas.training.loop.step import Stepper
 from personatlas.training.model.gpt import GPT
-from personatlas.training.plan import Plan, chip_of, plan_of, utilisation
+from personatlas.training.plan import Plan, detect_chip, make_plan, utilisation
 
 
 def main() -> None:
@@ -39,61 +40,66 @@ def main() -> None:
     parser.add_argument("--fp8", action="store_true")
     parser.add_argument("--arm", action="append", default=None)
     parser.add_argument("--out", type=Path)
-    asked = parser.parse_args()
-    tokens = open_tokens(asked.token_folder, asked.tokenizer)
-    device, ranks = join(World()), World()
-    lengths = torch.from_numpy(token_bytes(load_tokenizer(asked.tokenizer))).to(device)
+    arguments = parser.parse_args()
+    tokens = open_tokens(arguments.token_folder, arguments.tokenizer)
+    world = World()
+    device = init_distributed(world)
+    lengths = torch.from_numpy(token_bytes(load_corpus_tokenizer(arguments.tokenizer))).to(device)
     stepper = None
-    for text in asked.arm or [""]:
+    for text in arguments.arm or [""]:
         arm = {name: float(value) for name, value in (part.split("=") for part in text.split(",") if part)}
-        plan = plan_for(asked, arm, tokens.vocabulary, device)
-        source = BooksSource(Batches(tokens.train, plan.shape.context, plan.batch // plan.shape.context))
+        plan = plan_for(arguments, arm, tokens.vocabulary, device)
+        batches = CorpusBatches(tokens.train, plan.shape.context, plan.batch // plan.shape.context)
         if stepper is None:
             compute = torch.bfloat16 if device.type == "cuda" else torch.float32
-            model = GPT(plan.shape, compute=compute, checkpointing=plan.checkpointing, fp8=asked.fp8)
-            stepper = Stepper(model.initialise(0).to(device), source, plan, ranks, device)
-        stepper.replan(plan, source)
+            model = GPT(plan.shape, compute=compute, checkpointing=plan.checkpointing, fp8=arguments.fp8)
+            stepper = Stepper(model.initialise(0).to(device), batches, plan, world, device)
+        stepper.set_plan(plan, batches)
         row = measured(stepper)
-        fit = fit_of(
+        loss = held_out_bits_per_byte(
             stepper.model, tokens.held_out, lengths, plan.shape.context, min(16, stepper.micro_batch)
         )
-        row = {"arm": text, "fp8": asked.fp8, "bits_per_byte": round(fit.bits_per_byte, 4), **row}
+        row = {"arm": text, "fp8": arguments.fp8, "bits_per_byte": round(loss.bits_per_byte, 4), **row}
         print(json.dumps(row), flush=True)
-        if asked.out:
-            with asked.out.open("a") as file:
+        if arguments.out:
+            with arguments.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")
 
 
-def plan_for(asked: argparse.Namespace, arm: dict[str, float], vocabulary: int, device: torch.device) -> Plan:
-    """The dial's plan with an arm's changes."""
-    batch = int(arm.get("batch", asked.batch or 0)) or None
-    tokens = int(arm.get("tokens", asked.tokens))
-    plan = plan_of(asked.depth, vocabulary=vocabulary, tokens=tokens, chip=chip_of(device), batch=batch)
+def plan_for(
+    arguments: argparse.Namespace, arm: dict[str, float], vocabulary: int, device: torch.device
+) -> Plan:
+    """The plan with an arm's changes."""
+    batch = int(arm.get("batch", arguments.batch or 0)) or None
+    tokens = int(arm.get("tokens", arguments.tokens))
+    plan = make_plan(
+        arguments.depth, vocabulary=vocabulary, tokens=tokens, chip=detect_chip(device), batch=batch
+    )
     others = arm.get("others", 1.0)
     return replace(
         plan,
-        micro_batch=asked.micro_batch or plan.micro_batch,
+        micro_batch=arguments.micro_batch or plan.micro_batch,
         matrix_rate=plan.matrix_rate * arm.get("matrix", 1.0),
         embedding_rate=plan.embedding_rate * others * arm.get("embedding", 1.0),
         head_rate=plan.head_rate * others * arm.get("head", 1.0),
-        gain_rate=plan.gain_rate * others,
+        norm_rate=plan.norm_rate * others,
         weight_decay=plan.weight_decay * arm.get("decay", 1.0),
-        second=plan.second ** (1 / arm.get("second", 1.0)),
+        adam_beta2=plan.adam_beta2 ** (1 / arm.get("second", 1.0)),
     )
 
 
 def measured(stepper: Stepper) -> dict[str, float | int]:
     """One run from fresh weights: its speed, the last losses."""
     plan = stepper.plan
-    stepper.speed()  # compiles
+    stepper.measure_speed()  # compiles
     stepper.model.initialise(0)
-    stepper.optimizer.forget()
-    wait_for(stepper.device)
+    stepper.optimizer.reset()
+    synchronize(stepper.device)
     start = time.monotonic()
-    heard = [stepper.step(number) for number in range(plan.steps)]
-    wait_for(stepper.device)
+    metrics = [stepper.step(number) for number in range(plan.steps)]
+    synchronize(stepper.device)
     seconds = time.monotonic() - start
-    losses = [one.wait()[0] for one in heard]
+    losses = [step.wait()[0] for step in metrics]
     speed = plan.tokens / seconds
     memory = torch.cuda.max_memory_allocated() if stepper.device.type == "cuda" else 0
     return {

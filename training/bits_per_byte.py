@@ -2,23 +2,17 @@
 
     bits_per_byte = Σ nats / (ln 2 · Σ bytes)
 
-over every target that stands for text: the mark that begins a document is no text, and neither its loss nor a byte of it
-counts, as in nanochat. Rows of one context follow one another, so a token sees half a context of text on average.
+over every target that stands for text. The mark that begins a document is no text: neither its loss nor a
+byte of it counts, as in nanochat. Text is read in windows of one context, so a token sees half a context on
+average.
 
-Bits per byte of texts under any model: how well it predicts them, whatever its tokenizer.
-
-    fit = fit_of_texts(load_model("runs/books"), ["It was a dark night.", ...])
-    fit.bits_per_byte, fit.interval         # Σ nats / (ln 2 · Σ bytes), 95% over documents drawn again
-
-A document is read in windows of the model's context, each of which begins with the last token of the one before, the first with the
-token that begins a text; every token of it is predicted once, so that the sum of nats is that of the document's bytes.
-A token sees half a context of its document on average.
+    held_out_bits_per_byte(model, tokens.held_out, token_lengths, context=2048, rows=16).bits_per_byte
+    text_bits_per_byte(load_model("runs/books"), ["It was a dark night.", ...]).interval
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -30,63 +24,60 @@ from personatlas.analysis.stats import bootstrap_sums, percentile_interval
 from personatlas.persona.distributed import World
 from personatlas.persona.errors import UserError
 from personatlas.persona.models.load import Model
+from personatlas.persona.records import JsonRecord
 from personatlas.training.data.batches import held_out_rows
 from personatlas.training.data.token_shards import Stream
-from personatlas.training.loop.distributed import summed
+from personatlas.training.loop.distributed import all_sum
 from personatlas.training.model.cross_entropy import IGNORED
 
-
-@dataclass(frozen=True)
-class Fit:
-    """How well a model predicts a text."""
-
-    bits_per_byte: float
-    loss: float
-    "nats a token"
-    tokens: int
-    bytes: int
-
-    def row(self, step: int) -> dict[str, Any]:
-        """As it stands in metrics.jsonl."""
-        return {"kind": "held-out", "step": step, **asdict(self)}
-
-
-@torch.no_grad()
-def fit_of(
-    forward: Callable[..., Tensor],
-    stream: Stream,
-    lengths: Tensor,
-    context: int,
-    rows: int,
-    world: World = World(),
-    most: int | None = None,
-) -> Fit:
-    """Read a stream and sum its loss: over all of it, or (with `most`) over about so many tokens, spread over all of it.
-
-    `forward(ids, targets)` gives the summed loss in nats of what is not ignored. `lengths` (V,) are the bytes that each id stands
-    for, on the device to compute on. All ranks share the work and get the same answer.
-    """
-    nats, counted, size = (torch.zeros((), dtype=torch.float64) for _ in range(3))
-    every = 1 if most is None else max(1, len(stream) // max(most, 1))
-    for ids, counts in held_out_rows(stream, context, rows, world.rank, world.size, every):
-        targets = ids[:, 1:].to(lengths.device)
-        each = lengths[targets] * counts.to(lengths.device)  # (B, T)
-        targets = torch.where(each > 0, targets, IGNORED)
-        nats += forward(ids[:, :-1].to(lengths.device), targets).double().cpu()
-        counted += (each > 0).sum().cpu()
-        size += each.sum().cpu()
-    found = summed(torch.stack([nats, counted, size]), world).tolist()
-    nats_, tokens, bytes_ = found[0], int(found[1]), int(found[2])
-    return Fit(nats_ / (math.log(2) * max(bytes_, 1)), nats_ / max(tokens, 1), tokens, bytes_)
-
-
-LONGEST = 2048  # tokens of a window, whatever longer context a model has
-BATCH = 8192  # tokens at once
+LONGEST_WINDOW = 2048  # tokens, whatever longer context a model has
+BATCH_TOKENS = 8192
 DRAWS = 1000
 
 
 @dataclass(frozen=True)
-class TextFit:
+class HeldOutLoss(JsonRecord):
+    """How well a GPT predicts its held-out stream; as in metrics.jsonl."""
+
+    bits_per_byte: float | None
+    loss: float | None
+    "nats a token"
+    tokens: int
+    bytes: int
+
+
+@torch.no_grad()
+def held_out_bits_per_byte(
+    forward: Callable[..., Tensor],
+    stream: Stream,
+    token_lengths: Tensor,
+    context: int,
+    rows: int,
+    world: World = World(),
+    max_tokens: int | None = None,
+) -> HeldOutLoss:
+    """Sums the loss over a stream, or over about `max_tokens` spread over all of it.
+
+    `forward(ids, targets)` gives the summed loss in nats of what is not ignored. `token_lengths` (V,) are the
+    bytes that each id stands for, on the device to compute on. All ranks share the work and get the same
+    answer.
+    """
+    nats, counted, size = (torch.zeros((), dtype=torch.float64) for _ in range(3))
+    every = 1 if max_tokens is None else max(1, len(stream) // max(max_tokens, 1))
+    for ids, counts in held_out_rows(stream, context, rows, world.rank, world.size, every):
+        targets = ids[:, 1:].to(token_lengths.device)
+        each = token_lengths[targets] * counts.to(token_lengths.device)  # (B, T)
+        targets = torch.where(each > 0, targets, IGNORED)
+        nats += forward(ids[:, :-1].to(token_lengths.device), targets).double().cpu()
+        counted += (each > 0).sum().cpu()
+        size += each.sum().cpu()
+    total, tokens, n_bytes = all_sum(torch.stack([nats, counted, size]), world).tolist()
+    bits = total / (math.log(2) * max(int(n_bytes), 1))
+    return HeldOutLoss(bits, total / max(int(tokens), 1), int(tokens), int(n_bytes))
+
+
+@dataclass(frozen=True)
+class TextLoss(JsonRecord):
     """How well a model predicts some documents."""
 
     bits_per_byte: float
@@ -99,76 +90,62 @@ class TextFit:
     bytes: int
 
 
-def fit_of_texts(model: Model, texts: Sequence[str], context: int | None = None) -> TextFit:
-    """Predict every token of every text. Raises `UserError` for texts without a byte and a context of less than 2."""
+def text_bits_per_byte(model: Model, texts: Sequence[str], context: int | None = None) -> TextLoss:
+    """Predicts every token of every text once, in windows of `context` tokens (the model's, at most 2,048).
+
+    A window begins with the last token of the one before, the first with the token that begins a text. Raises
+    `UserError` for texts without a byte, a context below 2, and a tokenizer that has no token to begin with.
+    """
     sizes = np.array([len(text.encode()) for text in texts], dtype=np.float64)
     if not sizes.sum():
         raise UserError("there is no text to predict")
-    window = min(context or LONGEST, _context(model), LONGEST if context is None else context)
+    config = model.hf.config.get_text_config(decoder=True)
+    longest = int(getattr(config, "max_position_embeddings", None) or LONGEST_WINDOW)
+    window = min(context or LONGEST_WINDOW, longest, LONGEST_WINDOW if context is None else context)
     if window < 2:
         raise UserError(f"--context {window}: at least 2 tokens are needed to predict one from another")
     nats, tokens = np.zeros(len(texts)), 0
     for ids, documents in _batches(model, texts, window):
-        losses = _losses(model, ids)  # (B,), nats
-        np.add.at(nats, documents, losses)
+        np.add.at(nats, documents, _summed_losses(model, ids))
         tokens += int((ids[:, 1:] >= 0).sum())
-    bits = nats.sum() / math.log(2) / sizes.sum()
-    return TextFit(
-        float(bits),
-        _interval(nats, sizes),
-        float(nats.sum() / max(tokens, 1)),
-        len(texts),
-        tokens,
-        int(sizes.sum()),
-    )
+    interval = None
+    if len(nats) > 1:
+        drawn_nats, drawn_sizes = bootstrap_sums(nats, sizes, samples=DRAWS)
+        interval = percentile_interval(drawn_nats / np.maximum(drawn_sizes, 1) / math.log(2))
+    total = float(nats.sum() / math.log(2) / sizes.sum())
+    loss = float(nats.sum() / max(tokens, 1))
+    return TextLoss(total, interval, loss, len(texts), tokens, int(sizes.sum()))
 
 
-def _context(model: Model) -> int:
-    config = model.hf.config.get_text_config(decoder=True)
-    return int(getattr(config, "max_position_embeddings", None) or LONGEST)
-
-
-def _windows(model: Model, texts: Sequence[str], window: int) -> Iterator[tuple[int, list[int]]]:
-    """Each window's document and its ids, the first of which is only seen."""
+def _batches(model: Model, texts: Sequence[str], window: int) -> Iterator[tuple[Tensor, Array]]:
+    """Windows of similar length together: ids (B, T), filled up with -1, and their documents (B,)."""
     tokenizer = model.tokenizer
-    begins = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if begins is None:
+    first_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if first_id is None:
         raise UserError(
             "this model's tokenizer has no token that begins a text, so the first one cannot be predicted"
         )
-    for number, text in enumerate(texts):
-        ids = [begins, *tokenizer(text, add_special_tokens=False)["input_ids"]]
-        for start in range(0, len(ids) - 1, window - 1):
-            yield number, ids[start : start + window]
-
-
-def _batches(model: Model, texts: Sequence[str], window: int) -> Iterator[tuple[torch.Tensor, Array]]:
-    """Windows of like length together: ids (B, T), filled up with -1, and their documents (B,)."""
-    windows = sorted(_windows(model, texts, window), key=lambda one: -len(one[1]))
+    windows: list[tuple[int, list[int]]] = []
+    for document, text in enumerate(texts):
+        ids = [first_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+        windows += [(document, ids[start : start + window]) for start in range(0, len(ids) - 1, window - 1)]
+    windows.sort(key=lambda item: -len(item[1]))
     first = 0
     while first < len(windows):
         longest = len(windows[first][1])
-        some = windows[first : first + max(1, BATCH // longest)]
-        ids = torch.full((len(some), longest), -1)
-        for row, (_, own) in enumerate(some):
-            ids[row, : len(own)] = torch.tensor(own)
-        yield ids, np.array([number for number, _ in some])
-        first += len(some)
+        group = windows[first : first + max(1, BATCH_TOKENS // longest)]
+        batch = torch.full((len(group), longest), -1)
+        for row, (_, ids) in enumerate(group):
+            batch[row, : len(ids)] = torch.tensor(ids)
+        yield batch, np.array([document for document, _ in group])
+        first += len(group)
 
 
 @torch.no_grad()
-def _losses(model: Model, ids: torch.Tensor) -> Float64[Array, "B"]:
-    here = ids.to(model.device)
-    real, targets = here >= 0, here[:, 1:]
-    logits = model.hf(input_ids=here.clamp_min(0), attention_mask=real.long(), use_cache=False).logits[:, :-1]
-    each = torch.nn.functional.cross_entropy(
-        logits.float().mT, targets, ignore_index=-1, reduction="none"
-    )  # (B, T)
+def _summed_losses(model: Model, ids: Tensor) -> Float64[Array, "B"]:
+    """The nats of each row (B, T) of ids, where -1 is padding."""
+    ids = ids.to(model.device)
+    real, targets = ids >= 0, ids[:, 1:]
+    logits = model.hf(input_ids=ids.clamp_min(0), attention_mask=real.long(), use_cache=False).logits[:, :-1]
+    each = torch.nn.functional.cross_entropy(logits.float().mT, targets, ignore_index=-1, reduction="none")
     return np.asarray(each.sum(1).double().cpu())
-
-
-def _interval(nats: Float64[Array, "N"], sizes: Float64[Array, "N"]) -> tuple[float, float] | None:
-    if len(nats) < 2:
-        return None
-    loss, size = bootstrap_sums(nats, sizes, samples=DRAWS)
-    return percentile_interval(loss / np.maximum(size, 1) / math.log(2))

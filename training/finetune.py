@@ -1,295 +1,206 @@
-"""A chat model from a base model and conversations: `train chat` in one call.
+"""A chat model from a base model and conversations.
 
-    train_chat(ChatAsked(Path("runs/books"), Path("runs/talks"), Chats(data=("chats.jsonl", "runs/smollm2-135m"))))
+    train_chat(Path("runs/books"), ["chats.jsonl", "runs/smollm2-135m=30%"], out=Path("runs/talks"))
 
-    RUN/run.json  tokenizer/  metrics.jsonl  samples.jsonl  checkpoints/step-*/  model/  report.html
-
-The loop is the base model's (`training/loop.py`); its rows come from `training/packing.py`, its plan from `training/chat_plan.py`.
-
-What chat tuning begins with: the finished model of a training run, one of its checkpoints, or an exported folder.
+The base is the finished model of a training run, one of its checkpoints, or an exported folder.
 """
 
 import shutil
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from personatlas.persona.artifacts import digest, read_json
-from personatlas.persona.distributed import World, get_world
+from personatlas.persona.distributed import get_world
 from personatlas.persona.errors import UserError
 from personatlas.persona.progress import say
-from personatlas.persona.runs import RunFolder, is_training_run, open_run, versions
-from personatlas.training.chat.mixture import ChatData, prepare
-from personatlas.training.chat.packing import ChatEncoder
-from personatlas.training.chat.plan import EPOCHS, chat_plan, estimated_rows, peaks_of
-from personatlas.training.chat.samples import Replies
-from personatlas.training.export.huggingface import TOKENIZER_FILES, shape_of
+from personatlas.persona.records import JsonObject
+from personatlas.persona.runs import is_training_run
+from personatlas.training.chat.heldout_loss import AnswerLoss
+from personatlas.training.chat.mixture import ChatData, prepare_chat_data
+from personatlas.training.chat.packing import ChatBatches, ChatEncoder
+from personatlas.training.chat.plan import EPOCHS, PeakRates, estimate_rows, make_chat_plan
+from personatlas.training.chat.samples import ReplySamples
+from personatlas.training.export.huggingface import TOKENIZER_FILES, read_shape
 from personatlas.training.loop.checkpoints import Checkpoint, checkpoints_in, load_weights
-from personatlas.training.loop.distributed import join
-from personatlas.training.loop.run_log import Record, read_metrics, recorded
+from personatlas.training.loop.distributed import init_distributed
 from personatlas.training.loop.step import Stepper
-from personatlas.training.loop.trainer import Loop
 from personatlas.training.model.config import Shape
 from personatlas.training.model.gpt import GPT
-from personatlas.training.options import ChatAsked
-from personatlas.training.plan import Plan, chip_of
-from personatlas.training.run import finish, require_same
+from personatlas.training.options import ChatDataOptions, FinetuneOptions
+from personatlas.training.plan import Plan, detect_chip
+from personatlas.training.run import TrainingJob, TrainResult, open_training_run, run_training
 
-WEIGHTS = "model.safetensors"
+MANY_EPOCHS = 4.0  # after which held-out loss mostly rises
 
 
 @dataclass(frozen=True)
-class Parent:
-    """A model folder with its tokenizer."""
+class BaseModel:
+    """A model folder with its tokenizer, to be tuned."""
 
     folder: Path
     shape: Shape
-    weights: str
-    "SHA-256"
-    plan: dict[str, Any] | None = None
-    "of the run that made the base model, where its run.json is at hand"
+    sha256: str
+    "of the weights"
+    rates: PeakRates
+    "of the run that made it where its run.json is at hand, else those of its shape"
 
 
-def parent_of(base: Path) -> Parent:
-    """Raises `UserError` for anything that is not a GPT of ours, and for a run that has not finished."""
-    if not base.exists():
+def find_base_model(path: Path) -> BaseModel:
+    """The model in a run, a checkpoint or an export.
+
+    Raises `UserError` for anything that is not a GPT trained here, and for a run that has not finished.
+    """
+    if not path.exists():
         raise UserError(
-            f"{base} does not exist; give the folder of a training run, of a checkpoint or of an export"
+            f"{path} does not exist; give the folder of a training run, of a checkpoint or of an export"
         )
-    folder = base
-    if (base / "run.json").is_file():
-        if not is_training_run(base):
-            raise UserError(f"{base} is a run of another kind; give the folder of `personatlas train base`")
-        folder = base / "model"
+    folder = path
+    if (path / "run.json").is_file():
+        if not is_training_run(path):
+            raise UserError(f"{path} is a run of another kind; give the folder of `personatlas train base`")
+        folder = path / "model"
         if not (folder / "config.json").is_file():
-            found = checkpoints_in(base)
-            hint = (
-                f"or name a checkpoint, the newest is {found[-1].path}"
-                if found
-                else "it has no checkpoint yet"
-            )
-            raise UserError(f"{base} is a run that has not finished: go on with it first; {hint}")
+            found = checkpoints_in(path)
+            newest = f"or name a checkpoint, the newest is {found[-1].path}" if found else ""
+            hint = newest or "it has no checkpoint yet"
+            raise UserError(f"{path} is a run that has not finished: go on with it first; {hint}")
     if not (folder / "config.json").is_file():
         raise UserError(
-            f"{base} is no training run, checkpoint or exported folder: it has no run.json or config.json"
+            f"{path} is no training run, checkpoint or exported folder: it has no run.json or config.json"
         )
-    shape = shape_of(read_json(folder / "config.json"), folder)
-    if not (folder / WEIGHTS).is_file():
-        raise UserError(
-            f"{folder / WEIGHTS} does not exist; a checkpoint in several files must be saved as one first"
-        )
-    return Parent(folder, shape, digest(folder / WEIGHTS), _plan(base))
+    shape, weights = read_shape(folder), folder / "model.safetensors"
+    if not weights.is_file():
+        raise UserError(f"{weights} does not exist; a checkpoint in several files must be saved as one first")
+    rates = PeakRates.of_shape(shape)
+    for parent in (path, path.resolve().parent, path.resolve().parent.parent):
+        if (parent / "run.json").is_file():
+            record = read_json(parent / "run.json")
+            plan = record.get("plan") if record.get("asked", {}).get("stage") == "base" else None
+            rates = PeakRates.of_plan(plan) if isinstance(plan, dict) else rates
+            break
+    return BaseModel(folder, shape, digest(weights), rates)
 
 
-def _plan(base: Path) -> dict[str, Any] | None:
-    """From the run's folder, or from that of a checkpoint or model in it."""
-    for folder in (base, base.resolve().parent, base.resolve().parent.parent):
-        if (folder / "run.json").is_file():
-            record = read_json(folder / "run.json")
-            found = record.get("plan") if record.get("asked", {}).get("stage") == "base" else None
-            return found if isinstance(found, dict) else None
-    return None
+def train_chat(
+    base: Path | TrainResult,
+    data: Sequence[str | Path] | ChatDataOptions,
+    *,
+    out: Path,
+    options: FinetuneOptions = FinetuneOptions(),
+) -> TrainResult | None:
+    """Tunes a base model on conversations, or resumes the run in `out`; None on all ranks but the first.
 
-
-MANY = 4.0  # readings of a small set of conversations after which held-out loss mostly rises
+    Raises `UserError` for a base or data that cannot be used, a folder that holds another run, too little
+    memory, and a loss that is not finite.
+    """
+    path = base.folder if isinstance(base, TrainResult) else base
+    chats = data if isinstance(data, ChatDataOptions) else ChatDataOptions(tuple(map(str, data)))
+    model, world, resolved = find_base_model(path), get_world(), out.resolve()
+    if resolved in (path.resolve(), model.folder.resolve(), *model.folder.resolve().parents):
+        raise UserError(f"--out {out} holds the base model; choose another folder for what is made of it")
+    encoder = ChatEncoder.load(model.folder)
+    prepared = prepare_chat_data(chats, encoder, context=model.shape.context, seed=options.seed, world=world)
+    with open_training_run(out, world) as run:
+        device = init_distributed(world, options.device)
+        job = FinetuneJob(out, options, world, device, model.folder, path, model, encoder, chats, prepared)
+        return run_training(job, run)
 
 
 @dataclass(frozen=True)
-class FinetuneContext:
-    """One run of chat tuning, its data read."""
+class FinetuneJob(TrainingJob):
+    """Chat tuning of a base model."""
 
-    asked: ChatAsked
-    parent: Parent
+    options: FinetuneOptions
+    base: Path
+    model: BaseModel
     encoder: ChatEncoder
+    chats: ChatDataOptions
     data: ChatData
-    world: World
-    device: torch.device
 
+    @property
+    def minutes(self) -> float | None:
+        return self.options.minutes
 
-def train_chat(asked: ChatAsked) -> dict[str, Any] | None:
-    """Tune, or go on where the run was stopped. The result on rank 0, None on others.
+    def settings(self) -> JsonObject:
+        data = ("columns", "held_share", "held_out_roles", "score", "per_role", "cut")
+        return {
+            "stage": "chat",
+            "base": self.model.sha256,
+            "data": self.data.settings(),
+            **{name: getattr(self.chats, name) for name in data},
+            **{name: getattr(self.options, name) for name in ("epochs", "minutes", "rate_scale", "seed")},
+            "tokenizer": digest(self.model.folder / "tokenizer.json"),
+        }
 
-    Raises `UserError` for a base or data that cannot be used, a folder that holds another run, and a loss that is no number.
-    """
-    parent, world = parent_of(asked.base), get_world()
-    if asked.out.resolve() in (
-        asked.base.resolve(),
-        *parent.folder.resolve().parents,
-        parent.folder.resolve(),
-    ):
-        raise UserError(
-            f"--out {asked.out} holds the base model; choose another folder for what is made of it"
+    def plan(self, speed: float | None = None, unit: int | None = None) -> Plan:
+        minutes, batches, shape = self.options.minutes, self.data.batches, self.model.shape
+        chip, gpus = detect_chip(self.device), self.world.size
+        if minutes is None:
+            epochs = EPOCHS if self.options.epochs is None else self.options.epochs
+            rows, horizon = batches.rows_in(epochs), f"{epochs:g} epochs"
+        else:
+            horizon = f"what {minutes:g} minutes hold"
+            rows = estimate_rows(minutes, shape, chip, gpus)
+            if speed is not None:
+                rows = max(batches.rows, int(60 * minutes * speed / batches.context))
+        epoch = batches.describe()
+        counted = round(rows * epoch["counted"] / epoch["rows"])
+        return make_chat_plan(
+            shape,
+            self.model.rates,
+            rows=rows,
+            counted=counted,
+            chip=chip,
+            gpus=gpus,
+            unit=unit,
+            speed=speed,
+            horizon=horizon,
         )
-    encoder = ChatEncoder.load(parent.folder)
-    data = prepare(asked.chats, encoder, context=parent.shape.context, seed=asked.tuning.seed, world=world)
-    with open_run(asked.out, create=True, rank=world.rank) as run:
-        if run.manifest.get("kind", "training") != "training":
-            raise UserError(f"--out {asked.out} holds a run of another kind; choose another folder")
-        device = join(world, asked.device)
-        try:
-            return _train(FinetuneContext(asked, parent, encoder, data, world, device), run)
-        finally:
-            world.close()
 
+    def batches(self, plan: Plan) -> ChatBatches:
+        self.data.batches.rows = plan.batch // self.data.batches.context
+        return self.data.batches
 
-def _facts(work: FinetuneContext) -> dict[str, Any]:
-    """What makes a run this run: going on with other values would be another one."""
-    chats, length, tuning = work.asked.chats, work.asked.length, work.asked.tuning
-    return {
-        "stage": "chat",
-        "base": work.parent.weights,
-        "data": work.data.asked(),
-        "columns": chats.columns,
-        "held_share": chats.held_share,
-        "held_out_roles": chats.held_out_roles,
-        "score": chats.score,
-        "per_role": chats.per_role,
-        "cut": chats.cut,
-        "epochs": length.epochs,
-        "minutes": length.minutes,
-        "rate_scale": tuning.rate_scale,
-        "seed": tuning.seed,
-        "tokenizer": digest(work.parent.folder / "tokenizer.json"),
-    }
+    def initialise(self, model: GPT) -> None:
+        load_weights(Checkpoint(0, self.model.folder), model)
 
-
-def _first_plan(work: FinetuneContext) -> Plan:
-    """Before a speed is measured."""
-    length, source = work.asked.length, work.data.source
-    if length.minutes is not None:
-        rows = estimated_rows(length.minutes, work.parent.shape, chip_of(work.device), work.world.size)
-        return _plan_for(work, rows, f"what {length.minutes:g} minutes hold")
-    epochs = EPOCHS if length.epochs is None else length.epochs
-    return _plan_for(work, source.rows_in(epochs), f"{epochs:g} epochs")
-
-
-def _plan_for(
-    work: FinetuneContext, rows: int, horizon: str, *, speed: float | None = None, unit: int | None = None
-) -> Plan:
-    told = work.data.source.describe()
-    return chat_plan(
-        work.parent.shape,
-        peaks_of(work.parent.shape, work.parent.plan),
-        rows=rows,
-        counted=round(rows * told["counted"] / told["rows"]),
-        chip=chip_of(work.device),
-        gpus=work.world.size,
-        horizon=horizon,
-        unit=unit,
-        speed=speed,
-    )
-
-
-def _train(work: FinetuneContext, run: RunFolder) -> dict[str, Any] | None:
-    facts, known, tuning, source = _facts(work), run.manifest, work.asked.tuning, work.data.source
-    require_same(work.asked.out, known.get("asked", {}), facts)
-    fresh = "plan" not in known
-    plan = _first_plan(work) if fresh else Plan.from_json(known["plan"])
-    plan = replace(
-        plan,
-        micro_batch=tuning.micro_batch or plan.micro_batch,
-        checkpointing=tuning.recompute or plan.checkpointing,
-    )
-    source.rows = plan.batch // source.context
-    compute = torch.bfloat16 if work.device.type == "cuda" else torch.float32
-    model = GPT(plan.shape, compute=compute, checkpointing=plan.checkpointing).to(work.device)
-    load_weights(Checkpoint(0, work.parent.folder), model)
-    stepper = Stepper(model, source, plan, work.world, work.device)
-    threads = stepper.settle(known.get("threads"))
-    plan = _timed(work, stepper, fresh=fresh)
-    if work.world.rank == 0:
-        _copy_tokenizer(work)
-        for line in (*work.data.lines(), _told(plan, source.rows, source.epochs_in(plan.steps))):
+    def start(self, plan: Plan) -> None:
+        folder = self.out / "tokenizer"
+        folder.mkdir(exist_ok=True)
+        for name in TOKENIZER_FILES:
+            if (self.model.folder / name).is_file():
+                shutil.copyfile(self.model.folder / name, folder / name)
+        for line in self.data.lines():
             say(line)
-    origin = {"path": str(work.asked.base), "sha256": work.parent.weights}
-    content = {"asked": facts, "plan": plan.to_json(), "parent": origin, "data": work.data.record()}
-    run.note(kind="training", versions=versions(), threads=threads, **content)
-    with _record(work, stepper) as record:
-        loop = _loop(work, stepper, record)
-        loop.run()
-        return None if work.world.rank else _finished(work, run, loop)
+        rows, epochs = self.data.batches.rows, self.data.batches.epochs_in(plan.steps)
+        warning = ", which is more than they usually bear" if epochs > MANY_EPOCHS else ""
+        times = f"the conversations are read {epochs:.1f} times{warning}"
+        say(f"{plan.steps:,} steps of {rows:,} rows, {plan.horizon}: {times}")
 
+    def record(self) -> JsonObject:
+        return {"parent": {"path": str(self.base), "sha256": self.model.sha256}, "data": self.data.to_json()}
 
-def _timed(work: FinetuneContext, stepper: Stepper, *, fresh: bool) -> Plan:
-    """Compile; and where minutes were asked for, as many steps as they hold at the speed that is measured here."""
-    plan, minutes, source = stepper.plan, work.asked.length.minutes, work.data.source
-    measures = fresh and minutes is not None
-    if stepper.device.type == "cuda" or measures:
-        try:
-            speed = stepper.speed()
-        except torch.OutOfMemoryError:
-            raise stepper.out_of_memory() from None
-        if measures and minutes is not None:
-            rows = max(source.rows, int(60 * minutes * speed / source.context))
-            plan = replace(
-                _plan_for(work, rows, plan.horizon, speed=speed, unit=stepper.unit),
-                micro_batch=plan.micro_batch,
-                checkpointing=plan.checkpointing,
+    def samples(self) -> ReplySamples:
+        return ReplySamples(self.out, self.encoder, self.data.held_out.examples)
+
+    def evaluate(self, stepper: Stepper, step: int) -> JsonObject:
+        whole, max_tokens = step in (0, stepper.plan.steps), stepper.plan.tokens // 200
+        return self.data.held_out.row(stepper.model, step, whole=whole, max_tokens=max_tokens)
+
+    def outcome(self, plan: Plan, rows: Sequence[JsonObject]) -> JsonObject:
+        held_out = [row for row in rows if row["kind"] == "held-out"]
+        best, last = min(held_out, key=lambda row: row["loss"]), held_out[-1]
+        if last["loss"] > 1.02 * best["loss"]:
+            say(
+                f"held-out loss was lowest at step {best['step']:,} ({best['loss']:.3f}) and is "
+                f"{last['loss']:.3f} at the end: the conversations are learned by heart; "
+                "fewer --epochs or --minutes would do better"
             )
-            source.rows = plan.batch // source.context
-    stepper.replan(plan.scaled(work.asked.tuning.rate_scale) if fresh else plan, source)
-    return stepper.plan
-
-
-def _told(plan: Plan, rows: int, epochs: float) -> str:
-    text = f"{plan.steps:,} steps of {rows:,} rows, {plan.horizon}: the conversations are read {epochs:.1f} times"
-    return text if epochs <= MANY else f"{text}, which is more than they usually bear"
-
-
-def _by_heart(rows: list[dict[str, Any]]) -> str | None:
-    """What to do where held-out loss rose again: the model has learned its conversations by heart."""
-    held = [row for row in rows if row["kind"] == "held-out"]
-    best, last = min(held, key=lambda row: row["loss"]), held[-1]
-    if last["loss"] <= 1.02 * best["loss"]:
-        return None
-    return (
-        f"held-out loss was lowest at step {best['step']:,} ({best['loss']:.3f}) and is {last['loss']:.3f} at the end: "
-        "the conversations are learned by heart; fewer --epochs or --minutes would do better"
-    )
-
-
-def _copy_tokenizer(work: FinetuneContext) -> None:
-    folder = work.asked.out / "tokenizer"
-    folder.mkdir(exist_ok=True)
-    for name in TOKENIZER_FILES:
-        if (work.parent.folder / name).is_file():
-            shutil.copyfile(work.parent.folder / name, folder / name)
-
-
-def _record(work: FinetuneContext, stepper: Stepper) -> AbstractContextManager[Record]:
-    if work.world.rank:
-        return nullcontext(Record())
-    asked = work.asked
-    replies = Replies(asked.out, work.encoder, work.data.held_out.conversations)
-    return recorded(asked.out, stepper.plan.steps, replies, tensorboard=asked.tensorboard, wandb=asked.wandb)
-
-
-def _loop(work: FinetuneContext, stepper: Stepper, record: Record) -> Loop:
-    asked, plan, held_out = work.asked, stepper.plan, work.data.held_out
-
-    def evaluate(step: int) -> dict[str, Any]:
-        return held_out.row(stepper.model, step, whole=step in (0, plan.steps), most=plan.tokens // 200)
-
-    def initialise() -> None:
-        load_weights(Checkpoint(0, work.parent.folder), stepper.model)
-
-    facts = {"tokenizer": digest(work.parent.folder / "tokenizer.json"), "asked": _facts(work)}
-    keep_all = asked.tuning.keep == "log"
-    return Loop(asked.out, stepper, work.parent.folder, initialise, evaluate, record, facts, keep_all)
-
-
-def _finished(work: FinetuneContext, run: RunFolder, loop: Loop) -> dict[str, Any]:
-    """The model folder and the result."""
-    rows = read_metrics(work.asked.out)
-    whole = [row["sources"] for row in rows if row["kind"] == "held-out" and "sources" in row]
-    if advice := _by_heart(rows):
-        say(advice)
-    more = {
-        "epochs": work.data.source.epochs_in(loop.plan.steps),
-        "held_out": whole[-1]["all"],
-        "sources": {"before": whole[0], "after": whole[-1]},
-    }
-    return finish(run, loop, work.asked.out, more)
+        sources = [
+            {name: AnswerLoss.from_json(loss) for name, loss in row["sources"].items()}
+            for row in held_out
+            if "sources" in row
+        ]
+        losses = {"held_out": sources[-1]["all"], "before": sources[0], "after": sources[-1]}
+        return {"epochs": self.data.batches.epochs_in(plan.steps), **losses}

@@ -1,50 +1,54 @@
-"""One dial: everything about a training run derived from its depth and, if asked, from its tokens or its minutes.
+"""The plan of a training run, derived from its depth and, if given, from its tokens or minutes.
 
-    plan = plan_of(12, minutes=3.05, chip=CHIPS["h200"])
+    plan = make_plan(12, minutes=3.05, chip=CHIPS["h200"])
     plan.shape.width, plan.tokens, plan.batch, plan.steps, plan.matrix_rate
 
-Each rule is a function with its reason. What came from elsewhere says from where; what nobody has measured here says so.
-FLOPs a token, forward and backward, are counted as nanochat counts them: 6 for each parameter in the blocks' matrices and
-the head (the embedding is a lookup), and 12 · depth · heads · head width · context for attention, causal or not.
-
-Which processor a run is on.
+Each rule is a function with its reason. What comes from elsewhere says from where; what is not measured here
+says so. FLOPs a token, forward and backward, are counted as nanochat counts them: 6 for each parameter in the
+blocks' matrices and the head (the embedding is a lookup), and 12 · depth · heads · head width · context for
+attention, causal or not.
 """
 
 import math
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
 
 import torch
 
 from personatlas.persona.errors import UserError
-from personatlas.training.model.config import Shape, piece_of_loss
+from personatlas.persona.records import JsonObject
+from personatlas.training.model.config import Shape, tokens_per_piece
 from personatlas.training.optim.schedule import (
     Rates,
+    adam_beta2_for,
     decay_for,
     embedding_rate_for,
-    gain_rate_for,
     head_rate_for,
     matrix_rate_for,
     momentum_at,
-    second_for,
+    norm_rate_for,
     warmup_for,
     weight_decay_for,
 )
 
 DEPTHS = range(1, 49)  # 5 B parameters at 48: more than fits where every GPU holds all weights
+# Keys of run.json that differ from the plan's fields
+STORED = {"norm_rate": "gain_rate", "adam_beta2": "second"}
 TOKENS_A_PARAMETER = 20  # Hoffmann et al. 2022 ("Chinchilla"), here on matrix parameters
 BYTES_A_TOKEN = 4.3  # of English at a vocabulary of 32,768: 443 MB of 19th-century books are 103 M tokens
 
 
 @dataclass(frozen=True)
 class Chip:
-    """A processor: dense peak in FLOP/s of the dtype that it trains in, memory in bytes, rough rent in dollars an hour."""
+    """A processor: dense peak in FLOP/s of its training dtype, memory in bytes, rough rent in dollars an
+    hour.
+    """
 
     name: str
     peak: float
     memory: float
     price: float
     bytes: int = 2
+    "of a number in products"
 
 
 CHIPS = {
@@ -61,14 +65,14 @@ CHIPS = {
 def head_width_at(depth: int) -> int:
     """128 from depth 8 on, else 64.
 
-    A head of 128 fills the tensor cores' tiles and halves the exponentials for the same products. Below depth 8 it would
-    leave fewer than 4 heads to look at different things.
+    A head of 128 fills the tensor cores' tiles and halves the exponentials for the same products. Below depth
+    8 it would leave fewer than 4 heads.
     """
     return 128 if depth >= 8 else 64
 
 
 def width_at(depth: int) -> int:
-    """64 a layer, rounded up to whole heads: one aspect ratio, as in nanochat, so that one number sets the size."""
+    """64 a layer, rounded up to whole heads: one aspect ratio, as in nanochat."""
     head = head_width_at(depth)
     return -(-64 * depth // head) * head
 
@@ -76,30 +80,30 @@ def width_at(depth: int) -> int:
 def kv_heads_for(heads: int) -> int:
     """Two heads of queries share one of keys and values if they can: half the cache when served.
 
-    Not fewer: halved, these matrices are 1/11 of a block, and a quarter of the heads would save only 1/22 more. What it
-    costs in bits per byte is not measured here.
+    A quarter of the heads would save only 1/22 of a block more. What it costs in bits per byte is not
+    measured here.
     """
     return heads // 2 if heads % 2 == 0 and heads >= 4 else heads
 
 
 def inner_for(width: int) -> int:
-    """8/3 of the width, so that three matrices cost what a plain MLP's two of 4 widths do (Shazeer 2020); in whole 128s."""
+    """8/3 of the width in whole 128s: three matrices cost what a plain MLP's two of 4 widths do (Shazeer
+    2020).
+    """
     return -(-8 * width // (3 * 128)) * 128
 
 
 def context_at(depth: int) -> int:
-    """2,048 tokens; shallow models, which a laptop trains, get less: a power of two of at least 128 a layer, at least 256."""
+    """2,048 tokens; for shallow models a power of two of at least 128 a layer, at least 256."""
     return min(2048, max(256, 2 ** math.ceil(math.log2(128 * depth))))
 
 
 def shape_at(depth: int, vocabulary: int = 32_768, context: int | None = None) -> Shape:
-    """The model of a depth. Raises `UserError` for a depth or sizes that make none."""
+    """The model of a depth. Raises `UserError` for a depth, vocabulary or context that is not allowed."""
     if depth not in DEPTHS:
         raise UserError(f"--depth {depth} is not one of {DEPTHS[0]}..{DEPTHS[-1]}")
     if vocabulary < 257:
-        raise UserError(
-            f"--vocabulary {vocabulary}: a byte-level tokenizer has the 256 bytes and an end at least (257)"
-        )
+        raise UserError(f"--vocabulary {vocabulary}: a byte-level tokenizer has 256 bytes and an end (257)")
     if context is not None and context < 2:
         raise UserError(f"--context {context}: at least 2 tokens are needed to predict one from another")
     width, head = width_at(depth), head_width_at(depth)
@@ -116,10 +120,11 @@ def optimal_tokens(shape: Shape) -> int:
 def critical_batch(horizon: int) -> float:
     """Tokens in a batch: 158,000 · (horizon / 1e9)^0.383, and never more than a 400th of the horizon.
 
-    The batch that can grow without costing tokens, the critical batch, grows with the horizon and hardly with the model
-    (Zhang et al. 2024); the exponent is the fit of Bergsma et al. 2025 ("Power Lines"), which gives AdamW 175,000 at 1e9.
-    Measured here with Muon at depth 12: at 9e7 tokens 32,768 and 65,536 do as well as each other, at 2e7 65,536 does
-    better than 131,072 by 0.07 bits per byte. Smaller than that a GPU waits for the optimizer.
+    The batch that can grow without costing tokens, the critical batch, grows with the horizon and hardly with
+    the model (Zhang et al. 2024); the exponent is that of Bergsma et al. 2025 ("Power Lines"), who find
+    175,000 at 1e9 for AdamW. Measured here with Muon at depth 12: at 9e7 tokens 32,768 and 65,536 do as well
+    as each other, at 2e7 65,536 does better than 131,072 by 0.07 bits per byte. Below that a GPU waits for
+    the optimizer.
     """
     return min(158_000 * (horizon / 1e9) ** 0.383, horizon / 400)
 
@@ -131,19 +136,19 @@ def batch_for(tokens: int, context: int, gpus: int = 1) -> int:
 
 
 def flops_a_token(shape: Shape) -> int:
-    """Forward and backward, as counted at the top; recomputation does not count."""
+    """FLOPs of the forward and backward pass; recomputation does not count."""
     products = 6 * (shape.matrix_parameters + shape.embedding_parameters)
     return products + 12 * shape.depth * shape.heads * shape.head_width * shape.context
 
 
 def utilisation(tokens_a_second: float, shape: Shape, chip: Chip, gpus: int = 1) -> float:
-    """Model-FLOPs utilisation: the share of the chips' dense peak that a speed amounts to."""
+    """Model-FLOPs utilisation: a speed as a share of the chips' dense peak."""
     return tokens_a_second * flops_a_token(shape) / (chip.peak * gpus)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one chip, by what they hold; an estimate, on the high side for a compiled model."""
+    """Bytes on one chip; an estimate, on the high side for a compiled model."""
 
     weights: int
     "fp32 masters"
@@ -162,10 +167,10 @@ class Memory:
 
 
 def memory_for(shape: Shape, sequences: int, *, checkpointing: bool, bytes: int = 2, gpus: int = 1) -> Memory:
-    """What a micro-batch of some sequences needs on each of some GPUs."""
+    """Memory of a micro-batch on each of some GPUs; `bytes` are those of a number in products."""
     tokens = sequences * shape.context
     queries, keys = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
-    # both residuals, both normed; queries raw, turned, and out; keys raw and turned, values; gate, up and their product
+    # residuals and norms, two each; queries raw, rotated, out; keys raw, rotated; values; gate, up, product
     inside = (
         tokens * bytes * (4 * shape.width + 3 * queries + 3 * keys + 3 * shape.inner)
         + 4 * tokens * shape.heads
@@ -173,7 +178,7 @@ def memory_for(shape: Shape, sequences: int, *, checkpointing: bool, bytes: int 
     kept = shape.depth * tokens * bytes * shape.width + inside if checkpointing else shape.depth * inside
     compiled = bytes < 4  # on a GPU, all of which train in bf16
     # fp32 logits and their gradient; what is not compiled holds some more of their size on the way
-    piece, logit = piece_of_loss(shape.vocabulary, compiled=compiled), 4 + bytes if compiled else 22
+    piece, logit = tokens_per_piece(shape.vocabulary, compiled=compiled), 4 + bytes if compiled else 22
     copies = bytes * (shape.matrix_parameters + shape.embedding_parameters) if compiled else 0
     other = shape.parameters - shape.matrix_parameters
     return Memory(
@@ -186,8 +191,11 @@ def memory_for(shape: Shape, sequences: int, *, checkpointing: bool, bytes: int 
 
 
 def micro_batch_for(shape: Shape, share: int, chip: Chip, gpus: int) -> tuple[int, bool, bool]:
-    """Sequences at once, whether to checkpoint, and whether it fits: the largest divisor of a GPU's share within 80% of
-    its memory, without checkpointing if even one sequence fits so, since that costs a third more computation."""
+    """Sequences at once, whether to checkpoint, and whether it fits.
+
+    The largest divisor of a GPU's share within 80% of its memory, without checkpointing if even one sequence
+    fits so, since that costs a third more computation.
+    """
     divisors = [n for n in range(share, 0, -1) if share % n == 0]
     for checkpointing in (False, True):
         for sequences in divisors:
@@ -199,7 +207,9 @@ def micro_batch_for(shape: Shape, share: int, chip: Chip, gpus: int) -> tuple[in
 
 @dataclass(frozen=True)
 class Plan:
-    """A training run. Build it with `plan_of`. Tokens are whole batches; rates are the highest of the schedule."""
+    """A training run, made by `make_plan` or `make_chat_plan`. Tokens are whole batches, rates the schedule's
+    highest.
+    """
 
     shape: Shape
     horizon: str
@@ -211,9 +221,9 @@ class Plan:
     matrix_rate: float
     embedding_rate: float
     head_rate: float
-    gain_rate: float
+    norm_rate: float
     weight_decay: float
-    second: float
+    adam_beta2: float
     chip: Chip
     gpus: int
     tokens_a_second: float
@@ -222,50 +232,45 @@ class Plan:
     fits: bool
 
     @staticmethod
-    def from_json(record: dict[str, Any]) -> "Plan":
-        """The plan that `to_json` wrote. `UserError` for a record of another version."""
-        missing = [field.name for field in fields(Plan) if field.name not in record]
-        if missing:
+    def from_json(record: JsonObject) -> "Plan":
+        """The plan that `to_json` wrote. Raises `UserError` for a record of another version."""
+        keys = {field.name: STORED.get(field.name, field.name) for field in fields(Plan)}
+        if missing := [key for key in keys.values() if key not in record]:
             raise UserError(
                 f"the run's plan does not say {missing[0]}: another version wrote it; choose another folder"
             )
-        known = {field.name: record[field.name] for field in fields(Plan)}
-        return Plan(**{**known, "shape": Shape(**known["shape"]), "chip": Chip(**known["chip"])})
+        values = {name: record[key] for name, key in keys.items()}
+        return Plan(**{**values, "shape": Shape(**values["shape"]), "chip": Chip(**values["chip"])})
 
     def scaled(self, factor: float) -> "Plan":
         """All rates times a factor."""
-        names = ("matrix_rate", "embedding_rate", "head_rate", "gain_rate")
+        names = ("matrix_rate", "embedding_rate", "head_rate", "norm_rate")
         return replace(self, **{name: factor * getattr(self, name) for name in names})
 
     def rate_at(self, step: int) -> float:
-        """What multiplies every rate at a step, 0-based: up in a line, flat, and down in a line; never 0, never above 1."""
+        """What multiplies every rate at a step, 0-based: up in a line, flat, down in a line; in (0, 1]."""
         up = (step + 1) / self.warmup
         down = (self.steps - step) / self.decay
         return max(0.0, min(1.0, up, down))
 
     def rates_at(self, step: int) -> Rates:
-        """All of what a step goes by."""
+        """Rates and constants of a step, 0-based."""
         share = self.rate_at(step)
         return Rates(
             matrix=share * self.matrix_rate,
             embedding=share * self.embedding_rate,
             head=share * self.head_rate,
-            gain=share * self.gain_rate,
+            norm=share * self.norm_rate,
             decay=self.weight_decay,
             momentum=momentum_at(step, self.steps),
-            second=self.second,
+            adam_beta2=self.adam_beta2,
         )
 
     @property
     def memory(self) -> Memory:
         """Bytes on one chip."""
-        return memory_for(
-            self.shape,
-            self.micro_batch,
-            checkpointing=self.checkpointing,
-            bytes=self.chip.bytes,
-            gpus=self.gpus,
-        )
+        sizes = {"bytes": self.chip.bytes, "gpus": self.gpus}
+        return memory_for(self.shape, self.micro_batch, checkpointing=self.checkpointing, **sizes)
 
     @property
     def accumulation(self) -> int:
@@ -282,8 +287,9 @@ class Plan:
         """Dollars."""
         return self.seconds / 3600 * self.gpus * self.chip.price
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Plain values, derived ones too."""
+        values = {STORED.get(name, name): value for name, value in asdict(self).items()}
         counts = {
             "matrix": self.shape.matrix_parameters,
             "embedding": self.shape.embedding_parameters,
@@ -292,7 +298,7 @@ class Plan:
             "all": self.shape.parameters,
         }
         return {
-            **asdict(self),
+            **values,
             "parameters": counts,
             "flops_a_token": flops_a_token(self.shape),
             "utilisation": utilisation(self.tokens_a_second, self.shape, self.chip, self.gpus),
@@ -303,7 +309,7 @@ class Plan:
         }
 
 
-def plan_of(
+def make_plan(
     depth: int,
     *,
     vocabulary: int = 32_768,
@@ -316,11 +322,11 @@ def plan_of(
     speed: float | None = None,
     batch: int | None = None,
 ) -> Plan:
-    """Derive a run: for the compute-optimal horizon, or for `tokens`, or for what `minutes` hold at a share of the peak.
+    """Derives a run: for the compute-optimal horizon, for `tokens`, or for `minutes` at a share of the peak.
 
-    `speed` is in tokens a second of all chips, where it has been measured. Batch, steps, rates, decay and schedule follow
-    the horizon, whichever gave it; `batch` is in tokens, whole sequences for every GPU. Raises `UserError` for what
-    makes no run.
+    `speed` is in tokens a second of all chips, where it has been measured. Batch, steps, rates, decay and
+    schedule follow the horizon; `batch` is in tokens, whole sequences for every GPU. Raises `UserError` for
+    options that make no run.
     """
     shape = shape_at(depth, vocabulary, context)
     if tokens is not None and minutes is not None:
@@ -330,26 +336,22 @@ def plan_of(
     if gpus < 1:
         raise UserError(f"--gpus {gpus} is below 1")
     speed = speed or share_of_peak * chip.peak * gpus / flops_a_token(shape)
-    asked, horizon = optimal_tokens(shape), f"compute-optimal, {TOKENS_A_PARAMETER} a matrix parameter"
+    wanted, horizon = optimal_tokens(shape), f"compute-optimal, {TOKENS_A_PARAMETER} a matrix parameter"
     if tokens is not None:
-        asked, horizon = tokens, "as asked"
+        wanted, horizon = tokens, "as asked"
     elif minutes is not None:
         if not 0 < minutes < math.inf:
             raise UserError(f"--minutes {minutes} is no time to train in")
-        asked, horizon = int(60 * minutes * speed), f"what {minutes:g} minutes hold"
-    batch = batch_for(max(asked, 1), shape.context, gpus) if batch is None else batch
+        wanted, horizon = int(60 * minutes * speed), f"what {minutes:g} minutes hold"
+    batch = batch_for(max(wanted, 1), shape.context, gpus) if batch is None else batch
     if batch < 1 or batch % (shape.context * gpus):
         unit = shape.context * gpus
         raise UserError(f"--batch {batch}: give a multiple of {unit:,} tokens, one sequence for every GPU")
-    if asked < batch:
+    if wanted < batch:
         raise UserError(
-            f"{asked:,} tokens are less than one batch of {batch:,}; train for longer, or with a shorter --context"
+            f"{wanted:,} tokens are less than one batch of {batch:,}; train longer, or with less --context"
         )
-    return _derived(shape, horizon, asked // batch, batch, chip, gpus, speed)
-
-
-def _derived(shape: Shape, horizon: str, steps: int, batch: int, chip: Chip, gpus: int, speed: float) -> Plan:
-    rate = matrix_rate_for(batch)
+    steps, rate = wanted // batch, matrix_rate_for(batch)
     micro_batch, checkpointing, fits = micro_batch_for(shape, batch // (shape.context * gpus), chip, gpus)
     return Plan(
         shape=shape,
@@ -362,9 +364,9 @@ def _derived(shape: Shape, horizon: str, steps: int, batch: int, chip: Chip, gpu
         matrix_rate=rate,
         embedding_rate=embedding_rate_for(batch),
         head_rate=head_rate_for(batch, shape.width),
-        gain_rate=gain_rate_for(batch),
+        norm_rate=norm_rate_for(batch),
         weight_decay=weight_decay_for(rate, steps),
-        second=second_for(batch),
+        adam_beta2=adam_beta2_for(batch),
         chip=chip,
         gpus=gpus,
         tokens_a_second=speed,
@@ -374,23 +376,18 @@ def _derived(shape: Shape, horizon: str, steps: int, batch: int, chip: Chip, gpu
     )
 
 
-def repeats(tokens: int, corpus: int) -> str:
-    """What a horizon does with a corpus of some tokens, said plainly (Muennighoff et al. 2023 on repeating)."""
+def describe_epochs(tokens: int, corpus: int) -> str:
+    """How often a horizon reads a corpus of some tokens, and what that is worth (Muennighoff et al. 2023)."""
     times = tokens / corpus
     if times <= 1:
         return f"{times:.0%} of the corpus is read, once"
-    how = (
-        "nearly as good as new text"
-        if times <= 4
-        else "worth less and less"
-        if times <= 16
-        else "worth nothing any more"
-    )
-    return f"the corpus is too small: it is read {times:.1f} times ({how} by the last)"
+    worth = "nearly as good as new text" if times <= 4 else "worth less and less"
+    worth = worth if times <= 16 else "worth nothing any more"
+    return f"the corpus is too small: it is read {times:.1f} times ({worth} by the last)"
 
 
-def chip_of(device: torch.device) -> Chip:
-    """The known processor that a device is; an unknown GPU counts as the slowest known one, with its own memory."""
+def detect_chip(device: torch.device) -> Chip:
+    """The processor of a device; an unknown GPU counts as the slowest known one, with its own memory."""
     if device.type != "cuda":
         return CHIPS["cpu"]
     name = torch.cuda.get_device_name(device)

@@ -1,82 +1,302 @@
-"""The ends of a run, first and last: may this folder go on, and what is left in it when the last step is done."""
+"""The course of a training run, which pretraining and chat tuning share: plan, speed, log, loop, model,
+result.
+
+    RUN/run.json  tokenizer/  metrics.jsonl  samples.jsonl  checkpoints/step-*/  model/  report.html
+
+`pretrain.py` and `finetune.py` say what differs, as a `TrainingJob`; `run_training` does the rest and
+resumes:
+
+    with open_training_run(out, world) as run:
+        result = run_training(job, run)         # a TrainResult, stored in run.json under "result"
+"""
 
 import contextlib
 import os
 import secrets
 import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
+import torch
+
+from personatlas.persona.artifacts import digest, read_json
+from personatlas.persona.distributed import World
 from personatlas.persona.errors import UserError
-from personatlas.persona.runs import RunFolder
+from personatlas.persona.progress import say
+from personatlas.persona.records import JsonObject, JsonRecord
+from personatlas.persona.runs import RunFolder, open_run, versions
+from personatlas.training.bits_per_byte import HeldOutLoss
+from personatlas.training.chat.heldout_loss import AnswerLoss
+from personatlas.training.data.batches import BatchSource
 from personatlas.training.loop.checkpoints import checkpoints_in
-from personatlas.training.loop.run_log import METRICS, read_metrics
-from personatlas.training.loop.trainer import Loop
+from personatlas.training.loop.run_log import METRICS, RunLog, SampleWriter, open_run_log, read_metrics
+from personatlas.training.loop.step import Stepper
+from personatlas.training.loop.trainer import Trainer
+from personatlas.training.model.gpt import GPT
+from personatlas.training.options import TrainOptions
+from personatlas.training.plan import Plan
 from personatlas.training.report.page import write_training_report
 
-NOT_OF_THE_MODEL = ("optimizer.safetensors", "state.json")
+RESUME_ONLY = (
+    "optimizer.safetensors",
+    "state.json",
+)  # files of a checkpoint that a model folder does without
 
 
-def require_same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """`UserError` where a run would go on with something else than it began with."""
-    changed = [name for name in now if name in before and before[name] != now[name]]
-    if changed:
-        name = changed[0]
-        what = f"{name.replace('_', '-')} {_short(before[name])}, not {_short(now[name])}"
-        raise UserError(f"--out {folder} holds a run with {what}; give that, or another folder for a new run")
+@dataclass(frozen=True)
+class TrainResult(JsonRecord):
+    """What a training run came to. `to_json` is "result" in run.json, where losses by source are of chat
+    tuning only.
 
+    Parameters
+    ----------
+    folder
+        the run's folder
+    steps, tokens, seconds
+        of training, without compiling, evaluations and pauses
+    tokens_a_second, utilisation
+        speed, and on GPUs its share of their peak in model FLOPs
+    epochs
+        how often the data was read
+    held_out
+        the loss on text (bits per byte) or on answers that were never trained on
+    before, after
+        of chat tuning: losses on held-out answers by source, "all" first
+    """
 
-def finish(run: RunFolder, loop: Loop, folder: Path, more: dict[str, Any]) -> dict[str, Any]:
-    """Make RUN/model of the last checkpoint, note the result in run.json, write the report; returns the result."""
-    make_model(folder)
-    rows = read_metrics(folder)
-    held = next((row for row in reversed(rows) if row["kind"] == "held-out"), None)
-    steps = [row for row in rows if row["kind"] == "step"]
-    if held is None or not steps:
-        raise UserError(
-            f"{folder / METRICS} does not tell of the last steps: the model is in {folder / 'model'}, but its figures are "
-            f"lost; remove {checkpoints_in(folder)[-1].path} to make the last steps again"
+    folder: Path
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_a_second: float
+    utilisation: float | None
+    epochs: float
+    held_out: HeldOutLoss | AnswerLoss
+    before: Mapping[str, AnswerLoss] = field(default_factory=dict)
+    after: Mapping[str, AnswerLoss] = field(default_factory=dict)
+
+    @property
+    def model(self) -> Path:
+        """The trained model, an ordinary Hugging Face folder."""
+        return self.folder / "model"
+
+    def to_json(self) -> JsonObject:
+        """The content of "result" in run.json."""
+        row = super().to_json()
+        sources = {name: row.pop(name) for name in ("before", "after")}
+        del row["folder"]
+        return {**row, "sources": sources} if self.after else row
+
+    @staticmethod
+    def load(folder: Path) -> "TrainResult":
+        """The result of a finished run. Raises `UserError` where there is none."""
+        row = read_json(folder / "run.json").get("result")
+        if row is None:
+            raise UserError(f"{folder} is no finished training run")
+        kind = AnswerLoss if "perplexity" in row["held_out"] else HeldOutLoss
+        sources: dict[str, dict[str, AnswerLoss]] = {
+            when: {name: AnswerLoss.from_json(loss) for name, loss in row["sources"][when].items()}
+            for when in ("before", "after")
+            if "sources" in row
+        }
+        held_out = kind.from_json(row["held_out"])
+        return TrainResult(
+            folder,
+            row["steps"],
+            row["tokens"],
+            row["seconds"],
+            row["tokens_a_second"],
+            row["utilisation"],
+            row["epochs"],
+            held_out,
+            **sources,
         )
-    plan, seconds = loop.plan, steps[-1]["seconds"]
+
+
+@dataclass(frozen=True)
+class TrainingJob(ABC):
+    """What pretraining and chat tuning differ in. `tokenizer` is its folder."""
+
+    out: Path
+    options: TrainOptions
+    world: World
+    device: torch.device
+    tokenizer: Path
+    fp8: bool = field(default=False, kw_only=True)
+
+    @property
+    @abstractmethod
+    def minutes(self) -> float | None:
+        """How long to train, where that is the length."""
+
+    @abstractmethod
+    def settings(self) -> JsonObject:
+        """What makes this run this run: "asked" in run.json, which a resumed run must agree with."""
+
+    @abstractmethod
+    def plan(self, speed: float | None = None, unit: int | None = None) -> Plan:
+        """The first plan, or one for a measured speed in tokens a second, with a multiple of `unit` rows in a
+        step.
+        """
+
+    @abstractmethod
+    def batches(self, plan: Plan) -> BatchSource:
+        """The rows of a plan's steps."""
+
+    @abstractmethod
+    def initialise(self, model: GPT) -> None:
+        """Fills the parameters of the model in place."""
+
+    @abstractmethod
+    def start(self, plan: Plan) -> None:
+        """Says what is about to be trained, on rank 0, and writes what the run's folder needs first."""
+
+    @abstractmethod
+    def record(self) -> JsonObject:
+        """What run.json holds beside settings and plan."""
+
+    @abstractmethod
+    def samples(self) -> SampleWriter:
+        """The writer of samples.jsonl."""
+
+    @abstractmethod
+    def evaluate(self, stepper: Stepper, step: int) -> JsonObject:
+        """A row of metrics.jsonl with the held-out loss."""
+
+    @abstractmethod
+    def outcome(self, plan: Plan, rows: Sequence[JsonObject]) -> JsonObject:
+        """`epochs`, `held_out` and losses by source of the result, given the rows of metrics.jsonl."""
+
+
+@contextmanager
+def open_training_run(out: Path, world: World) -> Iterator[RunFolder]:
+    """Locks and opens the folder of a training run. Raises `UserError` for a run of another kind."""
+    with open_run(out, create=True, rank=world.rank) as run:
+        if run.manifest and run.manifest.get("kind") != "training":
+            raise UserError(f"--out {out} holds a run of another kind; choose another folder")
+        yield run
+
+
+def run_training(job: TrainingJob, run: RunFolder) -> TrainResult | None:
+    """Trains, or resumes; the result on rank 0, None on others.
+
+    Raises `UserError` for a folder that holds a run with other settings, too little memory, and a loss that
+    is not finite.
+    """
+    try:
+        return _run(job, run)
+    finally:
+        job.world.close()
+
+
+def _run(job: TrainingJob, run: RunFolder) -> TrainResult | None:
+    settings, known, options = job.settings(), run.manifest, job.options
+    require_same(job.out, known.get("asked", {}), settings)
+    is_new = "plan" not in known
+    plan = job.plan() if is_new else Plan.from_json(known["plan"])
+    plan = replace(
+        plan,
+        micro_batch=options.micro_batch or plan.micro_batch,
+        checkpointing=options.recompute or plan.checkpointing,
+    )
+    if job.world.rank == 0 and not plan.fits:
+        need, there = plan.memory.total / 1e9, plan.chip.memory / 1e9
+        hint = "a lower --depth or --context does"
+        say(f"by estimate it does not fit: one row needs {need:,.1f} GB of {there:,.1f}; {hint}")
+    compute = torch.bfloat16 if job.device.type == "cuda" else torch.float32
+    model = GPT(plan.shape, compute=compute, checkpointing=plan.checkpointing, fp8=job.fp8)
+    job.initialise(model)
+    stepper = Stepper(model.to(job.device), job.batches(plan), plan, job.world, job.device)
+    threads = stepper.set_threads(known.get("threads"))
+    measures = is_new and job.minutes is not None
+    if job.device.type == "cuda" or measures:
+        try:
+            speed = stepper.measure_speed()
+        except torch.OutOfMemoryError:
+            raise stepper.out_of_memory() from None
+        if measures:
+            at_speed = job.plan(speed, stepper.unit)
+            plan = replace(at_speed, micro_batch=plan.micro_batch, checkpointing=plan.checkpointing)
+    plan = plan.scaled(options.rate_scale) if is_new else plan
+    stepper.set_plan(plan, job.batches(plan))
+    if job.world.rank == 0:
+        job.start(plan)
+    content = {"kind": "training", "asked": settings, "plan": plan.to_json(), "threads": threads}
+    run.note(**content, versions=versions(), **job.record())
+    facts = {"tokenizer": digest(job.tokenizer / "tokenizer.json"), "asked": settings}
+    logs: AbstractContextManager[RunLog] = nullcontext(RunLog())
+    if job.world.rank == 0:
+        tensorboard, wandb = options.tensorboard, options.wandb
+        logs = open_run_log(job.out, plan.steps, job.samples(), tensorboard=tensorboard, wandb=wandb)
+    with logs as log:
+        trainer = Trainer(
+            job.out,
+            stepper,
+            job.tokenizer,
+            lambda: job.initialise(stepper.model),
+            lambda step: job.evaluate(stepper, step),
+            log,
+            facts,
+            keep_permanent=options.keep == "log",
+        )
+        trainer.run()
+        return None if job.world.rank else _finish(job, run, trainer)
+
+
+def require_same(folder: Path, before: Mapping[str, object], settings: Mapping[str, object]) -> None:
+    """Raises `UserError` where a run would go on with other settings than it began with."""
+    for name, value in settings.items():
+        if name in before and before[name] != value:
+            old, new = ("as derived" if one is None else str(one)[:16] for one in (before[name], value))
+            raise UserError(
+                f"--out {folder} holds a run with {name.replace('_', '-')} {old}, not {new}; "
+                "give that, or another folder for a new run"
+            )
+
+
+def _finish(job: TrainingJob, run: RunFolder, trainer: Trainer) -> TrainResult:
+    """Makes RUN/model of the last checkpoint, stores the result in run.json, and writes the report."""
+    make_model_folder(job.out)
+    rows = read_metrics(job.out)
+    held_out = [row for row in rows if row["kind"] == "held-out"]
+    steps = [row for row in rows if row["kind"] == "step"]
+    if not held_out or not steps:
+        raise UserError(
+            f"{job.out / METRICS} does not tell of the last steps: the model is in {job.out / 'model'}, "
+            f"but its figures are lost; remove {checkpoints_in(job.out)[-1].path} to make those steps again"
+        )
+    plan, seconds = trainer.plan, steps[-1]["seconds"]
     speed = plan.tokens / seconds
-    result = {
-        "held_out": {name: value for name, value in held.items() if name not in ("kind", "step")},
-        "steps": plan.steps,
-        "tokens": plan.tokens,
-        "seconds": seconds,
-        "tokens_a_second": speed,
-        "utilisation": loop.utilisation(speed),
-        **more,
-    }
-    run.note(result=result)
-    write_training_report(folder)
+    numbers = {"seconds": seconds, "tokens_a_second": speed, "utilisation": trainer.utilisation(speed)}
+    outcome = job.outcome(plan, rows)
+    result = TrainResult(folder=job.out, steps=plan.steps, tokens=plan.tokens, **numbers, **outcome)
+    run.note(result=result.to_json())
+    write_training_report(job.out)
     return result
 
 
-def make_model(folder: Path) -> Path:
-    """RUN/model: the last checkpoint without what only training needs. The weights are a link where it can be; files that
-    people edit are not, since a checkpoint stays as it was made."""
+def make_model_folder(folder: Path) -> Path:
+    """Makes RUN/model of the last checkpoint, without what only resuming needs.
+
+    The weights are a link where the file system has them; files that people edit are copies, since a
+    checkpoint stays as it was made.
+    """
     last, path = checkpoints_in(folder)[-1], folder / "model"
     temporary = folder / f".model.{secrets.token_hex(6)}"
     temporary.mkdir()
     try:
         for file in last.path.iterdir():
-            if file.name not in NOT_OF_THE_MODEL:
-                _put(file, temporary / file.name)
+            copy = temporary / file.name
+            if file.name == "model.safetensors":
+                with contextlib.suppress(OSError):  # another file system, or one without links
+                    os.link(file, copy)
+            if file.name not in RESUME_ONLY and not copy.exists():
+                shutil.copyfile(file, copy)
         shutil.rmtree(path, ignore_errors=True)
         temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return path
-
-
-def _put(file: Path, place: Path) -> None:
-    if file.name == "model.safetensors":
-        with contextlib.suppress(OSError):  # another file system, or one without links
-            os.link(file, place)
-            return
-    shutil.copyfile(file, place)
-
-
-def _short(value: Any) -> str:
-    return "as derived" if value is None else str(value)[:16]

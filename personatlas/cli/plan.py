@@ -3,27 +3,25 @@
 from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
+from typing import Annotated
 
-from cyclopts import Parameter
 from rich.table import Table
 
-from personatlas.cli.options import Json
+from personatlas.cli.options import OPTIONS, Json
 from personatlas.cli.output import console, print_json, print_line
 from personatlas.persona.errors import UserError
-from personatlas.training.options import Length
 from personatlas.training.plan import (
     BYTES_A_TOKEN,
     CHIPS,
     Chip,
     Plan,
+    describe_epochs,
     flops_a_token,
+    make_plan,
     memory_for,
-    plan_of,
-    repeats,
 )
 
 
-@Parameter(name="*")
 @dataclass(frozen=True)
 class Machine:
     """What to train on."""
@@ -42,8 +40,9 @@ def plan(
     *,
     depth: int,
     corpus: Path | None = None,
-    length: Length = Length(),
-    machine: Machine = Machine(),
+    tokens: int | None = None,
+    minutes: float | None = None,
+    machine: Annotated[Machine, OPTIONS] = Machine(),
     vocabulary: int = 32_768,
     context: int | None = None,
     json: Json = False,
@@ -56,17 +55,21 @@ def plan(
         the one dial: blocks; all other sizes follow
     corpus
         texts to train on: are they enough? They are read once, and 4.3 bytes are taken for a token
+    tokens
+        so many tokens; as many as are compute-optimal unless given
+    minutes
+        what these GPUs do in so many minutes, instead
     vocabulary
         tokens of the tokenizer
     context
         tokens that the model sees at once; from the depth unless given
     """
-    made = plan_of(
+    made = make_plan(
         depth,
         vocabulary=vocabulary,
         context=context,
-        tokens=length.tokens,
-        minutes=length.minutes,
+        tokens=tokens,
+        minutes=minutes,
         chip=_chip(machine.gpu, machine.price),
         gpus=machine.gpus,
         share_of_peak=machine.mfu,
@@ -91,9 +94,9 @@ def _chip(name: str, price: float | None) -> Chip:
 
 def _bytes_of(corpus: Path) -> int:
     """UTF-8 bytes of the training side of a corpus, all of it read once."""
-    from personatlas.training.data.corpus import corpus_of
+    from personatlas.training.data.corpus import open_corpus
 
-    texts = corpus_of(corpus)  # not scan(): a plan can be made before anything is chosen to be held out
+    texts = open_corpus(corpus)  # not scan(): a plan can be made before anything is chosen to be held out
     size = sum(len(piece.text.encode()) for piece in texts.pieces() if not texts.holds_out(piece))
     if size == 0:
         raise UserError(f"--corpus {corpus} has no text to train on")
@@ -108,7 +111,7 @@ def _print(made: Plan, mfu: float, size: int | None) -> None:
     _print_chips(made, mfu)
     if size is not None:
         tokens = max(1, round(size / BYTES_A_TOKEN))
-        print_line(f"{size:,} bytes, about {tokens:,} tokens: {repeats(made.tokens, tokens)}")
+        print_line(f"{size:,} bytes, about {tokens:,} tokens: {describe_epochs(made.tokens, tokens)}")
     if not made.fits:
         need, there = _gigabytes(made.memory.total), _gigabytes(made.chip.memory)
         print_line(f"does not fit: one sequence needs {need} of {there}; lower --depth or --context")
@@ -144,7 +147,7 @@ def _rows(made: Plan) -> list[tuple[str, str]]:
         (
             "rates",
             f"matrices {made.matrix_rate:.4f} (Muon), embedding {made.embedding_rate:.4f}, head {made.head_rate:.5f}, "
-            f"gains {made.gain_rate:.5f} (AdamW); decay of matrices {made.weight_decay:.3f}",
+            f"gains {made.norm_rate:.5f} (AdamW); decay of matrices {made.weight_decay:.3f}",
         ),
         (
             "FLOPs",

@@ -1,37 +1,28 @@
 """The commands `train base`, `chat`, `eval`, `tokenizer` and `export`; `plan` is in plan.py."""
 
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from rich.table import Table
 
-from personatlas.cli.options import MODEL, Json, ModelName
+from personatlas.cli.options import MODEL, OPTIONS, Json, ModelName
 from personatlas.cli.output import console, print_json, print_line
 from personatlas.persona.errors import UserError
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.progress import say
-from personatlas.training.options import (
-    Around,
-    BaseAsked,
-    ChatAsked,
-    ChatLength,
-    Chats,
-    ChatTuning,
-    Length,
-    Texts,
-    Tuning,
-)
+from personatlas.training.options import ChatDataOptions, CorpusOptions, FinetuneOptions, PretrainOptions
+
+if TYPE_CHECKING:
+    from personatlas.training.chat.heldout_loss import AnswerLoss
+    from personatlas.training.run import TrainResult
 
 
 def base(
     *,
     depth: int,
     out: Path,
-    texts: Texts = Texts(),
-    length: Length = Length(),
-    tuning: Tuning = Tuning(),
-    around: Around = Around(),
+    texts: Annotated[CorpusOptions, OPTIONS] = CorpusOptions(),
+    options: Annotated[PretrainOptions, OPTIONS] = PretrainOptions(),
     json: Json = False,
 ) -> None:
     """Train a GPT of some depth on a corpus; the same command goes on where it was stopped.
@@ -47,28 +38,28 @@ def base(
     """
     from personatlas.training.pretrain import train_base
 
-    result = train_base(BaseAsked(depth, out, texts, length, tuning, **asdict(around)))
-    if json:
-        print_json(result)
+    result = train_base(texts, depth=depth, out=out, options=options)
+    if result is not None and json:
+        print_json(result.to_json())
     elif result is not None:
-        _print_line(result, out)
+        _print_base(result)
 
 
-def _print_line(result: dict[str, Any], out: Path) -> None:
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    held = result["held_out"]
-    exact = f"{held['tokens']:,} tokens, {held['bytes'] / 1e6:,.2f} MB"
+def _print_base(result: "TrainResult") -> None:
+    from personatlas.training.bits_per_byte import HeldOutLoss
+
+    table, loss = Table(box=None, show_header=False, padding=(0, 2, 0, 0)), result.held_out
+    assert isinstance(loss, HeldOutLoss)
+    exact = f"{loss.tokens:,} tokens, {loss.bytes / 1e6:,.2f} MB"
     table.add_row(
-        "held out", f"{held['bits_per_byte']:.4f} bits per byte, {held['loss']:.4f} nats a token  ({exact})"
+        "held out", f"{loss.bits_per_byte:.4f} bits per byte, {loss.loss:.4f} nats a token  ({exact})"
     )
-    speed = f"{result['seconds']:,.1f} s of training, {result['tokens_a_second']:,.0f} tokens/s"
-    share = result["utilisation"]
+    speed = f"{result.seconds:,.1f} s of training, {result.tokens_a_second:,.0f} tokens/s"
+    share = result.utilisation
     table.add_row("training", speed if share is None else f"{speed}, {share:.1%} of the peak")
-    table.add_row(
-        "tokens", f"{result['tokens']:,} in {result['steps']:,} steps, {result['epochs']:.2f} epochs"
-    )
-    table.add_row("model", str(out / "model"))
-    table.add_row("report", str(out / "report.html"))
+    table.add_row("tokens", f"{result.tokens:,} in {result.steps:,} steps, {result.epochs:.2f} epochs")
+    table.add_row("model", str(result.model))
+    table.add_row("report", str(result.folder / "report.html"))
     console().print(table)
 
 
@@ -80,10 +71,8 @@ def chat(
     /,
     *,
     out: Path,
-    chats: Chats = Chats(),
-    length: ChatLength = ChatLength(),
-    tuning: ChatTuning = ChatTuning(),
-    around: Around = Around(),
+    chats: Annotated[ChatDataOptions, OPTIONS] = ChatDataOptions(),
+    options: Annotated[FinetuneOptions, OPTIONS] = FinetuneOptions(),
     json: Json = False,
 ) -> None:
     """Tune a base model on conversations; the same command goes on where it was stopped.
@@ -99,43 +88,39 @@ def chat(
     """
     from personatlas.training.finetune import train_chat
 
-    result = train_chat(ChatAsked(base, out, chats, length, tuning, **asdict(around)))
-    if json:
-        print_json(result)
+    result = train_chat(base, chats, out=out, options=options)
+    if result is not None and json:
+        print_json(result.to_json())
     elif result is not None:
-        _chat_tune_verb_print_line(result, out)
+        _print_chat(result)
 
 
-def _chat_tune_verb_print_line(result: dict[str, Any], out: Path) -> None:
-    before, after = result["sources"]["before"], result["sources"]["after"]
+def _print_chat(result: "TrainResult") -> None:
     table = Table("held out", "nats a token", "untuned", "perplexity", "n", "known", box=None, pad_edge=False)
-    for name in list(after)[: 1 + SHOWN]:
-        one = after[name]
+    for name, loss in list(result.after.items())[: 1 + SHOWN]:
         table.add_row(
             name,
-            _with(one, "loss"),
-            f"{before[name]['loss']:.3f}",
-            f"{one['perplexity']:.2f}",
-            f"{one['conversations']:,}",
-            f"{one['met'] / one['conversations']:.0%}",
+            _with_interval(loss),
+            f"{result.before[name].loss:.3f}",
+            f"{loss.perplexity:.2f}",
+            f"{loss.conversations:,}",
+            f"{loss.met / loss.conversations:.0%}",
         )
     console().print(table)
-    if any(one["met"] for one in after.values()):
+    if any(loss.met for loss in result.after.values()):
         console().print(
             "known: answers that training gives too, to other questions or in other roles: their loss is memory"
         )
     plain = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    plain.add_row(
-        "training", f"{result['seconds']:,.1f} s, {result['steps']:,} steps, {result['epochs']:.2f} epochs"
-    )
-    plain.add_row("model", str(out / "model"))
+    plain.add_row("training", f"{result.seconds:,.1f} s, {result.steps:,} steps, {result.epochs:.2f} epochs")
+    plain.add_row("model", str(result.model))
     console().print(plain)
 
 
-def _with(found: dict[str, Any], name: str) -> str:
-    digits = 1 if found[name] >= 10 else 3 if name == "loss" else 2
-    known = "" if found["low"] is None else f" [{found['low']:.{digits}f}, {found['high']:.{digits}f}]"
-    return f"{found[name]:.{digits}f}{known}"
+def _with_interval(loss: "AnswerLoss") -> str:
+    digits = 1 if loss.loss >= 10 else 3
+    interval = "" if loss.low is None else f" [{loss.low:.{digits}f}, {loss.high:.{digits}f}]"
+    return f"{loss.loss:.{digits}f}{interval}"
 
 
 def evaluate(
@@ -163,43 +148,23 @@ def evaluate(
         tokens that the model sees at once; its own context, at most 2,048, unless given
     """
     from personatlas.persona.models.load import load_model
-    from personatlas.training.bits_per_byte import fit_of_texts
-    from personatlas.training.data.corpus import located
+    from personatlas.training.bits_per_byte import text_bits_per_byte
+    from personatlas.training.data.corpus import sample_documents
 
     if most < 1:
         raise UserError(f"--most {most}: give how many bytes to read, 1 or more")
-    texts = _texts(located(text, "--text"), text_column, most)
+    texts = sample_documents(text, text_column, most)
     decoder = load_model(model, device=load.device, dtype=load.dtype, chat_template=load.chat_template)
-    fit = fit_of_texts(decoder, texts, context)
+    loss = text_bits_per_byte(decoder, texts, context)
     if json:
-        print_json({"model": decoder.describe(), "text": str(text), **asdict(fit)})
+        print_json({"model": decoder.describe(), "text": str(text), **loss.to_json()})
         return
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    known = f" [{fit.interval[0]:.4f}, {fit.interval[1]:.4f}]" if fit.interval else ""
-    table.add_row("bits per byte", f"{fit.bits_per_byte:.4f}{known}")
-    table.add_row("nats a token", f"{fit.loss:.4f}, {fit.bytes / fit.tokens:.2f} bytes a token")
-    table.add_row("read", f"{fit.documents:,} documents, {fit.bytes / 1e6:,.2f} MB, {fit.tokens:,} tokens")
+    known = f" [{loss.interval[0]:.4f}, {loss.interval[1]:.4f}]" if loss.interval else ""
+    table.add_row("bits per byte", f"{loss.bits_per_byte:.4f}{known}")
+    table.add_row("nats a token", f"{loss.loss:.4f}, {loss.bytes / loss.tokens:.2f} bytes a token")
+    table.add_row("read", f"{loss.documents:,} documents, {loss.bytes / 1e6:,.2f} MB, {loss.tokens:,} tokens")
     console().print(table)
-
-
-def _texts(path: Path, column: str, most: int) -> list[str]:
-    """Documents, or pieces of long ones, evenly taken where there are more bytes than wanted."""
-    from personatlas.training.data.corpus import PIECE, sources_of
-    from personatlas.training.data.documents import read_pieces
-
-    found = [
-        piece.text
-        for source in sources_of(path, "--text")
-        for piece in read_pieces(source, column=column, size=PIECE)
-        if piece.text.strip() and "\0" not in piece.text
-    ]
-    if not found:
-        raise UserError(f"--text {path} has no text")
-    size = sum(len(text.encode()) for text in found)
-    kept = found[:: max(1, round(size / most))]
-    if len(kept) < len(found):
-        say(f"{len(kept):,} of {len(found):,} documents are read (--most {most:,} bytes)")
-    return kept
 
 
 def tokenizer(
@@ -233,11 +198,11 @@ def tokenizer(
     sample
         the most bytes of text to train on, spread evenly over the corpus
     """
-    from personatlas.training.data.corpus import corpus_of
+    from personatlas.training.data.corpus import open_corpus
     from personatlas.training.data.tokenizer import make_tokenizer, require_vocabulary
 
     require_vocabulary(vocabulary)
-    texts = corpus_of(corpus, held_out=held_out, held_share=held_share, column=text_column)
+    texts = open_corpus(corpus, held_out=held_out, held_share=held_share, column=text_column)
     record = make_tokenizer(texts, out, vocabulary=vocabulary, sample=sample)
     if json:
         print_json(record)
@@ -246,7 +211,7 @@ def tokenizer(
 
 
 def _say_tokenizer(record: dict[str, Any], out: Path) -> None:
-    from personatlas.training.data.corpus import Amount, Scan
+    from personatlas.training.data.corpus import CorpusScan, TextAmount
 
     scan, held = record["scan"], record["held_out"]
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
@@ -259,8 +224,8 @@ def _say_tokenizer(record: dict[str, Any], out: Path) -> None:
     table.add_row("vocabulary", f"{record['asked']['vocabulary']:,}")
     table.add_row("folder", str(out))
     console().print(table)
-    sides = {name: Amount(**scan[name]) for name in ("train", "held_out")}
-    if notes := Scan(**{**scan, **sides}).notes():
+    sides = {name: TextAmount(**scan[name]) for name in ("train", "held_out")}
+    if notes := CorpusScan(**{**scan, **sides}).notes():
         say(f"note: {notes}")
 
 
@@ -287,15 +252,14 @@ def export(
     dtype
         of the weights; checkpoints are fp32, which loses nothing, and bf16 is half as large
     gguf
-        the file to make: for llama.cpp and what is built on it; its gains stay fp32
+        the file to make: for llama.cpp and what is built on it; its norm weights stay fp32
     """
     import torch
 
     from personatlas.persona.artifacts import require_writable
     from personatlas.persona.runs import resolve_model
     from personatlas.training.export.gguf import write_gguf
-    from personatlas.training.export.huggingface import export as write_folder
-    from personatlas.training.export.huggingface import load_exported
+    from personatlas.training.export.huggingface import export_model, load_exported
 
     if out is None and gguf is None:
         raise UserError("give --out FOLDER, --gguf FILE or both")
@@ -307,7 +271,7 @@ def export(
         require_writable(gguf, "--gguf")
     what = f"{source}, {found.shape.parameters / 1e6:,.1f} M parameters in {dtype}"
     if out is not None:
-        write_folder(found, source, out, torch.bfloat16 if dtype == "bf16" else torch.float32)
+        export_model(found, source, out, torch.bfloat16 if dtype == "bf16" else torch.float32)
         print_line(f"{what}: {out}")
     if gguf is not None:
         write_gguf(source, gguf, "bf16" if dtype == "bf16" else "f32")

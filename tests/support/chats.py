@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from personatlas.training.chat.conversations import Conversation
+from personatlas.training.chat.conversations import ChatExample
 
 
 def turns(*texts, system=None):
@@ -58,7 +58,7 @@ def in_character(role, number):
 
 
 def conversation(messages, where="a:1"):
-    return Conversation(tuple(messages), where, "a")
+    return ChatExample(tuple(messages), where, "a")
 
 
 def rollout(key, answer="Arr.", stopped="end"):

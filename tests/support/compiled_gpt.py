@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 
 import torch
-from test_gpt import SHAPE, ids_of, lively
+from tiny_gpt import SHAPE, ids_of, lively
 
 # aot_eager rewrites what is changed in place, where torch 2.11 once lost all gradients
 HOW = {"cpu": {"backend": "aot_eager"}, "cuda": {}}

@@ -3,12 +3,12 @@
 from dataclasses import replace
 
 import torch
-from test_gpt import lively
-from test_tokenizer import CHAT, write_corpus
+from corpora import CHAT, write_corpus
+from tiny_gpt import lively
 
 from personatlas.training.data.corpus import Corpus
 from personatlas.training.data.tokenizer import make_tokenizer
-from personatlas.training.export.huggingface import export
+from personatlas.training.export.huggingface import export_model
 from personatlas.training.model.config import Shape
 
 # heads of 32: transformers' reader of GGUF files by itself takes 128 for granted
@@ -21,4 +21,4 @@ def exported_in(folder, context=SHAPE.context):
     """FOLDER/model."""
     texts = Corpus.open(write_corpus(folder / "texts"), held_share=0.2)
     make_tokenizer(texts, folder / "tokenizer", vocabulary=310, quiet=True)
-    return export(lively(replace(SHAPE, context=context)), folder / "tokenizer", folder / "model")
+    return export_model(lively(replace(SHAPE, context=context)), folder / "tokenizer", folder / "model")

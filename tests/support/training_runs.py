@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from personatlas.training.plan import CHIPS, plan_of
+from personatlas.training.plan import CHIPS, make_plan
 
 PROMPTS = (
     "CHAPTER I.\n\nThe old house stood upon the hill, and from its windows",
@@ -41,7 +41,7 @@ def a_training_run(folder, *, depth=12, steps=964, chip="h200", done=1.0, tuned=
         "decay": round(0.6 * steps),
     }
     plan = replace(
-        plan_of(depth, minutes=3.0, chip=CHIPS[chip]), **length
+        make_plan(depth, minutes=3.0, chip=CHIPS[chip]), **length
     )  # whatever the dial's rules are just now
     record = {
         "kind": "training",

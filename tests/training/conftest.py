@@ -1,11 +1,44 @@
 """What several files' tests of training need."""
 
 import pytest
-from test_tokenizer import write_corpus
+from base_runs import book, train
+from corpora import write_corpus
 
+from personatlas.training.chat import samples as reply_samples
 from personatlas.training.chat.packing import ChatEncoder
 from personatlas.training.data.corpus import Corpus
 from personatlas.training.data.tokenizer import make_tokenizer
+from personatlas.training.loop import samples
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_samples():
+    """Samples of few tokens: they are more than half of the time that so small a run takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(samples, "LENGTH", 4)
+        patch.setattr(reply_samples, "LENGTH", 4)
+        yield
+
+
+@pytest.fixture(scope="session")
+def books(tmp_path_factory):
+    """A folder with forty short texts."""
+    folder = tmp_path_factory.mktemp("books")
+    for number in range(40):
+        (folder / f"{number}.txt").write_text(book(number))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def base_result(books, tmp_path_factory):
+    """The result of a finished run on the books."""
+    return train(books, tmp_path_factory.mktemp("runs") / "whole")
+
+
+@pytest.fixture(scope="session")
+def base_run(base_result):
+    """Its folder, which tests leave as it is but for events in its log."""
+    return base_result.folder
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from test_export import exported  # noqa: F401
 from personatlas.cli.app import main
 from personatlas.persona.errors import UserError
 from personatlas.persona.models.load import load_model
-from personatlas.training.bits_per_byte import fit_of_texts
+from personatlas.training.bits_per_byte import text_bits_per_byte
 
 TEXTS = [
     "the old clock struck seven",
@@ -38,7 +38,7 @@ def plain_nats(model, text, window):
 
 @pytest.mark.parametrize("window", [8, 64])
 def test_bits_per_byte_are_those_of_predicting_token_by_token(model, window):
-    fit = fit_of_texts(model, TEXTS, window)
+    fit = text_bits_per_byte(model, TEXTS, window)
     nats, counts = zip(*(plain_nats(model, text, window) for text in TEXTS), strict=True)
     size = sum(len(text.encode()) for text in TEXTS)
     assert fit.bits_per_byte == pytest.approx(sum(nats) / size / math.log(2), rel=1e-5)
@@ -47,11 +47,11 @@ def test_bits_per_byte_are_those_of_predicting_token_by_token(model, window):
 
 
 def test_one_document_has_no_interval_and_nothing_is_refused(model):
-    assert fit_of_texts(model, TEXTS[:1]).interval is None
+    assert text_bits_per_byte(model, TEXTS[:1]).interval is None
     with pytest.raises(UserError, match="no text to predict"):
-        fit_of_texts(model, [""])
+        text_bits_per_byte(model, [""])
     with pytest.raises(UserError, match="--context 1"):
-        fit_of_texts(model, TEXTS, 1)
+        text_bits_per_byte(model, TEXTS, 1)
 
 
 def test_the_verb_reads_a_folder_and_says_what_it_read(exported, tmp_path, capsys):

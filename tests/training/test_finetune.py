@@ -7,17 +7,18 @@ from dataclasses import astuple, replace
 import pytest
 import torch
 from chats import GOOD, in_character, rollout, turns, write_rows, write_run
-from test_gpt import SHAPE, lively
+from tiny_gpt import SHAPE, lively
 
 from personatlas.cli.app import main
 from personatlas.persona.artifacts import read_json, write_json
 from personatlas.persona.errors import UserError
 from personatlas.persona.logs import read_lines
-from personatlas.training.chat.plan import RELATIVE, Peaks, chat_plan, peaks_of, rows_of
-from personatlas.training.export.huggingface import export, load_exported
-from personatlas.training.finetune import parent_of
+from personatlas.training.chat.plan import RELATIVE_RATE, PeakRates, make_chat_plan, rows_per_step
+from personatlas.training.export.huggingface import export_model, load_exported
+from personatlas.training.finetune import find_base_model
+from personatlas.training.loop import step
 from personatlas.training.loop.checkpoints import checkpoints_in
-from personatlas.training.plan import CHIPS, Plan, plan_of, shape_at
+from personatlas.training.plan import CHIPS, Plan, make_plan, shape_at
 
 TINY = replace(SHAPE, vocabulary=320, context=96)
 QUICK = ["--device", "cpu", "--held-share", "0.1"]
@@ -25,7 +26,7 @@ QUICK = ["--device", "cpu", "--held-share", "0.1"]
 
 @pytest.fixture(scope="module")
 def base(chat_tokenizer, tmp_path_factory):
-    return export(lively(TINY), chat_tokenizer, tmp_path_factory.mktemp("base") / "model")
+    return export_model(lively(TINY), chat_tokenizer, tmp_path_factory.mktemp("base") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_tuning_learns_the_answers_and_leaves_a_model_folder(base, tuned):
     assert after["voices"]["loss"] < before["voices"]["loss"] - 0.5
     assert after["all"]["conversations"] == found["data"]["held_out"] >= 6
     assert found["kind"] == "training"
-    assert found["parent"]["sha256"] == parent_of(base).weights
+    assert found["parent"]["sha256"] == find_base_model(base).sha256
     assert found["result"]["epochs"] == pytest.approx(2, abs=0.2)
     model = load_exported(tuned / "model")
     assert model.shape == TINY
@@ -136,7 +137,8 @@ def test_a_run_of_rollouts_is_data_and_roles_can_be_held_out(base, tmp_path):
     assert found["data"]["train"] + found["data"]["held_out"] == 36
 
 
-def test_minutes_are_kept_at_the_speed_that_is_measured(base, data, tmp_path):
+def test_minutes_are_kept_at_the_speed_that_is_measured(base, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(step, "MEASURED_STEPS", (4, 4))
     tune(base, tmp_path / "run", "--minutes", "0.03", data=[data])
     found = read_json(tmp_path / "run" / "run.json")
     assert found["plan"]["horizon"] == "what 0.03 minutes hold"
@@ -145,10 +147,10 @@ def test_minutes_are_kept_at_the_speed_that_is_measured(base, data, tmp_path):
 
 
 def test_a_checkpoint_of_a_run_and_a_run_itself_are_bases(tuned, data, tmp_path):
-    assert parent_of(tuned).folder == tuned / "model"
+    assert find_base_model(tuned).folder == tuned / "model"
     first = checkpoints_in(tuned)[0].path
     tune(first, tmp_path / "run", "--epochs", "0.2", data=[data])
-    assert read_json(tmp_path / "run" / "run.json")["parent"]["sha256"] == parent_of(first).weights
+    assert read_json(tmp_path / "run" / "run.json")["parent"]["sha256"] == find_base_model(first).sha256
 
 
 def test_what_is_no_base_is_refused_in_one_line(base, data, tmp_path, capsys):
@@ -191,37 +193,38 @@ def test_wrong_options_are_refused_in_one_line(base, data, tmp_path, capsys):
 # The plan
 
 
-PEAKS = Peaks(0.01, 0.1, 0.004, 0.002)
+PEAKS = PeakRates(0.01, 0.1, 0.004, 0.002)
 
 
-def plan(rows=2000, counted=1_000_000, **how):
-    return chat_plan(TINY, PEAKS, rows=rows, counted=counted, chip=CHIPS["h100"], **how)
+def plan(rows=2000, counted=1_000_000, **options):
+    return make_chat_plan(TINY, PEAKS, rows=rows, counted=counted, chip=CHIPS["h100"], **options)
 
 
 def test_the_batch_follows_the_answers_tokens_and_the_rates_the_base():
-    made = plan()
-    assert made.batch == rows_of(2000, 1_000_000, 1) * TINY.context == 5 * TINY.context
-    assert made.steps == 400
-    found = Peaks(made.matrix_rate, made.embedding_rate, made.head_rate, made.gain_rate)
-    assert found == Peaks(*(RELATIVE * value for value in astuple(PEAKS)))
+    one = plan()
+    assert one.batch == rows_per_step(2000, 1_000_000, 1) * TINY.context == 5 * TINY.context
+    assert one.steps == 400
+    rates = PeakRates(one.matrix_rate, one.embedding_rate, one.head_rate, one.norm_rate)
+    assert rates == PeakRates(*(RELATIVE_RATE * value for value in astuple(PEAKS)))
     twice = plan(rows=4000)  # as many answers in twice the text: the same steps
-    assert (twice.steps, twice.second) == (made.steps, made.second)
-    assert twice.batch == 2 * made.batch
+    assert (twice.steps, twice.adam_beta2) == (one.steps, one.adam_beta2)
+    assert twice.batch == 2 * one.batch
 
 
-def test_the_bases_rates_come_from_its_run_or_else_from_the_dial(tmp_path, base):
-    known = plan_of(4, vocabulary=320).to_json()
-    assert peaks_of(TINY, known).matrix == known["matrix_rate"]
-    assert peaks_of(shape_at(4, 320)).head == known["head_rate"]
+def test_the_bases_rates_come_from_its_run_or_else_from_its_shape(tmp_path, base):
+    plan = make_plan(4, vocabulary=320)
+    of_plan, of_shape = PeakRates.of_plan(plan.to_json()), PeakRates.of_shape(TINY)
+    assert astuple(of_plan) == (plan.matrix_rate, plan.embedding_rate, plan.head_rate, plan.norm_rate)
+    assert PeakRates.of_shape(shape_at(4, 320)) == of_plan
     run = tmp_path / "run"
     shutil.copytree(base, run / "model")
     shutil.copytree(base, run / "checkpoints" / "step-000001")
-    for stage, expected in (("base", known), ("chat", None)):
-        write_json(run / "run.json", {"kind": "training", "asked": {"stage": stage}, "plan": known})
-        for place in (run, run / "model", run / "checkpoints" / "step-000001"):
-            found = parent_of(place).plan
-            assert found == (expected and json.loads(json.dumps(expected)))
-    assert parent_of(base).plan is None
+    for stage, expected in (("base", of_plan), ("chat", of_shape)):
+        content = {"kind": "training", "asked": {"stage": stage}, "plan": plan.to_json()}
+        write_json(run / "run.json", content)
+        for folder in (run, run / "model", run / "checkpoints" / "step-000001"):
+            assert find_base_model(folder).rates == expected
+    assert find_base_model(base).rates == of_shape
 
 
 def test_rates_rise_and_fall_straight_to_zero():
@@ -236,7 +239,7 @@ def test_rates_rise_and_fall_straight_to_zero():
 
 
 def test_gpus_share_a_step_evenly_and_the_least_run_has_a_step():
-    assert rows_of(2000, 1_000_000, 4) % 4 == 0
+    assert rows_per_step(2000, 1_000_000, 4) % 4 == 0
     assert plan(rows=1, counted=5).steps == 1
     with pytest.raises(UserError, match="nothing to tune on"):
         plan(rows=0, counted=0)

@@ -6,19 +6,19 @@ import pytest
 
 from personatlas.cli.app import main
 from personatlas.persona.errors import UserError
-from personatlas.training.model.config import Shape, piece_of_loss
+from personatlas.training.model.config import Shape, tokens_per_piece
 from personatlas.training.plan import (
     CHIPS,
     DEPTHS,
     batch_for,
+    describe_epochs,
     embedding_rate_for,
     flops_a_token,
     head_rate_for,
+    make_plan,
     matrix_rate_for,
     memory_for,
     optimal_tokens,
-    plan_of,
-    repeats,
     shape_at,
     utilisation,
     weight_decay_for,
@@ -74,14 +74,14 @@ def test_a_longer_horizon_has_larger_batches_and_more_steps():
 def test_every_gpu_gets_the_same_number_of_whole_sequences(gpus, tokens):
     batch = batch_for(tokens, 512, gpus)
     assert batch % (512 * gpus) == 0
-    plan = plan_of(6, tokens=tokens, context=512, gpus=gpus)
+    plan = make_plan(6, tokens=tokens, context=512, gpus=gpus)
     assert plan.accumulation * plan.micro_batch * plan.gpus * 512 == plan.batch
 
 
 def test_a_short_run_has_hundreds_of_steps():
     assert batch_for(95_000_000, 2048) == 65_536
-    assert plan_of(12, tokens=105_000_000).steps > 700
-    assert plan_of(4, tokens=2_000_000, context=256).steps >= 390
+    assert make_plan(12, tokens=105_000_000).steps > 700
+    assert make_plan(4, tokens=2_000_000, context=256).steps >= 390
 
 
 def test_rates_follow_the_root_of_the_batch_and_width_only_at_the_head():
@@ -99,7 +99,7 @@ def test_weight_decay_averages_over_a_share_of_the_run_and_never_binds_the_norm(
 
 @pytest.mark.parametrize("tokens", [4096, 50_000, 10**7, 10**9])
 def test_the_schedule_rises_once_stays_and_falls_to_nothing_after_the_last_step(tokens):
-    plan = plan_of(4, tokens=tokens, context=512)
+    plan = make_plan(4, tokens=tokens, context=512)
     rates = [plan.rate_at(step) for step in range(plan.steps)]
     top = rates.index(max(rates))
     assert all(0 < rate <= 1 for rate in rates)
@@ -110,7 +110,7 @@ def test_the_schedule_rises_once_stays_and_falls_to_nothing_after_the_last_step(
 
 
 def test_half_the_minutes_are_half_the_tokens_with_a_smaller_batch():
-    long, short = (plan_of(12, minutes=minutes, chip=CHIPS["h200"]) for minutes in (6.0, 3.0))
+    long, short = (make_plan(12, minutes=minutes, chip=CHIPS["h200"]) for minutes in (6.0, 3.0))
     assert short.tokens / long.tokens == pytest.approx(0.5, rel=0.01)
     assert short.batch < long.batch
     assert long.seconds == pytest.approx(360, rel=0.01)
@@ -119,7 +119,7 @@ def test_half_the_minutes_are_half_the_tokens_with_a_smaller_batch():
 
 
 def test_two_gpus_do_twice_as_much_in_the_same_minutes():
-    one, two = (plan_of(12, minutes=5.0, gpus=gpus) for gpus in (1, 2))
+    one, two = (make_plan(12, minutes=5.0, gpus=gpus) for gpus in (1, 2))
     assert two.tokens / one.tokens == pytest.approx(2, rel=0.01)
     assert two.cost == pytest.approx(2 * one.cost, rel=0.01)
 
@@ -140,12 +140,16 @@ def test_memory_is_what_its_parts_say():
 
 
 def test_the_loss_holds_as_many_logits_whatever_the_vocabulary():
-    assert [piece_of_loss(words, compiled=True) for words in (1024, 32_768, 50_304)] == [2**20, 2**15, 20_480]
-    assert [piece_of_loss(words, compiled=False) for words in (1024, 32_768)] == [2**16, 2**11]
+    assert [tokens_per_piece(words, compiled=True) for words in (1024, 32_768, 50_304)] == [
+        2**20,
+        2**15,
+        20_480,
+    ]
+    assert [tokens_per_piece(words, compiled=False) for words in (1024, 32_768)] == [2**16, 2**11]
 
 
 def test_a_model_too_large_for_the_memory_checkpoints_and_then_does_not_fit():
-    small, large, larger = (plan_of(depth, chip=CHIPS["4090"]) for depth in (12, 26, 40))
+    small, large, larger = (make_plan(depth, chip=CHIPS["4090"]) for depth in (12, 26, 40))
     assert (small.fits, small.checkpointing) == (True, False)
     assert (large.fits, large.micro_batch) == (True, 1)
     assert not larger.fits
@@ -153,9 +157,9 @@ def test_a_model_too_large_for_the_memory_checkpoints_and_then_does_not_fit():
 
 
 def test_a_corpus_that_is_too_small_is_said_plainly():
-    assert repeats(10**8, 2 * 10**8) == "50% of the corpus is read, once"
-    assert "read 3.0 times (nearly as good as new text" in repeats(3 * 10**8, 10**8)
-    assert "worth nothing any more" in repeats(10**10, 10**8)
+    assert describe_epochs(10**8, 2 * 10**8) == "50% of the corpus is read, once"
+    assert "read 3.0 times (nearly as good as new text" in describe_epochs(3 * 10**8, 10**8)
+    assert "worth nothing any more" in describe_epochs(10**10, 10**8)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +177,7 @@ def test_a_corpus_that_is_too_small_is_said_plainly():
 )
 def test_what_makes_no_run_is_refused(how, message):
     with pytest.raises(UserError, match=message):
-        plan_of(**how)
+        make_plan(**how)
 
 
 def test_the_verb_prints_what_a_run_takes(capsys):

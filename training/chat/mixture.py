@@ -1,17 +1,14 @@
-"""Several sources of conversations in one: how often each is read, and which conversations are held out.
+"""The data of chat tuning: read, split, tokenised, weighted and packed.
 
-    parts = read_parts(["chats.jsonl", "roles.jsonl=2x", "runs/smollm2-135m=30%"], faults)
-    sides = split(parts, 0.02)                        # sides.train, sides.held: lists of conversations, by part
-    times_of(parts, (800_000, 90_000, 500_000))       # (1.0, 2.0, 0.84): 30% of the answers' tokens come from the third
+    datasets = read_datasets(["chats.jsonl", "roles.jsonl=2x", "runs/smollm2-135m=30%"], left_out)
+    parts = split_examples(datasets, 0.02)                # parts.train, parts.held_out: examples by data set
+    epoch_times(datasets, (800_000, 90_000, 500_000))     # (1.0, 2.0, 0.84): 30% of the tokens of the third
+    data = prepare_chat_data(options, encoder, context=2048, seed=0, world=world)
+    data.batches.rows_at(...), data.held_out.row(model, ...), data.lines()
 
-`=2x` is how many times an epoch reads a source; 0.5x reads another half of it in every epoch. `=30%` is its share of the
-answers' tokens, whatever the others hold. A source with neither is read once. Where all sources have a share, an epoch is as long
-as it can be without reading anything twice.
-
-From `--data` to what chat tuning reads: read, split, tokenised, weighted, packed, and told in a few lines.
-
-data = prepare(asked.chats, encoder, context=2048, seed=0, world=world)
-data.source.rows_at(...), data.held_out.fit(model), data.lines()
+`=2x` is how many times an epoch reads a data set; 0.5x reads another half of it in every epoch. `=30%` is its
+share of the answers' tokens, whatever the others hold. A data set with neither is read once. Where all have a
+share, an epoch is as long as it can be without reading anything twice.
 """
 
 import re
@@ -19,35 +16,35 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from personatlas.persona.artifacts import digest
 from personatlas.persona.distributed import World
 from personatlas.persona.errors import UserError
+from personatlas.persona.records import JsonObject
 from personatlas.training.chat.conversations import (
-    MOST,
+    MAX_WEIGHT,
+    ChatExample,
     Columns,
-    Conversation,
-    Faults,
-    Wanted,
-    conversations_of_run,
-    is_run,
-    read_conversations,
+    Exclusions,
+    RolloutFilter,
+    has_rollouts,
+    read_examples,
+    read_rollout_examples,
     source_name,
 )
-from personatlas.training.chat.heldout_loss import HeldOut
-from personatlas.training.chat.packing import ChatEncoder, ChatSource, Encoded, encoded
-from personatlas.training.data.corpus import share_of
+from personatlas.training.chat.heldout_loss import HeldOutAnswers
+from personatlas.training.chat.packing import ChatBatches, ChatEncoder, EncodedExamples, encode_examples
+from personatlas.training.data.corpus import hash_share
 from personatlas.training.data.tokenizer import PAD
-from personatlas.training.options import Chats
+from personatlas.training.options import ChatDataOptions
 
 WEIGHT = re.compile(r"(?P<path>.+)=(?P<number>\d+(\.\d+)?)(?P<unit>x|%|)")
 
 
 @dataclass(frozen=True)
-class Part:
+class ChatDataset:
     """One `--data`: its conversations and how much of them is wanted."""
 
     path: Path
@@ -55,148 +52,163 @@ class Part:
     "how often an epoch reads it"
     share: float | None
     "of the answers' tokens, 0 to 1, instead"
-    conversations: tuple[Conversation, ...] = ()
+    examples: tuple[ChatExample, ...] = ()
 
-    def record(self) -> dict[str, Any]:
-        """For run.json."""
+    def to_json(self) -> JsonObject:
+        """As in run.json."""
         files = sorted(self.path.glob("rollouts*.jsonl")) if self.path.is_dir() else [self.path]
         return {
             "path": str(self.path),
             "sha256": [digest(file) for file in files],
             "times": self.times,
             "share": self.share,
-            "conversations": len(self.conversations),
+            "conversations": len(self.examples),
         }
 
 
-def part_of(asked: str) -> Part:
-    """A `--data` without its conversations. A path that is there is a path, whatever it ends in."""
-    path = Path(asked)
-    found = None if path.exists() else WEIGHT.fullmatch(asked)
-    if found is None:
-        return Part(path, 1.0, None)
-    number, unit, path = float(found["number"]), found["unit"], Path(found["path"])
+def parse_dataset(text: str) -> ChatDataset:
+    """PATH, PATH=2x or PATH=30%, without its conversations. A path that exists is a path, whatever it ends
+    in.
+    """
+    path = Path(text)
+    match = None if path.exists() else WEIGHT.fullmatch(text)
+    if match is None:
+        return ChatDataset(path, 1.0, None)
+    number, unit, path = float(match["number"]), match["unit"], Path(match["path"])
     if not unit:
         raise UserError(
-            f"--data {asked}: say {number:g}x (read {number:g} times in an epoch) or {number:g}% (of the answers' tokens)"
+            f"--data {text}: say {number:g}x (read {number:g} times in an epoch) or {number:g}% "
+            "(of the answers' tokens)"
         )
     if number == 0 or (unit == "%" and number > 100):
         raise UserError(
-            f"--data {asked}: {number:g}{unit} of a source is nothing to train on; give another, or leave it out"
+            f"--data {text}: {number:g}{unit} of a data set cannot be read; give another, or leave it out"
         )
-    if unit == "x" and number > MOST:
+    if unit == "x" and number > MAX_WEIGHT:
         raise UserError(
-            f"--data {asked}: an epoch reads a source {MOST} times at most; give more --epochs instead"
+            f"--data {text}: an epoch reads a data set {MAX_WEIGHT} times at most; give more --epochs instead"
         )
-    return Part(path, number, None) if unit == "x" else Part(path, None, number / 100)
+    return ChatDataset(path, number, None) if unit == "x" else ChatDataset(path, None, number / 100)
 
 
-def read_parts(
-    asked: Sequence[str], faults: Faults, columns: Columns = Columns(), wanted: Wanted = Wanted()
-) -> list[Part]:
-    """Read every `--data`, a file or the folder of a run. Raises `UserError` where one gives nothing or shares do not add up."""
-    parts = [part_of(one) for one in asked]
-    if not parts:
+def read_datasets(
+    texts: Sequence[str],
+    left_out: Exclusions,
+    columns: Columns = Columns(),
+    selection: RolloutFilter = RolloutFilter(),
+) -> list[ChatDataset]:
+    """Reads every `--data`, a file or the folder of a run.
+
+    Raises `UserError` where one gives nothing, is given twice, or shares do not add up.
+    """
+    datasets = [parse_dataset(text) for text in texts]
+    if not datasets:
         raise UserError("give conversations with --data FILE, or the folder of a run with rollouts")
-    twice = [path for path, count in Counter(part.path.resolve() for part in parts).items() if count > 1]
+    twice = [
+        path for path, count in Counter(dataset.path.resolve() for dataset in datasets).items() if count > 1
+    ]
     if twice:
         raise UserError(f"--data {twice[0]} is given twice; say how often it is read with {twice[0].name}=2x")
-    total = sum(part.share or 0.0 for part in parts)
-    alone = all(part.share for part in parts)
-    if total > 1 + 1e-9 or (alone and total < 1 - 1e-9) or (not alone and total > 1 - 1e-9):
+    total = sum(dataset.share or 0.0 for dataset in datasets)
+    all_shared = all(dataset.share for dataset in datasets)
+    if total > 1 + 1e-9 or (all_shared and total < 1 - 1e-9) or (not all_shared and total > 1 - 1e-9):
         raise UserError(
-            f"the shares of --data add up to {100 * total:g}%: where all have one that must be 100%, else less"
+            f"the shares of --data add up to {100 * total:g}%: "
+            "where all have one that must be 100%, else less"
         )
-    if wanted != Wanted() and not any(is_run(part.path) for part in parts):
+    if selection != RolloutFilter() and not any(has_rollouts(dataset.path) for dataset in datasets):
         raise UserError(
             "--score, --per-role and --cut are about rollouts, and no --data is the folder of a run"
         )
-    names = Counter(source_name(part.path) for part in parts)
+    names = Counter(source_name(dataset.path) for dataset in datasets)
     read = []
-    for part in parts:
-        name = source_name(part.path)
-        if is_run(part.path):
-            found = conversations_of_run(part.path, faults, wanted)
+    for dataset in datasets:
+        path, name = dataset.path, source_name(dataset.path)
+        if has_rollouts(path):
+            examples = read_rollout_examples(path, left_out, selection)
         else:
-            found = read_conversations(
-                part.path, faults, columns, name if names[name] == 1 else str(part.path)
-            )
-        read.append(replace(part, conversations=tuple(found)))
+            examples = read_examples(path, left_out, columns, name if names[name] == 1 else str(path))
+        read.append(replace(dataset, examples=tuple(examples)))
     return read
 
 
 @dataclass(frozen=True)
-class Sides:
-    """Conversations by part, and the questions that are held out."""
+class ChatSplit:
+    """Examples by data set, and the questions that are held out."""
 
-    train: list[list[Conversation]]
-    held: list[list[Conversation]]
+    train: list[list[ChatExample]]
+    held_out: list[list[ChatExample]]
     questions: frozenset[str]
 
 
-def split(parts: Sequence[Part], share: float, apart: Sequence[str] = ()) -> Sides:
-    """Each part's conversations to train on, and those that are held out.
+def split_examples(
+    datasets: Sequence[ChatDataset], share: float, held_out_roles: Sequence[str] = ()
+) -> ChatSplit:
+    """Each data set's examples to train on, and those that are held out.
 
-    Held out are whole questions (what the user says in all turns), by the hash of their words: those of each part until
-    `share` of its conversations are covered, and the same ones in all other parts, so that no question is on both sides
-    whoever answers it. So are all conversations in a style of `apart`: roles that the model is not tuned on.
+    Held out are whole questions (what the user says in all turns), by the hash of their words: those of each
+    data set until `share` of its examples are covered, and the same ones in all others, so that no question
+    is on both sides whoever answers it. So are all examples of the `held_out_roles`, which the model is not
+    tuned on.
     """
     if not 0 < share < 1:
-        raise UserError(
-            f"--held-share {share} is not between 0 and 1 (0.02 holds out one conversation in 50)"
-        )
-    styles = {one.style for part in parts for one in part.conversations}
-    unknown = sorted(set(apart) - styles)
-    if unknown:
-        some = ", ".join(sorted(styles - {""})[:8]) or "none"
+        raise UserError(f"--held-share {share} is not between 0 and 1 (0.02: one conversation in 50)")
+    roles = {example.role for dataset in datasets for example in dataset.examples}
+    if unknown := sorted(set(held_out_roles) - roles):
+        some = ", ".join(sorted(roles - {""})[:8]) or "none"
         raise UserError(f"--held-out-roles {unknown[0]} is no role or persona of the data; there are {some}")
-    questions = frozenset(
-        question
-        for part in parts
-        for question in _held_questions([one for one in part.conversations if one.style not in apart], share)
-    )
-    train: list[list[Conversation]] = []
-    held: list[list[Conversation]] = []
-    for part in parts:
-        named = [one for one in part.conversations if one.style and one.style in apart]
-        rest = [one for one in part.conversations if not (one.style and one.style in apart)]
-        train.append([one for one in rest if one.question not in questions])
-        held.append([one for one in rest if one.question in questions])
-        held[-1] += [replace(one, apart=True) for one in named]
-    if not any(train) or not any(held):
-        side = "held out" if not any(held) else "left to train on"
+    questions: set[str] = set()
+    for dataset in datasets:
+        questions |= _held_out_questions(
+            [example for example in dataset.examples if example.role not in held_out_roles], share
+        )
+    train: list[list[ChatExample]] = []
+    held_out: list[list[ChatExample]] = []
+    for dataset in datasets:
+        of_roles = [
+            example for example in dataset.examples if example.role and example.role in held_out_roles
+        ]
+        others = [
+            example for example in dataset.examples if not (example.role and example.role in held_out_roles)
+        ]
+        train.append([example for example in others if example.question not in questions])
+        held_out.append([example for example in others if example.question in questions])
+        held_out[-1] += [replace(example, is_role_held_out=True) for example in of_roles]
+    if not any(train) or not any(held_out):
+        side = "held out" if not any(held_out) else "left to train on"
         raise UserError(
             f"no conversation is {side}: there are too few different questions; give more conversations"
         )
-    return Sides(train, held, questions)
+    return ChatSplit(train, held_out, frozenset(questions))
 
 
-def _held_questions(conversations: Sequence[Conversation], share: float) -> set[str]:
-    counts = Counter(one.question for one in conversations)
-    chosen: set[str] = set()
+def _held_out_questions(examples: Sequence[ChatExample], share: float) -> set[str]:
+    """The first questions by hash until `share` of the examples are covered, but never all of them."""
+    counts = Counter(example.question for example in examples)
+    selected: set[str] = set()
     covered = 0
-    for question in sorted(counts, key=lambda words: (share_of(words), words)):
-        if covered >= share * len(conversations) or len(chosen) == len(counts) - 1:
+    for question in sorted(counts, key=lambda words: (hash_share(words), words)):
+        if covered >= share * len(examples) or len(selected) == len(counts) - 1:
             break
-        chosen.add(question)
+        selected.add(question)
         covered += counts[question]
-    return chosen
+    return selected
 
 
-def times_of(parts: Sequence[Part], tokens: Sequence[int]) -> tuple[float, ...]:
-    """How often an epoch reads each part, given the answers' tokens in it (row weights counted)."""
-    for part, count in zip(parts, tokens, strict=True):
+def epoch_times(datasets: Sequence[ChatDataset], tokens: Sequence[int]) -> tuple[float, ...]:
+    """How often an epoch reads each data set, given the answers' tokens in it (row weights counted)."""
+    pairs = list(zip(datasets, tokens, strict=True))
+    for dataset, count in pairs:
         if not count:
-            raise UserError(f"--data {part.path}: nothing of it is left to train on")
-    shared = sum(part.share or 0.0 for part in parts)
-    if all(part.share for part in parts):
-        whole = min(count / (part.share or 1.0) for part, count in zip(parts, tokens, strict=True))
+            raise UserError(f"--data {dataset.path}: nothing of it is left to train on")
+    if all(dataset.share for dataset in datasets):
+        total = min(count / (dataset.share or 1.0) for dataset, count in pairs)
     else:
-        fixed = sum(count * (part.times or 0.0) for part, count in zip(parts, tokens, strict=True))
-        whole = fixed / (1 - shared)
+        fixed = sum(count * (dataset.times or 0.0) for dataset, count in pairs)
+        total = fixed / (1 - sum(dataset.share or 0.0 for dataset in datasets))
     return tuple(
-        part.times if part.times is not None else (part.share or 0.0) * whole / count
-        for part, count in zip(parts, tokens, strict=True)
+        dataset.times if dataset.times is not None else (dataset.share or 0.0) * total / count
+        for dataset, count in pairs
     )
 
 
@@ -204,91 +216,77 @@ def times_of(parts: Sequence[Part], tokens: Sequence[int]) -> tuple[float, ...]:
 class ChatData:
     """Everything about the conversations of a run."""
 
-    parts: tuple[Part, ...]
+    datasets: tuple[ChatDataset, ...]
     times: tuple[float, ...]
-    "how often an epoch reads each part"
-    faults: Faults
-    sides: Sides
-    "before they were tokenised: what is too long is still in it"
-    train: tuple[Conversation, ...]
-    source: ChatSource
-    held_out: HeldOut
+    "how often an epoch reads each data set"
+    left_out: Exclusions
+    train: tuple[ChatExample, ...]
+    batches: ChatBatches
+    held_out: HeldOutAnswers
 
-    def asked(self) -> list[list[Any]]:
+    def settings(self) -> list[list[object]]:
         """What makes the data this data, for run.json: contents, times and shares."""
-        return [[one.record()[name] for name in ("sha256", "times", "share")] for one in self.parts]
+        rows = [dataset.to_json() for dataset in self.datasets]
+        return [[row[name] for name in ("sha256", "times", "share")] for row in rows]
 
-    def record(self) -> dict[str, Any]:
-        """For run.json."""
+    def to_json(self) -> JsonObject:
+        """As in run.json."""
+        pairs = zip(self.datasets, self.times, strict=True)
         return {
-            "parts": [
-                one.record() | {"read": times} for one, times in zip(self.parts, self.times, strict=True)
-            ],
-            "left_out": self.faults.record(),
+            "parts": [dataset.to_json() | {"read": times} for dataset, times in pairs],
+            "left_out": self.left_out.to_json(),
             "train": len(self.train),
-            "held_out": len(self.held_out.conversations),
-            "epoch": self.source.describe(),
+            "held_out": len(self.held_out.examples),
+            "epoch": self.batches.describe(),
         }
 
     def lines(self) -> list[str]:
         """For people: what is read how often, how full the rows are, and what was left out."""
-        told = self.source.describe()
-        read = ", ".join(
-            f"{one.path.name} {times:.3g}x" for one, times in zip(self.parts, self.times, strict=True)
-        )
-        held = Counter(one.source for one in self.held_out.conversations)
+        epoch = self.batches.describe()
+        pairs = zip(self.datasets, self.times, strict=True)
+        read = ", ".join(f"{dataset.path.name} {times:.3g}x" for dataset, times in pairs)
+        held_out, context = len(self.held_out.examples), self.batches.context
         return [
-            f"{len(self.train):,} conversations ({read} in an epoch), {sum(held.values()):,} held out",
-            f"an epoch: {told['conversations']:,} conversations in {told['rows']:,} rows of {self.source.context:,} tokens, "
-            f"{told['fill']:.1%} full, {told['counted']:,} tokens of answers",
-            *(f"left out: {line}" for line in self.faults.lines()),
+            f"{len(self.train):,} conversations ({read} in an epoch), {held_out:,} held out",
+            f"an epoch: {epoch['conversations']:,} conversations in {epoch['rows']:,} rows of {context:,} "
+            f"tokens, {epoch['fill']:.1%} full, {epoch['counted']:,} tokens of answers",
+            *(f"left out: {line}" for line in self.left_out.lines()),
         ]
 
 
-def prepare(
-    asked: Chats, encoder: ChatEncoder, *, context: int, seed: int, world: World = World()
+def prepare_chat_data(
+    options: ChatDataOptions, encoder: ChatEncoder, *, context: int, seed: int, world: World = World()
 ) -> ChatData:
-    """Read all data. Raises `UserError` for data that cannot be used, and where nothing is left on a side."""
-    faults = Faults()
-    columns = Columns.of([one for one in asked.columns.split(",") if one])
-    wanted = Wanted(asked.score, asked.per_role, asked.cut)
-    parts = read_parts(asked.data, faults, columns, wanted)
-    sides = split(
-        parts, asked.held_share, [one.strip() for one in asked.held_out_roles.split(",") if one.strip()]
+    """Reads all data. Raises `UserError` for unusable data, and where nothing is left on a side."""
+    left_out = Exclusions()
+    selection = RolloutFilter(options.score, options.per_role, options.cut)
+    datasets = read_datasets(options.data, left_out, Columns.parse(options.columns), selection)
+    roles = [role.strip() for role in options.held_out_roles.split(",") if role.strip()]
+    split = split_examples(datasets, options.held_share, roles)
+    encoded = [encode_examples(examples, encoder, context, left_out) for examples in split.train]
+    weights = [np.array([example.weight for example in fitting]) for _, fitting in encoded]
+    tokens = [int((part.counted * weight).sum()) for (part, _), weight in zip(encoded, weights, strict=True)]
+    times = epoch_times(datasets, tokens)
+    train = tuple(example for _, fitting in encoded for example in fitting)
+    held_out_part, held_out = encode_examples(
+        [example for examples in split.held_out for example in examples], encoder, context, left_out
     )
-    made = [encoded(one, encoder, context, faults) for one in sides.train]
-    weights = [np.array([one.weight for one in kept]) for _, kept in made]
-    tokens = [int((each.counted * weight).sum()) for (each, _), weight in zip(made, weights, strict=True)]
-    times = times_of(parts, tokens)
-    train = [one for _, kept in made for one in kept]
-    rates = np.concatenate([weight * time for weight, time in zip(weights, times, strict=True)])
-    held_tokens, held = encoded([one for part in sides.held for one in part], encoder, context, faults)
-    if not held:
+    if not held_out:
         raise UserError(
             f"no held-out conversation fits into the context of {context:,} tokens; give more conversations"
         )
-    source = ChatSource(
-        joined([each for each, _ in made]),
+    batches = ChatBatches(
+        EncodedExamples.concatenate([part for part, _ in encoded]),
         context=context,
         rows=1,
         pad=encoder.marks[PAD],
         seed=seed,
-        times=rates,
+        times=np.concatenate([weight * time for weight, time in zip(weights, times, strict=True)]),
     )
-    if not source.epoch(0).rows:
+    if not batches.epoch(0).rows:
         raise UserError(
             "an epoch of --data reads no conversation: so small a part of so few is none; give a larger one"
         )
-    known = frozenset(text for one in train for text in one.answers)
-    held_out = HeldOut(held, held_tokens, world, known)
-    return ChatData(tuple(parts), times, faults, sides, tuple(train), source, held_out)
-
-
-def joined(parts: Sequence[Encoded]) -> Encoded:
-    """Several in one."""
-    before = np.cumsum([0, *(len(part.ids) for part in parts)])
-    return Encoded(
-        np.concatenate([part.ids for part in parts]),
-        np.concatenate([part.marked for part in parts]),
-        np.concatenate([part.ends + start for part, start in zip(parts, before, strict=False)]),
-    )
+    known = frozenset(text for example in train for text in example.answers)
+    answers = HeldOutAnswers(held_out, held_out_part, world, known)
+    return ChatData(tuple(datasets), times, left_out, train, batches, answers)

@@ -1,26 +1,28 @@
-"""The plan of chat tuning, derived like the base model's (`training/dial.py`) from what there is to learn from.
+"""The plan of chat tuning, derived like the base model's (`training/plan.py`) from what there is to learn
+from.
 
-    plan = chat_plan(shape, peaks_of(shape), rows=2_400, counted=1_900_000, chip=CHIPS["h100"], gpus=1)
+    plan = make_chat_plan(shape, PeakRates.of_shape(shape), rows=2_400, counted=1_900_000, gpus=1)
 
-Only the assistant's tokens teach, so they, not the tokens that are read, are the horizon that the batch follows.
+Only the assistant's tokens teach, so they, not the tokens that are read, are the horizon that the batch
+follows.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from personatlas.persona.errors import UserError
+from personatlas.persona.records import JsonObject
 from personatlas.training.model.config import Shape
 from personatlas.training.optim.schedule import (
+    adam_beta2_for,
     embedding_rate_for,
-    gain_rate_for,
     head_rate_for,
     matrix_rate_for,
-    second_for,
+    norm_rate_for,
     warmup_for,
 )
 from personatlas.training.plan import (
     CHIPS,
+    STORED,
     Chip,
     Plan,
     batch_for,
@@ -31,60 +33,60 @@ from personatlas.training.plan import (
 )
 
 EPOCHS = 2.0
-# Of the base model's highest rates. Measured on a base of depth 2 alone (2.1 bits per byte, 14 minutes of two busy cores),
-# where held-out answers cost, in nats a token, at a matrix rate of
+# Of the base model's highest rates. Measured on a base of depth 2 alone (2.1 bits per byte, 14 minutes of two
+# cores), where held-out answers cost, in nats a token, at a matrix rate of
 #     0.05   0.2    0.7    3    times the base's
 #     2.92   1.87   0.60   0.26   57,000 tokens of short answers, twice
 #     0.07   0.3    1.1    2.1   4.3
 #     4.58   4.26   4.13   4.05  3.93   103,000 tokens of role play, twice
-# Rates that shrink with √batch, as in pretraining, were the leftmost column: far too low for little data. Such a base
-# still gains from any text; half of its rates leaves room for bases that have more to forget.
-RELATIVE = 0.5
-SHARE_OF_PEAK = 0.3  # a guess: masked attention and short runs; it decides nothing but the first batch of a run in minutes
+# Rates that shrink with √batch, as in pretraining, were the leftmost column: too low for little data. Such
+# a base still gains from any text; half of its rates leaves room for bases that have more to forget.
+RELATIVE_RATE = 0.5
+SHARE_OF_PEAK = 0.3  # a guess: it decides nothing but the first batch of a run in minutes
 
 
 @dataclass(frozen=True)
-class Peaks:
+class PeakRates:
     """The highest rates of a base model's training."""
 
     matrix: float
     embedding: float
     head: float
-    gain: float
+    norm: float
+
+    @staticmethod
+    def of_plan(plan: JsonObject) -> "PeakRates":
+        """Those of a stored plan, of whatever version."""
+        names = ("matrix_rate", "embedding_rate", "head_rate", STORED["norm_rate"])
+        return PeakRates(*(float(plan[name]) for name in names))
+
+    @staticmethod
+    def of_shape(shape: Shape) -> "PeakRates":
+        """Those of a compute-optimal run of this shape."""
+        batch = batch_for(optimal_tokens(shape), shape.context)
+        head = head_rate_for(batch, shape.width)
+        return PeakRates(matrix_rate_for(batch), embedding_rate_for(batch), head, norm_rate_for(batch))
 
 
-def peaks_of(shape: Shape, plan: Mapping[str, Any] | None = None) -> Peaks:
-    """As the base's plan has them (its JSON); without one, as the dial has them for a compute-optimal run of this shape."""
-    if plan is not None:
-        return Peaks(*(float(plan[f"{name}_rate"]) for name in ("matrix", "embedding", "head", "gain")))
-    batch = batch_for(optimal_tokens(shape), shape.context)
-    return Peaks(
-        matrix_rate_for(batch),
-        embedding_rate_for(batch),
-        head_rate_for(batch, shape.width),
-        gain_rate_for(batch),
-    )
+def rows_per_step(rows: int, counted: int, unit: int) -> int:
+    """Rows in a step when `counted` answers' tokens are spread over `rows` rows: a multiple of `unit`.
 
-
-def rows_of(rows: int, counted: int, unit: int) -> int:
-    """Rows in a step when `counted` answers' tokens are spread over `rows` rows: a multiple of `unit`, once at least.
-
-    The dial's rule on answers' tokens: the noise of a gradient is that of the targets it is summed over; prompts and
-    padding add none.
+    The rule of pretraining, on answers' tokens: the noise of a gradient is that of the targets it is summed
+    over; prompts and padding add none.
     """
     wanted = critical_batch(counted) * rows / counted
     return max(1, round(wanted / unit)) * unit
 
 
-def estimated_rows(minutes: float, shape: Shape, chip: Chip, gpus: int) -> int:
+def estimate_rows(minutes: float, shape: Shape, chip: Chip, gpus: int) -> int:
     """Rows that some minutes hold, before a speed is measured."""
     speed = SHARE_OF_PEAK * chip.peak * gpus / flops_a_token(shape)
     return max(1, int(60 * minutes * speed / shape.context))
 
 
-def chat_plan(
+def make_chat_plan(
     shape: Shape,
-    peaks: Peaks,
+    peaks: PeakRates,
     *,
     rows: int,
     counted: int,
@@ -94,34 +96,36 @@ def chat_plan(
     speed: float | None = None,
     horizon: str = "",
 ) -> Plan:
-    """A run over `rows` rows with `counted` answers' tokens in them; a step has a multiple of `unit` rows (`gpus` unless given).
+    """A run over `rows` rows with `counted` answers' tokens; a step has a multiple of `unit` rows (`gpus`
+    unless given).
 
-    Rates are `RELATIVE` of the base's. They rise over the usual warm-up, while the optimizers' moments, which a base model
-    does not hand on, settle, and fall straight to zero from there: a flat part would only read what is repeated
-    anyway. Matrices are not decayed: what the base model knows should stay. `UserError` for a run of nothing.
+    Rates are `RELATIVE_RATE` of the base's. They rise over the usual warm-up, while the optimizers' moments,
+    which a base model does not hand on, settle, and fall straight to zero from there: a flat part would only
+    read what is repeated anyway. Matrices are not decayed: what the base model knows should stay. Raises
+    `UserError` for an empty run.
     """
     if rows < 1 or counted < 1:
         raise UserError(
             "there is nothing to tune on: no row of conversations in so little time or so few epochs"
         )
-    rows_a_step = rows_of(rows, counted, unit or gpus)
-    steps = max(1, round(rows / rows_a_step))
+    step_rows = rows_per_step(rows, counted, unit or gpus)
+    steps = max(1, round(rows / step_rows))
     warmup = warmup_for(steps)
-    micro_batch, checkpointing, fits = micro_batch_for(shape, rows_a_step // gpus, chip, gpus)
+    micro_batch, checkpointing, fits = micro_batch_for(shape, step_rows // gpus, chip, gpus)
     return Plan(
         shape=shape,
         horizon=horizon,
-        tokens=steps * rows_a_step * shape.context,
-        batch=rows_a_step * shape.context,
+        tokens=steps * step_rows * shape.context,
+        batch=step_rows * shape.context,
         steps=steps,
         warmup=warmup,
         decay=max(1, steps - warmup),
-        matrix_rate=RELATIVE * peaks.matrix,
-        embedding_rate=RELATIVE * peaks.embedding,
-        head_rate=RELATIVE * peaks.head,
-        gain_rate=RELATIVE * peaks.gain,
+        matrix_rate=RELATIVE_RATE * peaks.matrix,
+        embedding_rate=RELATIVE_RATE * peaks.embedding,
+        head_rate=RELATIVE_RATE * peaks.head,
+        norm_rate=RELATIVE_RATE * peaks.norm,
         weight_decay=0.0,
-        second=second_for(max(1, round(counted / rows * rows_a_step))),
+        adam_beta2=adam_beta2_for(max(1, round(counted / rows * step_rows))),
         chip=chip,
         gpus=gpus,
         tokens_a_second=speed or SHARE_OF_PEAK * chip.peak * gpus / flops_a_token(shape),

@@ -1,6 +1,7 @@
 """Samples of what a model answers to held-out questions while it is tuned.
 
-Replies(run, encoder, conversations).write(model, step)      # {"step": 512, "prompt": ..., "text": ...}, four lines
+ReplySamples(run, encoder, examples).write(model, step)      # {"step": 512, "prompt": ..., "text": ...}, four
+lines
 """
 
 from collections import defaultdict
@@ -9,52 +10,45 @@ from pathlib import Path
 
 import torch
 
-from personatlas.persona.logs import append_lines, read_lines
+from personatlas.persona.formats import Message
 from personatlas.persona.rollout import spread
-from personatlas.training.chat.conversations import Conversation
+from personatlas.training.chat.conversations import ChatExample
 from personatlas.training.chat.packing import ChatEncoder
-from personatlas.training.data.corpus import share_of
+from personatlas.training.data.corpus import hash_share
 from personatlas.training.data.tokenizer import END
-from personatlas.training.loop.run_log import cut_after
-from personatlas.training.loop.samples import LENGTH, PROMPTS, SAMPLES, TEMPERATURE
+from personatlas.training.loop.run_log import SampleWriter
+from personatlas.training.loop.samples import LENGTH, PROMPTS, TEMPERATURE
 from personatlas.training.model.gpt import GPT
 
 
-class Replies:
-    """Writes samples.jsonl in the run folder, once for every step that asks for it."""
+class ReplySamples(SampleWriter):
+    """Answers the same few held-out questions with the same draws every time."""
 
-    def __init__(self, folder: Path, encoder: ChatEncoder, conversations: Sequence[Conversation]) -> None:
-        self.path, self.encoder = folder / SAMPLES, encoder
-        self.asked = one_of_each(conversations, PROMPTS)
-        self._written = {row["step"] for row in read_lines(self.path)}
+    def __init__(self, folder: Path, encoder: ChatEncoder, examples: Sequence[ChatExample]) -> None:
+        super().__init__(folder)
+        self.encoder = encoder
+        self.prompts = [prompt_messages(example) for example in select_per_label(examples, PROMPTS)]
 
-    def write(self, model: GPT, step: int) -> None:
-        """Answer the same few prompts with the same draws as ever; nothing where this step's answers are there."""
-        if step in self._written:
-            return
+    def sample(self, model: GPT) -> list[tuple[str, str]]:
         length = min(LENGTH, model.shape.context // 4)
-        fronts = [before_answer(one) for one in self.asked]
-        written = replied(
-            model, [self.encoder.prompt(front) for front in fronts], length, self.encoder.marks[END]
-        )
-        rows = []
-        for front, ids in zip(fronts, written, strict=True):
-            said = "\n".join(f"{message['role']}: {message['content']}" for message in front)
-            rows.append({"step": step, "prompt": said, "text": self.encoder.tokenizer.decode(ids)})
-        append_lines(self.path, rows, sync=False)
-        self._written.add(step)
-
-    def cut_after(self, step: int) -> None:
-        """Forget later steps: the run goes on from this one."""
-        cut_after(self.path, step)
-        self._written = {row["step"] for row in read_lines(self.path)}
+        ids = [self.encoder.prompt(messages) for messages in self.prompts]
+        replies = sample_replies(model, ids, length, self.encoder.marks[END])
+        return [
+            (
+                "\n".join(f"{message['role']}: {message['content']}" for message in messages),
+                self.encoder.tokenizer.decode(reply),
+            )
+            for messages, reply in zip(self.prompts, replies, strict=True)
+        ]
 
 
 @torch.no_grad()
-def replied(model: GPT, prompts: Sequence[Sequence[int]], length: int, end: int) -> list[list[int]]:
-    """At most `length` more ids of each prompt, up to `end`, by draws that are the same at every step and on every device.
+def sample_replies(model: GPT, prompts: Sequence[Sequence[int]], length: int, end: int) -> list[list[int]]:
+    """At most `length` more ids of each prompt, up to `end`; the draws are the same at every step and on
+    every device.
 
-    Rows grow at their own ends, and what is behind those no token sees. Without a cache: for samples, not serving.
+    Rows grow at their own ends, and what is behind those no token sees. It has no cache: for samples, not
+    serving.
     """
     if not prompts:
         return []
@@ -66,10 +60,8 @@ def replied(model: GPT, prompts: Sequence[Sequence[int]], length: int, end: int)
     starts, rows, generator = ends.clone(), torch.arange(len(prompts)), torch.Generator().manual_seed(0)
     ended = torch.zeros(len(prompts), dtype=torch.bool)
     for _ in range(length):
-        h = model.residuals(ids[:, : int(ends.max())].to(model.lm_head.weight.device))[
-            rows, ends - 1
-        ]  # (B, D)
-        logits = model.lm_head(h.float()).cpu()  # (B, V)
+        h = model.hidden_states(ids[:, : int(ends.max())].to(model.lm_head.weight.device))
+        logits = model.lm_head(h[rows, ends - 1].float()).cpu()  # (B, V)
         new = torch.multinomial((logits / TEMPERATURE).softmax(-1), 1, generator=generator)[:, 0]
         ended |= new == end
         ids[rows, ends] = new
@@ -79,24 +71,22 @@ def replied(model: GPT, prompts: Sequence[Sequence[int]], length: int, end: int)
     return [ids[row, starts[row] : ends[row]].tolist() for row in range(len(prompts))]
 
 
-def before_answer(one: Conversation) -> list[dict[str, str]]:
+def prompt_messages(example: ChatExample) -> list[Message]:
     """The messages before the last answer."""
-    last = max(place for place, message in enumerate(one.messages) if message["role"] == "assistant")
-    return list(one.messages[:last])
+    roles = [message["role"] for message in example.messages]
+    return list(example.messages[: len(roles) - 1 - roles[::-1].index("assistant")])
 
 
-def one_of_each(conversations: Sequence[Conversation], count: int) -> list[Conversation]:
-    """So many conversations, shared out evenly over the labels as far as they have them; by the hash of what is asked."""
-    by_label: dict[str, list[Conversation]] = defaultdict(list)
-    for one in sorted(conversations, key=lambda one: (share_of(one.question), one.label, one.where)):
-        by_label[one.label].append(one)
+def select_per_label(examples: Sequence[ChatExample], count: int) -> list[ChatExample]:
+    """So many examples, evenly over the labels as far as they have them; by the hash of their questions."""
+    by_label: dict[str, list[ChatExample]] = defaultdict(list)
+    for example in sorted(examples, key=lambda item: (hash_share(item.question), item.label, item.place)):
+        by_label[example.label].append(example)
     order = [by_label[label] for label in spread(sorted(by_label), count)]
-    turn = [
-        listed[
-            (place + number) % len(listed)
-        ]  # labels that are asked the same questions begin with different ones
-        for place in range(max(map(len, order), default=0))
+    selected = [
+        listed[(turn + number) % len(listed)]  # labels that share their questions begin with different ones
+        for turn in range(max(map(len, order), default=0))
         for number, listed in enumerate(order)
-        if place < len(listed)
+        if turn < len(listed)
     ]
-    return turn[:count]
+    return selected[:count]

@@ -1,11 +1,13 @@
-"""A small English text that is on every machine: Python's own documentation, for a first training run without a network.
+"""A small English text that is on every machine: Python's own documentation, for a first run without a
+network.
 
-    write_demo(Path("runs/demo-train/data"))          # text/: 2 MB in 400 documents; chats.jsonl: 4,000 questions and answers
+    write_demo(Path("demo/data"))  # text/: 2 MB in 400 documents; chats.jsonl: 4,000 questions and answers
     python -m personatlas.training.data.demo_text FOLDER
 
-Topics are what `help("topics")` shows, written as prose about the language; to them come the docstrings of the standard library,
-a document for each module. The conversations ask what a function or a class does, and answer with the first paragraph of its
-docstring. Nothing is imported to read them, and one Python gives the same every time.
+Topics are what `help("topics")` shows, written as prose about the language, and docstrings of the standard
+library, a document for each module. The conversations ask what a function or a class does, and answer with
+the first paragraph of its docstring. Nothing is imported to read them, and one Python gives the same every
+time.
 """
 
 import ast
@@ -14,30 +16,26 @@ import sys
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from personatlas.persona.artifacts import make_folder
 from personatlas.persona.errors import UserError
 from personatlas.persona.progress import say
 
-# no prose in them, or no part of every installation
-LEFT_OUT = {
-    "site-packages",
-    "dist-packages",
-    "test",
-    "tests",
-    "idlelib",
-    "lib2to3",
-    "turtledemo",
-    "encodings",
-    "ensurepip",
+# Folders without prose, or that are not part of every installation
+EXCLUDED = {
+    *("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo"),
+    *("encodings", "ensurepip"),
 }
-FEWEST = 400  # characters of a module's docstrings that make a document
-LEAST = 500_000  # characters in all, below which nothing can be learned
-LONGEST = 240  # characters of an answer
+MIN_DOCUMENT = 400  # characters of a module's docstrings that make a document
+MIN_TEXT = 500_000  # characters in all, below which nothing can be learned
+MAX_ANSWER = 240  # characters of an answer
 
 
-class Said(NamedTuple):
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+class Docstring(NamedTuple):
     """A docstring and what it is about; no name is the module itself."""
 
     name: str
@@ -46,17 +44,15 @@ class Said(NamedTuple):
 
 
 def write_demo(folder: Path) -> tuple[int, int]:
-    """Write text/*.txt and chats.jsonl into a folder, new or made before; returns characters of text and conversations.
+    """Writes text/*.txt and chats.jsonl into a folder; returns characters of text and conversations.
 
-    Raises `UserError` where the folder holds other texts or this Python has come without its documentation.
+    Raises `UserError` where the folder holds other texts or this Python comes without its documentation.
     """
     modules = dict(_modules())
     texts = dict(_documents(modules))
     size = sum(map(len, texts.values()))
-    if size < LEAST:
-        raise UserError(
-            f"this Python ({sys.prefix}) has come without its documentation; give a --corpus of your own"
-        )
+    if size < MIN_TEXT:
+        raise UserError(f"this Python ({sys.prefix}) comes without its documentation; give another --corpus")
     make_folder(folder / "text", "the demo's folder")
     others = {path.name for path in (folder / "text").iterdir()} - set(texts)
     if others:
@@ -69,69 +65,62 @@ def write_demo(folder: Path) -> tuple[int, int]:
     return size, len(lines)
 
 
-def _modules() -> Iterator[tuple[str, list[Said]]]:
-    """Modules of the standard library and what their docstrings say, in order."""
+def _modules() -> Iterator[tuple[str, list[Docstring]]]:
+    """Modules of the standard library and their docstrings, in order."""
     library = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(library.rglob("*.py")):
         parts = path.relative_to(library).with_suffix("").parts
-        if LEFT_OUT.isdisjoint(parts):
-            yield ".".join(parts).removesuffix(".__init__"), list(_said(path))
+        if EXCLUDED.isdisjoint(parts):
+            yield ".".join(parts).removesuffix(".__init__"), list(_docstrings(path))
 
 
-def _documents(modules: Mapping[str, Sequence[Said]]) -> Iterator[tuple[str, str]]:
+def _documents(modules: Mapping[str, Sequence[Docstring]]) -> Iterator[tuple[str, str]]:
     """File names and texts: topics, and modules with enough to say, nothing twice in one."""
     from pydoc_data.topics import topics
 
     for name, text in sorted(topics.items()):
         yield f"topic-{name}.txt", text.strip() + "\n"
-    for module, told in modules.items():
-        known = {one.text: one for one in reversed(told)}  # the first that says it
-        parts = [
-            f"{one.name}: {one.text}" if one.name else one.text for one in told if known[one.text] is one
-        ]
+    for module, docstrings in modules.items():
+        first = {item.text: item for item in reversed(docstrings)}
+        unique = [item for item in docstrings if first[item.text] is item]
+        parts = [f"{item.name}: {item.text}" if item.name else item.text for item in unique]
         text = "\n\n".join(parts)
-        if len(text) >= FEWEST:
+        if len(text) >= MIN_DOCUMENT:
             yield f"module-{module}.txt", text + "\n"
 
 
-def _conversations(modules: Mapping[str, Sequence[Said]]) -> Iterator[list[dict[str, str]]]:
+def _conversations(modules: Mapping[str, Sequence[Docstring]]) -> Iterator[list[dict[str, str]]]:
     """A question and an answer for every public function and class whose docstring begins with a sentence."""
-    for module, told in modules.items():
-        for one in told:
-            answer = " ".join(one.text.split("\n\n")[0].split())
-            if (
-                one.name
-                and "._" not in f".{module}.{one.name}"
-                and answer.endswith(".")
-                and 20 <= len(answer) <= LONGEST
-            ):
-                asked = (
-                    f"What is {module}.{one.name}?" if one.is_class else f"What does {module}.{one.name} do?"
-                )
-                yield [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    for module, docstrings in modules.items():
+        for name, text, is_class in docstrings:
+            answer, full_name = " ".join(text.split("\n\n")[0].split()), f"{module}.{name}"
+            public = name and "._" not in f".{full_name}"
+            if public and answer.endswith(".") and 20 <= len(answer) <= MAX_ANSWER:
+                question = f"What is {full_name}?" if is_class else f"What does {full_name} do?"
+                yield [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def _said(path: Path) -> Iterator[Said]:
+def _docstrings(path: Path) -> Iterator[Docstring]:
     """A module's docstrings in the order of its source."""
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):  # templates and other files that are no Python
         return
-    for name, node in _defined(tree, ""):
+    for name, node in _definitions(tree, ""):
         text = ast.get_docstring(node)
         if text:
-            yield Said(name, text, isinstance(node, ast.ClassDef))
+            yield Docstring(name, text, isinstance(node, ast.ClassDef))
 
 
-def _defined(node: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """A module, its classes and its functions with their names, as they follow one another in the source."""
-    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+def _definitions(node: ast.AST, name: str) -> Iterator[tuple[str, ast.Module | ast.ClassDef | Function]]:
+    """A module, its classes and its functions with their names, in the order of the source."""
+    if isinstance(node, ast.Module | ast.ClassDef | Function):
         if not isinstance(node, ast.Module):
             name = f"{name}.{node.name}" if name else node.name
         yield name, node
     for child in ast.iter_child_nodes(node):
         if not isinstance(child, ast.expr):  # most of a tree, and nothing is defined there
-            yield from _defined(child, name)
+            yield from _definitions(child, name)
 
 
 if __name__ == "__main__":

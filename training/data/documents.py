@@ -1,12 +1,13 @@
-"""Files to pieces of text, streaming: .txt, .jsonl, .parquet and tar archives of .txt, each plain or compressed.
+"""Files to pieces of text, streaming: .txt, .jsonl, .parquet and tar archives of .txt, each plain or
+compressed.
 
-    for piece in read_pieces(Source("books.tar.xz", path), column="text", size=65536):
-        piece.document, piece.number, piece.text      # "books.tar.xz/Austen___Emma.txt", 0, "Emma Woodhouse, ..."
+    for piece in read_pieces(TextFile("books.tar.xz", path), column="text", size=65536):
+        piece.document, piece.number, piece.text      # "books.tar.xz/Austen___Emma.txt", 0, "Emma ..."
 
-A document longer than `size` characters is cut, after the last line that ends in the second half of the piece, else before
-a blank in that half, else at `size`; the pieces of a document joined are the document. Memory is bounded by `size` for text and by one row for
-.jsonl and .parquet. Bytes that are no UTF-8 become U+FFFD, and the piece says so; nothing else is changed, except that
-a byte order mark in front is not text.
+A document longer than `size` characters is cut, after the last line that ends in the second half of the
+piece, else before a blank in that half, else at `size`; the pieces of a document joined are the document.
+Memory is bounded by `size` for text and by one row for .jsonl and .parquet. Bytes that are no UTF-8 become
+U+FFFD, and the piece says so; nothing else is changed, except that a byte order mark in front is not text.
 """
 
 import codecs
@@ -17,7 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from personatlas.persona.compression import CHUNK, PACKED, open_unpacked, require_package
 from personatlas.persona.errors import UserError
@@ -28,8 +29,8 @@ ALLOWED = f"{', '.join(KINDS)}, each plain or {', '.join(PACKED)}"
 
 
 @dataclass(frozen=True)
-class Source:
-    """One file, by the name that its documents are known by."""
+class TextFile:
+    """A file and the name by which its documents are known."""
 
     name: str
     path: Path
@@ -54,7 +55,7 @@ def kind_of(name: str) -> str | None:
     return next((kind for kind in KINDS if bare.endswith(kind)), None)
 
 
-def read_pieces(source: Source, *, column: str, size: int) -> Iterator[Piece]:
+def read_pieces(source: TextFile, *, column: str, size: int) -> Iterator[Piece]:
     """All pieces of a file, in its order. A document without text is one empty piece.
 
     Raises `UserError` for a damaged file and for rows without the column.
@@ -68,31 +69,30 @@ def read_pieces(source: Source, *, column: str, size: int) -> Iterator[Piece]:
         if kind == ".txt":
             yield from _cut(source.name, _decoded(file), size)
         elif kind == ".tar":
-            yield from _archive(source, file, size)
+            with tarfile.open(fileobj=file, mode="r|") as archive:
+                for member in archive:
+                    if member.isfile() and member.name.lower().endswith(".txt"):
+                        content = cast(io.BufferedIOBase, archive.extractfile(member))
+                        yield from _cut(f"{source.name}/{member.name}", _decoded(content), size)
         else:
-            rows = (
-                _json_rows(source, file, column) if kind == ".jsonl" else _parquet_rows(source, file, column)
-            )
-            for number, text in rows:
+            read_rows = _json_rows if kind == ".jsonl" else _parquet_rows
+            for number, text in read_rows(source, file, column):
                 yield from _cut(f"{source.name}:{number}", iter([_encodable(text)]), size)
 
 
-# Text
-
-
 def _decoded(file: io.BufferedIOBase) -> Iterator[tuple[str, bool]]:
-    """Text in chunks, and whether each had bytes that are no UTF-8. A character cut by a chunk's end waits for the rest."""
+    """Text in chunks, and whether each had bytes that are no UTF-8; cut characters wait for the rest."""
     rest, first = b"", True
     while True:
         data = file.read(CHUNK)
-        held = rest + data
+        waiting = rest + data
         try:
-            text, used = codecs.utf_8_decode(held, "strict", not data)
+            text, used = codecs.utf_8_decode(waiting, "strict", not data)
             invalid = False
         except UnicodeDecodeError:
-            text, used = codecs.utf_8_decode(held, "replace", not data)
+            text, used = codecs.utf_8_decode(waiting, "replace", not data)
             invalid = True
-        rest = held[used:]
+        rest = waiting[used:]
         if first and text:
             text, first = text.removeprefix("\ufeff"), False
         yield text, invalid
@@ -101,7 +101,7 @@ def _decoded(file: io.BufferedIOBase) -> Iterator[tuple[str, bool]]:
 
 
 def _encodable(text: str) -> tuple[str, bool]:
-    """Half a surrogate pair is no character: JSON can name one, and bytes that are no UTF-8 were read as such."""
+    """Text without half surrogate pairs, which JSON can name and as which invalid UTF-8 was read."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -110,6 +110,7 @@ def _encodable(text: str) -> tuple[str, bool]:
 
 
 def _cut(document: str, chunks: Iterator[tuple[str, bool]], size: int) -> Iterator[Piece]:
+    """The pieces of a document, from chunks of text and whether they were invalid."""
     number, parts, length, invalid = 0, [""], 0, False
     for chunk, bad in chunks:
         parts.append(chunk)
@@ -118,15 +119,15 @@ def _cut(document: str, chunks: Iterator[tuple[str, bool]], size: int) -> Iterat
             continue
         text, start = "".join(parts), 0
         while len(text) - start > size:
-            end = _end(text, start, size)
+            end = _piece_end(text, start, size)
             yield Piece(document, number, text[start:end], invalid)
             start, number = end, number + 1
         parts, length, invalid = [text[start:]], len(text) - start, bad
     yield Piece(document, number, "".join(parts), invalid)
 
 
-def _end(text: str, start: int, size: int) -> int:
-    """Where a piece that starts at `start` ends. Before a blank, since a word has its blank in front when tokenised."""
+def _piece_end(text: str, start: int, size: int) -> int:
+    """Where a piece ends: before a blank, since a word has its blank in front when tokenised."""
     stop = start + size
     line = text.rfind("\n", start + size // 2, stop)
     if line >= 0:
@@ -137,26 +138,14 @@ def _end(text: str, start: int, size: int) -> int:
     return stop
 
 
-# Archives and rows
-
-
-def _archive(source: Source, file: io.BufferedIOBase, size: int) -> Iterator[Piece]:
-    with tarfile.open(fileobj=file, mode="r|") as archive:
-        for member in archive:
-            if member.isfile() and member.name.lower().endswith(".txt"):
-                content = cast(io.BufferedIOBase, archive.extractfile(member))
-                yield from _cut(f"{source.name}/{member.name}", _decoded(content), size)
-
-
-def _json_rows(source: Source, file: io.BufferedIOBase, column: str) -> Iterator[tuple[int, str]]:
+def _json_rows(source: TextFile, file: io.BufferedIOBase, column: str) -> Iterator[tuple[int, str]]:
     number = 0
     while line := file.readline(LONGEST_LINE + 1):
         number += 1
         where = f"{source.path}:{number}"
         if len(line) > LONGEST_LINE:
-            raise UserError(
-                f"{where} is longer than {LONGEST_LINE >> 20} MiB: not JSON Lines? Text goes into a .txt"
-            )
+            size = f"{LONGEST_LINE >> 20} MiB"
+            raise UserError(f"{where} is longer than {size}: not JSON Lines? Text goes into a .txt")
         if not line.strip():
             continue
         try:
@@ -164,16 +153,16 @@ def _json_rows(source: Source, file: io.BufferedIOBase, column: str) -> Iterator
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where} is not valid JSON: {error}") from None
         if not isinstance(row, dict) or column not in row:
-            has = (
-                f"the keys {', '.join(map(str, row))}" if isinstance(row, dict) else f"a {type(row).__name__}"
-            )
+            has = f"a {type(row).__name__}"
+            if isinstance(row, dict):
+                has = f"the keys {', '.join(map(str, row))}"
             raise UserError(
                 f"{where} has no {column!r}, but {has}; name the one with the text: --text-column"
             )
         yield number, _text(row[column], where, column)
 
 
-def _parquet_rows(source: Source, file: io.BufferedIOBase, column: str) -> Iterator[tuple[int, str]]:
+def _parquet_rows(source: TextFile, file: io.BufferedIOBase, column: str) -> Iterator[tuple[int, str]]:
     require_package("pyarrow", source.path)
     from pyarrow import parquet
 
@@ -188,7 +177,8 @@ def _parquet_rows(source: Source, file: io.BufferedIOBase, column: str) -> Itera
         names = table.schema_arrow.names
         if column not in names:
             raise UserError(
-                f"{source.path} has no column {column!r}, but {', '.join(names)}; name the one with the text: --text-column"
+                f"{source.path} has no column {column!r}, but {', '.join(names)}; "
+                "name the one with the text: --text-column"
             )
         for batch in table.iter_batches(batch_size=256, columns=[column]):
             for text in batch.column(0).to_pylist():
@@ -196,11 +186,10 @@ def _parquet_rows(source: Source, file: io.BufferedIOBase, column: str) -> Itera
                 yield number, _text(text, f"{source.path}, row {number}", column)
 
 
-def _text(value: Any, where: str, column: str) -> str:
+def _text(value: object, where: str, column: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise UserError(
-            f"{where}: {column!r} is a {type(value).__name__}, not text; name another with --text-column"
-        )
+        has = type(value).__name__
+        raise UserError(f"{where}: {column!r} is a {has}, not text; name another with --text-column")
     return value

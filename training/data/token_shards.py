@@ -4,22 +4,22 @@
     tokens.train.read(1000, 3049)       # (2049,) of 103,000,000 ids, through the page cache
     tokens.train.starts()               # where documents begin: at every <|bos|>
 
-Every piece of the corpus is <|bos|> and its ids; text cannot make a <|bos|> (load_tokenizer), so the mark is the
-boundary. Shards hold about `SHARD` bytes of text each, as uint16, or uint32 for a vocabulary above 65,536:
+Every piece of the corpus is <|bos|> and its ids; text cannot make a <|bos|> (`load_corpus_tokenizer`), so the
+mark is the boundary. Shards hold about `SHARD` bytes of text each, as uint16, or uint32 for a vocabulary
+above 65,536:
 
     tokens/asked.json          digests of the corpus and the tokenizer, written first
     tokens/train-00000.npy     ids; tokens/train-00000.json counts and their SHA-256, written after it
     tokens/tokens.json         everything, written last
 
-An interrupted run reads on from its finished shards, and the result is the same. Encoding uses all cores (the Rust side's threads;
-`RAYON_NUM_THREADS` sets how many). A folder of another tokenizer, or of a corpus that has changed, is refused.
+An interrupted run goes on after its finished shards, and the result is the same. Encoding uses all cores (or
+`RAYON_NUM_THREADS`). A folder of another tokenizer, or of a corpus that has changed, is refused.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Integer
@@ -28,9 +28,10 @@ from tokenizers import Tokenizer
 
 from personatlas.persona.artifacts import atomic, digest, make_folder, read_json, write_json
 from personatlas.persona.errors import UserError
+from personatlas.persona.records import JsonObject
 from personatlas.training.data.corpus import Corpus, Side
 from personatlas.training.data.documents import Piece
-from personatlas.training.data.tokenizer import BATCH, BOS, batches, encode, load_tokenizer
+from personatlas.training.data.tokenizer import BOS, ENCODED_AT_ONCE, chunked, encode, load_corpus_tokenizer
 
 SHARD = 1 << 26  # bytes of text
 FORMAT = 1
@@ -39,7 +40,7 @@ SIDES: tuple[Side, ...] = ("train", "held-out")
 
 @dataclass(frozen=True)
 class Stream:
-    """All tokens of one side, one after the other over its shards."""
+    """All tokens of one side, over its shards."""
 
     shards: tuple[Array, ...]
     bos: int
@@ -54,7 +55,7 @@ class Stream:
         return np.cumsum([len(shard) for shard in self.shards])
 
     def read(self, start: int, stop: int) -> Integer[Array, "T"]:
-        """Ids [start, stop), 0 <= start <= stop <= len(self), as int64: torch has no uint16 indices."""
+        """Ids [start, stop) as int64: torch has no uint16 indices. Raises ValueError outside the stream."""
         if not 0 <= start <= stop <= len(self):
             raise ValueError(f"tokens {start} to {stop} of a stream of {len(self)}")
         parts, shard = [np.empty(0, np.int64)], int(np.searchsorted(self._ends, start, side="right"))
@@ -66,7 +67,7 @@ class Stream:
         return np.concatenate(parts)
 
     def starts(self) -> Integer[Array, "N"]:
-        """Where each document (or piece of one) begins."""
+        """Positions at which documents (or pieces of one) begin."""
         before = np.concatenate([[0], self._ends[:-1]])
         return np.concatenate(
             [np.flatnonzero(shard == self.bos) + b for shard, b in zip(self.shards, before, strict=True)]
@@ -87,25 +88,26 @@ class Tokens:
 def make_tokens(
     corpus: Corpus, tokenizer_folder: Path, folder: Path, *, shard: int = SHARD, quiet: bool = False
 ) -> Tokens:
-    """Tokenise both sides, or go on where an interrupted run stopped, or read what is finished.
+    """Tokenises both sides; resumes an interrupted run, and reads finished tokens.
 
-    Raises `UserError` if the folder holds tokens of another corpus or tokenizer, and for a corpus without text.
+    Raises `UserError` if the folder holds tokens of another corpus or tokenizer, and for a corpus without
+    text.
     """
-    tokenizer = load_tokenizer(tokenizer_folder)
-    asked = {
+    tokenizer = load_corpus_tokenizer(tokenizer_folder)
+    settings = {
         "corpus": corpus.digest,
         "tokenizer": digest(tokenizer_folder / "tokenizer.json"),
         "shard": shard,
         "format": FORMAT,
     }
-    _claim(folder, asked)
+    _claim(folder, settings)
     if not (folder / "tokens.json").is_file():
-        _write_shards(corpus, tokenizer, folder, asked, quiet)
+        _write_shards(corpus, tokenizer, folder, settings, quiet)
     return open_tokens(folder, tokenizer_folder)
 
 
 def open_tokens(folder: Path, tokenizer_folder: Path | None = None) -> Tokens:
-    """Memory-map finished tokens. With a tokenizer, `UserError` if they are not its own."""
+    """Memory-maps finished tokens. Raises `UserError` for unfinished ones and those of another tokenizer."""
     path = folder / "tokens.json"
     if not path.is_file():
         raise UserError(
@@ -123,7 +125,7 @@ def open_tokens(folder: Path, tokenizer_folder: Path | None = None) -> Tokens:
 
 
 def verify(folder: Path) -> None:
-    """Read every shard. Raises `UserError` for one whose bytes have changed."""
+    """Reads every shard. Raises `UserError` for one whose bytes have changed."""
     record = read_json(folder / "tokens.json")
     for side in SIDES:
         for number, shard in enumerate(record[side]):
@@ -132,17 +134,18 @@ def verify(folder: Path) -> None:
                 raise UserError(f"{path} has changed since it was made; remove {folder} and make it again")
 
 
-def _claim(folder: Path, asked: dict[str, Any]) -> None:
+def _claim(folder: Path, settings: JsonObject) -> None:
+    """Writes the settings into a new folder; `UserError` for one of other settings or of something else."""
     path = folder / "asked.json"
     if not path.is_file():
         if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
             raise UserError(f"{folder} is there and holds no tokens; choose another folder")
         make_folder(folder, "--tokens")
-        write_json(path, asked)
+        write_json(path, settings)
         return
     before = read_json(path)
     changed = [
-        name for name, value in asked.items() if not isinstance(before, dict) or before.get(name) != value
+        name for name, value in settings.items() if not isinstance(before, dict) or before.get(name) != value
     ]
     if changed:
         what = {"corpus": "another corpus, or files of it have changed", "tokenizer": "another tokenizer"}
@@ -150,7 +153,7 @@ def _claim(folder: Path, asked: dict[str, Any]) -> None:
         raise UserError(f"{folder} holds tokens of {reasons}; choose another folder")
 
 
-def _stream(folder: Path, record: dict[str, Any], side: Side) -> Stream:
+def _stream(folder: Path, record: JsonObject, side: Side) -> Stream:
     shards = []
     for number, known in enumerate(record[side]):
         path = folder / f"{side}-{number:05}.npy"
@@ -167,30 +170,27 @@ def _stream(folder: Path, record: dict[str, Any], side: Side) -> Stream:
     return Stream(tuple(shards), record["bos"], documents, size)
 
 
-# Making
-
-
 def _write_shards(
-    corpus: Corpus, tokenizer: Tokenizer, folder: Path, asked: dict[str, Any], quiet: bool
+    corpus: Corpus, tokenizer: Tokenizer, folder: Path, settings: JsonObject, quiet: bool
 ) -> None:
     size = tokenizer.get_vocab_size()
     kind = np.dtype(np.uint16 if size <= 1 << 16 else np.uint32)
-    found: dict[Side, list[dict[str, Any]]] = {side: [] for side in SIDES}
-    for side, pieces in _groups(corpus, asked["shard"], quiet):
-        found[side].append(_shard(tokenizer, pieces, folder / f"{side}-{len(found[side]):05}", kind))
+    shards: dict[Side, list[JsonObject]] = {side: [] for side in SIDES}
+    for side, pieces in _groups(corpus, settings["shard"], quiet):
+        shards[side].append(_shard(tokenizer, pieces, folder / f"{side}-{len(shards[side]):05}", kind))
     for side in SIDES:
-        if not found[side]:
+        if not shards[side]:
             raise UserError(
                 f"the corpus has no {side} text; change --held-share or name texts with --held-out PATH"
             )
     record = {
-        **asked,
+        **settings,
         "kind": "tokens",
         "vocabulary": size,
         "dtype": str(kind),
         "bos": tokenizer.token_to_id(BOS),
     }
-    write_json(folder / "tokens.json", {**record, **found})
+    write_json(folder / "tokens.json", {**record, **shards})
 
 
 def _groups(corpus: Corpus, limit: int, quiet: bool) -> Iterator[tuple[Side, list[Piece]]]:
@@ -209,8 +209,8 @@ def _groups(corpus: Corpus, limit: int, quiet: bool) -> Iterator[tuple[Side, lis
             yield side, waiting[side]
 
 
-def _shard(tokenizer: Tokenizer, pieces: list[Piece], stem: Path, kind: np.dtype) -> dict[str, Any]:
-    """Encode and write one shard, unless it was finished before."""
+def _shard(tokenizer: Tokenizer, pieces: list[Piece], stem: Path, kind: np.dtype) -> JsonObject:
+    """Encodes and writes one shard, unless it was finished before; its record."""
     path, record_path = stem.with_suffix(".npy"), stem.with_suffix(".json")
     if record_path.is_file() and path.is_file():
         known = read_json(record_path)
@@ -219,8 +219,8 @@ def _shard(tokenizer: Tokenizer, pieces: list[Piece], stem: Path, kind: np.dtype
     bos = tokenizer.token_to_id(BOS)
     parts = [
         np.array([bos, *ids], dtype=kind)
-        for batch in batches(pieces, BATCH)
-        for ids in encode(tokenizer, [piece.text for piece in batch])
+        for chunk in chunked(pieces, ENCODED_AT_ONCE)
+        for ids in encode(tokenizer, [piece.text for piece in chunk])
     ]
     with atomic(path) as temporary, temporary.open("wb") as file:
         np.save(file, np.concatenate(parts), allow_pickle=False)

@@ -1,13 +1,13 @@
-"""A byte-level BPE of one's own: trained, checked on held-out text, and saved as any Hugging Face tokenizer is.
+"""A byte-level BPE of one's own: trained, checked on held-out text, saved as any Hugging Face tokenizer is.
 
     make_tokenizer(corpus, Path("tokenizer"), vocabulary=32_768)
-    AutoTokenizer.from_pretrained("tokenizer")              # with a chat template that marks the assistant's tokens
-    load_tokenizer(Path("tokenizer")).encode(text)          # for corpora: markup in a text is text, never a special token
+    AutoTokenizer.from_pretrained("tokenizer")           # its chat template marks the assistant's tokens
+    load_corpus_tokenizer(Path("tokenizer")).encode(text)          # markup in a text is text, never a token
 
-Training is Hugging Face's Rust trainer, fed piece by piece. Text is parted into words first, by `PATTERN`, and no token
-crosses two words. The pattern parts any text as Llama 3's does (200,000 random strings agreed), a word that is a token is
-that token (`ignore_merges`), and a text by itself starts with <|bos|>: what llama.cpp knows by the name `llama-bpe`, so a GGUF
-of our models needs no new code there, only that name.
+Training is Hugging Face's Rust trainer, fed piece by piece. `PATTERN` parts text into words first, and no
+token crosses two words. It parts any text as Llama 3's does (200,000 random strings agreed), a word that is a
+token is that token (`ignore_merges`), and a text by itself starts with <|bos|>: what llama.cpp knows by the
+name `llama-bpe`, so a GGUF of our models needs no new code there, only that name.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -29,6 +29,7 @@ from personatlas.analysis.stats import ratio_interval
 from personatlas.persona.artifacts import digest, make_folder, read_json, write_json
 from personatlas.persona.errors import UserError
 from personatlas.persona.progress import say
+from personatlas.persona.records import JsonObject
 from personatlas.training.data.corpus import Corpus
 from personatlas.training.data.documents import Piece
 
@@ -36,19 +37,17 @@ Item = TypeVar("Item")
 BOS, START, END, PAD = "<|bos|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
 SPECIAL = (BOS, START, END, PAD)  # ids 0 to 3
 BYTES = 256
-VOCABULARY = 32_768  # tokens, unless others are asked for
-LARGEST = 1 << 20
+DEFAULT_VOCABULARY, MAX_VOCABULARY = 32_768, 1 << 20
 SAMPLE = 1_000_000_000  # bytes; counts of words hardly change after that
 CHECKED = 1 << 26  # bytes of held-out text that are read back
-# Characters without a blank after which the trainer is given a new text: its time grows with the square of a word's length
-# (1 MB of letters without a blank: 20 s for 140 merges). No token that is worth having is longer.
+# Characters without a blank after which the trainer is given a new text: its time grows with the square of
+# a word's length (1 MB of letters: 20 s for 140 merges). No token that is worth having is longer.
 WORD = 256
-WORDLESS = (
-    1 << 25
-)  # characters of such text that it is given at most: every distinct word is kept, at 80 bytes a character
-BATCH = 64  # pieces encoded at once, over all cores
+# Characters of such text that it is given at most: every distinct word is kept, at 80 bytes a character
+WORDLESS = 1 << 25
+ENCODED_AT_ONCE = 64  # pieces, over all cores
 
-# How text is parted into words. Alternatives are tried from left to right.
+# Alternatives are tried from left to right.
 PATTERN = "|".join(
     (
         r"'(?i:[sdmt]|ll|re|ve)",  # the end of he's, I'd, we'll
@@ -61,7 +60,7 @@ PATTERN = "|".join(
     )
 )
 
-# The assistant's words and their end are marked: they, and nothing else, are what chat tuning learns.
+# Marks what chat tuning learns: the assistant's words and their end.
 TEMPLATE = """\
 {{- bos_token }}
 {%- for message in messages %}
@@ -83,7 +82,7 @@ TEMPLATE = """\
 
 @dataclass(frozen=True)
 class Compression:
-    """How a tokenizer does on texts that it was not trained on; every one of them came back exactly."""
+    """Bytes per token of held-out texts, every one of which was decoded exactly."""
 
     documents: int
     bytes: int
@@ -95,19 +94,18 @@ class Compression:
 
 def make_tokenizer(
     corpus: Corpus, out: Path, *, vocabulary: int, sample: int = SAMPLE, quiet: bool = False
-) -> dict[str, Any]:
-    """Train, check and save; what is there already from the same corpus and settings is taken as it is.
+) -> JsonObject:
+    """Trains, checks and saves a tokenizer; one of the same corpus and settings in `out` is taken as it is.
 
-    Returns the record, `training.json`. Raises `UserError` for a vocabulary that cannot be had and for a folder that
-    holds something else.
+    Returns the record, `training.json`. Raises `UserError` for a vocabulary that the corpus cannot fill and
+    for a folder that holds something else.
     """
     require_vocabulary(vocabulary)
     if sample < 1:
         raise UserError(f"--sample {sample}: give how many bytes of text to train on, 1 or more")
-    asked = {"corpus": corpus.digest, "vocabulary": vocabulary, "sample": sample}
-    made = _made_before(out, asked)
-    if made is not None:
-        return made
+    settings = {"corpus": corpus.digest, "vocabulary": vocabulary, "sample": sample}
+    if (known := _finished_record(out, settings)) is not None:
+        return known
     make_folder(out.absolute().parent, "--out")
     scan = corpus.scan(quiet=quiet)
     if not quiet:
@@ -115,30 +113,27 @@ def make_tokenizer(
     left_out: Counter[str] = Counter()
     tokenizer = train_tokenizer(corpus.sample(scan, sample), vocabulary, left_out)
     if left_out and not quiet:
-        say(
-            f"note: {left_out['characters']:,} characters in stretches of {WORD} without a blank were not trained on"
-        )
-    found = compression(tokenizer, corpus.pieces("held-out"), corpus.unit)
-    return _save(
-        tokenizer,
-        out,
-        {"asked": asked, "scan": scan.record(), "left_out": dict(left_out), "held_out": asdict(found)},
-    )
+        count = f"{left_out['characters']:,} characters"
+        say(f"note: {count} in stretches of {WORD} without a blank were not trained on")
+    held_out = asdict(compression(tokenizer, corpus.pieces("held-out"), corpus.unit))
+    facts = {"asked": settings, "scan": scan.to_json(), "left_out": dict(left_out), "held_out": held_out}
+    return _save(tokenizer, out, facts)
 
 
 def require_vocabulary(vocabulary: int) -> None:
-    """`UserError` unless the bytes, the special tokens and at least one merge fit."""
+    """Raises `UserError` unless the bytes, the special tokens and at least one merge fit."""
     least = BYTES + len(SPECIAL) + 1
-    if not least <= vocabulary <= LARGEST:
+    if not least <= vocabulary <= MAX_VOCABULARY:
         raise UserError(
-            f"--vocabulary {vocabulary} is not in {least}..{LARGEST}: {BYTES} bytes and {len(SPECIAL)} special tokens are always in it"
+            f"--vocabulary {vocabulary} is not in {least}..{MAX_VOCABULARY}: "
+            f"{BYTES} bytes and {len(SPECIAL)} special tokens are always in it"
         )
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int, left_out: Counter[str] | None = None) -> Tokenizer:
     """A byte-level BPE with exactly `vocabulary` tokens. Raises `UserError` if the texts do not have so many.
 
-    `left_out` is told what `short_words` leaves out.
+    `left_out` counts what `short_words` leaves out.
     """
     left_out = Counter() if left_out is None else left_out
     tokenizer = Tokenizer(models.BPE(ignore_merges=True))
@@ -157,11 +152,12 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, left_out: Counter[str
         show_progress=False,
     )
     tokenizer.encode_special_tokens = True
-    tokenizer.train_from_iterator(batches(short_words(texts, left_out), BATCH), trainer)
+    tokenizer.train_from_iterator(chunked(short_words(texts, left_out), ENCODED_AT_ONCE), trainer)
     size = tokenizer.get_vocab_size()
     if size < vocabulary:
         raise UserError(
-            f"the training text has pairs for {size} tokens only, not for {vocabulary}; give --vocabulary {size} or more text"
+            f"the training text has pairs for {size} tokens only, not for {vocabulary}; "
+            f"give --vocabulary {size} or more text"
         )
     # A text that is tokenised by itself starts a document; chat templates write the mark themselves.
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -173,7 +169,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, left_out: Counter[str
 def short_words(texts: Iterable[str], left_out: Counter[str], most: int = WORDLESS) -> Iterator[str]:
     """The texts, cut after `WORD` characters without a blank (counted from multiples of `WORD`).
 
-    Of what is cut off so, `most` characters are given and the rest is left out and counted, as "characters".
+    `most` characters of such stretches are given; the rest is left out and counted, as "characters".
     """
     for text in texts:
         start = 0
@@ -196,16 +192,21 @@ def compression(
 ) -> Compression:
     """Bytes per token over pieces, up to `most` bytes; `unit` names a piece's document.
 
-    Raises `UserError` if a piece does not come back as it was.
+    Raises `UserError` if a piece is not decoded exactly.
     """
     sizes: dict[str, list[int]] = {}  # of each document: bytes, tokens
     read = 0
-    for batch in batches(pieces, BATCH):
-        encoded = encode(tokenizer, [piece.text for piece in batch])
+    for chunk in chunked(pieces, ENCODED_AT_ONCE):
+        encoded = encode(tokenizer, [piece.text for piece in chunk])
         decoded = tokenizer.decode_batch(encoded, skip_special_tokens=False)
-        for piece, ids, back in zip(batch, encoded, decoded, strict=True):
+        for piece, ids, back in zip(chunk, encoded, decoded, strict=True):
             if back != piece.text:
-                raise UserError(_difference(piece, back))
+                pairs = enumerate(zip(piece.text, back, strict=False))
+                at = next((i for i, (a, b) in pairs if a != b), min(len(piece.text), len(back)))
+                raise UserError(
+                    f"the tokenizer does not give back {piece.document} (piece {piece.number}): at character "
+                    f"{at} {piece.text[at : at + 20]!r} became {back[at : at + 20]!r}; it cannot be used"
+                )
             size = sizes.setdefault(unit(piece), [0, 0])
             size[0] += len(piece.text.encode())
             size[1] += len(ids)
@@ -219,37 +220,25 @@ def compression(
     byte_counts, token_counts = table.T.astype(float)
     ends = ratio_interval(byte_counts, token_counts, range(len(table)), samples=1000)
     interval = None if ends is None else (round(ends[0], 4), round(ends[1], 4))
-    return Compression(
-        len(table), int(total[0]), int(total[1]), round(float(total[0] / total[1]), 4), interval
-    )
+    rate = round(float(total[0] / total[1]), 4)
+    return Compression(len(table), int(total[0]), int(total[1]), rate, interval)
 
 
-def _difference(piece: Piece, back: str) -> str:
-    pairs = zip(piece.text, back, strict=False)
-    at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(piece.text), len(back)))
-    return (
-        f"the tokenizer does not give back {piece.document} (piece {piece.number}): at character {at} "
-        f"{piece.text[at : at + 20]!r} became {back[at : at + 20]!r}; it cannot be used"
-    )
-
-
-def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+def chunked(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     """Lists of `size`, the last one shorter."""
     rest = iter(items)
-    while batch := list(islice(rest, size)):
-        yield batch
-
-
-# Using one
+    while chunk := list(islice(rest, size)):
+        yield chunk
 
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     """Ids of texts, without the document's mark; over all cores."""
-    return [found.ids for found in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """A tokenizer for corpora, in which markup such as <|im_end|> is text. Raises `UserError` if it is not one of ours.
+def load_corpus_tokenizer(folder: Path) -> Tokenizer:
+    """A tokenizer for corpora, in which markup such as <|im_end|> is text. Raises `UserError` if it is not
+    one of ours.
 
     `AutoTokenizer.from_pretrained(folder)` is for conversations: there the markup of the template is meant.
     """
@@ -263,27 +252,22 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     except Exception as error:  # noqa: BLE001 (the Rust side raises Exception itself)
         raise UserError(f"{path} cannot be read: {error}") from None
     if tokenizer.token_to_id(BOS) is None:
-        raise UserError(
-            f"{path} has no token {BOS}, which starts every document; use one of `personatlas train tokenizer`"
-        )
+        raise UserError(f"{path} has no token {BOS}; use one of `personatlas train tokenizer`")
     tokenizer.encode_special_tokens = True
     return tokenizer
 
 
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
-    """How many bytes of text each id stands for, (V,) int64; 0 for the special tokens: what bits per byte divide by."""
+    """How many bytes of text each id stands for, (V,) int64; 0 for the special tokens."""
     special = tokenizer.get_added_tokens_decoder()
     names = [tokenizer.id_to_token(id) for id in range(tokenizer.get_vocab_size())]
     # in the vocabulary a byte is one printable character
-    return np.array(
-        [0 if id in special else len(name or "") for id, name in enumerate(names)], dtype=np.int64
-    )
+    lengths = [0 if id in special else len(name or "") for id, name in enumerate(names)]
+    return np.array(lengths, dtype=np.int64)
 
 
-# Files
-
-
-def _made_before(out: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+def _finished_record(out: Path, settings: JsonObject) -> JsonObject | None:
+    """The record of a tokenizer in `out`; `UserError` for one of other settings and for anything else."""
     record_path, path = out / "training.json", out / "tokenizer.json"
     if not record_path.is_file():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -293,20 +277,18 @@ def _made_before(out: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
     if not isinstance(record, dict) or record.get("kind") != "tokenizer":
         raise UserError(f"{record_path} is not the record of a tokenizer; choose another --out")
     before = record.get("asked") or {}
-    changed = [name for name, value in asked.items() if before.get(name) != value]
+    changed = [name for name, value in settings.items() if before.get(name) != value]
     if changed:
         raise UserError(
             f"--out {out} holds a tokenizer of another {' and '.join(changed)}; choose another folder"
         )
     if not path.is_file() or digest(path) != record.get("sha256"):
-        raise UserError(
-            f"{path} is not the one that training.json tells of: damaged or replaced; remove the folder"
-        )
+        raise UserError(f"{path} is not the one of training.json: damaged or replaced; remove the folder")
     return record
 
 
-def _save(tokenizer: Tokenizer, out: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """The whole folder at once: it is written beside its place and renamed."""
+def _save(tokenizer: Tokenizer, out: Path, facts: JsonObject) -> JsonObject:
+    """Writes the whole folder at once, beside its final path, and renames it."""
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BOS,
@@ -316,13 +298,13 @@ def _save(tokenizer: Tokenizer, out: Path, record: dict[str, Any]) -> dict[str, 
         "model_input_names": ["input_ids", "attention_mask"],
     }
     text = tokenizer.to_str(pretty=True)
-    full = {
+    record = {
         "kind": "tokenizer",
         "format": 1,
         "sha256": hashlib.sha256(text.encode()).hexdigest(),
         "special": {name: id for id, name in enumerate(SPECIAL)},
         "tokenizers": version("tokenizers"),
-        **json.loads(json.dumps(record)),  # as it will be read back
+        **json.loads(json.dumps(facts)),  # as it will be read back
     }
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(6)}")
     temporary.mkdir()
@@ -330,9 +312,9 @@ def _save(tokenizer: Tokenizer, out: Path, record: dict[str, Any]) -> dict[str, 
         (temporary / "tokenizer.json").write_text(text, encoding="utf-8")
         (temporary / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
         write_json(temporary / "tokenizer_config.json", config)
-        write_json(temporary / "training.json", full)
-        temporary.rename(out)  # an empty folder in its place is replaced
+        write_json(temporary / "training.json", record)
+        temporary.rename(out)  # which replaces an empty folder
     finally:
         if temporary.exists():
             shutil.rmtree(temporary)
-    return full
+    return record

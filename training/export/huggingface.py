@@ -1,11 +1,12 @@
 """To and from a Qwen3 checkpoint of transformers: what is trained here is an ordinary model folder.
 
-    export(model, run / "tokenizer", out)        # config.json, model.safetensors, generation_config.json, the tokenizer
-    load_model(str(out))                       # and AutoModelForCausalLM, TransformerLens, vLLM
+    export_model(model, run / "tokenizer", out)  # config.json, model.safetensors, the tokenizer, ...
+    load_model(str(out))                         # and AutoModelForCausalLM, TransformerLens, vLLM
     load_exported(out)                           # the GPT again, bit for bit
 
-Weights are copied under the names that they have, with `model.` before all but the head; nothing is transposed, folded or
-rescaled, so an fp32 export is the model. For llama.cpp `training/gguf_file.py` makes one file of such a folder.
+Weights are copied under the names that they have, with `model.` before all but the head; nothing is
+transposed, folded or rescaled, so an fp32 export is the model. `gguf.py` makes one file of such a folder for
+llama.cpp.
 """
 
 import json
@@ -13,19 +14,22 @@ import os
 import secrets
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from personatlas.persona.artifacts import make_folder, read_json, write_json
 from personatlas.persona.errors import UserError
 from personatlas.persona.models.chat_template import chat_format
 from personatlas.persona.models.load import quiet_transformers
+from personatlas.persona.records import JsonObject
 from personatlas.training.model.config import Shape
 from personatlas.training.model.gpt import GPT
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -34,7 +38,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-# fields of a Qwen3 config that a GPT of ours has one value for
+# fields of a Qwen3 config that have one value here
 FIXED = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
@@ -57,8 +61,8 @@ SIZES = {
 }
 
 
-def export(model: GPT, tokenizer_folder: Path, out: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """Write a checkpoint folder, whole or not at all. fp32 loses nothing; bf16 rounds the fp32 masters once.
+def export_model(model: GPT, tokenizer_folder: Path, out: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Writes a checkpoint folder, whole or not at all. fp32 loses nothing; bf16 rounds the fp32 masters once.
 
     Raises `UserError` when `out` is there and not empty, or the tokenizer is not this model's.
     """
@@ -67,39 +71,43 @@ def export(model: GPT, tokenizer_folder: Path, out: Path, dtype: torch.dtype = t
         raise UserError(f"{out} is already there; choose another folder or remove it")
     if not (tokenizer_folder / "tokenizer.json").is_file():
         raise UserError(f"{tokenizer_folder} has no tokenizer.json: not a tokenizer's folder")
-    tokenizer = load_tokenizer_of(tokenizer_folder, model.shape)
+    tokenizer = load_hf_tokenizer(tokenizer_folder, model.shape)
     make_folder(out.parent, "the export's folder")
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(6)}")
     make_folder(temporary, "the export's folder")
     try:
         weights = {
-            _theirs(name): value.detach().to("cpu", dtype).contiguous()
-            for name, value in _weights(model).items()
+            _exported_name(name): value.detach().to("cpu", dtype).contiguous()
+            for name, value in model.named_parameters()
         }
         save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
         for name in TOKENIZER_FILES:
             if (tokenizer_folder / name).is_file():
                 shutil.copyfile(tokenizer_folder / name, temporary / name)
-        ends = end_tokens(tokenizer)
-        write_json(temporary / "generation_config.json", {"eos_token_id": ends, **_first_and_pad(tokenizer)})
-        write_json(temporary / "config.json", config_of(model.shape, tokenizer, dtype))
+        special = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        write_json(
+            temporary / "generation_config.json", {"eos_token_id": end_token_ids(tokenizer), **special}
+        )
+        config = {**qwen3_config(model.shape, dtype), "eos_token_id": tokenizer.eos_token_id, **special}
+        write_json(temporary / "config.json", config)
         temporary.replace(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return out
 
 
-def load_tokenizer_of(folder: Path, shape: Shape) -> Any:
-    """The tokenizer in a folder; `UserError` where it has ids that a model of this shape does not embed."""
+def load_hf_tokenizer(folder: Path, shape: Shape) -> "PreTrainedTokenizerBase":
+    """The tokenizer in a folder. Raises `UserError` where it has ids that a model of this shape does not
+    embed.
+    """
     from transformers import AutoTokenizer
 
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{folder} does not hold a tokenizer that can be read ({' '.join(str(error).split())})"
-        ) from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"{folder} does not hold a tokenizer that can be read ({reason})") from None
     if len(tokenizer) > shape.vocabulary:
         raise UserError(
             f"the tokenizer in {folder} has {len(tokenizer)} tokens and the model embeds {shape.vocabulary}: "
@@ -108,16 +116,16 @@ def load_tokenizer_of(folder: Path, shape: Shape) -> Any:
     return tokenizer
 
 
-def end_tokens(tokenizer: Any) -> list[int]:
-    """Every token that ends an answer: the tokenizer's own end, and with a chat template also that of a turn."""
+def end_token_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Tokens that end an answer: the tokenizer's own end, and with a chat template also that of a turn."""
     own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if not tokenizer.chat_template:
         return own
     return sorted({*own, *chat_format(tokenizer, tokenizer.eos_token_id).end_ids})
 
 
-def config_of(shape: Shape, tokenizer: Any, dtype: torch.dtype) -> dict[str, Any]:
-    """config.json. The rotary base stands in it twice: transformers from 5 on reads the second form, others the first."""
+def qwen3_config(shape: Shape, dtype: torch.dtype) -> JsonObject:
+    """config.json without token ids. transformers from 5 on reads the second form of the rotary base."""
     return {
         **FIXED,
         **{theirs: getattr(shape, ours) for theirs, ours in SIZES.items()},
@@ -126,8 +134,6 @@ def config_of(shape: Shape, tokenizer: Any, dtype: torch.dtype) -> dict[str, Any
         "initializer_range": 0.02,
         "use_cache": True,
         "dtype": str(dtype).removeprefix("torch."),
-        "eos_token_id": tokenizer.eos_token_id,
-        **_first_and_pad(tokenizer),
     }
 
 
@@ -136,8 +142,7 @@ def load_exported(folder: Path) -> GPT:
 
     Raises `UserError` for another architecture, another kind of rotary, or missing and left-over weights.
     """
-    config = read_json(folder / "config.json")
-    shape = shape_of(config, folder)
+    shape = read_shape(folder)
     path = folder / "model.safetensors"
     if not path.is_file():
         raise UserError(f"{path} does not exist; a checkpoint in several files must be saved as one first")
@@ -147,28 +152,25 @@ def load_exported(folder: Path) -> GPT:
         raise UserError(f"{path} is damaged or cut short ({error})") from None
     with torch.device("meta"):
         model = GPT(shape)
-    wanted, found = {_theirs(name): name for name in _weights(model)}, set(weights)
-    if found != set(wanted):
-        odd = sorted(found ^ set(wanted))
+    parameters = {_exported_name(name): (name, value.shape) for name, value in model.named_parameters()}
+    if odd := sorted(set(weights) ^ set(parameters)):
         raise UserError(f"{path} does not hold the weights of its config: {odd[0]} and {len(odd) - 1} more")
-    for theirs, name in wanted.items():
-        if weights[theirs].shape != _weights(model)[name].shape:
-            raise UserError(
-                f"{path}: {theirs} is {tuple(weights[theirs].shape)}, which its config does not say"
-            )
-    model.load_state_dict({wanted[name]: value for name, value in weights.items()}, assign=True)
+    for exported, (_, wanted) in parameters.items():
+        if (found := weights[exported].shape) != wanted:
+            raise UserError(f"{path}: {exported} is {tuple(found)}, which its config does not say")
+    model.load_state_dict({parameters[name][0]: value for name, value in weights.items()}, assign=True)
     return model.requires_grad_(True)
 
 
-def shape_of(config: Any, folder: Path) -> Shape:
-    """The shape that a config.json describes, or `UserError`."""
+def read_shape(folder: Path) -> Shape:
+    """The shape that a folder's config.json describes. Raises `UserError` for another architecture."""
+    config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise UserError(f"{folder / 'config.json'} is not a model's configuration")
     for name, value in FIXED.items():
         if config.get(name, value if name != "architectures" else None) != value:
-            raise UserError(
-                f"{folder}: {name} is {json.dumps(config.get(name))}; a GPT of this kind has {json.dumps(value)}"
-            )
+            has = json.dumps(config.get(name))
+            raise UserError(f"{folder}: {name} is {has}; a GPT of this kind has {json.dumps(value)}")
     missing = [name for name in SIZES if name not in config]
     if missing:
         raise UserError(f"{folder / 'config.json'} does not say {missing[0]}")
@@ -183,13 +185,5 @@ def shape_of(config: Any, folder: Path) -> Shape:
     )
 
 
-def _weights(model: GPT) -> dict[str, Tensor]:
-    return dict(model.named_parameters())
-
-
-def _theirs(name: str) -> str:
+def _exported_name(name: str) -> str:
     return name if name.startswith("lm_head.") else f"model.{name}"
-
-
-def _first_and_pad(tokenizer: Any) -> dict[str, Any]:
-    return {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}

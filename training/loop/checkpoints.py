@@ -1,11 +1,12 @@
-"""Checkpoints of a run: ordinary model folders with what is needed to go on beside them.
+"""Checkpoints of a run: ordinary model folders, with the state that resuming needs beside the weights.
 
     RUN/checkpoints/step-000512/    config.json, model.safetensors (fp32), the tokenizer, state.json
                                     optimizer.safetensors, in the newest two only
 
-They are made at step 0, at powers of two and at the end: what a model becomes changes with the logarithm of its steps, so
-an axis can be watched as it emerges. Between them one is made every few minutes, which the next one replaces. A
-checkpoint is a folder that is renamed when it is whole: a process killed at any moment leaves the ones before it.
+They are made at step 0, at powers of two and at the end: what a model becomes changes with the logarithm of
+its steps, so an axis can be watched as it emerges. Between them one is made every few minutes, which the next
+one replaces. A checkpoint is a folder that is renamed when it is whole: a process killed at any moment leaves
+the ones before it.
 """
 
 import errno
@@ -14,7 +15,6 @@ import secrets
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -22,12 +22,13 @@ from torch import Tensor
 
 from personatlas.persona.artifacts import digest, read_json, write_json
 from personatlas.persona.errors import UserError
-from personatlas.training.export.huggingface import export, load_exported
+from personatlas.persona.records import JsonObject
+from personatlas.training.export.huggingface import export_model, load_exported
 from personatlas.training.model.gpt import GPT
 
-KEPT = 2  # checkpoints from which a run can go on
+RESUMABLE = 2  # checkpoints that keep the optimizer's state
 PREFIX = "step-"
-# what a killed process was in the middle of; two dots where a checkpoint's weights were being written
+# what a killed process leaves unfinished; two dots where a checkpoint's weights were being written
 LEFTOVERS = (
     *(f"checkpoints/.{PREFIX}*", f"checkpoints/..{PREFIX}*"),
     *(".model.*", ".tokenizer.*", ".*.json.*", ".*.jsonl.*", "tokens/.*.json.*", "tokens/.*.npy.*"),
@@ -36,107 +37,110 @@ LEFTOVERS = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One whole checkpoint on disk."""
+    """A whole checkpoint on disk."""
 
     step: int
     path: Path
 
     @property
-    def resumes(self) -> bool:
-        """Whether a run can go on from here."""
+    def is_resumable(self) -> bool:
+        """Whether a run can resume from here."""
         return (self.path / "optimizer.safetensors").is_file()
 
 
-def lasting(step: int, steps: int) -> bool:
-    """Whether a step's checkpoint is for keeps: 0, powers of two, and the last."""
+def is_permanent(step: int, steps: int) -> bool:
+    """Whether a step's checkpoint is kept: 0, powers of two, and the last."""
     return step == steps or step & (step - 1) == 0
 
 
 def checkpoints_in(run: Path) -> list[Checkpoint]:
-    """All whole ones of a run, the earliest first."""
-    folder = run / "checkpoints"
-    found = folder.glob(f"{PREFIX}*") if folder.is_dir() else []
-    whole = (
-        path for path in found if (path / "state.json").is_file() and path.name.removeprefix(PREFIX).isdigit()
-    )
-    return sorted(
-        (Checkpoint(int(path.name.removeprefix(PREFIX)), path) for path in whole), key=lambda one: one.step
-    )
+    """All whole checkpoints of a run, the earliest first."""
+    steps = {path: path.name.removeprefix(PREFIX) for path in (run / "checkpoints").glob(f"{PREFIX}*")}
+    whole = [
+        Checkpoint(int(step), path)
+        for path, step in steps.items()
+        if (path / "state.json").is_file() and step.isdigit()
+    ]
+    return sorted(whole, key=lambda checkpoint: checkpoint.step)
 
 
-def newest(run: Path) -> Checkpoint | None:
-    """The one to go on from."""
-    return next((one for one in reversed(checkpoints_in(run)) if one.resumes), None)
+def newest_resumable(run: Path) -> Checkpoint | None:
+    """The checkpoint to resume from."""
+    return next((item for item in reversed(checkpoints_in(run)) if item.is_resumable), None)
 
 
 def save_checkpoint(
-    run: Path, step: int, model: GPT, optimizer: dict[str, Tensor], tokenizer: Path, facts: dict[str, Any]
+    run: Path, step: int, model: GPT, optimizer: dict[str, Tensor], tokenizer: Path, facts: JsonObject
 ) -> Checkpoint:
-    """Write one, whole or not at all, whatever goes wrong; one that is there is left as it is."""
+    """Writes a checkpoint whole or not at all; one that is there is left as it is."""
     path = run / "checkpoints" / f"{PREFIX}{step:06}"
     if (path / "state.json").is_file() and (path / "optimizer.safetensors").is_file():
         return Checkpoint(step, path)
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
     try:
-        export(model, tokenizer, temporary)
+        export_model(model, tokenizer, temporary)
         state = temporary / "optimizer.safetensors"
         save_file({name: value.contiguous() for name, value in optimizer.items()}, state)
         _sync(state)
         _sync(temporary / "model.safetensors")
         digests = {"optimizer": digest(state), "model": digest(temporary / "model.safetensors")}
         write_json(temporary / "state.json", {**facts, "kind": "training-state", "step": step, **digests})
-        if path.exists():  # an earlier one of this step, from which nothing can go on any more
+        if path.exists():  # an earlier one of this step, which is not resumable any more
             _remove(path)
         temporary.replace(path)
     except SafetensorError as error:
-        raise _as_full(error, path) from None
+        raise _disk_error(error, path) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Checkpoint(step, path)
 
 
-def load_state(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state and what state.json says. `UserError` where that, or the model's file, is not as it was saved."""
+def load_state(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], JsonObject]:
+    """An optimizer's state and the content of state.json.
+
+    Raises `UserError` where the optimizer's or the model's file is not as it was saved.
+    """
     facts = read_json(checkpoint.path / "state.json")
     for name in ("optimizer", "model"):
         path = checkpoint.path / f"{name}.safetensors"
         if name in facts and not (path.is_file() and digest(path) == facts[name]):
             raise UserError(
-                f"{path} is damaged or was changed; remove {checkpoint.path} and the run goes on from the one before"
+                f"{path} is damaged or was changed; "
+                f"remove {checkpoint.path} and the run goes on from the one before"
             )
     return load_file(checkpoint.path / "optimizer.safetensors"), facts
 
 
 def load_weights(checkpoint: Checkpoint, model: GPT) -> None:
-    """Fill a model that is there, in place: its parameters may be views of buffers."""
+    """Fills a model's parameters in place: they may be views of buffers."""
     stored = load_exported(checkpoint.path).state_dict()
     for name, parameter in model.named_parameters():
         parameter.data.copy_(stored[name])
 
 
-def prune(run: Path, steps: int, every: bool = True) -> None:
-    """Remove what the rule does not keep, and leftovers of what was never finished.
+def prune_checkpoints(run: Path, steps: int, keep_permanent: bool = True) -> None:
+    """Removes unfinished files and all checkpoints but permanent ones (if kept), the newest, and the newest
+    two resumable.
 
-    For keeps are lasting steps (with `every`), the newest, and the newest two from which a run can go on; state to go on
-    with stays in those two.
+    Others than those two lose their optimizer's state.
     """
     found = checkpoints_in(run)
-    kept = [one.step for one in found if one.resumes][-KEPT:]
-    for one in found:
-        if one.step in kept:
+    resumable = [item.step for item in found if item.is_resumable][-RESUMABLE:]
+    for item in found:
+        if item.step in resumable:
             continue
-        if (every and lasting(one.step, steps)) or one is found[-1]:
-            (one.path / "optimizer.safetensors").unlink(missing_ok=True)
+        if (keep_permanent and is_permanent(item.step, steps)) or item is found[-1]:
+            (item.path / "optimizer.safetensors").unlink(missing_ok=True)
         else:
-            _remove(one.path)
+            _remove(item.path)
     for pattern in LEFTOVERS:
         for leftover in run.glob(pattern):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def _remove(path: Path) -> None:
-    """Under another name first: a kill in the middle must not leave half a checkpoint that looks whole."""
+    """Renames the folder first: a kill in the middle must not leave half a checkpoint that looks whole."""
     doomed = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
     path.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
@@ -147,8 +151,8 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _as_full(error: SafetensorError, path: Path) -> Exception:
-    """The Rust side tells of a full disk in words only."""
+def _disk_error(error: SafetensorError, path: Path) -> Exception:
+    """The OSError of a full disk, which safetensors reports in words only, or a `UserError`."""
     for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         if f"os error {code}" in str(error) or f"code: {code}," in str(error):
             return OSError(code, os.strerror(code), str(path))

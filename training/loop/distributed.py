@@ -1,4 +1,4 @@
-"""The processes of a training run and the device of each: torchrun gives their places, NCCL or gloo carries what they share."""
+"""The processes of a training run and their devices: torchrun starts them, NCCL or gloo connects them."""
 
 import torch
 from torch import Tensor
@@ -7,23 +7,21 @@ from personatlas.persona.distributed import PATIENCE, World
 from personatlas.persona.errors import UserError
 
 
-def join(world: World, device: str | None = None) -> torch.device:
-    """This process's device: its own GPU if there is one; with several processes they are made one group.
+def init_distributed(world: World, device: str | None = None) -> torch.device:
+    """This process's device, its own GPU if there is one; several processes become one group.
 
     Raises `UserError` for another device than cuda or cpu, and where a host has fewer GPUs than processes.
     """
     if device not in (None, "cuda", "cpu"):
-        raise UserError(
-            f"--device {device} is not cuda or cpu; CUDA_VISIBLE_DEVICES says which GPUs there are"
-        )
+        raise UserError(f"--device {device} is not cuda or cpu; CUDA_VISIBLE_DEVICES says which GPU is used")
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError("--device cuda: this machine has no GPU that torch can use; try --device cpu")
         if world.local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"process {world.local_rank} of this host has no GPU of its own: there are {torch.cuda.device_count()}; "
-                "give torchrun --nproc-per-node as many"
+                f"process {world.local_rank} of this host has no GPU of its own: there are "
+                f"{torch.cuda.device_count()}; give torchrun --nproc-per-node as many"
             )
         chosen = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(chosen)
@@ -38,7 +36,7 @@ def join(world: World, device: str | None = None) -> torch.device:
     return chosen
 
 
-def summed(x: Tensor, world: World) -> Tensor:
+def all_sum(x: Tensor, world: World) -> Tensor:
     """x, in place the sum of all ranks' x."""
     if world.size > 1:
         import torch.distributed as dist
@@ -47,7 +45,7 @@ def summed(x: Tensor, world: World) -> Tensor:
     return x
 
 
-def wait_for(device: torch.device) -> None:
-    """Until the device has done all that it was given."""
+def synchronize(device: torch.device) -> None:
+    """Waits until a GPU has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

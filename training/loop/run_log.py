@@ -1,39 +1,30 @@
-"""What a run leaves behind as it goes: its metrics, a line on stderr, and samples. One process of a run keeps it.
+"""What a run writes while it trains: metrics.jsonl with its mirrors, samples.jsonl, and progress on stderr.
 
-with recorded(run, steps, samples) as record:
-    record.write({"kind": "step", "step": 1, ...})
-    record.sample(model, step=64)
-    record.cut(64)                      # going on from there: what was written of later steps is forgotten
-
-What a training run tells the world: metrics.jsonl, and TensorBoard or Weights & Biases where asked.
-
-    with Meters(run, tensorboard=True, wandb="my-project") as meters:       # on rank 0 only
-        meters.cut_after(256)                                               # going on from a checkpoint
-        meters.write({"kind": "step", "step": 257, "loss": 3.1, "rate": 0.5})
+    with open_run_log(run, steps, samples, tensorboard=True) as log:        # on rank 0 only
+        log.cut_after(256)                              # resuming: forget what was written of later steps
+        log.write({"kind": "step", "step": 257, "loss": 3.1, "rate": 0.5})
+        log.sample(model, step=257)
     read_metrics(run)
 
-The file is the record, whole lines only, also after kill -9; the others are mirrors of its numbers. JSON has no NaN: a number
-that is not finite stands in it as null.
+metrics.jsonl holds whole lines only, also after kill -9; TensorBoard and Weights & Biases mirror its numbers.
+JSON has no NaN: a number that is not finite is null. Progress is one line that moves on a terminal, else one
+every ten seconds:
 
-Where a training run stands, on stderr: one line that moves on a terminal, a plain line every ten seconds elsewhere.
-
-with Line(plan.steps) as line:
-    line.show(row)            # every row that goes into metrics.jsonl
-
-step 1,200/5,000: loss 3.412, held out 1.312 bits per byte, 544,000 tokens/s, 49.1% of the peak, 24 min left
+    step 1,200/5,000, loss 3.412, held out 1.312 bits per byte, 544,000 tokens/s, 24 min left
 """
 
 import json
 import math
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -42,83 +33,34 @@ from personatlas.persona.artifacts import atomic
 from personatlas.persona.errors import UserError
 from personatlas.persona.logs import append_lines, read_lines
 from personatlas.persona.progress import EVERY, say
+from personatlas.persona.records import JsonObject
 from personatlas.training.model.gpt import GPT
 
-METRICS = "metrics.jsonl"
-# what the mirrors call the rows' kinds
-FAMILIES = {"step": "train", "held-out": "held-out"}
+if TYPE_CHECKING:
+    from tensorboardX import SummaryWriter
+
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+MIRRORED = {"step": "train", "held-out": "held-out"}  # what mirrors call the kinds of rows
+SMOOTHING = 0.9  # of the loss that is shown: one step's is noise
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """All rows of a run, in the order in which they were written; [] before the first."""
+def read_metrics(folder: Path) -> list[JsonObject]:
+    """All rows of a run's metrics.jsonl, in the order in which they were written; [] before the first."""
     return read_lines(folder / METRICS)
 
 
-def cut_after(path: Path, step: int) -> int | None:
-    """Take the rows of later steps out of a log, atomically. The last step that it told of, None for an empty one."""
+def cut_log(path: Path, step: int) -> None:
+    """Takes the rows of later steps out of a log, atomically."""
     rows = read_lines(path)
     kept = [row for row in rows if row["step"] <= step]
     if len(kept) < len(rows):
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
         with atomic(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
-    return max((row["step"] for row in rows), default=None)
 
 
-class Meters:
-    """The record of a run and its mirrors. `wandb` is the name of a project there.
-
-    Raises `UserError` where a mirror's package is not installed or it cannot be reached, before anything is written.
-    """
-
-    def __init__(self, folder: Path, *, tensorboard: bool = False, wandb: str | None = None) -> None:
-        if tensorboard:
-            _require("tensorboardX", "--tensorboard")
-        if wandb is not None:
-            _require("wandb", "--wandb")
-        self.folder = folder
-        self._mirrors: list[Mirror] = []
-        if tensorboard:
-            self._mirrors.append(TensorBoard(folder / "tensorboard"))
-        if wandb is not None:
-            self._mirrors.append(WeightsAndBiases(folder, wandb))
-
-    def cut_after(self, step: int) -> int | None:
-        """Forget what came after a step. Returns the last step that the record told of. Call it before `write`."""
-        for mirror in self._mirrors:
-            mirror.cut_after(step)
-        return cut_after(self.folder / METRICS, step)
-
-    def write(self, row: Mapping[str, Any]) -> None:
-        """One row; `kind` and `step` are always in it."""
-        finite = {name: None if _is_odd(value) else value for name, value in row.items()}
-        append_lines(self.folder / METRICS, [finite], sync=False)
-        if row["kind"] in FAMILIES:
-            numbers = {
-                f"{FAMILIES[row['kind']]}/{name}": float(value)
-                for name, value in finite.items()
-                if name != "step" and isinstance(value, int | float)
-            }
-            for mirror in self._mirrors:
-                mirror.write(row["step"], numbers)
-
-    def close(self) -> None:
-        """Flush the mirrors."""
-        for mirror in self._mirrors:
-            mirror.close()
-        self._mirrors = []
-
-    def __enter__(self) -> "Meters":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class Mirror:
-    """Where numbers go beside the record."""
+class MetricsMirror(Protocol):
+    """Where numbers go beside metrics.jsonl."""
 
     def cut_after(self, step: int) -> None:
         """The next numbers replace those of later steps."""
@@ -127,16 +69,16 @@ class Mirror:
         """Numbers of one step."""
 
     def close(self) -> None:
-        """Flush."""
+        """Writes what is buffered."""
 
 
-class TensorBoard(Mirror):
-    """Event files. tensorboardX writes them with nothing but numpy and protobuf; TensorBoard itself only looks at them."""
+class TensorBoardMirror:
+    """Event files, written by tensorboardX with nothing but numpy and protobuf."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._purge: int | None = None
-        self._writer: Any = None
+        self._writer: SummaryWriter | None = None
 
     def cut_after(self, step: int) -> None:
         self._purge = step + 1
@@ -155,21 +97,21 @@ class TensorBoard(Mirror):
             self._writer = None
 
 
-class WeightsAndBiases(Mirror):
-    """One run there for one folder here: its id is kept, so a run that goes on goes on there too."""
+class WandbMirror:
+    """One run of Weights & Biases for one folder: its id is stored, so a resumed run resumes there too."""
 
     def __init__(self, folder: Path, project: str) -> None:
         import wandb
 
-        kept = folder / "wandb" / "id"
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        if not kept.is_file():
-            kept.write_text(secrets.token_hex(4), encoding="utf-8")
+        id_path = folder / "wandb" / "id"
+        id_path.parent.mkdir(parents=True, exist_ok=True)
+        if not id_path.is_file():
+            id_path.write_text(secrets.token_hex(4), encoding="utf-8")
         try:
             self._run = wandb.init(
                 project=project,
                 name=folder.name,
-                id=kept.read_text(encoding="utf-8"),
+                id=id_path.read_text(encoding="utf-8"),
                 resume="allow",
                 dir=str(folder),
                 settings=wandb.Settings(silent=True, console="off"),
@@ -177,11 +119,15 @@ class WeightsAndBiases(Mirror):
         except (wandb.errors.Error, ValueError) as error:
             text = " ".join(str(error).split())
             raise UserError(
-                f"--wandb {project}: {text}; log in (`wandb login`) or set WANDB_MODE=offline and `wandb sync` later"
+                f"--wandb {project}: {text}; "
+                "log in (`wandb login`) or set WANDB_MODE=offline and `wandb sync` later"
             ) from None
-        # their own step never goes back; ours does when a run goes on from a checkpoint
+        # their own step never goes back; ours does when a run resumes from a checkpoint
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
+
+    def cut_after(self, step: int) -> None:
+        pass
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         self._run.log({"step": step, **numbers})
@@ -190,29 +136,67 @@ class WeightsAndBiases(Mirror):
         self._run.finish()
 
 
-def _is_odd(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
+class MetricsLog:
+    """metrics.jsonl and its mirrors. `wandb` is the name of a project there.
+
+    Raises `UserError` where a mirror's package is not installed or it cannot be reached, before anything is
+    written.
+    """
+
+    def __init__(self, folder: Path, *, tensorboard: bool = False, wandb: str | None = None) -> None:
+        wanted = {"tensorboardX": ("--tensorboard", tensorboard), "wandb": ("--wandb", wandb is not None)}
+        for package, (option, is_wanted) in wanted.items():
+            if is_wanted and find_spec(package) is None:
+                raise UserError(f"{option} needs a package that is not installed: pip install {package}")
+        self.folder = folder
+        self._mirrors: list[MetricsMirror] = []
+        if tensorboard:
+            self._mirrors.append(TensorBoardMirror(folder / "tensorboard"))
+        if wandb is not None:
+            self._mirrors.append(WandbMirror(folder, wandb))
+
+    def cut_after(self, step: int) -> None:
+        """Forgets what came after a step. Call it before `write`."""
+        for mirror in self._mirrors:
+            mirror.cut_after(step)
+        cut_log(self.folder / METRICS, step)
+
+    def write(self, row: JsonObject) -> None:
+        """Appends a row, which has `kind` and `step`."""
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in row.items()
+        }
+        append_lines(self.folder / METRICS, [finite], sync=False)
+        if family := MIRRORED.get(row["kind"]):
+            numbers = {
+                f"{family}/{name}": float(value)
+                for name, value in finite.items()
+                if name != "step" and isinstance(value, int | float)
+            }
+            for mirror in self._mirrors:
+                mirror.write(row["step"], numbers)
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for mirror in self._mirrors:
+            mirror.close()
 
 
-def _require(package: str, option: str) -> None:
-    if find_spec(package) is None:
-        raise UserError(f"{option} needs a package that is not installed: pip install {package}")
-
-
-SMOOTHING = 0.9  # of the loss that is shown: one step's is noise
-
-
-class Line:
-    """Shows rows of metrics.jsonl. `steps` is the step at which the run ends."""
+class ProgressLine:
+    """Shows rows of metrics.jsonl on stderr. `steps` is the step at which the run ends."""
 
     def __init__(self, steps: int, *, quiet: bool = False) -> None:
         self.steps, self.quiet = steps, quiet
-        self._loss = _Smoothed()
-        self._first: Mapping[str, Any] | None = None
-        self._row: Mapping[str, Any] | None = None
+        self._loss = self._weight = 0.0  # an exponential mean that is unbiased from the first value on
+        self._first: JsonObject | None = None
+        self._row: JsonObject = {}
         self._held_out = ""
-        self._said = -EVERY
-        self._told = 0
+        self._said_at, self._said_step = -EVERY, 0
         self._bar: Progress | None = None
         console = Console(stderr=True)
         if console.is_terminal and not quiet:
@@ -220,63 +204,61 @@ class Line:
             self._bar = Progress(*bar, TextColumn("{task.description}"), console=console)
             self._task = self._bar.add_task("", total=steps)
 
-    def show(self, row: Mapping[str, Any]) -> None:
-        """Take up a row. Events are said at once; numbers when it is time."""
+    def show(self, row: JsonObject) -> None:
+        """Takes a row. Events are said at once; numbers when it is time."""
         if row["kind"] == "event":
             self._say(f"step {row['step']:,}: {row.get('text') or row['what']}")
         elif row["kind"] == "held-out":
-            self._held_out = _held_out(row)
+            bits = row.get("bits_per_byte")
+            self._held_out = (
+                f"held out loss {row['loss']:.4f}" if bits is None else f"held out {bits:.4f} bits per byte"
+            )
             if self._bar is None:
                 self._say(f"step {row['step']:,}: {self._held_out}")
         else:
-            self._first = self._first or row
-            self._row = row
-            self._loss.add(row.get("loss"))
-            self._move()
+            self._first, self._row = self._first or row, row
+            if (loss := row.get("loss")) is not None:
+                self._loss = SMOOTHING * self._loss + (1 - SMOOTHING) * loss
+                self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
+            if self._bar is not None:
+                self._bar.update(self._task, completed=row["step"], description=self.describe(short=True))
+            elif time.monotonic() - self._said_at >= EVERY or row["step"] == self.steps:
+                self._said_at = time.monotonic()
+                self._say_step()
 
-    def told(self, *, short: bool = False) -> str:
-        """Everything about the last step; short enough for a terminal of 80 characters."""
-        row = self._row or {}
-        left, speed, share = self.seconds_left(), row.get("tokens_a_second"), row.get("utilisation")
+    def describe(self, *, short: bool = False) -> str:
+        """The last step's numbers; `short` fits a terminal of 80 columns."""
+        row, held_out, left = self._row, self._held_out, self.seconds_left()
+        if short:
+            held_out = held_out.removeprefix("held out ").replace("bits per byte", "bits/byte")
+        speed, share = row.get("tokens_a_second"), row.get("utilisation")
         parts = [
             f"step {row.get('step', 0):,}/{self.steps:,}",
-            "" if self._loss.value is None else f"loss {self._loss.value:.3f}",
-            self._held_out.removeprefix("held out ").replace("bits per byte", "bits/byte")
-            if short
-            else self._held_out,
+            f"loss {self._loss / self._weight:.3f}" if self._weight else "",
+            held_out,
             "" if speed is None else f"{speed / 1000:,.1f}k tok/s" if short else f"{speed:,.0f} tokens/s",
             "" if share is None else f"{share:.0%}" if short else f"{share:.1%} of the peak",
-            "" if left is None else f"{in_words(left)} left",
+            "" if left is None else f"{format_duration(left)} left",
         ]
         return (" · " if short else ", ").join(part for part in parts if part)
 
     def seconds_left(self) -> float | None:
-        """Training time to the last step at the pace since this process began; None before the second step and at the end."""
+        """Training time left at this process's pace; None before the second step and at the end."""
         first, row = self._first, self._row
-        if first is None or row is None or row["step"] <= first["step"] or row["step"] >= self.steps:
+        if first is None or row["step"] <= first["step"] or row["step"] >= self.steps:
             return None
         pace = (row["seconds"] - first["seconds"]) / (row["step"] - first["step"])
         return float(pace * (self.steps - row["step"]))
 
-    def _move(self) -> None:
-        assert self._row is not None
-        step = self._row["step"]
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, description=self.told(short=True))
-        elif time.monotonic() - self._said >= EVERY or step == self.steps:
-            self._said = time.monotonic()
-            self._say_step()
-
     def _say_step(self) -> None:
-        assert self._row is not None
-        self._told = self._row["step"]
-        self._say(self.told())
+        self._said_step = self._row["step"]
+        self._say(self.describe())
 
     def _say(self, text: str) -> None:
         if not self.quiet:
             say(text)
 
-    def __enter__(self) -> "Line":
+    def __enter__(self) -> "ProgressLine":
         if self._bar is not None:
             self._bar.start()
         return self
@@ -286,82 +268,74 @@ class Line:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif self._row is not None and self._row["step"] != self._told:
+        elif self._row and self._row["step"] != self._said_step:
             self._say_step()
 
 
-class _Smoothed:
-    """An exponential mean that is unbiased from the first value on."""
-
-    def __init__(self) -> None:
-        self._sum, self._weight = 0.0, 0.0
-
-    def add(self, value: float | None) -> None:
-        if value is not None:
-            self._sum = SMOOTHING * self._sum + (1 - SMOOTHING) * value
-            self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
-
-    @property
-    def value(self) -> float | None:
-        return self._sum / self._weight if self._weight else None
-
-
-def _held_out(row: Mapping[str, Any]) -> str:
-    if row.get("bits_per_byte") is not None:
-        return f"held out {row['bits_per_byte']:.4f} bits per byte"
-    return f"held out loss {row['loss']:.4f}"
-
-
-def in_words(seconds: int | float) -> str:
+def format_duration(seconds: int | float) -> str:
     """8 s, 12 min, 3.4 h."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-@runtime_checkable
-class Writer(Protocol):
-    """What a model says at some steps: `Samples` of a base model, `Replies` of a chat model."""
+class SampleWriter(ABC):
+    """Writes samples.jsonl in a run folder, once for every step that asks for it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / SAMPLES
+        self._steps = {row["step"] for row in read_lines(self.path)}
+
+    @abstractmethod
+    def sample(self, model: GPT) -> list[tuple[str, str]]:
+        """Prompts and what the model writes after them, with the same draws every time."""
 
     def write(self, model: GPT, step: int) -> None:
-        """Sample, unless this step's samples are there."""
+        """Samples and appends, unless this step's samples are there. `model` must not be compiled."""
+        if step in self._steps:
+            return
+        rows = [{"step": step, "prompt": prompt, "text": text} for prompt, text in self.sample(model)]
+        if rows:
+            append_lines(self.path, rows, sync=False)
+        self._steps.add(step)
 
     def cut_after(self, step: int) -> None:
-        """Forget later steps."""
+        """Forgets later steps: the run resumes from this one."""
+        cut_log(self.path, step)
+        self._steps = {row["step"] for row in read_lines(self.path)}
 
 
 @dataclass(frozen=True)
-class Record:
-    """An open record; one without parts writes nothing, as all but one process of a run do."""
+class RunLog:
+    """The open logs of a run. One without parts writes nothing, as on all ranks but the first."""
 
-    meters: Meters | None = None
-    line: Line | None = None
-    samples: Writer | None = None
+    metrics: MetricsLog | None = None
+    line: ProgressLine | None = None
+    samples: SampleWriter | None = None
 
-    def write(self, row: dict[str, Any]) -> None:
-        """A row of metrics.jsonl."""
-        if self.meters is not None:
-            self.meters.write(row)
+    def write(self, row: JsonObject) -> None:
+        """Appends a row to metrics.jsonl and shows it."""
+        if self.metrics is not None:
+            self.metrics.write(row)
         if self.line is not None:
             self.line.show(row)
 
     def sample(self, model: GPT, step: int) -> None:
-        """Let the model write."""
+        """Appends what the model writes."""
         if self.samples is not None:
             self.samples.write(model, step)
 
-    def cut(self, step: int) -> None:
-        """Forget what was written of later steps."""
-        if self.meters is not None:
-            self.meters.cut_after(step)
-        if self.samples is not None:
-            self.samples.cut_after(step)
+    def cut_after(self, step: int) -> None:
+        """Forgets what was written of later steps."""
+        for log in (self.metrics, self.samples):
+            if log is not None:
+                log.cut_after(step)
 
 
 @contextmanager
-def recorded(
-    folder: Path, steps: int, samples: Writer, *, tensorboard: bool = False, wandb: str | None = None
-) -> Iterator[Record]:
-    """The record of a run of so many steps, closed at the end."""
-    with Meters(folder, tensorboard=tensorboard, wandb=wandb) as meters, Line(steps) as line:
-        yield Record(meters, line, samples)
+def open_run_log(
+    folder: Path, steps: int, samples: SampleWriter, *, tensorboard: bool = False, wandb: str | None = None
+) -> Iterator[RunLog]:
+    """The logs of a run of so many steps, closed at the end."""
+    with MetricsLog(folder, tensorboard=tensorboard, wandb=wandb) as metrics, ProgressLine(steps) as line:
+        yield RunLog(metrics, line, samples)

@@ -1,10 +1,10 @@
-"""What a model in training writes: held-out documents begun by their authors and continued by it, at every evaluation.
+"""What a model in training writes: held-out documents begun by their authors and continued by it.
 
-    samples = Samples(run, load_tokenizer(folder), tokens.held_out)
+    samples = TextSamples(run, load_corpus_tokenizer(folder), tokens.held_out)
     samples.write(model, step=512)                 # {"step": 512, "prompt": ..., "text": ...}, four lines
 
-The prompts are the first tokens of documents that the model never trains on, spread evenly over them, and the draws are the same
-at every step, so what changes from checkpoint to checkpoint is the model.
+The prompts are the first tokens of documents that the model never trains on, spread evenly over them, and the
+draws are the same at every step, so what changes from checkpoint to checkpoint is the model.
 """
 
 from collections.abc import Sequence
@@ -15,55 +15,48 @@ from jaxtyping import Int64
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from personatlas.persona.logs import append_lines, read_lines
 from personatlas.training.data.token_shards import Stream
-from personatlas.training.loop.run_log import cut_after
+from personatlas.training.loop.run_log import SampleWriter
 from personatlas.training.model.gpt import GPT
 
-SAMPLES = "samples.jsonl"
 PROMPTS = 4
-BEGUN = 16  # tokens of a document after its mark
+PROMPT_LENGTH = 16  # tokens of a document after its mark
 LENGTH = 64  # tokens that are written
 TEMPERATURE = 0.8
 
 
-class Samples:
-    """Writes samples.jsonl in a run folder, once for every step that asks for it. Without long enough documents, nothing."""
+class TextSamples(SampleWriter):
+    """Continues the beginnings of held-out documents; without long enough documents it writes nothing."""
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, stream: Stream, *, count: int = PROMPTS) -> None:
-        self.path, self.tokenizer = folder / SAMPLES, tokenizer
-        self.prompts = beginnings(stream, count)
-        self._written = {row["step"] for row in read_lines(self.path)}
+    def __init__(
+        self,
+        folder: Path,
+        tokenizer: Tokenizer,
+        stream: Stream,
+        *,
+        count: int = PROMPTS,
+        length: int | None = None,
+    ) -> None:
+        super().__init__(folder)
+        self.tokenizer, self.length = tokenizer, LENGTH if length is None else length
+        self.prompts = document_beginnings(stream, count)
 
-    def write(self, model: GPT, step: int, length: int | None = None) -> None:
-        """Sample `length` tokens (LENGTH) and append; nothing where this step's are there. `model` is the GPT itself: compiled, every length is another."""
-        if step in self._written or not self.prompts:
-            return
-        texts = sample_texts(
-            model,
-            self.tokenizer,
-            self.prompts,
-            LENGTH if length is None else length,
-            torch.Generator().manual_seed(0),
-        )
-        append_lines(
-            self.path, [{"step": step, "prompt": prompt, "text": text} for prompt, text in texts], sync=False
-        )
-        self._written.add(step)
-
-    def cut_after(self, step: int) -> None:
-        """Forget later steps: the run goes on from this one."""
-        cut_after(self.path, step)
-        self._written = {row["step"] for row in read_lines(self.path)}
+    def sample(self, model: GPT) -> list[tuple[str, str]]:
+        if not self.prompts:
+            return []
+        generator = torch.Generator().manual_seed(0)
+        return sample_texts(model, self.tokenizer, self.prompts, self.length, generator)
 
 
-def beginnings(stream: Stream, count: int, length: int = BEGUN) -> list[list[int]]:
-    """The first ids (the mark and `length` more) of up to `count` documents, spread evenly over those that are longer."""
+def document_beginnings(stream: Stream, count: int, length: int = PROMPT_LENGTH) -> list[list[int]]:
+    """The mark and first `length` ids of up to `count` documents, spread evenly over those of twice the
+    length.
+    """
     starts = stream.starts().tolist()
     ends = [*starts[1:], len(stream)]
     long = [start for start, end in zip(starts, ends, strict=True) if end - start > 2 * length]
-    chosen = [long[i * len(long) // count] for i in range(count)] if len(long) > count else long
-    return [stream.read(start, start + 1 + length).tolist() for start in chosen]
+    selected = [long[i * len(long) // count] for i in range(count)] if len(long) > count else long
+    return [stream.read(start, start + 1 + length).tolist() for start in selected]
 
 
 def sample_texts(
@@ -74,27 +67,27 @@ def sample_texts(
     generator: torch.Generator,
     temperature: float = TEMPERATURE,
 ) -> list[tuple[str, str]]:
-    """(prompt, what the model writes) for prompts of one length; a text ends before its first special token.
+    """(prompt, continuation) for prompts of one length; a text ends before its first special token.
 
     The draws are on the CPU, so a generator gives the same ones on every device.
     """
     ids = torch.tensor(prompts, device=model.lm_head.weight.device)  # (B, T)
     written = _continued(model, ids, length, generator, temperature)[:, ids.shape[1] :].tolist()
     special = set(tokenizer.get_added_tokens_decoder())
-    found = []
+    texts = []
     for prompt, new in zip(prompts, written, strict=True):
         end = next((i for i, id in enumerate(new) if id in special), len(new))
-        found.append((tokenizer.decode(list(prompt)), tokenizer.decode(new[:end])))
-    return found
+        texts.append((tokenizer.decode(list(prompt)), tokenizer.decode(new[:end])))
+    return texts
 
 
 @torch.no_grad()
 def _continued(
     model: GPT, ids: Int64[Tensor, "B T"], length: int, generator: torch.Generator, temperature: float
 ) -> Int64[Tensor, "B N"]:
-    """`GPT.continued` with the head at the last place only: its products over all places would be most of the work."""
+    """`GPT.generate` with the head at the last position only: at all of them it would be most of the work."""
     for _ in range(length):
-        last = model.residuals(ids[:, -model.shape.context :])[:, -1]  # (B, D)
+        last = model.hidden_states(ids[:, -model.shape.context :])[:, -1]  # (B, D)
         logits = model.lm_head(last).float().cpu()  # (B, V)
         new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
         ids = torch.cat([ids, new.to(ids.device)], dim=1)

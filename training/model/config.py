@@ -1,21 +1,25 @@
-"""The sizes of a GPT, apart from it: a plan is arithmetic and needs no torch."""
+"""The sizes of a GPT, apart from the model: a plan is arithmetic and needs no torch."""
 
 from dataclasses import dataclass
 
-LOGITS = (
-    2**30
-)  # held at once in a step that is compiled: 4 GB of fp32. A quarter of it took 1.5% longer on an H100
-FEW = 2**26  # where it is not, on a CPU and in an evaluation: 0.25 GB
+# Logits held at once in a compiled step: 4 GB of fp32. A quarter of it took 1.5% longer on an H100.
+COMPILED_LOGITS = 2**30
+EAGER_LOGITS = 2**26  # on a CPU and in an evaluation: 0.25 GB
 
 
-def piece_of_loss(vocabulary: int, *, compiled: bool) -> int:
-    """Tokens whose logits the loss holds at once (training/loss.py)."""
-    return max(LOGITS // vocabulary // 1024 * 1024, 1024) if compiled else max(FEW // vocabulary, 1)
+def tokens_per_piece(vocabulary: int, *, compiled: bool) -> int:
+    """Tokens whose logits the loss holds at once (`training/model/cross_entropy.py`)."""
+    if compiled:
+        return max(COMPILED_LOGITS // vocabulary // 1024 * 1024, 1024)
+    return max(EAGER_LOGITS // vocabulary, 1)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a model. `training/dial.py` derives them from the depth."""
+    """The sizes of a model, which `training/plan.py` derives from the depth.
+
+    Raises ValueError for heads that cannot share those of keys and values evenly, or that are of odd width.
+    """
 
     vocabulary: int
     depth: int
@@ -30,15 +34,13 @@ class Shape:
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
-            raise ValueError(
-                f"{self.heads} heads cannot share {self.kv_heads} heads of keys and values evenly"
-            )
+            raise ValueError(f"{self.heads} heads cannot share {self.kv_heads} of keys and values evenly")
         if self.head_width % 2:
             raise ValueError(f"a head of width {self.head_width} cannot be rotated: it must be even")
 
     @property
     def matrix_parameters(self) -> int:
-        """Parameters in the blocks' matrices: what Muon trains."""
+        """Parameters in the blocks' matrices, which Muon trains."""
         queries_and_out = 2 * self.width * self.heads * self.head_width
         keys_and_values = 2 * self.width * self.kv_heads * self.head_width
         return self.depth * (queries_and_out + keys_and_values + 3 * self.width * self.inner)
@@ -50,7 +52,7 @@ class Shape:
 
     @property
     def norm_parameters(self) -> int:
-        """Gains of all norms."""
+        """Weights of all norms."""
         return self.depth * (2 * self.width + 2 * self.head_width) + self.width
 
     @property

@@ -2,18 +2,19 @@
 
     loss = Σ_i w_i (logsumexp(W h_i) - (W h_i)[target_i]),   ∂loss/∂h_i = w_i Wᵀ(p_i - onehot(target_i))
 
-At 65,536 tokens and 32,768 words the logits in fp32 are 8.6 GB, and their gradient as much again. Here a piece of them is
-made, its loss and both of its gradients are taken, and it is dropped. The gradients are made in the forward pass, when
-the piece is there anyway, so nothing is computed twice: the products are the same three as without pieces.
+At 65,536 tokens and a vocabulary of 32,768 the logits in fp32 are 8.6 GB, and their gradient as much again.
+Here a piece of them is made, its loss and both of its gradients are taken, and it is dropped. The gradients
+are made in the forward pass, when the piece is there anyway, so nothing is computed twice: the same three
+products as without pieces.
 
-    linear_cross_entropy(hidden, model.lm_head.weight, targets).backward()      # targets of -100 are not counted
+    linear_cross_entropy(hidden, model.lm_head.weight, targets).backward()  # targets of -100 are not counted
 """
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from personatlas.training.model.config import piece_of_loss
+from personatlas.training.model.config import tokens_per_piece
 
 IGNORED = -100
 
@@ -27,8 +28,8 @@ def linear_cross_entropy(
 ) -> Float[Tensor, ""]:
     """The summed (not mean) cross-entropy in nats, in fp32 or wider; targets of `IGNORED` count nothing.
 
-    A sum, because only the caller knows what is counted over all micro-batches and ranks, and divides by that. `weights`
-    multiply each token's loss; they get no gradient. The head is used in the dtype of `hidden`; its gradient comes in
+    A sum, because only the caller knows what is counted over all micro-batches and ranks. `weights` multiply
+    each token's loss; they get no gradient. The head is used in the dtype of `hidden`; its gradient comes in
     its own.
     """
     counted = (targets != IGNORED).to(_wide(hidden))
@@ -37,7 +38,7 @@ def linear_cross_entropy(
         head = head.detach()
     # only a step is compiled: without a compiler each logit takes three times the memory
     compiled = hidden.is_cuda and torch.is_grad_enabled()
-    piece = piece or piece_of_loss(len(head), compiled=compiled)
+    piece = piece or tokens_per_piece(len(head), compiled=compiled)
     loss: Tensor = _InPieces.apply(hidden, head, targets, weights, piece)
     return loss
 
@@ -47,7 +48,7 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b with the fp32 sums that the hardware makes anyway, not rounded to bf16: a logit of 20 would be off by 0.06."""
+    """a @ b with the hardware's fp32 sums, not rounded to bf16: a logit of 20 would be off by 0.06."""
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=torch.float32)
     return (a @ b).to(_wide(a))
@@ -60,15 +61,15 @@ class _InPieces(torch.autograd.Function):
         words = head.to(hidden.dtype)  # (V, D)
         total = torch.zeros((), dtype=weights.dtype, device=hidden.device)
         pieces, to_head = [], None
-        # nothing is changed in place: compiled by torch 2.11, what backward is given would be as it was before
+        # nothing is changed in place: compiled by torch 2.11, backward would be given what was there before
         for start in range(0, hidden.shape[0], piece):
             part = slice(start, start + piece)
             logits = _product(hidden[part], words.T)  # (P, V)
-            losses, norm = losses_of(logits, targets[part])
+            losses, norm = token_losses(logits, targets[part])
             total = total + (losses * weights[part]).sum()
             if not any(wants[:2]):
                 continue
-            gradient = gradient_of(logits, norm, targets[part], weights[part]).to(hidden.dtype)
+            gradient = loss_gradient(logits, norm, targets[part], weights[part]).to(hidden.dtype)
             if wants[0]:
                 pieces.append(gradient @ words)
             if wants[1]:
@@ -91,16 +92,19 @@ class _InPieces(torch.autograd.Function):
         )
 
 
-def losses_of(
+def token_losses(
     logits: Float[Tensor, "P V"], targets: Int[Tensor, "P"]
 ) -> tuple[Float[Tensor, "P"], Float[Tensor, "P 1"]]:
-    """Each token's loss, and the logsumexp of its logits. Only sums and elementwise steps, as below: a compiler makes one
-    kernel of both, and one of our own was slower."""
+    """Each token's loss, and the logsumexp of its logits.
+
+    Only sums and elementwise steps, as below: a compiler makes one kernel of both, and one of our own was
+    slower.
+    """
     norm = logits.logsumexp(dim=-1, keepdim=True)
     return (norm - logits.gather(1, _index(targets))).squeeze(1), norm
 
 
-def gradient_of(
+def loss_gradient(
     logits: Float[Tensor, "P V"],
     norm: Float[Tensor, "P 1"],
     targets: Int[Tensor, "P"],

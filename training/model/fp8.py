@@ -1,11 +1,13 @@
-"""Products of a block's matrices in 8 bits, for GPUs that have them (Hopper and later): half the bytes, twice the peak.
+"""Products of a block's matrices in 8 bits, for GPUs that have them (Hopper and later): half the bytes, twice
+the peak.
 
     y = fp8_product(x, weight)          # bf16 in and out, as F.linear
 
-Each tensor is scaled by its own largest value: activations and weights to e4m3 (three bits after the point), gradients to
-e5m2, which reaches further (Micikevicius et al. 2022). Sums are fp32 in the tensor core. Scaling reads every tensor
-once more, so it pays where products are large: at depth 20 (width 1,280) 1.076 times the tokens/s of bf16 on an H100 and 28
-instead of 37 GB, at depth 12 0.973 times. There a run of 94 million tokens ended at 1.2335 bits per byte, one in bf16 at 1.2327.
+Each tensor is scaled by its own largest value: activations and weights to e4m3 (three bits of mantissa),
+gradients to e5m2, which reaches further (Micikevicius et al. 2022). Sums are fp32 in the tensor core. Scaling
+reads every tensor once more, so it pays where products are large: at depth 20 (width 1,280) 1.076 times the
+tokens/s of bf16 on an H100 and 28 instead of 37 GB, at depth 12 0.973 times; a run of 94 million tokens at
+depth 12 ended at 1.2335 bits per byte, one in bf16 at 1.2327.
 """
 
 import torch

@@ -1,158 +1,161 @@
 """A GPT in the shape of transformers' Qwen3, initialised and trained by our own code.
 
     h_0 = embed(ids)
-    a_l = h_l + attention(norm(h_l))        attention: rotary, norm of each head's queries and keys, grouped queries
+    a_l = h_l + attention(norm(h_l))        grouped queries; queries and keys are normalised, then rotated
     h_{l+1} = a_l + mlp(norm(a_l))          mlp: down(silu(gate(x)) * up(x))
     logits = head(norm(h_L))
 
-The residual stream is plainly additive: no scaling, no mixing with h_0, no skips to later blocks, so "the residual after
-block l" means the same here as in every other checkpoint. Why Qwen3 and not Llama: the norm of queries and keys bounds the
-attention logits whatever the learning rate, which Muon's large steps need, and transformers, TransformerLens, vLLM and
-llama.cpp all know it. Modules have the names of such a checkpoint, so that an export copies weights and converts nothing.
+The residual stream is plainly additive: no scaling, no mixing with h_0, no skips to later blocks, so "the
+residual after block l" means the same here as in every other checkpoint. Why Qwen3 and not Llama: the norm of
+queries and keys bounds the attention logits whatever the learning rate, which Muon's large steps need, and
+transformers, TransformerLens, vLLM and llama.cpp all know it. Modules have the names of such a checkpoint, so
+that an export copies weights and converts nothing.
 
-    shape = Shape(vocabulary=32768, depth=12, width=768, heads=6, kv_heads=3, head_width=128, inner=2048, context=2048)
-    model = GPT(shape).initialise(seed=0)
+    model = GPT(shape_at(depth=12)).initialise(seed=0)
     model(ids, targets).backward()                   # summed cross-entropy
 
-From one product to heads: queries and keys normed head by head and turned by their position (rotary), values as they are.
-
-    turn = rotation(shape)                                     # once, a model's table
-    q, k, v = heads_of(qkv, q_gain, k_gain, eps, turn_of(turn, tokens))
-
-    normed = gain · x / √(mean(x²) + eps);   y_i = normed_i cos(tθ_i) - normed_{i+W/2} sin(tθ_i), and the other half with +
-
-On a GPU both are one kernel forward and one backward (training/kernels.py): between them the heads would be written to
-memory and read again some times, and a step of a small model waits for memory more than for products.
-
-SwiGLU's gate: silu(gate) · up, of the two halves that one product gives side by side (Shazeer 2020).
-
-    y = gated(together(x, gate_proj, up_proj))       # (B, T, 2I) -> (B, T, I)
-
-On a GPU a kernel of our own each way: a compiler makes y a second time in the backward pass, to save memory, and writes
-it out for the product that needs it.
+On a GPU, SwiGLU and the norm and rotation of queries and keys are kernels of their own
+(`training/model/kernels.py`): a step of a small model waits for memory more than for products.
 """
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from personatlas.training.model.config import Shape
 from personatlas.training.model.cross_entropy import linear_cross_entropy
 from personatlas.training.model.fp8 import fp8_product
 
+AttentionMask = BlockMask | Tensor | None
 
-def gated(both: Float[Tensor, "*B J"]) -> Float[Tensor, "*B I"]:
-    """silu of the first half of the features times the second."""
-    if for_kernels(both):
-        y: Tensor = _Gated.apply(both)
+
+def swiglu(gate_up: Float[Tensor, "*B J"]) -> Float[Tensor, "*B I"]:
+    """SwiGLU's gate: silu of the first half of the features times the second (Shazeer 2020).
+
+    A compiler would make it a second time in the backward pass, to save memory, and write it out for the
+    product that needs it; the kernels do not.
+    """
+    if uses_kernels(gate_up):
+        y: Tensor = _SwiGLU.apply(gate_up)
         return y
-    gate, up = both.chunk(2, dim=-1)
+    gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
-def for_kernels(x: Tensor) -> bool:
-    """Whether the kernels of `training/kernels.py` are for it: on a GPU, and no wider than the fp32 that they compute in."""
+def uses_kernels(x: Tensor) -> bool:
+    """Whether the Triton kernels take it: on a GPU, and no wider than the fp32 that they compute in."""
     return x.is_cuda and x.dtype != torch.float64
 
 
-class _Gated(torch.autograd.Function):
+class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, both):
-        from personatlas.training.model.kernels import gated_on_gpu
+    def forward(ctx, gate_up):
+        from personatlas.training.model.kernels import swiglu_on_gpu
 
-        ctx.save_for_backward(both)
-        return gated_on_gpu(both)
+        ctx.save_for_backward(gate_up)
+        return swiglu_on_gpu(gate_up)
 
     @staticmethod
     def backward(ctx, to_y):
-        from personatlas.training.model.kernels import ungated_on_gpu
+        from personatlas.training.model.kernels import swiglu_backward_on_gpu
 
-        (both,) = ctx.saved_tensors
-        return ungated_on_gpu(both, to_y)
+        (gate_up,) = ctx.saved_tensors
+        return swiglu_backward_on_gpu(gate_up, to_y)
 
 
-def rotation(shape: Shape) -> Int[Tensor, "2 C W"]:
-    """Cosine and sine of position / base^(2i/W) for a whole context; halves i and i + W/2 turn together, and the sine's
-    first half is negative, as `rotated` wants it.
+def rotary_table(shape: Shape) -> Int[Tensor, "2 C W"]:
+    """Cosine and sine of position / base^(2i/W) for a whole context, as the int32 with the bits of the fp32
+    numbers.
 
-    A table, since a compiler makes cosines anew in every block, for every head: 8 of 135 ms of a step of depth 12 on an H100. Given as the
-    int32 with the bits of the fp32 numbers: `model.bfloat16()` rounds every float buffer, and bf16 cannot tell position
+    Features i and i + W/2 rotate together; the sine's first half is negative, as `apply_rotary` wants it. A
+    table, since a compiler makes cosines anew in every block, for every head: 8 of 135 ms of a step of depth
+    12 on an H100. int32, since `model.bfloat16()` rounds every float buffer, and bf16 cannot tell position
     2,047 from 2,048. On the CPU also where models are made on the meta device: a checkpoint does not hold it.
     """
     steps = torch.arange(0, shape.head_width, 2, device="cpu", dtype=torch.float32) / shape.head_width
     angles = torch.arange(shape.context, device="cpu", dtype=torch.float32)[:, None] / shape.rope_base**steps
     cosine, sine = angles.cos(), angles.sin()
-    both = torch.stack([torch.cat([cosine, cosine], dim=-1), torch.cat([-sine, sine], dim=-1)])
-    return both.contiguous().view(torch.int32)
+    table = torch.stack([torch.cat([cosine, cosine], dim=-1), torch.cat([-sine, sine], dim=-1)])
+    return table.contiguous().view(torch.int32)
 
 
-def turn_of(table: Int[Tensor, "2 C W"], tokens: int) -> Float[Tensor, "2 T W"]:
-    """The table's first tokens, as numbers again; put together once, for all blocks."""
+def rotary_values(table: Int[Tensor, "2 C W"], tokens: int) -> Float[Tensor, "2 T W"]:
+    """The table's first tokens as fp32 numbers, once for all blocks."""
     return table.view(torch.float32)[:, :tokens].contiguous()
 
 
-def normed(x: Float[Tensor, "*B W"], gain: Float[Tensor, " W"], eps: float) -> Float[Tensor, "*B W"]:
-    """RMSNorm with a gain, in fp32 whatever comes in."""
+def rms_norm(x: Float[Tensor, "*B W"], weight: Float[Tensor, " W"], eps: float) -> Float[Tensor, "*B W"]:
+    """weight · x / √(mean(x²) + eps), in fp32 whatever comes in."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    return F.rms_norm(x.to(wide), gain.shape, gain.to(wide), eps).to(x.dtype)
+    return F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps).to(x.dtype)
 
 
-def rotated(x: Float[Tensor, "B T H W"], turn: Float[Tensor, "2 T W"]) -> Float[Tensor, "B T H W"]:
-    """Turn each head by its position, in fp32. Halves are swapped by a flip: a compiler reads it at other places, while what
-    is put together of two halves is worked out twice and half of it thrown away."""
-    cosine, sine = turn[:, :, None]  # (T, 1, W) each
+def apply_rotary(x: Float[Tensor, "B T H W"], rotary: Float[Tensor, "2 T W"]) -> Float[Tensor, "B T H W"]:
+    """Rotates each head by its position, in fp32: y_i = x_i cos(tθ_i) - x_{i+W/2} sin(tθ_i), the other half
+    with +.
+
+    Halves are swapped by a flip: a compiler reads it at other offsets, while a concatenation of two halves is
+    worked out twice and half of it thrown away.
+    """
+    cosine, sine = rotary[:, :, None]  # (T, 1, W) each
     swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
     return (x * cosine + swapped * sine).to(x.dtype)
 
 
-def heads_of(
+def qk_norm_rotary(
     qkv: Float[Tensor, "B T QKV"],
-    q_gain: Float[Tensor, " W"],
-    k_gain: Float[Tensor, " W"],
+    q_weight: Float[Tensor, " W"],
+    k_weight: Float[Tensor, " W"],
     eps: float,
-    turn: Float[Tensor, "2 T W"],
+    rotary: Float[Tensor, "2 T W"],
     heads: int,
 ) -> tuple[Float[Tensor, "B H T W"], Float[Tensor, "B K T W"], Float[Tensor, "B K T W"]]:
-    """Queries and keys, normed and turned, and values, from their features side by side; `heads` are those of queries."""
-    width = q_gain.shape[0]
+    """Queries and keys, normalised head by head and rotated, and values as they are; `heads` are those of
+    queries.
+    """
+    width = q_weight.shape[0]
     kv_heads = (qkv.shape[-1] // width - heads) // 2
-    if for_kernels(qkv) and width & (width - 1) == 0:
-        q, k, v = _Heads.apply(qkv, torch.stack([q_gain, k_gain]).float(), turn, heads, kv_heads, eps)
+    if uses_kernels(qkv) and width & (width - 1) == 0:
+        q, k, v = _QKNormRotary.apply(
+            qkv, torch.stack([q_weight, k_weight]).float(), rotary, heads, kv_heads, eps
+        )
     else:
         q, k, v = qkv.unflatten(-1, (-1, width)).split([heads, kv_heads, kv_heads], dim=2)
-        q, k = rotated(normed(q, q_gain, eps), turn), rotated(normed(k, k_gain, eps), turn)
+        q, k = (
+            apply_rotary(rms_norm(q, q_weight, eps), rotary),
+            apply_rotary(rms_norm(k, k_weight, eps), rotary),
+        )
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
-class _Heads(torch.autograd.Function):
-    """Values pass through it as they are, so that one kernel fills the whole gradient of `qkv` and nothing is put together."""
+class _QKNormRotary(torch.autograd.Function):
+    """Values pass through as they are, so that one kernel fills the whole gradient of `qkv`."""
 
     @staticmethod
-    def forward(ctx, qkv, gains, turn, heads, kv_heads, eps):
-        from personatlas.training.model.kernels import turned_on_gpu
+    def forward(ctx, qkv, norm_weights, rotary, heads, kv_heads, eps):
+        from personatlas.training.model.kernels import qk_norm_rotary_on_gpu
 
-        turned = turned_on_gpu(qkv, gains, turn, heads, kv_heads, eps)  # (B, T, H + K, W)
-        values = qkv[..., (heads + kv_heads) * turn.shape[-1] :].unflatten(-1, (kv_heads, -1))
-        ctx.save_for_backward(qkv, gains, turn)
+        rotated = qk_norm_rotary_on_gpu(qkv, norm_weights, rotary, heads, kv_heads, eps)  # (B, T, H + K, W)
+        values = qkv[..., (heads + kv_heads) * rotary.shape[-1] :].unflatten(-1, (kv_heads, -1))
+        ctx.save_for_backward(qkv, norm_weights, rotary)
         ctx.eps = eps
-        return turned[:, :, :heads], turned[:, :, heads:], values
+        return rotated[:, :, :heads], rotated[:, :, heads:], values
 
     @staticmethod
     def backward(ctx, to_q, to_k, to_v):
-        from personatlas.training.model.kernels import unturned_on_gpu
+        from personatlas.training.model.kernels import qk_norm_rotary_backward_on_gpu
 
-        to_qkv, to_gains = unturned_on_gpu(
+        to_qkv, to_norm_weights = qk_norm_rotary_backward_on_gpu(
             *ctx.saved_tensors, *(x.transpose(1, 2) for x in (to_q, to_k, to_v)), ctx.eps
         )
-        return to_qkv, to_gains, None, None, None, None
+        return to_qkv, to_norm_weights, None, None, None, None
 
 
 class Linear(nn.Linear):
-    """A matrix without bias, kept in its own dtype and multiplied in that of its input: fp32 masters, bf16 products."""
+    """A matrix without bias, multiplied in the dtype of its input: fp32 masters, bf16 products."""
 
     fp8 = False
 
@@ -163,18 +166,18 @@ class Linear(nn.Linear):
         """Left empty: `GPT.initialise` or a checkpoint fills it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return together(x, self)
+        return fused_linear(x, self)
 
 
-def together(x: Tensor, *linears: Linear) -> Tensor:
-    """Several matrices' outputs side by side, by one product: larger tiles, and one gradient to x instead of a sum of some."""
+def fused_linear(x: Tensor, *linears: Linear) -> Tensor:
+    """Several matrices' outputs side by side, by one product: larger tiles, and one gradient to x."""
     weights = [linear.weight for linear in linears]
     weight = weights[0] if len(weights) == 1 else torch.cat(weights)
     return fp8_product(x, weight) if linears[0].fp8 else F.linear(x, weight.to(x.dtype))
 
 
 class Norm(nn.Module):
-    """RMSNorm with a gain, in fp32 whatever comes in."""
+    """RMSNorm."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -182,7 +185,7 @@ class Norm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return normed(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -198,9 +201,11 @@ class Attention(nn.Module):
         self.q_norm = Norm(shape.head_width, shape.eps)
         self.k_norm = Norm(shape.head_width, shape.eps)
 
-    def forward(self, x: Tensor, turn: Tensor, mask: Any) -> Tensor:
-        qkv = together(x, self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = heads_of(qkv, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps, turn, self.heads)
+    def forward(self, x: Tensor, rotary: Tensor, mask: AttentionMask) -> Tensor:
+        qkv = fused_linear(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = qk_norm_rotary(
+            qkv, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps, rotary, self.heads
+        )
         return self.o_proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))  # (B, H, T, W) -> (B, T, D)
 
 
@@ -214,11 +219,11 @@ class MLP(nn.Module):
         self.down_proj = Linear(shape.inner, shape.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(gated(together(x, self.gate_proj, self.up_proj)))
+        return self.down_proj(swiglu(fused_linear(x, self.gate_proj, self.up_proj)))
 
 
 class Block(nn.Module):
-    """h + attention + mlp, each of a normed copy."""
+    """h + attention + mlp, each of a normalised copy."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -227,17 +232,17 @@ class Block(nn.Module):
         self.post_attention_layernorm = Norm(shape.width, shape.eps)
         self.mlp = MLP(shape)
 
-    def forward(self, h: Tensor, turn: Tensor, mask: Any) -> Tensor:
-        h = h + self.self_attn(self.input_layernorm(h), turn, mask)
+    def forward(self, h: Tensor, rotary: Tensor, mask: AttentionMask) -> Tensor:
+        h = h + self.self_attn(self.input_layernorm(h), rotary, mask)
         return h + self.mlp(self.post_attention_layernorm(h))
 
 
 class GPT(nn.Module):
     """The model. Its parameters are empty until `initialise` or a checkpoint fills them.
 
-    `compute` is the dtype of residual stream and products, whatever dtype the parameters have; `checkpointing` keeps
-    only the blocks' inputs for the backward pass and computes the rest again; `fp8` makes the products of the blocks'
-    matrices, not of the head, in 8 bits (training/fp8.py).
+    `compute` is the dtype of residual stream and products, whatever dtype the parameters have;
+    `checkpointing` keeps only the blocks' inputs for the backward pass and computes the rest again; `fp8`
+    makes the products of the blocks' matrices, not of the head, in 8 bits (`training/model/fp8.py`).
     """
 
     def __init__(
@@ -254,12 +259,12 @@ class GPT(nn.Module):
         self.embed_tokens = nn.Embedding(
             shape.vocabulary, shape.width, _weight=torch.empty(shape.vocabulary, shape.width)
         )
-        self.turn: Tensor
-        self.register_buffer("turn", rotation(shape), persistent=False)
+        self.rotary: Tensor
+        self.register_buffer("rotary", rotary_table(shape), persistent=False)
         self.layers = nn.ModuleList(Block(shape) for _ in range(shape.depth))
         self.norm = Norm(shape.width, shape.eps)
-        # Not tied to the embedding: they want scales a thousand times apart at the start (1 and 0.001) and learning
-        # rates fifty times apart, and an embedding of its own costs memory but no FLOPs.
+        # Not tied to the embedding: they want scales a thousand times apart at the start (1 and 0.001) and
+        # learning rates fifty times apart, and an embedding of its own costs memory but no FLOPs.
         self.lm_head = Linear(shape.width, shape.vocabulary)
         for module in self.layers.modules():
             if isinstance(module, Linear):
@@ -267,17 +272,17 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> "GPT":
-        """Fill all parameters, on the CPU and then copied, so that a seed gives one model on every device.
+        """Fills all parameters, on the CPU and then copied, so that a seed gives one model on every device.
 
-        - `o_proj` and `down_proj`, which write to the residual stream, are zero: every block starts as the identity, the
-          stream has the embedding's scale at any depth, and no 1/√depth is needed to keep it so.
-        - Matrices that read the stream are uniform with variance 1/inputs: a normed input of RMS 1 gives an output of RMS
-          1. Uniform rather than normal: as good, and without outliers for bf16.
-        - The embedding is normal with RMS 1, the scale of what a block writes once it is trained; at 0.02 the first block
-          would drown the token's identity.
-        - The head is normal with RMS 0.001/√(width/768): the first loss is ln(vocabulary) within a thousandth. Not zero,
-          which would let no gradient through to the blocks at the first step.
-        - All gains are one.
+        - `o_proj` and `down_proj`, which write to the residual stream, are zero: every block starts as the
+          identity, the stream has the embedding's scale at any depth, and needs no factor 1/√depth.
+        - Matrices that read the stream are uniform with variance 1/inputs: an input of RMS 1 gives an output
+          of RMS 1. Uniform rather than normal: as good, and without outliers for bf16.
+        - The embedding is normal with RMS 1, the scale of what a block writes once it is trained; at 0.02 the
+          first block would drown the token's identity.
+        - The head is normal with RMS 0.001/√(width/768): the first loss is ln(vocabulary) within a
+          thousandth. Not zero, which would let no gradient through to the blocks at the first step.
+        - All norm weights are one.
         """
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
@@ -296,20 +301,20 @@ class GPT(nn.Module):
             parameter.copy_(value)
         return self
 
-    def residuals(
+    def hidden_states(
         self, ids: Int[Tensor, "B T"], documents: Int[Tensor, "B T"] | None = None
     ) -> Float[Tensor, "B T D"]:
-        """The normed output of the last block, which the head reads."""
+        """The normalised output of the last block, which the head reads."""
         if ids.shape[1] > self.shape.context:
             raise ValueError(f"{ids.shape[1]} tokens do not fit into a context of {self.shape.context}")
         h = self.embed_tokens(ids).to(self.compute)  # (B, T, D)
-        turn = turn_of(self.turn, ids.shape[1])
+        rotary = rotary_values(self.rotary, ids.shape[1])
         mask = None if documents is None else document_mask(documents)
         for layer in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
-                h = checkpoint(layer, h, turn, mask, use_reentrant=False)
+                h = checkpoint(layer, h, rotary, mask, use_reentrant=False)
             else:
-                h = layer(h, turn, mask)
+                h = layer(h, rotary, mask)
         return self.norm(h)
 
     def forward(
@@ -319,26 +324,30 @@ class GPT(nn.Module):
         weights: Float[Tensor, "B T"] | None = None,
         documents: Int[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T V"] | Float[Tensor, ""]:
-        """Logits in fp32, or with `targets` their summed cross-entropy in nats, in pieces (`training/loss.py`).
+        """Logits in fp32, or with `targets` their summed cross-entropy in nats
+        (`training/model/cross_entropy.py`).
 
-        `targets` are the ids one place later; -100 is not counted. `documents` numbers the text that each token belongs
-        to: no token sees another text. Positions run on across texts, which rotary, being relative, does not notice.
+        `targets` are the ids one position later; -100 is not counted. `documents` numbers the text that each
+        token belongs to: no token sees another text. Positions run on across texts; rotary, being relative,
+        is unaffected.
         """
-        h = self.residuals(ids, documents)
+        h = self.hidden_states(ids, documents)
         if targets is None:
             return self.lm_head(h).to(torch.promote_types(h.dtype, torch.float32))
         flat = None if weights is None else weights.flatten()
         return linear_cross_entropy(h.flatten(0, 1), self.lm_head.weight, targets.flatten(), flat)
 
     @torch.no_grad()
-    def continued(
+    def generate(
         self,
         ids: Int[Tensor, "B T"],
         count: int,
         temperature: float = 0.0,
         generator: torch.Generator | None = None,
     ) -> Int[Tensor, "B N"]:
-        """`ids` and `count` more tokens, the likeliest ones at temperature 0. Without a cache: for samples, not serving."""
+        """`ids` and `count` more tokens, the likeliest ones at temperature 0. It has no cache: for samples,
+        not serving.
+        """
         for _ in range(count):
             logits = self(ids[:, -self.shape.context :])[:, -1]  # (B, V)
             if temperature == 0:
@@ -349,11 +358,11 @@ class GPT(nn.Module):
         return ids
 
 
-def document_mask(documents: Int[Tensor, "B T"]) -> Any:
-    """Which keys a query may see: earlier ones of its own document. Blocks for flex_attention on a GPU, else (B, 1, T, T)."""
+def document_mask(documents: Int[Tensor, "B T"]) -> BlockMask | Tensor:
+    """Which keys a query sees: earlier ones of its own document. Blocks for flex_attention on a GPU, else (B,
+    1, T, T).
+    """
     if documents.is_cuda:
-        from torch.nn.attention.flex_attention import create_block_mask
-
         rows, length = documents.shape
         return create_block_mask(
             lambda b, _h, q, k: (q >= k) & (documents[b, q] == documents[b, k]),
@@ -367,11 +376,11 @@ def document_mask(documents: Int[Tensor, "B T"]) -> Any:
     return same.tril()
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
-    """softmax(q kᵀ / √W) v, causal; `mask` from `document_mask`. (B, H, T, W) and (B, K, T, W) -> (B, H, T, W)."""
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+    """softmax(q kᵀ / √W) v, causal; `mask` from `document_mask`. (B, H, T, W) and (B, K, T, W) -> (B, H, T,
+    W).
+    """
     grouped = q.shape[1] != k.shape[1]
     if mask is None or isinstance(mask, Tensor):
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
-    from torch.nn.attention.flex_attention import flex_attention
-
     return flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)

@@ -2,41 +2,51 @@
 
     optimizer = Optimizer(model, world)
     loss.backward()                             # gradients add up in the buffers
-    norm = optimizer.step(Rates(matrix=0.02, ...))
-    optimizer.state() / optimizer.load(state)   # by parameter, whole: another world size can go on with it
+    squares = optimizer.step(Rates(matrix=0.02, ...))
+    optimizer.state() / optimizer.load(state)   # by parameter, whole: another world size can resume from it
 
-Muon (Jordan et al. 2024): momentum, then the nearest semi-orthogonal matrix, so that a step has one spectral norm in every
-direction of the matrix. All matrices of one shape are one batch of products: 84 matrices of depth 12 are four batches.
-The orthogonal matrix comes from five steps of Polar Express (Amsel et al. 2025), whose odd polynomials are the best for
-singular values in [1/1000, 1]; rows (of a tall matrix; columns of a wide one) that keep getting large steps get smaller
-ones, with the norm of the whole kept (NorMuon, Li et al. 2025): an orthogonal matrix evens out one side only. Decay pulls
-only where the step goes that way too (Chen et al. 2025, cautious).
+Muon (Jordan et al. 2024): momentum, then the nearest semi-orthogonal matrix, so that a step has one spectral
+norm in every direction of the matrix. All matrices of one shape are one batch of products: 84 matrices of
+depth 12 are four batches. The orthogonal matrix comes from five steps of Polar Express (Amsel et al. 2025),
+whose odd polynomials are the best for singular values in [1/1000, 1]. Rows of a tall matrix (columns of a
+wide one) that keep getting large steps get smaller ones, with the norm of the whole kept (NorMuon, Li et al.
+2025): an orthogonal matrix evens out one side only. Decay pulls only where the step goes that way too
+(cautious, Chen et al. 2025).
 
-Parameters laid end to end in one buffer, their gradients in another, so that ranks share the work of a step.
-
-    bucket = Bucket({"layers.0.mlp.up_proj.weight": p, ...}, unit=p.numel(), world=world)
-    bucket.reduce()         # sums gradients over the ranks; each rank gets the sum of its own share
-    bucket.my_values.add_(...)
-    bucket.gather()         # every rank gets what the others have made
-
-A unit is what must not be cut: a whole matrix for Muon, one number for AdamW. The buffers are filled up with zeros to as
-many units as all ranks can share evenly. Optimizer state exists for a rank's own share only, as in ZeRO stage 1
-(Rajbhandari et al. 2020). On one rank nothing is sent and nothing is copied.
+Parameters are laid end to end in one flat buffer and their gradients in another, so that ranks share the work
+of a step; optimizer state exists for a rank's own share only, as in ZeRO stage 1 (Rajbhandari et al. 2020).
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from personatlas.persona.distributed import World
 from personatlas.training.optim.schedule import Rates
 
+# a, b, c of x <- (a + b x² + c x⁴) x, a triple a step: the published ones, rescaled by 2% to be safe in bf16
+POLAR = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+NORM_BETA = 0.95  # of the mean squares by which Muon's rows are scaled
+ADAM_BETA1 = 0.8  # short, as the embedding of a rare word changes at its few occurrences
+EPS = 1e-10
 
-class Bucket:
-    """Some parameters and their gradients, which become views of two buffers."""
+
+class FlatBuffer:
+    """Parameters and their gradients, which become views of two buffers.
+
+    `unit` is what must not be cut: the elements of a whole matrix for Muon, 1 for AdamW. The buffers are
+    filled up with zeros to as many units as all ranks can share evenly. On one rank nothing is sent and
+    nothing is copied.
+    """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], unit: int, world: World) -> None:
         some = next(iter(parameters.values()))
@@ -45,14 +55,10 @@ class Bucket:
         self.share = -(-units // world.size) * unit  # elements of one rank
         self.values = torch.zeros(self.share * world.size, dtype=some.dtype, device=some.device)
         self.gradients = torch.zeros_like(self.values)
+        self.my_values = self.values[world.rank * self.share : (world.rank + 1) * self.share]
         # one rank's share is all there is: it steps on the buffers themselves
-        own = slice(world.rank * self.share, (world.rank + 1) * self.share)
-        self.my_values = self.values[own]
         self.my_gradients = self.gradients if world.size == 1 else torch.zeros_like(self.my_values)
-        self._waiting: Any = None
-        self._lay()
-
-    def _lay(self) -> None:
+        self._pending: dist.Work | None = None
         start = 0
         for parameter in self.parameters.values():
             part = slice(start, start + parameter.numel())
@@ -62,74 +68,53 @@ class Bucket:
             start += parameter.numel()
 
     def reduce(self) -> None:
-        """Begin to sum this rank's share of the gradients over the ranks; `wait` before they are used."""
+        """Starts to sum this rank's share of the gradients over the ranks; `wait` before they are used."""
         if self.world.size > 1:
-            import torch.distributed as dist
-
-            self._waiting = dist.reduce_scatter_tensor(self.my_gradients, self.gradients, async_op=True)
+            self._pending = dist.reduce_scatter_tensor(self.my_gradients, self.gradients, async_op=True)
 
     def gather(self) -> None:
-        """Begin to give all ranks the new values; `wait` before they are used."""
+        """Starts to give all ranks the new values; `wait` before they are used."""
         if self.world.size > 1:
-            import torch.distributed as dist
-
-            self._waiting = dist.all_gather_into_tensor(self.values, self.my_values.clone(), async_op=True)
+            self._pending = dist.all_gather_into_tensor(self.values, self.my_values.clone(), async_op=True)
 
     def wait(self) -> None:
-        """For what was begun last."""
-        if self._waiting is not None:
-            self._waiting.wait()
-            self._waiting = None
+        """Waits for what was started last."""
+        if self._pending is not None:
+            self._pending.wait()
+            self._pending = None
 
-    def whole(self, state: Tensor) -> dict[str, Tensor]:
-        """A state of this rank's units (n, ...) as one of all ranks, by parameter; on every rank, since all take part."""
+    def gather_state(self, state: Tensor) -> dict[str, Tensor]:
+        """This rank's units (n, ...) as those of all ranks, by parameter. All ranks must call it."""
         everywhere = state
         if self.world.size > 1:
-            import torch.distributed as dist
-
             everywhere = torch.empty(state.shape[0] * self.world.size, *state.shape[1:], device=state.device)
             dist.all_gather_into_tensor(everywhere, state.contiguous())
-        found, start = {}, 0
+        by_parameter, start = {}, 0
         for name, parameter in self.parameters.items():
             units = parameter.numel() // self.unit
-            found[name] = everywhere[start : start + units]
+            by_parameter[name] = everywhere[start : start + units]
             start += units
-        return found
+        return by_parameter
 
-    def part(self, state: Mapping[str, Tensor], like: Tensor) -> None:
-        """The other way: fill this rank's state from that of all parameters, whatever world it was saved in."""
+    def scatter_state(self, by_parameter: Mapping[str, Tensor], state: Tensor) -> None:
+        """Fills this rank's state from that of all parameters, whatever world size it was saved with."""
         flat = torch.cat(
-            [state[name].to(like.device).reshape(-1, *like.shape[1:]) for name in self.parameters]
+            [by_parameter[name].to(state.device).reshape(-1, *state.shape[1:]) for name in self.parameters]
         )
-        count = like.shape[0]
-        mine = flat[self.world.rank * count : (self.world.rank + 1) * count]
-        like.zero_()
-        like[: mine.shape[0]] = mine
-
-
-# a, b, c of x <- (a + b x² + c x⁴) x, one triple a step: the published ones, rescaled to be safe in bf16 by 2%
-POLAR = (
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-)
-SLOW = 0.95  # how slowly Muon's row norms follow
-FIRST = 0.8  # AdamW's first moment: short, as the embedding of a rare word changes at its few meetings
-EPS = 1e-10
+        count = state.shape[0]
+        own = flat[self.world.rank * count : (self.world.rank + 1) * count]
+        state.zero_()
+        state[: own.shape[0]] = own
 
 
 def polar(x: Float[Tensor, "N A B"]) -> Float[Tensor, "N A B"]:
-    """The semi-orthogonal matrix nearest to each x, in x's dtype: singular values within 15% of 1, many at once."""
+    """The semi-orthogonal matrix nearest to each x, in x's dtype: singular values within 15% of 1."""
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x  # products of the shorter side
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
     for a, b, c in POLAR:
         square = x @ x.mT
-        both = torch.baddbmm(
-            square, square, square, beta=b, alpha=c
-        )  # b x² + c x⁴: the sum is the product's own
+        both = torch.baddbmm(square, square, square, beta=b, alpha=c)  # b x² + c x⁴
         x = torch.baddbmm(x, both, x, beta=a)
     return x.mT if tall else x
 
@@ -138,20 +123,20 @@ def muon_step(
     values: Float[Tensor, "N A B"],
     gradients: Float[Tensor, "N A B"],
     momentum: Float[Tensor, "N A B"],
-    lengths: Float[Tensor, "N L"],
+    mean_squares: Float[Tensor, "N L"],
     rate: Tensor,
     decay: Tensor,
-    inertia: Tensor,
+    beta: Tensor,
     dtype: torch.dtype,
 ) -> None:
-    """One step of all matrices of a shape, in place. `lengths` are the mean squares of rows (tall) or columns (wide)."""
+    """One step of all matrices of a shape, in place. `mean_squares` are of rows (tall) or columns (wide)."""
     rows, columns = values.shape[-2:]
     along = -1 if rows >= columns else -2
-    momentum.lerp_(gradients, 1 - inertia)
-    step = polar(gradients.lerp(momentum, inertia).to(dtype)).to(values.dtype)  # Nesterov
+    momentum.lerp_(gradients, 1 - beta)
+    step = polar(gradients.lerp(momentum, beta).to(dtype)).to(values.dtype)  # Nesterov
     squares = step.square().mean(dim=along)  # (N, L)
-    lengths.lerp_(squares, 1 - SLOW)
-    scale = lengths.clamp_min(EPS).rsqrt()
+    mean_squares.lerp_(squares, 1 - NORM_BETA)
+    scale = mean_squares.clamp_min(EPS).rsqrt()
     kept = squares.sum(-1, keepdim=True) / (squares * scale.square()).sum(-1, keepdim=True).clamp_min(EPS)
     step = step * (scale * kept.sqrt()).unsqueeze(along)
     # a step moves each output by as much whatever the inputs: a tall matrix has longer outputs
@@ -166,138 +151,118 @@ def adam_step(
     first: Float[Tensor, "E"],
     second: Float[Tensor, "E"],
     rate: Tensor,
-    slowness: Tensor,
+    beta2: Tensor,
     count: Tensor,
 ) -> None:
     """One step of AdamW without decay, in place; `count` is the number of this step, from 1."""
-    first.lerp_(gradients, 1 - FIRST)
-    second.lerp_(gradients.square(), 1 - slowness)
-    unbiased = (second / (1 - slowness**count)).sqrt() + EPS
-    values.sub_(rate / (1 - FIRST**count) * first / unbiased)
+    first.lerp_(gradients, 1 - ADAM_BETA1)
+    second.lerp_(gradients.square(), 1 - beta2)
+    unbiased = (second / (1 - beta2**count)).sqrt() + EPS
+    values.sub_(rate / (1 - ADAM_BETA1**count) * first / unbiased)
 
 
 class Optimizer:
-    """Both, over all parameters of a model, which become views of buffers. On a GPU steps are compiled and in bf16."""
+    """Muon and AdamW over all parameters of a model. On a GPU their steps are compiled and in bf16."""
 
     def __init__(self, model: nn.Module, world: World) -> None:
         self.world, self.count = world, 0
-        kinds = _kinds(dict(model.named_parameters()))
+        matrices: dict[tuple[int, ...], dict[str, nn.Parameter]] = {}
+        others: dict[str, dict[str, nn.Parameter]] = {"head": {}, "embedding": {}, "norm": {}}
+        for name, parameter in model.named_parameters():
+            if "_proj." in name:
+                matrices.setdefault(tuple(parameter.shape), {})[name] = parameter
+            elif name.startswith("lm_head."):
+                others["head"][name] = parameter
+            else:
+                others["norm" if "norm" in name else "embedding"][name] = parameter
         self.matrices = [
-            Bucket(group, next(iter(group.values())).numel(), world) for group in kinds.pop("matrix")
+            FlatBuffer(group, next(iter(group.values())).numel(), world) for group in matrices.values()
         ]
-        self.others = {kind: Bucket(groups[0], 1, world) for kind, groups in kinds.items()}
+        self.others = {kind: FlatBuffer(group, 1, world) for kind, group in others.items()}
         self.device = next(model.parameters()).device
         cuda = self.device.type == "cuda"
         self._dtype = torch.bfloat16 if cuda else torch.float32
         self._muon = torch.compile(muon_step, dynamic=False) if cuda else muon_step
         self._adam = torch.compile(adam_step, dynamic=False) if cuda else adam_step
-        self._state: dict[str, Tensor] = {}
-        for number, bucket in enumerate(self.matrices):
-            rows, columns = next(iter(bucket.parameters.values())).shape
-            units = bucket.share // bucket.unit
-            self._state[f"momentum/{number}"] = torch.zeros(units, rows, columns, device=self.device)
-            self._state[f"lengths/{number}"] = torch.zeros(units, max(rows, columns), device=self.device)
-        for kind, bucket in self.others.items():
+        # named as in checkpoints, where mean squares are "lengths"
+        self._state: dict[str, tuple[FlatBuffer, Tensor]] = {}
+        for number, buffer in enumerate(self.matrices):
+            rows, columns = next(iter(buffer.parameters.values())).shape
+            units = buffer.share // buffer.unit
+            momentum = torch.zeros(units, rows, columns, device=self.device)
+            mean_squares = torch.zeros(units, max(rows, columns), device=self.device)
+            self._state[f"momentum/{number}"] = buffer, momentum
+            self._state[f"lengths/{number}"] = buffer, mean_squares
+        for kind, buffer in self.others.items():
             for moment in ("first", "second"):
-                self._state[f"{moment}/{kind}"] = torch.zeros(bucket.share, device=self.device)
+                self._state[f"{moment}/{kind}"] = buffer, torch.zeros(buffer.share, device=self.device)
 
-    def buckets(self) -> Iterator[Bucket]:
+    def buffers(self) -> Iterator[FlatBuffer]:
+        """All flat buffers, in the order in which they step."""
         yield from self.others.values()
         yield from self.matrices
 
     def zero(self) -> None:
-        """Forget all gradients."""
-        for bucket in self.buckets():
-            bucket.gradients.zero_()
+        """Sets all gradients to zero."""
+        for buffer in self.buffers():
+            buffer.gradients.zero_()
 
     @torch.no_grad()
     def step(self, rates: Rates) -> Tensor:
-        """Sum gradients over the ranks, step, share the result, and zero gradients. Returns this rank's Σ g² (a scalar).
+        """Sums gradients over the ranks, steps, shares the result and zeroes gradients. Returns this rank's Σ
+        g².
 
-        All sums begin at once, so that a bucket steps while the next one's gradients travel.
+        All sums start at once, so that a buffer steps while the next one's gradients travel.
         """
         self.count += 1
-        for bucket in self.buckets():
-            bucket.reduce()
+        for buffer in self.buffers():
+            buffer.reduce()
         squares = torch.zeros((), device=self.device)
-        for kind, bucket in self.others.items():
-            bucket.wait()
-            squares += _squares(bucket.my_gradients)
-            self._step_others(kind, bucket, getattr(rates, kind), rates.second)
-            bucket.gather()
-        for number, bucket in enumerate(self.matrices):
-            bucket.wait()
-            squares += _squares(bucket.my_gradients)
-            self._step_matrices(number, bucket, rates)
-            bucket.gather()
-        for bucket in self.buckets():
-            bucket.wait()
+        for kind, buffer in self.others.items():
+            buffer.wait()
+            squares += _sum_of_squares(buffer.my_gradients)
+            moments = (self._state[f"{moment}/{kind}"][1] for moment in ("first", "second"))
+            # as tensors: nothing is compiled again
+            numbers = (torch.tensor(float(x)) for x in (getattr(rates, kind), rates.adam_beta2, self.count))
+            self._adam(buffer.my_values, buffer.my_gradients, *moments, *numbers)
+            buffer.gather()
+        for number, buffer in enumerate(self.matrices):
+            buffer.wait()
+            squares += _sum_of_squares(buffer.my_gradients)
+            momentum, mean_squares = (self._state[f"{name}/{number}"][1] for name in ("momentum", "lengths"))
+            values, gradients = (x.view(momentum.shape) for x in (buffer.my_values, buffer.my_gradients))
+            rate, decay, beta = (torch.tensor(x) for x in (rates.matrix, rates.decay, rates.momentum))
+            self._muon(values, gradients, momentum, mean_squares, rate, decay, beta, self._dtype)
+            buffer.gather()
+        for buffer in self.buffers():
+            buffer.wait()
         self.zero()
         return squares
 
-    def _step_others(self, kind: str, bucket: Bucket, rate: float, second: float) -> None:
-        moments = (self._state[f"{moment}/{kind}"] for moment in ("first", "second"))
-        numbers = (
-            torch.tensor(float(x)) for x in (rate, second, self.count)
-        )  # as tensors: nothing is compiled again
-        self._adam(bucket.my_values, bucket.my_gradients, *moments, *numbers)
-
-    def _step_matrices(self, number: int, bucket: Bucket, rates: Rates) -> None:
-        momentum = self._state[f"momentum/{number}"]
-        values, gradients = (x.view(momentum.shape) for x in (bucket.my_values, bucket.my_gradients))
-        rate, decay, inertia = (torch.tensor(x) for x in (rates.matrix, rates.decay, rates.momentum))
-        lengths = self._state[f"lengths/{number}"]
-        self._muon(values, gradients, momentum, lengths, rate, decay, inertia, self._dtype)
-
     def state(self) -> dict[str, Tensor]:
-        """Everything that is needed to go on, by parameter, on the CPU. All ranks must call it."""
-        found = {"count": torch.tensor(self.count)}
-        for name, bucket in self._of_state():
+        """All state by PARAMETER/KIND, on the CPU. All ranks must call it."""
+        by_parameter = {"count": torch.tensor(self.count)}
+        for name, (buffer, value) in self._state.items():
             kind = name.split("/")[0]
-            whole = bucket.whole(self._state[name])
-            found |= {f"{parameter}/{kind}": value.to("cpu", copy=True) for parameter, value in whole.items()}
-        return found
+            for parameter, whole in buffer.gather_state(value).items():
+                by_parameter[f"{parameter}/{kind}"] = whole.to("cpu", copy=True)
+        return by_parameter
 
-    def load(self, state: dict[str, Tensor]) -> None:
-        """The other way. KeyError for a state of other parameters."""
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over what `state` gave. KeyError for a state of other parameters."""
         self.count = int(state["count"])
-        for name, bucket in self._of_state():
+        for name, (buffer, value) in self._state.items():
             kind = name.split("/")[0]
-            bucket.part(
-                {parameter: state[f"{parameter}/{kind}"] for parameter in bucket.parameters},
-                self._state[name],
-            )
+            buffer.scatter_state({key: state[f"{key}/{kind}"] for key in buffer.parameters}, value)
 
-    def forget(self) -> None:
-        """As new: all state zero."""
+    def reset(self) -> None:
+        """Sets all state to zero, as that of a new optimizer."""
         self.count = 0
-        for value in self._state.values():
+        for _, value in self._state.values():
             value.zero_()
 
-    def _of_state(self) -> Iterator[tuple[str, Bucket]]:
-        for number, bucket in enumerate(self.matrices):
-            yield f"momentum/{number}", bucket
-            yield f"lengths/{number}", bucket
-        for kind, bucket in self.others.items():
-            yield f"first/{kind}", bucket
-            yield f"second/{kind}", bucket
 
-
-def _squares(x: Tensor) -> Tensor:
-    """Σ x² in one reading that writes nothing. A CPU adds one after another: in fp32 25 M of them would be off by 0.3%."""
+def _sum_of_squares(x: Tensor) -> Tensor:
+    """Σ x² in one reading. A CPU adds one after another: in fp32 25 M of them would be off by 0.3%."""
     exact = torch.float64 if x.device.type == "cpu" else None
     return torch.linalg.vector_norm(x, dtype=exact).square().to(x.dtype)
-
-
-def _kinds(parameters: dict[str, nn.Parameter]) -> dict[str, list[dict[str, nn.Parameter]]]:
-    """Parameters by what steps them: matrices by shape, then embedding, head and gains."""
-    matrices: dict[tuple[int, ...], dict[str, nn.Parameter]] = {}
-    others: dict[str, dict[str, nn.Parameter]] = {"head": {}, "embedding": {}, "gain": {}}
-    for name, parameter in parameters.items():
-        if "_proj." in name:
-            matrices.setdefault(tuple(parameter.shape), {})[name] = parameter
-        elif name.startswith("lm_head."):
-            others["head"][name] = parameter
-        else:
-            others["gain" if "norm" in name else "embedding"][name] = parameter
-    return {"matrix": list(matrices.values()), **{kind: [group] for kind, group in others.items()}}

@@ -1,10 +1,11 @@
-"""Rates of learning and their schedule, each a function with its reason.
+"""Learning rates and their schedule, each a function with its reason.
 
-    matrix_rate_for(batch), second_for(batch), momentum_at(step, steps)
+    matrix_rate_for(batch), adam_beta2_for(batch), momentum_at(step, steps)
 
-What came from elsewhere says from where. The heights are measured: at depth 12, batches of 65,536 tokens and a horizon of 20
-million on 19th-century books, held-out bits per byte were 1.524 at a third of the matrices' rate and half of the others', 1.469 at two thirds of the
-matrices' and 1.462 at four thirds; twice the others' rates changed 0.002.
+What comes from elsewhere says from where. The heights are measured: at depth 12, batches of 65,536 tokens and
+a horizon of 20 million on 19th-century books, held-out bits per byte were 1.524 at a third of the matrices'
+rate and half of the others', 1.469 at two thirds of the matrices' and 1.462 at four thirds; twice the others'
+rates changed 0.002.
 """
 
 from dataclasses import dataclass
@@ -15,63 +16,62 @@ REFERENCE_WIDTH = 768
 
 @dataclass(frozen=True)
 class Rates:
-    """What one step goes by."""
+    """Rates and constants of one optimizer step."""
 
     matrix: float
     embedding: float
     head: float
-    gain: float
+    norm: float
     decay: float
-    "of matrices, times their rate"
+    "weight decay of matrices, times their rate"
     momentum: float
-    second: float
-    "how slowly AdamW's second moment follows"
+    adam_beta2: float
 
 
 def rate_scale(batch: int) -> float:
-    """√(batch / 65,536): what keeps the noise of Adam's steps the same (Malladi et al. 2022). For Muon it is a habit."""
+    """√(batch / 65,536) keeps the noise of Adam's steps the same (Malladi et al. 2022)."""
     return (batch / REFERENCE_BATCH) ** 0.5
 
 
 def matrix_rate_for(batch: int) -> float:
-    """Muon's, 0.021 at the reference batch. No width in it: its steps have one spectral norm at any width (Bernstein 2025)."""
+    """Muon's, 0.021 at the reference batch. Steps have one spectral norm at any width (Bernstein 2025)."""
     return 0.021 * rate_scale(batch)
 
 
 def embedding_rate_for(batch: int) -> float:
-    """AdamW's for the embedding, 0.14 at the reference batch. Input weights keep theirs over widths (Yang et al. 2022)."""
+    """AdamW's for the embedding, 0.14 at the reference batch, at any width (Yang et al. 2022)."""
     return 0.14 * rate_scale(batch)
 
 
 def head_rate_for(batch: int, width: int) -> float:
-    """AdamW's for the head, 0.0028 · 768 / width: a step moves a logit by about rate · width (Yang et al. 2022, muP)."""
+    """AdamW's for the head, 0.0028 · 768 / width: a step moves a logit by rate · width (Yang et al. 2022)."""
     return 0.0028 * rate_scale(batch) * REFERENCE_WIDTH / width
 
 
-def weight_decay_for(rate: float, steps: int) -> float:
-    """Muon's λ: the weights average over 1/(rate · λ) steps, 15% of the run (Wang and Aitchison 2024), and λ is at most 0.2.
+def norm_rate_for(batch: int) -> float:
+    """AdamW's for the weights of norms: as for a head of the reference width."""
+    return 0.0028 * rate_scale(batch)
 
-    The bound is for short runs: decay holds a matrix's spectral norm below 1/λ, which at 5 does not bind and at 1 would.
-    Embedding, head and gains are not decayed.
+
+def weight_decay_for(rate: float, steps: int) -> float:
+    """Muon's λ, at most 0.2: weights average over 1/(rate · λ) steps, 15% of the run (Wang & Aitchison 2024).
+
+    The bound is for short runs: decay holds a matrix's spectral norm below 1/λ, which at 5 does not bind and
+    at 1 would. Embedding, head and norm weights are not decayed.
     """
     return min(0.2, 1 / (0.15 * rate * steps))
 
 
-def gain_rate_for(batch: int) -> float:
-    """AdamW's for the gains of norms: as for a head of the reference width."""
-    return 0.0028 * rate_scale(batch)
+def adam_beta2_for(batch: int) -> float:
+    """AdamW's β₂: 0.95 at batches of 524,288, and at others the one with that half-life in tokens.
 
-
-def second_for(batch: int) -> float:
-    """How slowly AdamW's second moment follows: 0.95 at batches of 524,288, and with that half-life in tokens at any.
-
-    Marek et al. 2025: small batches train as well as large ones once the memory spans as many tokens, and not before.
+    Small batches train as well as large ones once the memory spans as many tokens (Marek et al. 2025).
     """
     return 0.95 ** (batch / 2**19)
 
 
 def momentum_at(step: int, steps: int) -> float:
-    """Muon's: from 0.85 to 0.95 over the first 300 steps, or the first third of a shorter run (Jordan et al. 2024)."""
+    """Muon's, from 0.85 to 0.95 over the first 300 steps or third of the run (Jordan et al. 2024)."""
     return 0.85 + 0.1 * min(1.0, step / max(1, min(300, steps // 3)))
 
 
@@ -81,5 +81,5 @@ def warmup_for(steps: int) -> int:
 
 
 def decay_for(steps: int) -> int:
-    """The last 60% fall straight to zero: the longer the fall, the better (Hägele et al. 2024; Bergsma et al. 2025)."""
+    """The last 60% fall straight to zero: longer is better (Hägele et al. 2024; Bergsma et al. 2025)."""
     return max(1, round(0.6 * steps))

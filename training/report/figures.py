@@ -1,31 +1,32 @@
 """The figures of a training run over its steps: loss, held-out text, rates, gradients, speed.
 
-A curve of a hundred thousand steps is drawn from at most `MOST` of them; what is smooth is smoothed over all of them first.
+A curve of a hundred thousand steps is drawn from at most `MAX_POINTS` of them; what is smooth is smoothed
+over all of them first.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 from numpy import ndarray as Array
 
 from personatlas.analysis.html.canvas import axis_look, empty_figure, line_look
-from personatlas.training.report.read import Record, Row
+from personatlas.persona.records import JsonObject
+from personatlas.training.report.read import TrainingRecord
 
-MOST = 1500
+MAX_POINTS = 1500
 MARGIN = {"l": 60, "r": 18, "t": 14, "b": 46}
 LEGEND = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
 
 
-def training_figures(record: Record) -> dict[str, go.Figure]:
+def training_figures(record: TrainingRecord) -> dict[str, go.Figure]:
     """Every figure that the record has numbers for."""
-    found: dict[str, go.Figure] = {}
+    figures: dict[str, go.Figure] = {}
     loss = _series(record.steps, "loss")
     if len(loss[0]) > 1:
-        found["loss"] = loss_curve(*loss, record.total)
+        figures["loss"] = loss_curve(*loss, record.total)
     if len(record.held_out) > 1:
-        found["held-out"] = held_out_curve(record)
+        figures["held-out"] = held_out_curve(record)
     lines = {
         "rate": ("rate", "share of the highest rates", ".0%", "--accent"),
         "gradient": ("gradient_norm", "norm of the gradient", ".3~g", "--others"),
@@ -33,15 +34,17 @@ def training_figures(record: Record) -> dict[str, go.Figure]:
     for name, (field, title, form, colour) in lines.items():
         series = _series(record.steps, field)
         if len(series[0]) > 1:
-            found[name] = line_curve(*series, title, form, colour, record.total, rough=name == "gradient")
+            figures[name] = line_curve(*series, title, form, colour, record.total, rough=name == "gradient")
     speed = _series(record.steps, "tokens_a_second")
     if len(speed[0]) > 1:
-        found["speed"] = speed_curve(*speed, record)
-    return found
+        figures["speed"] = speed_curve(*speed, record)
+    return figures
 
 
 def loss_curve(steps: Array, losses: Array, total: int | None) -> go.Figure:
-    """Raw and smoothed training loss. `layout.meta` holds the same on logarithmic axes, whole; the page changes over."""
+    """Raw and smoothed training loss. `layout.meta` holds the same on logarithmic axes, whole; the page
+    changes over.
+    """
     figure = empty_figure(margin=MARGIN, showlegend=True, hovermode="x unified", legend=LEGEND)
     smooth = smoothed(steps, losses)
     thin = _thinned(len(steps))
@@ -59,50 +62,34 @@ def loss_curve(steps: Array, losses: Array, total: int | None) -> go.Figure:
         title_text="loss, nats a token", type="linear", range=[low - room, high + room], **axis_look()
     )
     first, top = max(1, int(steps[0])), float(losses.max())
+    x_range = [float(np.log10(first)), float(np.log10(max(end, first + 1)))]
+    y_range = [float(np.log10(max(low, 1e-6) * 0.97)), float(np.log10(top * 1.03))]
     figure.layout.meta = {
-        "xaxis": {
-            "type": "log",
-            "dtick": 1,
-            "range": [float(np.log10(first)), float(np.log10(max(end, first + 1)))],
-        },
-        "yaxis": {
-            "type": "log",
-            "range": [float(np.log10(max(low, 1e-6) * 0.97)), float(np.log10(top * 1.03))],
-        },
+        "xaxis": {"type": "log", "dtick": 1, "range": x_range},
+        "yaxis": {"type": "log", "range": y_range},
     }
     return figure
 
 
-def held_out_curve(record: Record) -> go.Figure:
-    """Bits per byte (or the loss) of text that is never trained on, its last value written out, its lowest one marked."""
+def held_out_curve(record: TrainingRecord) -> go.Figure:
+    """Bits per byte (or the loss) of text that is never trained on, its last value written out, its lowest
+    one marked.
+    """
     name = "bits_per_byte" if record.in_bits else "loss"
     steps, values = _series(record.held_out, name)
     figure = empty_figure(margin={**MARGIN, "r": 64})
     sizes = [row.get("bytes") for row in record.held_out if row.get(name) is not None]
     whole = np.array([size == sizes[-1] for size in sizes])
-    # evaluations on a part and on all of the text are not joined: the step between them would not be the model's
-    for chosen, symbol in ((~whole, "circle-open"), (whole, "circle")):
-        marker = {
-            "size": 8,
-            "color": "var(--accent)",
-            "symbol": symbol,
-            "line": {"width": 1.6, "color": "var(--accent)"},
-        }
-        look = {
-            "mode": "lines+markers",
-            "line": line_look("--accent", 1.8),
-            "marker": marker,
-            "cliponaxis": False,
-        }
+    # evaluations on a part and on all of the text are not joined: the jump between them is not the model's
+    for part, symbol in ((~whole, "circle-open"), (whole, "circle")):
+        edge = {"width": 1.6, "color": "var(--accent)"}
+        marker = {"size": 8, "color": "var(--accent)", "symbol": symbol, "line": edge}
+        look = {"mode": "lines+markers", "line": line_look("--accent", 1.8), "marker": marker}
         hover = "step %{x:,}: %{y:.4f}<extra></extra>"
-        figure.add_scatter(x=steps[chosen], y=values[chosen], hovertemplate=hover, **look)
-    end = {
-        "x": int(steps[-1]),
-        "y": float(values[-1]),
-        "text": f"<b>{values[-1]:.3f}</b>",
-        "showarrow": False,
-    }
-    figure.add_annotation(**end, xanchor="left", xshift=8, font={"color": "var(--ink)", "size": 14})
+        figure.add_scatter(x=steps[part], y=values[part], hovertemplate=hover, cliponaxis=False, **look)
+    text = {"text": f"<b>{values[-1]:.3f}</b>", "font": {"color": "var(--ink)", "size": 14}}
+    end = {"x": int(steps[-1]), "y": float(values[-1]), "showarrow": False, "xanchor": "left", "xshift": 8}
+    figure.add_annotation(**end, **text)
     later = values[1:] if len(values) > 2 else values  # a fresh model's value says nothing about the rest
     low, high = float(values.min()), float(later.max())
     room = 0.08 * ((high - low) or 0.1 * high)
@@ -115,7 +102,7 @@ def held_out_curve(record: Record) -> go.Figure:
 def line_curve(
     steps: Array, values: Array, title: str, form: str, colour: str, total: int | None, *, rough: bool
 ) -> go.Figure:
-    """One number over the steps; a rough one with its smoothed course, and without the spikes that hide it."""
+    """One number over the steps; a rough one smoothed, and without the spikes that hide it."""
     figure = empty_figure(margin=MARGIN)
     thin, hover = _thinned(len(steps)), f"step %{{x:,}}: %{{y:{form}}}<extra></extra>"
     if rough:
@@ -134,7 +121,7 @@ def line_curve(
     return figure
 
 
-def speed_curve(steps: Array, values: Array, record: Record) -> go.Figure:
+def speed_curve(steps: Array, values: Array, record: TrainingRecord) -> go.Figure:
     """Tokens a second; at the right the same as a share of the processors' peak, where it is known."""
     figure = empty_figure(margin={**MARGIN, "r": 60})
     thin = _thinned(len(steps))
@@ -152,19 +139,16 @@ def speed_curve(steps: Array, values: Array, record: Record) -> go.Figure:
         figure.add_scatter(
             x=steps[thin], y=values[thin] * share, yaxis="y2", mode="lines", opacity=0, hoverinfo="skip"
         )
-        right = {
-            "overlaying": "y",
-            "side": "right",
-            "range": [0, top * share],
-            "tickformat": ".0%",
-            "showgrid": False,
-        }
-        figure.update_layout(yaxis2={**axis_look(), **right, "title": {"text": "of the peak"}})
+        right = {"overlaying": "y", "side": "right", "range": [0, top * share], "tickformat": ".0%"}
+        title = {"text": "of the peak"}
+        figure.update_layout(yaxis2={**axis_look(), **right, "showgrid": False, "title": title})
     return figure
 
 
 def smoothed(steps: Array, values: Array) -> Array:
-    """The mean over a window around each step that grows with it, to a fiftieth of the run to either side: the start is steep."""
+    """The mean over a window around each step that grows with it, to a fiftieth of the run to either side:
+    the start is steep.
+    """
     reach = np.minimum(steps * 0.08, steps[-1] / 50)
     before = np.searchsorted(steps, steps - reach, side="left")
     behind = np.searchsorted(steps, steps + reach, side="right")
@@ -172,10 +156,10 @@ def smoothed(steps: Array, values: Array) -> Array:
     return (sums[behind] - sums[before]) / (behind - before)
 
 
-def _series(rows: Sequence[Row], name: str) -> tuple[Array, Array]:
+def _series(rows: Sequence[JsonObject], name: str) -> tuple[Array, Array]:
     """Steps and values, of the rows that have one."""
     pairs = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-    table: Any = np.array(pairs, dtype=np.float64).reshape(-1, 2)
+    table: Array = np.array(pairs, dtype=np.float64).reshape(-1, 2)
     return table[:, 0], table[:, 1]
 
 
@@ -186,9 +170,9 @@ def _end(steps: Array, total: int | None) -> int:
 
 
 def _thinned(length: int) -> Array:
-    """At most `MOST` places, the first and the last among them, closer together at the start."""
-    if length <= MOST:
+    """At most `MAX_POINTS` indices, the first and the last among them, closer together at the start."""
+    if length <= MAX_POINTS:
         return np.arange(length)
-    even = np.linspace(0, length - 1, MOST - 200)
+    even = np.linspace(0, length - 1, MAX_POINTS - 200)
     early = np.geomspace(1, length - 1, 200)  # a logarithmic axis shows these
     return np.unique(np.concatenate([even, early]).round().astype(int))

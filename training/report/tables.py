@@ -1,70 +1,84 @@
-"""The plan of a training run as a table: what, how much, and by which rule. What a plan does not have is left out.
+"""Tables of the training report: the plan with its rules, and what chat tuning changed.
 
-Rules are told with the constants that this very plan was made with, found from its values: constants change with what is
-measured (`training/rates.py` has them with their sources), and a report stays right about its own run.
-
-What chat tuning changed: losses on held-out conversations by source, with 95% intervals over questions.
+Rules are told with the constants that this very plan was made with, found from its values: constants change
+with what is measured (`training/optim/schedule.py`), and a report stays right about its own run. What a plan
+does not have is left out.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import NamedTuple
 
-from personatlas.training.report.read import Row
+from personatlas.persona.records import JsonObject
+from personatlas.training.optim.schedule import REFERENCE_BATCH, REFERENCE_WIDTH
 
-Line = tuple[str, str, str]
+PlanRow = tuple[str, str, str]  # what, how much, and by which rule
 
-REFERENCE_BATCH, REFERENCE_WIDTH = 2**16, 768  # where the rates' constants hold
+
+class LossTable(NamedTuple):
+    """Losses by source, as cells."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
 SHAPE = (
-    "from the depth: 64 of width a layer, heads of 128 (of 64 below depth 8), two heads of queries to one of keys and values, "
-    "an MLP of 8/3 the width"
+    "from the depth: 64 of width a layer, heads of 128 (of 64 below depth 8), two heads of queries to one of "
+    "keys and values, an MLP of 8/3 the width"
 )
-BATCH = "the critical batch, which grows with tokens^0.383, at most a 400th of the tokens; in whole multiples of 8 sequences"
+BATCH = (
+    "the critical batch, which grows with tokens^0.383, at most a 400th of the tokens; "
+    "in whole multiples of 8 sequences"
+)
 DECAY = "weights average over 15% of the run; at most 0.2"
-FLOPS = "6 a parameter that multiplies, and 12 · depth · heads · head width · context for attention; forward and backward"
+FLOPS = (
+    "6 a parameter that multiplies, and 12 · depth · heads · head width · context for attention; "
+    "forward and backward"
+)
 
 
-def plan_table(plan: Mapping[str, Any], asked: Mapping[str, Any], *, is_base: bool) -> list[Line]:
+def plan_table(plan: JsonObject, settings: JsonObject, *, is_base: bool) -> list[PlanRow]:
     """All lines; only a base model's with rules, since tuning has others."""
-    lines = [*_sizes(plan), *_length(plan, asked), *_rates(plan, asked), *_work(plan)]
-    return lines if is_base else [(name, value, "") for name, value, _ in lines]
+    rows = [*_sizes(plan), *_length(plan, settings), *_rates(plan, settings), *_work(plan)]
+    return rows if is_base else [(name, value, "") for name, value, _ in rows]
 
 
-def _sizes(plan: Mapping[str, Any]) -> list[Line]:
+def _sizes(plan: JsonObject) -> list[PlanRow]:
     shape, counts, lines = plan.get("shape") or {}, plan.get("parameters") or {}, []
     if shape:
         text = (
-            "depth {depth}, width {width}, {heads} heads of {head_width}, {kv_heads} of keys and values, inner {inner}, "
-            "context {context:,}, vocabulary {vocabulary:,}"
+            "depth {depth}, width {width}, {heads} heads of {head_width}, {kv_heads} of keys and values, "
+            "inner {inner}, context {context:,}, vocabulary {vocabulary:,}"
         )
         lines.append(("shape", text.format(**shape), SHAPE))
     if counts:
         named = {"matrices": "matrix", "embedding": "embedding", "head": "head"}
         parts = ", ".join(
-            f"{name} {large(counts[field])}" for name, field in named.items() if field in counts
+            f"{name} {format_count(counts[field])}" for name, field in named.items() if field in counts
         )
-        lines.append(("parameters", f"{large(counts['all'])}: {parts}", ""))
+        lines.append(("parameters", f"{format_count(counts['all'])}: {parts}", ""))
     return lines
 
 
-def _length(plan: Mapping[str, Any], asked: Mapping[str, Any]) -> list[Line]:
+def _length(plan: JsonObject, settings: JsonObject) -> list[PlanRow]:
     lines, steps = [], plan.get("steps")
     if plan.get("tokens"):
         lines.append(("tokens", f"{plan['tokens']:,}", str(plan.get("horizon") or "")))
     if plan.get("batch"):
-        rule = "as asked" if asked.get("batch") else BATCH
+        rule = "as asked" if settings.get("batch") else BATCH
         lines.append(("batch", f"{plan['batch']:,} tokens, {steps:,} steps", rule))
     if plan.get("warmup"):
-        rule = f"up over {plan['warmup'] / steps:.0%} of the steps; straight down over the last {plan['decay'] / steps:.0%}"
+        up, down = plan["warmup"] / steps, plan["decay"] / steps
+        rule = f"up over {up:.0%} of the steps; straight down over the last {down:.0%}"
         lines.append(
             ("schedule", f"{plan['warmup']:,} steps up, the last {plan['decay']:,} down to zero", rule)
         )
     return lines
 
 
-def _rates(plan: Mapping[str, Any], asked: Mapping[str, Any]) -> list[Line]:
-    """Highest rates. The rule's constant is the rate over what it is multiplied by."""
-    lines, scale = [], asked.get("rate_scale") or 1.0
-    behind = f", times {scale:g} as asked" if scale != 1.0 else ""
+def _rates(plan: JsonObject, settings: JsonObject) -> list[PlanRow]:
+    """The highest rates, with the constants of their rules."""
+    lines, scale = [], settings.get("rate_scale") or 1.0
+    factor = f", times {scale:g} as asked" if scale != 1.0 else ""
     for name, field, by in (
         ("matrices", "matrix_rate", "Muon"),
         ("embedding", "embedding_rate", "AdamW"),
@@ -74,18 +88,15 @@ def _rates(plan: Mapping[str, Any], asked: Mapping[str, Any]) -> list[Line]:
         if plan.get(field) is not None:
             shrunk = REFERENCE_WIDTH / plan["shape"]["width"] if name == "head" else 1.0
             constant = plan[field] / scale / shrunk / (plan["batch"] / REFERENCE_BATCH) ** 0.5
-            rule = (
-                f"{constant:.3g} · √(batch / {REFERENCE_BATCH:,})"
-                + (" · 768 / width" if name == "head" else "")
-                + behind
-            )
+            width = f" · {REFERENCE_WIDTH} / width" if name == "head" else ""
+            rule = f"{constant:.3g} · √(batch / {REFERENCE_BATCH:,}){width}{factor}"
             lines.append((f"rate of {name}", f"{plan[field]:.3g} ({by})", rule))
     if plan.get("weight_decay") is not None:
         lines.append(("decay of matrices", f"{plan['weight_decay']:.3g}", DECAY))
     return lines
 
 
-def _work(plan: Mapping[str, Any]) -> list[Line]:
+def _work(plan: JsonObject) -> list[PlanRow]:
     """FLOPs, memory, time."""
     lines, memory, chip = [], plan.get("memory") or {}, plan.get("chip") or {}
     if plan.get("flops_a_token") and plan.get("tokens"):
@@ -99,13 +110,13 @@ def _work(plan: Mapping[str, Any]) -> list[Line]:
         text = f"{memory['total'] / 1e9:,.1f} GB of {chip['memory'] / 1e9:,.0f} GB"
         lines.append(("memory", text, "an estimate, on the high side"))
     if plan.get("seconds"):
-        text = f"{duration(plan['seconds'])} at {plan['tokens_a_second']:,.0f} tokens a second"
+        text = f"{format_seconds(plan['seconds'])} at {plan['tokens_a_second']:,.0f} tokens a second"
         cost = f"; about ${plan['cost']:,.2f}" if plan.get("cost") else ""
         lines.append(("time", text + cost, "at the speed that the plan was made for"))
     return lines
 
 
-def large(number: int | float) -> str:
+def format_count(number: int | float) -> str:
     """1,234; 56.7 k; 103 M; 1.24 B."""
     for size, unit in ((1e9, " B"), (1e6, " M"), (1e4, " k")):
         if number >= size:
@@ -114,40 +125,31 @@ def large(number: int | float) -> str:
     return f"{number:,.0f}"
 
 
-def duration(seconds: int | float) -> str:
+def format_seconds(seconds: int | float) -> str:
     """8.1 s, 299 s, 12 min, 3.4 h."""
     if seconds < 300:
         return f"{seconds:,.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     return f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
-Table = dict[str, Any]
-
-
-def losses_by_source(held_out: Sequence[Row]) -> Table | None:
+def losses_by_source(held_out: Sequence[JsonObject]) -> LossTable | None:
     """Loss of the first and the last evaluation that tell sources apart; None where none does."""
-    rows = [row["sources"] for row in held_out if row.get("sources")]
-    if not rows:
+    evaluations = [row["sources"] for row in held_out if row.get("sources")]
+    if not evaluations:
         return None
-    first, last = rows[0], rows[-1]
-    lines = [
-        [name, _shown(first.get(name), "loss"), _shown(one, "loss"), *_counts(one)]
-        for name, one in last.items()
-        if name == "all" or len(last) > 2  # a lone source is all of them
-    ]
-    return {"columns": ["conversations", "before", "now", "n", "known", "tokens"], "rows": lines}
+    first, last = evaluations[0], evaluations[-1]
+    rows = []
+    for name, loss in last.items():
+        if name == "all" or len(last) > 2:  # a lone source is all of them
+            known = f"{loss['met'] / loss['conversations']:.0%}" if "met" in loss else "·"
+            counts = [f"{loss['conversations']:,}", known, f"{loss['tokens']:,}"]
+            rows.append([name, _format_loss(first.get(name)), _format_loss(loss), *counts])
+    return LossTable(["conversations", "before", "now", "n", "known", "tokens"], rows)
 
 
-def _counts(found: Mapping[str, Any]) -> list[str]:
-    known = f"{found['met'] / found['conversations']:.0%}" if "met" in found else "·"
-    return [f"{found['conversations']:,}", known, f"{found['tokens']:,}"]
-
-
-def _shown(found: Mapping[str, Any] | float | None, name: str) -> str:
-    if found is None:
+def _format_loss(row: Mapping[str, float] | None) -> str:
+    if row is None:
         return "·"
-    if not isinstance(found, Mapping):
-        return f"{found:.2f}"
-    digits = 1 if found[name] >= 10 else 3 if name == "loss" else 2
-    known = "" if found.get("low") is None else f" [{found['low']:.{digits}f}, {found['high']:.{digits}f}]"
-    return f"{found[name]:.{digits}f}{known}"
+    digits = 1 if row["loss"] >= 10 else 3
+    interval = "" if row.get("low") is None else f" [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
+    return f"{row['loss']:.{digits}f}{interval}"

@@ -11,24 +11,24 @@ from personatlas.persona.errors import UserError
 from personatlas.persona.rollout import read_rollouts
 from personatlas.training.chat.conversations import (
     Columns,
-    Faults,
-    Wanted,
-    conversations_of_run,
-    is_run,
-    read_conversations,
+    Exclusions,
+    RolloutFilter,
+    has_rollouts,
+    read_examples,
+    read_rollout_examples,
 )
-from personatlas.training.chat.mixture import part_of, read_parts, split, times_of
+from personatlas.training.chat.mixture import epoch_times, parse_dataset, read_datasets, split_examples
 
 
 def read(path, **how):
-    faults = Faults()
-    return read_conversations(path, faults, **how), faults
+    faults = Exclusions()
+    return read_examples(path, faults, **how), faults
 
 
 def test_messages_are_read_as_they_stand(tmp_path):
     found, faults = read(write_rows(tmp_path / "a.jsonl", [GOOD, GOOD | {"source": "port", "weight": 0.5}]))
     assert [list(one.messages) for one in found] == [GOOD["messages"]] * 2
-    assert [(one.where, one.source, one.weight) for one in found] == [
+    assert [(one.place, one.source, one.weight) for one in found] == [
         ("a.jsonl:1", "a", 1.0),
         ("a.jsonl:2", "port", 0.5),
     ]
@@ -60,14 +60,14 @@ ODD = {
 def test_what_is_odd_is_counted_and_named_and_left_out(fault, tmp_path):
     rows = [GOOD, {"messages": ODD[fault]}, GOOD, {"messages": ODD[fault]}]
     found, faults = read(write_rows(tmp_path / "a.jsonl", rows))
-    assert [one.where for one in found] == ["a.jsonl:1", "a.jsonl:3"]
+    assert [one.place for one in found] == ["a.jsonl:1", "a.jsonl:3"]
     assert faults.lines() == [f"2 {fault} (a.jsonl:2, a.jsonl:4)"]
 
 
 @pytest.mark.parametrize("row", [3, {"text": "x"}, {"prompt": "x"}, GOOD | {"weight": -1}, GOOD | {"weight": 0}, GOOD | {"weight": True}, GOOD | {"weight": 1e9}, GOOD | {"persona": ["a"]}])  # fmt: skip
 def test_rows_that_are_no_conversation_are_left_out_too(row, tmp_path):
     found, faults = read(write_rows(tmp_path / "a.jsonl", [row, GOOD]))
-    assert [one.where for one in found] == ["a.jsonl:2"]
+    assert [one.place for one in found] == ["a.jsonl:2"]
     assert sum(faults.counts.values()) == 1
 
 
@@ -105,18 +105,18 @@ def test_a_persona_becomes_the_system_message_and_the_style(tmp_path):
     rows = [{"persona": one, "question": "Who?", "answer": "I."} for one in ("witty", long)]
     found, _ = read(write_rows(tmp_path / "a.jsonl", rows))
     assert [one.messages[0]["content"] for one in found] == ["You are a witty assistant.", long]
-    assert [one.style for one in found] == ["witty", ""]
+    assert [one.role for one in found] == ["witty", ""]
     assert found[0].label == "a/witty"
 
 
 def test_other_columns_are_named_by_hand(tmp_path):
     path = write_rows(tmp_path / "a.jsonl", [{"title": "Who?", "text": "I.", "prompt": "not this"}])
-    found, _ = read(path, columns=Columns.of(["question=title", "answer=text"]))
+    found, _ = read(path, columns=Columns.parse("question=title,answer=text"))
     assert list(found[0].messages) == turns("Who?", "I.")
     with pytest.raises(
         UserError, match="--columns asks=title: write NAME=COLUMN; the names are messages, system"
     ):
-        Columns.of(["asks=title"])
+        Columns.parse("asks=title")
 
 
 def test_packed_files_and_lists_hold_the_same(tmp_path):
@@ -158,14 +158,14 @@ def test_files_that_cannot_be_read_are_refused_in_one_line(tmp_path):
 def test_a_runs_rollouts_are_conversations_with_the_role_as_style(tmp_path):
     keys = ["pirate/0/q1/0", "pirate/0/q2/0", "default/0/q1/0"]
     run = write_run(tmp_path / "run", [*map(rollout, keys), rollout("+calm/0/q1/0"), rollout("ghost/0/q1/0", stopped="length"), rollout("ghost/0/q2/0", answer="")])  # fmt: skip
-    faults = Faults()
-    assert is_run(run)
-    found = conversations_of_run(run, faults)
-    assert sorted((one.style, one.where) for one in found) == sorted(
+    faults = Exclusions()
+    assert has_rollouts(run)
+    found = read_rollout_examples(run, faults)
+    assert sorted((one.role, one.place) for one in found) == sorted(
         (key.split("/")[0], f"run: {key}") for key in keys
     )
     assert {one.source for one in found} == {"run"}
-    spoken = next(one for one in found if one.style == "default")
+    spoken = next(one for one in found if one.role == "default")
     assert list(spoken.messages) == turns("Question q1?", "Arr.")
     assert faults.counts == {
         "of a trait's pole, not of a role": 1,
@@ -175,11 +175,11 @@ def test_a_runs_rollouts_are_conversations_with_the_role_as_style(tmp_path):
 
 
 def test_the_log_of_a_real_run_is_read(tiny_run):
-    faults = Faults()
-    found = conversations_of_run(tiny_run / "run", faults, Wanted(cut=True))
+    faults = Exclusions()
+    found = read_rollout_examples(tiny_run / "run", faults, RolloutFilter(cut=True))
     rollouts = read_rollouts(tiny_run / "run")
     assert len(found) + sum(faults.counts.values()) == len(rollouts)
-    assert {one.style for one in found} == {one.role for one in rollouts}
+    assert {one.role for one in found} == {one.role for one in rollouts}
     assert {one.answers[-1] for one in found} <= {one.answer for one in rollouts}
 
 
@@ -189,24 +189,24 @@ def test_a_least_score_drops_what_is_below_it_but_never_the_default(tmp_path):
         key: (3, 2, 1, None)[int(key.split("q")[1][0])] for key in keys if not key.startswith("default")
     }
     run = write_run(tmp_path / "run", map(rollout, keys), scores)
-    faults = Faults()
-    found = conversations_of_run(run, faults, Wanted(score=2))
-    assert [sum(one.style == role for one in found) for role in ("default", "ghost", "pirate")] == [4, 2, 2]
+    faults = Exclusions()
+    found = read_rollout_examples(run, faults, RolloutFilter(score=2))
+    assert [sum(one.role == role for one in found) for role in ("default", "ghost", "pirate")] == [4, 2, 2]
     assert faults.counts == {"with a score below 2": 2, "without a judge's score": 2}
 
 
 def test_a_score_without_scores_is_refused(tmp_path):
     run = write_run(tmp_path / "run", map(rollout, ["default/0/q1/0", "pirate/0/q1/0"]))
     with pytest.raises(UserError, match="judge them first: personatlas run judge"):
-        conversations_of_run(run, Faults(), Wanted(score=1))
+        read_rollout_examples(run, Exclusions(), RolloutFilter(score=1))
 
 
 def test_at_most_so_many_of_a_role_are_spread_over_its_questions(tmp_path):
     run = write_run(tmp_path / "run", [rollout(f"pirate/0/q{i}/0") for i in range(8)])
-    faults = Faults()
-    found = conversations_of_run(run, faults, Wanted(per_role=4))
-    assert [one.where[-4] for one in found] == ["0", "2", "4", "6"] or [
-        one.where.split("/")[2] for one in found
+    faults = Exclusions()
+    found = read_rollout_examples(run, faults, RolloutFilter(per_role=4))
+    assert [one.place[-4] for one in found] == ["0", "2", "4", "6"] or [
+        one.place.split("/")[2] for one in found
     ] == ["q0", "q2", "q4", "q6"]
     assert faults.counts == {"beyond 4 of a role": 4}
 
@@ -219,13 +219,16 @@ def write_parts(tmp_path, **rows):
 
 
 def test_a_weight_is_times_or_a_share_and_a_bare_number_is_refused(tmp_path):
-    assert (part_of("a=b.jsonl=2x").times, part_of("a=b.jsonl=2x").path.name) == (2.0, "a=b.jsonl")
-    assert (part_of("a.jsonl=30%").times, part_of("a.jsonl=30%").share) == (None, 0.3)
+    assert (parse_dataset("a=b.jsonl=2x").times, parse_dataset("a=b.jsonl=2x").path.name) == (
+        2.0,
+        "a=b.jsonl",
+    )
+    assert (parse_dataset("a.jsonl=30%").times, parse_dataset("a.jsonl=30%").share) == (None, 0.3)
     (tmp_path / "a=2x").mkdir()
-    assert part_of(str(tmp_path / "a=2x")).times == 1.0
+    assert parse_dataset(str(tmp_path / "a=2x")).times == 1.0
     for asked in ("a.jsonl=0.3", "a.jsonl=0x", "a.jsonl=101%"):
         with pytest.raises(UserError, match=r"--data a\.jsonl="):
-            part_of(asked)
+            parse_dataset(asked)
 
 
 def test_shares_hold_of_the_answers_tokens(tmp_path):
@@ -237,8 +240,9 @@ def test_shares_hold_of_the_answers_tokens(tmp_path):
     }
     tokens = (900, 100 * 9, 100 * 6)
     for asked, expected in cases.items():
-        times = times_of(
-            read_parts(asked, Faults()), (900, 900, 600) if "%" in asked[2] and "%" in asked[0] else tokens
+        times = epoch_times(
+            read_datasets(asked, Exclusions()),
+            (900, 900, 600) if "%" in asked[2] and "%" in asked[0] else tokens,
         )
         if "%" not in asked[0]:
             assert times == pytest.approx(expected)
@@ -250,7 +254,7 @@ def test_shares_hold_of_the_answers_tokens(tmp_path):
 
 def test_where_all_have_a_share_nothing_is_read_twice(tmp_path):
     a, b = write_parts(tmp_path, a=4, b=4)
-    times = times_of(read_parts([a + "=20%", b + "=80%"], Faults()), (1000, 400))
+    times = epoch_times(read_datasets([a + "=20%", b + "=80%"], Exclusions()), (1000, 400))
     assert times == pytest.approx((0.1, 1.0))
 
 
@@ -258,13 +262,13 @@ def test_where_all_have_a_share_nothing_is_read_twice(tmp_path):
 def test_shares_that_do_not_add_up_are_refused(weights, tmp_path):
     paths = write_parts(tmp_path, a=2, b=2)
     with pytest.raises(UserError, match="add up to"):
-        read_parts([path + weight for path, weight in zip(paths, weights, strict=True)], Faults())
+        read_datasets([path + weight for path, weight in zip(paths, weights, strict=True)], Exclusions())
 
 
 def test_the_same_data_twice_is_refused(tmp_path):
     (path,) = write_parts(tmp_path, a=2)
     with pytest.raises(UserError, match="given twice"):
-        read_parts([path, path], Faults())
+        read_datasets([path, path], Exclusions())
 
 
 def test_no_question_is_on_both_sides_whoever_answers_it(tmp_path):
@@ -274,14 +278,14 @@ def test_no_question_is_on_both_sides_whoever_answers_it(tmp_path):
         for i in range(100)
     ]
     one, two = write_rows(tmp_path / "one.jsonl", rows), write_rows(tmp_path / "two.jsonl", rows[:50])
-    sides = split(read_parts([str(one), str(two)], Faults()), 0.1)
-    train, held = sides.train, sides.held
+    sides = split_examples(read_datasets([str(one), str(two)], Exclusions()), 0.1)
+    train, held = sides.train, sides.held_out
     assert [len(a) + len(b) for a, b in zip(train, held, strict=True)] == [200, 50]
     asked = [{one.question for part in side for one in part} for side in (train, held)]
     assert not asked[0] & asked[1]
     assert 20 <= len(held[0]) <= 32
     assert asked[1] == sides.questions
-    assert split(read_parts([str(one), str(two)], Faults()), 0.1) == sides
+    assert split_examples(read_datasets([str(one), str(two)], Exclusions()), 0.1) == sides
 
 
 def test_held_out_roles_are_tuned_on_nowhere_and_are_a_source_of_their_own(tmp_path):
@@ -290,31 +294,31 @@ def test_held_out_roles_are_tuned_on_nowhere_and_are_a_source_of_their_own(tmp_p
         for one in ("witty", "caring")
         for i in range(10)
     ]
-    parts = read_parts([str(write_rows(tmp_path / "a.jsonl", rows))], Faults())
-    sides = split(parts, 0.1, ["witty"])
-    assert {one.style for one in sides.train[0]} == {"caring"}
-    assert sum(one.group == "a, held-out roles" for one in sides.held[0]) == 10
+    parts = read_datasets([str(write_rows(tmp_path / "a.jsonl", rows))], Exclusions())
+    sides = split_examples(parts, 0.1, ["witty"])
+    assert {one.role for one in sides.train[0]} == {"caring"}
+    assert sum(one.group == "a, held-out roles" for one in sides.held_out[0]) == 10
     assert len(sides.train[0]) == 9
-    met = [one.style for one in sides.held[0] if one.question not in sides.questions]
+    met = [one.role for one in sides.held_out[0] if one.question not in sides.questions]
     assert met == ["witty"] * 9
-    assert sorted(one.style for one in sides.held[0] if one.question in sides.questions) == [
+    assert sorted(one.role for one in sides.held_out[0] if one.question in sides.questions) == [
         "caring",
         "witty",
     ]
     with pytest.raises(
         UserError, match="--held-out-roles pirate is no role or persona of the data; there are caring, witty"
     ):
-        split(parts, 0.1, ["pirate"])
+        split_examples(parts, 0.1, ["pirate"])
 
 
 def test_one_question_cannot_be_split(tmp_path):
-    parts = read_parts([str(write_rows(tmp_path / "a.jsonl", [GOOD] * 3))], Faults())
+    parts = read_datasets([str(write_rows(tmp_path / "a.jsonl", [GOOD] * 3))], Exclusions())
     with pytest.raises(UserError, match="no conversation is held out"):
-        split(parts, 0.5)
+        split_examples(parts, 0.5)
 
 
 def test_options_about_rollouts_are_refused_where_there_are_none(tmp_path):
     data = str(write_rows(tmp_path / "a.jsonl", [GOOD]))
-    for wanted in (Wanted(score=2), Wanted(per_role=3), Wanted(cut=True)):
+    for wanted in (RolloutFilter(score=2), RolloutFilter(per_role=3), RolloutFilter(cut=True)):
         with pytest.raises(UserError, match="no --data is the folder of a run"):
-            read_parts([data], Faults(), wanted=wanted)
+            read_datasets([data], Exclusions(), selection=wanted)

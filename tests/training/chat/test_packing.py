@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 from chats import conversation, turns
-from test_gpt import SHAPE, lively
+from tiny_gpt import SHAPE, lively
 from transformers import AutoTokenizer
 
 from personatlas.persona.errors import UserError
 from personatlas.persona.models.chat_template import chat_format
-from personatlas.training.chat.conversations import Faults
-from personatlas.training.chat.packing import ChatEncoder, ChatSource, encoded, pack
-from personatlas.training.data.batches import Source
+from personatlas.training.chat.conversations import Exclusions
+from personatlas.training.chat.packing import ChatBatches, ChatEncoder, encode_examples, pack
+from personatlas.training.data.batches import BatchSource
 
 PLAIN = [
     turns("Who are you?", "A sailor."),
@@ -26,7 +26,7 @@ PLAIN = [
 def many(encoder, count, context=64):
     """Conversations of many lengths, no two alike."""
     listed = [turns(f"{i}?", "sea " * (i % 9 + 1) + f"{i}.") for i in range(count)]
-    return encoded([conversation(one) for one in listed], encoder, context, Faults())[0]
+    return encode_examples([conversation(one) for one in listed], encoder, context, Exclusions())[0]
 
 
 @pytest.mark.parametrize("messages", PLAIN)
@@ -64,8 +64,8 @@ def test_an_answer_begins_after_the_prompts_own_newline(encoder):
 
 
 def test_targets_are_what_the_assistant_says_and_its_end(encoder):
-    made, _ = encoded([conversation(PLAIN[2])], encoder, 200, Faults())
-    inputs, targets = made.one(0)
+    made, _ = encode_examples([conversation(PLAIN[2])], encoder, 200, Exclusions())
+    inputs, targets = made.inputs_and_targets(0)
     said = targets[targets != -100]
     text = encoder.tokenizer.decode(said.tolist(), skip_special_tokens=False)
     assert text == "日本語 naïve 😀\t\r\n x<|im_end|>done<|im_end|>"
@@ -77,14 +77,14 @@ def test_targets_are_what_the_assistant_says_and_its_end(encoder):
 
 
 def test_what_is_longer_than_the_context_is_counted_and_named(encoder):
-    faults = Faults()
+    faults = Exclusions()
     listed = [conversation(turns("Who?", "sea " * n), f"a:{n}") for n in (2, 50, 3)]
-    made, kept = encoded(listed, encoder, 40, faults)
-    assert [one.where for one in kept] == ["a:2", "a:3"]
+    made, kept = encode_examples(listed, encoder, 40, faults)
+    assert [one.place for one in kept] == ["a:2", "a:3"]
     assert faults.lines() == ["1 longer than the context of 40 tokens (a:50)"]
     exact = int(made.lengths.max())
-    assert len(encoded(listed, encoder, exact, Faults())[1]) == 2
-    assert len(encoded(listed, encoder, exact - 1, Faults())[1]) == 1
+    assert len(encode_examples(listed, encoder, exact, Exclusions())[1]) == 2
+    assert len(encode_examples(listed, encoder, exact - 1, Exclusions())[1]) == 1
 
 
 def test_another_tokenizer_or_template_is_refused(chat_tokenizer, tmp_path, encoder):
@@ -112,11 +112,11 @@ def test_a_conversation_goes_where_it_leaves_the_least_room():
 
 
 def test_a_step_is_the_same_rows_however_it_is_cut(encoder):
-    source = ChatSource(many(encoder, 60), context=64, rows=8, pad=3, seed=1)
-    assert isinstance(source, Source)
+    source = ChatBatches(many(encoder, 60), context=64, rows=8, pad=3, seed=1)
+    assert isinstance(source, BatchSource)
     for step in (0, 3, 40):
         whole = source.rows_at(step, 0, 8)
-        again = ChatSource(many(encoder, 60), context=64, rows=8, pad=3, seed=1)
+        again = ChatBatches(many(encoder, 60), context=64, rows=8, pad=3, seed=1)
         parts = [again.rows_at(step, first, 2) for first in (6, 0, 2, 4)]
         order = [parts[1], parts[2], parts[3], parts[0]]
         for name in ("ids", "targets", "documents"):
@@ -140,31 +140,33 @@ def conversations_in(source, rows):
 
 def test_an_epoch_reads_every_conversation_once_and_the_next_in_another_order(encoder):
     train = many(encoder, 60)
-    source = ChatSource(train, context=64, rows=1, pad=3, seed=0)
-    expected = Counter(tuple(train.one(number)[0].tolist()) for number in range(60))
+    source = ChatBatches(train, context=64, rows=1, pad=3, seed=0)
+    expected = Counter(tuple(train.inputs_and_targets(number)[0].tolist()) for number in range(60))
     assert conversations_in(source, source.rows_in(1)) == expected
     twice = conversations_in(source, source.rows_in(2))
     assert twice == expected + expected
     first, second = source.rows_at(0, 0, 1), source.rows_at(source.rows_in(1), 0, 1)
     assert not torch.equal(first.ids, second.ids)
-    other = ChatSource(train, context=64, rows=1, pad=3, seed=1)
+    other = ChatBatches(train, context=64, rows=1, pad=3, seed=1)
     assert not torch.equal(other.rows_at(0, 0, 1).ids, first.ids)
 
 
 def test_times_repeat_and_cut_evenly_over_epochs(encoder):
     train = many(encoder, 60)
     times = np.array([0.3] * 20 + [1.0] * 20 + [2.5] * 20)
-    source = ChatSource(train, context=64, rows=1, pad=3, seed=0, times=times)
+    source = ChatBatches(train, context=64, rows=1, pad=3, seed=0, times=times)
     for epochs, within in ((1, 1), (10, 0)):
         found = conversations_in(source, source.rows_in(epochs))
-        counts = np.array([found[tuple(train.one(number)[0].tolist())] for number in range(60)])
+        counts = np.array(
+            [found[tuple(train.inputs_and_targets(number)[0].tolist())] for number in range(60)]
+        )
         assert np.abs(counts - times * epochs).max() <= 1
         for part, time in ((slice(0, 20), 0.3), (slice(20, 40), 1.0), (slice(40, 60), 2.5)):
             assert abs(counts[part].sum() - 20 * time * epochs) <= within
 
 
 def test_epochs_and_rows_convert_both_ways(encoder):
-    source = ChatSource(many(encoder, 60), context=64, rows=4, pad=3, seed=0)
+    source = ChatBatches(many(encoder, 60), context=64, rows=4, pad=3, seed=0)
     rows = source.rows_in(2)
     assert source.rows_in(1) < rows
     assert source.rows_in(0) == 0
@@ -175,7 +177,7 @@ def test_epochs_and_rows_convert_both_ways(encoder):
 
 def test_a_row_is_padded_with_what_does_not_count(encoder):
     train = many(encoder, 3)
-    source = ChatSource(train, context=64, rows=1, pad=3, seed=0)
+    source = ChatBatches(train, context=64, rows=1, pad=3, seed=0)
     made = source.rows_at(0, 0, 1)
     last = made.documents[0] == made.documents[0, -1]
     assert (made.ids[0][last] == 3).all()
@@ -189,17 +191,20 @@ def test_packed_conversations_have_the_loss_that_each_has_alone(encoder):
     model = lively(replace(SHAPE, vocabulary=320))
     context = model.shape.context
     train = many(encoder, 12, context)
-    source = ChatSource(train, context=context, rows=1, pad=3, seed=0)
+    source = ChatBatches(train, context=context, rows=1, pad=3, seed=0)
     rows = source.rows_at(0, 0, source.rows_in(1))
     assert rows.documents.max() > 1
     with torch.no_grad():
         together = model(rows.ids, rows.targets, documents=rows.documents)
-        alone = [model(*(torch.from_numpy(part)[None] for part in train.one(number))) for number in range(12)]
+        alone = [
+            model(*(torch.from_numpy(part)[None] for part in train.inputs_and_targets(number)))
+            for number in range(12)
+        ]
     assert torch.allclose(together, sum(alone), rtol=1e-5)
 
 
 def test_a_source_of_nothing_is_refused(encoder):
     with pytest.raises(UserError, match="no conversation is left"):
-        ChatSource(encoded([], encoder, 64, Faults())[0], context=64, rows=1, pad=3)
+        ChatBatches(encode_examples([], encoder, 64, Exclusions())[0], context=64, rows=1, pad=3)
     with pytest.raises(ValueError, match="does not fit into a row of 10"):
-        ChatSource(many(encoder, 3), context=10, rows=1, pad=3)
+        ChatBatches(many(encoder, 3), context=10, rows=1, pad=3)

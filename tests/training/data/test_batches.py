@@ -6,14 +6,14 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from test_tokenizer import write_corpus
+from corpora import write_corpus
 
 from personatlas.persona.errors import UserError
 from personatlas.training.data import token_shards as tokens_module
-from personatlas.training.data.batches import Batches, document_index, held_out_rows
+from personatlas.training.data.batches import CorpusBatches, held_out_rows
 from personatlas.training.data.corpus import Corpus
 from personatlas.training.data.token_shards import Stream, make_tokens, open_tokens, verify
-from personatlas.training.data.tokenizer import encode, load_tokenizer, make_tokenizer, token_bytes
+from personatlas.training.data.tokenizer import encode, load_corpus_tokenizer, make_tokenizer, token_bytes
 
 SMALL = 2000  # bytes of text in a shard
 
@@ -29,7 +29,7 @@ def made(tmp_path_factory):
     return folder
 
 
-def corpus_of(folder):
+def corpus_in(folder):
     return Corpus.open(folder / "texts", held_share=0.2)
 
 
@@ -44,8 +44,8 @@ def contents(folder):
 
 
 def test_tokens_are_every_piece_after_its_mark(made):
-    tokens, corpus = open_tokens(made / "tokens"), corpus_of(made)
-    tokenizer = load_tokenizer(made / "tokenizer")
+    tokens, corpus = open_tokens(made / "tokens"), corpus_in(made)
+    tokenizer = load_corpus_tokenizer(made / "tokenizer")
     for stream, held in ((tokens.train, False), (tokens.held_out, True)):
         texts = [piece.text for piece in corpus.pieces() if corpus.holds_out(piece) == held]
         expected = [[0, *ids] for ids in encode(tokenizer, texts)]
@@ -78,7 +78,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_files(made, tmp_path, mon
         return encode(tokenizer, texts)
 
     monkeypatch.setattr(tokens_module, "encode", stop_at_the_third)
-    arguments = (corpus_of(made), made / "tokenizer", tmp_path / "tokens")
+    arguments = (corpus_in(made), made / "tokenizer", tmp_path / "tokens")
     with pytest.raises(KeyboardInterrupt):
         make_tokens(*arguments, shard=SMALL, quiet=True)
     with pytest.raises(UserError, match="no finished tokens"):
@@ -97,7 +97,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_files(made, tmp_path, mon
 def test_finished_tokens_are_not_made_again(made, monkeypatch):
     before = {path.name: path.stat().st_mtime_ns for path in (made / "tokens").iterdir()}
     monkeypatch.setattr(tokens_module, "encode", None)
-    make_tokens(corpus_of(made), made / "tokenizer", made / "tokens", shard=SMALL, quiet=True)
+    make_tokens(corpus_in(made), made / "tokenizer", made / "tokens", shard=SMALL, quiet=True)
     assert {
         path.name: path.stat().st_mtime_ns for path in (made / "tokens").iterdir() if path.suffix == ".npy"
     }.items() <= before.items()
@@ -105,18 +105,18 @@ def test_finished_tokens_are_not_made_again(made, monkeypatch):
 
 def test_tokens_of_another_tokenizer_or_corpus_are_found_out(made, tmp_path):
     with pytest.raises(UserError, match="tokens of another tokenizer; choose another folder"):
-        make_tokens(corpus_of(made), made / "other", made / "tokens", shard=SMALL, quiet=True)
+        make_tokens(corpus_in(made), made / "other", made / "tokens", shard=SMALL, quiet=True)
     with pytest.raises(UserError, match="another tokenizer than"):
         open_tokens(made / "tokens", made / "other")
     path = made / "texts" / "3.txt"
     before = path.read_text()
     path.write_text(before + "One more line.\n")
     with pytest.raises(UserError, match="another corpus, or files of it have changed"):
-        make_tokens(corpus_of(made), made / "tokenizer", made / "tokens", shard=SMALL, quiet=True)
+        make_tokens(corpus_in(made), made / "tokenizer", made / "tokens", shard=SMALL, quiet=True)
     path.write_text(before)
     (tmp_path / "note").write_text("mine")
     with pytest.raises(UserError, match="is there and holds no tokens"):
-        make_tokens(corpus_of(made), made / "tokenizer", tmp_path, shard=SMALL, quiet=True)
+        make_tokens(corpus_in(made), made / "tokenizer", tmp_path, shard=SMALL, quiet=True)
 
 
 def test_damaged_shards_are_found_out(made, tmp_path):
@@ -140,9 +140,9 @@ def test_damaged_shards_are_found_out(made, tmp_path):
 
 @pytest.mark.parametrize(("size", "context"), [(101, 10), (100, 10), (11, 10), (40, 39), (64, 1)])
 def test_an_epoch_makes_every_token_a_target_once_but_for_less_than_a_row(size, context):
-    batches = Batches(stream_of(size), context, rows=1, seed=3)
+    batches = CorpusBatches(stream_of(size), context, rows=1, seed=3)
     for epoch in range(3):
-        rows = [batches.row(epoch * batches.windows + i) for i in range(batches.windows)]
+        rows = [batches.window(epoch * batches.windows + i) for i in range(batches.windows)]
         targets = Counter(torch.cat([row[1:] for row in rows]).tolist())
         assert set(targets.values()) == {1}
         assert size - len(targets) == size % context
@@ -152,31 +152,35 @@ def test_an_epoch_makes_every_token_a_target_once_but_for_less_than_a_row(size, 
 
 def test_epochs_differ_and_seeds_differ_and_steps_are_repeatable():
     stream = stream_of(40, 60)
-    rows = lambda seed, epoch: [Batches(stream, 5, 1, seed).row(epoch * 20 + i).tolist() for i in range(20)]  # noqa: E731
+
+    def rows(seed, epoch):
+        batches = CorpusBatches(stream, 5, 1, seed)
+        return [batches.window(epoch * 20 + i).tolist() for i in range(20)]
+
     assert rows(0, 0) == rows(0, 0)
     assert len({str(rows(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
-    assert Batches(stream, 5, 4).epochs(10) == 2.0
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 6])
-def test_a_step_has_the_same_rows_over_any_number_of_ranks(world):
-    batches = Batches(stream_of(50, 51), context=7, rows=6)
+def test_a_step_has_the_same_rows_over_any_number_of_ranks_and_micro_batches(world):
+    batches = CorpusBatches(stream_of(50, 51), context=7, rows=6)
     for step in (0, 1, 5):
-        whole = batches.batch(step)
-        assert whole.shape == (6, 8)
-        assert whole.dtype == torch.int64
-        assert torch.equal(torch.cat([batches.batch(step, rank, world) for rank in range(world)]), whole)
+        whole = batches.rows_at(step, 0, 6)
+        assert whole.ids.shape == whole.targets.shape == (6, 7)
+        assert whole.ids.dtype == torch.int64
+        assert torch.equal(whole.ids[:, 1:], whole.targets[:, :-1])
+        share = 6 // world
+        parts = [batches.rows_at(step, rank * share, share) for rank in range(world)]
+        assert torch.equal(torch.cat([part.ids for part in parts]), whole.ids)
+        assert torch.equal(torch.cat([part.targets for part in parts]), whole.targets)
+        assert batches.counted(step) == 42
 
 
 def test_batches_that_cannot_be_are_refused():
     with pytest.raises(UserError, match="has 10 tokens, fewer than one row of 11"):
-        Batches(stream_of(10), context=10, rows=1)
-    with pytest.raises(ValueError, match="6 rows cannot be shared evenly by 4 ranks"):
-        Batches(stream_of(100), context=7, rows=6).batch(0, 0, 4)
-    with pytest.raises(ValueError, match="rank 2 of 2"):
-        Batches(stream_of(100), context=7, rows=6).batch(0, 2, 2)
+        CorpusBatches(stream_of(10), context=10, rows=1)
     with pytest.raises(ValueError, match="must be 1 or more"):
-        Batches(stream_of(100), context=0, rows=6)
+        CorpusBatches(stream_of(100), context=0, rows=6)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -188,11 +192,6 @@ def test_every_held_out_token_but_the_first_counts_once_over_all_ranks(size, wor
     counted = [t for found in batches for ids, counts in found for t in ids[:, 1:][counts].tolist()]
     assert sorted(counted) == list(range(1, size))
     assert all(ids.shape == (2, 6) and counts.shape == (2, 5) for found in batches for ids, counts in found)
-
-
-def test_the_document_index_counts_the_marks():
-    ids = torch.tensor([[7, 8, 0, 5, 0, 0], [0, 1, 2, 3, 4, 5]])
-    assert document_index(ids, 0).tolist() == [[0, 0, 1, 1, 2, 3], [1, 1, 1, 1, 1, 1]]
 
 
 def test_a_part_of_a_held_out_text_is_spread_over_all_of_it():

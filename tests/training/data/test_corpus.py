@@ -9,10 +9,11 @@ import tarfile
 from itertools import pairwise
 
 import pytest
+from corpora import write_parquet
 
 from personatlas.persona.errors import UserError
-from personatlas.training.data.corpus import Corpus, share_of
-from personatlas.training.data.documents import Source, read_pieces
+from personatlas.training.data.corpus import Corpus, hash_share
+from personatlas.training.data.documents import TextFile, read_pieces
 
 PACK = {
     ".gz": gzip.compress,
@@ -23,7 +24,7 @@ PACK = {
 
 
 def pieces_of(path, size=1000, column="text"):
-    return list(read_pieces(Source(path.name, path), column=column, size=size))
+    return list(read_pieces(TextFile(path.name, path), column=column, size=size))
 
 
 def texts_of(path, **options):
@@ -37,13 +38,6 @@ def books(folder, count=40):
             f"This is book {number}. It has a few words.\n" * (1 + number % 3)
         )
     return folder
-
-
-def table(path, texts, column="text"):
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    parquet.write_table(pyarrow.table({column: texts, "n": list(range(len(texts)))}), path)
 
 
 def tar_of(members):
@@ -74,7 +68,7 @@ def test_every_kind_of_file_gives_its_documents_packed_or_not(tmp_path, suffix):
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
 def test_a_parquet_table_gives_its_rows(tmp_path, suffix):
-    table(tmp_path / "plain.parquet", ["one", None, "two"])
+    write_parquet(tmp_path / "plain.parquet", ["one", None, "two"])
     path = tmp_path / f"t.parquet{suffix}"
     path.write_bytes(PACK.get(suffix, bytes)((tmp_path / "plain.parquet").read_bytes()))
     assert texts_of(path) == ["one", "", "two"]
@@ -117,7 +111,7 @@ def test_a_huge_line_streams_in_bounded_memory(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"no newline here " * (1 << 20))  # 16 MiB
     tracemalloc.start()
     characters = sum(
-        len(p.text) for p in read_pieces(Source("a.txt", tmp_path / "a.txt"), column="text", size=1 << 16)
+        len(p.text) for p in read_pieces(TextFile("a.txt", tmp_path / "a.txt"), column="text", size=1 << 16)
     )
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -192,8 +186,8 @@ def test_a_document_stays_on_its_side_whatever_else_is_in_the_folder(tmp_path):
 
 
 def test_the_order_of_files_is_that_of_their_hashed_names(tmp_path):
-    names = [source.name for source in Corpus.open(books(tmp_path / "books")).sources]
-    assert names == sorted(names, key=share_of)
+    names = [source.name for source in Corpus.open(books(tmp_path / "books")).files]
+    assert names == sorted(names, key=hash_share)
     assert names != sorted(names)
 
 

@@ -52,7 +52,7 @@ class C:
 def test_docstrings_keep_their_order_and_names_and_only_sentences_are_answers(tmp_path):
     path = tmp_path / "a.py"
     path.write_text(SOURCE)
-    told = list(demo_text._said(path))
+    told = list(demo_text._docstrings(path))
     assert [one.name for one in told] == ["", "f", "C", "C.g", "C._h"]
     assert [messages[0]["content"] for messages in demo_text._conversations({"a": told})] == []  # too short
     longer = [one._replace(text=one.text.replace("is a class", "is a class of things")) for one in told]
@@ -60,11 +60,11 @@ def test_docstrings_keep_their_order_and_names_and_only_sentences_are_answers(tm
     assert [messages[0]["content"] for messages in chats] == ["What is a.C?", "What does a.C.g do?"]
     assert chats[0][1] == {"role": "assistant", "content": "Two is a class of things."}
     path.write_text("def f(:")
-    assert list(demo_text._said(path)) == []
+    assert list(demo_text._docstrings(path)) == []
 
 
 def test_a_document_says_nothing_twice():
-    said = [demo_text.Said(name, "x" * 400, False) for name in ("", "f", "g")]
+    said = [demo_text.Docstring(name, "x" * 400, False) for name in ("", "f", "g")]
     texts = dict(demo_text._documents({"a": said}))
     assert texts["module-a.txt"] == "x" * 400 + "\n"
 
@@ -77,6 +77,6 @@ def test_a_folder_with_other_files_and_a_python_without_documentation_are_refuse
     with pytest.raises(UserError, match=r"holds other files \(mine.txt\)"):
         write_demo(tmp_path)
     monkeypatch.setattr(demo_text, "_documents", lambda _: iter([("a.txt", "x")]))
-    with pytest.raises(UserError, match="come without its documentation; give a --corpus of your own"):
+    with pytest.raises(UserError, match="comes without its documentation; give another --corpus"):
         write_demo(tmp_path / "new")
     assert not (tmp_path / "new").exists()

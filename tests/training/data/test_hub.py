@@ -10,11 +10,11 @@ from urllib.parse import unquote, urlparse
 
 import huggingface_hub.constants
 import pytest
-from test_corpus import table
+from corpora import write_parquet
 
 from personatlas.cli.app import main
 from personatlas.persona.errors import UserError
-from personatlas.training.data.corpus import corpus_of, located
+from personatlas.training.data.corpus import locate_corpus, open_corpus
 
 COMMIT = "c0ffee" + "0" * 34
 NAME = "someone/stories"
@@ -82,7 +82,7 @@ def unreachable(monkeypatch):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A hub on this machine with one data set, and an empty cache."""
-    table(tmp_path / "t.parquet", [f"a row of the table, number {n}" for n in range(30)])
+    write_parquet(tmp_path / "t.parquet", [f"a row of the table, number {n}" for n in range(30)])
     Hub.asked = []
     Hub.files = {
         "README.md": b"# stories",
@@ -106,7 +106,7 @@ def documents(corpus):
 
 
 def test_a_data_set_is_fetched_once_and_only_what_can_be_read(hub, monkeypatch):
-    first = corpus_of(Path(f"hub:{NAME}"), held_share=0.1)
+    first = open_corpus(Path(f"hub:{NAME}"), held_share=0.1)
     assert documents(first) == {
         "data/train/one.txt",
         "data/train/two.jsonl",
@@ -117,14 +117,14 @@ def test_a_data_set_is_fetched_once_and_only_what_can_be_read(hub, monkeypatch):
     assert len(fetched) == 4
     assert not any("load.py" in asked or "README" in asked for asked in Hub.asked)
     unreachable(monkeypatch)
-    assert corpus_of(Path(f"hub:{NAME}"), held_share=0.1).digest == first.digest
+    assert open_corpus(Path(f"hub:{NAME}"), held_share=0.1).digest == first.digest
 
 
 def test_a_folder_or_a_file_of_it_can_be_named_and_a_revision(hub):
-    assert documents(corpus_of(Path(f"hub:{NAME}/data/train"))) == {"one.txt", "two.jsonl"}
+    assert documents(open_corpus(Path(f"hub:{NAME}/data/train"))) == {"one.txt", "two.jsonl"}
     assert not any("table" in asked or "test" in asked for asked in Hub.asked)
-    assert documents(corpus_of(Path(f"hub:{NAME}/table.parquet@{COMMIT}"))) == {"table.parquet"}
-    both = corpus_of(Path(f"hub:{NAME}/data/train"), held_out=Path(f"hub:{NAME}/data/test@main"))
+    assert documents(open_corpus(Path(f"hub:{NAME}/table.parquet@{COMMIT}"))) == {"table.parquet"}
+    both = open_corpus(Path(f"hub:{NAME}/data/train"), held_out=Path(f"hub:{NAME}/data/test@main"))
     assert documents(both) == {"one.txt", "two.jsonl", "/held-out/three.txt"}
 
 
@@ -142,14 +142,14 @@ def test_a_folder_or_a_file_of_it_can_be_named_and_a_revision(hub):
 )
 def test_a_data_set_that_cannot_be_had_is_one_line(hub, name, words):
     with pytest.raises(UserError) as error:
-        corpus_of(Path(name))
+        open_corpus(Path(name))
     assert words in str(error.value)
     assert str(error.value).startswith(f"--corpus {name}")
     assert "\n" not in str(error.value)
 
 
 def test_without_the_hub_the_answer_comes_at_once_and_half_a_data_set_is_not_taken_for_one(hub, monkeypatch):
-    located(Path(f"hub:{NAME}/data/train"))
+    locate_corpus(Path(f"hub:{NAME}/data/train"))
     unreachable(monkeypatch)
     start = time.monotonic()
     for name, words in (
@@ -157,12 +157,12 @@ def test_without_the_hub_the_answer_comes_at_once_and_half_a_data_set_is_not_tak
         (f"hub:{NAME}", "only a part of it is in the cache, and the hub cannot be reached"),
     ):
         with pytest.raises(UserError, match=words):
-            corpus_of(Path(name))
+            open_corpus(Path(name))
     assert time.monotonic() - start < 5
 
 
 def test_a_path_stays_as_it_is_and_asks_nobody(hub, tmp_path):
-    assert located(tmp_path / "books") == tmp_path / "books"
+    assert locate_corpus(tmp_path / "books") == tmp_path / "books"
     assert Hub.asked == []
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import regex
+from corpora import CHAT, write_corpus
 from tokenizers import decoders
 
 from personatlas.cli.app import main
@@ -22,7 +23,7 @@ from personatlas.training.data.tokenizer import (
     SPECIAL,
     compression,
     encode,
-    load_tokenizer,
+    load_corpus_tokenizer,
     make_tokenizer,
     short_words,
     token_bytes,
@@ -31,30 +32,10 @@ from personatlas.training.data.tokenizer import (
 
 VOCABULARY = 310
 STRANGE = "don't DON'T we’ll naïve Ünïcödé 日本語 😀👩‍👧 \t\r\n\n  x  12345 -- <|im_end|> <|bos|> \u0301a \x7f\u2028 ..."
-CHAT = [
-    {"role": "system", "content": "You are a sailor."},
-    {"role": "user", "content": "Who are you?\n"},
-    {"role": "assistant", "content": "A sailor <|im_end|> of the sea."},
-    {"role": "user", "content": "\nAnd 2 more?"},
-    {"role": "assistant", "content": " Yes."},
-]
 
 
 def document(piece):
     return piece.document
-
-
-def write_corpus(folder):
-    """Thirty small documents, made here."""
-    folder.mkdir()
-    nouns = ["sailor", "harbour", "lighthouse", "storm", "captain", "island"]
-    for number in range(30):
-        lines = [
-            f"The {nouns[(number + i) % 6]} saw the {nouns[(number * i) % 6]}, and it's {i} miles away.\n"
-            for i in range(8 + number % 5)
-        ]
-        (folder / f"{number}.txt").write_text("".join(lines))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +55,7 @@ def auto(made):
 
 
 def test_any_text_comes_back_exactly(made, auto):
-    tokenizer = load_tokenizer(made / "tokenizer")
+    tokenizer = load_corpus_tokenizer(made / "tokenizer")
     for text in (STRANGE, "", " ", "\n", "a" * 3000, "".join(map(chr, range(0x20, 0x3000)))):
         (ids,) = encode(tokenizer, [text])
         assert tokenizer.decode(ids, skip_special_tokens=False) == text
@@ -85,7 +66,7 @@ def test_any_text_comes_back_exactly(made, auto):
 
 
 def test_the_special_tokens_come_first_and_every_byte_is_there(made, auto):
-    tokenizer = load_tokenizer(made / "tokenizer")
+    tokenizer = load_corpus_tokenizer(made / "tokenizer")
     assert [tokenizer.token_to_id(token) for token in SPECIAL] == [0, 1, 2, 3]
     assert tokenizer.get_vocab_size() == len(auto) == VOCABULARY
     assert (auto.bos_token, auto.eos_token, auto.pad_token) == (BOS, END, "<|pad|>")
@@ -154,7 +135,7 @@ def test_the_same_texts_give_the_same_tokenizer(made, tmp_path):
 
 
 def test_compression_is_bytes_over_tokens_with_its_interval(made):
-    tokenizer = load_tokenizer(made / "tokenizer")
+    tokenizer = load_corpus_tokenizer(made / "tokenizer")
     pieces = [Piece("a", 0, "The sailor. "), Piece("a", 1, "é"), Piece("b", 0, "The storm saw the captain.")]
     found = compression(tokenizer, pieces, document)
     tokens = sum(len(ids) for ids in encode(tokenizer, [piece.text for piece in pieces]))
@@ -167,7 +148,7 @@ def test_compression_is_bytes_over_tokens_with_its_interval(made):
 
 
 def test_a_tokenizer_that_loses_text_is_refused(made):
-    tokenizer = load_tokenizer(made / "tokenizer")
+    tokenizer = load_corpus_tokenizer(made / "tokenizer")
     tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     with pytest.raises(
         UserError, match=r"does not give back x\.txt \(piece 3\): at character 0 ' the' became 'the'"
@@ -230,11 +211,11 @@ def test_the_verb_makes_a_tokenizer_once_and_refuses_what_does_not_fit(made, tmp
 
 def test_a_folder_that_holds_no_tokenizer_of_ours_is_named(made, tmp_path):
     with pytest.raises(UserError, match=r"holds no tokenizer\.json; make one"):
-        load_tokenizer(tmp_path)
+        load_corpus_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="cannot be read"):
-        load_tokenizer(tmp_path)
+        load_corpus_tokenizer(tmp_path)
     text = (made / "tokenizer" / "tokenizer.json").read_text().replace(BOS, "<|first|>")
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(UserError, match=r"has no token <\|bos\|>"):
-        load_tokenizer(tmp_path)
+        load_corpus_tokenizer(tmp_path)

@@ -5,9 +5,9 @@ import json
 import gguf
 import pytest
 import torch
+from corpora import write_corpus
 from families import tokenizer
-from test_gpt import lively
-from test_tokenizer import write_corpus
+from tiny_gpt import lively
 from transformers import AutoModelForCausalLM
 
 from personatlas.cli.app import main
@@ -16,7 +16,7 @@ from personatlas.persona.models.chat_template import chat_format
 from personatlas.persona.models.load import load_model, model_from_bridge
 from personatlas.training.data.corpus import Corpus
 from personatlas.training.data.tokenizer import BOS, END, make_tokenizer
-from personatlas.training.export.huggingface import end_tokens, export, load_exported
+from personatlas.training.export.huggingface import end_token_ids, export_model, load_exported
 from personatlas.training.model.config import Shape
 
 SHAPE = Shape(vocabulary=320, depth=3, width=32, heads=4, kv_heads=2, head_width=8, inner=48, context=64)
@@ -31,7 +31,7 @@ def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
     tokenizer().save_pretrained(folder / "tokenizer")
     model = lively(SHAPE)
-    export(model, folder / "tokenizer", folder / "model")
+    export_model(model, folder / "tokenizer", folder / "model")
     return model, folder
 
 
@@ -58,7 +58,7 @@ def test_transformers_continues_with_the_same_tokens(exported):
         eos_token_id=None,
         pad_token_id=0,
     )
-    assert torch.equal(found, model.continued(ids, 40))
+    assert torch.equal(found, model.generate(ids, 40))
 
 
 def test_it_comes_back_bit_for_bit_and_can_be_trained_on(exported):
@@ -75,7 +75,7 @@ def test_it_comes_back_bit_for_bit_and_can_be_trained_on(exported):
 def test_a_tokenizer_trained_here_goes_along_with_its_template_and_ends(tmp_path, capsys):
     corpus = Corpus.open(write_corpus(tmp_path / "texts"), held_share=0.2)
     make_tokenizer(corpus, tmp_path / "tokenizer", vocabulary=310, quiet=True)
-    export(lively(SHAPE), tmp_path / "tokenizer", tmp_path / "model")
+    export_model(lively(SHAPE), tmp_path / "tokenizer", tmp_path / "model")
     model = load_model(str(tmp_path / "model"), device="cpu", dtype="float32")
     end = model.tokenizer.convert_tokens_to_ids(END)
     assert model.hf.generation_config.eos_token_id == [end]
@@ -90,7 +90,7 @@ def test_a_tokenizer_trained_here_goes_along_with_its_template_and_ends(tmp_path
 
 def test_a_bf16_export_rounds_once(exported, tmp_path):
     model, folder = exported
-    again = load_exported(export(model, folder / "tokenizer", tmp_path / "half", torch.bfloat16))
+    again = load_exported(export_model(model, folder / "tokenizer", tmp_path / "half", torch.bfloat16))
     for one, two in zip(again.parameters(), model.parameters(), strict=True):
         assert torch.equal(one, two.bfloat16())
     assert load_model(str(tmp_path / "half"), device="cpu", dtype="auto").dtype == torch.bfloat16
@@ -142,18 +142,18 @@ def test_every_end_of_an_answer_stands_in_the_generation_config(exported):
     _, folder = exported
     config = json.loads((folder / "model" / "generation_config.json").read_text())
     marker = tokenizer().convert_tokens_to_ids("<|end|>")
-    assert config["eos_token_id"] == end_tokens(tokenizer()) == sorted({2, marker})
+    assert config["eos_token_id"] == end_token_ids(tokenizer()) == sorted({2, marker})
 
 
 def test_nothing_is_overwritten_and_nothing_half_written_is_left(exported, tmp_path):
     model, folder = exported
     with pytest.raises(UserError, match="already there"):
-        export(model, folder / "tokenizer", folder / "model")
+        export_model(model, folder / "tokenizer", folder / "model")
     with pytest.raises(UserError, match=r"no tokenizer\.json"):
-        export(model, tmp_path, tmp_path / "out")
+        export_model(model, tmp_path, tmp_path / "out")
     small = lively(Shape(100, 1, 32, 4, 2, 8, 48, 64))
     with pytest.raises(UserError, match=r"has 263 tokens and the model embeds 100"):
-        export(small, folder / "tokenizer", tmp_path / "out")
+        export_model(small, folder / "tokenizer", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 

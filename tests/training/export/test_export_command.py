@@ -6,14 +6,14 @@ import shutil
 import gguf
 import pytest
 import torch
-from test_gpt import lively
-from test_tokenizer import write_corpus
+from corpora import write_corpus
+from tiny_gpt import lively
 from transformers import AutoModelForCausalLM
 
 from personatlas.cli.app import main
 from personatlas.training.data.corpus import Corpus
 from personatlas.training.data.tokenizer import make_tokenizer
-from personatlas.training.export.huggingface import export, load_exported
+from personatlas.training.export.huggingface import export_model, load_exported
 from personatlas.training.model.config import Shape
 
 SHAPE = Shape(vocabulary=310, depth=2, width=32, heads=4, kv_heads=2, head_width=8, inner=48, context=32)
@@ -26,7 +26,7 @@ def run(tmp_path_factory):
     corpus = Corpus.open(write_corpus(folder / "texts"), held_share=0.2)
     make_tokenizer(corpus, folder / "tokenizer", vocabulary=310, quiet=True)
     (folder / "run.json").write_text(json.dumps({"kind": "training"}))
-    export(lively(SHAPE), folder / "tokenizer", folder / "checkpoints" / "step-000008")
+    export_model(lively(SHAPE), folder / "tokenizer", folder / "checkpoints" / "step-000008")
     return folder
 
 

@@ -5,9 +5,9 @@ import shutil
 import gguf
 import pytest
 import torch
+from corpora import CHAT
 from exported import SHAPE, exported_in
 from families import tokenizer
-from test_tokenizer import CHAT
 
 from personatlas.persona.errors import UserError
 from personatlas.persona.models.load import load_model

@@ -8,7 +8,7 @@ import torch
 from exported import PROMPT, QUESTION, SHAPE, exported_in
 
 from personatlas.training.export.gguf import write_gguf
-from personatlas.training.export.huggingface import load_exported, load_tokenizer_of
+from personatlas.training.export.huggingface import load_exported, load_hf_tokenizer
 
 xllamacpp = pytest.importorskip("xllamacpp", reason="no build of llama.cpp for this machine")
 
@@ -29,7 +29,7 @@ def exported(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(exported):
-    return load_tokenizer_of(exported, SHAPE)
+    return load_hf_tokenizer(exported, SHAPE)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_texts_are_parted_alike(client, tokenizer):
 def test_greedy_answers_are_the_models(client, exported):
     how = {"n_predict": 24, "temperature": 0, "return_tokens": True}
     theirs = asked(client, "/completion", prompt=PROMPT[0].tolist(), **how)["tokens"]
-    assert theirs == load_exported(exported).continued(PROMPT, 24)[0, PROMPT.shape[1] :].tolist()
+    assert theirs == load_exported(exported).generate(PROMPT, 24)[0, PROMPT.shape[1] :].tolist()
 
 
 @pytest.mark.parametrize("length", [1, 2, 17, 40])

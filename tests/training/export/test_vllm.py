@@ -12,7 +12,7 @@ import pytest
 import torch
 from exported import PROMPT, QUESTION, SHAPE, exported_in
 
-from personatlas.training.export.huggingface import load_exported, load_tokenizer_of
+from personatlas.training.export.huggingface import load_exported, load_hf_tokenizer
 
 PYTHON = os.environ.get("PERSONATLAS_VLLM")
 pytestmark = [
@@ -58,7 +58,7 @@ def test_greedy_answers_and_their_likelihoods_are_the_models(exported, said):
 
 
 def test_conversations_and_texts_become_the_same_tokens(exported, said):
-    tokenizer = load_tokenizer_of(exported, SHAPE)
+    tokenizer = load_hf_tokenizer(exported, SHAPE)
     assert (
         said["conversation"]
         == tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True)["input_ids"]

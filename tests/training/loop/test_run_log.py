@@ -8,7 +8,7 @@ import pytest
 
 from personatlas.persona.errors import UserError
 from personatlas.persona.logs import read_lines
-from personatlas.training.loop.run_log import Line, Meters, cut_after, read_metrics
+from personatlas.training.loop.run_log import MetricsLog, ProgressLine, cut_log, read_metrics
 
 
 def a_step(step, loss=3.0, **more):
@@ -43,33 +43,33 @@ def an_event(step, text):
 
 def test_rows_come_back_in_order_with_everything_that_was_in_them(tmp_path):
     rows = [a_step(1), an_evaluation(1), an_event(1, "stopped by Ctrl-C"), a_step(2, 2.9)]
-    with Meters(tmp_path) as meters:
+    with MetricsLog(tmp_path) as log:
         assert read_metrics(tmp_path) == []
         for row in rows:
-            meters.write(row)
+            log.write(row)
     assert read_metrics(tmp_path) == rows
 
 
 def test_a_number_that_is_not_finite_is_null_in_the_record_and_in_no_mirror(tmp_path):
-    with Meters(tmp_path) as meters:
-        meters.write(a_step(1, float("nan"), gradient_norm=float("inf")))
+    with MetricsLog(tmp_path) as log:
+        log.write(a_step(1, float("nan"), gradient_norm=float("inf")))
     row = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert (row["loss"], row["gradient_norm"], row["rate"]) == (None, None, 1.0)
 
 
-def test_going_on_cuts_what_came_after_the_checkpoint_and_tells_how_far_it_had_been(tmp_path):
-    with Meters(tmp_path) as meters:
-        assert meters.cut_after(0) is None
+def test_resuming_cuts_what_came_after_the_checkpoint(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        log.cut_after(0)
         for step in range(1, 8):
-            meters.write(a_step(step))
-            meters.write(an_evaluation(step))
+            log.write(a_step(step))
+            log.write(an_evaluation(step))
         with (tmp_path / "metrics.jsonl").open("a") as file:
             file.write('{"kind": "step", "st')  # killed while it wrote
-        assert meters.cut_after(4) == 7
-        meters.write(a_step(5, 1.0))
+        log.cut_after(4)
+        log.write(a_step(5, 1.0))
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 1, 2, 2, 3, 3, 4, 4, 5]
     before = (tmp_path / "metrics.jsonl").stat()
-    assert cut_after(tmp_path / "metrics.jsonl", 5) == 5
+    cut_log(tmp_path / "metrics.jsonl", 5)
     assert (tmp_path / "metrics.jsonl").stat().st_ino == before.st_ino  # nothing to cut: not written again
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
@@ -80,7 +80,7 @@ def test_a_mirror_without_its_package_is_one_line_that_says_what_to_install(
 ):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=f"^--{option} needs .*: pip install {package}$"):
-        Meters(tmp_path, **{option: True if option == "tensorboard" else "project"})
+        MetricsLog(tmp_path, **{option: True if option == "tensorboard" else "project"})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -104,19 +104,19 @@ def scalars(folder):
 
 def test_tensorboard_sees_the_numbers_and_forgets_what_was_cut(tmp_path):
     pytest.importorskip("tensorboardX")
-    with Meters(tmp_path, tensorboard=True) as meters:
+    with MetricsLog(tmp_path, tensorboard=True) as log:
         assert not (tmp_path / "tensorboard").exists()
-        meters.write(a_step(7, 2.5))
-        meters.write(an_evaluation(7))
-        meters.write(an_event(7, "no number"))
+        log.write(a_step(7, 2.5))
+        log.write(an_evaluation(7))
+        log.write(an_event(7, "no number"))
     found, purged = scalars(tmp_path / "tensorboard")
     assert ("train/loss", 7, 2.5) in found
     assert ("held-out/bits_per_byte", 7, 1.25) in found
     assert "train/utilisation" not in [tag for tag, _, _ in found]
     assert purged == []
-    with Meters(tmp_path, tensorboard=True) as meters:
-        meters.cut_after(4)
-        meters.write(a_step(5, 2.7))
+    with MetricsLog(tmp_path, tensorboard=True) as log:
+        log.cut_after(4)
+        log.write(a_step(5, 2.7))
     found, purged = scalars(tmp_path / "tensorboard")
     assert ("train/loss", 5, 2.7) in found
     assert purged == [5]
@@ -128,8 +128,8 @@ def test_weights_and_biases_works_offline_and_goes_on_with_the_same_run(tmp_path
     monkeypatch.setenv("WANDB_MODE", "offline")
     ids = []
     for step in (1, 2):
-        with Meters(tmp_path, wandb="project") as meters:
-            meters.write(a_step(step))
+        with MetricsLog(tmp_path, wandb="project") as log:
+            log.write(a_step(step))
         ids.append((tmp_path / "wandb" / "id").read_text())
     assert ids[0] == ids[1]
     assert (
@@ -141,7 +141,7 @@ def test_weights_and_biases_works_offline_and_goes_on_with_the_same_run(tmp_path
 def test_lines_come_every_ten_seconds_and_say_where_the_run_stands(capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("personatlas.training.loop.run_log.time.monotonic", lambda: now[0])
-    with Line(100) as line:
+    with ProgressLine(100) as line:
         for step in range(1, 31):
             now[0] += 2.0
             line.show(a_step(step, 4.0, utilisation=0.491))
@@ -158,7 +158,7 @@ def test_lines_come_every_ten_seconds_and_say_where_the_run_stands(capsys, monke
 
 
 def test_the_time_left_is_training_time_at_the_pace_since_this_process_began(capsys):
-    with Line(1000, quiet=True) as line:
+    with ProgressLine(1000, quiet=True) as line:
         line.show(a_step(500, seconds=4000.0))
         assert line.seconds_left() is None
         line.show(a_step(510, seconds=4030.0))
@@ -172,7 +172,7 @@ def test_on_a_terminal_one_line_moves(monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "140")
     monkeypatch.setenv("TERM", "xterm")
-    with Line(100) as line:
+    with ProgressLine(100) as line:
         line.show(a_step(1))
         line.show(an_event(1, "resumed from step 0"))
         line.show(a_step(2, 2.0))
@@ -185,6 +185,6 @@ def test_on_a_terminal_one_line_moves(monkeypatch, capsys):
 def test_samples_and_metrics_are_cut_by_the_same_rule(tmp_path):
     path = tmp_path / "samples.jsonl"
     path.write_text("".join(json.dumps({"step": step, "text": "¿"}) + "\n" for step in (0, 5, 5, 9)))
-    assert cut_after(path, 5) == 9
+    cut_log(path, 5)
     assert [row["step"] for row in read_lines(path)] == [0, 5, 5]
     assert "¿" in Path(path).read_text(encoding="utf-8")

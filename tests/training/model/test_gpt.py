@@ -8,27 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_gpt import SHAPE, ids_of, lively
 
 from personatlas.training.model import cross_entropy as loss
 from personatlas.training.model.config import Shape
 from personatlas.training.model.cross_entropy import linear_cross_entropy
-from personatlas.training.model.gpt import GPT, normed, rotated, rotation, turn_of
-
-SHAPE = Shape(vocabulary=97, depth=3, width=32, heads=4, kv_heads=2, head_width=8, inner=48, context=64)
-
-
-def lively(shape=SHAPE, seed=0, **how):
-    """A model whose every part matters: fresh ones have silent blocks and an almost silent head."""
-    model, generator = GPT(shape, **how).initialise(seed), torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            scale = 0.3 if parameter.ndim == 1 else 1.5 * parameter.shape[1] ** -0.5
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
-    return model
-
-
-def ids_of(rows, length, seed=1):
-    return torch.randint(SHAPE.vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
+from personatlas.training.model.gpt import GPT, apply_rotary, rms_norm, rotary_table, rotary_values
 
 
 def test_a_fresh_model_knows_nothing_and_all_its_blocks_are_the_identity():
@@ -133,10 +118,10 @@ def test_checkpointing_changes_no_gradient():
 
 def test_a_turned_head_keeps_its_length_and_its_angle_to_a_head_as_far_away():
     shape = Shape(97, 1, 64, 4, 2, 16, 64, 32)
-    turn = turn_of(rotation(shape), 32)
+    turn = rotary_values(rotary_table(shape), 32)
     x = torch.randn(1, 1, 2, 16, generator=torch.Generator().manual_seed(2)).expand(1, 32, 2, 16)
-    x = normed(x, torch.ones(16), 1e-6)
-    y = rotated(x, turn)
+    x = rms_norm(x, torch.ones(16), 1e-6)
+    y = apply_rotary(x, turn)
     torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1))
     near = (y[:, 3:, 0] * y[:, :-3, 1]).sum(-1)  # three apart, wherever
     torch.testing.assert_close(near, near[:, :1].expand_as(near), rtol=1e-4, atol=1e-4)
@@ -180,10 +165,10 @@ def test_impossible_shapes_are_refused():
 
 def test_sampling_is_greedy_at_zero_and_follows_its_generator_otherwise():
     model, ids = lively(), ids_of(2, 5)
-    longer = model.continued(ids, 3)
+    longer = model.generate(ids, 3)
     assert longer.shape == (2, 8)
     assert torch.equal(longer[:, 5], model(ids)[:, -1].argmax(-1))
-    drawn = [model.continued(ids, 6, 1.0, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    drawn = [model.generate(ids, 6, 1.0, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
 

@@ -7,11 +7,11 @@ import torch
 from personatlas.persona.distributed import World
 from personatlas.training.model.config import Shape
 from personatlas.training.model.gpt import GPT
-from personatlas.training.optim.muon import Bucket, Optimizer, adam_step, muon_step, polar
+from personatlas.training.optim.muon import FlatBuffer, Optimizer, adam_step, muon_step, polar
 from personatlas.training.optim.schedule import Rates
 
 SHAPE = Shape(vocabulary=97, depth=3, width=32, heads=4, kv_heads=2, head_width=8, inner=48, context=64)
-RATES = Rates(matrix=0.02, embedding=0.05, head=0.005, gain=0.005, decay=0.1, momentum=0.9, second=0.99)
+RATES = Rates(matrix=0.02, embedding=0.05, head=0.005, norm=0.005, decay=0.1, momentum=0.9, adam_beta2=0.99)
 
 
 def drawn(*shape, seed=0, dtype=torch.float32):
@@ -38,10 +38,10 @@ def test_a_matrix_of_zeros_stays_so():
 
 def stepped(rows, columns, gradients, decay=0.0, values=None):
     values = torch.zeros(1, rows, columns) if values is None else values.clone()
-    momentum, lengths = torch.zeros(1, rows, columns), torch.zeros(1, max(rows, columns))
+    momentum, mean_squares = torch.zeros(1, rows, columns), torch.zeros(1, max(rows, columns))
     for gradient in gradients:
         numbers = (torch.tensor(x) for x in (0.1, decay, 0.9))
-        muon_step(values, gradient, momentum, lengths, *numbers, torch.float32)
+        muon_step(values, gradient, momentum, mean_squares, *numbers, torch.float32)
     return values
 
 
@@ -77,13 +77,13 @@ def test_adam_is_that_of_torch():
     values = drawn(50)
     theirs = torch.nn.Parameter(values.clone())
     reference = torch.optim.Adam([theirs], lr=0.03, betas=(0.8, 0.99), eps=1e-10)
-    first, second = torch.zeros(50), torch.zeros(50)
+    first, adam_beta2 = torch.zeros(50), torch.zeros(50)
     for number in range(1, 6):
         gradient = drawn(50, seed=number)
         theirs.grad = gradient.clone()
         reference.step()
         numbers = (torch.tensor(x) for x in (0.03, 0.99, float(number)))
-        adam_step(values, gradient, first, second, *numbers)
+        adam_step(values, gradient, first, adam_beta2, *numbers)
     torch.testing.assert_close(values, theirs.detach(), rtol=1e-5, atol=1e-6)
 
 
@@ -103,25 +103,25 @@ def trained(steps, model=None, optimizer=None, start=0):
 def test_both_together_learn_and_gradients_start_from_zero_after_a_step():
     _, optimizer, losses = trained(40)
     assert losses[-1] < losses[0] - 1
-    assert all(bucket.gradients.abs().max() == 0 for bucket in optimizer.buckets())
+    assert all(buffer.gradients.abs().max() == 0 for buffer in optimizer.buffers())
 
 
-def test_every_parameter_is_in_one_bucket_and_stays_the_model_s():
+def test_every_parameter_is_in_one_buffer_and_stays_the_model_s():
     model = GPT(SHAPE).initialise(0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = Optimizer(model, World())
-    names = [name for bucket in optimizer.buckets() for name in bucket.parameters]
+    names = [name for buffer in optimizer.buffers() for name in buffer.parameters]
     assert sorted(names) == sorted(before)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    for bucket in optimizer.buckets():
-        bucket.values.zero_()
+    for buffer in optimizer.buffers():
+        buffer.values.zero_()
     assert all(p.abs().max() == 0 for p in model.parameters())
 
 
 def test_matrices_of_one_shape_are_stepped_at_once():
     optimizer = Optimizer(GPT(SHAPE).initialise(0), World())
     # q and o are 32 x 32, k and v 16 x 32, gate and up 48 x 32, down 32 x 48
-    assert sorted(len(bucket.parameters) for bucket in optimizer.matrices) == [3, 6, 6, 6]
+    assert sorted(len(buffer.parameters) for buffer in optimizer.matrices) == [3, 6, 6, 6]
 
 
 def test_a_state_that_was_saved_goes_on_as_if_it_had_not_been():
@@ -144,13 +144,13 @@ def test_a_state_is_shared_out_anew_over_another_number_of_ranks():
     state = {f"m{i}": drawn(1, 4, 2, seed=10 + i) for i in range(7)}
     parts = []
     for rank in range(3):
-        bucket = Bucket(
+        buffer = FlatBuffer(
             {n: torch.nn.Parameter(p.detach().clone()) for n, p in parameters.items()}, 8, World(rank, 3)
         )
         mine = torch.ones(3, 4, 2)
-        bucket.part(state, mine)
+        buffer.scatter_state(state, mine)
         parts.append(mine)
-        assert bucket.my_values.shape == (24,)
+        assert buffer.my_values.shape == (24,)
     whole = torch.cat(parts)
     assert torch.equal(whole[:7], torch.cat([state[f"m{i}"] for i in range(7)]))
     assert whole[7:].abs().max() == 0

@@ -14,10 +14,10 @@ from training_runs import a_training_run
 
 from personatlas.cli.app import main
 from personatlas.persona.errors import UserError
-from personatlas.training.plan import CHIPS, critical_batch, plan_of
-from personatlas.training.report.figures import MOST, smoothed, training_figures
-from personatlas.training.report.page import spread, write_training_report
-from personatlas.training.report.read import read_record
+from personatlas.training.plan import CHIPS, critical_batch, make_plan
+from personatlas.training.report.figures import MAX_POINTS, smoothed, training_figures
+from personatlas.training.report.page import spread_steps, write_training_report
+from personatlas.training.report.read import read_training_record
 from personatlas.training.report.tables import plan_table
 
 
@@ -169,7 +169,7 @@ def test_nobodys_text_can_run(tmp_path):
 def test_the_rules_that_the_page_tells_are_those_that_the_dial_goes_by():
     told = []
     for depth, minutes in ((4, 30.0), (12, 3.0), (20, 60.0)):
-        plan = plan_of(depth, minutes=minutes, chip=CHIPS["h200"])
+        plan = make_plan(depth, minutes=minutes, chip=CHIPS["h200"])
         table = {
             name: rule for name, _, rule in plan_table(plan.to_json(), {"rate_scale": 1.0}, is_base=True)
         }
@@ -177,7 +177,7 @@ def test_the_rules_that_the_page_tells_are_those_that_the_dial_goes_by():
             "matrices": "matrix_rate",
             "embedding": "embedding_rate",
             "head": "head_rate",
-            "gains": "gain_rate",
+            "gains": "norm_rate",
         }
         known = {"batch": plan.batch, "width": plan.shape.width, "sqrt": math.sqrt}
         for name, field in names.items():
@@ -192,12 +192,12 @@ def test_the_rules_that_the_page_tells_are_those_that_the_dial_goes_by():
 
 
 def test_rates_and_batches_that_were_asked_for_are_told_as_such():
-    plan = plan_of(4, minutes=30.0, chip=CHIPS["h200"]).scaled(0.5)
+    plan = make_plan(4, minutes=30.0, chip=CHIPS["h200"]).scaled(0.5)
     table = {
         name: rule
         for name, _, rule in plan_table(plan.to_json(), {"rate_scale": 0.5, "batch": 7}, is_base=True)
     }
-    plain = {name: rule for name, _, rule in plan_table(plan_of(4).to_json(), {}, is_base=True)}
+    plain = {name: rule for name, _, rule in plan_table(make_plan(4).to_json(), {}, is_base=True)}
     assert table["rate of head"] == plain["rate of head"] + ", times 0.5 as asked"
     assert table["batch"] == "as asked"
 
@@ -218,15 +218,15 @@ def test_a_long_run_is_drawn_from_few_points_with_its_ends(tmp_path):
         {"kind": "step", "step": n, "loss": 10 / n**0.1, "tokens_a_second": 5.0} for n in range(1, 20_001)
     ]
     write_rows(run, rows)
-    loss = training_figures(read_record(run))["loss"]
-    assert len(loss.data[1].x) <= MOST
+    loss = training_figures(read_training_record(run))["loss"]
+    assert len(loss.data[1].x) <= MAX_POINTS
     assert (loss.data[1].x[0], loss.data[1].x[-1]) == (1, 20_000)
 
 
 def test_shown_steps_are_the_first_two_the_last_and_spread_between():
-    assert spread([0, 5], 5) == [0, 5]
-    assert spread(list(range(0, 1001, 100)), 5) == [0, 100, 200, 500, 1000]
-    assert spread([0, *(2**n for n in range(13))], 5) == [0, 1, 32, 256, 4096]
+    assert spread_steps([0, 5], 5) == [0, 5]
+    assert spread_steps(list(range(0, 1001, 100)), 5) == [0, 100, 200, 500, 1000]
+    assert spread_steps([0, *(2**n for n in range(13))], 5) == [0, 1, 32, 256, 4096]
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1280, "light")])
