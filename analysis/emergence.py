@@ -3,9 +3,9 @@
     result = compute_emergence(Path("runs/mine"), Path("runs/mine-emergence"))
     result.checkpoints[-1].pole             # PoleRank(z=1.8, rank=2, n=105)
 
-Projections of different weights have different scales, so a role's position is its z-score among the roles of its
-checkpoint, the positive pole left out of mean and standard deviation. All numbers are at the layer to use of the last
-checkpoint, which is fitted first.
+Projections of different weights have different scales, so a role's position is its z-score among the roles of
+its checkpoint, the positive pole left out of mean and standard deviation. All numbers are at the layer to use
+of the last checkpoint, which is fitted first.
 """
 
 import math
@@ -45,10 +45,11 @@ class PoleRank(JsonRecord):
 
 @dataclass(frozen=True)
 class CheckpointFit(JsonRecord):
-    """A checkpoint's fit at the layer: its own numbers, and its axis and roles beside those of the last checkpoint.
+    """A checkpoint's fit at the layer: its own numbers, and its axis and roles beside those of the last
+    checkpoint.
 
-    `cosine` is between the axes, `rank_correlation` (Spearman) between the roles' projections, None where these are
-    all equal. `role_play` is the share of judged answers that show their role.
+    `cosine` is between the axes, `rank_correlation` (Spearman) between the roles' projections, None where
+    these are all equal. `role_play` is the share of judged answers that show their role.
     """
 
     step: int
@@ -73,7 +74,8 @@ class CheckpointFit(JsonRecord):
 
 @dataclass(frozen=True)
 class EmergenceResult(JsonRecord):
-    """The checkpoints by step, and every role's z-scores over them, in the order of the last one (emergence.json)."""
+    """The checkpoints by step, and every role's z-scores over them, in the order of the last one
+    (emergence.json)."""
 
     layer: int
     positive: str
@@ -93,7 +95,8 @@ class EmergenceResult(JsonRecord):
 
     @property
     def settled_step(self) -> int | None:
-        """The first step from which on roles are ranked as at the end (0.8); the last checkpoint does not count."""
+        """The first step from which on roles are ranked as at the end (0.8); the last checkpoint does not
+        count."""
         step = None
         for row in reversed(self.checkpoints[:-1]):
             value = math.nan if row.rank_correlation is None else row.rank_correlation.value
@@ -113,10 +116,11 @@ def compute_emergence(
     judge: JudgeOptions = JudgeOptions(),
     fit: FitOptions = FitOptions(),
 ) -> EmergenceResult:
-    """Computes the axis of a training run's checkpoints, each in a run folder below `out`, and their page. Resumes.
+    """Computes the axis of a training run's checkpoints, each in a run folder below `out`, and their page.
+    Resumes.
 
-    `checkpoints` is how many at most. Writes emergence.json and emergence.html. Raises `UserError` under torchrun, and
-    for a folder that is no training run or has fewer than two checkpoints.
+    `checkpoints` is how many at most. Writes emergence.json and emergence.html. Raises `UserError` under
+    torchrun, and for a folder that is no training run or has fewer than two checkpoints.
     """
     folders = select_checkpoints(run, checkpoints)
     if get_world().size > 1:
@@ -139,7 +143,8 @@ def compute_emergence(
 
 
 def select_checkpoints(run: Path, count: int) -> dict[int, Path]:
-    """Returns at most `count` of a training run's checkpoints by step, evenly over the logarithm of the steps."""
+    """Returns at most `count` of a training run's checkpoints by step, evenly over the logarithm of the
+    steps."""
     if count < 2:
         raise UserError(f"--checkpoints {count}: at least 2 are needed to see a change")
     if not is_training_run(run):
@@ -152,7 +157,8 @@ def select_checkpoints(run: Path, count: int) -> dict[int, Path]:
 
 
 def spread_steps(steps: list[int], count: int) -> list[int]:
-    """Returns up to `count` (2 or more) of some sorted steps: the first two, the last, and the nearest to even
+    """Returns up to `count` (2 or more) of some sorted steps: the first two, the last, and the nearest to
+    even
     logarithms in between; of two the first and the last."""
     if len(steps) <= count:
         return steps
@@ -167,7 +173,8 @@ def spread_steps(steps: list[int], count: int) -> list[int]:
 def compare_checkpoints(fits: Mapping[int, tuple[FitResult, Axis]]) -> EmergenceResult:
     """Returns the fits of checkpoints by step beside one another.
 
-    Raises `UserError` for fewer than two, for fits at different layers, or with fewer than three roles in common.
+    Raises `UserError` for fewer than two, for fits at different layers, or with fewer than three roles in
+    common.
     """
     steps = sorted(fits)
     if len(steps) < 2:
@@ -197,12 +204,12 @@ def compare_checkpoints(fits: Mapping[int, tuple[FitResult, Axis]]) -> Emergence
             CheckpointFit(
                 step=step,
                 cos_pc1=Interval(cos_pc1.value, cos_pc1.low, cos_pc1.high),
-                cos_pc1_shuffled=row.null and row.null.cos_pc1,
+                cos_pc1_shuffled=row.null.cos_pc1 if row.null else None,
                 split_half=row.split_half,
                 norm=row.norm,
-                norm_shuffled=row.null and row.null.norm,
-                p_norm=row.null and row.null.p_norm,
-                role_play=result.role_play and result.role_play.share,
+                norm_shuffled=row.null.norm if row.null else None,
+                p_norm=row.null.p_norm if row.null else None,
+                role_play=result.role_play.share if result.role_play else None,
                 pole=PoleRank(
                     z[step][positive],
                     1 + sum(value > z[step][positive] for value in others[step].values()),

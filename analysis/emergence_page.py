@@ -1,4 +1,5 @@
-"""The page of an emerging axis: whether there is one, whether it is that of the last checkpoint, and where the roles lie.
+"""The page of an emerging axis: whether there is one, whether it is that of the last checkpoint, and where
+the roles lie.
 
 Checkpoints are at even distances: their steps are powers of two.
 """
@@ -18,6 +19,7 @@ TEMPLATE = Path(__file__).parent / "emergence.html.jinja"
 MARGIN = {"l": 60, "r": 18, "t": 14, "b": 46}
 LABELS = 38  # that fit under one another in the figure of the roles
 ENDS = 6  # roles at either end that are drawn in colour
+Lines = dict[str, tuple[str, list[Interval | None]]]  # by name: colour, and an interval a checkpoint
 LEGEND = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
 
 
@@ -25,11 +27,11 @@ def write_emergence_page(path: Path, name: str, result: EmergenceResult) -> None
     """Writes the page of an emerging axis of the model of that name."""
     rows = result.checkpoints
     content = {"name": name, "e": result, "tiles": _tiles(result), "lead": _summary(result)}
-    axis_lines = {
+    axis_lines: Lines = {
         "cos(PC1, axis)": ("--accent", [row.cos_pc1 for row in rows]),
         "split-half": ("--positive", [row.split_half for row in rows]),
     }
-    last_lines = {
+    last_lines: Lines = {
         "rank correlation of roles": ("--accent", [row.rank_correlation for row in rows]),
         "cosine of axes": ("--others", [Interval(row.cosine, None, None) for row in rows]),
     }
@@ -54,10 +56,7 @@ def _steps(rows: Sequence[CheckpointFit]) -> list[str]:
     return [f"{row.step:,}" for row in rows]
 
 
-def _line_figure(
-    rows: Sequence[CheckpointFit], lines: dict[str, tuple[str, list[Interval | None]]]
-) -> go.Figure:
-    """Lines over checkpoints, by name their colour and intervals."""
+def _line_figure(rows: Sequence[CheckpointFit], lines: Lines) -> go.Figure:
     figure = empty_figure(margin=MARGIN, showlegend=True, hovermode="x unified", legend=LEGEND)
     steps, lowest = _steps(rows), 0.0
     for name, (colour, intervals) in lines.items():

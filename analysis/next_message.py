@@ -1,13 +1,15 @@
-"""How much of the next answer's projection the user's message predicts: ridge regression on the message's words.
+"""How much of the next answer's projection the user's message predicts: ridge regression on the message's
+words.
 
-    predictions = predict_from_messages(turns)     # Turn(text, projection, change, script, domain) of every answer
+    predictions = predict_from_messages(turns)     # a UserMessage per answer
     predictions["projection"].r2, predictions["projection"].domain.r2
 
-y = <features(message), w> + b with an L2 penalty. Features are hashed words and word pairs weighted by TF-IDF, or given
-sentence embeddings. R2 is out of fold, 1 - sum (y - prediction)^2 / sum (y - mean of the training fold)^2. No script is
-in training and test at once; the penalty and the TF-IDF weights are fitted inside the training scripts in the same way.
-Reference values: the mean of the message's domain, what the message adds to it (a ridge on the residuals of that mean),
-shuffled targets, and the ceiling, i.e. the share of variance that samples of the same message have in common.
+y = <features(message), w> + b with an L2 penalty. Features are hashed words and word pairs weighted by
+TF-IDF, or given sentence embeddings. R2 is out of fold, 1 - sum (y - prediction)^2 / sum (y - mean of the
+training fold)^2. No script is in training and test at once; the penalty and the TF-IDF weights are fitted
+inside the training scripts in the same way. Reference values: the mean of the message's domain, what the
+message adds to it (a ridge on the residuals of that mean), shuffled targets, and the ceiling, i.e. the share
+of variance that samples of the same message have in common.
 """
 
 import hashlib
@@ -30,8 +32,9 @@ Embedding = Callable[[Sequence[str]], Array]
 
 
 @dataclass(frozen=True)
-class Turn:
-    """An answer: the user's message before it, its projection, and the change since the answer before (None at first)."""
+class UserMessage:
+    """An answer: the user's message before it, its projection, and the change since the answer before (None
+    at first)."""
 
     text: str
     projection: float
@@ -62,8 +65,8 @@ class ShuffledR2(JsonRecord):
 class Prediction(R2):
     """R2 of the ridge on the message, beside its reference values.
 
-    `domain` is of the domain's mean, `beyond_domain` of the ridge on its residuals, `alphas` the penalty of each fold;
-    `ceiling` is None where no message has two answers.
+    `domain` is of the domain's mean, `beyond_domain` of the ridge on its residuals, `alphas` the penalty of
+    each fold; `ceiling` is None where no message has two answers.
     """
 
     domain: R2
@@ -79,7 +82,8 @@ class Prediction(R2):
 
 @dataclass(frozen=True)
 class _Messages:
-    """Messages (M) with the mean of their answers' targets, the number of answers and their sum of squares around it."""
+    """Messages (M) with the mean of their answers' targets, the number of answers and their sum of squares
+    around it."""
 
     texts: tuple[str, ...]
     targets: Array
@@ -89,7 +93,8 @@ class _Messages:
     domains: tuple[str, ...]
 
     def r2_value(self, targets: Array, predictions: Array, baseline: Array) -> float:
-        """R2 of answers against baseline predictions; differences between answers to one message are unexplained."""
+        """R2 of answers against baseline predictions; differences between answers to one message are
+        unexplained."""
         within = self.within.sum()
         residual = float((self.weights * (targets - predictions) ** 2).sum() + within)
         total = float((self.weights * (targets - baseline) ** 2).sum() + within)
@@ -114,12 +119,12 @@ class _Messages:
 
 
 def predict_from_messages(
-    turns: Sequence[Turn], embed: Embedding | None = None
+    turns: Sequence[UserMessage], embed: Embedding | None = None
 ) -> dict[str, Prediction] | None:
     """Returns the predictions of "projection" and of its "change" since the answer before.
 
-    `embed` maps M texts to unit rows (M, E). None for fewer than 8 scripts; without "change" where fewer than 8 scripts
-    have a second answer.
+    `embed` maps M texts to unit rows (M, E). None for fewer than 8 scripts; without "change" where fewer than
+    8 scripts have a second answer.
     """
     if len({turn.script for turn in turns}) < MIN_SCRIPTS:
         return None
@@ -130,7 +135,7 @@ def predict_from_messages(
     return predictions
 
 
-def _predict(answers: Sequence[tuple[Turn, float]], embed: Embedding | None) -> Prediction:
+def _predict(answers: Sequence[tuple[UserMessage, float]], embed: Embedding | None) -> Prediction:
     messages = _messages(answers)
     features = None if embed is None else np.asarray(embed(messages.texts), dtype=float)
     generator = np.random.default_rng(0)
@@ -157,8 +162,9 @@ def _predict(answers: Sequence[tuple[Turn, float]], embed: Embedding | None) -> 
     )
 
 
-def _messages(answers: Sequence[tuple[Turn, float]]) -> _Messages:
-    """Answers to one message of a script as one row, weighted by their number: for a ridge the two are the same."""
+def _messages(answers: Sequence[tuple[UserMessage, float]]) -> _Messages:
+    """Answers to one message of a script as one row, weighted by their number: for a ridge the two are the
+    same."""
     groups: dict[tuple[str, str], list[float]] = {}
     for turn, target in answers:
         groups.setdefault((turn.script, turn.text), []).append(target)

@@ -1,11 +1,12 @@
 """Bootstrap intervals, and tests of two arms that answered the same prompts with the same seeds.
 
-    change = paired_change(before, after, roles, requests)      # difference of two means, interval, exact test
+    change = paired_change(before, after, roles, requests)  # difference, interval, exact test
     change.value, change.low, change.high, change.p, change.smallest
 
-Intervals are 95% percentile intervals of bootstrap draws. Pairs of one role, or of one request, are not independent:
-the bootstrap resamples roles and requests, both at once (Owen 2007, "The pigeonhole bootstrap"). A difference is tested
-by McNemar's exact test on the discordant pairs, equivalence by two one-sided tests against a margin (Schuirmann 1987).
+Intervals are 95% percentile intervals of bootstrap draws. Pairs of one role, or of one request, are not
+independent: the bootstrap resamples roles and requests, both at once (Owen 2007, "The pigeonhole bootstrap").
+A difference is tested by McNemar's exact test on the discordant pairs, equivalence by two one-sided tests
+against a margin (Schuirmann 1987).
 """
 
 from collections.abc import Hashable, Sequence
@@ -33,8 +34,8 @@ LEVEL_TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 class Interval(JsonRecord):
     """An estimate with its 95% interval.
 
-    `n` is the sample size behind it: bootstrap replicates in a fit, else values, pairs or clusters as the function that
-    returns it says. `low` and `high` are None where no interval can be given.
+    `n` is the sample size behind it: bootstrap replicates in a fit, else values, pairs or clusters as the
+    function that returns it says. `low` and `high` are None where no interval can be given.
     """
 
     value: float
@@ -116,8 +117,9 @@ def _draw_counts(n: int, samples: int, generator: Generator) -> NDArray[np.int64
 class Change(JsonRecord):
     """A mean difference over n pairs, after less before, with its 95% interval.
 
-    `p` is of McNemar's exact test for outcomes that are 0 or 1, NaN for others. `smallest` is the difference that so
-    many pairs detect with a power of 80%. `clusters` is the smaller number of roles and requests, of those above one.
+    `p` is of McNemar's exact test for outcomes that are 0 or 1, NaN for others. `smallest` is the difference
+    that so many pairs detect with a power of 80%. `clusters` is the smaller number of roles and requests, of
+    those above one.
     """
 
     value: float
@@ -163,7 +165,8 @@ def paired_change(
 def cluster_bootstrap(
     values: Array, roles: Sequence[Hashable], requests: Sequence[Hashable], seed: int = 0
 ) -> Array:
-    """Returns means (SAMPLES,) of values (N,) when roles and requests are resampled, each with as many as there are.
+    """Returns means (SAMPLES,) of values (N,) when roles and requests are resampled, each with as many as
+    there are.
 
     A clustering in which every value is a cluster of its own, or all are one, is not resampled.
     """
@@ -201,15 +204,17 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def zero_count_bound(n: int) -> float:
-    """Returns the 95% upper bound of a share of which none of n was seen: at a share d that has probability (1 - d)^n."""
+    """Returns the 95% upper bound of a share of which none of n was seen: at a share d that has probability
+    (1 - d)^n."""
     return float(1 - (1 - LEVEL) ** (1 / n))
 
 
 def equivalence_p(draws: Array, value: float, margin: float, n: int) -> float:
     """Returns the p of two one-sided tests that a mean change lies within ±margin.
 
-    `draws` are the `cluster_bootstrap` of the change of n pairs and `value` its mean; their standard deviation is the
-    standard error. Where no pair differs, p is the probability of that if a share of `margin` did.
+    `draws` are the `cluster_bootstrap` of the change of n pairs and `value` its mean; their standard
+    deviation is the standard error. Where no pair differs, p is the probability of that if a share of
+    `margin` did.
     """
     error = float(draws.std(ddof=1))
     if error == 0:
@@ -218,7 +223,8 @@ def equivalence_p(draws: Array, value: float, margin: float, n: int) -> float:
 
 
 def minimum_detectable_change(change: Array, power: float = 0.8) -> float:
-    """Returns the mean change that as many pairs, as scattered as these, detect with that power (5%, two-sided)."""
+    """Returns the mean change that as many pairs, as scattered as these, detect with that power (5%,
+    two-sided)."""
     scatter = float(np.sqrt((change**2).mean()))
     reach = stats.norm.ppf((1 + LEVEL) / 2) + stats.norm.ppf(power)
     return float(reach * scatter / np.sqrt(len(change)))

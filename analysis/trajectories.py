@@ -1,12 +1,13 @@
-"""Projections over the turns of conversations: means by turn, slopes, differences of two arms, and rates of alarms.
+"""Projections over the turns of conversations: means by turn, slopes, differences of two arms, and rates of
+alarms.
 
-    turn_means(values, scripts)                # mean, 95% interval and n per turn; values (N, T), NaN past the end
+    turn_means(values, scripts)                # mean, interval and n per turn; values (N, T), NaN past the end
     slope(values, scripts).value               # residual units per turn
     turn_means(capped - baseline, scripts)     # the same conversations, one arm less the other
-    alarm_rate(rule, reference, projections)    # share of conversations with an alarm, Wilson interval, first turn
+    alarm_rate(rule, reference, projections)    # share of conversations with an alarm, first turn
 
-Samples of one script are not independent: the bootstrap resamples scripts with all of their samples. The null of a slope
-comes from the same conversations with their turns in random order.
+Samples of one script are not independent: the bootstrap resamples scripts with all of their samples. The null
+of a slope comes from the same conversations with their turns in random order.
 """
 
 from collections.abc import Sequence
@@ -32,7 +33,8 @@ SHUFFLES = 400  # orders of turns
 
 @dataclass(frozen=True)
 class TurnMean(JsonRecord):
-    """Mean projection at a turn (from 1) over n conversations, with its 95% interval (None for a single script)."""
+    """Mean projection at a turn (from 1) over n conversations, with its 95% interval (None for a single
+    script)."""
 
     turn: int
     mean: float
@@ -45,8 +47,8 @@ class TurnMean(JsonRecord):
 class Slope(JsonRecord):
     """Mean of n conversations' least-squares slopes (residual units per turn) with its 95% interval.
 
-    `scripts` is the number of scripts, which are resampled (no interval for a single one); 95% of the mean slopes of
-    shuffled turns are at most `chance` in size.
+    `scripts` is the number of scripts, which are resampled (no interval for a single one); 95% of the mean
+    slopes of shuffled turns are at most `chance` in size.
     """
 
     value: float
@@ -61,8 +63,8 @@ class Slope(JsonRecord):
 class AlarmRate(JsonRecord):
     """How many of n conversations raise an alarm: share with Wilson interval, None without conversations.
 
-    `first` is the median turn (from 1) of their first alarms. `on` holds, by turn, the share of the conversations that
-    reach it in which the alarm is on.
+    `first` is the median turn (from 1) of their first alarms. `on` holds, by turn, the share of the
+    conversations that reach it in which the alarm is on.
     """
 
     share: float | None

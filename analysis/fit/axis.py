@@ -3,9 +3,10 @@
     fit = fit_axis(activations, keys, scores=None, default="default")
     fit.axis.save(folder / "axis"); fit.result.cos_pc1
 
-The layer to use is the one where the axis is both stable and the main direction of persona space: the highest product of
-split-half cosine and cos(PC1, axis) among the middle layers. Neither is enough alone: in the first layers the axis is
-stable because the prompts differ in words, in the last it is large because the next token is.
+The layer to use is the one where the axis is both stable and the main direction of persona space: the highest
+product of split-half cosine and cos(PC1, axis) among the middle layers. Neither is enough alone: in the first
+layers the axis is stable because the prompts differ in words, in the last it is large because the next token
+is.
 """
 
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from personatlas.analysis.fit.geometry import (
     first_component,
     turned_toward,
 )
-from personatlas.analysis.fit.result import AnswerKeys, AnswerProjections, FitResult, LayerFit, RoleProjection
+from personatlas.analysis.fit.result import AnswerProjections, FitResult, LayerFit, RoleProjection
 from personatlas.analysis.fit.uncertainty import (
     learning_curve,
     pc1_agreement,
@@ -106,7 +107,8 @@ def fit_axis(
     seed
         seed of all of them
 
-    Raises `UserError` when a pole has no rollouts, fewer than three roles are left, or the layer does not exist.
+    Raises `UserError` when a pole has no rollouts, fewer than three roles are left, or the layer does not
+    exist.
     """
     positive = positive or default
     data = _select(activations, keys, positive, scores, default)
@@ -326,5 +328,5 @@ def _answer_projections(data: _Data, x: Array | None, vector: Array) -> AnswerPr
     return AnswerProjections(
         tuple(projections[is_pole].tolist()),
         tuple(projections[~is_pole].tolist()),
-        AnswerKeys(tuple(keys[is_pole]), tuple(keys[~is_pole])),
+        {"positive": tuple(keys[is_pole]), "others": tuple(keys[~is_pole])},
     )

@@ -1,9 +1,10 @@
 """One axis beside another: from another bank or plan, another model, or the paper's repository.
 
-    compare_axes(axis, {"pirate": -3.2}, Path("runs/other"))    # a run folder, an axis artefact, or a packaged model's name
+    compare_axes(axis, {"pirate": -3.2}, Path("runs/other"))    # a run, an axis artefact, or a packaged model
 
-Cosines are by layer, between axes of one width and depth. The projections of the roles that both have are compared by
-rank (Spearman), between any two axes: two models may rank their roles alike although their spaces differ.
+Cosines are by layer, between axes of one width and depth. The projections of the roles that both have are
+compared by rank (Spearman), between any two axes: two models may rank their roles alike although their spaces
+differ.
 """
 
 from collections.abc import Mapping
@@ -22,7 +23,8 @@ SAMPLES = 1000  # bootstrap draws
 
 
 def compare_axes(axis: Axis, projections: Mapping[str, float], path: Path) -> AxisComparison:
-    """Returns an axis and its roles' projections beside the axis at `path`. Raises `UserError` where there is none."""
+    """Returns an axis and its roles' projections beside the axis at `path`. Raises `UserError` where there is
+    none."""
     stem = resolve_axis(str(path))
     other = load_axis(stem)
     same_size = all(axis.model.get(name) == other.model.get(name) for name in ("n_layers", "d_model"))
@@ -31,17 +33,14 @@ def compare_axes(axis: Axis, projections: Mapping[str, float], path: Path) -> Ax
         shared = [layer for layer in axis.layers if layer in other.layers]
         cosines = {str(layer): float(axis.at(layer).double() @ other.at(layer).double()) for layer in shared}
     fingerprints = {axis.model.get("fingerprint"), other.model.get("fingerprint")} - {None}
-    correlation, ranks = rank_correlation(projections, _projections_of(stem, other)), None
-    if correlation is not None:
-        low, high = correlation.low, correlation.high
-        ranks = RoleCorrelation(n=correlation.n, spearman=correlation.value, low=low, high=high)
+    ranks = rank_correlation(projections, _projections_of(stem, other))
     return AxisComparison(
         path=str(path),
         model=other.model.get("id"),
         poles=other.poles,
         same_model=same_size and len(fingerprints) <= 1,
         cosines=cosines,
-        roles=ranks,
+        roles=None if ranks is None else RoleCorrelation(**vars(ranks)),
     )
 
 

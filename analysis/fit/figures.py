@@ -2,7 +2,8 @@
 
     for name, figure in figures(FitResult.load(folder)).items(): ...
 
-What a fit lacks (intervals at layers without rollout means, a third component) leaves its mark or its figure out.
+What a fit lacks (intervals at layers without rollout means, a third component) leaves its mark or its figure
+out.
 """
 
 import math
@@ -53,12 +54,14 @@ def figures(fit: FitResult) -> dict[str, go.Figure]:
 
 
 def neutral_projection(fit: FitResult) -> float:
-    """Returns the projection halfway between the pole's and the mean of the other roles', where colours are neutral."""
+    """Returns the projection halfway between the pole's and the mean of the other roles', where colours are
+    neutral."""
     return (fit.positive_role.projection + float(np.mean([role.projection for role in fit.other_roles]))) / 2
 
 
 def plane_figure(fit: FitResult) -> go.Figure:
-    """Draws the roles over PC1 and PC2, coloured by projection; the line from the roles' mean to the star is the axis."""
+    """Draws the roles over PC1 and PC2, coloured by projection; the line from the roles' mean to the star is
+    the axis."""
     figure = empty_figure(coloraxis=_role_colours(fit), margin={**MARGIN, "b": 124})
     star = fit.positive_role.coordinates
     line = line_look("--ink", 1.0, "dot")
@@ -70,7 +73,8 @@ def plane_figure(fit: FitResult) -> go.Figure:
     labels = [
         Label(
             role.role,
-            *role.coordinates[:2],
+            x=role.coordinates[0],
+            y=role.coordinates[1],
             required=role.positive or role.role == fit.default,
             gap=POINT_GAP + 5 if role.positive else POINT_GAP,
             size=20 if role.positive else 12,
@@ -143,7 +147,7 @@ def trait_figure(traits: TraitResult) -> go.Figure:
         ordered = sorted(rows, key=lambda row: row.coordinates[axis])
         named += [*ordered[:3], *ordered[-3:]]
     named = list({row.trait: row for row in named}.values())
-    add_labels(figure, points, [Label(row.trait, *row.coordinates[:2]) for row in named])
+    add_labels(figure, points, [Label(row.trait, row.coordinates[0], row.coordinates[1]) for row in named])
     first, second = traits.variance_ratio[:2]
     figure.update_xaxes(title_text=f"trait PC1 ({first:.0%} of the variance)", **axis_look(zero=True))
     figure.update_yaxes(title_text=f"trait PC2 ({second:.0%})", **axis_look(zero=True), **EQUAL)
@@ -151,7 +155,8 @@ def trait_figure(traits: TraitResult) -> go.Figure:
 
 
 def layer_figure(fit: FitResult) -> go.Figure:
-    """Draws cos(PC1, axis), split-half cosine and |axis| over layers, each with the level of chance where it is known."""
+    """Draws cos(PC1, axis), split-half cosine and |axis| over layers, each with the level of chance where it
+    is known."""
     rows = fit.layers
     panels: list[tuple[str, Callable[[go.Figure, Sequence[LayerFit], Panel], Style]]] = [
         ("cos(PC1, axis)", _draw_cos_pc1)
@@ -396,7 +401,8 @@ def _marker(kind: str, roles: Sequence[RoleProjection], dimensions: int) -> Styl
 
 
 def _role_colours(fit: FitResult) -> Style:
-    """Diverging, neutral halfway between the pole and the other roles' mean; each side reaches its own extreme."""
+    """Diverging, neutral halfway between the pole and the other roles' mean; each side reaches its own
+    extreme."""
     values = [role.projection for role in fit.roles]
     low, high = min(values), max(values)
     share = (neutral_projection(fit) - low) / (high - low) if high > low else 0.5
@@ -406,7 +412,8 @@ def _role_colours(fit: FitResult) -> Style:
 
 
 def _colour_scale(low: float, high: float, middle: float, title: str) -> Style:
-    """A colour axis with its bar below the figure; `middle` is the share of its length at which it is neutral."""
+    """A colour axis with its bar below the figure; `middle` is the share of its length at which it is
+    neutral."""
     return {
         "colorscale": [[0, "var(--others)"], [middle, "var(--middle)"], [1, "var(--positive)"]],
         "cmin": low,

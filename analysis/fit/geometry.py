@@ -2,8 +2,9 @@
 
     axis = mean(positive pole) - mean over the other roles of their means
 
-so every role weighs the same. The axis points toward the positive pole, the default role unless another is named. PCA is
-of the other roles' means, centred, not scaled (arXiv 2601.10387, section 3). N rollouts, R other roles, D = d_model.
+so every role weighs the same. The axis points toward the positive pole, the default role unless another is
+named. PCA is of the other roles' means, centred, not scaled (arXiv 2601.10387, section 3). N rollouts, R
+other roles, D = d_model.
 """
 
 from dataclasses import dataclass
@@ -19,9 +20,11 @@ from personatlas.analysis.stats import Array
 
 @dataclass(frozen=True)
 class Groups:
-    """Which rollout belongs to which role: `index` (N,) is 0 for the positive pole and 1..R for the other roles.
+    """Which rollout belongs to which role: `index` (N,) is 0 for the positive pole and 1..R for the other
+    roles.
 
-    `question` (N,) numbers the question that each answers, from 0; without it every rollout counts as its own.
+    `question` (N,) numbers the question that each answers, from 0; without it every rollout counts as its
+    own.
     """
 
     index: NDArray[np.int64]
@@ -44,7 +47,8 @@ class Groups:
         return Groups(self.index[selected], self.names, question)
 
     def means(self, x: Array, weight: Array | None = None) -> tuple[Array, Array]:
-        """Returns each group's weighted mean (R+1, D) of x (N, D) and total weight (R+1,); 0/0 gives NaN rows."""
+        """Returns each group's weighted mean (R+1, D) of x (N, D) and total weight (R+1,); 0/0 gives NaN
+        rows."""
         sums, totals = self.sums(x, weight)
         with np.errstate(invalid="ignore", divide="ignore"):
             return sums / totals[:, None], totals
@@ -52,7 +56,8 @@ class Groups:
     def sums(self, x: Array, weight: Array | None = None) -> tuple[Array, Array]:
         """Returns each group's weighted sum (R+1, D) of x (N, D) and total weight (R+1,).
 
-        A sparse product: 20,000 rollouts of 340 roles take 10 ms, and the bootstrap computes thousands of them.
+        A sparse product: 20,000 rollouts of 340 roles take 10 ms, and the bootstrap computes thousands of
+        them.
         """
         weight = np.ones(len(x)) if weight is None else weight
         totals = np.bincount(self.index, weight, minlength=len(self.names)).astype(np.float64)
@@ -61,7 +66,8 @@ class Groups:
 
 
 def direction(means: Array, role_weight: Array | None = None) -> Array:
-    """Returns the axis (D,), not scaled: row 0 of `means` (R+1, D) minus the (weighted) mean of the other rows."""
+    """Returns the axis (D,), not scaled: row 0 of `means` (R+1, D) minus the (weighted) mean of the other
+    rows."""
     weight = np.ones(len(means) - 1) if role_weight is None else role_weight
     return means[0] - (weight @ means[1:]) / weight.sum()
 
@@ -89,7 +95,8 @@ def first_component(means: Array, role_weight: Array | None = None) -> tuple[Arr
 
 
 def components(rows: Array) -> tuple[Array, Array, Array]:
-    """Returns the PCA of rows (R, D): centre (D,), unit components (K, D) of arbitrary sign, variance ratio (K,)."""
+    """Returns the PCA of rows (R, D): centre (D,), unit components (K, D) of arbitrary sign, variance ratio
+    (K,)."""
     pca = PCA(svd_solver="full").fit(rows)
     rank = int((pca.explained_variance_ratio_ > 1e-12).sum())
     return pca.mean_, pca.components_[:rank], pca.explained_variance_ratio_[:rank]

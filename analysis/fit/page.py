@@ -1,4 +1,5 @@
-"""The report of a run: one HTML file that works offline, with the results, their uncertainty, and what they are from.
+"""The report of a run: one HTML file that works offline, with the results, their uncertainty, and what they
+are from.
 
     write_report(folder / "report.html", fit, rollouts, manifest, stamp)
 
@@ -9,7 +10,7 @@ import json
 import math
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +22,7 @@ from personatlas.analysis.fit.result import (
     SIGNIFICANCE,
     DroppedRollouts,
     FitResult,
-    LearningCurve,
     RoleProjection,
-    TraitResult,
 )
 from personatlas.analysis.fit.tables import (
     NumberFormat,
@@ -77,7 +76,8 @@ class SampleAnswer:
 
 @dataclass(frozen=True)
 class SampleRole:
-    """A role with sample answers. `end` is "lowest", "highest" or ""; `system` is None where its answers differ in it."""
+    """A role with sample answers. `end` is "lowest", "highest" or ""; `system` is None where its answers
+    differ in it."""
 
     role: str
     end: str
@@ -93,25 +93,25 @@ def write_report(
 
     `stamp` is in the first 4000 characters of the file, so that a caller can tell whether it is up to date.
     """
+    number = number_format(fit)
+    widths = [
+        role.high - role.low for role in fit.other_roles if role.low is not None and role.high is not None
+    ]
     content = {
         "stamp": stamp,
         "fit": fit,
         "line": fit.at_layer,
-        "verdict": _verdict(fit),
+        "significance": SIGNIFICANCE,
         "stability": stability_text(fit.at_layer),
+        "comparison": comparison_text(fit.comparison, fit.layer),
         "tiles": _tiles(fit),
         "gate": manifest.get("gate"),
         "low_role_play": LOW_ROLE_PLAY,
         "roles": role_ranking(fit),
+        "half_width": number(float(np.median(widths)) / 2) if widths else None,
         "traits": trait_ranking(fit.traits) if fit.traits else None,
-        "text": {
-            "roles": _roles_text(fit),
-            "layers": _layers_text(fit),
-            "answers": _answers_text(fit),
-            "curve": _curve_text(fit.curve),
-            "traits": _traits_text(fit.traits, fit.poles[0]),
-            "compared": comparison_text(fit.comparison, fit.layer),
-        },
+        "roc": _roc_area(fit),
+        "ends": ENDS,
         "samples": _samples(fit, rollouts),
         "score_names": SCORES,
         "n_rollouts": len(rollouts),
@@ -123,34 +123,15 @@ def write_report(
         "created": manifest.get("created"),
         "records": {"All of run.json": _pretty(manifest), "Options of the fit": _pretty(fit.options)},
     }
-    write_page(path, TEMPLATE, content, figures(fit), {"interval": _interval_cell, "short": _short})
-
-
-def _verdict(fit: FitResult) -> str:
-    """Whether the poles differ at the layer to use, and whether that difference is the main direction."""
-    row, null = fit.at_layer, fit.null
-    pole, others = _short(fit.positive), len(fit.other_roles)
-    if null is None:
-        return (
-            f"At layer {fit.layer} the cosine between PC1 of {others} roles and the axis is {row.cos_pc1:.2f}. The null "
-            "is not known: no rollout means were kept there, or no replicates were asked for."
-        )
-    norm, cos_pc1 = _p(null.p_norm), _p(null.p_cos_pc1)
-    if null.p_norm > SIGNIFICANCE:
-        return (
-            f"At layer {fit.layer} “{pole}” is no further from the {others} other roles than with shuffled labels "
-            f"({norm}): the axis is not distinguishable from chance."
-        )
-    apart = (
-        f"At layer {fit.layer} “{pole}” is separated from the {others} other roles, {row.norm / null.norm:.1f} times as "
-        f"far as with shuffled labels ({norm})"
-    )
-    if null.p_cos_pc1 > SIGNIFICANCE:
-        return (
-            f"{apart}. But the main direction between the roles (PC1) does not point to it more than by chance "
-            f"({cos_pc1}): use the axis, not PC1."
-        )
-    return f"{apart}, and the main direction between the roles (PC1) points to it ({cos_pc1})."
+    filters: dict[str, Callable[..., object]] = {
+        "interval": _interval_cell,
+        "number": number,
+        "p": _p,
+        "percent": lambda share: f"{share:.0%}",
+        "short": _short,
+        "names": lambda names: ", ".join(map(_short, names)),
+    }
+    write_page(path, TEMPLATE, content, figures(fit), filters)
 
 
 def _tiles(fit: FitResult) -> list[Tile]:
@@ -171,7 +152,8 @@ def _tiles(fit: FitResult) -> list[Tile]:
         tiles.append(Tile("|axis| / shuffled", times, test, note, strip))
     strip = _strip(Interval(row.variance_pc1, None, None))
     others = f"between {len(fit.other_roles)} roles"
-    note = _components_text(fit.components_for)
+    half_of, most, nearly_all = (fit.components_for[share] for share in ("0.5", "0.7", "0.9"))
+    note = f"{half_of}, {most} and {nearly_all} components hold 50, 70 and 90%"
     tiles.append(Tile("variance on PC1", f"{row.variance_pc1:.0%}", others, note, strip))
     if play := fit.role_play:
         low, high = play.interval
@@ -186,99 +168,22 @@ def _strip(interval: Interval) -> dict[str, float]:
     return {name: min(max(100 * value, 0), 100) for name, value in values.items() if value is not None}
 
 
-def _components_text(components_for: Mapping[str, int]) -> str:
-    half, most, nearly_all = (components_for[share] for share in ("0.5", "0.7", "0.9"))
-    return f"{half}, {most} and {nearly_all} components hold 50, 70 and 90%"
-
-
-def _roles_text(fit: FitResult) -> str:
-    pole, others, number = fit.positive_role, fit.other_roles, number_format(fit)
-    name, below = _short(pole.role), sum(role.projection < pole.projection for role in others)
-    lowest = ", ".join(_short(role.role) for role in others[:ENDS])
-    text = f"“{name}” projects to {number(pole.projection)}, above {below} of {len(others)} roles; the lowest are {lowest}."
-    widths = [role.high - role.low for role in others if role.low is not None and role.high is not None]
-    if pole.low is None or not widths:
-        return f"{text} No rollout means were kept at this layer, so there are no intervals."
-    apart = sum(role.high is not None and role.high < pole.low for role in others)
-    return (
-        f"{text} Intervals are 95% over a role's own answers, typically ±{number(float(np.median(widths)) / 2)}, so "
-        f"neighbours can seldom be told apart; those of {apart} roles end below the interval of “{name}”."
-    )
-
-
-def _layers_text(fit: FitResult) -> str:
-    if not any(row.null for row in fit.layers):
-        return (
-            "Only the angle and the length are known: no rollout means were kept, or no replicates were asked for, so "
-            "there are no intervals and no null."
-        )
-    return (
-        "A layer is useful where the curves are high and above the grey band, which holds 95% of shuffled labels "
-        "(dotted: their mean). Coloured bands are 95% intervals, over resampled roles for the cosine and over random "
-        "splits for the halves."
-    )
-
-
-def _curve_text(curve: LearningCurve | None) -> str:
-    if curve is None or not curve.answers:
-        return ""
-    last = (
-        f"With {curve.answers[-1]:.3g} answers per role, two axes have cosine {curve.cosines[-1].value:.2f}"
-    )
-    if curve.needed is None:
-        return f"{last}; it cannot be extrapolated."
-    return (
-        f"{last}; about {curve.needed:,.0f} per role would make it {curve.goal} (dotted: Spearman-Brown formula). The "
-        "pole's own answers are the scarcest: they are one side of the difference, those of all other roles the other."
-    )
-
-
-def _traits_text(traits: TraitResult | None, pole: str) -> str:
-    if traits is None:
-        return ""
-    rows = traits.traits
-    lowest, highest = (", ".join(_short(row.trait) for row in end[:ENDS]) for end in (rows, rows[::-1]))
-    text = (
-        "Each trait is the mean of answers that show it less the mean of answers that show its opposite. Toward "
-        f"“{pole}” point {highest}; away from it {lowest}."
-    )
-    if traits.chance is not None:
-        text += (
-            f" {traits.n_beyond_chance} of {len(rows)} lie beyond ±{traits.chance:.2f}, which holds 95% of traits with "
-            "shuffled answers."
-        )
-    if traits.judged:
-        text += (
-            f" {traits.other_side:,} answers were dropped because the judge did not see their side in them, and "
-            f"{traits.unjudged:,} because it gave no score."
-        )
-    if traits.left_out:
-        text += f" Left out for want of answers: {', '.join(map(_short, traits.left_out))}."
-    return (
-        f"{text} {_components_text(traits.components_for)} of the variance between traits; the first has cosine "
-        f"{traits.cos_pc1_axis:.2f} with the axis."
-    )
-
-
-def _answers_text(fit: FitResult) -> str:
-    """How well a single answer tells the pole from the rest: area under the ROC curve, Hanley and McNeil's interval."""
+def _roc_area(fit: FitResult) -> Interval | None:
+    """Area under the ROC curve of single answers, pole against others, with Hanley and McNeil's interval."""
     pole, rest = np.sort(fit.projections.positive), np.sort(fit.projections.others)
     if not len(pole) or not len(rest):
-        return "No rollout means were kept at this layer, so single answers have no projection."
+        return None
     below = (np.searchsorted(rest, pole, "left") + np.searchsorted(rest, pole, "right")) / 2
     area = float(below.mean()) / len(rest)
     first, second = area / (2 - area), 2 * area**2 / (1 + area)
     spread = area * (1 - area) + (len(pole) - 1) * (first - area**2) + (len(rest) - 1) * (second - area**2)
     error = 1.96 * math.sqrt(max(spread, 0) / (len(pole) * len(rest)))
-    low, high = max(area - error, 0), min(area + error, 1)
-    return (
-        f"An answer of “{_short(fit.positive)}” projects higher than one of another role in {area:.0%} of pairs (area "
-        f"under the ROC curve); chance is 50%, the 95% interval {low:.0%} to {high:.0%} if answers are independent."
-    )
+    return Interval(area, max(area - error, 0.0), min(area + error, 1.0))
 
 
 def _samples(fit: FitResult, rollouts: Sequence[Rollout]) -> list[SampleRole]:
-    """The first answers of the pole, the default and the ends of the axis, to the same questions where possible."""
+    """The first answers of the pole, the default and the ends of the axis, to the same questions where
+    possible."""
     others, number = fit.other_roles, number_format(fit)
     marked = [role for role in fit.roles[::-1] if role.positive or role.role == fit.default]
     selected: dict[str, tuple[str, RoleProjection]] = {}
@@ -292,9 +197,8 @@ def _samples(fit: FitResult, rollouts: Sequence[Rollout]) -> list[SampleRole]:
     counts = Counter(question for answers in by_question.values() for question in answers)
     questions = sorted(counts, key=lambda question: (-counts[question], question))
     projections: dict[str, float] = {}
-    if (keys := fit.projections.keys) is not None:
-        projections |= zip(keys.positive, fit.projections.positive, strict=True)
-        projections |= zip(keys.others, fit.projections.others, strict=True)
+    for side, keys in (fit.projections.keys or {}).items():
+        projections |= zip(keys, getattr(fit.projections, side), strict=True)
     samples = []
     for name, (end, role) in selected.items():
         first = [by_question[name][question] for question in questions if question in by_question[name]]

@@ -1,10 +1,11 @@
-"""The steps of an axis: sample answers under role prompts, judge them, record activations, fit, write the report.
+"""The steps of an axis: sample answers under role prompts, judge them, record activations, fit, write the
+report.
 
     fit = compute_axis("smollm2-135m", Path("runs/demo"), plan=PlanOptions(plan="demo"))
     fit.layer, fit.cos_pc1, fit.warnings
 
-Every step resumes: what is in the run folder is not made again. `fit_run` and `report_run` repeat the last steps on a
-run that was made before.
+Every step resumes: what is in the run folder is not made again. `fit_run` and `report_run` repeat the last
+steps on a run that was made before.
 """
 
 import hashlib
@@ -65,8 +66,8 @@ def compute_axis(
     fit
         what to fit
 
-    Under torchrun only the first process fits; the others return None. Raises `UserError` for options that do not go
-    together, before anything long begins, and for a folder that holds another run.
+    Under torchrun only the first process fits; the others return None. Raises `UserError` for options that do
+    not go together, before anything long begins, and for a folder that holds another run.
     """
     require_judge(judge)
     _require_options(fit)
@@ -107,7 +108,8 @@ def fit_run(run: Path, options: FitOptions = FitOptions()) -> FitResult:
 
 
 def report_run(run: Path) -> Path:
-    """Writes the report.html of a fitted run again and returns its path. Raises `UserError` without a current fit."""
+    """Writes the report.html of a fitted run again and returns its path. Raises `UserError` without a current
+    fit."""
     with open_run(run):
         return _write_report(run, FitResult.load(run), force=True)
 
@@ -230,8 +232,8 @@ def _require_enough_answers(keys: Sequence[str], options: FitOptions, n_layers: 
     score_filter, fewest = SCORE_FILTERS[options.keep], min(counts.values())
     if fewest < score_filter.minimum:
         raise UserError(
-            f"--keep {score_filter.name} needs {score_filter.minimum} answers a role and this plan makes {fewest}; "
-            f"give more --questions, --prompts or --samples, or --keep all"
+            f"--keep {score_filter.name} needs {score_filter.minimum} answers a role and this plan makes "
+            f"{fewest}; give more --questions, --prompts or --samples, or --keep all"
         )
     if options.positive is not None and options.positive not in counts:
         raise UserError(f"--positive {options.positive!r} is not among the roles of this run")

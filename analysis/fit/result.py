@@ -1,7 +1,7 @@
 """What a fit found, as typed records: fit.json of a run folder.
 
     fit = FitResult.load(Path("runs/demo"))
-    fit.layer, fit.cos_pc1.value, fit.cos_pc1.low       # the layer to use, cos(PC1, axis) there, its 95% interval
+    fit.layer, fit.cos_pc1.value, fit.cos_pc1.low   # the layer to use, cos(PC1, axis) there, its interval
     [role.role for role in fit.roles[:5]]               # the roles furthest from the positive pole
 
 The keys of fit.json are the attributes' names, but for those in `json_names`.
@@ -24,7 +24,8 @@ LOW_ROLE_PLAY = 0.25  # a share of answers in their role below this is warned of
 
 @dataclass(frozen=True)
 class ShuffledNull(JsonRecord):
-    """|axis| and cos(PC1, axis) of n fits with shuffled role labels: mean, 95th percentile, and p-value of the fit."""
+    """|axis| and cos(PC1, axis) of n fits with shuffled role labels: mean, 95th percentile, and p-value of
+    the fit."""
 
     norm: float
     norm_95: float
@@ -39,10 +40,11 @@ class ShuffledNull(JsonRecord):
 class LayerFit(JsonRecord):
     """The fit at one layer. What needs rollout means is None at layers that kept none, or without replicates.
 
-    `norm` is |axis| (residual units), `angle_pc1` the angle between PC1 and axis (degrees), `variance_pc1` PC1's share
-    of the variance between roles. cos(PC1, axis) has an interval over resampled questions and one over resampled roles;
-    `angle_resampled` is the median angle (degrees) between the axis and those of resampled questions. The split cosines
-    are between the axes of two halves of the answers, of the roles, and of the questions.
+    `norm` is |axis| (residual units), `angle_pc1` the angle between PC1 and axis (degrees), `variance_pc1`
+    PC1's share of the variance between roles. cos(PC1, axis) has an interval over resampled questions and one
+    over resampled roles; `angle_resampled` is the median angle (degrees) between the axis and those of
+    resampled questions. The split cosines are between the axes of two halves of the answers, of the roles,
+    and of the questions.
     """
 
     layer: int
@@ -74,7 +76,8 @@ class LayerFit(JsonRecord):
 class RoleProjection(JsonRecord):
     """A role's mean projection on the axis (residual units) with its 95% interval over its n answers.
 
-    `coordinates` are those of its mean in persona space (the first three); `positive` marks the positive pole.
+    `coordinates` are those of its mean in persona space (the first three); `positive` marks the positive
+    pole.
     """
 
     role: str
@@ -89,20 +92,15 @@ class RoleProjection(JsonRecord):
 
 
 @dataclass(frozen=True)
-class AnswerKeys(JsonRecord):
-    """Keys of the rollouts whose projections `AnswerProjections` holds, in its order."""
-
-    positive: tuple[str, ...]
-    others: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class AnswerProjections(JsonRecord):
-    """Projections of single answers at the layer to use; empty where it kept no rollout means."""
+    """Projections of single answers at the layer to use, empty where it kept no rollout means.
+
+    `keys` are the keys of their rollouts, in the same order, by "positive" and "others".
+    """
 
     positive: tuple[float, ...] = ()
     others: tuple[float, ...] = ()
-    keys: AnswerKeys | None = None
+    keys: dict[str, tuple[str, ...]] | None = None
 
     omit_none: ClassVar[tuple[str, ...]] = ("keys",)
 
@@ -111,8 +109,8 @@ class AnswerProjections(JsonRecord):
 class LearningCurve(JsonRecord):
     """Cosine between two axes of n answers per role each, by n (the median role's).
 
-    `needed` is the n at which it would be `goal`, extrapolated from the last point by the Spearman-Brown formula
-    r(n) = n k / (1 + n k); None where that is not defined.
+    `needed` is the n at which it would be `goal`, extrapolated from the last point by the Spearman-Brown
+    formula r(n) = n k / (1 + n k); None where that is not defined.
     """
 
     answers: tuple[float, ...]
@@ -123,9 +121,11 @@ class LearningCurve(JsonRecord):
 
 @dataclass(frozen=True)
 class TraitProjection(JsonRecord):
-    """A trait's cosine with the axis and its 95% interval; `along` is its length along the axis, `norm` its length.
+    """A trait's cosine with the axis and its 95% interval; `along` is its length along the axis, `norm` its
+    length.
 
-    `n` counts the answers at its positive and its negative pole; `coordinates` are those in trait space (three).
+    `n` counts the answers at its positive and its negative pole; `coordinates` are those in trait space
+    (three).
     """
 
     trait: str
@@ -144,8 +144,8 @@ class TraitProjection(JsonRecord):
 class TraitResult(JsonRecord):
     """Traits by their cosine with the axis, lowest first, and the variance of trait space.
 
-    95% of the cosines of shuffled answers are at most `chance` in size. `other_side` counts judged answers that did not
-    show their pole, `left_out` names traits without an answer at a pole.
+    95% of the cosines of shuffled answers are at most `chance` in size. `other_side` counts judged answers
+    that did not show their pole, `left_out` names traits without an answer at a pole.
     """
 
     layer: int
@@ -167,18 +167,16 @@ class TraitResult(JsonRecord):
 
 
 @dataclass(frozen=True)
-class RoleCorrelation(JsonRecord):
+class RoleCorrelation(Interval):
     """Spearman correlation of n roles' projections on two axes, with its 95% interval."""
 
-    n: int
-    spearman: float
-    low: float
-    high: float
+    json_names: ClassVar[Mapping[str, str]] = {"value": "spearman"}
 
 
 @dataclass(frozen=True)
 class AxisComparison(JsonRecord):
-    """This axis beside another: cosine by layer (None for another width or depth) and the roles' rank correlation."""
+    """This axis beside another: cosine by layer (None for another width or depth) and the roles' rank
+    correlation."""
 
     path: str
     model: str | None
@@ -201,7 +199,8 @@ class RolePlay(JsonRecord):
 
 @dataclass(frozen=True)
 class DroppedRollouts(JsonRecord):
-    """Answers left out: by role and score ("unjudged" without one), empty ones by role, whole roles with the reason."""
+    """Answers left out: by role and score ("unjudged" without one), empty ones by role, whole roles with the
+    reason."""
 
     by_score: dict[str, dict[str, int]] = field(default_factory=dict)
     empty: dict[str, int] = field(default_factory=dict)
@@ -223,7 +222,8 @@ class FitResult(JsonRecord):
     roles
         the roles by their projection at the layer to use, lowest first, the positive pole among them
     variance_ratio, components_for
-        shares of the variance between roles (the first 50 components); components that hold 50, 70 and 90% of it
+        shares of the variance between roles (the first 50 components); components that hold 50, 70 and 90% of
+        it
     projections, n_rollouts
         projections of single answers; how many answers were fitted
     curve
@@ -312,7 +312,8 @@ class FitResult(JsonRecord):
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What to know before using the axis: tests that do not reject chance, little role-play, missing parts."""
+        """What to know before using the axis: tests that do not reject chance, little role-play, missing
+        parts."""
         found, null = [], self.null
         if null is None:
             found.append(f"no null at layer {self.layer}: no rollout means there, or --replicates 0")

@@ -19,8 +19,8 @@ NumberFormat = Callable[[float], str]
 class RankingRow:
     """A role or trait. `position`, `low` and `high` are in percent of the scale, `interval` and `value` text.
 
-    `kind` is "pole", "default" or ""; `strength` is the distance from the neutral point in percent of the largest on
-    its `side`, which is "positive" or "others".
+    `kind` is "pole", "default" or ""; `strength` is the distance from the neutral point in percent of the
+    largest on its `side`, which is "positive" or "others".
     """
 
     name: str
@@ -44,78 +44,67 @@ class Ranking:
     mark: float
 
 
-@dataclass(frozen=True)
-class _Entry:
-    name: str
-    kind: str
-    n: str
-    value: float
-    low: float | None
-    high: float | None
+Entry = tuple[str, str, str, Interval]  # name, kind, n, value with its interval
 
 
 def role_ranking(fit: FitResult) -> Ranking:
     """Returns the roles by their projection, with the positive pole marked on the scale."""
-    entries = [
-        _Entry(
-            name=role.role,
-            kind="pole" if role.positive else "default" if role.role == fit.default else "",
-            n=str(role.n),
-            value=role.projection,
-            low=role.low,
-            high=role.high,
-        )
-        for role in fit.roles
-    ]
-    ends = [value for entry in entries for value in (entry.value, entry.low, entry.high) if value is not None]
+    entries = []
+    for role in fit.roles:
+        kind = "pole" if role.positive else "default" if role.role == fit.default else ""
+        entries.append((role.role, kind, str(role.n), Interval(role.projection, role.low, role.high)))
+    ticks = scale_ticks(_ends(entries))
     neutral = neutral_projection(fit)
-    return _ranking(entries, scale_ticks(ends), neutral, fit.positive_role.projection, number_format(fit))
+    low, high = fit.roles[0].projection - neutral, fit.roles[-1].projection - neutral
+    mark = fit.positive_role.projection
+    return _ranking(entries, ticks, neutral, (low or 1, high), mark, number_format(fit))
 
 
 def trait_ranking(traits: TraitResult) -> Ranking:
     """Returns the traits by their cosine with the axis, on a scale that is symmetric around the marked 0."""
     entries = [
-        _Entry(row.trait, "", f"{row.n[0]} + {row.n[1]}", row.cosine, row.low, row.high)
+        (row.trait, "", f"{row.n[0]} + {row.n[1]}", Interval(row.cosine, row.low, row.high))
         for row in traits.traits
     ]
-    limit = max(abs(v) for row in entries for v in (row.value, row.low, row.high) if v is not None)
-    return _ranking(entries, scale_ticks([-limit, limit]), 0.0, 0.0, _signed, limit)
+    limit = max(map(abs, _ends(entries)))
+    return _ranking(entries, scale_ticks([-limit, limit]), 0.0, (-limit, limit), 0.0, _signed)
+
+
+def _ends(entries: Sequence[Entry]) -> list[float]:
+    """All values and ends of intervals."""
+    intervals = [interval for *_, interval in entries]
+    return [end for i in intervals for end in (i.value, i.low, i.high) if end is not None]
 
 
 def _ranking(
-    entries: Sequence[_Entry],
+    entries: Sequence[Entry],
     ticks: Sequence[float],
     neutral: float,
+    extremes: tuple[float, float],
     mark: float,
     text: NumberFormat,
-    limit: float | None = None,
 ) -> Ranking:
-    """Rows of entries in ascending order; strength is relative to `limit`, else to the first and last entry."""
-    first, span = ticks[0], ticks[-1] - ticks[0]
-    below = entries[0].value - neutral if limit is None else -limit
-    above = entries[-1].value - neutral if limit is None else limit
+    """Rows of ascending entries; the extremes are distances from `neutral`, of which strength is a share."""
 
     def percent(value: float) -> float:
-        return 100 * (value - first) / span
+        return 100 * (value - ticks[0]) / (ticks[-1] - ticks[0])
 
     rows = []
-    for entry in reversed(entries):
-        is_positive, interval, low, high = entry.value > neutral, "", None, None
-        if entry.low is not None and entry.high is not None:
-            interval = f"{text(entry.low)} to {text(entry.high)}"
-            low, high = percent(entry.low), percent(entry.high)
+    for name, kind, n, interval in reversed(entries):
+        value, low, high = interval.value, interval.low, interval.high
+        is_positive = value > neutral
         rows.append(
             RankingRow(
-                entry.name,
-                entry.kind,
-                text(entry.value),
-                interval,
-                entry.n,
-                percent(entry.value),
-                low,
-                high,
+                name=name,
+                kind=kind,
+                value=text(value),
+                interval="" if low is None or high is None else f"{text(low)} to {text(high)}",
+                n=n,
+                position=percent(value),
+                low=None if low is None else percent(low),
+                high=None if high is None else percent(high),
                 side="positive" if is_positive else "others",
-                strength=100 * ((entry.value - neutral) / (above if is_positive else below or 1)),
+                strength=100 * ((value - neutral) / extremes[is_positive]),
             )
         )
     marks = tuple((f"{tick:.10g}".replace("-", "−"), percent(tick)) for tick in ticks)
@@ -137,7 +126,8 @@ def scale_ticks(values: Sequence[float]) -> list[float]:
 
 
 def number_format(fit: FitResult) -> NumberFormat:
-    """Returns how projections are written: to about a hundredth of their spread over roles, with a true minus sign."""
+    """Returns how projections are written: to about a hundredth of their spread over roles, with a true minus
+    sign."""
     spread = fit.roles[-1].projection - fit.roles[0].projection
     digits = max(0, 2 - math.floor(math.log10(spread))) if spread > 0 else 2
     return lambda value: f"{value:,.{min(digits, 8)}f}".replace("-", "−")
@@ -169,8 +159,8 @@ def stability_text(row: LayerFit) -> str:
     if row.split_questions is not None:
         questions = f"; two halves of the questions {interval_text(row.split_questions)}"
     return (
-        f"axes of two halves of the answers have cosine {interval_text(half)}, so those of two full runs of this size "
-        f"about {full:.2f}{questions}; |axis| is {row.norm:.3g}, with shuffled labels {null.norm:.3g} "
+        f"axes of two halves of the answers have cosine {interval_text(half)}, so those of two full runs of this "
+        f"size about {full:.2f}{questions}; |axis| is {row.norm:.3g}, with shuffled labels {null.norm:.3g} "
         f"(95% below {null.norm_95:.3g}; p = {null.p_norm:.3g})"
     )
 
@@ -183,8 +173,7 @@ def comparison_text(comparison: AxisComparison | None, layer: int) -> str:
     if comparison.cosines and str(layer) in comparison.cosines:
         parts.append(f"cosine {comparison.cosines[str(layer)]:.2f} at layer {layer}")
     if (roles := comparison.roles) is not None:
-        correlation = interval_text(Interval(roles.spearman, roles.low, roles.high))
-        parts.append(f"rank correlation {correlation} over {roles.n} roles")
+        parts.append(f"rank correlation {interval_text(roles)} over {roles.n} roles")
     model = "" if comparison.same_model else f", another model ({comparison.model})"
     found = "; ".join(parts) or "another width or depth, and no roles in common"
     return f"Compared with {comparison.path}{model}: {found}"

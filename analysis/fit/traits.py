@@ -3,11 +3,12 @@
     fit = fit_traits(activations, axis)
     fit.space.save(folder / "traits"); fit.result.traits[0].cosine
 
-A trait's vector is the mean of the answers at its positive pole less that at its negative pole. Its position is the
-cosine with the axis at the axis's layer: +1 is the axis itself, 0 unrelated. The interval is a bootstrap over both
-poles' answers of the vector's length along the axis, over the norm of the vector itself: resampling lengthens every
-vector by noise, so cosines of resampled vectors are too small. The null is the same ratio when a trait's answers are
-assigned to its poles at random. PC1 of trait space points along the axis (arXiv 2601.10387, appendix on traits).
+A trait's vector is the mean of the answers at its positive pole less that at its negative pole. Its position
+is the cosine with the axis at the axis's layer: +1 is the axis itself, 0 unrelated. The interval is a
+bootstrap over both poles' answers of the vector's length along the axis, over the norm of the vector itself:
+resampling lengthens every vector by noise, so cosines of resampled vectors are too small. The null is the
+same ratio when a trait's answers are assigned to its poles at random. PC1 of trait space points along the
+axis (arXiv 2601.10387, appendix on traits).
 """
 
 from collections import Counter
@@ -40,8 +41,9 @@ class TraitFit:
 def fit_traits(activations: Activations, axis: Axis, *, replicates: int = 100, seed: int = 0) -> TraitFit:
     """Fits all recorded traits at every layer and their space at the axis's layer.
 
-    Where answers were judged, only those count that show their own pole. A trait without an answer at either pole is
-    left out and named. Raises `UserError` when two poles coincide, or when fewer than three traits are left.
+    Where answers were judged, only those count that show their own pole. A trait without an answer at either
+    pole is left out and named. Raises `UserError` when two poles coincide, or when fewer than three traits
+    are left.
     """
     scores = frozenset({1}) if any(score is not None for score in activations.scores) else None
     names, vectors, counts = _trait_vectors(activations, scores)  # vectors (T, L, D)
@@ -127,7 +129,8 @@ def _with_intervals(
 ) -> tuple[list[TraitProjection], float]:
     """The rows with intervals from rollout means x (N, D) of the named poles (N,).
 
-    Also the 95th percentile of the cosines' size over all traits when answers are assigned to the poles at random.
+    Also the 95th percentile of the cosines' size over all traits when answers are assigned to the poles at
+    random.
     """
     with_intervals, shuffled, pole = [], [], np.array(poles)
     for number, row in enumerate(rows):

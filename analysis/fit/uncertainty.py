@@ -1,9 +1,10 @@
-"""Uncertainty of the axis: bootstrap intervals, split-half cosines, a learning curve, and the null of shuffled labels.
+"""Uncertainty of the axis: bootstrap intervals, split-half cosines, a learning curve, and the null of
+shuffled labels.
 
-    split_half(x, groups, np.random.default_rng(0)).value      # cosine between the axes of two halves of the answers
+    split_half(x, groups, np.random.default_rng(0)).value  # cosine between the axes of two halves
 
-Every function takes one layer's rollout means x (N, D) and a generator that the caller seeds alike for all layers, so
-layers are compared on the same resamples. Intervals are 95% percentile intervals.
+Every function takes one layer's rollout means x (N, D) and a generator that the caller seeds alike for all
+layers, so layers are compared on the same resamples. Intervals are 95% percentile intervals.
 """
 
 from collections.abc import Sequence
@@ -21,12 +22,14 @@ MAX_TRIES = 20  # draws of questions that may leave the pole or all roles but on
 
 
 def split_half(x: Array, groups: Groups, generator: Generator, splits: int = 100) -> Interval | None:
-    """Returns the cosine between the axes of two random halves of every role's rollouts: mean and spread over splits.
+    """Returns the cosine between the axes of two random halves of every role's rollouts: mean and spread over
+    splits.
 
-    The halves keep the run's design: each has half of every role's answers to each question, as far as possible, and
-    every question weighs the same in it. Two thirds of the variance of the default's answers are between questions,
-    which every role answers too: halves that mix questions would find noise that no second run has. A role with one
-    rollout is in one half only. None where no half has the pole and another role.
+    The halves keep the run's design: each has half of every role's answers to each question, as far as
+    possible, and every question weighs the same in it. Two thirds of the variance of the default's answers
+    are between questions, which every role answers too: halves that mix questions would find noise that no
+    second run has. A role with one rollout is in one half only. None where no half has the pole and another
+    role.
     """
     return _mean_of_splits([_half_cosine(x, groups, generator) for _ in range(splits)])
 
@@ -49,7 +52,8 @@ def split_questions(x: Array, groups: Groups, generator: Generator, splits: int 
 
 
 def split_roles(x: Array, groups: Groups, generator: Generator, splits: int = 100) -> Interval:
-    """Returns the same for halves of the other roles, each against its own half of the positive pole's rollouts."""
+    """Returns the same for halves of the other roles, each against its own half of the positive pole's
+    rollouts."""
     cosines = []
     means, _ = groups.means(x)
     is_pole = groups.index == 0
@@ -72,7 +76,8 @@ def split_roles(x: Array, groups: Groups, generator: Generator, splits: int = 10
 def learning_curve(
     x: Array, groups: Groups, generator: Generator, splits: int = 50, goal: float = 0.9
 ) -> LearningCurve:
-    """Returns `split_half` of smaller runs: of 1, 2, 4, ... and all of the questions, the same for every role.
+    """Returns `split_half` of smaller runs: of 1, 2, 4, ... and all of the questions, the same for every
+    role.
 
     Where questions are not known, of as many answers of every role.
     """
@@ -140,7 +145,8 @@ class Pc1Agreement:
 
 
 def pc1_agreement(x: Array, groups: Groups, generator: Generator, replicates: int = 100) -> Pc1Agreement:
-    """Returns the bootstrap of cos(PC1, axis): resampled questions, the same for every role, and resampled roles.
+    """Returns the bootstrap of cos(PC1, axis): resampled questions, the same for every role, and resampled
+    roles.
 
     Where questions are not known, or only one was asked, each role's rollouts are resampled instead.
     """
@@ -217,7 +223,8 @@ def random_ranks(groups: Groups, generator: Generator) -> NDArray[np.int64]:
 
 
 def _question_weights(groups: Groups, side: NDArray[np.int64]) -> Array:
-    """Weights (N,) that make each question of a role count once on either side, however many answers it has there."""
+    """Weights (N,) that make each question of a role count once on either side, however many answers it has
+    there."""
     if groups.question is None:
         return np.ones(len(groups.index))
     cell = (groups.index * groups.n_questions + groups.question) * 2 + side

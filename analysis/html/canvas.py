@@ -1,11 +1,13 @@
-"""Building blocks of all figures: an empty canvas without plotly's template, axis and line styles, labels of points.
+"""Building blocks of all figures: an empty canvas without plotly's template, axis and line styles, labels of
+points.
 
     figure = empty_figure(margin={"l": 60, "r": 16, "t": 16, "b": 48})
     figure.update_xaxes(title_text="layer", **axis_look())
 
-Colours are written as `var(--name)`: the page resolves them to its palette, so that a figure follows light and dark.
-Labels are placed so that they cover neither a point nor each other, in pixels, for the plot areas of a desktop and of a
-phone; the page shows one of the two. Both axes have one scale: distances mean the same in both directions.
+Colours are written as `var(--name)`: the page resolves them to its palette, so that a figure follows light
+and dark. Labels are placed so that they cover neither a point nor each other, in pixels, for the plot areas
+of a desktop and of a phone; the page shows one of the two. Both axes have one scale: distances mean the same
+in both directions.
 """
 
 from collections.abc import Sequence
@@ -88,7 +90,8 @@ class Label:
 
 
 def add_labels(figure: go.Figure, points: Sequence[Sequence[float]], labels: Sequence[Label]) -> None:
-    """Adds those of the labels that fit among the points (N, 2), for both screens; the first ones take precedence."""
+    """Adds those of the labels that fit among the points (N, 2), for both screens; the first ones take
+    precedence."""
     for screen, size in SCREENS.items():
         positions = place_labels(points, labels, size)
         placed = [labels[number] for number in positions]
@@ -110,7 +113,8 @@ def add_labels(figure: go.Figure, points: Sequence[Sequence[float]], labels: Seq
 def place_labels(
     points: Sequence[Sequence[float]], labels: Sequence[Label], size: tuple[int, int]
 ) -> dict[int, str]:
-    """Returns plotly's text positions ("top center", ...), by number, of the labels that fit on a screen of that size."""
+    """Returns plotly's text positions ("top center", ...), by number, of the labels that fit on a screen of
+    that size."""
     data = np.array(points, dtype=np.float64)
     span = np.ptp(data, axis=0)
     # pixels per data unit, the same for both axes, as drawn

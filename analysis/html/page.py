@@ -2,8 +2,9 @@
 
     write_page(path, folder / "page.html.jinja", {"fit": fit}, {"plane": figure}, {})
 
-Names, prompts, answers and model ids come from others: templates escape them, figures carry them as JSON without markup,
-and the page's content security policy runs no script but those written here and loads nothing.
+Names, prompts, answers and model ids come from others: templates escape them, figures carry them as JSON
+without markup, and the page's content security policy runs no script but those written here and loads
+nothing.
 """
 
 import base64
@@ -37,8 +38,8 @@ def write_page(
     digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts]
     allowed = " ".join(f"'sha256-{value}'" for value in digests)
     shared = {
-        "policy": f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; "
-        "base-uri 'none'; form-action 'none'",
+        "policy": f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; "
+        "img-src data: blob:; base-uri 'none'; form-action 'none'",
         "css": Markup((HERE / "page.css").read_text(encoding="utf-8")),
         "scripts": [Markup(text) for text in scripts],
         "data": Markup(data.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")),

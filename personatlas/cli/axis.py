@@ -24,7 +24,7 @@ def axis(
     fit: Annotated[FitOptions, FIT] = FitOptions(),
     json: Json = False,
 ) -> None:
-    """Compute the Assistant Axis of a model: rollouts, scores, activations, fit, report. Resumes where it stopped.
+    """Compute the Assistant Axis of a model: rollouts, scores, activations, fit, report. Resumes.
 
     Parameters
     ----------
@@ -94,8 +94,8 @@ def emergence(
 ) -> None:
     """Show how the axis of a training run emerges over its checkpoints. Resumes where it stopped.
 
-    Every checkpoint answers the same questions under the same roles; the last one is fitted first, and all are compared
-    at its layer.
+    Every checkpoint answers the same questions under the same roles; the last one is fitted first, and all are
+    compared at its layer.
 
     Parameters
     ----------

@@ -46,9 +46,8 @@ def print_fit(fit: FitResult, page: Path) -> None:
     )
     print_line(f"Stability: {stability_text(fit.at_layer)}")
     if fit.curve is not None and fit.curve.needed is not None:
-        print_line(
-            f"About {fit.curve.needed:,.0f} answers per role would make the cosine of two such halves {fit.curve.goal}"
-        )
+        needed, goal = fit.curve.needed, fit.curve.goal
+        print_line(f"About {needed:,.0f} answers per role would make the cosine of two such halves {goal}")
     _print_traits(fit)
     if fit.comparison is not None:
         print_line(comparison_text(fit.comparison, fit.layer))

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from personatlas.analysis.next_message import Embedding, Prediction, Turn, predict_from_messages
+from personatlas.analysis.next_message import Embedding, Prediction, UserMessage, predict_from_messages
 from personatlas.analysis.stats import Array, Interval, cluster_weights, percentile_interval, wilson_interval
 from personatlas.analysis.trajectories import (
     AlarmRate,
@@ -369,7 +369,7 @@ def _next_turn(data: StudyData, names: Sequence[str], embed: Embedding | None) -
         for turn in data.turns(BASELINE, [name]):
             if turn.projection is not None:
                 change = None if before is None else turn.projection - before
-                messages.append(Turn(turn.user, turn.projection, change, turn.script, turn.domain))
+                messages.append(UserMessage(turn.user, turn.projection, change, turn.script, turn.domain))
             before = turn.projection
     predictions = predict_from_messages(messages, embed)
     features = data.options.embedding or "hashed words and word pairs, TF-IDF"

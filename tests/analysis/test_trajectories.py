@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from personatlas.analysis.drift_alarm import MOfN, ReferenceDistribution
-from personatlas.analysis.next_message import FOLDS, Turn, fold_numbers, predict_from_messages
+from personatlas.analysis.next_message import FOLDS, UserMessage, fold_numbers, predict_from_messages
 from personatlas.analysis.stats import cluster_weights
 from personatlas.analysis.trajectories import alarm_rate, clustered_mean, slope, turn_means
 
@@ -83,7 +83,7 @@ def said(signal, scripts=24, samples=3, seed=0):
             text = f"{noise} {'grief' if word else 'code'} {script} {turn}"
             for _ in range(samples):
                 y = signal * word + draw.normal(0, 1)
-                turns.append(Turn(text, y, y if turn else None, f"s{script}", f"d{script % 4}"))
+                turns.append(UserMessage(text, y, y if turn else None, f"s{script}", f"d{script % 4}"))
     return turns
 
 
@@ -102,7 +102,7 @@ def test_a_message_that_moves_the_answer_is_found_up_to_the_ceiling_and_noise_is
 
 def test_what_only_the_domain_says_is_not_counted_as_the_messages():
     turns = [
-        Turn(turn.text, turn.projection + 6 * int(turn.domain[1]), None, turn.script, turn.domain)
+        UserMessage(turn.text, turn.projection + 6 * int(turn.domain[1]), None, turn.script, turn.domain)
         for turn in said(0.0)
     ]
     row = predict_from_messages(turns)["projection"]

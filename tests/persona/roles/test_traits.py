@@ -196,7 +196,7 @@ def test_an_axis_is_compared_with_another_layer_by_layer_and_by_the_rank_of_role
         "1": pytest.approx(float(UNIT @ turned)),
         "2": pytest.approx(float(UNIT @ turned)),
     }
-    assert (found.roles.n, found.roles.spearman) == (3, pytest.approx(1.0))
+    assert (found.roles.n, found.roles.value) == (3, pytest.approx(1.0))
     assert found.same_model is True
     named = compare_axes(axis(), {}, tmp_path / "axis.safetensors")
     assert (named.cosines, named.roles) == (found.cosines, None)
