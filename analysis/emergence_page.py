@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 
 from personatlas.analysis.emergence import CheckpointFit, EmergenceResult
 from personatlas.analysis.fit.tables import interval_text, number_text
-from personatlas.analysis.html.canvas import Style, axis_look, empty_figure, line_look, shortened
+from personatlas.analysis.html.canvas import Style, axis_style, empty_figure, line_style, shorten
 from personatlas.analysis.html.page import write_page
 from personatlas.analysis.stats import Interval
 
@@ -38,7 +38,7 @@ def write_emergence_page(path: Path, name: str, result: EmergenceResult) -> None
     figures = {"there": _line_figure(rows, axis_lines), "same": _line_figure(rows, last_lines)}
     null = [row.cos_pc1_shuffled for row in rows]
     if None not in null:
-        label, line = "cos(PC1, axis), shuffled", line_look("--muted", 1.2, "dot")
+        label, line = "cos(PC1, axis), shuffled", line_style("--muted", 1.2, "dot")
         figures["there"].add_scatter(
             x=_steps(rows), y=null, mode="lines", line=line, name=label, hovertemplate="%{y:.2f}"
         )
@@ -76,17 +76,17 @@ def _line_figure(rows: Sequence[CheckpointFit], lines: Lines) -> go.Figure:
             error_y=bars,
             hovertemplate="%{y:.2f}",
             mode="lines+markers",
-            line=line_look(colour, 2.0),
+            line=line_style(colour, 2.0),
             marker={"size": 7, "color": f"var({colour})"},
         )
         lowest = min([lowest, *y, *(low for low, _ in known)])
     figure.update_xaxes(**_step_axis(steps))
-    figure.update_yaxes(title_text="", range=[min(lowest * 1.1, -0.02), 1.04], **axis_look(zero=True))
+    figure.update_yaxes(title_text="", range=[min(lowest * 1.1, -0.02), 1.04], **axis_style(zero=True))
     return figure
 
 
 def _step_axis(steps: list[str]) -> Style:
-    return {"title_text": "step", "type": "category", "categoryarray": steps, **axis_look()}
+    return {"title_text": "step", "type": "category", "categoryarray": steps, **axis_style()}
 
 
 def _role_figure(result: EmergenceResult) -> go.Figure:
@@ -106,7 +106,7 @@ def _role_figure(result: EmergenceResult) -> go.Figure:
             name=name,
             hovertemplate=f"{name}, step %{{x}}: %{{y:.2f}}<extra></extra>",
             mode="lines",
-            line=line_look(colour or "--middle", width),
+            line=line_style(colour or "--middle", width),
             opacity=1.0 if colour else 0.45,
         )
     values = [z for course in result.roles.values() for z in course]
@@ -120,12 +120,12 @@ def _role_figure(result: EmergenceResult) -> go.Figure:
                 heights[index - 1] -= overlap / 2
                 heights[index] += overlap / 2
     for height, (_, name) in zip(heights, ends, strict=True):
-        text = f"<b>{name}</b>" if name == positive else shortened(name, 20)
+        text = f"<b>{name}</b>" if name == positive else shorten(name, 20)
         at = {"x": len(steps) - 1, "y": height, "xanchor": "left", "xshift": 8}
         font = {"color": f"var({colours[name]})", "size": 12}
         figure.add_annotation(**at, text=text, showarrow=False, font=font)
     figure.update_xaxes(**_step_axis(steps))
-    figure.update_yaxes(title_text="z-score among the roles", **axis_look(zero=True))
+    figure.update_yaxes(title_text="z-score among the roles", **axis_style(zero=True))
     return figure
 
 

@@ -16,13 +16,13 @@ import plotly.graph_objects as go
 from personatlas.analysis.fit.result import FitResult, LayerFit, LearningCurve, RoleProjection, TraitResult
 from personatlas.analysis.html.canvas import (
     POINT_GAP,
-    WORDS,
+    TEXT_FONT,
     Label,
     Style,
     add_labels,
-    axis_look,
+    axis_style,
     empty_figure,
-    line_look,
+    line_style,
     plain,
 )
 from personatlas.analysis.stats import Interval
@@ -64,7 +64,7 @@ def plane_figure(fit: FitResult) -> go.Figure:
     the axis."""
     figure = empty_figure(coloraxis=_role_colours(fit), margin={**MARGIN, "b": 124})
     star = fit.positive_role.coordinates
-    line = line_look("--ink", 1.0, "dot")
+    line = line_style("--ink", 1.0, "dot")
     figure.add_scatter(x=[0, star[0]], y=[0, star[1]], mode="lines", hoverinfo="skip", line=line)
     for kind, roles in _roles_by_kind(fit).items():
         figure.add_scatter(
@@ -83,8 +83,8 @@ def plane_figure(fit: FitResult) -> go.Figure:
     ]
     add_labels(figure, [role.coordinates[:2] for role in fit.roles], labels)
     first, second = fit.variance_ratio[:2]
-    figure.update_xaxes(title_text=f"PC1 ({first:.0%} of the variance)", **axis_look(zero=True))
-    figure.update_yaxes(title_text=f"PC2 ({second:.0%})", **axis_look(zero=True), **EQUAL)
+    figure.update_xaxes(title_text=f"PC1 ({first:.0%} of the variance)", **axis_style(zero=True))
+    figure.update_yaxes(title_text=f"PC2 ({second:.0%})", **axis_style(zero=True), **EQUAL)
     return figure
 
 
@@ -101,7 +101,7 @@ def cloud_figure(fit: FitResult) -> go.Figure:
     camera = {"eye": {"x": 0.8, "y": -1.35, "z": 0.6}, "center": {"x": 0, "y": 0, "z": -0.05}}
     scene: Style = {"aspectmode": "data", "camera": camera, "dragmode": "turntable"}
     for number, name in enumerate("xyz", 1):
-        scene[f"{name}axis"] = {**side, "title": {"text": f"PC{number}", "font": WORDS}}
+        scene[f"{name}axis"] = {**side, "title": {"text": f"PC{number}", "font": TEXT_FONT}}
     colours = {**_role_colours(fit), "showscale": False}  # the plane above shows the scale
     figure = empty_figure(coloraxis=colours, margin={"l": 0, "r": 0, "t": 0, "b": 0}, scene=scene)
     ends = {name: [0, end] for name, end in zip("xyz", fit.positive_role.coordinates, strict=True)}
@@ -116,7 +116,11 @@ def cloud_figure(fit: FitResult) -> go.Figure:
     for role in candidates:
         if all(math.dist(role.coordinates, other.coordinates) > size / 4 for other in named):
             named.append(role)
-    words = {"text": [plain(role.role) for role in named], "textposition": "top center", "textfont": WORDS}
+    words = {
+        "text": [plain(role.role) for role in named],
+        "textposition": "top center",
+        "textfont": TEXT_FONT,
+    }
     figure.add_scatter3d(**_positions(named, 3), mode="text", hoverinfo="skip", **words)
     return figure
 
@@ -149,8 +153,8 @@ def trait_figure(traits: TraitResult) -> go.Figure:
     named = list({row.trait: row for row in named}.values())
     add_labels(figure, points, [Label(row.trait, row.coordinates[0], row.coordinates[1]) for row in named])
     first, second = traits.variance_ratio[:2]
-    figure.update_xaxes(title_text=f"trait PC1 ({first:.0%} of the variance)", **axis_look(zero=True))
-    figure.update_yaxes(title_text=f"trait PC2 ({second:.0%})", **axis_look(zero=True), **EQUAL)
+    figure.update_xaxes(title_text=f"trait PC1 ({first:.0%} of the variance)", **axis_style(zero=True))
+    figure.update_yaxes(title_text=f"trait PC2 ({second:.0%})", **axis_style(zero=True), **EQUAL)
     return figure
 
 
@@ -172,7 +176,7 @@ def layer_figure(fit: FitResult) -> go.Figure:
         top, suffix = 1 - number * (height + gap), str(number + 1) if number else ""
         is_last = number == len(panels) - 1
         x = {
-            **axis_look(),
+            **axis_style(),
             "anchor": f"y{suffix}",
             "showgrid": False,
             "range": [rows[0].layer - 0.6, len(rows) - 0.4],
@@ -180,17 +184,17 @@ def layer_figure(fit: FitResult) -> go.Figure:
             "title": {"text": "layer"} if is_last else None,
             "matches": "x" if number else None,
         }
-        y = {**axis_look(), "anchor": f"x{suffix}", "domain": [max(top - height, 0), top], "nticks": 5}
+        y = {**axis_style(), "anchor": f"x{suffix}", "domain": [max(top - height, 0), top], "nticks": 5}
         figure.update_layout({f"xaxis{suffix}": x, f"yaxis{suffix}": y})
         panel = {"xaxis": f"x{suffix}", "yaxis": f"y{suffix}"}
         figure.update_layout({f"yaxis{suffix}": draw(figure, rows, panel)})
         corner = {"x": 0, "xref": "paper", "xanchor": "left", "y": top, "yref": "paper", "yanchor": "bottom"}
-        font = {**WORDS, "size": 13}
+        font = {**TEXT_FONT, "size": 13}
         figure.add_annotation(**corner, yshift=2, text=f"<b>{title}</b>", showarrow=False, font=font)
     ends = {"x0": fit.layer, "x1": fit.layer, "y0": 0, "y1": 1, "yref": "paper"}
-    figure.add_shape(type="line", **ends, line=line_look("--ink", 1.0, "dot"), layer="below")
+    figure.add_shape(type="line", **ends, line=line_style("--ink", 1.0, "dot"), layer="below")
     above = {"x": fit.layer, "y": 1, "yref": "paper", "yanchor": "bottom", "yshift": 16}
-    figure.add_annotation(text=f"layer {fit.layer}", font=WORDS, showarrow=False, **above)
+    figure.add_annotation(text=f"layer {fit.layer}", font=TEXT_FONT, showarrow=False, **above)
     return figure
 
 
@@ -208,20 +212,20 @@ def curve_figure(curve: LearningCurve) -> go.Figure:
         end = curve.needed
         signal = values[-1] / (1 - values[-1]) / n[-1]
         more = [n[-1] * (end / n[-1]) ** (i / 20) for i in range(21)]
-        dotted = {"mode": "lines", "line": line_look("--accent", 1.5, "dot"), "hovertemplate": hover}
+        dotted = {"mode": "lines", "line": line_style("--accent", 1.5, "dot"), "hovertemplate": hover}
         figure.add_scatter(x=more, y=[m * signal / (1 + m * signal) for m in more], **dotted)
     goal = {"x0": min(n), "x1": end, "y0": curve.goal, "y1": curve.goal}
-    figure.add_shape(type="line", **goal, line=line_look("--muted", 1.0, "dot"), layer="below")
+    figure.add_shape(type="line", **goal, line=line_style("--muted", 1.0, "dot"), layer="below")
     ticks = [m for m in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if m <= end * 1.1]
     figure.update_xaxes(
         title_text="answers per role in either half",
         type="log",
         tickvals=ticks,
         ticktext=[str(m) for m in ticks],
-        **axis_look(),
+        **axis_style(),
     )
     y_range = [min(0.0, *lows) * 1.05, 1.02]
-    figure.update_yaxes(title_text="cosine between two axes", range=y_range, **axis_look())
+    figure.update_yaxes(title_text="cosine between two axes", range=y_range, **axis_style())
     return figure
 
 
@@ -236,12 +240,14 @@ def variance_figure(fit: FitResult) -> go.Figure:
         if count > len(total):
             continue  # fit.json holds the first components only
         for x0, y1 in ((0, percent), (count, 0)):
-            line = line_look("--muted", 1.0, "dot")
+            line = line_style("--muted", 1.0, "dot")
             figure.add_shape(type="line", x0=x0, x1=count, y0=percent, y1=y1, line=line, layer="below")
         at = {"x": count, "y": percent, "xanchor": "left", "yanchor": "top", "xshift": 6, "yshift": -2}
-        figure.add_annotation(**at, text=f"<b>{count}</b> for {percent:.0f}%", showarrow=False, font=WORDS)
-    figure.update_xaxes(title_text="number of components", range=[0, len(total) + 0.8], **axis_look())
-    figure.update_yaxes(title_text="variance between roles", range=[0, 104], ticksuffix="%", **axis_look())
+        figure.add_annotation(
+            **at, text=f"<b>{count}</b> for {percent:.0f}%", showarrow=False, font=TEXT_FONT
+        )
+    figure.update_xaxes(title_text="number of components", range=[0, len(total) + 0.8], **axis_style())
+    figure.update_yaxes(title_text="variance between roles", range=[0, 104], ticksuffix="%", **axis_style())
     return figure
 
 
@@ -282,12 +288,12 @@ def answer_figure(fit: FitResult) -> go.Figure:
     figure.update_xaxes(
         title_text=f"projection at layer {fit.layer} (+ toward {plain(fit.poles[0], 20)})",
         range=[float(edges[0]) - room, float(edges[-1]) + room],
-        **axis_look(),
+        **axis_style(),
         anchor="y2",
     )
     density_axis = {"domain": [0.28, 1], "showticklabels": False, "showgrid": False, "rangemode": "tozero"}
     figure.update_layout(
-        yaxis={**axis_look(), **density_axis, "title": {"text": "density"}},
+        yaxis={**axis_style(), **density_axis, "title": {"text": "density"}},
         yaxis2={
             "domain": [0, 0.2],
             "showgrid": False,
@@ -362,14 +368,14 @@ def _add_line(
     colour: str = "--accent",
     dash: str = "solid",
 ) -> None:
-    style = {"mode": "lines", "line": line_look(colour, 1.2, dash)} if dash != "solid" else _line_and_dots(4)
+    style = {"mode": "lines", "line": line_style(colour, 1.2, dash)} if dash != "solid" else _line_and_dots(4)
     layers, hover = [row.layer for row in run], f"layer %{{x}}: {hover}<extra></extra>"
     figure.add_scatter(x=layers, y=values, hovertemplate=hover, **style, **panel)
 
 
 def _line_and_dots(size: int) -> Style:
     dots = {"size": size, "color": "var(--accent)"}
-    return {"mode": "lines+markers", "line": line_look("--accent", 2.0), "marker": dots}
+    return {"mode": "lines+markers", "line": line_style("--accent", 2.0), "marker": dots}
 
 
 def _runs(rows: Sequence[LayerFit], value: Callable[[LayerFit], object]) -> list[list[LayerFit]]:

@@ -32,7 +32,7 @@ from personatlas.analysis.fit.tables import (
     stability_text,
     trait_ranking,
 )
-from personatlas.analysis.html.canvas import shortened
+from personatlas.analysis.html.canvas import shorten
 from personatlas.analysis.html.page import write_page
 from personatlas.analysis.stats import Interval
 from personatlas.persona.records import JsonObject
@@ -298,7 +298,7 @@ def _interval_cell(interval: Interval | None) -> str:
 
 
 def _short(text: str, length: int = 40) -> str:
-    return shortened(text, length)
+    return shorten(text, length)
 
 
 def _pretty(content: JsonObject) -> str:

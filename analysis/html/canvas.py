@@ -2,7 +2,7 @@
 points.
 
     figure = empty_figure(margin={"l": 60, "r": 16, "t": 16, "b": 48})
-    figure.update_xaxes(title_text="layer", **axis_look())
+    figure.update_xaxes(title_text="layer", **axis_style())
 
 Colours are written as `var(--name)`: the page resolves them to its palette, so that a figure follows light
 and dark. Labels are placed so that they cover neither a point nor each other, in pixels, for the plot areas
@@ -19,7 +19,7 @@ import plotly.graph_objects as go
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 CLEAR = "rgba(0,0,0,0)"
-WORDS = {"color": "var(--ink)", "size": 12}
+TEXT_FONT = {"color": "var(--ink)", "size": 12}
 SCREENS = {"wide": (850, 495), "narrow": (250, 235)}  # plot areas, pixels
 LETTER_WIDTH, LINE_HEIGHT, POINT_GAP = 6.8, 14.0, 8.0  # pixels; the gap is from a point's centre to its label
 Box = tuple[float, float, float, float]  # left, bottom, right, top
@@ -38,7 +38,7 @@ def empty_figure(**layout: object) -> go.Figure:
         "hoverlabel": {
             "bgcolor": "var(--card)",
             "bordercolor": "var(--line)",
-            "font": {**WORDS, "family": FONT},
+            "font": {**TEXT_FONT, "family": FONT},
         },
         "modebar": {"bgcolor": CLEAR, "color": "var(--line)", "activecolor": "var(--muted)"},
         "uirevision": "keep",  # zoom and camera stay when the page redraws in other colours
@@ -46,7 +46,7 @@ def empty_figure(**layout: object) -> go.Figure:
     return go.Figure(layout={**defaults, **layout})
 
 
-def axis_look(*, zero: bool = False) -> Style:
+def axis_style(*, zero: bool = False) -> Style:
     """Returns the style of an x or y axis, with a line at 0 on demand."""
     return {
         "zeroline": zero,
@@ -59,19 +59,19 @@ def axis_look(*, zero: bool = False) -> Style:
     }
 
 
-def line_look(colour: str, width: float, dash: str = "solid") -> Style:
+def line_style(colour: str, width: float, dash: str = "solid") -> Style:
     """Returns the style of a line in a colour of the page, such as "--accent"."""
     return {"color": f"var({colour})", "width": width, "dash": dash}
 
 
-def shortened(text: str, length: int = 28) -> str:
+def shorten(text: str, length: int = 28) -> str:
     """Returns the text, cut with an ellipsis to at most that many characters."""
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 def plain(text: str, length: int = 28) -> str:
     """Returns a shortened text without markup: plotly reads its texts as HTML."""
-    return escape(shortened(text, length), quote=False)
+    return escape(shorten(text, length), quote=False)
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def add_labels(figure: go.Figure, points: Sequence[Sequence[float]], labels: Seq
             y=[label.y for label in placed],
             text=[plain(label.text) for label in placed],
             textposition=list(positions.values()),
-            textfont=WORDS,
+            textfont=TEXT_FONT,
             mode="markers+text",
             # invisible markers: plotly keeps a label clear of the marker in its own trace only
             marker={"size": [label.size for label in placed], "opacity": 0},
@@ -143,7 +143,7 @@ def place_labels(
 def _label_boxes(label: Label, scale: float) -> dict[str, Box]:
     """Where a label could lie, in pixels, the best position first."""
     x, y = label.x * scale, label.y * scale
-    half = len(shortened(label.text)) * LETTER_WIDTH / 2
+    half = len(shorten(label.text)) * LETTER_WIDTH / 2
     up, aside = label.gap + LINE_HEIGHT / 2, label.gap + half
     centres = {
         "top center": (x, y + up),

@@ -9,7 +9,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from personatlas.analysis.html.canvas import axis_look, empty_figure, line_look
+from personatlas.analysis.html.canvas import axis_style, empty_figure, line_style
 from personatlas.analysis.html.page import write_page
 
 # how a kind of point looks: colour, symbol, size
@@ -34,7 +34,12 @@ def pareto(points: Sequence[dict[str, Any]], budget: float) -> go.Figure:
     frontier = _frontier([point for point in points if point["kind"].startswith("tried")])
     if len(frontier) > 1:
         place = {"x": [point["cost"] for point in frontier], "y": [point["gain"] for point in frontier]}
-        look = {"mode": "lines", "line": line_look("--middle", 1.5), "hoverinfo": "skip", "showlegend": False}
+        look = {
+            "mode": "lines",
+            "line": line_style("--middle", 1.5),
+            "hoverinfo": "skip",
+            "showlegend": False,
+        }
         figure.add_scatter(**place, **look)
     for kind, (colour, symbol, size) in LOOKS.items():
         own = [point for point in points if point["kind"] == kind]
@@ -42,13 +47,13 @@ def pareto(points: Sequence[dict[str, Any]], budget: float) -> go.Figure:
             figure.add_scatter(**_scatter(own, kind, colour, symbol, size))
     high = max(0.05, *(point["gain"] for point in points)) * 1.12
     figure.add_shape(
-        type="line", x0=budget, x1=budget, y0=0, y1=high, line=line_look("--ink", 1.5, "dot"), layer="below"
+        type="line", x0=budget, x1=budget, y0=0, y1=high, line=line_style("--ink", 1.5, "dot"), layer="below"
     )
     figure.update_xaxes(
-        title_text="more loss per token on benign answers", tickformat=".0%", **axis_look(zero=True)
+        title_text="more loss per token on benign answers", tickformat=".0%", **axis_style(zero=True)
     )
     title = "answers that call themselves an assistant"
-    figure.update_yaxes(title_text=title, tickformat=".0%", range=[0, min(high, 1.02)], **axis_look())
+    figure.update_yaxes(title_text=title, tickformat=".0%", range=[0, min(high, 1.02)], **axis_style())
     return figure
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from personatlas.analysis.html.canvas import CLEAR, axis_look, empty_figure, line_look
+from personatlas.analysis.html.canvas import CLEAR, axis_style, empty_figure, line_style
 from personatlas.analysis.html.page import write_page
 from personatlas.analysis.stats import Interval
 from personatlas.analysis.trajectories import Slope, TurnMean
@@ -85,7 +85,7 @@ def write_drift_page(path: Path, result: DriftResult) -> None:
         changes = {arm: result.differences[ALL][arm] for arm in arms[1:]}
         figures["differences"] = _lines(changes, "%{y:+.1f}")
         figures["differences"].update_yaxes(
-            title_text="projection less the baseline's", **axis_look(zero=True)
+            title_text="projection less the baseline's", **axis_style(zero=True)
         )
     if result.alarms:
         on = {
@@ -94,7 +94,7 @@ def write_drift_page(path: Path, result: DriftResult) -> None:
         }
         figures["alarms"] = _lines(on, "%{y:.0%}")
         title = "conversations with the alarm on"
-        figures["alarms"].update_yaxes(title_text=title, tickformat=".0%", range=[0, 1.02], **axis_look())
+        figures["alarms"].update_yaxes(title_text=title, tickformat=".0%", range=[0, 1.02], **axis_style())
     stored = result.stored.conversations if result.stored is not None else ()
     for kind, conversations in (("example", result.examples), ("stored", stored[:MAX_CONVERSATIONS])):
         for n, conversation in enumerate(conversations):
@@ -143,11 +143,11 @@ def _trajectories(arms: TurnMeans, baseline: JsonObject, span: tuple[float, floa
     last = max((mean.turn for means in arms.values() for mean in means), default=1)
     mean, low = baseline["mean"], baseline["mean"] - baseline["spread"]
     for value, dash, name in ((mean, "dot", "reference mean"), (low, "dash", "one standard deviation below")):
-        look = line_look("--middle", 1.2, dash)
+        look = line_style("--middle", 1.2, dash)
         figure.add_scatter(
             x=[1, last], y=[value, value], name=name, mode="lines", line=look, hoverinfo="skip"
         )
-    figure.update_yaxes(title_text="mean projection of the answer", range=list(span), **axis_look())
+    figure.update_yaxes(title_text="mean projection of the answer", range=list(span), **axis_style())
     return figure
 
 
@@ -168,11 +168,11 @@ def _lines(arms: TurnMeans, form: str) -> go.Figure:
             y=[mean.mean for mean in means],
             name=arm,
             mode="lines+markers",
-            line=line_look(colour, 2.2, dash),
+            line=line_style(colour, 2.2, dash),
             marker={"color": f"var({colour})", "symbol": symbol, "size": 7},
             hovertemplate=f"{arm}, turn %{{x}}: {form}<extra></extra>",
         )
-    figure.update_xaxes(title_text="turn", dtick=1, **axis_look())
+    figure.update_xaxes(title_text="turn", dtick=1, **axis_style())
     return figure
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import plotly.graph_objects as go
 
-from personatlas.analysis.html.canvas import axis_look, empty_figure, line_look, shortened
+from personatlas.analysis.html.canvas import axis_style, empty_figure, line_style, shorten
 from personatlas.analysis.html.page import write_page
 from personatlas.persona.interventions import BASELINE
 from personatlas.persona.records import JsonObject
@@ -144,8 +144,8 @@ def gain_against_cost(points: Sequence[ArmPoint], outcome: str, cost: str) -> go
     """Arms by cost (across) and outcome (up): down and to the left is better where less of the outcome is."""
     figure = _scatter(points, f"%{{text}}: %{{y:.1%}} for %{{x:+.1%}} {cost}<extra></extra>")
     high = max(0.05, *(point.high for point in points)) * 1.08
-    figure.update_xaxes(title_text=cost, tickformat=".1%", **axis_look(zero=True))
-    figure.update_yaxes(title_text=outcome, tickformat=".0%", range=[0, min(high, 1.06)], **axis_look())
+    figure.update_xaxes(title_text=cost, tickformat=".1%", **axis_style(zero=True))
+    figure.update_yaxes(title_text=outcome, tickformat=".0%", range=[0, min(high, 1.06)], **axis_style())
     return figure
 
 
@@ -153,8 +153,8 @@ def fired_against_change(points: Sequence[ArmPoint], outcome: str) -> go.Figure:
     """Arms by the share of tokens that they change (across) and what that changed in the outcome (up)."""
     figure = _scatter(points, "%{text}: %{y:+.1%} with %{x:.0%} fired<extra></extra>")
     title = "tokens times layers that fired"
-    figure.update_xaxes(title_text=title, tickformat=".0%", rangemode="tozero", **axis_look())
-    figure.update_yaxes(title_text=f"change of {outcome}", tickformat="+.0%", **axis_look(zero=True))
+    figure.update_xaxes(title_text=title, tickformat=".0%", rangemode="tozero", **axis_style())
+    figure.update_yaxes(title_text=f"change of {outcome}", tickformat="+.0%", **axis_style(zero=True))
     return figure
 
 
@@ -199,7 +199,7 @@ def category_bars(
         below = [share - low for share, (low, _) in zip(shares, intervals, strict=True)]
         figure.add_bar(
             x=shares,
-            y=[shortened(name.replace("_", " "), 24) for name in names],
+            y=[shorten(name.replace("_", " "), 24) for name in names],
             orientation="h",
             name=arm,
             marker={"color": f"var({LOOKS[kind][0]})"},
@@ -207,8 +207,8 @@ def category_bars(
             customdata=[row.n for row in rows],
             hovertemplate=f"%{{y}}, {arm}: %{{x:.0%}} of %{{customdata}}<extra></extra>",
         )
-    figure.update_xaxes(title_text=outcome, tickformat=".0%", rangemode="tozero", **axis_look())
-    figure.update_yaxes(autorange="reversed", **axis_look())
+    figure.update_xaxes(title_text=outcome, tickformat=".0%", rangemode="tozero", **axis_style())
+    figure.update_yaxes(autorange="reversed", **axis_style())
     return figure
 
 
@@ -224,13 +224,13 @@ def turn_lines(arms: Mapping[str, Sequence[TurnMean]], kinds: Mapping[str, str])
             y=[row.projection for row in shown],
             name=arm,
             mode="lines+markers",
-            line=line_look(colour, 2.0),
+            line=line_style(colour, 2.0),
             marker={"color": f"var({colour})", "symbol": symbol, "size": 8},
             error_y=_error_bars(colour, [row.error or 0.0 for row in shown]),
             hovertemplate=f"{arm}, turn %{{x}}: %{{y:.1f}}<extra></extra>",
         )
-    figure.update_xaxes(title_text="turn", dtick=1, **axis_look())
-    figure.update_yaxes(title_text="mean projection of the answer", **axis_look())
+    figure.update_xaxes(title_text="turn", dtick=1, **axis_style())
+    figure.update_yaxes(title_text="mean projection of the answer", **axis_style())
     return figure
 
 

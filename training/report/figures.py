@@ -10,7 +10,7 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy import ndarray as Array
 
-from personatlas.analysis.html.canvas import axis_look, empty_figure, line_look
+from personatlas.analysis.html.canvas import axis_style, empty_figure, line_style
 from personatlas.persona.records import JsonObject
 from personatlas.training.report.read import TrainingRecord
 
@@ -48,18 +48,18 @@ def loss_curve(steps: Array, losses: Array, total: int | None) -> go.Figure:
     figure = empty_figure(margin=MARGIN, showlegend=True, hovermode="x unified", legend=LEGEND)
     smooth = smoothed(steps, losses)
     thin = _thinned(len(steps))
-    raw = {"mode": "lines", "line": line_look("--middle", 1.0)}
+    raw = {"mode": "lines", "line": line_style("--middle", 1.0)}
     figure.add_scatter(x=steps[thin], y=losses[thin], name="each step", hovertemplate="%{y:.3f}", **raw)
-    fine = {"mode": "lines", "line": line_look("--positive", 2.0), "name": "smoothed"}
+    fine = {"mode": "lines", "line": line_style("--positive", 2.0), "name": "smoothed"}
     figure.add_scatter(x=steps[thin], y=smooth[thin], hovertemplate="%{y:.4f}", **fine)
     # the first steps' fall would leave the rest of the run a flat line
     begun = smooth[min(len(smooth) - 1, max(len(smooth) // 25, 3))]
     low, high = float(losses.min()), float(max(begun, smooth[-1]) * 1.03)
     room = 0.05 * (high - low)
     end = _end(steps, total)
-    figure.update_xaxes(title_text="step", type="linear", range=[0, end], **axis_look())
+    figure.update_xaxes(title_text="step", type="linear", range=[0, end], **axis_style())
     figure.update_yaxes(
-        title_text="loss, nats a token", type="linear", range=[low - room, high + room], **axis_look()
+        title_text="loss, nats a token", type="linear", range=[low - room, high + room], **axis_style()
     )
     first, top = max(1, int(steps[0])), float(losses.max())
     x_range = [float(np.log10(first)), float(np.log10(max(end, first + 1)))]
@@ -84,7 +84,7 @@ def held_out_curve(record: TrainingRecord) -> go.Figure:
     for part, symbol in ((~whole, "circle-open"), (whole, "circle")):
         edge = {"width": 1.6, "color": "var(--accent)"}
         marker = {"size": 8, "color": "var(--accent)", "symbol": symbol, "line": edge}
-        look = {"mode": "lines+markers", "line": line_look("--accent", 1.8), "marker": marker}
+        look = {"mode": "lines+markers", "line": line_style("--accent", 1.8), "marker": marker}
         hover = "step %{x:,}: %{y:.4f}<extra></extra>"
         figure.add_scatter(x=steps[part], y=values[part], hovertemplate=hover, cliponaxis=False, **look)
     text = {"text": f"<b>{values[-1]:.3f}</b>", "font": {"color": "var(--ink)", "size": 14}}
@@ -94,8 +94,8 @@ def held_out_curve(record: TrainingRecord) -> go.Figure:
     low, high = float(values.min()), float(later.max())
     room = 0.08 * ((high - low) or 0.1 * high)
     title = "bits per byte" if record.in_bits else "loss, nats a token"
-    figure.update_xaxes(title_text="step", range=[0, _end(steps, record.total)], **axis_look())
-    figure.update_yaxes(title_text=title, range=[low - room, high + room], **axis_look())
+    figure.update_xaxes(title_text="step", range=[0, _end(steps, record.total)], **axis_style())
+    figure.update_yaxes(title_text=title, range=[low - room, high + room], **axis_style())
     return figure
 
 
@@ -106,18 +106,18 @@ def line_curve(
     figure = empty_figure(margin=MARGIN)
     thin, hover = _thinned(len(steps)), f"step %{{x:,}}: %{{y:{form}}}<extra></extra>"
     if rough:
-        raw = {"mode": "lines", "line": line_look("--middle", 1.0), "opacity": 0.75}
+        raw = {"mode": "lines", "line": line_style("--middle", 1.0), "opacity": 0.75}
         figure.add_scatter(x=steps[thin], y=values[thin], hovertemplate=hover, **raw)
-        smooth = {"mode": "lines", "line": line_look(colour, 2.0), "hoverinfo": "skip"}
+        smooth = {"mode": "lines", "line": line_style(colour, 2.0), "hoverinfo": "skip"}
         figure.add_scatter(x=steps[thin], y=smoothed(steps, values)[thin], **smooth)
         top = float(np.quantile(values, 0.99)) * 1.25
     else:
         figure.add_scatter(
-            x=steps[thin], y=values[thin], mode="lines", line=line_look(colour, 2.0), hovertemplate=hover
+            x=steps[thin], y=values[thin], mode="lines", line=line_style(colour, 2.0), hovertemplate=hover
         )
         top = float(values.max()) * 1.06
-    figure.update_xaxes(title_text="step", range=[0, _end(steps, total)], **axis_look())
-    figure.update_yaxes(title_text=title, tickformat=form, range=[0, top or 1.0], **axis_look())
+    figure.update_xaxes(title_text="step", range=[0, _end(steps, total)], **axis_style())
+    figure.update_yaxes(title_text=title, tickformat=form, range=[0, top or 1.0], **axis_style())
     return figure
 
 
@@ -125,13 +125,13 @@ def speed_curve(steps: Array, values: Array, record: TrainingRecord) -> go.Figur
     """Tokens a second; at the right the same as a share of the processors' peak, where it is known."""
     figure = empty_figure(margin={**MARGIN, "r": 60})
     thin = _thinned(len(steps))
-    look = {"mode": "lines", "line": line_look("--positive", 1.6)}
+    look = {"mode": "lines", "line": line_style("--positive", 1.6)}
     figure.add_scatter(
         x=steps[thin], y=values[thin], hovertemplate="step %{x:,}: %{y:,.0f} tokens/s<extra></extra>", **look
     )
     top = float(np.quantile(values, 0.995)) * 1.12
-    figure.update_xaxes(title_text="step", range=[0, _end(steps, record.total)], **axis_look())
-    figure.update_yaxes(title_text="tokens a second", tickformat="~s", range=[0, top], **axis_look())
+    figure.update_xaxes(title_text="step", range=[0, _end(steps, record.total)], **axis_style())
+    figure.update_yaxes(title_text="tokens a second", tickformat="~s", range=[0, top], **axis_style())
     shares = [row["utilisation"] / row["tokens_a_second"] for row in record.steps if row.get("utilisation")]
     if shares:
         share = float(np.median(shares))
@@ -141,7 +141,7 @@ def speed_curve(steps: Array, values: Array, record: TrainingRecord) -> go.Figur
         )
         right = {"overlaying": "y", "side": "right", "range": [0, top * share], "tickformat": ".0%"}
         title = {"text": "of the peak"}
-        figure.update_layout(yaxis2={**axis_look(), **right, "showgrid": False, "title": title})
+        figure.update_layout(yaxis2={**axis_style(), **right, "showgrid": False, "title": title})
     return figure
 
 
