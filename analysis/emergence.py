@@ -27,7 +27,7 @@ from personatlas.persona.errors import UserError
 from personatlas.persona.options import FitOptions, JudgeOptions, ModelOptions, PlanOptions
 from personatlas.persona.progress import say
 from personatlas.persona.records import JsonRecord
-from personatlas.persona.runs import checkpoint_folders, is_training_run, model_name
+from personatlas.persona.runs import checkpoint_folders, is_training_run, model_name, spread_steps
 
 SETTLED = 0.8  # rank correlation with the last checkpoint from which on the roles count as ordered
 
@@ -154,20 +154,6 @@ def select_checkpoints(run: Path, count: int) -> dict[int, Path]:
         found = f"{len(folders)} checkpoint" if folders else "no checkpoints"
         raise UserError(f"{run} has {found}: train with --keep log to watch the axis emerge")
     return {step: folders[step] for step in spread_steps(list(folders), count)}
-
-
-def spread_steps(steps: list[int], count: int) -> list[int]:
-    """Returns up to `count` (2 or more) of some sorted steps: the first two, the last, and the nearest to
-    even
-    logarithms in between; of two the first and the last."""
-    if len(steps) <= count:
-        return steps
-    if count == 2:
-        return [steps[0], steps[-1]]
-    low, high = math.log1p(steps[1]), math.log1p(steps[-1])
-    targets = [low + (high - low) * i / (count - 2) for i in range(count - 1)]
-    nearest = (min(steps, key=lambda step: abs(math.log1p(step) - target)) for target in targets)
-    return sorted({steps[0], *nearest})
 
 
 def compare_checkpoints(fits: Mapping[int, tuple[FitResult, Axis]]) -> EmergenceResult:

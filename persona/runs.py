@@ -22,8 +22,9 @@ every layer, are the floors that a cap can be made of.
 
 import errno
 import fcntl
+import math
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -55,6 +56,20 @@ def checkpoint_folders(run: Path) -> dict[int, Path]:
         if number.isdigit() and (folder / "config.json").is_file():
             found[int(number)] = folder
     return dict(sorted(found.items()))
+
+
+def spread_steps(steps: Sequence[int], count: int) -> list[int]:
+    """Up to `count` (2 or more) of some sorted steps: the first two, the last, and between them the nearest to
+    even logarithms; of two the first and the last.
+    """
+    if len(steps) <= count:
+        return list(steps)
+    if count == 2:
+        return [steps[0], steps[-1]]
+    low, high = math.log1p(steps[1]), math.log1p(steps[-1])
+    targets = [low + (high - low) * i / (count - 2) for i in range(count - 1)]
+    nearest = (min(steps, key=lambda step: abs(math.log1p(step) - target)) for target in targets)
+    return sorted({steps[0], *nearest})
 
 
 def resolve_model(name: str) -> str:

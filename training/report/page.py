@@ -6,15 +6,13 @@ Texts, names and samples come from others or from a model: the template escapes 
 """
 
 import json
-import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from personatlas.analysis.html.page import write_page
 from personatlas.persona.records import JsonObject
-from personatlas.persona.runs import checkpoint_folders
+from personatlas.persona.runs import checkpoint_folders, spread_steps
 from personatlas.training.report.figures import smoothed, training_figures
 from personatlas.training.report.read import TrainingRecord, read_training_record
 from personatlas.training.report.tables import format_count, format_seconds, losses_by_source, plan_table
@@ -198,12 +196,3 @@ def _samples(record: TrainingRecord) -> list[JsonObject]:
         for prompt, rows in by_prompt.items()
     ]
 
-
-def spread_steps(steps: Sequence[int], count: int) -> list[int]:
-    """Up to `count` of some sorted steps: the first two, the last, and between them even in logarithm."""
-    if len(steps) <= count:
-        return list(steps)
-    low, high = math.log1p(steps[1]), math.log1p(steps[-1])
-    wanted = [low + (high - low) * i / (count - 2) for i in range(count - 1)]
-    nearest = (min(steps, key=lambda step: abs(math.log1p(step) - target)) for target in wanted)
-    return sorted({steps[0], *nearest})

@@ -14,9 +14,10 @@ from training_runs import a_training_run
 
 from personatlas.cli.app import main
 from personatlas.persona.errors import UserError
+from personatlas.persona.runs import spread_steps
 from personatlas.training.plan import CHIPS, critical_batch, make_plan
 from personatlas.training.report.figures import MAX_POINTS, smoothed, training_figures
-from personatlas.training.report.page import spread_steps, write_training_report
+from personatlas.training.report.page import write_training_report
 from personatlas.training.report.read import read_training_record
 from personatlas.training.report.tables import plan_table
 
