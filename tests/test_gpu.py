@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from engines import LONG, PROMPTS, Listener, alone
 from families import tiny_model
 from test_record import by_hand, made_up, recorded
 from test_sampler import ENDS, SAMPLING, answers
-from test_serve_engine import LONG, PROMPTS, Listener, alone
 from test_step import in_a_compiled_forward
 from tiny_axis import axis_of
 

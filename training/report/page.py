@@ -195,4 +195,3 @@ def _samples(record: TrainingRecord) -> list[JsonObject]:
         }
         for prompt, rows in by_prompt.items()
     ]
-

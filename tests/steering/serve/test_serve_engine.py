@@ -1,18 +1,18 @@
 """The engine that serves: rows come, go and are given up, and each gets what it would get alone."""
 
-import threading
 import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from engines import ENDS, LONG, PROMPTS, alone
 from families import tiny_model
 from tiny_axis import axis_of
 
 from personatlas.persona.errors import UserError
 from personatlas.persona.interventions import interventions_digest
-from personatlas.persona.sampling.sampler import Prompt, Sampler, Sampling
+from personatlas.persona.sampling.sampler import Prompt
 from personatlas.steering.generate import trace
 from personatlas.steering.hooks.steering import steer
 from personatlas.steering.serve.answer_stream import Detokenizer, StreamedAnswer
@@ -21,7 +21,6 @@ from personatlas.steering.serve.engine.batch import TokenEvent
 from personatlas.steering.serve.engine.cap_slots import SPARE_PLANS, CapSlots, ResolvedCap
 from personatlas.steering.serve.engine.prefix_cache import CachedPrefix, PrefixCache
 from personatlas.steering.serve.engine.scheduler import (
-    Engine,
     EngineLimits,
     FinishEvent,
     GenerationRequest,
@@ -29,70 +28,6 @@ from personatlas.steering.serve.engine.scheduler import (
     ServerBusy,
 )
 from personatlas.steering.serve.schema import CapByName, PersonaRequest
-
-ENDS = frozenset(range(0, 320, 12))
-PROMPTS = [tuple((7 * i + 3 * j + 1) % 320 for j in range(2 + 5 * i)) for i in range(7)]
-LONG = tuple((5 * i + 2) % 320 for i in range(90))
-
-
-class Listener:
-    """Keeps what an engine posts, and waits until tickets have ended."""
-
-    def __init__(self):
-        self.events, self._lock = {}, threading.Condition()
-
-    def __call__(self, told):
-        with self._lock:
-            for ticket, event in told:
-                self.events.setdefault(ticket, []).append(event)
-            self._lock.notify_all()
-
-    def ended(self, tickets, seconds=60.0):
-        done = lambda: all(isinstance(self.events.get(one, [None])[-1], FinishEvent) for one in tickets)  # noqa: E731
-        with self._lock:
-            assert self._lock.wait_for(done, seconds), "the engine is stuck"
-        return [self.events[one][-1] for one in tickets]
-
-    def first(self, ticket, kind, seconds=30.0):
-        found = lambda: [event for event in self.events.get(ticket, []) if isinstance(event, kind)]  # noqa: E731
-        with self._lock:
-            assert self._lock.wait_for(lambda: bool(found()), seconds), f"no {kind.__name__} came"
-        return found()[0]
-
-    def answer(self, ticket):
-        drawn = [event.token for event in self.events[ticket] if isinstance(event, TokenEvent)]
-        return tuple(drawn[:-1] if self.events[ticket][-1].reason == "end" else drawn)
-
-
-@pytest.fixture
-def served():
-    """engine(room, caps) on the tiny model, closed at the end."""
-    opened = []
-
-    def make(room=EngineLimits(slots=4, context=256), family="llama", ends=ENDS, caps=True):
-        model = tiny_model(family)
-        axis, listener = axis_of(model), Listener()
-        named = (
-            {"mild": axis.quantile_cap((0, 1), 0.5), "firm": axis.quantile_cap((1,), 0.75)} if caps else {}
-        )
-        engine = Engine(model, ends, axis, named, room, listener)
-        engine.start()
-        opened.append(engine)
-        return engine, listener
-
-    yield make
-    for engine in opened:
-        engine.close()
-        assert not any(block._forward_hooks for block in engine.model.blocks)
-
-
-def alone(engine, ids, cap=None, seed=0, max_tokens=10, temperature=0.7, top_p=0.9):
-    sampler = Sampler(engine.model, engine.end_ids, Sampling(max_tokens, temperature, top_p))
-    plan = [[cap.cap]] if cap is not None else []
-    if not plan:
-        return next(iter(sampler.answers([Prompt(ids, seed, -1)])))
-    with steer(engine.model, *plan) as steering:
-        return next(iter(sampler.answers([Prompt(ids, seed, 0)], steering.callback)))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "falcon", "mixtral", "mistral"])

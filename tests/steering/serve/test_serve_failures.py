@@ -2,15 +2,12 @@
 
 import time
 
-import test_serve_engine
-from test_serve_engine import LONG, PROMPTS, alone
+from engines import LONG, PROMPTS, alone
 
 from personatlas.steering.hooks.account import HookDidNotFire
 from personatlas.steering.serve.engine import scheduler as engine_module
 from personatlas.steering.serve.engine.batch import TokenEvent
 from personatlas.steering.serve.engine.scheduler import EngineLimits, FinishEvent, GenerationRequest
-
-served = test_serve_engine.served  # the fixture
 
 
 def test_a_hook_that_goes_silent_is_an_error_of_the_answer_and_not_of_the_engine(served, monkeypatch):

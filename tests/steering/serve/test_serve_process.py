@@ -1,64 +1,24 @@
 """The server as a process: how it starts, what clients who behave badly do to it, and how it ends."""
 
 import json
-import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
-from contextlib import contextmanager
 
 import httpx
 import pytest
+from server_process import START, ServerProcess
 
 from personatlas.cli.app import main
 
 HI = {"messages": [{"role": "user", "content": "Who are you?"}]}
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-START = "from personatlas.cli.app import main; main()"
 IMPATIENT = (
     "from personatlas.steering.serve.http import uvicorn_server as server; server.ANSWER_SECONDS = 0.0; "
     + START
 )
-
-
-@contextmanager
-def serving(folder, *options, start=START, **environment):
-    port = free_port()
-    command = [sys.executable, "-c", start, "serve", str(folder / "tiny"), "--axis", str(folder / "run")]
-    command += ["--port", str(port), "--device", "cpu", "--dtype", "float32", *options]
-    process = subprocess.Popen(
-        command,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < deadline, "the server did not start"
-            try:
-                if httpx.get(f"{url}/healthz").status_code == 200:
-                    break
-            except httpx.TransportError:
-                time.sleep(0.05)
-        yield process, url
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
 
 
 def streamed(url, **more):
@@ -84,12 +44,21 @@ def wait_for(what, seconds=15.0):
 
 
 @pytest.fixture(scope="module")
-def shared(tiny_run, tmp_path_factory):
-    """One process for the tests that leave it as it was, from a copy of the model, which one of them deletes."""
+def processes(tiny_run, tmp_path_factory):
+    """Two servers that start at the same time: a patient one without a key, from a copy of the model, and one with a key."""
     folder = tmp_path_factory.mktemp("served")
     shutil.copytree(tiny_run, folder, dirs_exist_ok=True)
-    with serving(folder, "--context", "512", "--max-new-tokens", "400") as (process, url):
-        yield process, url, folder
+    with (
+        ServerProcess(folder, "--context", "512", "--max-new-tokens", "400") as patient,
+        ServerProcess(tiny_run, start=IMPATIENT, PERSONATLAS_API_KEY="a-key-of-ours") as with_key,
+    ):
+        yield (*patient.wait(), folder), with_key.wait()
+
+
+@pytest.fixture(scope="module")
+def shared(processes):
+    """The patient one; one of the tests deletes its model, and the last one ends it."""
+    return processes[0]
 
 
 def test_a_client_who_leaves_stops_the_work(shared):
@@ -146,8 +115,8 @@ def told_to_end(process, url, how, headers=None, **more):
                 process.send_signal(how)
                 told = time.monotonic()
             lines.append(line)
-    assert process.wait(12) in (0, -how, 130)
     assert time.monotonic() - told < 10
+    assert process.wait(20) in (0, -how, 130)  # on a busy machine the interpreter itself takes seconds to end
     assert "Traceback" not in process.stderr.read()
     return [line for line in lines if line][-1]
 
@@ -200,16 +169,16 @@ def test_a_taken_port_is_found_before_the_model_is_loaded(tiny_run, capsys):
     assert "cannot listen on 127.0.0.1" in capsys.readouterr().err
 
 
-def test_with_a_key_everything_but_the_page_needs_it_and_what_does_not_end_is_cut(tiny_run):
-    with serving(tiny_run, start=IMPATIENT, PERSONATLAS_API_KEY="a-key-of-ours") as (process, url):
-        for path in ("/v1/models", "/v1/axis", "/metrics"):
-            assert httpx.get(url + path).json()["error"]["code"] == "invalid_api_key"
-            wrong = httpx.get(url + path, headers={"authorization": "Bearer a-key-of-theirs"})
-            assert (wrong.status_code, wrong.headers["www-authenticate"]) == (401, "Bearer")
-            assert httpx.get(url + path, headers={"authorization": "Bearer a-key-of-ours"}).status_code == 200
-        assert httpx.get(url).status_code == 200
-        assert httpx.get(f"{url}/healthz").json() == {"status": "ok"}
-        other = httpx.get(f"{url}/healthz", headers={"host": "elsewhere.example"})
-        assert other.status_code == 200  # with a key it may be reached by any name
-        key = {"authorization": "Bearer a-key-of-ours"}
-        assert "the server is ending" in told_to_end(process, url, signal.SIGINT, key, max_tokens=450, n=16)
+def test_with_a_key_everything_but_the_page_needs_it_and_what_does_not_end_is_cut(processes):
+    process, url = processes[1]
+    for path in ("/v1/models", "/v1/axis", "/metrics"):
+        assert httpx.get(url + path).json()["error"]["code"] == "invalid_api_key"
+        wrong = httpx.get(url + path, headers={"authorization": "Bearer a-key-of-theirs"})
+        assert (wrong.status_code, wrong.headers["www-authenticate"]) == (401, "Bearer")
+        assert httpx.get(url + path, headers={"authorization": "Bearer a-key-of-ours"}).status_code == 200
+    assert httpx.get(url).status_code == 200
+    assert httpx.get(f"{url}/healthz").json() == {"status": "ok"}
+    other = httpx.get(f"{url}/healthz", headers={"host": "elsewhere.example"})
+    assert other.status_code == 200  # with a key it may be reached by any name
+    key = {"authorization": "Bearer a-key-of-ours"}
+    assert "the server is ending" in told_to_end(process, url, signal.SIGINT, key, max_tokens=450, n=16)
