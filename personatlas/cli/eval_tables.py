@@ -1,132 +1,134 @@
 """Tables of evaluations: a metric a row, an arm a column."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from personatlas.cli.output import print_line, print_path, print_table, print_warning
+from personatlas.cli.output import print_line, print_path, print_table, print_warning, with_interval
+from personatlas.steering.evals.harnesses.lm_eval_result import LmEvalResult, TaskMetric, TaskResult
+from personatlas.steering.evals.result import EvalResult, Outcome, SuiteResult
 
-BASELINE = "baseline"  # persona.interventions.BASELINE, whose module needs torch
 SIGNIFICANT = 0.05  # of an adjusted p
 
 
-def print_evaluation(content: dict[str, Any], folder: Path) -> None:
-    for name, suite in content["suites"].items():
-        roles = f"{suite['roles']} roles, " if suite["roles"] > 1 else ""
-        title = f"{name}: {suite['n']} cases, {roles}{suite['requests']} requests"
-        print_table(["", *content["arms"]], _suite_rows(suite, content["arms"]), title=title)
-    print_table(["", *content["arms"]], _cost_rows(content), title="cost")
-    for name, task in content["capability"].get("tasks", {"tasks": {}})["tasks"].items():
-        rows = []
-        for metric, result in task["metrics"].items():
-            rows += _task_rows(metric, [result["arms"].get(arm, {}) for arm in content["arms"]])
-        print_table(["", *content["arms"]], rows, title=f"{name} of lm-eval: {task['n']} samples")
+def print_evaluation(result: EvalResult, folder: Path) -> None:
+    """Prints a table per suite, the costs, the tasks of lm-eval, and where everything is."""
+    arms = list(result.arms)
+    for name, suite in result.suites.items():
+        roles = f"{suite.roles} roles, " if suite.roles > 1 else ""
+        title = f"{name}: {suite.n} cases, {roles}{suite.requests} requests"
+        print_table(["", *arms], _suite_rows(suite, arms), title=title)
+    print_table(["", *arms], _cost_rows(result, arms), title="cost")
+    if result.capability.tasks is not None:
+        _print_tasks(result.capability.tasks.tasks, arms)
     print_line(
         "↑ more is better, ↓ less is better; could show: the smallest change that so many cases would have shown"
     )
-    for warning in content["warnings"]:
+    for warning in result.warnings:
         print_warning(warning)
     print_path("every answer", folder / "eval.json")
     print_path("page", folder / "eval.html")
 
 
-def _suite_rows(suite: dict[str, Any], arms: list[str]) -> list[list[str]]:
-    """Per outcome its share, its change against the baseline, p, and where p is large the change that could be shown."""
-    rows = []
-    for outcome, result in suite["outcomes"].items():
-        shares: list[str] = []
-        changes: list[str] = []
-        ps: list[str] = []
-        least: list[str] = []
-        for arm in arms:
-            row = result["arms"][arm]
-            low, high = row["interval"] or (0, 0)
-            shares.append(
-                "not judged" if row["share"] is None else f"{row['share']:.1%} [{low:.0%}, {high:.0%}]"
-            )
-            change = row.get("change") if row["share"] is not None else None
-            if not change:
-                for cells in (changes, ps, least):
-                    cells.append("")
-                continue
-            p = change.get("p_holm", change["p"])
-            changes.append(f"{change['value']:+.1%} [{change['low']:+.0%}, {change['high']:+.0%}]")
-            ps.append(f"{p:.2g}")
-            least.append("" if p < SIGNIFICANT else f"{change['smallest']:.1%}")
-        rows.append([f"{outcome} {'↑' if result['better'] == 'more' else '↓'}", *shares])
-        for title, cells in (("  change", changes), ("  p", ps), ("  could show", least)):
-            if any(cells):
-                rows.append([title, *cells])
-    projections = [suite["arms"][arm]["projection"] for arm in arms]
+def _suite_rows(suite: SuiteResult, arms: Sequence[str]) -> list[list[str]]:
+    rows = [row for name, outcome in suite.outcomes.items() for row in _outcome_rows(name, outcome, arms)]
+    projections = [suite.arms[arm].projection for arm in arms]
     rows.append(["projection", *("" if value is None else f"{value:.1f}" for value in projections)])
-    rows.append(["fired", *(f"{suite['arms'][arm]['fired']:.0%}" for arm in arms)])
+    rows.append(["fired", *(f"{suite.arms[arm].fired:.0%}" for arm in arms)])
     return rows
 
 
-def _cost_rows(content: dict[str, Any]) -> list[list[str]]:
-    capability, arms = content["capability"], content["arms"]
-    rows: list[list[str]] = [
-        ["more loss on benign answers"], ["KL"], ["baseline's loss on own answers"], ["bits per byte"],
-    ]  # fmt: skip
+def _outcome_rows(name: str, outcome: Outcome, arms: Sequence[str]) -> list[list[str]]:
+    """The share, its change against the baseline, p, and where p is large the change that could be shown."""
+    columns = []
     for arm in arms:
-        cost, own = capability.get("benign", {}).get(arm), capability.get("own_loss", {}).get(arm)
-        text = capability.get("text", {}).get("arms", {}).get(arm)
-        low, high = cost["more_loss_interval"] if cost else (0.0, 0.0)
-        rows[0].append(f"{cost['more_loss']:+.1%} [{low:+.1%}, {high:+.1%}]" if cost else "")
-        rows[1].append(f"{cost['kl']:.3f}" if cost else "")
-        rows[2].append(f"{own['loss']:.3f} ± {own['error']:.3f}" if own and own["loss"] is not None else "")
-        rows[3].append(f"{text['bits_per_byte']:.4f}" if text else "")
-    return [row for row in rows if any(row[1:])]
-
-
-def _task_rows(metric: str, arms: list[dict[str, Any]]) -> list[list[str]]:
-    """A metric of lm-eval over the arms: value, change, adjusted p, least change that could be shown, p of no loss."""
-    rows: list[list[str]] = [[metric], ["  change"], ["  p"], ["  could show"], ["  no loss, p"]]
-    for row in arms:
-        value = row.get("value", "")
-        rows[0].append(f"{value:.3f}" if isinstance(value, int | float) else str(value))
-        if "change" not in row:
-            for line in rows[1:]:
-                line.append("")
+        share = outcome.arms[arm]
+        if share.share is None or share.interval is None:
+            columns.append(["not judged", "", "", ""])
             continue
-        low, high = row["interval"]
-        rows[1].append(f"{row['change']:+.3f} [{low:+.3f}, {high:+.3f}]")
-        rows[2].append(f"{row['p_holm']:.2g}")
-        rows[3].append("" if row["p_holm"] < SIGNIFICANT else f"{row['smallest']:.3f}")
-        rows[4].append(f"{row['tost_p']:.2g}")
-    return [line for number, line in enumerate(rows) if not number or any(line[1:])]
+        low, high = share.interval
+        column, change = [f"{share.share:.1%} [{low:.0%}, {high:.0%}]"], share.change
+        if change is not None:
+            p = change.p if change.p_holm is None else change.p_holm
+            column.append(f"{change.value:+.1%} [{change.low:+.0%}, {change.high:+.0%}]")
+            column.append("" if p is None else f"{p:.2g}")
+            column.append("" if p is not None and p < SIGNIFICANT else f"{change.smallest:.1%}")
+        columns.append([*column, "", "", ""][:4])
+    title = f"{name} {'↑' if outcome.better == 'more' else '↓'}"
+    return _rows([title, "  change", "  p", "  could show"], columns)
 
 
-def print_lm_eval(content: dict[str, Any], folder: Path) -> None:
-    arms = content["arms"]
-    for name, task in content["tasks"].items():
-        rows = []
-        for metric, result in task["metrics"].items():
-            rows += _task_rows(metric, [result["arms"].get(arm, {}) for arm in arms])
-        shares = [task["account"].get(arm, {}).get("share") for arm in arms]
-        if any(share is not None for share in shares):
-            rows.append(["fired", *("" if share is None else f"{share:.1%}" for share in shares)])
-        print_table(["", *arms], rows, title=f"{name}: {task['n']} samples")
+def _cost_rows(result: EvalResult, arms: Sequence[str]) -> list[list[str]]:
+    capability, columns = result.capability, []
+    texts = capability.text.arms if capability.text is not None else {}
+    for arm in arms:
+        cost, own, text = (
+            (capability.benign or {}).get(arm),
+            (capability.own_loss or {}).get(arm),
+            texts.get(arm),
+        )
+        columns.append(
+            [
+                with_interval(cost.more_loss, *cost.more_loss_interval, "+.1%") if cost else "",
+                f"{cost.kl:.3f}" if cost else "",
+                f"{own.loss:.3f} ± {own.error:.3f}" if own and own.loss is not None else "",
+                f"{text.bits_per_byte:.4f}" if text else "",
+            ]
+        )
+    titles = ["more loss on benign answers", "KL", "baseline's loss on own answers", "bits per byte"]
+    return [row for row in _rows(titles, columns) if any(row[1:])]
+
+
+def _rows(titles: Sequence[str], columns: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Rows of a table from its columns; rows below the first that are empty are left out."""
+    rows = [[title, *cells] for title, *cells in zip(titles, *columns, strict=True)]
+    return [row for number, row in enumerate(rows) if not number or any(row[1:])]
+
+
+def print_lm_eval(result: LmEvalResult, folder: Path) -> None:
+    """Prints a table per task of lm-eval."""
+    _print_tasks(result.tasks, list(result.arms))
     print_line(
-        "intervals are bootstraps over samples; p is adjusted over all rows (Holm); could show: the smallest change that so "
-        "many samples would have shown; no loss: p of two one-sided tests against "
-        f"±{content['asked']['margin']:g}"
+        "intervals are bootstraps over samples; p is adjusted over all rows (Holm); could show: the smallest change that "
+        f"so many samples would have shown; no loss: p of two one-sided tests against ±{result.asked['margin']:g}"
     )
-    for note in [*content["notes"], *_never_fired(content)]:
+    for note in result.notes:
         print_warning(note)
+    for arm in result.arms:
+        counts = [task.account[arm] for task in result.tasks.values()]
+        if any(count.share is not None for count in counts) and not sum(count.fired for count in counts):
+            print_warning(f"the cap {arm} never fired: every token stayed above its floor")
     print_path("every answer", folder / "lm_eval.json")
 
 
-def _never_fired(content: dict[str, Any]) -> list[str]:
-    arms = [arm for arm in content["arms"] if arm != BASELINE]
-    accounts = {arm: [task["account"][arm]["fired"] for task in content["tasks"].values()] for arm in arms}
-    return [
-        f"the cap {arm} never fired: every token stayed above its floor"
-        for arm in arms
-        if not sum(accounts[arm])
-    ]
+def _print_tasks(tasks: dict[str, TaskResult], arms: Sequence[str]) -> None:
+    for name, task in tasks.items():
+        rows = [row for metric, values in task.metrics.items() for row in _metric_rows(metric, values, arms)]
+        shares = [task.account[arm].share if arm in task.account else None for arm in arms]
+        if any(share is not None for share in shares):
+            rows.append(["fired", *("" if share is None else f"{share:.1%}" for share in shares)])
+        print_table(["", *arms], rows, title=f"{name}: {task.n} samples")
+
+
+def _metric_rows(name: str, metric: TaskMetric, arms: Sequence[str]) -> Iterable[list[str]]:
+    """The value, its change, the adjusted p, the least change that could be shown, and p of no loss."""
+    columns = []
+    for arm in arms:
+        row = metric.arms.get(arm)
+        value = row.value if row is not None else ""
+        column = [f"{value:.3f}" if isinstance(value, int | float) else str(value)]
+        if row is not None and row.change is not None and row.interval is not None and row.p_holm is not None:
+            low, high = row.interval
+            column.append(f"{row.change:+.3f} [{low:+.3f}, {high:+.3f}]")
+            column.append(f"{row.p_holm:.2g}")
+            column.append("" if row.p_holm < SIGNIFICANT or row.smallest is None else f"{row.smallest:.3f}")
+            column.append("" if row.tost_p is None else f"{row.tost_p:.2g}")
+        columns.append([*column, "", "", "", ""][:5])
+    return _rows([name, "  change", "  p", "  could show", "  no loss, p"], columns)
 
 
 def print_inspect_comparison(found: dict[str, Any]) -> None:
+    """Prints the scores of two logs of Inspect and what changed."""
     before, after = found["arms"]
     is_capped = [bool(arm["cap"]) for arm in (before, after)]
     names = ["baseline", "capped"] if is_capped == [False, True] else [before["name"], after["name"]]

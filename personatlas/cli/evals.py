@@ -171,8 +171,10 @@ def eval_(
         )
         if result is not None:
             write_eval_page(folder / "eval.html", result, show_answers=show_answers)
-            content = {name: value for name, value in result.to_json().items() if name != "pairs"}
-            print_json(content) if json else print_evaluation(content, folder)
+            if json:
+                print_json({name: value for name, value in result.to_json().items() if name != "pairs"})
+            else:
+                print_evaluation(result, folder)
 
 
 def _or(value: T | None, default: T) -> T:
@@ -203,13 +205,11 @@ def _lm_eval(
         tasks.raw,
         _or(samples.margin, LmEvalOptions.margin),
     )
-    names, caps = (
-        parse_task_names(tasks.lm_eval or ""),
-        steering.caps(*(["assistant"] if steering.axis else [])),
-    )
+    caps = steering.caps(*(["assistant"] if steering.axis else []))
     axis = find_axis(model, steering.axis) if caps else None
+    names = parse_task_names(tasks.lm_eval or "")
     result = run_lm_eval(model, names, axis, caps, folder, options=options, load=load, force=steering.force)
-    print_json(result.to_json()) if json else print_lm_eval(result.to_json(), folder)
+    print_json(result.to_json()) if json else print_lm_eval(result, folder)
 
 
 def _inspect(

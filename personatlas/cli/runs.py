@@ -1,27 +1,25 @@
-"""The verbs of `persona/`: rollout, judge, record, spans, show, import; `bank_verbs` has `roles`.
+"""The commands `run rollout`, `run judge` and `run record`: steps of `axis` on a run folder."""
 
-Progress goes to stderr, results to stdout, `--json` for machines.
-"""
-
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from personatlas.cli.options import JUDGE, MODEL, PLAN, ModelName
-from personatlas.cli.output import print_line
+from personatlas.cli.options import JUDGE, MODEL, PLAN, Json, ModelName, Out
+from personatlas.cli.output import print_json, print_line
 from personatlas.persona.errors import UserError
 from personatlas.persona.options import JudgeOptions, ModelOptions, PlanOptions
-from personatlas.persona.roles.bank import Bank
 
 
 def rollout(
     model: ModelName,
     /,
     *,
-    out: Path | None = None,
     load: Annotated[ModelOptions, MODEL] = ModelOptions(),
     plan: Annotated[PlanOptions, PLAN] = PlanOptions(),
+    out: Out = None,
+    json: Json = False,
 ) -> None:
-    """Sample answers under role prompts into a run folder (resumes).
+    """Sample answers under role prompts into a run folder. Resumes.
 
     Parameters
     ----------
@@ -32,19 +30,26 @@ def rollout(
     from personatlas.persona.runs import default_folder
 
     folder = out or default_folder(model)
-    with open_context(model, folder, load, plan) as work:
-        made = sample(work)
-        if work.world.rank == 0:
-            cut = sum(r.stopped == "length" for r in made)
-            print_line(
-                f"{len(made)} rollouts in {folder / 'rollouts.jsonl'} ({cut} stopped at the token limit)"
-            )
+    with open_context(model, folder, load, plan) as context:
+        rollouts = sample(context)
+        if context.world.rank:
+            return
+    log, cut = folder / "rollouts.jsonl", sum(rollout.stopped == "length" for rollout in rollouts)
+    if json:
+        print_json({"file": str(log), "rollouts": len(rollouts), "cut": cut})
+    else:
+        print_line(f"{len(rollouts)} rollouts in {log} ({cut} stopped at the token limit)")
 
 
 def judge(
-    run: Path, /, *, judge: Annotated[JudgeOptions, JUDGE] = JudgeOptions(), bank: Path | None = None
+    run: Path,
+    /,
+    *,
+    bank: Path | None = None,
+    judge: Annotated[JudgeOptions, JUDGE] = JudgeOptions(),
+    json: Json = False,
 ) -> None:
-    """Score whether a run's answers play their roles, into scores.jsonl (resumes).
+    """Score whether a run's answers play their roles, into scores.jsonl. Resumes.
 
     Parameters
     ----------
@@ -59,26 +64,36 @@ def judge(
     from personatlas.persona.runs import open_run
 
     with open_run(run) as folder:
-        chosen = load_bank(bank)
-        _require_bank(folder.manifest, chosen, run)
+        roles, made_with = load_bank(bank), folder.manifest.get("asked", {})
+        for title, key, digest in (
+            ("bank", "bank", roles.digest),
+            ("traits", "traits_bank", roles.traits_digest),
+        ):
+            if made_with.get(key) and made_with[key] != digest:
+                used = f"{title} {made_with[key][:12]}, not {digest[:12]}"
+                raise UserError(f"{run} was made with {used}; name the bank's folder with --bank")
         rollouts = read_rollouts(run)
         if not rollouts:
             raise UserError(f"{run} has no rollouts; make them first with `personatlas run rollout`")
-        scored = without_poles(judge_run(folder, chosen, rollouts, judge))
-        counts = {score: sum(r.score == score for r in scored) for score in (0, 1, 2, 3, None)}
-        print_line(", ".join(f"{'unjudged' if score is None else score}: {n}" for score, n in counts.items()))
+        scored = without_poles(judge_run(folder, roles, rollouts, judge))
+    names = {0: "0", 1: "1", 2: "2", 3: "3", None: "unjudged"}
+    counts = {name: sum(rollout.score == score for rollout in scored) for score, name in names.items()}
+    if json:
+        print_json(counts)
+    else:
+        print_line(", ".join(f"{name}: {n}" for name, n in counts.items()))
 
 
-def record(run: Path, /, *, load: Annotated[ModelOptions, MODEL] = ModelOptions()) -> None:
-    """Record a run's activations with the scores of its newest judge (resumes).
+def record(
+    run: Path, /, *, load: Annotated[ModelOptions, MODEL] = ModelOptions(), json: Json = False
+) -> None:
+    """Record a run's activations with the scores of its newest judge. Resumes.
 
     Parameters
     ----------
     run
         a run folder
     """
-    from dataclasses import replace
-
     from personatlas.persona.distributed import get_world
     from personatlas.persona.models.load import load_model
     from personatlas.persona.pipeline.run_context import record_rollouts, stored_scores
@@ -87,29 +102,22 @@ def record(run: Path, /, *, load: Annotated[ModelOptions, MODEL] = ModelOptions(
 
     world = get_world()
     with open_run(run, rank=world.rank) as folder:
-        asked = folder.manifest.get("asked", {})
-        if "model_name" not in asked:
-            raise UserError(
-                f"{run} has no run.json with rollouts; make them first with `personatlas run rollout`"
-            )
-        load = replace(load, dtype=load.dtype or asked["dtype"])
-        model = load_model(
-            asked["model_name"], device=load.device, dtype=load.dtype, chat_template=load.chat_template
-        )
+        made_with = folder.manifest.get("asked", {})
+        if "model_name" not in made_with:
+            raise UserError(f"{run} has no run.json with rollouts; make them with `personatlas run rollout`")
+        load = replace(load, dtype=load.dtype or made_with["dtype"])
+        name = made_with["model_name"]
+        model = load_model(name, device=load.device, dtype=load.dtype, chat_template=load.chat_template)
         folder.claim({"model": model.describe(), "dtype": str(model.dtype).removeprefix("torch.")})
         rollouts = with_scores(read_rollouts(run), stored_scores(folder))
-        for found in record_rollouts(folder, model, rollouts, world):
-            if world.rank == 0 and found is not None:
-                print_line(
-                    f"{int(found.count.sum())} rollouts of {len(found.roles)} roles or poles, {found.n_layers} layers"
-                )
+        recorded = [found for found in record_rollouts(folder, model, rollouts, world) if found is not None]
+    if world.rank == 0:
+        counts = [
+            {"rollouts": int(found.count.sum()), "roles": len(found.roles), "layers": found.n_layers}
+            for found in recorded
+        ]
+        if json:
+            print_json(dict(zip(("roles", "traits"), counts, strict=False)))
+        for row in [] if json else counts:
+            print_line(f"{row['rollouts']} rollouts of {row['roles']} roles or poles, {row['layers']} layers")
     world.close()
-
-
-def _require_bank(manifest: dict[str, Any], bank: Bank, run: Path) -> None:
-    asked = manifest.get("asked", {})
-    for what, name, digest in (("bank", "bank", bank.digest), ("traits", "traits_bank", bank.traits_digest)):
-        if asked.get(name) and asked[name] != digest:
-            raise UserError(
-                f"{run} was made with {what} {asked[name][:12]}, not {digest[:12]}; name the bank's folder with --bank"
-            )
