@@ -94,6 +94,13 @@ def tiny_model(family: str = "llama", seed: int = 0, device: str = "cpu") -> Mod
     return build_model(tiny_hf(family, seed).to(device), tokenizer(), id=f"tiny-{family}-{seed}")
 
 
+def deep_model() -> Model:
+    """A random model with as many layers as the packaged one, so that examples with its layers run on it."""
+    config = AutoConfig.for_model("llama", **LLAMA | {"num_hidden_layers": 30})
+    torch.manual_seed(0)
+    return build_model(AutoModelForCausalLM.from_config(config).float(), tokenizer(), id="deep-llama")
+
+
 def save_tiny(folder, family: str = "llama", seed: int = 0):
     """A local model folder of the kind that users have."""
     tiny_hf(family, seed).save_pretrained(folder)
