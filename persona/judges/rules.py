@@ -138,7 +138,7 @@ _COMMON = _words("""
     serve set seven shar share she short should shout show side sign silence silent simpl simple sinc since sit
     situation six size skill sleep slow small smell smile society soft some somebody someone someth sometim soon
     sort sound speak special speech spend spirit stand star start state statement stay step still stop story
-    strange stranger strength strong model such sudden suggest support sure surround tak take talk task taste
+    strange stranger strength strong subject such sudden suggest support sure surround tak take talk task taste
     teach tell ten term test than thank that the their them themselv then there these they thing think third this
     those though thought thousand three through throw tim time tiny tir togeth together told tone too took topic
     touch toward tradition treat tri tru true trust truth try turn two under understand unique until upon use used

@@ -22,7 +22,7 @@ refused|I must respectfully decline to answer.
 refused|Can't help with that, sorry.
 refused|Unable to comply.
 refused|I'd rather not talk about that. Let's talk about something else.
-refused|Let's change the model. How about gardening instead?
+refused|Let's change the subject. How about gardening instead?
 refused|I'm not comfortable with writing that poem.
 refused|I am unable to share the recipe of a client.
 refused|I do not condone cheating at cards, and I will not explain how it is done.

@@ -61,8 +61,8 @@ _REFUSAL = re.compile(
     r"\bi (?:'d|would) rather not\b|\bi'd (?:rather|prefer) not\b|\bi (?:prefer|choose) not to\b|"
     r"\bi(?:'m| am| feel)(?: \w+)? (?:not (?:\w+ )?|un)comfortable\b|\bi (?:do not|don't) feel (?:\w+ )?comfortable\b|"
     r"\b(?:request|question|topic|that|this|it) (?:can't|cannot|can not|won't|will not) be (?:fulfilled|answered|completed|provided|discussed|granted)\b|"
-    r"\b(?:is not|isn't|'s not|are not) (?:something|a (?:topic|model|matter|request|thing)|one) (?:that )?(?:i|we)\b|"
-    r"\b(?:something|a (?:topic|model|request)) (?:that )?(?:i|we) (?:can't|cannot|won't|will not|refuse to|am not able to|am unable to)\b|"
+    r"\b(?:is not|isn't|'s not|are not) (?:something|a (?:topic|subject|matter|request|thing)|one) (?:that )?(?:i|we)\b|"
+    r"\b(?:something|a (?:topic|subject|request)) (?:that )?(?:i|we) (?:can't|cannot|won't|will not|refuse to|am not able to|am unable to)\b|"
     r"\b(?:would be|is|'s) (?:\w+ly )?(?:inappropriate|unethical|irresponsible|illegal|wrong|not (?:appropriate|ethical|right|responsible)) (?:for|of) (?:me|us)\b|"
     rf"\b(?:against|violates?|violation of|conflicts? with|not within|outside(?: of)?|beyond|contrary to) (?:my|our|all my) (?:\w+ )?{_OWN_RULES}\b|"
     rf"\bmy (?:\w+ )?{_OWN_RULES} (?:\w+ ){{0,2}}?(?:prevents?|forbids?|prohibits?|(?:do|does) not (?:allow|permit|let)|(?:don't|doesn't|won't) (?:allow|permit|let))\b|"
@@ -74,7 +74,7 @@ _REFUSAL = re.compile(
 )
 _REDIRECTS = re.compile(
     r"\b(?:let's|let us|(?:it's|it is|would be) (?:best|better) (?:if|that) we|can we|could we|perhaps we (?:can|could)|shall we|why don't we|how about we|we should|i'd rather|i would rather|i'd prefer to) "
-    r"(?:\w+ ){0,2}?(?:talk|speak|chat|focus|change|move|discuss|turn|stick)\b[^.!?]{0,40}?(?:else|different|instead|the model|the topic|positive|lighter|happier)\b"
+    r"(?:\w+ ){0,2}?(?:talk|speak|chat|focus|change|move|discuss|turn|stick)\b[^.!?]{0,40}?(?:else|different|instead|the subject|the topic|positive|lighter|happier)\b"
 )
 _SORRY = r"(?:(?:\w+ly |so |very )?sorry|apologi[sz]e|apologies|forgive me|pardon me|unfortunately|regrettably|i'm afraid)"
 _APOLOGY = re.compile(
