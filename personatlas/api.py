@@ -17,13 +17,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from personatlas.analysis.fit import pipeline
-from personatlas.analysis.fit.result import FitResult
-from personatlas.persona.axis import Axis, PersonaSpace, load_space
-from personatlas.persona.axis import load_axis as _read_axis
+from personatlas.persona import axis as axes
+from personatlas.persona.axis import Axis, PersonaSpace
 from personatlas.persona.errors import UserError
 from personatlas.persona.formats import Message
 from personatlas.persona.interventions import Intervention
@@ -32,25 +31,22 @@ from personatlas.persona.options import FitOptions, JudgeOptions, ModelOptions, 
 from personatlas.persona.roles import bank as banks
 from personatlas.persona.roles.bank import Bank
 from personatlas.persona.rollout import Rollout, read_rollouts
-from personatlas.persona.runs import resolve_axis
+from personatlas.persona.runs import find_axis, resolve_axis
 from personatlas.persona.sampling.sampler import Sampling
-from personatlas.steering.calibration.calibrate import CalibrationResult, SearchOptions
-from personatlas.steering.calibration.calibrate import calibrate as _calibrate
-from personatlas.steering.evals import study
+from personatlas.steering.calibration.options import CalibrationOptions
 from personatlas.steering.evals.options import EvalOptions
-from personatlas.steering.evals.result import EvalResult
-from personatlas.steering.evals.suites import Suite
-from personatlas.steering.generate import Generation
-from personatlas.steering.generate import generate as _generate
-from personatlas.steering.hooks import steering
 from personatlas.steering.serve.options import CapacityOptions, ServeOptions
-from personatlas.steering.serve.startup import serve as _serve
-from personatlas.steering.traces import Trace
-from personatlas.steering.traces import project as _project
-from personatlas.training.finetune import train_chat as _train_chat
-from personatlas.training.options import CorpusOptions, FinetuneOptions, PretrainOptions
-from personatlas.training.pretrain import train_base as _train_base
-from personatlas.training.run import TrainResult
+from personatlas.training.options import ChatDataOptions, CorpusOptions, FinetuneOptions, PretrainOptions
+
+if TYPE_CHECKING:  # what a job needs is imported when it runs: some of it takes seconds
+    from personatlas.analysis.fit.result import FitResult
+    from personatlas.steering.calibration.result import CalibrationResult
+    from personatlas.steering.evals.result import EvalResult
+    from personatlas.steering.evals.suites import Suite
+    from personatlas.steering.generate import Generation
+    from personatlas.steering.hooks.steering import Steering
+    from personatlas.steering.traces import Trace
+    from personatlas.training.run import TrainResult
 
 
 @dataclass(frozen=True)
@@ -62,16 +58,18 @@ class Run:
     @cached_property
     def axis(self) -> Axis:
         """The Assistant Axis: one unit vector (D,) a layer."""
-        return _read_axis(self.folder / "axis")
+        return axes.load_axis(self.folder / "axis")
 
     @cached_property
     def space(self) -> PersonaSpace:
         """Mean role vector and principal components at the axis's layer."""
-        return load_space(self.folder / "space")
+        return axes.load_space(self.folder / "space")
 
     @cached_property
-    def fit(self) -> FitResult:
+    def fit(self) -> "FitResult":
         """All numbers of the fit, with intervals and nulls."""
+        from personatlas.analysis.fit.result import FitResult
+
         return FitResult.load(self.folder)
 
     @cached_property
@@ -112,7 +110,7 @@ def load_bank(folder: str | Path | None = None) -> Bank:
 
 def load_axis(name: str | Path) -> Axis:
     """Reads an axis: a run folder, an axis file, or the name of a packaged model. Raises `UserError`."""
-    return _read_axis(resolve_axis(str(name)))
+    return axes.load_axis(resolve_axis(str(name)))
 
 
 def open_run(folder: str | Path) -> Run:
@@ -147,6 +145,8 @@ def compute_axis(
 
     Raises `UserError` for options that do not go together and for a folder of another run.
     """
+    from personatlas.analysis.fit import pipeline
+
     pipeline.compute_axis(
         model,
         Path(out),
@@ -158,12 +158,14 @@ def compute_axis(
     return Run(Path(out))
 
 
-def steer(model: Model, interventions: Sequence[Intervention]) -> AbstractContextManager[steering.Steering]:
+def steer(model: Model, interventions: Sequence[Intervention]) -> AbstractContextManager["Steering"]:
     """Applies interventions to every forward of `model.hf` inside the context; the model is left as it was found.
 
     The context's value says what was done: `fired` is the share of tokens times layers that were changed, `tally` the
     counts by layer and row. Raises `UserError` for interventions of another model.
     """
+    from personatlas.steering.hooks import steering
+
     return steering.steer(model, list(interventions))
 
 
@@ -175,8 +177,8 @@ def generate(
     axis: Axis | None = None,
     sampling: Sampling = Sampling(),
     seed: int = 0,
-) -> Generation:
-    """Answers a conversation, with interventions if any, and projects every token on the axis.
+) -> "Generation":
+    """Answers a conversation, with interventions if any, and projects every token on an axis if one is given.
 
     Parameters
     ----------
@@ -185,24 +187,45 @@ def generate(
     steer
         interventions that act on prompt and answer
     axis
-        the axis of the trace; the packaged one of the model unless given, if there is one
+        the axis of the trace; without one there is no trace
 
-    Returns text, why it stopped, the trace and the fired share. Raises `UserError` where an intervention does not bind.
+    Returns text, why it stopped, the trace and the fired share. Raises `UserError` for a conversation that leaves no room
+    for an answer, and for interventions of another model.
     """
-    return _generate(model, messages, steer=steer, axis=axis, sampling=sampling, seed=seed)
+    from personatlas.steering import generate as generation
+
+    return generation.generate(model, messages, steer=steer, axis=axis, sampling=sampling, seed=seed)
 
 
-def project(model: Model, messages: Sequence[Message], axis: Axis, *, steer: Sequence[Intervention] = ()) -> Trace:
-    """Projects a stored conversation on an axis: one value (residual units) a token and a mean for each answer."""
-    return _project(model, messages, axis, steer)
+def project(model: Model, messages: Sequence[Message], axis: Axis) -> "Trace":
+    """Projects a stored conversation on an axis: a value (residual units) for each token, a mean for each answer.
+
+    `trace.turns` has an entry for every answer. Raises `UserError` for an axis of another model, and for a conversation
+    without an answer that fits into the context.
+    """
+    from personatlas.steering import traces
+
+    return traces.project(model, messages, axis)
 
 
-def calibrate(run: Run | str | Path, *, name: str = "assistant", search: SearchOptions = SearchOptions()) -> CalibrationResult:
+def calibrate(
+    run: Run | str | Path,
+    *,
+    model: Model | None = None,
+    name: str = "assistant",
+    bank: Path | None = None,
+    options: CalibrationOptions = CalibrationOptions(),
+    load: ModelOptions = ModelOptions(),
+) -> "CalibrationResult":
     """Finds the strongest cap within a loss budget on one half of roles and questions, reports it on the other half.
 
-    The cap is saved as `RUN/caps/NAME`. Raises `UserError` for a folder without rollouts and a fit.
+    The cap is saved as `RUN/caps/NAME`. `model` is the run's model where it is loaded already. Raises `UserError` for a
+    folder without rollouts and a fit.
     """
-    return _calibrate(run.folder if isinstance(run, Run) else Path(run), name=name, options=search)
+    from personatlas.steering.calibration import calibrate as calibration
+
+    folder = run.folder if isinstance(run, Run) else Path(run)
+    return calibration.calibrate(folder, model=model, name=name, bank=bank, options=options, load=load)
 
 
 def evaluate(
@@ -211,10 +234,10 @@ def evaluate(
     *,
     arms: Mapping[str, Sequence[Intervention]],
     out: str | Path,
-    suites: Sequence[str | Suite] | None = None,
+    suites: "Sequence[str | Suite] | None" = None,
     options: EvalOptions = EvalOptions(),
     load: ModelOptions = ModelOptions(),
-) -> EvalResult:
+) -> "EvalResult":
     """Answers the same prompts with the same seeds without and with interventions, and compares the arms. Resumes.
 
     Parameters
@@ -229,10 +252,10 @@ def evaluate(
 
     Raises `UserError` before anything is answered, and for a folder of another evaluation.
     """
+    from personatlas.steering.evals import study
+
     result = study.evaluate(model, axis, arms, suites, Path(out), options=options, load=load)
-    if result is None:
-        raise UserError("evaluate returns its result on the first process of torchrun only")
-    return result
+    return _of_first_process(result)
 
 
 def serve(
@@ -244,8 +267,15 @@ def serve(
     options: ServeOptions = ServeOptions(),
     capacity: CapacityOptions = CapacityOptions(),
 ) -> None:
-    """Serves a page and an OpenAI-compatible API with the persona of every conversation, until interrupted."""
-    _serve(model, axis, host=host, port=port, options=options, capacity=capacity)
+    """Serves a page and an OpenAI-compatible API with the persona of every conversation, until interrupted.
+
+    Without an axis the model's own is taken: the packaged one, or that of its run. Raises `UserError` where there is none.
+    """
+    from personatlas.steering.serve import startup
+
+    if axis is None:
+        axis = find_axis(model.id if isinstance(model, Model) else model)
+    startup.serve(model, axis, host=host, port=port, options=options, capacity=capacity)
 
 
 def train_base(
@@ -256,45 +286,50 @@ def train_base(
     minutes: float | None = None,
     tokens: int | None = None,
     options: PretrainOptions = PretrainOptions(),
-) -> TrainResult:
+) -> "TrainResult":
     """Trains a GPT of some depth on a corpus; every other size follows from the depth and the length. Resumes.
 
     Parameters
     ----------
     corpus
-        a file or folder of texts, `hub:OWNER/NAME`, or all options of the corpus
+        a file or folder of texts, or all options of the corpus
     depth
         number of blocks
     minutes, tokens
         the length: what this machine does in so many minutes, or so many tokens; compute-optimal unless given
+
+    Raises `UserError` for texts and options that make no run, and for a folder of another run.
     """
-    result = _train_base(
-        corpus if isinstance(corpus, CorpusOptions) else CorpusOptions(corpus=Path(corpus)),
-        depth=depth,
-        out=Path(out),
-        minutes=minutes,
-        tokens=tokens,
-        options=options,
-    )
+    from personatlas.training import pretrain
+
+    length = {name: value for name, value in (("minutes", minutes), ("tokens", tokens)) if value is not None}
+    source = corpus if isinstance(corpus, CorpusOptions) else Path(corpus)
+    result = pretrain.train_base(source, depth=depth, out=Path(out), options=replace(options, **length))
     return _of_first_process(result)
 
 
 def train_chat(
-    base: str | Path | TrainResult,
-    data: Sequence[str | Path],
+    base: "str | Path | TrainResult",
+    data: Sequence[str | Path] | ChatDataOptions,
     *,
     out: str | Path,
     options: FinetuneOptions = FinetuneOptions(),
-) -> TrainResult:
+) -> "TrainResult":
     """Tunes a base model on conversations or on the rollouts of another model. Resumes.
 
-    `data` are files of conversations or run folders; `PATH=30%` gives 30% of the answers' tokens.
+    `data` are files of conversations or run folders; `PATH=30%` gives 30% of the answers' tokens. Raises `UserError` for a
+    base or data that cannot be used, and for a folder of another run.
     """
-    start = base if isinstance(base, TrainResult) else Path(base)
-    return _of_first_process(_train_chat(start, list(data), out=Path(out), options=options))
+    from personatlas.training import finetune
+
+    start = Path(base) if isinstance(base, str) else base
+    return _of_first_process(finetune.train_chat(start, data, out=Path(out), options=options))
 
 
-def _of_first_process(result: TrainResult | None) -> TrainResult:
+Result = TypeVar("Result")
+
+
+def _of_first_process(result: Result | None) -> Result:
     if result is None:
-        raise UserError("the result is on the first process of torchrun only")
+        raise UserError("under torchrun only the first process has the result; the others end here")
     return result
