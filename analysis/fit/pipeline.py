@@ -24,7 +24,7 @@ from personatlas.persona.axis import Axis, load_axis
 from personatlas.persona.errors import UserError
 from personatlas.persona.judges.base import SCORE_FILTERS, filter_by_score, read_scores, role_play_share
 from personatlas.persona.models.load import Model
-from personatlas.persona.options import FitOptions, JudgeOptions, ModelOptions, PlanOptions, given
+from personatlas.persona.options import FitOptions, JudgeOptions, ModelOptions, PlanOptions, option_values
 from personatlas.persona.pipeline.activations import Activations, load_activations
 from personatlas.persona.pipeline.run_context import (
     judge_run,
@@ -125,7 +125,7 @@ def _fit_recorded(
     """Fits and writes the artefacts and fit.json; reads it where it was made with the same options and data."""
     if options.replicates == 1:
         raise UserError("--replicates 1 makes no interval; give 0 for none, or as many as 100")
-    asked = {"content": activations.content, "version": FIT_VERSION, **given(options)}
+    asked = {"content": activations.content, "version": FIT_VERSION, **option_values(options)}
     if traits is not None:
         asked["traits"] = traits.content
     if options.compare is not None:

@@ -13,7 +13,7 @@ from personatlas.persona.axis import Axis
 from personatlas.persona.errors import UserError
 from personatlas.persona.interventions import BASELINE
 from personatlas.persona.models.load import Model
-from personatlas.persona.options import ModelOptions, given
+from personatlas.persona.options import ModelOptions, option_values
 from personatlas.persona.progress import say
 from personatlas.steering.evals.arms import Arms, load_arms
 from personatlas.steering.evals.harnesses.inspect_compare import (
@@ -59,7 +59,7 @@ def run_inspect(
     answerer = BatchAnswerer(steered, by_name[names[0]])
     model_name = model if isinstance(model, str) else model.id
     axis_name = axis if isinstance(axis, str) else axis.source
-    settings = {name: value for name, value in given(load).items() if value is not None}
+    settings = {name: value for name, value in option_values(load).items() if value is not None}
     logs, grader = [], None
     for cap in (None, names[0]):
         api = PersonatlasAPI(model_name=model_name, axis=axis_name, cap=cap, answerer=answerer)
