@@ -1,16 +1,18 @@
-"""Alarms for persona drift: rules over the projections of a conversation's turns, with their rate of false alarms.
+"""Alarms for persona drift: rules over the projections of a conversation's turns, with their rate of false
+alarms.
 
-    reference = fit_reference(projections_of_reference_turns)             # mean and std of an answer's projection
-    rule = calibrate_rule(Cusum(), conversations, reference, rate=0.05)   # at most 5% of reference conversations
-    [state.alarm for state in alarm_states(rule, reference, projections)]
+    reference = fit_reference(projections_of_reference_turns)             # mean and std of an answer's
+    projection rule = calibrate_rule(Cusum(), conversations, reference, rate=0.05)   # at most 5% of reference
+    conversations [state.alarm for state in alarm_states(rule, reference, projections)]
 
-A turn is its answer's mean projection p; z = (p - mean) / std against the model's own reference conversations, so a
-falling persona is a falling z. There are two rules: `MOfN` (z below -limit in m of the last n turns) and `Cusum` (Page
-1954: S = max(0, S - z - slack) above a limit), which detects a small drift that lasts. An alarm ends only when z has been
-above `recovery` for as many turns as it took (hysteresis): a monitor that flickers is switched off.
+A turn is its answer's mean projection p; z = (p - mean) / std against the model's own reference
+conversations, so a falling persona is a falling z. There are two rules: `MOfN` (z below -limit in m of the
+last n turns) and `Cusum` (Page 1954: S = max(0, S - z - slack) above a limit), which detects a small drift
+that lasts. An alarm ends only when z has been above `recovery` for as many turns as it took (hysteresis): a
+monitor that flickers is switched off.
 
-The rate of false alarms is the share of reference conversations in which the alarm is raised at all (Wilson interval).
-"""
+The rate of false alarms is the share of reference conversations in which the alarm is raised at all (Wilson
+interval)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -38,11 +40,14 @@ class ReferenceDistribution:
 
 
 def fit_reference(projections: Sequence[float]) -> ReferenceDistribution:
-    """Fits the distribution of reference turns. Raises `UserError` for fewer than two, or turns that are all the same."""
+    """Fits the distribution of reference turns.
+
+    Raises `UserError` for fewer than two, or turns that are all the same.
+    """
     values = np.asarray(projections, dtype=float)
     if len(values) < 2 or not np.isfinite(values).all() or values.std() == 0:
         raise UserError(
-            f"{len(values)} turns of reference conversations give no standard deviation; at least 2 that differ are needed"
+            f"{len(values)} reference turns give no standard deviation; at least 2 that differ are needed"
         )
     return ReferenceDistribution(float(values.mean()), float(values.std(ddof=1)), len(values))
 
@@ -76,7 +81,9 @@ class MOfN:
 
 @dataclass(frozen=True)
 class Cusum:
-    """Raised by the sum of shortfalls below -slack, never below zero, above the limit (standard deviations x turns)."""
+    """Raised by the sum of shortfalls below -slack, never below zero, above the limit (standard deviations x
+    turns).
+    """
 
     limit: float = 4.0
     slack: float = 0.5
@@ -115,7 +122,9 @@ class AlarmState:
 
 @dataclass
 class ConversationAlarm:
-    """The alarm of one conversation as it goes on; it ends after `rule.patience` turns in a row with z above `recovery`."""
+    """The alarm of one conversation as it goes on; it ends after `rule.patience` turns in a row with z above
+    `recovery`.
+    """
 
     rule: Rule
     reference: ReferenceDistribution
@@ -157,7 +166,10 @@ class FalseAlarms:
 def count_false_alarms(
     rule: Rule, reference: ReferenceDistribution, conversations: Sequence[Sequence[float]]
 ) -> FalseAlarms:
-    """Counts the reference conversations (each the projections of its turns) that raise the alarm. `UserError` without any."""
+    """Counts the reference conversations (each the projections of its turns) that raise the alarm.
+
+    `UserError` without any.
+    """
     if not conversations:
         raise UserError("there are no reference conversations to count false alarms in")
     raised = sum(
@@ -179,7 +191,7 @@ def calibrate_rule(
         raise UserError(f"a rate of false alarms of {rate} is outside 0..1")
     if len(conversations) < MIN_CONVERSATIONS:
         raise UserError(
-            f"{len(conversations)} reference conversations; {MIN_CONVERSATIONS} are the fewest to calibrate an alarm on"
+            f"{len(conversations)} reference conversations; an alarm is calibrated on {MIN_CONVERSATIONS} or more"
         )
     limits = sorted(
         rule.highest_statistic([reference.z(projection) for projection in projections])

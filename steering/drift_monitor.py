@@ -1,15 +1,16 @@
-"""Reference conversations of a model, stored beside its axis as `reference.json`, and the monitor calibrated on them.
+"""Reference conversations of a model, stored beside its axis as `reference.json`, and the monitor calibrated
+on them.
 
-    save_reference(folder / "reference.json", axis, model.describe(), conversations, {"max_new_tokens": 128, ...})
-    monitor = load_monitor(axis)                             # finds the reference.json beside the axis
-    alarm = monitor.start()
-    alarm.update(projection).alarm                           # one call an answer; see analysis/drift_alarm.py
+    save_reference(folder / "reference.json", axis, model.describe(), conversations, {"max_new_tokens": 128,
+    ...}) monitor = load_monitor(axis)                             # finds the reference.json beside the axis
+    alarm = monitor.start() alarm.update(projection).alarm                           # one call an answer; see
+    analysis/drift_alarm.py
 
-The file holds the mean projection of every answer, uncapped, in conversations that do not drift. They are split into two
-halves by script, so that two samples of one script are never in both: reference distribution and limit come from one
-half, and the rate of false alarms is counted in the other, since a rate counted where the limit was fitted flatters. A
-rate is of conversations as long as these: twice as many turns are twice the chances of a false alarm.
-"""
+The file holds the mean projection of every answer, uncapped, in conversations that do not drift. They are
+split into two halves by script, so that two samples of one script are never in both: reference distribution
+and limit come from one half, and the rate of false alarms is counted in the other, since a rate counted where
+the limit was fitted flatters. A rate is of conversations as long as these: twice as many turns are twice the
+chances of a false alarm."""
 
 import hashlib
 import math
@@ -47,7 +48,8 @@ def direction_digest(axis: Axis) -> str:
 
 @dataclass(frozen=True)
 class DriftMonitor:
-    """A reference distribution for z and, where one is calibrated, an alarm rule with its rate of false alarms.
+    """A reference distribution for z and, where one is calibrated, an alarm rule with its rate of false
+    alarms.
 
     `population` says what the distribution is of, `rule_name` is the rule's name in `RULES`.
     """
@@ -63,7 +65,7 @@ class DriftMonitor:
         return None if self.rule is None else ConversationAlarm(self.rule, self.reference)
 
     def describe(self) -> JsonObject:
-        """Reference distribution ("baseline") and alarm as JSON; the alarm is None without a calibrated rule."""
+        """Reference distribution ("baseline") and alarm (None without a calibrated rule) as JSON."""
         mean, std = self.reference.mean, self.reference.std
         described: JsonObject = {
             "baseline": {"mean": mean, "spread": std, "of": self.population},
@@ -81,7 +83,10 @@ class DriftMonitor:
 
 
 class ReferenceConversation(NamedTuple):
-    """The mean projections of a conversation's answers in order (residual units). `name` is SCRIPT or SCRIPT/SAMPLE."""
+    """The mean projections of a conversation's answers in order (residual units).
+
+    `name` is SCRIPT or SCRIPT/SAMPLE.
+    """
 
     name: str
     domain: str
@@ -115,8 +120,9 @@ class ReferenceConversations:
         fitted, held_out = self.split()
         if min(len(fitted), len(held_out)) < MIN_CONVERSATIONS:
             raise UserError(
-                f"{len(self.conversations)} reference conversations: {len(fitted)} to calibrate an alarm on and "
-                f"{len(held_out)} with other scripts to count its false alarms in; {MIN_CONVERSATIONS} of each are the fewest"
+                f"{len(self.conversations)} reference conversations: {len(fitted)} to calibrate an alarm on "
+                f"and {len(held_out)} with other scripts to count its false alarms in; {MIN_CONVERSATIONS} of "
+                "each are the fewest"
             )
 
     def monitor(self, rule: str = "cusum", rate: float = 0.05) -> DriftMonitor:
@@ -141,7 +147,10 @@ def save_reference(
     conversations: Sequence[ReferenceConversation],
     provenance: JsonObject,
 ) -> None:
-    """Writes reference.json. `model` is `Model.describe()`; `provenance` says how: sampling, seeds, domains."""
+    """Writes reference.json.
+
+    `model` is `Model.describe()`; `provenance` says how: sampling, seeds, domains.
+    """
     rows = [
         {"name": one.name, "domain": one.domain, "projections": list(one.projections)}
         for one in conversations
@@ -169,8 +178,8 @@ def find_reference(axis: Axis) -> Path | None:
 def load_reference(path: Path, axis: Axis, model: JsonObject | None = None) -> ReferenceConversations:
     """Reads reference.json.
 
-    Raises `UserError` for another model (the axis's unless given), another layer or direction, or a damaged file.
-    """
+    Raises `UserError` for another model (the axis's unless given), another layer or direction, or a damaged
+    file."""
     content = read_json(path)
     if not isinstance(content, dict) or content.get("kind") != KIND:
         raise UserError(f"{path} is no record of reference conversations; `personatlas drift` makes one")
@@ -185,8 +194,8 @@ def load_reference(path: Path, axis: Axis, model: JsonObject | None = None) -> R
     require_origin("record of reference conversations", origin, model or axis.model)
     if (layer, direction) != (axis.layer, direction_digest(axis)):
         raise UserError(
-            f"{path} was measured along another direction (layer {layer}, {direction}) than this axis (layer {axis.layer}, "
-            f"{direction_digest(axis)}); `personatlas drift --axis` makes one for it"
+            f"{path} was measured along another direction (layer {layer}, {direction}) than this axis (layer "
+            f"{axis.layer}, {direction_digest(axis)}); `personatlas drift --axis` makes one for it"
         )
     return ReferenceConversations(conversations, provenance)
 
@@ -196,9 +205,8 @@ def load_monitor(
 ) -> DriftMonitor:
     """Loads the monitor of an axis: calibrated on the reference.json given, else on the one beside the axis.
 
-    Without either, z is against the axis's own quartiles and there is no alarm. Raises `UserError` for a file that is no
-    reference.json of this axis, and for an axis without quartiles.
-    """
+    Without either, z is against the axis's own quartiles and there is no alarm. Raises `UserError` for a file
+    that is no reference.json of this axis, and for an axis without quartiles."""
     if reference is not None and not is_reference_file(reference):
         raise UserError(f"{reference} is no {REFERENCE_FILE}; `personatlas drift` makes one")
     path = reference or find_reference(axis)
@@ -206,7 +214,7 @@ def load_monitor(
         return load_reference(path, axis).monitor(rule, rate)
     if not {0.25, 0.5, 0.75} <= set(axis.levels):
         raise UserError(
-            "the axis keeps no quartiles of the default's answers; give --reference conversations in their place"
+            "the axis keeps no quartiles of the default's answers; give --reference conversations instead"
         )
     # median, and interquartile range as a standard deviation
     row = axis.default_quantiles[axis.layers.index(axis.layer)]

@@ -3,8 +3,8 @@
     (trace,) = trace_conversations(model, axis, [Conversation("chat", messages)])
     [turn.projection for turn in trace.turns]        # mean over each answer's tokens at the axis's layer
 
-One forward reads a whole conversation, several of them in a batch. Who says a token comes from the template's own spans.
-"""
+One forward reads a whole conversation, several of them in a batch. Who says a token comes from the template's
+own spans."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,9 @@ from personatlas.steering.teacher_forcing import projected
 
 @dataclass(frozen=True)
 class TurnProjection:
-    """An answer: the index of its message, its tokens [start, stop), and their mean projection (residual units)."""
+    """An answer: the index of its message, its tokens [start, stop), and their mean projection (residual
+    units).
+    """
 
     message: int
     start: int
@@ -34,7 +36,8 @@ class TurnProjection:
 
 @dataclass(frozen=True)
 class Trace:
-    """A conversation's token ids and texts, the projections of its first T tokens at `layer`, and its answers in order.
+    """A conversation's token ids and texts, the projections of its first T tokens at `layer`, and its answers
+    in order.
 
     `left_out` counts answers beyond the model's context, which are not read.
     """
@@ -56,8 +59,8 @@ def trace_conversations(
 ) -> tuple[Trace, ...]:
     """Traces conversations in their order; `advance` counts them.
 
-    Raises `UserError` for an axis of another model, and for a conversation without an answer that fits into the context.
-    """
+    Raises `UserError` for an axis of another model, and for a conversation without an answer that fits into
+    the context."""
     axis.require_model(model.describe())
     chat, room, texts = load_chat(model), model.context, []
     spans = [conversation_spans(chat, list(conversation.messages)) for conversation in conversations]

@@ -48,18 +48,19 @@ def drift(
     load: Annotated[ModelOptions, MODEL] = ModelOptions(),
     json: Json = False,
 ) -> None:
-    """Measure persona drift over conversations: baseline, capped, and capped only while an alarm is on (resumes).
+    """Measure persona drift over conversations: baseline, capped, and capped only while an alarm is on
+    (resumes).
 
     Parameters
     ----------
     axis
         a run folder, an axis file, or smollm2-135m for the axis that comes with it
     arm
-        the cap of the other arms: cap:NAME, cap:FILE or cap:LEVEL@LAYERS; cap:assistant unless given, where it is saved
-        beside the axis
+        the cap of the other arms: cap:NAME, cap:FILE or cap:LEVEL@LAYERS; cap:assistant unless given, where
+        it is saved beside the axis
     reference
-        a reference.json of an earlier study, on which the alarm is calibrated; unless given the one beside the axis, else
-        this study's own conversations in the reference domains
+        a reference.json of an earlier study, on which the alarm is calibrated; unless given the one beside
+        the axis, else this study's own conversations in the reference domains
     out
         the folder of the study; runs/NAME-drift unless given
     force
@@ -117,8 +118,8 @@ def _print_result(result: DriftResult, folder: Path) -> None:
         if row is not None:
             r2 = with_interval(row.r2, row.low, row.high)
             print_line(
-                f"next answer's {target} from the user's message: R² {r2}; the domain alone {row.domain.r2:.2f}, "
-                f"shuffled {row.shuffled.mean:.2f}"
+                f"next answer's {target} from the user's message: R² {r2}; "
+                f"the domain alone {row.domain.r2:.2f}, shuffled {row.shuffled.mean:.2f}"
             )
     for warning in result.warnings:
         print_warning(warning)
@@ -157,7 +158,8 @@ def _print_stored(stored: StoredAnswers, result: DriftResult) -> None:
     if change is not None and change.n:
         difference = with_interval(change.value, change.low, change.high, "+.1f")
         print_line(
-            f"stored: mean projection {mean.value:.1f} over {mean.n} answers, {difference} beside the baseline"
+            f"stored: mean projection {mean.value:.1f} over {mean.n} answers, "
+            f"{difference} beside the baseline"
         )
     spread = f"{baseline['mean']:.1f} ± {baseline['spread']:.1f}"
     marks = "* the alarm is on, + the cap acted"
@@ -188,15 +190,16 @@ def trace(
     axis
         a run folder, an axis file, or smollm2-135m for the axis that comes with it
     reference
-        a reference.json of `personatlas drift`, or at least 40 conversations of this model that do not drift: the alarm is
-        calibrated on one half and its false alarms are counted in the other. Unless given, the reference.json beside the
-        axis; without one there are z but no alarms
+        a reference.json of `personatlas drift`, or at least 40 conversations of this model that do not drift:
+        the alarm is calibrated on one half and its false alarms are counted in the other. Unless given, the
+        reference.json beside the axis; without one there are z but no alarms
     rule
         what raises an alarm: cusum (a small drift that lasts) or two_of_three (two of three turns far below)
     false_alarms
         share of reference conversations that may raise an alarm
     html
-        write a page with the conversations, their turns and tokens coloured, and their trajectories (20 at most)
+        write a page with the conversations, their turns and tokens coloured, and their trajectories (20 at
+        most)
     force
         use an axis of the same model in another weight format
     """
@@ -233,7 +236,8 @@ def _print_trace(study: TraceStudy) -> None:
         print_table(columns, rows, title=conversation.name, left=(4, 5))
         if conversation.left_out:
             say(
-                f"{conversation.name}: {conversation.left_out} turns are beyond the model's context and were not read"
+                f"{conversation.name}: {conversation.left_out} turns are beyond the model's context "
+                "and were not read"
             )
     described = study.monitor.describe()
     baseline, alarm = described["baseline"], described["alarm"]

@@ -1,18 +1,19 @@
-"""Runs multi-turn conversations in several arms in one batch: users speak, the model answers, answers are projected.
+"""Runs multi-turn conversations in several arms in one batch and projects every answer on the axis.
 
     config = RunnerConfig(model, chat, axis, Sampling(128), folder / "turns.jsonl")
     arms = {"baseline": [], "capped": [cap], "adaptive": [cap]}
     done = run_conversations(config, scripts, arms, turns=8, monitors={"adaptive": monitor})
     done.turns["adaptive", "therapy-03/0", 5].uncapped
 
-Each arm has a conversation of its own. In an arm with a monitor the interventions act on the next answer only while the
-alarm is on, which is updated with every answer so far as the model itself, uncapped, reads it. Requests that are the same in two arms
-(before its first alarm an adaptive arm is the baseline) are answered once.
+Each arm has a conversation of its own. In an arm with a monitor the interventions act on the next answer only
+while the alarm is on, which is updated with every answer so far as the model itself, uncapped, reads it.
+Requests that are the same in two arms (before its first alarm an adaptive arm is the baseline) are answered
+once.
 
-The log is append-only and keyed by content, so an interrupted run resumes and ends the same. Work is cut into chunks of
-scripts that depend on nothing else and are shared by ranks; a chunk that the log does not hold as a whole is done again
-as a whole. Seeds, keys and rows come from a `TurnFormat`, so other studies keep logs of their own form.
-"""
+The log is append-only and keyed by content, so an interrupted run resumes and ends the same. Work is cut into
+chunks of scripts that depend on nothing else and are shared by ranks; a chunk that the log does not hold as a
+whole is done again as a whole. Seeds, keys and rows come from a `TurnFormat`, so other studies keep logs of
+their own form."""
 
 import hashlib
 import json
@@ -22,7 +23,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 from personatlas.persona.axis import Axis
 from personatlas.persona.distributed import World
@@ -39,17 +40,17 @@ from personatlas.steering.drift_monitor import DriftMonitor, direction_digest
 from personatlas.steering.hooks.steering import steer
 from personatlas.steering.teacher_forcing import mean_projections
 
+ANSWER_FIELDS = ("ids", "text", "stopped", "projection", "uncapped", "fired")  # of a TurnRecord
 CPU_CHUNK, GPU_CHUNK = 8, 1024  # scripts; what an interruption can cost of one turn
-OLD_ARM_NAMES = {BASELINE: "as it is"}  # in logs of earlier versions
+OLD_ARM_NAMES = {"as it is": BASELINE}  # in logs of earlier versions
 
 
 @dataclass(frozen=True)
 class Script:
-    """What a conversation begins with and what its user says; for a user who reacts, only the first message counts.
+    """What a conversation begins with and what its user says.
 
-    `name` is SCRIPT/SAMPLE and unique, `opening` stands before the user's first message (a system message, say), `seed` is
-    the base of the turns' seeds.
-    """
+    For a user who reacts only the first message counts. `name` is SCRIPT/SAMPLE and unique, `opening` stands
+    before the user's first message (a system message, say), `seed` is the base of the turns' seeds."""
 
     name: str
     domain: str
@@ -58,25 +59,15 @@ class Script:
     seed: int = 0
 
 
-class Measured(TypedDict):
-    """What is new about a turn once it is answered; the rest follows from the request."""
-
-    ids: tuple[int, ...]
-    text: str
-    stopped: Literal["end", "length"]
-    projection: float | None
-    uncapped: float | None
-    fired: float | None
-
-
 @dataclass(frozen=True)
 class TurnRecord:
-    """One turn in one arm: the user's message, the answer, and the answer's mean projection (None for an empty answer).
+    """One turn in one arm: the user's message, the answer, and its mean projection (None for an empty
+    answer).
 
-    `projection` is measured with what acted on this answer, before its step at the axis's layer, `uncapped` as the model
-    itself reads the conversation (None where the run does not measure it). `acted` says whether the arm's interventions
-    were on, `fired` is the share of tokens times layers that they changed, over prompt and answer (None or 0 without).
-    """
+    `projection` is measured with what acted on this answer, before its step at the axis's layer, `uncapped`
+    as the model itself reads the conversation (None where the run does not measure it). `acted` says whether
+    the arm's interventions were on, `fired` is the share of tokens times layers that they changed, over
+    prompt and answer (None or 0 without)."""
 
     conversation: str
     domain: str
@@ -84,13 +75,13 @@ class TurnRecord:
     turn: int
     seed: int
     user: str
-    text: str
-    ids: tuple[int, ...]
-    stopped: Literal["end", "length"]
-    projection: float | None
-    uncapped: float | None
-    acted: bool
-    fired: float | None
+    text: str = ""
+    ids: tuple[int, ...] = ()
+    stopped: Literal["end", "length"] = "end"
+    projection: float | None = None
+    uncapped: float | None = None
+    acted: bool = False
+    fired: float | None = None
     prompt_ids: tuple[int, ...] = ()
 
     @property
@@ -101,32 +92,19 @@ class TurnRecord:
 
 @dataclass(frozen=True)
 class TurnRequest:
-    """A turn about to be answered under what acts on it, of which `digest` is the digest. `key` is its id in the log."""
+    """A turn to be answered: `record` lacks its answer, `acting` acts on it, `key` is its id in the log."""
 
     script: Script
-    arm: str
-    turn: int
-    user: str
+    record: TurnRecord
     messages: tuple[Message, ...]
-    prompt_ids: tuple[int, ...]
-    seed: int
     acting: Interventions
     digest: str
     key: str = ""
 
-    def record(self, measured: Measured) -> TurnRecord:
-        """The turn with its answer."""
-        return TurnRecord(
-            conversation=self.script.name,
-            domain=self.script.domain,
-            arm=self.arm,
-            turn=self.turn,
-            seed=self.seed,
-            user=self.user,
-            acted=bool(self.acting),
-            prompt_ids=self.prompt_ids,
-            **measured,
-        )
+    @property
+    def turn(self) -> int:
+        """The turn's number, from 0."""
+        return self.record.turn
 
 
 class TurnFormat:
@@ -146,7 +124,7 @@ class TurnFormat:
         return [
             request.digest,
             request.messages,
-            request.seed,
+            request.record.seed,
             asdict(config.sampling),
             [config.axis.layer, direction_digest(config.axis)],
             request.script.name,
@@ -154,7 +132,7 @@ class TurnFormat:
         ]
 
     def row(self, turn: TurnRecord) -> dict[str, object]:
-        """What the log holds besides `id`. The keys of `Measured` must keep their names (`uncapped` may be left out)."""
+        """What the log holds besides `id`; `ANSWER_FIELDS` keep their names (`uncapped` may be left out)."""
         row = asdict(turn)
         del row["prompt_ids"]
         return row
@@ -179,11 +157,10 @@ class ScriptedUser:
 class RunnerConfig:
     """What runs conversations: the model, the axis of the projections, the sampling, the log, and the user.
 
-    With `measure_uncapped` every answer is also read without interventions; the texts of all arms are then read in the same
-    batches, and a chunk is logged in one piece. Without it, each arm of a chunk is answered and logged by itself, but that
-    on a GPU the first turn of all arms is one batch. `chunk` is the number of scripts in a chunk, (CPU, GPU). With several
-    ranks each writes a log of its own, `STEM.RANK.jsonl`.
-    """
+    With `measure_uncapped` every answer is also read without interventions; the texts of all arms are then
+    read in the same batches, and a chunk is logged in one piece. Without it, each arm of a chunk is answered
+    and logged by itself, but that on a GPU the first turn of all arms is one batch. `chunk` is the number of
+    scripts in a chunk, (CPU, GPU). With several ranks each writes a log of its own, `STEM.RANK.jsonl`."""
 
     model: Model
     chat: ChatFormat
@@ -220,7 +197,9 @@ class RunnerConfig:
 
 @dataclass(frozen=True)
 class Transcripts:
-    """Turns by (arm, conversation, turn), and the (arm, conversation) that ended because the model's context was full."""
+    """Turns by (arm, conversation, turn); `truncated` are (arm, conversation) that filled the model's
+    context.
+    """
 
     turns: dict[tuple[str, str, int], TurnRecord] = field(default_factory=dict)
     truncated: frozenset[tuple[str, str]] = frozenset()
@@ -245,11 +224,11 @@ def run_conversations(
     advance: Callable[[int], None] = lambda _: None,
     monitors: Mapping[str, DriftMonitor] = MappingProxyType({}),
 ) -> Transcripts:
-    """Runs all scripts in all arms, up to `turns` turns each; `advance` counts turns. `monitors` are of adaptive arms.
+    """Runs all scripts in all arms, up to `turns` turns each; `monitors` are those of adaptive arms.
 
-    A conversation ends where its user says nothing more, or where its next prompt leaves no room for an answer (then it is
-    in `truncated`). Raises `UserError` where a first prompt leaves no room, and `ValueError` for a monitor without a rule.
-    """
+    `advance` counts turns. A conversation ends where its user says nothing more, or where its next prompt
+    leaves no room for an answer (then it is in `truncated`). Raises `UserError` where a first prompt leaves
+    no room, and `ValueError` for a monitor without a rule."""
     for name, monitor in monitors.items():
         if monitor.rule is None:
             raise ValueError(f"the arm {name} has no calibrated alarm")
@@ -271,7 +250,8 @@ def run_conversations(
         if config.world.size > 1:
             log = _Log(config)
         for request in requests:
-            done.turns[request.arm, request.script.name, turn] = request.record(log.measured(request))
+            answered = replace(request.record, **log.answer(request))
+            done.turns[answered.arm, answered.conversation, turn] = answered
     return replace(done, truncated=frozenset(truncated))
 
 
@@ -284,57 +264,36 @@ def messages_before(script: Script, history: Iterable[TurnRecord], user: str) ->
 
 
 class _Log:
-    """Rows of all ranks' logs by key and, where rows carry it, arm ("" where they do not)."""
+    """Rows of all ranks' logs by arm ("" where rows carry none) and key."""
 
     def __init__(self, config: RunnerConfig) -> None:
         path, world = config.log, config.world
         own = path if world.size == 1 else path.with_name(f"{path.stem}.{world.rank:04d}{path.suffix}")
-        self.names_arms = config.format.names_arms
         ranks = sorted(path.parent.glob(f"{path.stem}*{path.suffix}"))
+        self.names_arms = config.format.names_arms
         self.cache = ResultCache(own, ("arm", "id") if self.names_arms else "id", also=ranks)
-        self.arms = {row["arm"]: None for row in self.cache.rows()} if self.names_arms else {}
+        self.rows: dict[str, dict[str, dict[str, Any]]] = {}
+        self.index(self.cache.rows())
+
+    def index(self, rows: Sequence[dict[str, Any]]) -> None:
+        for row in rows:
+            arm = str(row["arm"]) if self.names_arms else ""
+            self.rows.setdefault(OLD_ARM_NAMES.get(arm, arm), {})[row["id"]] = row
 
     def arm(self, request: TurnRequest) -> str:
-        """The arm under which a request's row is held."""
-        return request.arm if self.names_arms else ""
-
-    def row(self, arm: str, key: str) -> dict[str, Any] | None:
-        """The row of a key in an arm, which an earlier version may have given another name."""
-        if not self.names_arms:
-            return None if arm else self.cache.get(key)
-        return self.cache.get((arm, key)) or self.cache.get((OLD_ARM_NAMES.get(arm), key))
+        return request.record.arm if self.names_arms else ""
 
     def has(self, request: TurnRequest) -> bool:
-        """Whether the request is answered in its arm."""
-        return self.row(self.arm(request), request.key) is not None
+        return request.key in self.rows.get(self.arm(request), {})
 
-    def measured(self, request: TurnRequest) -> Measured:
-        """The answer to a request in its arm."""
-        row = self.row(self.arm(request), request.key)
-        assert row is not None
-        return _measured(row)
-
-    def elsewhere(self, request: TurnRequest, arms: set[str]) -> Measured | None:
-        """The answer to the same request in an arm other than these, where there is one."""
-        rows = (self.row(arm, request.key) for arm in self.arms if arm not in arms)
-        return next((_measured(row) for row in rows if row is not None), None)
-
-    def append(self, rows: Sequence[tuple[str, dict[str, Any]]]) -> None:
-        """Write rows, each with its key, to this rank's log."""
-        self.cache.add({"id": key, **row} for key, row in rows)
-        if self.names_arms:
-            self.arms |= {row["arm"]: None for _, row in rows}
-
-
-def _measured(row: dict[str, Any]) -> Measured:
-    return {
-        "ids": tuple(row["ids"]),
-        "text": row["text"],
-        "stopped": row["stopped"],
-        "projection": row["projection"],
-        "uncapped": row.get("uncapped"),
-        "fired": row["fired"],
-    }
+    def answer(self, request: TurnRequest, *, other_than: set[str] | None = None) -> dict[str, Any]:
+        """The answer in the request's arm or, with `other_than`, in any arm but those; empty without one."""
+        own = self.arm(request)
+        arms = [arm for arm in self.rows if (arm == own if other_than is None else arm not in other_than)]
+        row = next((self.rows[arm][request.key] for arm in arms if request.key in self.rows[arm]), None)
+        if row is None:
+            return {}
+        return {name: row.get(name) for name in ANSWER_FIELDS} | {"ids": tuple(row["ids"])}
 
 
 def alarm_after(monitor: DriftMonitor, history: Sequence[TurnRecord]) -> bool:
@@ -372,16 +331,18 @@ def _requests(
         ids = tuple(config.chat.prompt_ids(list(messages)))
         if not config.fits(ids):
             if turn == 0:
+                context = f"{config.model.context} tokens of {config.model.id}"
                 raise UserError(
-                    f"the first turn of {script.name} leaves no room for an answer in the {config.model.context} "
-                    f"tokens of {config.model.id}; shorten it or --max-new-tokens"
+                    f"the first turn of {script.name} leaves no room for an answer in the {context}; "
+                    "shorten it or --max-new-tokens"
                 )
             truncated.add((arm, script.name))
             continue
         acts = arm not in monitors or alarm_after(monitors[arm], history)
         acting, digest = plans[arm] if acts else nothing
-        seed = config.format.seed(script, turn)
-        request = TurnRequest(script, arm, turn, user, messages, ids, seed, acting, digest)
+        seed, acted = config.format.seed(script, turn), bool(acting)
+        record = TurnRecord(script.name, script.domain, arm, turn, seed, user, acted=acted, prompt_ids=ids)
+        request = TurnRequest(script, record, messages, acting, digest)
         content = json.dumps(config.format.key_content(request, config), sort_keys=True, ensure_ascii=False)
         key = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:24]
         found.append(replace(request, key=key))
@@ -390,12 +351,10 @@ def _requests(
 
 def _units(config: RunnerConfig, requests: Sequence[TurnRequest], log: _Log) -> list[list[TurnRequest]]:
     """A chunk's requests as they are answered and logged together: see `RunnerConfig`."""
-    if config.measure_uncapped or not requests:
-        return [list(requests)]
     by_arm: dict[str, list[TurnRequest]] = {}
     for request in requests:
-        by_arm.setdefault(request.arm, []).append(request)
-    if not config.on_gpu or requests[0].turn > 0:
+        by_arm.setdefault("" if config.measure_uncapped else request.record.arm, []).append(request)
+    if config.measure_uncapped or not config.on_gpu or (requests and requests[0].turn > 0):
         return list(by_arm.values())
     missing = [unit for unit in by_arm.values() if not all(map(log.has, unit))]
     return [[request for unit in missing for request in unit]]
@@ -407,32 +366,36 @@ def _complete(
     """Answer and log a unit as a whole, unless the log holds all of it."""
     new: dict[str, TurnRequest] = {}
     if not all(map(log.has, unit)):
-        arms, found = set(map(log.arm, unit)), dict[str, Measured]()
+        arms = set(map(log.arm, unit))
+        answers = {request.key: log.answer(request, other_than=arms) for request in unit}
         for request in unit:
-            if (measured := log.elsewhere(request, arms)) is not None:
-                found[request.key] = measured
-            else:
+            if not answers[request.key]:
                 new.setdefault(request.key, request)
         if new:
-            found |= zip(new, _answer(config, list(new.values()), advance), strict=True)
-        missing = [request for request in unit if not log.has(request)]
-        log.append([(r.key, config.format.row(r.record(found[r.key]))) for r in missing])
+            answers |= zip(new, _answer(config, list(new.values()), advance), strict=True)
+        rows = [
+            {"id": request.key, **config.format.row(replace(request.record, **answers[request.key]))}
+            for request in unit
+            if not log.has(request)
+        ]
+        log.cache.add(rows)
+        log.index(rows)
     advance(len(unit) - len(new))
 
 
 def _answer(
     config: RunnerConfig, requests: Sequence[TurnRequest], advance: Callable[[int], None]
-) -> list[Measured]:
+) -> list[dict[str, Any]]:
     """Sample the answers and measure them."""
     answers, fired = _sample(config, requests, advance)
     texts = [
         Rollout(
             request.script.name,
             request.messages,
-            request.prompt_ids,
+            request.record.prompt_ids,
             answer.ids,
             config.model.decode(answer.ids),
-            request.seed,
+            request.record.seed,
             answer.stopped,
         )
         for request, answer in zip(requests, answers, strict=True)
@@ -468,30 +431,27 @@ def _answer(
 def _sample(
     config: RunnerConfig, requests: Sequence[TurnRequest], advance: Callable[[int], None]
 ) -> tuple[list[Answer], list[float | None]]:
-    """Answers in the requests' order, and the share of tokens times layers that was changed (None without a plan)."""
+    """Answers in the requests' order, and the fired share of each (None without interventions)."""
     plans = {request.digest: request.acting for request in requests if request.acting}
     batches = [list(range(len(requests)))]
     if not config.on_gpu:
         digests = [request.digest for request in requests]
         batches = [[i for i, own in enumerate(digests) if own == digest] for digest in dict.fromkeys(digests)]
-    sampler = (
-        config.sampler
-    )  # built before anything is steered: its own forwards know nothing of rows and plans
     answers: dict[int, Answer] = {}
     fired: list[float | None] = [None] * len(requests)
     for batch in batches:
         acting = [digest for digest in plans if any(requests[i].digest == digest for i in batch)]
         prompts = [
             Prompt(
-                requests[i].prompt_ids,
-                requests[i].seed,
+                requests[i].record.prompt_ids,
+                requests[i].record.seed,
                 acting.index(requests[i].digest) if requests[i].acting else -1,
             )
             for i in batch
         ]
         context = steer(config.model, *(plans[digest] for digest in acting)) if acting else nullcontext()
         with context as steering:
-            for answer in sampler.answers(prompts, None if steering is None else steering.callback):
+            for answer in config.sampler.answers(prompts, None if steering is None else steering.callback):
                 answers[batch[answer.index]] = answer
                 advance(1)
             if steering is not None:

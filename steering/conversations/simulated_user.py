@@ -1,13 +1,13 @@
-"""Lets any OpenAI-compatible model play the user: it is told who it is and how the conversation began, and reacts.
+"""Lets any OpenAI-compatible model play the user: it is told who it is and how the conversation began, and
+reacts.
 
     user = EndpointUser("http://127.0.0.1:8000", "some-large-model", folder / "users.jsonl")
     config = RunnerConfig(model, chat, axis, Sampling(128), folder / "turns.jsonl", user)
 
-The first message is the script's, so that both kinds of users open alike; the later ones are the model's. To it the roles
-are reversed: it is the assistant that writes what the user says. Every reply is logged under a hash of the request, so a
-study that resumes, or is run again, has the same user. The key comes from PERSONATLAS_USER_KEY or OPENAI_API_KEY and is
-written nowhere.
-"""
+The first message is the script's, so that both kinds of users open alike; the later ones are the model's. To
+it the roles are reversed: it is the assistant that writes what the user says. Every reply is logged under a
+hash of the request, so a study that resumes, or is run again, has the same user. The key comes from
+PERSONATLAS_USER_KEY or OPENAI_API_KEY and is written nowhere."""
 
 import hashlib
 import json
@@ -48,9 +48,8 @@ OPENING = "(The conversation begins. You speak first.)"
 class EndpointUser(ScriptedUser):
     """Asks `model` at `url` for the user's next message, with at most `concurrency` requests at a time.
 
-    `timeout` and `backoff` are seconds. Raises `UserError` for an address or a key that cannot be one, and where an
-    endpoint fails after its retries: replies until then are kept.
-    """
+    `timeout` and `backoff` are seconds. Raises `UserError` for an address or a key that cannot be one, and
+    where an endpoint fails after its retries: replies until then are kept."""
 
     def __init__(
         self,
@@ -71,7 +70,7 @@ class EndpointUser(ScriptedUser):
         self._replies = ResultCache(log, sync=False)
 
     def require_answer(self) -> None:
-        """Raises `UserError` unless the endpoint answers: before a model is loaded, not after its first turn."""
+        """Raises `UserError` unless the endpoint answers, before a model is loaded."""
         with self.endpoint.connect() as client:
             self._reply(client, [{"role": "user", "content": "Say hello."}], 0)
 
@@ -127,7 +126,7 @@ class EndpointUser(ScriptedUser):
         if reply.problem is not None:
             reason = f"{reply.problem}: {reply.text[:200]}" if reply.reached else reply.text
             raise UserError(
-                f"no user at {self.endpoint.url} ({reason}); replies until now are kept: run again when it works"
+                f"no user at {self.endpoint.url} ({reason}); replies are kept: run again when it works"
             )
         return reply.text.rpartition("</think>")[2].strip()
 

@@ -1,4 +1,5 @@
-"""Sentence embeddings by any encoder that `transformers` loads: the last layer's mean over tokens, of length 1.
+"""Sentence embeddings by any encoder that `transformers` loads: the last layer's mean over tokens, of length
+1.
 
 embed = load_embedding("path/to/some-sentence-model", "cpu")
 embed(["a text", "another"])                 # (2, D)
@@ -18,7 +19,10 @@ MAX_TOKENS = 512  # of a text
 
 
 def load_embedding(name: str, device: str) -> Embedding:
-    """Returns a function from texts (N) to unit rows (N, D). Raises `UserError` for a model that cannot be loaded."""
+    """Returns a function from texts (N) to unit rows (N, D).
+
+    Raises `UserError` for a model that cannot be loaded.
+    """
     from transformers import AutoModel, AutoTokenizer
 
     from personatlas.persona.models.load import quiet_transformers

@@ -20,7 +20,7 @@ class DriftOptions(JsonRecord):
     """Which conversations to run, how often, and who plays the user."""
 
     domains: str | None = None
-    "domains of the scripts with commas between (coding, writing, therapy, philosophy, everyday); all unless given"
+    "domains with commas between (coding, writing, therapy, philosophy, everyday); all unless given"
     conversations: int | None = None
     "scripts per domain, spread over them; all unless given"
     turns: int | None = None
@@ -28,19 +28,19 @@ class DriftOptions(JsonRecord):
     seeds: int = 1
     "samples of each script; one of each packaged script calibrates an alarm, more make it surer"
     user: str = "scripts"
-    "scripts (offline), or the URL of an OpenAI-compatible endpoint that plays the user (key in PERSONATLAS_USER_KEY)"
+    "scripts, or the URL of an OpenAI-compatible endpoint that plays the user (key: PERSONATLAS_USER_KEY)"
     user_model: str | None = None
     "the model to ask for at that URL"
     scripts: Path | None = None
-    "stored conversations to run again in place of the packaged scripts: their users' messages, with stored answers beside the new"
+    "stored conversations whose users are asked again, in place of our scripts, beside the stored answers"
     reference_domains: str = "coding,everyday"
-    "domains without drift: their baseline conversations become reference.json, on which an alarm is calibrated"
+    "domains without drift: their baseline becomes reference.json, on which an alarm is calibrated"
     rule: Literal["cusum", "two_of_three"] = "cusum"
     "what raises an alarm: cusum (a small drift that lasts) or two_of_three (two of three turns far below)"
     false_alarms: float = 0.05
     "share of reference conversations that may raise an alarm"
     embedding: str | None = None
-    "a sentence-embedding model that transformers loads, for the ridge regression on users' messages; hashed words unless given"
+    "a sentence-embedding model for the regression on users' messages; hashed words unless given"
     max_new_tokens: int = 128
     "maximum tokens per answer"
     temperature: float = 0.7
@@ -63,7 +63,10 @@ class DriftOptions(JsonRecord):
         return _names(self.reference_domains)
 
     def select_conversations(self) -> list[Conversation]:
-        """The conversations to run. Raises `UserError` for numbers out of range and for domains that no script has."""
+        """The conversations to run.
+
+        Raises `UserError` for numbers out of range and for domains that no script has.
+        """
         for name in ("conversations", "turns", "seeds"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -96,7 +99,10 @@ class DriftOptions(JsonRecord):
         return scripts
 
     def make_user(self, folder: Path) -> ScriptedUser:
-        """Who plays the user. Raises `UserError` for an endpoint that is named in part, or does not answer."""
+        """Who plays the user.
+
+        Raises `UserError` for an endpoint that is named in part, or does not answer.
+        """
         if self.user == "scripts":
             if self.user_model is not None:
                 raise UserError("--user-model names a model at an address: give --user URL with it")

@@ -1,4 +1,6 @@
-"""The page of a drift study: trajectories by domain, what a cap changes, alarms, costs, and conversations to read."""
+"""The page of a drift study: trajectories by domain, what a cap changes, alarms, costs, and conversations to
+read.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -41,7 +43,9 @@ TurnMeans = Mapping[str, Sequence[TurnMean]]  # by arm
 def conversation_figure(
     arms: Mapping[str, Sequence[tuple[int, float | None, bool]]], baseline: JsonObject
 ) -> go.Figure:
-    """One conversation's answers by arm as (turn, projection, raised), with its alarms, against the reference mean."""
+    """One conversation's answers by arm as (turn, projection, raised), with its alarms, against the reference
+    mean.
+    """
     present = {
         arm: [(n, p, raised) for n, p, raised in turns if p is not None] for arm, turns in arms.items()
     }

@@ -68,7 +68,9 @@ class Share(JsonRecord):
 
 @dataclass(frozen=True)
 class ArmSummary(JsonRecord):
-    """What an arm did and wrote: shares of answers, mean fired share, mean distinct tokens, mean length in tokens."""
+    """What an arm did and wrote: shares of answers, mean fired share, mean distinct tokens, mean length in
+    tokens.
+    """
 
     answers: int
     empty: int
@@ -97,7 +99,9 @@ class DriftCost(JsonRecord):
 
 @dataclass(frozen=True)
 class NextTurn(JsonRecord):
-    """How well the user's message predicts the next baseline answer's projection, and its change since the one before."""
+    """How well the user's message predicts the next baseline answer's projection, and its change since the
+    one before.
+    """
 
     projection: Prediction
     features: str
@@ -130,7 +134,10 @@ class Example(JsonRecord):
 
 @dataclass(frozen=True)
 class StoredConversation(Example):
-    """A stored conversation run again, with the stored answers as an arm. `cut_short` are arms that filled the context."""
+    """A stored conversation run again, with the stored answers as an arm.
+
+    `cut_short` are arms that filled the context.
+    """
 
     users: tuple[str, ...]
     cut_short: tuple[str, ...]
@@ -402,8 +409,9 @@ def _warnings(data: StudyData, scripts: int, wrote: Mapping[str, ArmSummary]) ->
     if counted is not None and counted.interval[0] > rate:
         low, high = counted.interval
         warnings.append(
-            f"{rate:.0%} of reference conversations were to raise an alarm, and {counted.share:.0%} [{low:.0%}, "
-            f"{high:.0%}] of those with other scripts do: scripts differ, and more of them are needed to set the limit"
+            f"{rate:.0%} of reference conversations were to raise an alarm, and {counted.share:.0%} "
+            f"[{low:.0%}, {high:.0%}] of those with other scripts do: scripts differ, and more of them are "
+            "needed to set the limit"
         )
     if scripts < 20:
         warnings.append(f"intervals are over {scripts} scripts in all: few, so they are rather too narrow")
@@ -414,8 +422,8 @@ def _warnings(data: StudyData, scripts: int, wrote: Mapping[str, ArmSummary]) ->
         )
     if data.config.user.n_silent:
         warnings.append(
-            f"the user's model had nothing to say, or no room to read more, {data.config.user.n_silent} times, "
-            "which ended those conversations"
+            "the user's model had nothing to say, or no room to read more, "
+            f"{data.config.user.n_silent} times, which ended those conversations"
         )
     for arm, summary in wrote.items():
         if arm != BASELINE and summary.fired == 0:

@@ -1,15 +1,17 @@
-"""Runs a drift study: conversations in several domains at baseline, capped, and capped only while an alarm is on.
+"""Runs a drift study: conversations in several domains at baseline, capped, and capped only while an alarm is
+on.
 
     result = run_drift_study("smollm2-135m", "smollm2-135m", folder, options=DriftOptions(seeds=4))
     result.slopes["therapy"]["baseline"].value
 
-The baseline and capped arms run first. Baseline conversations of the reference domains are saved as reference.json. The
-alarm of the adaptive arm is calibrated on the reference.json given, else on the one beside the axis, else on this one; in
-the last case alarms in those very domains are counted only in the scripts that did not set the limit.
+The baseline and capped arms run first. Baseline conversations of the reference domains are saved as
+reference.json. The alarm of the adaptive arm is calibrated on the reference.json given, else on the one
+beside the axis, else on this one; in the last case alarms in those very domains are counted only in the
+scripts that did not set the limit.
 
-With `DriftOptions.scripts` the users' messages of stored conversations are sent again, whatever is answered now. Their
-stored answers, read in one forward over the whole conversation, are an arm of their own in `result.stored`.
-"""
+With `DriftOptions.scripts` the users' messages of stored conversations are sent again, whatever is answered
+now. Their stored answers, read in one forward over the whole conversation, are an arm of their own in
+`result.stored`."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -23,13 +25,14 @@ from personatlas.persona.axis import Axis, load_axis
 from personatlas.persona.caps import format_layers
 from personatlas.persona.errors import UserError
 from personatlas.persona.formats import Conversation, Message
-from personatlas.persona.interventions import BASELINE, Interventions
+from personatlas.persona.interventions import BASELINE, Cap, Interventions
 from personatlas.persona.logs import append_lines
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.progress import progress, say
 from personatlas.persona.records import JsonObject
 from personatlas.persona.runs import open_run, resolve_axis, versions
 from personatlas.steering.conversations.runner import RunnerConfig, Script, Transcripts, run_conversations
+from personatlas.steering.drift.embedding import load_embedding
 from personatlas.steering.drift.options import DriftOptions
 from personatlas.steering.drift.result import (
     ADAPTIVE,
@@ -87,59 +90,61 @@ def run_drift_study(
     force
         use an axis of the same model in another weight format
 
-    Raises `UserError` for what cannot be, before anything is answered, and for a folder of another model, engine or
-    sampling.
-    """
+    Raises `UserError` for what cannot be, before anything is answered, and for a folder of another model,
+    engine or sampling."""
     conversations, loaded_axis = options.select_conversations(), load_axis(resolve_axis(axis))
     scripts = options.scripts_of(conversations)
-    turns = options.turns or max(len(script.users) for script in scripts)
-    options = replace(options, turns=turns)
+    options = replace(options, turns=options.turns or max(len(script.users) for script in scripts))
     monitor = _saved_monitor(loaded_axis, reference, options)
     if monitor is None and not any(script.domain in options.references for script in scripts):
         load_monitor(loaded_axis)  # raises where there is nothing to measure z against
     default = [DEFAULT_CAP] if DEFAULT_CAP in loaded_axis.saved_caps else []
     caps = default if cap is None else [cap]
     with open_run(out, create=True) as run:
-        user = options.make_user(out)
-        load = replace(load, dtype=load.dtype or run.manifest.get("asked", {}).get("dtype"))
-        embed = None
+        user, embed = options.make_user(out), None
         if options.embedding is not None:
-            from personatlas.steering.drift.embedding import load_embedding
-
             embed = load_embedding(options.embedding, "cpu")
+        load = replace(load, dtype=load.dtype or run.manifest.get("asked", {}).get("dtype"))
         steered = load_steered_model(model, load, axis, caps, force=force)
         record = _record(steered, caps, options)
-        engine = {name: versions()[name] for name in ("torch", "transformers")}
+        engine = {
+            "device": record["device"],
+            **{name: versions()[name] for name in ("torch", "transformers")},
+        }
+        sampled = {"seed": options.seed, **asdict(options.sampling)}
         # answers of another model, engine or sampling would be mixed in
-        run.claim(
-            {
-                "model": record["model"],
-                "dtype": record["dtype"],
-                "engine": {"device": record["device"], **engine},
-            }
-            | {"seed": options.seed, **asdict(options.sampling)}
-        )
-        config = RunnerConfig(
-            steered.model, steered.chat, steered.axis, options.sampling, out / "turns.jsonl", user
-        )
-        arms: dict[str, Interventions] = {BASELINE: [], **({CAPPED: steered.caps} if caps else {})}
-        n_turns = sum(min(len(script.users), turns) for script in scripts)
-        with progress("turns", n_turns * len(arms)) as advance:
-            transcripts = run_conversations(config, scripts, arms, turns, advance)
-        own = _save_reference(config, transcripts, options, out)
-        monitor = monitor or _own_monitor(steered.axis, own, options)
-        if caps and monitor.monitor.rule is not None:
-            arms[ADAPTIVE] = steered.caps
-            with progress("turns, adaptive", n_turns) as advance:
-                transcripts |= run_conversations(
-                    config, scripts, {ADAPTIVE: steered.caps}, turns, advance, {ADAPTIVE: monitor.monitor}
-                )
-        data = StudyData(config, scripts, transcripts, arms, monitor, options)
-        record["watch"] = monitor.monitor.describe() | {"source": monitor.source}
+        run.claim({"model": record["model"], "dtype": record["dtype"], "engine": engine} | sampled)
+        log = out / "turns.jsonl"
+        config = RunnerConfig(steered.model, steered.chat, steered.axis, options.sampling, log, user)
+        data = _run_arms(config, scripts, steered.caps, monitor, options)
+        record["watch"] = data.monitor.monitor.describe() | {"source": data.monitor.source}
         result = summarise(data, record, _stored_answers(data, conversations), embed)
-        _save_conversations(out, transcripts, scripts)
+        _save_conversations(out, data.transcripts, scripts)
         write_json(out / "drift.json", result.to_json())
         return result
+
+
+def _run_arms(
+    config: RunnerConfig,
+    scripts: Sequence[Script],
+    caps: Sequence[Cap],
+    monitor: StudyMonitor | None,
+    options: DriftOptions,
+) -> StudyData:
+    """Baseline and capped; then, with an alarm of an earlier study or calibrated on this one, adaptive."""
+    turns = options.turns or 0
+    arms: dict[str, Interventions] = {BASELINE: [], **({CAPPED: caps} if caps else {})}
+    n_turns = sum(min(len(script.users), turns) for script in scripts)
+    with progress("turns", n_turns * len(arms)) as advance:
+        transcripts = run_conversations(config, scripts, arms, turns, advance)
+    own = _save_reference(config, transcripts, options)
+    monitor = monitor or _own_monitor(config.axis, own, options)
+    if caps and monitor.monitor.rule is not None:
+        arms[ADAPTIVE] = caps
+        adaptive, monitors = {ADAPTIVE: caps}, {ADAPTIVE: monitor.monitor}
+        with progress("turns, adaptive", n_turns) as advance:
+            transcripts |= run_conversations(config, scripts, adaptive, turns, advance, monitors)
+    return StudyData(config, scripts, transcripts, arms, monitor, options)
 
 
 def _saved_monitor(axis: Axis, reference: Path | None, options: DriftOptions) -> StudyMonitor | None:
@@ -160,9 +165,9 @@ def _fitted_scripts(reference: ReferenceConversations) -> frozenset[str]:
 
 
 def _save_reference(
-    config: RunnerConfig, transcripts: Transcripts, options: DriftOptions, folder: Path
+    config: RunnerConfig, transcripts: Transcripts, options: DriftOptions
 ) -> ReferenceConversations | None:
-    """Write reference.json from baseline conversations of the reference domains; None where there are none."""
+    """Write reference.json from the baseline in the reference domains; None where there is none."""
     projections: dict[tuple[str, str], list[float]] = {}
     for (arm, name, _), turn in transcripts.turns.items():
         if arm == BASELINE and turn.domain in options.references and turn.uncapped is not None:
@@ -180,7 +185,9 @@ def _save_reference(
         "user": options.user_model or "scripts",
         "dtype": str(config.model.dtype).removeprefix("torch."),
     }
-    save_reference(folder / REFERENCE_FILE, config.axis, config.model.describe(), rows, provenance)
+    save_reference(
+        config.log.with_name(REFERENCE_FILE), config.axis, config.model.describe(), rows, provenance
+    )
     return ReferenceConversations(rows, provenance)
 
 
@@ -219,7 +226,10 @@ def _record(steered: SteeredModel, caps: Sequence[str], options: DriftOptions) -
 
 
 def _stored_answers(data: StudyData, conversations: Sequence[Conversation]) -> StoredAnswers | None:
-    """The stored answers by the user's message that they follow; of several to one message, the last. None without any."""
+    """The stored answers by the user's message that they follow; of several to one message, the last.
+
+    None without any.
+    """
     config = data.config
     answered = [one for one in conversations if any(m["role"] == "assistant" for m in one.messages)]
     if not answered:

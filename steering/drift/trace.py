@@ -33,7 +33,9 @@ from personatlas.steering.traces import Trace, trace_conversations
 
 @dataclass(frozen=True)
 class TracedTurn(JsonRecord):
-    """An answer: index of its message, tokens [start, stop), mean projection, z; the alarm's state where there is a rule."""
+    """An answer: index of its message, tokens [start, stop), mean projection, z; the alarm's state where
+    there is a rule.
+    """
 
     message: int
     tokens: tuple[int, int]
@@ -47,7 +49,9 @@ class TracedTurn(JsonRecord):
 
 @dataclass(frozen=True)
 class TracedConversation(JsonRecord):
-    """A conversation's answers, its token ids, and their projections; `left_out` answers are beyond the context."""
+    """A conversation's answers, its token ids, and their projections; `left_out` answers are beyond the
+    context.
+    """
 
     name: str
     turns: tuple[TracedTurn, ...]
@@ -86,9 +90,9 @@ def run_trace(
 ) -> TraceStudy:
     """Traces the conversations of a file.
 
-    The alarm is calibrated on `reference`, a reference.json or stored conversations that do not drift, else on the
-    reference.json beside the axis. Raises `UserError` for what cannot be, before a model is loaded where possible.
-    """
+    The alarm is calibrated on `reference`, a reference.json or stored conversations that do not drift, else
+    on the reference.json beside the axis. Raises `UserError` for what cannot be, before a model is loaded
+    where possible."""
     if not 0 < false_alarms < 1:
         raise UserError(f"--false-alarms {false_alarms} is outside 0..1: it is a share of conversations")
     stored = read_conversations(conversations)
@@ -130,8 +134,8 @@ def _traced(trace: Trace, monitor: DriftMonitor) -> TracedConversation:
 def write_trace_page(path: Path, study: TraceStudy) -> None:
     """Writes the page of traced conversations.
 
-    Colours run from the lowest to the highest projection of the answers' tokens on the page, 2% at either end cut off.
-    """
+    Colours run from the lowest to the highest projection of the answers' tokens on the page, 2% at either end
+    cut off."""
     shown = list(zip(study.conversations, study.traces, study.stored, strict=True))[:MAX_CONVERSATIONS]
     spans = [(trace, slice(turn.start, turn.stop)) for _, trace, _ in shown for turn in trace.turns]
     values = sorted(value for trace, span in spans for value in trace.projection[span].tolist())
