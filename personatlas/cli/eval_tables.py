@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from personatlas.cli.output import print_line, print_path, print_table, print_warning, with_interval
+from personatlas.steering.evals.harnesses.inspect_compare import InspectComparison
 from personatlas.steering.evals.harnesses.lm_eval_result import LmEvalResult, TaskMetric, TaskResult
 from personatlas.steering.evals.result import EvalResult, Outcome, SuiteResult
 
@@ -127,41 +127,34 @@ def _metric_rows(name: str, metric: TaskMetric, arms: Sequence[str]) -> Iterable
     return _rows([name, "  change", "  p", "  could show", "  no loss, p"], columns)
 
 
-def print_inspect_comparison(found: dict[str, Any]) -> None:
-    """Prints the scores of two logs of Inspect and what changed."""
-    before, after = found["arms"]
-    is_capped = [bool(arm["cap"]) for arm in (before, after)]
-    names = ["baseline", "capped"] if is_capped == [False, True] else [before["name"], after["name"]]
+def print_inspect_comparison(comparison: InspectComparison) -> None:
+    """Prints the scores of both arms and what changed."""
+    before, after = comparison.arms
+    names = [before.name, after.name]
+    if before.cap is None and after.cap is not None:
+        names = ["baseline", "capped"]
     rows = []
-    for name, row in {**found["scorers"], "projection": found["projection"]}.items():
-        if not row["n"]:
-            rows.append([name, "", "", "", "", "", "0"])
-            continue
-        change = row["change"]
-        rows.append(
-            [
-                name,
-                *(f"{row[arm]:.3f}" for arm in ("before", "after")),
-                f"{change['value']:+.3f}",
-                f"[{change['low']:+.2f}, {change['high']:+.2f}]",
-                f"{change['p']:.2g} ({row['p_holm']:.2g})" if "p_holm" in row else "",
-                str(row["n"]),
-            ]
-        )
+    for name, row in {**comparison.scorers, "projection": comparison.projection}.items():
+        cells, change = ["", "", "", "", ""], row.change
+        if change is not None:
+            cells = [f"{row.before:.3f}", f"{row.after:.3f}", f"{change.value:+.3f}"]
+            cells.append(f"[{change.low:+.2f}, {change.high:+.2f}]")
+            cells.append("" if row.p_holm is None else f"{change.p:.2g} ({row.p_holm:.2g})")
+        rows.append([name, *cells, str(row.n)])
     print_table(["scorer", *names, "change", "95%", "p (Holm)", "pairs"], rows)
-    print_line(f"projection: of an answer's tokens at layer {found['layer']}, before the cap's step")
-    for name, row in found["scorers"].items():
-        if row["n"] and not row["is_shown"]:
-            least = row["change"]["smallest"]
-            text = f"no change shown; {row['n']} pairs as scattered as these show one of {least:.3f}"
+    print_line(f"projection: of an answer's tokens at layer {comparison.layer}, before the cap's step")
+    for name, row in comparison.scorers.items():
+        if row.change is not None and not row.is_shown:
+            least = row.change.smallest
+            text = f"no change shown; {row.n} pairs as scattered as these show one of {least:.3f}"
             print_line(f"{name}: {text if least else 'every pair scored the same'}")
-        if row["left_out"]:
-            print_warning(f"{name}: {row['left_out']} pairs without a number in both arms are left out")
-    if not found["same_seeds"]:
+        if row.left_out:
+            print_warning(f"{name}: {row.left_out} pairs without a number in both arms are left out")
+    if not comparison.same_seeds:
         print_warning("the two arms were sampled with different seeds")
-    for arm in found["arms"]:
-        if arm["fired"] == 0:
-            print_warning(f"{arm['name']}: the cap never fired, and its answers are the model's own")
-        elif arm["fired"] is not None:
-            print_line(f"{arm['name']}: the cap changed {arm['fired']:.0%} of tokens times layers")
-        print_path("log", arm["log"])
+    for arm in comparison.arms:
+        if arm.fired == 0:
+            print_warning(f"{arm.name}: the cap never fired, and its answers are the model's own")
+        elif arm.fired is not None:
+            print_line(f"{arm.name}: the cap changed {arm.fired:.0%} of tokens times layers")
+        print_path("log", arm.log)

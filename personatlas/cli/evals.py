@@ -240,5 +240,4 @@ def _inspect(
 def _print_inspect(comparison: "InspectComparison", json: bool) -> None:
     from personatlas.cli.eval_tables import print_inspect_comparison
 
-    content = comparison.to_json()
-    print_json(content) if json else print_inspect_comparison(content)
+    print_json(comparison.to_json()) if json else print_inspect_comparison(comparison)

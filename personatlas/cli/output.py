@@ -48,11 +48,8 @@ def print_json(content: object) -> None:
 
 
 def print_fields(rows: Sequence[tuple[str, Cell]]) -> None:
-    """Prints names and values, a line each; the values are aligned."""
-    width = max(cell_len(name) for name, _ in rows) + GAP
-    for name, value in rows:
-        line = Text(name + " " * (width - cell_len(name)), style="bold")
-        console().print(line + value, overflow="fold", soft_wrap=True)
+    """Prints names and values, the values aligned and wrapped at words."""
+    print_table(("", ""), rows, left=(0, 1))
 
 
 def print_table(
@@ -63,7 +60,7 @@ def print_table(
     Parameters
     ----------
     columns
-        the column titles; they may be empty
+        the column titles; there is no header where all are empty
     rows
         a cell for every column
     title
@@ -85,7 +82,8 @@ def print_table(
     for number, block in enumerate(_blocks(widths, out.width)):
         if number:
             out.print()
-        for row in [[Text(name, style="dim") for name in columns], *cells]:
+        header = [[Text(name, style="dim") for name in columns]] if any(columns) else []
+        for row in [*header, *cells]:
             lines = [row[index].wrap(out, widths[index]) for index in block]
             for line in range(max(map(len, lines))):
                 parts = [wrapped[line] if line < len(wrapped) else Text() for wrapped in lines]

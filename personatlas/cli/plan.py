@@ -1,14 +1,12 @@
-"""The verb plan: what a training run will be and take, before anything runs."""
+"""The command `train plan`: size, memory, hours and cost of a training run, before anything runs."""
 
 from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import Annotated
 
-from rich.table import Table
-
 from personatlas.cli.options import OPTIONS, Json
-from personatlas.cli.output import console, print_json, print_line
+from personatlas.cli.output import print_json, print_line, print_table
 from personatlas.persona.errors import UserError
 from personatlas.training.plan import (
     BYTES_A_TOKEN,
@@ -47,18 +45,18 @@ def plan(
     context: int | None = None,
     json: Json = False,
 ) -> None:
-    """Print parameters, tokens, batch, rates, memory, hours and cost of training a GPT of some depth; nothing is run.
+    """Print size, tokens, batch, rates, memory, hours and cost of training a GPT; nothing is run.
 
     Parameters
     ----------
     depth
-        the one dial: blocks; all other sizes follow
+        number of blocks, from which all other sizes are derived
     corpus
-        texts to train on: are they enough? They are read once, and 4.3 bytes are taken for a token
+        texts to train on, to see whether they are enough; read once, at 4.3 bytes a token
     tokens
-        so many tokens; as many as are compute-optimal unless given
+        tokens to train on; the compute-optimal number unless given
     minutes
-        what these GPUs do in so many minutes, instead
+        minutes to train for, instead
     vocabulary
         tokens of the tokenizer
     context
@@ -104,74 +102,55 @@ def _bytes_of(corpus: Path) -> int:
 
 
 def _print(made: Plan, mfu: float, size: int | None) -> None:
-    table = Table("", f"depth {made.shape.depth}", box=None, pad_edge=False)
-    for name, value in _rows(made):
-        table.add_row(name, value)
-    console().print(table)
-    _print_chips(made, mfu)
+    print_table(["", f"depth {made.shape.depth}"], _rows(made), left=(0, 1))
+    rows = []
+    for chip in [made.chip, *(chip for name, chip in CHIPS.items() if name != made.chip.name)]:
+        speed = mfu * chip.peak * made.gpus / flops_a_token(made.shape)
+        there = replace(made, chip=chip, tokens_a_second=speed)  # these very tokens on another processor
+        rows.append(
+            [f"{made.gpus} x {chip.name}", f"{speed:,.0f}", _time(there.seconds), f"${there.cost:,.2f}"]
+        )
+    print_table([f"at {mfu:.0%} of the peak", "tokens/s", "time", "cost"], rows)
     if size is not None:
         tokens = max(1, round(size / BYTES_A_TOKEN))
         print_line(f"{size:,} bytes, about {tokens:,} tokens: {describe_epochs(made.tokens, tokens)}")
     if not made.fits:
-        need, there = _gigabytes(made.memory.total), _gigabytes(made.chip.memory)
-        print_line(f"does not fit: one sequence needs {need} of {there}; lower --depth or --context")
+        need, there_is = _gigabytes(made.memory.total), _gigabytes(made.chip.memory)
+        print_line(f"does not fit: one sequence needs {need} of {there_is}; lower --depth or --context")
 
 
 def _rows(made: Plan) -> list[tuple[str, str]]:
     shape, memory = made.shape, made.memory
-    millions = [
+    total, matrices, embedding = (
         f"{n / 1e6:,.1f}" for n in (shape.parameters, shape.matrix_parameters, shape.embedding_parameters)
-    ]
-    heads = f"{shape.heads} heads of {shape.head_width}, {shape.kv_heads} of keys and values"
-    parts = ("weights", "gradients", "optimizer", "activations", "logits")
-    held = ", ".join(f"{name} {getattr(memory, name) / 1e9:,.1f}" for name in parts)
-    again = memory_for(
-        shape, made.micro_batch, checkpointing=True, bytes=made.chip.bytes, gpus=made.gpus
-    ).total
-    how = (
-        "computed again in the backward pass"
-        if made.checkpointing
-        else f"kept; computed again {_gigabytes(again)}"
     )
+    heads = f"{shape.heads} heads of {shape.head_width}, {shape.kv_heads} of keys and values"
+    names = ("weights", "gradients", "optimizer", "activations", "logits")
+    parts = ", ".join(f"{name} {getattr(memory, name) / 1e9:,.1f}" for name in names)
+    micro_batch, n_bytes = made.micro_batch, made.chip.bytes
+    recomputed = memory_for(shape, micro_batch, checkpointing=True, bytes=n_bytes, gpus=made.gpus).total
+    activations = f"kept; computed again {_gigabytes(recomputed)}"
+    if made.checkpointing:
+        activations = "computed again in the backward pass"
+    steps = f"{made.steps:,} steps: {made.warmup:,} up, the last {made.decay:,} down to zero"
+    flops = flops_a_token(shape)
     return [
         ("shape", f"width {shape.width}, {heads}, inner {shape.inner}, context {shape.context}"),
-        (
-            "parameters",
-            f"{millions[0]} M: matrices {millions[1]}, embedding {millions[2]}, head {millions[2]}",
-        ),
+        ("parameters", f"{total} M: matrices {matrices}, embedding {embedding}, head {embedding}"),
         ("tokens", f"{made.tokens:,} ({made.horizon})"),
-        (
-            "batch",
-            f"{made.batch:,} tokens, {made.steps:,} steps: {made.warmup:,} up, the last {made.decay:,} down to zero",
-        ),
+        ("batch", f"{made.batch:,} tokens, {steps}"),
         (
             "rates",
-            f"matrices {made.matrix_rate:.4f} (Muon), embedding {made.embedding_rate:.4f}, head {made.head_rate:.5f}, "
-            f"gains {made.norm_rate:.5f} (AdamW); decay of matrices {made.weight_decay:.3f}",
+            f"matrices {made.matrix_rate:.4f} (Muon), embedding {made.embedding_rate:.4f}, head "
+            f"{made.head_rate:.5f}, gains {made.norm_rate:.5f} (AdamW); decay of matrices {made.weight_decay:.3f}",
         ),
-        (
-            "FLOPs",
-            f"{flops_a_token(shape) / 1e6:,.0f} M a token, {flops_a_token(shape) * made.tokens:.2e} in all",
-        ),
-        ("memory", f"{_gigabytes(memory.total)} a GPU of {_gigabytes(made.chip.memory)}, estimated: {held}"),
+        ("FLOPs", f"{flops / 1e6:,.0f} M a token, {flops * made.tokens:.2e} in all"),
+        ("memory", f"{_gigabytes(memory.total)} a GPU of {_gigabytes(made.chip.memory)}, estimated: {parts}"),
         (
             "micro-batch",
-            f"{made.micro_batch} sequences, {made.accumulation} a step and GPU, blocks' insides {how}",
+            f"{micro_batch} sequences, {made.accumulation} a step and GPU, blocks' insides {activations}",
         ),
     ]
-
-
-def _print_chips(made: Plan, mfu: float) -> None:
-    """Hours and cost of these very tokens on every processor that is known, the asked one first."""
-    table = Table(f"at {mfu:.0%} of the peak", "tokens/s", "time", "cost", box=None, pad_edge=False)
-    chips = [made.chip, *(chip for name, chip in CHIPS.items() if name != made.chip.name)]
-    for chip in chips:
-        speed = mfu * chip.peak * made.gpus / flops_a_token(made.shape)
-        there = replace(made, chip=chip, tokens_a_second=speed)
-        table.add_row(
-            f"{made.gpus} x {chip.name}", f"{speed:,.0f}", _time(there.seconds), f"${there.cost:,.2f}"
-        )
-    console().print(table)
 
 
 def _time(seconds: float) -> str:

@@ -3,17 +3,21 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from rich.table import Table
-
 from personatlas.cli.options import MODEL, OPTIONS, Json, ModelName
-from personatlas.cli.output import console, print_json, print_line
+from personatlas.cli.output import (
+    print_fields,
+    print_json,
+    print_line,
+    print_path,
+    print_table,
+    with_interval,
+)
 from personatlas.persona.errors import UserError
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.progress import say
 from personatlas.training.options import ChatDataOptions, CorpusOptions, FinetuneOptions, PretrainOptions
 
 if TYPE_CHECKING:
-    from personatlas.training.chat.heldout_loss import AnswerLoss
     from personatlas.training.run import TrainResult
 
 
@@ -25,14 +29,15 @@ def base(
     options: Annotated[PretrainOptions, OPTIONS] = PretrainOptions(),
     json: Json = False,
 ) -> None:
-    """Train a GPT of some depth on a corpus; the same command goes on where it was stopped.
+    """Train a GPT on a corpus. Resumes.
 
-    Everything but the depth is derived: `personatlas train plan --depth N` says what. Under torchrun every process has a GPU.
+    Sizes, batch and rates are derived from the depth; `personatlas train plan --depth N` prints them. Under torchrun
+    every process has a GPU.
 
     Parameters
     ----------
     depth
-        the one dial: blocks; all other sizes follow
+        number of blocks, from which all other sizes are derived
     out
         the run's folder; its `model` is an ordinary Hugging Face checkpoint
     """
@@ -48,19 +53,19 @@ def base(
 def _print_base(result: "TrainResult") -> None:
     from personatlas.training.bits_per_byte import HeldOutLoss
 
-    table, loss = Table(box=None, show_header=False, padding=(0, 2, 0, 0)), result.held_out
+    loss, share = result.held_out, result.utilisation
     assert isinstance(loss, HeldOutLoss)
-    exact = f"{loss.tokens:,} tokens, {loss.bytes / 1e6:,.2f} MB"
-    table.add_row(
-        "held out", f"{loss.bits_per_byte:.4f} bits per byte, {loss.loss:.4f} nats a token  ({exact})"
-    )
+    size = f"{loss.tokens:,} tokens, {loss.bytes / 1e6:,.2f} MB"
     speed = f"{result.seconds:,.1f} s of training, {result.tokens_a_second:,.0f} tokens/s"
-    share = result.utilisation
-    table.add_row("training", speed if share is None else f"{speed}, {share:.1%} of the peak")
-    table.add_row("tokens", f"{result.tokens:,} in {result.steps:,} steps, {result.epochs:.2f} epochs")
-    table.add_row("model", str(result.model))
-    table.add_row("report", str(result.folder / "report.html"))
-    console().print(table)
+    print_fields(
+        [
+            ("held out", f"{loss.bits_per_byte:.4f} bits per byte, {loss.loss:.4f} nats a token  ({size})"),
+            ("training", speed if share is None else f"{speed}, {share:.1%} of the peak"),
+            ("tokens", f"{result.tokens:,} in {result.steps:,} steps, {result.epochs:.2f} epochs"),
+        ]
+    )
+    print_path("model", result.model)
+    print_path("report", result.folder / "report.html")
 
 
 SHOWN = 12  # sources in the table; all of them are in run.json
@@ -75,9 +80,9 @@ def chat(
     options: Annotated[FinetuneOptions, OPTIONS] = FinetuneOptions(),
     json: Json = False,
 ) -> None:
-    """Tune a base model on conversations; the same command goes on where it was stopped.
+    """Tune a base model on conversations. Resumes.
 
-    What is odd about the data is counted, named and left out. Only what the assistant says is learned.
+    The loss is that of the assistant's messages. Conversations that cannot be used are counted, named and left out.
 
     Parameters
     ----------
@@ -96,31 +101,25 @@ def chat(
 
 
 def _print_chat(result: "TrainResult") -> None:
-    table = Table("held out", "nats a token", "untuned", "perplexity", "n", "known", box=None, pad_edge=False)
+    rows = []
     for name, loss in list(result.after.items())[: 1 + SHOWN]:
-        table.add_row(
-            name,
-            _with_interval(loss),
-            f"{result.before[name].loss:.3f}",
-            f"{loss.perplexity:.2f}",
-            f"{loss.conversations:,}",
-            f"{loss.met / loss.conversations:.0%}",
+        rows.append(
+            [
+                name,
+                with_interval(loss.loss, loss.low, loss.high, ".1f" if loss.loss >= 10 else ".3f"),
+                f"{result.before[name].loss:.3f}",
+                f"{loss.perplexity:.2f}",
+                f"{loss.conversations:,}",
+                f"{loss.met / loss.conversations:.0%}",
+            ]
         )
-    console().print(table)
+    print_table(["held out", "nats a token", "untuned", "perplexity", "n", "known"], rows)
     if any(loss.met for loss in result.after.values()):
-        console().print(
-            "known: answers that training gives too, to other questions or in other roles: their loss is memory"
+        print_line(
+            "known: answers that training has too, to other questions or in other roles: their loss is memory"
         )
-    plain = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    plain.add_row("training", f"{result.seconds:,.1f} s, {result.steps:,} steps, {result.epochs:.2f} epochs")
-    plain.add_row("model", str(result.model))
-    console().print(plain)
-
-
-def _with_interval(loss: "AnswerLoss") -> str:
-    digits = 1 if loss.loss >= 10 else 3
-    interval = "" if loss.low is None else f" [{loss.low:.{digits}f}, {loss.high:.{digits}f}]"
-    return f"{loss.loss:.{digits}f}{interval}"
+    print_line(f"training: {result.seconds:,.1f} s, {result.steps:,} steps, {result.epochs:.2f} epochs")
+    print_path("model", result.model)
 
 
 def evaluate(
@@ -134,7 +133,7 @@ def evaluate(
     load: Annotated[ModelOptions, MODEL] = ModelOptions(),
     json: Json = False,
 ) -> None:
-    """Bits per byte of a text under any model, so that models with different tokenizers can be compared.
+    """Measure bits per byte of a text under any model, which compares models with different tokenizers.
 
     Parameters
     ----------
@@ -159,12 +158,14 @@ def evaluate(
     if json:
         print_json({"model": decoder.describe(), "text": str(text), **loss.to_json()})
         return
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    known = f" [{loss.interval[0]:.4f}, {loss.interval[1]:.4f}]" if loss.interval else ""
-    table.add_row("bits per byte", f"{loss.bits_per_byte:.4f}{known}")
-    table.add_row("nats a token", f"{loss.loss:.4f}, {loss.bytes / loss.tokens:.2f} bytes a token")
-    table.add_row("read", f"{loss.documents:,} documents, {loss.bytes / 1e6:,.2f} MB, {loss.tokens:,} tokens")
-    console().print(table)
+    low, high = loss.interval or (None, None)
+    print_fields(
+        [
+            ("bits per byte", with_interval(loss.bits_per_byte, low, high, ".4f")),
+            ("nats a token", f"{loss.loss:.4f}, {loss.bytes / loss.tokens:.2f} bytes a token"),
+            ("read", f"{loss.documents:,} documents, {loss.bytes / 1e6:,.2f} MB, {loss.tokens:,} tokens"),
+        ]
+    )
 
 
 def tokenizer(
@@ -188,7 +189,7 @@ def tokenizer(
     out
         the folder to make; `AutoTokenizer.from_pretrained` reads it
     vocabulary
-        how many tokens: the 256 bytes, four special tokens, and the rest learned
+        number of tokens: the 256 bytes, four special tokens, and the rest learned
     held_out
         texts to check it on instead of a share of the corpus; taken out of the corpus if they are in it
     held_share
@@ -207,30 +208,26 @@ def tokenizer(
     if json:
         print_json(record)
     else:
-        _say_tokenizer(record, out)
+        _print_tokenizer(record, out)
 
 
-def _say_tokenizer(record: dict[str, Any], out: Path) -> None:
+def _print_tokenizer(record: dict[str, Any], out: Path) -> None:
     from personatlas.training.data.corpus import CorpusScan, TextAmount
 
     scan, held = record["scan"], record["held_out"]
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_row("corpus", _amount(scan["train"]))
-    table.add_row("held out", _amount(scan["held_out"]))
-    interval = held["interval"]
-    known = f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else ""
-    exact = f"n {held['documents']:,} documents, {held['bytes'] / 1e6:,.2f} MB, each read back exactly"
-    table.add_row("bytes per token", f"{held['bytes_per_token']:.2f}{known}  ({exact})")
-    table.add_row("vocabulary", f"{record['asked']['vocabulary']:,}")
-    table.add_row("folder", str(out))
-    console().print(table)
+    low, high = held["interval"] or (None, None)
+    size = f"n {held['documents']:,} documents, {held['bytes'] / 1e6:,.2f} MB, each read back exactly"
     sides = {name: TextAmount(**scan[name]) for name in ("train", "held_out")}
+    rows = [
+        (title, f"{sides[name].documents:,} documents, {sides[name].bytes / 1e6:,.2f} MB")
+        for title, name in (("corpus", "train"), ("held out", "held_out"))
+    ]
+    rows.append(("bytes per token", f"{with_interval(held['bytes_per_token'], low, high)}  ({size})"))
+    rows.append(("vocabulary", f"{record['asked']['vocabulary']:,}"))
+    print_fields(rows)
+    print_path("folder", out)
     if notes := CorpusScan(**{**scan, **sides}).notes():
         say(f"note: {notes}")
-
-
-def _amount(side: dict[str, int]) -> str:
-    return f"{side['documents']:,} documents, {side['bytes'] / 1e6:,.2f} MB"
 
 
 def export(
@@ -240,8 +237,9 @@ def export(
     out: Path | None = None,
     dtype: Literal["bf16", "fp32"] = "bf16",
     gguf: Path | None = None,
+    json: Json = False,
 ) -> None:
-    """Write a model that was trained here as an ordinary Hugging Face folder (--out), as one GGUF file (--gguf), or as both.
+    """Write a trained model as a Hugging Face folder (--out), as one GGUF file (--gguf), or as both.
 
     Parameters
     ----------
@@ -250,7 +248,7 @@ def export(
     out
         the folder to make: for transformers, vLLM, TransformerLens and every MODEL here
     dtype
-        of the weights; checkpoints are fp32, which loses nothing, and bf16 is half as large
+        dtype of the weights; checkpoints are fp32
     gguf
         the file to make: for llama.cpp and what is built on it; its norm weights stay fp32
     """
@@ -269,10 +267,16 @@ def export(
     found = load_exported(source)
     if gguf is not None:
         require_writable(gguf, "--gguf")
-    what = f"{source}, {found.shape.parameters / 1e6:,.1f} M parameters in {dtype}"
     if out is not None:
         export_model(found, source, out, torch.bfloat16 if dtype == "bf16" else torch.float32)
-        print_line(f"{what}: {out}")
     if gguf is not None:
         write_gguf(source, gguf, "bf16" if dtype == "bf16" else "f32")
-        print_line(f"{what}: {gguf}")
+    written = [path for path in (out, gguf) if path is not None]
+    if json:
+        paths = [str(path) for path in written]
+        print_json(
+            {"model": str(source), "parameters": found.shape.parameters, "dtype": dtype, "written": paths}
+        )
+        return
+    for path in written:
+        print_path(f"{source}, {found.shape.parameters / 1e6:,.1f} M parameters in {dtype}", path)
