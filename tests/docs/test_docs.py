@@ -77,9 +77,10 @@ def test_the_worked_example_of_the_data_card_is_a_role_that_the_bank_takes(tmp_p
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory, whole_run):
     """What the pages' Python runs with: a random model of 30 layers for the packaged one, its axis with a saved cap, a tiny run."""
-    import personatlas as pa
     from families import deep_model
     from tiny_axis import axis_of
+
+    import personatlas as pa
 
     model = deep_model()
     axis, folder = axis_of(model), tmp_path_factory.mktemp("axis")
@@ -95,13 +96,17 @@ def stand_ins(tmp_path_factory, whole_run):
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=str)
 def test_the_python_of_a_page_runs(page, stand_ins, monkeypatch, tmp_path, capsys):
-    import personatlas as pa
     import torch
+
+    import personatlas as pa
 
     monkeypatch.chdir(tmp_path)
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(pa, name, stand_in)
-    messages = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "I am the tide."}]
+    messages = [
+        {"role": "user", "content": "Who are you?"},
+        {"role": "assistant", "content": "I am the tide."},
+    ]
     ids = torch.arange(4, 12)[None]
     names = {"model": pa.load("any"), "axis": pa.load_axis("any"), "messages": messages[:1], "ids": ids}
     for block in blocks(page, "python"):

@@ -7,14 +7,20 @@ import pytest
 from families import save_tiny
 
 from personatlas.cli.app import main
+from personatlas.persona.axis import load_axis
 from personatlas.persona.errors import UserError
+from personatlas.persona.formats import read_conversations
 from personatlas.persona.models.load import load_model, load_tokenizer
+from personatlas.persona.pipeline.activations import load_activations
 from personatlas.persona.runs import (
     checkpoint_folders,
     checkpoint_name,
     default_folder,
     model_name,
+    open_run,
+    resolve_axis,
     resolve_model,
+    versions,
 )
 
 
@@ -111,3 +117,21 @@ def test_a_run_without_a_checkpoint_and_a_folder_of_them_are_refused_in_one_line
         UserError, match="is a run folder: give its model as the model, and the run with --axis"
     ):
         resolve_model(str(run))
+
+
+def test_a_folder_made_under_the_old_name_is_read_and_resumed(tiny_run, tmp_path):
+    folder = tmp_path / "old"
+    shutil.copytree(tiny_run / "run", folder)
+    record = json.loads((folder / "run.json").read_text())
+    record["versions"] = {"personaxis": "0.9.0", "torch": "2.0"}
+    (folder / "run.json").write_text(json.dumps(record))
+    axis = load_axis(resolve_axis(str(folder)))
+    assert axis.layers
+    assert len(load_activations(folder / "activations").keys) > 0
+    with open_run(folder) as run:
+        run.claim(record["asked"])
+        assert run.manifest["asked"] == record["asked"]
+        assert set(run.manifest["versions"]) == set(versions())
+    chat = {"messages": [{"role": "user", "content": "Hello"}], "personaxis": {"format": 1, "turns": []}}
+    (tmp_path / "chat.json").write_text(json.dumps(chat))
+    assert read_conversations(tmp_path / "chat.json")[0].messages == ({"role": "user", "content": "Hello"},)
