@@ -42,8 +42,6 @@ class TalkOptions(ServeOptions):
     """Watching and sampling of conversations; the cap is that of --arm."""
 
     cap: Annotated[str | None, Parameter(parse=False)] = None
-    max_tokens: Annotated[int, Parameter(name="--max-new-tokens")] = 1024
-    "longest answer of requests that set no limit"
 
 
 def generate(
@@ -237,17 +235,17 @@ def serve(
     from personatlas.steering.serve.startup import serve as serve_model
 
     def announce(service: PersonaService) -> None:
-        defaults = service.defaults
+        options = service.options
         address = f"[{host}]" if ":" in host else host
         console().print(
             Text(f"http://{address}:{port}", style="bold"),
             Text("the page; /v1 for OpenAI's clients", style="dim"),
         )
         text = f"{service.name}, layer {service.axis.layer}"
-        text += f"; cap {defaults.cap} ({defaults.mode})" if defaults.cap else "; no cap unless asked for"
+        text += f"; cap {options.cap} ({options.mode})" if options.cap else "; no cap unless asked for"
         if service.tracker.monitor.rule is None:
             text += "; no alarm is calibrated (`personatlas drift` makes a reference.json)"
-        limits = defaults.limits
+        limits = service.limits
         say(f"{text}; {limits.slots} conversations of {limits.context} tokens at once; Ctrl-C ends it")
 
     serve_model(

@@ -80,18 +80,15 @@ class Detokenizer:
         if starts:
             self.stopped, end = True, min(starts)
         else:
-            end = len(text) - (0 if last else max((_overlap(text, stop) for stop in self.stops), default=0))
+            # held back are last characters that could be the beginning of a stop text
+            beginnings = [] if last else [stop[:n] for stop in self.stops for n in range(1, len(stop))]
+            end = len(text) - max((len(own) for own in beginnings if text.endswith(own)), default=0)
         self._held_back = "" if self.stopped else text[end:]
         self.text += text[:end]
         return text[:end]
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
-def _overlap(text: str, stop: str) -> int:
-    """How many of the text's last characters could be the beginning of the stop text."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 @dataclass(frozen=True)
@@ -155,13 +152,17 @@ class StreamedAnswer:
             states.append(TokenState(self.ids[i], str(text), projection, fired))
         return tuple(states)
 
+    @property
+    def failure(self) -> UserError | EngineFailure | None:
+        """The error that ended the answer: a `UserError` as it is, others in one line."""
+        if self.error is None or isinstance(self.error, UserError):
+            return self.error
+        return EngineFailure((str(self.error).splitlines() or [type(self.error).__name__])[0][:200])
+
     def raise_error(self) -> None:
-        """Raises the error that ended the answer: a `UserError` as it is, others as `EngineFailure`."""
-        if isinstance(self.error, UserError):
-            raise self.error
-        if self.error is not None:
-            first_line = (str(self.error).splitlines() or [type(self.error).__name__])[0]
-            raise EngineFailure(first_line[:200]) from self.error
+        """Raises the error that ended the answer, if any."""
+        if (failure := self.failure) is not None:
+            raise failure
 
     def take(self, event: EngineEvent) -> str:
         """Takes in an event and returns the text that it adds."""

@@ -25,7 +25,7 @@ class ServeOptions:
     "what raises an alarm: cusum (a small drift that lasts) or two_of_three (turns far below)"
     false_alarms: float = 0.05
     "share of reference conversations that may raise an alarm"
-    max_tokens: int = 1024
+    max_new_tokens: int = 1024
     "longest answer of requests that set no limit"
     temperature: float = 0.7
     "sampling temperature of requests that set none; 0 takes the likeliest token"
@@ -65,8 +65,8 @@ def require_valid(options: ServeOptions, capacity: CapacityOptions) -> None:
         ("--context", capacity.context if capacity.context is not None else 16, 16),
         ("--prefix-mib", capacity.prefix_mib, 0),
         ("--queue", capacity.queue, 1),
-        ("--max-new-tokens", options.max_tokens, 1),
+        ("--max-new-tokens", options.max_new_tokens, 1),
     ):
         if value < least:
             raise UserError(f"{name} {value} is below {least}")
-    Sampling(options.max_tokens, options.temperature, options.top_p)
+    Sampling(options.max_new_tokens, options.temperature, options.top_p)

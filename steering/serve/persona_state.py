@@ -24,8 +24,7 @@ from personatlas.persona.models.token_spans import Span
 from personatlas.persona.records import JsonObject, JsonRecord
 from personatlas.steering.drift_monitor import DriftMonitor
 from personatlas.steering.serve.answer_stream import StreamedAnswer, TokenState
-
-ALWAYS, ADAPTIVE = "always", "adaptive"  # when a cap acts: in every answer, or while the alarm is on
+from personatlas.steering.serve.options import ADAPTIVE, ALWAYS, CapMode
 
 
 class AnswerTurn(NamedTuple):
@@ -80,7 +79,7 @@ class PersonaState(JsonRecord):
     tokens: int
     cap: str | None
     "the cap that acted, None for the baseline and while an adaptive cap rests"
-    mode: str
+    mode: CapMode
     floor: float | None
     "the cap's floor for answers at `layer`, None where it does not act there"
     fired: float | None
@@ -144,7 +143,7 @@ class PersonaTracker:
         answer: StreamedAnswer,
         turns: Sequence[AnswerTurn] = (),
         message: int | None = None,
-        mode: str = ALWAYS,
+        mode: CapMode = ALWAYS,
         *,
         per_token: bool = False,
     ) -> PersonaState:

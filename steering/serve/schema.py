@@ -6,7 +6,7 @@ schemas, penalties) is refused where a request asks for it, not ignored.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from personatlas.steering.serve.options import CapMode
 
@@ -18,6 +18,15 @@ SEEDS = 2**62
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Count = Annotated[int, Field(ge=1, le=2**31)]
+
+
+def _refuse(value: object) -> object:
+    if any(value.values()) if isinstance(value, dict) else value:
+        raise ValueError("not supported; leave it out")
+    return value
+
+
+Refused = AfterValidator(_refuse)
 
 
 class TextPart(BaseModel):
@@ -90,17 +99,10 @@ class SamplingRequest(BaseModel):
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     max_tokens: Count | None = None
-    presence_penalty: Finite | None = None
-    frequency_penalty: Finite | None = None
-    logit_bias: dict[str, Finite] | None = None
+    presence_penalty: Annotated[Finite | None, Refused] = None
+    frequency_penalty: Annotated[Finite | None, Refused] = None
+    logit_bias: Annotated[dict[str, Finite] | None, Refused] = None
     persona: PersonaRequest | None = None
-
-    @field_validator("presence_penalty", "frequency_penalty")
-    @classmethod
-    def _no_penalty(cls, value: float | None) -> float | None:
-        if value:
-            raise ValueError("penalties are not supported; leave it out or give 0")
-        return value
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -108,13 +110,6 @@ class SamplingRequest(BaseModel):
         if isinstance(value, list):  # clients send "" for none
             return [stop for stop in value if stop != ""] or None
         return value if value != "" else None
-
-    @field_validator("logit_bias")
-    @classmethod
-    def _no_bias(cls, value: dict[str, float] | None) -> dict[str, float] | None:
-        if value and any(value.values()):
-            raise ValueError("logit_bias is not supported; leave it out")
-        return value
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -183,15 +178,8 @@ class CompletionRequest(SamplingRequest):
     max_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    suffix: str | None = None
+    suffix: Annotated[str | None, Refused] = None
     best_of: int | None = None
-
-    @field_validator("suffix")
-    @classmethod
-    def _no_suffix(cls, value: str | None) -> str | None:
-        if value:
-            raise ValueError("suffix is not supported; leave it out")
-        return value
 
     @model_validator(mode="after")
     def _possible(self) -> "CompletionRequest":

@@ -1,6 +1,6 @@
 """A steered model behind HTTP routes or a terminal: requests to engine, answers to `persona` objects.
 
-service = PersonaService(steered, caps, ServiceDefaults(), monitor)
+service = PersonaService(steered, caps, ServeOptions(), EngineLimits(), monitor)
 await service.start()
 prompt = await service.prepare_chat(request)
 async with service.stream(service.generation_requests(prompt, request)) as answers:
@@ -12,7 +12,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from personatlas.persona.errors import UserError
 from personatlas.persona.interventions import Cap
@@ -28,7 +28,7 @@ from personatlas.steering.serve.engine.scheduler import (
     RequestHandle,
 )
 from personatlas.steering.serve.metrics import Metrics
-from personatlas.steering.serve.options import ADAPTIVE, ALWAYS, CapMode
+from personatlas.steering.serve.options import ADAPTIVE, CapMode, ServeOptions
 from personatlas.steering.serve.persona_state import AnswerTurn, PersonaState, PersonaTracker
 from personatlas.steering.serve.schema import SEEDS, ChatRequest, CompletionRequest, SamplingRequest
 from personatlas.steering.session import SteeredModel
@@ -43,18 +43,6 @@ class UnknownModel(UserError):
 
 class ContextOverflow(UserError):
     """A prompt, or a prompt with its answer, that is longer than the context."""
-
-
-@dataclass(frozen=True)
-class ServiceDefaults:
-    """What applies where a request does not say, and the engine's limits."""
-
-    cap: str | None = None
-    mode: CapMode = ALWAYS
-    max_tokens: int = 1024
-    temperature: float = 0.7
-    top_p: float = 0.9
-    limits: EngineLimits = field(default_factory=EngineLimits)
 
 
 @dataclass(frozen=True)
@@ -78,9 +66,14 @@ class PersonaService:
     """One model with its engine, caps and drift alarm. Raises `UserError` for an unknown default cap."""
 
     def __init__(
-        self, steered: SteeredModel, caps: Mapping[str, Cap], defaults: ServiceDefaults, monitor: DriftMonitor
+        self,
+        steered: SteeredModel,
+        caps: Mapping[str, Cap],
+        options: ServeOptions,
+        limits: EngineLimits,
+        monitor: DriftMonitor,
     ) -> None:
-        self.steered, self.defaults = steered, defaults
+        self.steered, self.options, self.limits = steered, options, limits
         self.model, self.chat, self.axis = steered.model, steered.chat, steered.axis
         self.name: str = self.model.name
         self.fingerprint = (
@@ -88,11 +81,9 @@ class PersonaService:
         )
         self.tracker = PersonaTracker(self.axis, monitor)
         self.metrics = Metrics(self.name)
-        self.engine = Engine(
-            self.model, self.chat.end_ids, self.axis, dict(caps), defaults.limits, self._deliver
-        )
+        self.engine = Engine(self.model, self.chat.end_ids, self.axis, dict(caps), limits, self._deliver)
         self.caps = self.engine.caps
-        self.default_cap = self.caps.resolve(defaults.cap)
+        self.default_cap = self.caps.resolve(options.cap)
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def start(self) -> None:
@@ -128,7 +119,7 @@ class PersonaService:
             cap = self.caps.resolve(alias) if alias else cap
         if persona is not None and "cap" in persona.model_fields_set:
             cap = self.caps.resolve(persona.cap)
-        mode = (persona.mode if persona is not None else None) or self.defaults.mode
+        mode = (persona.mode if persona is not None else None) or self.options.mode
         if mode == ADAPTIVE and cap is not None and self.tracker.monitor.rule is None:
             raise UserError(
                 "adaptive capping needs a calibrated alarm, and this server has none: "
@@ -169,10 +160,9 @@ class PersonaService:
         self, prompt: PreparedPrompt, request: SamplingRequest
     ) -> list[GenerationRequest]:
         """One request to the engine for each answer that is wanted, with seeds that follow each other."""
-        defaults = self.defaults
         seed = secrets.randbelow(SEEDS) if request.seed is None else request.seed
-        temperature = defaults.temperature if request.temperature is None else request.temperature
-        top_p = defaults.top_p if request.top_p is None else request.top_p
+        temperature = self.options.temperature if request.temperature is None else request.temperature
+        top_p = self.options.top_p if request.top_p is None else request.top_p
         return [
             GenerationRequest(
                 prompt.ids,
@@ -225,7 +215,7 @@ class PersonaService:
         """Ids of a prompt and spans of its messages, none where they cannot be located exactly."""
         ids = tuple(self.chat.prompt_ids(messages))
         # a prompt that is too long is refused, and finding its spans takes longer than reading it
-        fits = len(ids) < self.defaults.limits.context
+        fits = len(ids) < self.limits.context
         if fits and any(message["role"] == "assistant" for message in messages):
             try:
                 found = prompt_spans(self.chat, messages)
@@ -255,13 +245,13 @@ class PersonaService:
 
     def _max_tokens(self, n_prompt: int, requested: int | None) -> int:
         """The longest answer to a prompt of so many tokens."""
-        context = self.defaults.limits.context
+        context = self.limits.context
         if n_prompt > context or (n_prompt == context and requested != 0):
             raise ContextOverflow(
                 f"this model's context is {context} tokens here and the prompt has {n_prompt}; shorten it"
             )
         if requested is None:
-            return min(self.defaults.max_tokens, context - n_prompt)
+            return min(self.options.max_new_tokens, context - n_prompt)
         if n_prompt + requested > context:
             raise ContextOverflow(
                 f"this model's context is {context} tokens; the prompt has {n_prompt}, the answer {requested}"

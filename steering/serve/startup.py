@@ -8,6 +8,7 @@
 import os
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -20,7 +21,7 @@ from personatlas.steering.drift_monitor import load_monitor
 from personatlas.steering.serve.engine.cap_slots import cap_labels
 from personatlas.steering.serve.engine.scheduler import EngineLimits
 from personatlas.steering.serve.options import ADAPTIVE, CapacityOptions, ServeOptions, require_valid
-from personatlas.steering.serve.service import PersonaService, ServiceDefaults
+from personatlas.steering.serve.service import PersonaService
 from personatlas.steering.session import load_steered_model, steered_model
 
 API_KEY = "PERSONATLAS_API_KEY"
@@ -92,15 +93,10 @@ def make_service(
         steered = load_steered_model(model, load, str(axis.stem), list(labels.values()), force=force)
     else:
         steered = steered_model(model, axis, [axis.cap(spec) for spec in labels.values()], force=force)
-    defaults = ServiceDefaults(
-        cap=next((label for label, spec in labels.items() if spec == cap), None),
-        mode=mode,
-        max_tokens=options.max_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        limits=_engine_limits(steered.model, capacity),
-    )
-    return PersonaService(steered, dict(zip(labels, steered.caps, strict=True)), defaults, monitor)
+    default = next((label for label, spec in labels.items() if spec == cap), None)
+    options = replace(options, cap=default, mode=mode)
+    limits = _engine_limits(steered.model, capacity)
+    return PersonaService(steered, dict(zip(labels, steered.caps, strict=True)), options, limits, monitor)
 
 
 def _engine_limits(model: Model, capacity: CapacityOptions) -> EngineLimits:

@@ -33,7 +33,7 @@ def axis_folder(tiny_run, folder, *, reference=False):
 
 def tiny_service(tiny_run, folder, room=ROOM, how=HOW, **hold):
     """A service, its engine not yet started."""
-    options = ServeOptions(**{"max_tokens": 12, **hold})
+    options = ServeOptions(**{"max_new_tokens": 12, **hold})
     return make_service(str(tiny_run / "tiny"), str(folder), options, room, load=how)
 
 

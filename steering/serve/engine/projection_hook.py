@@ -42,19 +42,15 @@ class ProjectionHook(SamplerCallback):
             handle.remove()
 
     def resize(self, slots: int) -> None:
-        """Makes room for so many slots."""
         self.latest = torch.zeros(slots, device=self.device)
 
     def before_prefill(self, slots: Tensor, lengths: Tensor, opening: bool = True) -> None:
-        """Notes that the next forward reads prompts."""
         self._prefill = True
 
     def before_decode(self, running: Tensor, first: Tensor, opening: Tensor) -> None:
-        """Notes that the next forward decodes one token in each of the first slots."""
         self._prefill = False
 
     def state(self) -> list[Tensor]:
-        """The tensors that a decoding forward changes."""
         return [self.latest]
 
     def take(self) -> list[Float[Tensor, "B T"]]:

@@ -75,6 +75,11 @@ class GenerationRequest:
     cap: ResolvedCap | None = None
     logprobs: int | None = None
 
+    @property
+    def digest(self) -> str:
+        """The digest of the cap: prefixes serve only requests with the same one."""
+        return self.cap.digest if self.cap is not None else BASELINE_DIGEST
+
 
 @dataclass(frozen=True)
 class PrefillEvent:
@@ -86,6 +91,11 @@ class PrefillEvent:
     projections: tuple[float, ...]
     cached: int
     fired: int
+
+    @classmethod
+    def of(cls, row: BatchRow) -> "PrefillEvent":
+        """The event of a row whose prompt was just read."""
+        return cls(tuple(row.projections), row.cached, row.prompt_fired)
 
 
 @dataclass(frozen=True)
@@ -310,7 +320,8 @@ class Engine:
                 prefix = self._cached_prefix(handle)
                 request = handle.request
                 is_short = prefix is None and len(request.ids) <= chunk and request.max_tokens > 0
-                if is_short and self._fits(whole, handle, chunk):
+                lengths = [len(one.request.ids) for one in (*whole, handle)]
+                if is_short and batch_end(lengths, 0, chunk) > len(whole):
                     whole.append(handle)
                 elif not is_short and self._reading is None and left > 0:
                     self._reading = handle
@@ -329,16 +340,11 @@ class Engine:
             rows = {handle.row: handle for handle in whole if handle.row is not None}
             self._running |= rows  # from here on a failure is theirs
             self.batch.prefill(list(rows))
-            self._outbox += [(handle, _prefill_event(row)) for row, handle in rows.items()]
-
-    @staticmethod
-    def _fits(whole: Sequence[RequestHandle], handle: RequestHandle, tokens: int) -> bool:
-        """Whether one more prompt can be read together with others, padded to the longest."""
-        return batch_end([len(one.request.ids) for one in (*whole, handle)], 0, tokens) > len(whole)
+            self._outbox += [(handle, PrefillEvent.of(row)) for row, handle in rows.items()]
 
     def _cached_prefix(self, handle: RequestHandle) -> tuple[CachedPrefix, int] | None:
         """What is cached of its prompt, where that is worth a prefill of its own."""
-        found = self.prefixes.longest(_digest(handle), handle.request.ids)
+        found = self.prefixes.longest(handle.request.digest, handle.request.ids)
         alone = not self.waiting and not self._running
         return found if found is not None and (alone or found[1] >= MIN_PREFIX) else None
 
@@ -365,7 +371,7 @@ class Engine:
         if self.batch.prefill_chunk(row, max_tokens):
             self._reading = None
             self._running[row] = handle
-            self._outbox.append((handle, _prefill_event(row)))
+            self._outbox.append((handle, PrefillEvent.of(row)))
         return row.fed - before
 
     def _step(self) -> None:
@@ -404,7 +410,7 @@ class Engine:
         try:
             self.batch.require_steered(row)
             if self.prefixes.capacity and length >= MIN_TOKENS:
-                self.prefixes.add(self.batch.prefix_of(row, _digest(handle), length))
+                self.prefixes.add(self.batch.prefix_of(row, handle.request.digest, length))
         except HookDidNotFire as error:
             return FinishEvent("error", error)
         except RuntimeError:  # no memory for it
@@ -431,11 +437,3 @@ class _Work:
 
     run: Callable[[], None]
     future: Future[Any]
-
-
-def _digest(handle: RequestHandle) -> str:
-    return handle.request.cap.digest if handle.request.cap is not None else BASELINE_DIGEST
-
-
-def _prefill_event(row: BatchRow) -> PrefillEvent:
-    return PrefillEvent(tuple(row.projections), row.cached, row.prompt_fired)

@@ -142,7 +142,7 @@ def _add_descriptions(app: FastAPI, service: PersonaService, needs_key: bool) ->
 
 
 def _describe(service: PersonaService) -> JsonObject:
-    axis, model, defaults = service.axis, service.model, service.defaults
+    axis, model, options = service.axis, service.model, service.options
     row = axis.layers.index(axis.layer)
     tables = {"default": axis.default_quantiles, "roles": axis.role_quantiles} if axis.levels else {}
     quantiles: JsonObject = {"levels": list(axis.levels), "default": [], "roles": []}
@@ -158,12 +158,12 @@ def _describe(service: PersonaService) -> JsonObject:
         **service.tracker.describe(),
         "caps": service.caps.describe(),
         "default_cap": service.default_cap.name if service.default_cap is not None else None,
-        "default_mode": defaults.mode,
-        "context": defaults.limits.context,
-        "slots": defaults.limits.slots,
-        "max_tokens": defaults.max_tokens,
-        "temperature": defaults.temperature,
-        "top_p": defaults.top_p,
+        "default_mode": options.mode,
+        "context": service.limits.context,
+        "slots": service.limits.slots,
+        "max_tokens": options.max_new_tokens,
+        "temperature": options.temperature,
+        "top_p": options.top_p,
     }
 
 

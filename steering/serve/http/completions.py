@@ -17,10 +17,10 @@ from personatlas.steering.serve.answer_stream import AnswerStream, StreamedAnswe
 from personatlas.steering.serve.engine.batch import TokenLogprobs
 from personatlas.steering.serve.http.responses import (
     DONE,
-    ResponseEnvelope,
     chat_logprobs,
     error_line,
     persona_object,
+    response_fields,
     stream_line,
     text_logprobs,
     usage_object,
@@ -36,13 +36,15 @@ class _Completion(Generic[Request]):
     """What both kinds share. Leaving `respond` or `stream` early cancels the answers."""
 
     continues_prompt = False
-    envelope: ResponseEnvelope
+    kind: tuple[str, str]  # prefix of ids, and kind of objects
 
     def __init__(self, service: PersonaService, request: Request, prompts: Sequence[PreparedPrompt]) -> None:
         self.service, self.prompts = service, prompts
         self.request: Request = request
         self.requests = [own for prompt in prompts for own in service.generation_requests(prompt, request)]
         self.timer = RequestTimer(service.metrics)
+        prefix, kind = self.kind
+        self.fields = response_fields(prefix, kind, request.model or service.name, service.fingerprint)
 
     async def respond(self) -> JsonObject:
         """The response object. Raises the error of an answer that failed."""
@@ -56,7 +58,7 @@ class _Completion(Generic[Request]):
             answer.raise_error()
         self.timer.end()
         choices = [self._choice(answer, scores) for answer in answers]
-        return self.envelope.wrap(choices, **self._usage(answers))
+        return {**self.fields, "choices": choices, **self._usage(answers)}
 
     async def stream(self) -> AsyncIterator[bytes]:
         """The lines of the stream, ending with `data: [DONE]` or an error object."""
@@ -78,7 +80,7 @@ class _Completion(Generic[Request]):
                     yield line
         self.timer.end()
         if wants_usage:
-            yield stream_line(self.envelope.wrap([], **self._usage(stream.answers)))
+            yield stream_line({**self.fields, "choices": [], **self._usage(stream.answers)})
         yield DONE
 
     def _submit(self) -> AbstractAsyncContextManager[AnswerStream]:
@@ -115,10 +117,8 @@ class ChatCompletion(_Completion[ChatRequest]):
     """The answers to one conversation."""
 
     def __init__(self, service: PersonaService, request: ChatRequest, prompt: PreparedPrompt) -> None:
+        self.kind = "chatcmpl", "chat.completion.chunk" if request.stream else "chat.completion"
         super().__init__(service, request, [prompt])
-        kind = "chat.completion.chunk" if request.stream else "chat.completion"
-        model = request.model or service.name
-        self.envelope = ResponseEnvelope("chatcmpl", kind, model, service.fingerprint)
         self._sent: dict[
             int, tuple[int, int]
         ] = {}  # by answer: tokens whose text, and whose projection, was sent
@@ -161,20 +161,19 @@ class ChatCompletion(_Completion[ChatRequest]):
     ) -> bytes:
         usage = {"usage": None} if self.request.wants_usage else {}
         choice = {"index": answer.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
-        return stream_line(self.envelope.wrap([choice], **usage, **(more or {})))
+        return stream_line({**self.fields, "choices": [choice], **usage, **(more or {})})
 
 
 class TextCompletion(_Completion[CompletionRequest]):
     """The continuations of one text or several."""
 
     continues_prompt = True
+    kind = ("cmpl", "text_completion")
 
     def __init__(
         self, service: PersonaService, request: CompletionRequest, prompts: Sequence[PreparedPrompt]
     ) -> None:
         super().__init__(service, request, prompts)
-        model = request.model or service.name
-        self.envelope = ResponseEnvelope("cmpl", "text_completion", model, service.fingerprint)
         self.tokenizer = service.model.tokenizer
         self._sent: dict[int, int] = {}  # by answer: tokens that were sent
 
@@ -228,7 +227,7 @@ class TextCompletion(_Completion[CompletionRequest]):
         more: JsonObject,
     ) -> bytes:
         choice = {"index": answer.index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
-        return stream_line(self.envelope.wrap([choice], **more))
+        return stream_line({**self.fields, "choices": [choice], **more})
 
     def _decode(self, ids: Sequence[int]) -> str:
         decode = self.service.model.tokenizer.decode

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from personatlas.persona.errors import UserError
 from personatlas.persona.records import JsonObject
-from personatlas.steering.serve.answer_stream import INCOMPLETE, EngineFailure, StreamedAnswer
+from personatlas.steering.serve.answer_stream import INCOMPLETE, StreamedAnswer
 from personatlas.steering.serve.engine.batch import TokenLogprobs
 
 if TYPE_CHECKING:
@@ -32,30 +32,20 @@ def error_object(
 
 def error_line(answer: StreamedAnswer) -> bytes:
     """The last line of a stream whose answer ended in an error."""
-    try:
-        answer.raise_error()
-    except UserError as error:
-        return stream_line(error_object(str(error), "server_error"))
-    except EngineFailure as error:
-        return stream_line(error_object(f"the engine failed: {error}", "server_error"))
-    raise AssertionError("the answer has no error")
+    is_known = isinstance(answer.failure, UserError)
+    message = str(answer.failure) if is_known else f"the engine failed: {answer.failure}"
+    return stream_line(error_object(message, "server_error"))
 
 
-class ResponseEnvelope:
-    """The fields that all objects of one response share: id, kind, time, model."""
-
-    def __init__(self, prefix: str, kind: str, model: str, fingerprint: str) -> None:
-        self.fields = {
-            "id": f"{prefix}-{secrets.token_hex(12)}",
-            "object": kind,
-            "created": int(time.time()),
-            "model": model,
-            "system_fingerprint": fingerprint,
-        }
-
-    def wrap(self, choices: list[JsonObject], **more: object) -> JsonObject:
-        """An object with these choices."""
-        return {**self.fields, "choices": choices, **more}
+def response_fields(prefix: str, kind: str, model: str, fingerprint: str) -> JsonObject:
+    """The fields that all objects of one response share."""
+    return {
+        "id": f"{prefix}-{secrets.token_hex(12)}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": model,
+        "system_fingerprint": fingerprint,
+    }
 
 
 def usage_object(answers: Sequence[StreamedAnswer], prompt_lengths: Sequence[int]) -> JsonObject:

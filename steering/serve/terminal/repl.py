@@ -94,7 +94,7 @@ class ChatRepl:
             self._answer(lambda show: self.session.say(text, show))
         except ContextOverflow:
             self._fail(
-                f"no room: the context is {self.service.defaults.limits.context} tokens; this needs more: "
+                f"no room: the context is {self.service.limits.context} tokens; this needs more: "
                 "/undo takes an exchange back, /reset begins anew, /save FILE keeps the conversation"
             )
         except UserError as error:

@@ -90,7 +90,7 @@ class ChatSession:
     def __init__(self, service: PersonaService, seed: int | None = None) -> None:
         self.service, self.transcript = service, Transcript()
         default = service.default_cap
-        self.setting = CapSetting(default.name if default is not None else NONE, service.defaults.mode)
+        self.setting = CapSetting(default.name if default is not None else NONE, service.options.mode)
         self._undo: list[Transcript] = []
         self._next_seed = secrets.randbelow(SEEDS) if seed is None else seed
 

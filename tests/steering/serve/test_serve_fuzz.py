@@ -51,7 +51,7 @@ SAFE = {
 def small(tiny_run, tmp_path_factory):
     """A server with a short context, so that no answer is long."""
     folder = axis_folder(tiny_run, tmp_path_factory.mktemp("fuzzed"))
-    host = tiny_service(tiny_run, folder, room=replace(ROOM, slots=16, context=64), max_tokens=2)
+    host = tiny_service(tiny_run, folder, room=replace(ROOM, slots=16, context=64), max_new_tokens=2)
     with served(host) as server:
         yield server
 
@@ -319,7 +319,7 @@ def test_messages_that_a_template_refuses_are_one_line(tiny_run, tmp_path):
     (tmp_path / "strict.jinja").write_text(turns)
     how = replace(HOW, chat_template=tmp_path / "strict.jinja")
     with served(
-        tiny_service(tiny_run, axis_folder(tiny_run, tmp_path / "run"), how=how, max_tokens=2)
+        tiny_service(tiny_run, axis_folder(tiny_run, tmp_path / "run"), how=how, max_new_tokens=2)
     ) as server:
         twice = [{"role": "user", "content": "Hi"}, {"role": "user", "content": "Ho"}]
         error = require_refused(sent(server, "chat/completions", said(messages=twice)), 400)

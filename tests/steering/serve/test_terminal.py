@@ -23,7 +23,7 @@ from personatlas.steering.serve.terminal.repl import ChatRepl
 from personatlas.steering.serve.terminal.session import ChatExchange, Transcript
 from personatlas.steering.traces import trace_conversations
 
-HOLD = {"temperature": 0.0, "max_tokens": 10}
+HOLD = {"temperature": 0.0, "max_new_tokens": 10}
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +76,7 @@ def test_every_answer_has_a_line_that_says_where_it_stands(talk):
 def test_the_same_seed_says_the_same_and_retry_another(talk, running, monkeypatch):
     _, service = running
     monkeypatch.setattr(
-        service, "defaults", replace(service.defaults, max_tokens=10, temperature=1.0, top_p=1.0)
+        service, "options", replace(service.options, max_new_tokens=10, temperature=1.0, top_p=1.0)
     )
     first, again = (texts(talk("Who are you?", "Why?", seed=4)[0]) for _ in range(2))
     assert first == again
@@ -271,7 +271,7 @@ def test_distress_brings_up_the_notice_once(talk):
 def test_ctrl_c_stops_an_answer_which_is_kept_as_far_as_it_went(talk, running, monkeypatch):
     _, service = running
     monkeypatch.setattr(
-        service, "defaults", replace(service.defaults, max_tokens=200, temperature=0.0, top_p=1.0)
+        service, "options", replace(service.options, max_new_tokens=200, temperature=0.0, top_p=1.0)
     )
     from personatlas.steering.serve.terminal.render import ChatRenderer
 
