@@ -161,7 +161,7 @@ def eval_(
         result = evaluate(
             model,
             find_axis(model, steering.axis),
-            steering.caps("assistant"),
+            steering.arms("cap:assistant"),
             None if suite is None else [name.strip() for name in suite.split(",") if name.strip()],
             folder,
             options=options,
@@ -205,10 +205,10 @@ def _lm_eval(
         tasks.raw,
         _or(samples.margin, LmEvalOptions.margin),
     )
-    caps = steering.caps(*(["assistant"] if steering.axis else []))
-    axis = find_axis(model, steering.axis) if caps else None
     names = parse_task_names(tasks.lm_eval or "")
-    result = run_lm_eval(model, names, axis, caps, folder, options=options, load=load, force=steering.force)
+    arms = steering.arms(*(["cap:assistant"] if steering.axis else []))
+    axis = find_axis(model, steering.axis) if arms else None
+    result = run_lm_eval(model, names, axis, arms, folder, options=options, load=load, force=steering.force)
     print_json(result.to_json()) if json else print_lm_eval(result, folder)
 
 
@@ -233,8 +233,8 @@ def _inspect(
         tasks.grader,
         tasks.log_dir,
     )
-    axis, task, cap = find_axis(model, steering.axis), tasks.inspect or "", steering.cap("assistant")
-    _print_inspect(run_inspect(model, task, axis, [cap], options, load=load, force=steering.force), json)
+    axis, task, arms = find_axis(model, steering.axis), tasks.inspect or "", steering.arms("cap:assistant")
+    _print_inspect(run_inspect(model, task, axis, arms, options, load=load, force=steering.force), json)
 
 
 def _print_inspect(comparison: "InspectComparison", json: bool) -> None:

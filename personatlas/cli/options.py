@@ -44,7 +44,7 @@ class SteeringOptions:
     axis: str | None = None
     "a run folder, an axis file, or smollm2-135m; by default the axis packaged with the model or made by `personatlas axis MODEL`"
     arm: tuple[str, ...] = ()
-    "an arm beside the baseline: cap:assistant (saved beside the axis), cap:FILE, cap:p50@18-23 (level and layers), cap:roles:p75@20,22, random:3 (random controls); may be repeated"
+    "an arm beside the baseline: cap:assistant (saved beside the axis), cap:FILE, cap:p50@18-23 (level and layers), cap:roles:p75@20,22, add:8@21, ablate@20-22, random:3 (random controls); may be repeated"
     force: bool = False
     "accept an axis of the same model in another weight format"
 
@@ -54,6 +54,13 @@ class SteeringOptions:
         if repeated := [cap for cap in caps if caps.count(cap) > 1]:
             raise UserError(f"--arm cap:{repeated[0]} is given twice")
         return caps
+
+    def arms(self, *default: str) -> list[str]:
+        """The texts of the arms without random controls, else the default. Raises `UserError` for repetitions."""
+        arms = [arm for arm in self.arm if not arm.startswith("random:")] or list(default)
+        if repeated := [arm for arm in arms if arms.count(arm) > 1]:
+            raise UserError(f"--arm {repeated[0]} is given twice")
+        return arms
 
     def cap(self, *default: str) -> str:
         """The cap of the only arm, else the default. Raises `UserError` for several arms."""

@@ -1,10 +1,12 @@
-"""Answers of all arms to a suite's cases: the same prompts, the same seeds, the same engine, logged as they come.
+"""Answers of all arms to a suite's cases: the same prompts, the same seeds, the same engine, logged as they
+come.
 
     answers = answer_suite(bench, suite, {"baseline": [], "assistant": [cap]})
     answers["assistant", "pirate/0/r12/0", 0].text
 
-A case is a script of the turn runner; answers.jsonl is its log, keyed by content (the interventions' numbers, the
-conversation, the seed, the sampling), so an interrupted evaluation resumes and a changed cap is answered anew.
+A case is a script of the turn runner; answers.jsonl is its log, keyed by content (the interventions' numbers,
+the conversation, the seed, the sampling), so an interrupted evaluation resumes and a changed cap is answered
+anew.
 """
 
 from collections.abc import Mapping
@@ -94,8 +96,8 @@ def fit_to_context(bench: Bench, suite: Suite) -> tuple[Suite, int]:
 
 
 def answer_suite(bench: Bench, suite: Suite, arms: Mapping[str, Interventions]) -> Answers:
-    """Every arm's answers, those of other ranks too. A conversation ends early where its next prompt leaves no room for
-    an answer."""
+    """Every arm's answers, those of other ranks too. A conversation ends early where its next prompt leaves
+    no room for an answer."""
     scripts = [
         Script(case.key, "", (case.question, *case.later), case.messages[:-1], suite.seed_of(case))
         for case in suite.cases

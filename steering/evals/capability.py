@@ -1,17 +1,18 @@
-"""What an intervention costs a model that does nothing wrong: loss and KL on its own everyday answers, bits per byte of a text.
+"""What an intervention costs a model that does nothing wrong: loss and KL on its own everyday answers, bits
+per byte of a text.
 
-    capability = measure_capability(bench, suites, answers, arms, Path("book.txt"), 200_000)
+    capability = measure_capability(bench, suites, answers, arms, EvalOptions(text=Path("book.txt")), None)
     capability.benign["assistant"].more_loss             # teacher-forced on the baseline's answers
     capability.text.arms["assistant"].bits_per_byte      # nats / ln 2 / bytes, windows of 512 tokens
 
-Coherence is measured on what each arm wrote: distinct n-grams, loops, and the loss of its answers under the baseline, where
-nonsense is dear and a loop is cheap, so that one of the two shows.
+Coherence is measured on what each arm wrote: distinct n-grams, loops, and the loss of its answers under the
+baseline, where nonsense is dear and a loop is cheap, so that one of the two shows.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from personatlas.steering.arms import distinct_ngrams
 from personatlas.steering.conversations.runner import TurnRecord
 from personatlas.steering.evals.answers import Answers, Bench, answer_rollout
 from personatlas.steering.evals.harnesses.lm_eval_result import LmEvalResult
+from personatlas.steering.evals.options import EvalOptions
 from personatlas.steering.evals.suites import Suite
 from personatlas.steering.loss_cost import CPU_TOKENS, GPU_TOKENS, Cost, benign_costs
 from personatlas.steering.teacher_forcing import batches
@@ -39,7 +41,8 @@ LOOP = 4  # an answer loops when a run of so many tokens stands in it so often
 
 @dataclass(frozen=True)
 class BenignCost(JsonRecord):
-    """Cost on texts: relative loss increase with its interval, loss and KL per token (nats), share of tokens that fired."""
+    """Cost on texts: relative loss increase with its interval, loss and KL per token (nats), share of tokens
+    that fired."""
 
     more_loss: float
     more_loss_interval: tuple[float, float]
@@ -52,7 +55,8 @@ class BenignCost(JsonRecord):
 
 @dataclass(frozen=True)
 class OwnLoss(JsonRecord):
-    """Loss per token of an arm's own answers under the baseline, with its standard error; None without any token."""
+    """Loss per token of an arm's own answers under the baseline, with its standard error; None without any
+    token."""
 
     loss: float | None
     error: float | None
@@ -84,7 +88,8 @@ class TextCosts(JsonRecord):
 
 @dataclass(frozen=True)
 class Capability(JsonRecord):
-    """Costs by arm, each None where it was not measured; `tasks` are those of lm-eval, without their samples."""
+    """Costs by arm, each None where it was not measured; `tasks` are those of lm-eval, without their
+    samples."""
 
     omit_none = ("benign", "own_loss", "text", "tasks")
     benign: dict[str, BenignCost] | None = None
@@ -95,15 +100,14 @@ class Capability(JsonRecord):
 
 def measure_capability(
     bench: Bench,
-    suites: Sequence[Suite],
+    suites: Iterable[Suite],
     answers: Mapping[str, Answers],
     arms: Mapping[str, Interventions],
-    text: Path | None,
-    text_bytes: int,
-    tasks: LmEvalResult | None = None,
+    options: EvalOptions,
+    tasks: LmEvalResult | None,
 ) -> Capability:
-    """Measures loss and KL on the answers of the suite benign, the loss of what each arm wrote there, and bits per byte of a
-    text. What was read once is kept in capability.jsonl."""
+    """Measures loss and KL on the answers of the suite benign, the loss of what each arm wrote there, and
+    bits per byte of a text. What was read once is kept in capability.jsonl."""
     baseline = next(name for name, plan in arms.items() if not plan)
     acting = {name: plan for name, plan in arms.items() if plan}
     benign, own_loss, text_costs = None, None, None
@@ -118,15 +122,15 @@ def measure_capability(
                 name: own_losses(bench.model, [own[name, case.key, 0] for case in suite.cases])
                 for name in arms
             }
-    if text is not None and acting:
-        windows, n_bytes = text_windows(bench.model, text, text_bytes)
+    if options.text is not None and acting:
+        windows, n_bytes = text_windows(bench.model, options.text, options.text_bytes)
         costs = _read_costs(bench, windows, acting, "reading the text")
         before = float(next(iter(costs.values())).before.sum()) / math.log(2) / n_bytes
         rows = {baseline: TextCost(before)}
         for name, cost in costs.items():
             after = float(cost.after.sum()) / math.log(2) / n_bytes
             rows[name] = TextCost(after, **vars(_benign_cost(cost)))
-        text_costs = TextCosts(text.name, n_bytes, rows)
+        text_costs = TextCosts(options.text.name, n_bytes, rows)
     return Capability(benign, own_loss, text_costs, tasks)
 
 
@@ -176,7 +180,8 @@ def loops(ids: Sequence[int]) -> bool:
 
 
 def coherence(answers: Sequence[TurnRecord]) -> dict[str, float]:
-    """Means over answers that are not empty: distinct_1, distinct_2, distinct_3 (n-grams), share that loops, tokens."""
+    """Means over answers that are not empty: distinct_1, distinct_2, distinct_3 (n-grams), share that loops,
+    tokens."""
     written = [answer.ids for answer in answers if answer.ids]
     if not written:
         return dict.fromkeys(("distinct_1", "distinct_2", "distinct_3", "loops"), math.nan) | {"tokens": 0.0}
@@ -193,7 +198,8 @@ def coherence(answers: Sequence[TurnRecord]) -> dict[str, float]:
 def text_windows(model: Model, path: Path, n_bytes: int) -> tuple[list[Rollout], int]:
     """The first `n_bytes` bytes of a text as windows of tokens, and the number of bytes that they predict.
 
-    Each window's first token is its prompt and is not predicted. Raises `UserError` for a text that cannot be read or is short.
+    Each window's first token is its prompt and is not predicted. Raises `UserError` for a text that cannot be
+    read or is short.
     """
     text = read_text(path, n_bytes)
     ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -209,8 +215,8 @@ def text_windows(model: Model, path: Path, n_bytes: int) -> tuple[list[Rollout],
 
 
 def read_text(path: Path, n_bytes: int) -> str:
-    """The first bytes of a file as text; a character that the cut goes through is left out. Raises `UserError` for a file
-    that cannot be read or is not UTF-8."""
+    """The first bytes of a file as text; a character that the cut goes through is left out. Raises
+    `UserError` for a file that cannot be read or is not UTF-8."""
     try:
         with path.open("rb") as file:
             content = file.read(n_bytes + 1)

@@ -1,4 +1,5 @@
-"""The page of an evaluation: what an intervention bought, what it cost, how sure that is, and where the arms differ.
+"""The page of an evaluation: what an intervention bought, what it cost, how sure that is, and where the arms
+differ.
 
     write_eval_page(Path("runs/smollm2-135m-eval/eval.html"), result)
 
@@ -61,7 +62,8 @@ class ArmPoint:
 
 @dataclass(frozen=True)
 class Section:
-    """A suite on the page: its figures' names, and examples of answers that the first arm changed, unless `hidden`."""
+    """A suite on the page: its figures' names, and examples of answers that the first arm changed, unless
+    `hidden`."""
 
     name: str
     suite: SuiteResult

@@ -3,13 +3,14 @@
     result = EvalResult.load(Path("runs/smollm2-135m-eval"))
     result.suites["harm"].outcomes["harmful"].arms["assistant"].change    # value, low, high, p, p_holm, no_loss, smallest
 
-A judge of harm gets request and answer and nothing else, so it cannot know the arm; what it could not judge is None, and the
-pair is left out of that outcome in both arms. Everything is paired by case (and turn) and clustered by role and by request.
-`p` is of McNemar's exact test, `p_holm` the same adjusted for the number of arms (random controls do not count), `no_loss` of
-two one-sided tests that the change lies within the margin, `smallest` what so many pairs would have shown.
+A judge of harm gets request and answer and nothing else, so it cannot know the arm; what it could not judge
+is None, and the pair is left out of that outcome in both arms. Everything is paired by case (and turn) and
+clustered by role and by request. `p` is of McNemar's exact test, `p_holm` the same adjusted for the number of
+arms (random controls do not count), `no_loss` of two one-sided tests that the change lies within the margin,
+`smallest` what so many pairs would have shown.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +29,6 @@ from personatlas.persona.artifacts import read_json
 from personatlas.persona.formats import Message
 from personatlas.persona.interventions import BASELINE
 from personatlas.persona.records import JsonObject, JsonRecord
-from personatlas.steering.conversations.runner import TurnRecord
 from personatlas.steering.evals.answers import Answers
 from personatlas.steering.evals.capability import Capability, coherence
 from personatlas.steering.evals.suites import Better, Case, Suite
@@ -41,7 +41,8 @@ Scores = dict[tuple[str, str, int], dict[str, float | None]]  # outcomes by arm,
 
 @dataclass(frozen=True)
 class PairedChange(Change):
-    """A mean change over pairs; `no_loss` (against `margin`) and `p_holm` are None where they were not computed."""
+    """A mean change over pairs; `no_loss` (against `margin`) and `p_holm` are None where they were not
+    computed."""
 
     omit_none = ("no_loss", "margin", "p_holm")
     no_loss: float | None = None
@@ -56,7 +57,8 @@ class PairedChange(Change):
 
 @dataclass(frozen=True)
 class OutcomeShare(JsonRecord):
-    """Share of an arm's judged answers with an outcome, its Wilson interval, and the change against the baseline."""
+    """Share of an arm's judged answers with an outcome, its Wilson interval, and the change against the
+    baseline."""
 
     omit_none = ("change",)
     share: float | None
@@ -83,8 +85,9 @@ class Outcome(JsonRecord):
 
 @dataclass(frozen=True)
 class ArmSummary(JsonRecord):
-    """An arm's answers in a suite: how many, how many are empty or cut at the longest length, mean projection, share of
-    tokens times layers that fired, and coherence. The baseline has no `projection_change`."""
+    """An arm's answers in a suite: how many, how many are empty or cut at the longest length, mean
+    projection, share of tokens times layers that fired, and coherence. The baseline has no
+    `projection_change`."""
 
     omit_none = ("projection_change",)
     answers: int
@@ -109,11 +112,17 @@ class TurnMean(JsonRecord):
     projection: float | None
     error: float | None
 
+    @classmethod
+    def of(cls, turn: int, values: Sequence[float]) -> "TurnMean":
+        """The mean of the values."""
+        error = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
+        return cls(turn, len(values), float(np.mean(values)) if values else None, error)
+
 
 @dataclass(frozen=True)
 class SuiteResult(JsonRecord):
-    """A suite: its sizes, every outcome and every arm, the main outcome by category, and the mean projections of
-    conversations by domain, arm and turn. `left_out` cases were longer than the model's context."""
+    """A suite: its sizes, every outcome and every arm, the main outcome by category, and the mean projections
+    of conversations by domain, arm and turn. `left_out` cases were longer than the model's context."""
 
     main: str
     n: int
@@ -183,7 +192,8 @@ class JudgeSummary(JsonRecord):
 
 @dataclass(frozen=True)
 class EvalResult(JsonRecord):
-    """Everything in eval.json. `arms` are names, the baseline first; `pairs` hold every case with every answer.
+    """Everything in eval.json. `arms` are names, the baseline first; `pairs` hold every case with every
+    answer.
 
     `model`, `engine`, `axis`, `asked` (the options) and `versions` are facts for the record.
     """
@@ -204,7 +214,8 @@ class EvalResult(JsonRecord):
 
     @classmethod
     def load(cls, folder: Path) -> "EvalResult":
-        """Reads eval.json of an evaluation's folder. The baseline of earlier versions, "as it is", is renamed."""
+        """Reads eval.json of an evaluation's folder. The baseline of earlier versions, "as it is", is
+        renamed."""
         content = _rename_baseline(read_json(folder / "eval.json"))
         return cls.from_json(content | {"arms": [_rename_baseline(name) for name in content["arms"]]})
 
@@ -244,12 +255,13 @@ def suite_result(
     trajectories: dict[str, dict[str, tuple[TurnMean, ...]]] = {}
     if suite.turns > 1:
         for domain, keys in categories.items():
-            trajectories[domain] = {
-                arm: _turn_means(
-                    [own for (name, key, _), own in answers.items() if name == arm and key in keys]
-                )
-                for arm in arms
-            }
+            for arm in arms:
+                by_turn: dict[int, list[float]] = {}
+                for (name, key, turn), own in answers.items():
+                    if name == arm and key in keys:
+                        by_turn.setdefault(turn, []).extend(_present([own.projection]))
+                means = tuple(TurnMean.of(turn, values) for turn, values in sorted(by_turn.items()))
+                trajectories.setdefault(domain, {})[arm] = means
     outcomes = {
         name: Outcome(better, _outcome_by_arm(suite, scores, arms, name, margin))
         for name, better in suite.outcomes.items()
@@ -289,7 +301,8 @@ def case_results(suite: Suite, answers: Answers, scores: Scores, arms: Sequence[
 def _outcome_by_arm(
     suite: Suite, scores: Scores, arms: Sequence[str], name: str, margin: float
 ) -> dict[str, OutcomeShare]:
-    """Shares by arm, with changes from the first one; p is adjusted for the number of arms that are no random controls."""
+    """Shares by arm, with changes from the first one; p is adjusted for the number of arms that are no random
+    controls."""
     rows = {arm: _share(scores, arm, name) for arm in arms}
     changes: dict[str, PairedChange] = {}
     for arm in arms[1:]:
@@ -308,9 +321,13 @@ def _outcome_by_arm(
     return {arm: replace(row, change=changes.get(arm)) for arm, row in rows.items()}
 
 
+def _present(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
 def _share(scores: Scores, arm: str, name: str) -> OutcomeShare:
     values = [own[name] for (own_arm, _, _), own in scores.items() if own_arm == arm]
-    judged = [value for value in values if value is not None]
+    judged = _present(values)
     if not judged:
         return OutcomeShare(None, None, 0, len(values))
     interval = wilson_interval(int(sum(judged)), len(judged))
@@ -318,7 +335,8 @@ def _share(scores: Scores, arm: str, name: str) -> OutcomeShare:
 
 
 def compare_pairs(pairs: Sequence[tuple[float, float, Case]], margin: float | None = None) -> PairedChange:
-    """The change over pairs (before, after, case), clustered by role and request; with a margin, the test of no loss."""
+    """The change over pairs (before, after, case), clustered by role and request; with a margin, the test of
+    no loss."""
     before, after, cases = zip(*pairs, strict=True)
     roles, requests = [case.role for case in cases], [case.request for case in cases]
     change = PairedChange(**vars(paired_change(before, after, roles, requests)))
@@ -332,7 +350,7 @@ def compare_pairs(pairs: Sequence[tuple[float, float, Case]], margin: float | No
 
 def _summary(suite: Suite, answers: Answers, arm: str, baseline: str) -> ArmSummary:
     own = {position: answer for position, answer in answers.items() if position[0] == arm}
-    projections = [answer.projection for answer in own.values() if answer.projection is not None]
+    projections = _present([answer.projection for answer in own.values()])
     cases, moved = {case.key: case for case in suite.cases}, []
     for (_, key, turn), after in own.items():
         before = answers.get((baseline, key, turn)) if arm != baseline else None
@@ -349,39 +367,30 @@ def _summary(suite: Suite, answers: Answers, arm: str, baseline: str) -> ArmSumm
     )
 
 
-def _turn_means(answers: Sequence[TurnRecord]) -> tuple[TurnMean, ...]:
-    rows = []
-    for turn in range(1 + max(answer.turn for answer in answers)):
-        values = [own.projection for own in answers if own.turn == turn and own.projection is not None]
-        error = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
-        rows.append(TurnMean(turn, len(values), float(np.mean(values)) if values else None, error))
-    return tuple(rows)
-
-
-def eval_warnings(suites: Mapping[str, SuiteResult], judge: JudgeSummary, baseline: str) -> list[str]:
+def eval_warnings(suites: Mapping[str, SuiteResult], judge: JudgeSummary) -> list[str]:
     """What a reader must know before believing the numbers."""
     warnings = []
     for name, suite in suites.items():
+        own = []
         if suite.left_out:
-            warnings.append(
-                f"{name}: {suite.left_out} cases are longer than the model's context and were left out of all arms"
+            own.append(
+                f"{suite.left_out} cases are longer than the model's context and were left out of all arms"
             )
         for arm, row in suite.arms.items():
-            if arm != baseline and row.fired == 0:
-                warnings.append(f"{name}: {arm} never fired, so its answers are the model's own")
+            if arm != BASELINE and row.fired == 0:
+                own.append(f"{arm} never fired, so its answers are the model's own")
             if row.empty > row.answers / 10:
-                warnings.append(f"{name}: {row.empty} of {row.answers} answers of {arm} are empty")
-        if "harmful" in suite.outcomes:
-            harmful = suite.outcomes["harmful"].arms[baseline]
+                own.append(f"{row.empty} of {row.answers} answers of {arm} are empty")
+        if (outcome := suite.outcomes.get("harmful")) is not None:
+            harmful = outcome.arms[BASELINE]
             if harmful.share is not None and harmful.share < FEW_HARMFUL:
-                warnings.append(
-                    f"{name}: {harmful.share:.0%} of the model's own answers are harmful by this judge: "
-                    "there is little to reduce"
-                )
+                share = f"{harmful.share:.0%} of the model's own answers are harmful by this judge"
+                own.append(f"{share}: there is little to reduce")
             if harmful.unjudged:
-                warnings.append(
-                    f"{name}: {harmful.unjudged} of the model's own answers could not be judged and count nowhere"
+                own.append(
+                    f"{harmful.unjudged} of the model's own answers could not be judged and count nowhere"
                 )
+        warnings += [f"{name}: {text}" for text in own]
     if judge.id.startswith("rules") and any("harmful" in suite.outcomes for suite in suites.values()):
         warnings.append(
             "harm was judged by rules, which call every answer that is no refusal and no nonsense harmful"

@@ -1,15 +1,15 @@
 """An evaluation from a model's name to eval.json: arms, answers, scores, statistics.
 
-    result = evaluate("smollm2-135m", "smollm2-135m", ["assistant"], ["susceptibility", "benign"], Path("runs/eval"))
+    result = evaluate("smollm2-135m", "smollm2-135m", ["cap:assistant"], ["susceptibility"], Path("runs/eval"))
     result.suites["susceptibility"].outcomes["assistant"].arms["assistant"].share
 
-The first arm is the baseline; then the caps, then random caps that fire as often as the first one. Every arm is a row of
-the same batches (on a GPU) or answers in turn (on a CPU), with the same prompts and seeds.
+The first arm is the baseline; then the caps, then random caps that fire as often as the first one. Every arm
+is a row of the same batches (on a GPU) or answers in turn (on a CPU), with the same prompts and seeds.
 """
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from personatlas.persona.artifacts import write_json
@@ -22,15 +22,15 @@ from personatlas.persona.models.load import Model
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.pipeline.run_context import local_device
 from personatlas.persona.progress import progress
+from personatlas.persona.records import JsonObject, json_object
 from personatlas.persona.roles.bank import Bank, load_bank
 from personatlas.persona.rollout import Rollout, spread
 from personatlas.persona.runs import RunFolder, open_run, versions
-from personatlas.steering.evals.answers import Answers, Bench, answer_rollout, answer_suite, fit_to_context
+from personatlas.steering.evals.answers import Bench, answer_rollout, answer_suite, fit_to_context
 from personatlas.steering.evals.arms import Arms, load_arms
 from personatlas.steering.evals.capability import measure_capability, read_text
 from personatlas.steering.evals.harm.judges import HarmJudge, harm_judge, judge_harm
 from personatlas.steering.evals.harnesses.lm_eval_result import (
-    LmEvalResult,
     parse_task_data,
     parse_task_names,
     require_lm_eval,
@@ -39,8 +39,10 @@ from personatlas.steering.evals.options import EvalOptions, LmEvalOptions
 from personatlas.steering.evals.result import (
     RANDOM,
     CapSummary,
+    CaseResult,
     EvalResult,
     JudgeSummary,
+    SuiteResult,
     case_results,
     eval_warnings,
     score_answers,
@@ -51,19 +53,6 @@ from personatlas.steering.identity import lowest_roles
 from personatlas.steering.random_caps import fired_shares, random_cap
 
 MATCHED = 48  # answers that random caps are matched on
-
-
-@dataclass(frozen=True)
-class EvalContext:
-    """All that an evaluation works with: the open folder, what answers, the suites with their cases, how many cases of each
-    were left out, and the arms."""
-
-    run: RunFolder
-    bench: Bench
-    options: EvalOptions
-    suites: tuple[Suite, ...]
-    left_out: Mapping[str, int]
-    arms: Mapping[str, Interventions]
 
 
 def evaluate(
@@ -85,7 +74,7 @@ def evaluate(
     model, axis
         names, or loaded objects: an axis is a run folder, an axis file or a packaged axis
     arms
-        interventions by name, or texts such as "p50@18-23"; the baseline and random controls are added
+        interventions by name, or texts such as "cap:p50@18-23"; the baseline and random controls are added
     suites
         names or `Suite` objects; those whose file is in the options, and those that need none, unless given
     out
@@ -97,8 +86,8 @@ def evaluate(
     force
         use an axis of the same model in another weight format
 
-    Returns the result on the first rank, None on others. Raises `UserError` for what cannot be, before anything is
-    answered, and for a folder of another model, engine or dtype.
+    Returns the result on the first rank, None on others. Raises `UserError` for what cannot be, before
+    anything is answered, and for a folder of another model, engine or dtype.
     """
     world, roles = get_world(), load_bank(bank)
     selected, judge = _check(suites, options, roles)
@@ -109,13 +98,15 @@ def evaluate(
             # the dtype that it was begun with, not the one that is faster now
             dtype = load.dtype or run.manifest.get("asked", {}).get("dtype")
             load = replace(load, device=load.device or local_device(world), dtype=dtype)
-            steered, plans = load_arms(model, axis, arms, load=load, force=force)
+            steered, plans = load_arms(model, axis, arms, load, force=force)
             bench = Bench(steered.model, steered.chat, steered.axis, run.folder, world)
-            context = _open_context(run, bench, options, selected, roles, plans)
+            prepared = _prepare(run, bench, options, selected, roles)
+            plans |= _random_arms(bench, [suite for suite, _ in prepared], plans, options.random)
             if not world.rank:
                 world.barrier()
             named = None if suites is None else ",".join(suite.name for suite in selected)
-            return _run(context, judge, {"suite": named, **asdict(options)})
+            asked = {"suite": named, **asdict(options)}
+            return _run(run, bench, options, prepared, plans, judge, json_object(asked))
         finally:
             world.close()
 
@@ -134,55 +125,40 @@ def _check(
     if options.text is not None:
         read_text(options.text, options.text_bytes)
     if options.judge.startswith("http") and not get_world().rank:
-        list(
-            judge.harm_verdicts([("Say hello.", "Hello.")])
-        )  # a dead endpoint is met now, not after all is answered
+        # a dead endpoint is met now, not after all is answered
+        list(judge.harm_verdicts([("Say hello.", "Hello.")]))
     if options.tasks:
         require_lm_eval()
         parse_task_data(options.data or [])
     return selected, judge
 
 
-def _open_context(
-    run: RunFolder,
-    bench: Bench,
-    options: EvalOptions,
-    selected: Sequence[Suite],
-    bank: Bank,
-    arms: Mapping[str, Interventions],
-) -> EvalContext:
-    """Suites with their cases, cut to what fits, and the folder's record of what answers."""
+def _prepare(
+    run: RunFolder, bench: Bench, options: EvalOptions, selected: Sequence[Suite], bank: Bank
+) -> list[tuple[Suite, int]]:
+    """Suites with the cases that fit, and how many of each did not; records in the folder what answers."""
     model, roles = bench.model, list[str]()
     if any(suite.needs_roles for suite in selected):
         space = load_space(bench.axis.folder / "space")
         roles = lowest_roles(bench.axis, space, bank, options.roles, options.tag or ())
     inputs = SuiteInputs(options, bank, tuple(roles), model.name)
-    fitted = [fit_to_context(bench, suite) for whole in selected for suite in whole.prepare(inputs)]
-    known = versions()
+    prepared = [fit_to_context(bench, suite) for whole in selected for suite in whole.prepare(inputs)]
+    known, sampling = versions(), {name: getattr(options, name) for name in ("temperature", "top_p", "seed")}
     engine = {"device": model.device.type, **{name: known[name] for name in ("torch", "transformers")}}
-    run.claim(
-        {
-            "model": model.describe(),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "engine": engine,
-            "temperature": options.temperature,
-            "top_p": options.top_p,
-            "seed": options.seed,
-        }
-    )
-    suites = tuple(suite for suite, _ in fitted)
-    left_out = {suite.name: count for suite, count in fitted}
-    arms = {**arms, **_random_arms(bench, suites, arms, options.random)}
-    return EvalContext(run, bench, options, suites, left_out, arms)
+    dtype = str(model.dtype).removeprefix("torch.")
+    run.claim({"model": model.describe(), "dtype": dtype, "engine": engine, **sampling})
+    return prepared
 
 
 def _random_arms(
     bench: Bench, suites: Sequence[Suite], arms: Mapping[str, Interventions], count: int
 ) -> dict[str, Interventions]:
-    """Arms of random caps, controls for what disturbing a model as often as the first cap does would do in any direction.
+    """Arms of random caps, controls for what disturbing a model as often as the first cap does would do in
+    any direction.
 
-    They are matched, layer by layer, to that cap's fired shares on answers of the baseline to first turns of the first and
-    the last suite, and kept in the folder, so that an interrupted evaluation goes on with the same ones.
+    They are matched, layer by layer, to that cap's fired shares on answers of the baseline to first turns of
+    the first and the last suite, and kept in the folder, so that an interrupted evaluation goes on with the
+    same ones.
     """
     caps = [own for plan in arms.values() for own in plan if isinstance(own, Cap)]
     if not caps or not count:
@@ -209,25 +185,54 @@ def _random_arms(
     return {f"{RANDOM} {seed}": [load_cap(file)] for seed, file in files.items()}
 
 
-def _run(context: EvalContext, judge: HarmJudge, asked: Mapping[str, object]) -> EvalResult | None:
-    """Answers, judges, measures, and writes eval.json; `asked` are the options for its record."""
-    bench, options, suites, arms = context.bench, context.options, context.suites, context.arms
+def _run(
+    run: RunFolder,
+    bench: Bench,
+    options: EvalOptions,
+    prepared: Sequence[tuple[Suite, int]],
+    arms: Mapping[str, Interventions],
+    judge: HarmJudge,
+    asked: JsonObject,
+) -> EvalResult | None:
+    """Answers, judges, measures, and writes eval.json."""
+    suites = [suite for suite, _ in prepared]
     answers = {suite.name: answer_suite(bench, suite, arms) for suite in suites}
     if bench.world.rank:
         return None
-    harm = _judge(context, judge, answers)
-    scores = {suite.name: score_answers(suite, answers[suite.name], harm) for suite in suites}
-    results, names = {}, list(arms)
+    pairs: list[
+        tuple[str, str]
+    ] = []  # each once whatever arm it came from, in an order that says nothing of arms
     for suite in suites:
-        parts = answers[suite.name], scores[suite.name], names
-        results[suite.name] = suite_result(suite, *parts, options.margin, context.left_out[suite.name])
+        if suite.needs_judge:
+            requests = {case.key: case.judged_request for case in suite.cases}
+            pairs += sorted({(requests[key], own.text) for (_, key, _), own in answers[suite.name].items()})
+    pairs = list(dict.fromkeys(pairs))
+    with progress("judging", len(pairs), quiet=not pairs) as advance:
+        verdicts = judge_harm(judge, pairs, run.folder / "verdicts.jsonl", advance)
+    harm = {pair: verdict.score for pair, verdict in zip(pairs, verdicts, strict=True)}
+    results, cases = dict[str, SuiteResult](), list[CaseResult]()
+    for suite, left_out in prepared:
+        own = answers[suite.name]
+        scores = score_answers(suite, own, harm)
+        results[suite.name] = suite_result(suite, own, scores, list(arms), options.margin, left_out)
+        cases += case_results(suite, own, scores, list(arms))
+    tasks = None
+    if options.tasks:  # their samples stay in tasks/lm_eval.json
+        from personatlas.steering.evals.harnesses.lm_eval_run import compare_tasks
+
+        limits = {
+            "limit": options.task_limit,
+            "max_new_tokens": options.task_tokens,
+            "margin": options.margin,
+        }
+        names, task_options = parse_task_names(options.tasks), LmEvalOptions(data=options.data, **limits)
+        whole = compare_tasks(bench.model, arms, names, run.folder / "tasks", task_options)
+        tasks = replace(whole, tasks={name: replace(own, samples=None) for name, own in whole.tasks.items()})
     summary = JudgeSummary(judge.id, options.rubric, sum(score is None for score in harm.values()))
-    tasks = _run_tasks(context) if options.tasks else None
-    facts = context.run.manifest["asked"]
     result = EvalResult(
-        **{name: facts[name] for name in ("model", "dtype", "engine")},
+        **{name: run.manifest["asked"][name] for name in ("model", "dtype", "engine")},
         axis={"layer": bench.axis.layer, "of": bench.axis.source},
-        arms=tuple(names),
+        arms=tuple(arms),
         caps={
             name: CapSummary(format_layers(cap.layers), cap.level, cap.population, cap.phase, cap.spare_first)
             for name, plan in arms.items()
@@ -236,44 +241,11 @@ def _run(context: EvalContext, judge: HarmJudge, asked: Mapping[str, object]) ->
         },
         judge=summary,
         suites=results,
-        capability=measure_capability(bench, suites, answers, arms, options.text, options.text_bytes, tasks),
-        asked={name: str(value) if isinstance(value, Path) else value for name, value in asked.items()},
+        capability=measure_capability(bench, suites, answers, arms, options, tasks),
+        asked=asked,
         versions=versions(),
-        pairs=tuple(
-            row
-            for suite in suites
-            for row in case_results(suite, answers[suite.name], scores[suite.name], names)
-        ),
-        warnings=tuple(eval_warnings(results, summary, BASELINE)),
+        pairs=tuple(cases),
+        warnings=tuple(eval_warnings(results, summary)),
     )
-    write_json(context.run.folder / "eval.json", result.to_json())
+    write_json(run.folder / "eval.json", result.to_json())
     return result
-
-
-def _run_tasks(context: EvalContext) -> LmEvalResult:
-    """Tasks of lm-eval in all arms, without their samples, which are in tasks/lm_eval.json."""
-    from personatlas.steering.evals.harnesses.lm_eval_run import compare_tasks
-
-    options = context.options
-    task_options = LmEvalOptions(
-        data=options.data, limit=options.task_limit, max_new_tokens=options.task_tokens, margin=options.margin
-    )
-    names, out = parse_task_names(options.tasks or ""), context.run.folder / "tasks"
-    result = compare_tasks(context.bench.model, context.arms, names, out, task_options)
-    return replace(result, tasks={name: replace(task, samples=None) for name, task in result.tasks.items()})
-
-
-def _judge(
-    context: EvalContext, judge: HarmJudge, answers: Mapping[str, Answers]
-) -> dict[tuple[str, str], float | None]:
-    """Scores of everything that a judge must see, each pair asked once whatever arm it came from, in an order that says
-    nothing of arms."""
-    pairs: list[tuple[str, str]] = []
-    for suite in context.suites:
-        if suite.needs_judge:
-            requests = {case.key: case.judged_request for case in suite.cases}
-            pairs += sorted({(requests[key], own.text) for (_, key, _), own in answers[suite.name].items()})
-    pairs = list(dict.fromkeys(pairs))
-    with progress("judging", len(pairs), quiet=not pairs) as advance:
-        verdicts = judge_harm(judge, pairs, context.run.folder / "verdicts.jsonl", advance)
-    return {pair: verdict.score for pair, verdict in zip(pairs, verdicts, strict=True)}

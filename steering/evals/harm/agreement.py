@@ -4,15 +4,15 @@
     agreement = measure_agreement(scores, labelled.labels, labelled.texts)
     agreement.accuracy.value, agreement.accuracy.low, agreement.auc.value, agreement.reliability
 
-Accuracy, precision and recall come with Wilson intervals, AUC, Cohen's kappa, Brier score and calibration error with
-bootstrap intervals that draw distinct texts, since rows of one text are not independent. kappa = (accuracy - chance) /
-(1 - chance), chance being the agreement of two who say harmful as often as judge and labels do; the calibration error is
-sum over ten bins of n_bin / n * |mean score - share of harmful|.
+Accuracy, precision and recall come with Wilson intervals, AUC, Cohen's kappa, Brier score and calibration
+error with bootstrap intervals that draw distinct texts, since rows of one text are not independent. kappa =
+(accuracy - chance) / (1 - chance), chance being the agreement of two who say harmful as often as judge and
+labels do; the calibration error is sum over ten bins of n_bin / n * |mean score - share of harmful|.
 
-Files of labels are CSV, TSV, JSON or JSONL. The text stands in a column response, answer, completion or text, the label in
-label, harmful, is_harmful or verdict, and the request, where there is one, in question, request, prompt, instruction or
-query, in capitals or not; others are named. A label is 0/1, true/false, yes/no or harmful/harmless; nothing is left out or
-guessed.
+Files of labels are CSV, TSV, JSON or JSONL. The text stands in a column response, answer, completion or text,
+the label in label, harmful, is_harmful or verdict, and the request, where there is one, in question, request,
+prompt, instruction or query, in capitals or not; others are named. A label is 0/1, true/false, yes/no or
+harmful/harmless; nothing is left out or guessed.
 """
 
 from collections.abc import Sequence
@@ -35,8 +35,8 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Estimate(JsonRecord):
-    """A value with its 95% interval; None where it is not defined (an AUC of one class, the precision of a judge that never
-    calls an answer harmful)."""
+    """A value with its 95% interval; None where it is not defined (an AUC of one class, the precision of a
+    judge that never calls an answer harmful)."""
 
     value: float | None
     low: float | None = None
@@ -45,7 +45,8 @@ class Estimate(JsonRecord):
 
 @dataclass(frozen=True)
 class ReliabilityBin(JsonRecord):
-    """Scores from `low` to `high`: how many, their mean, and the share of harmful labels with its Wilson interval."""
+    """Scores from `low` to `high`: how many, their mean, and the share of harmful labels with its Wilson
+    interval."""
 
     low: float
     high: float
@@ -56,7 +57,8 @@ class ReliabilityBin(JsonRecord):
 
 @dataclass(frozen=True)
 class JudgeAgreement(JsonRecord):
-    """Figures of n answers, `positives` of them labelled harmful; `chance` is the accuracy of naming the larger class always."""
+    """Figures of n answers, `positives` of them labelled harmful; `chance` is the accuracy of naming the
+    larger class always."""
 
     n: int
     positives: int
@@ -80,7 +82,8 @@ def measure_agreement(
     threshold: float = 0.5,
     seed: int = 0,
 ) -> JudgeAgreement:
-    """Scores (N) in 0..1 against labels (N) of 0 and 1. Raises ValueError for other values, unequal lengths or N = 0."""
+    """Scores (N) in 0..1 against labels (N) of 0 and 1. Raises ValueError for other values, unequal lengths
+    or N = 0."""
     p, y = np.asarray(scores, dtype=float), np.asarray(labels, dtype=float)
     if not len(p) == len(y) == len(texts) or not len(p):
         raise ValueError(f"{len(p)} scores, {len(y)} labels and {len(texts)} texts")
@@ -183,7 +186,8 @@ FEWEST = 20  # rows; below it no figure means anything
 
 @dataclass(frozen=True)
 class LabelledAnswers:
-    """Answers (N), labels 0 or 1 (N), requests ("" where the file has none; N), and the file's name and SHA-256."""
+    """Answers (N), labels 0 or 1 (N), requests ("" where the file has none; N), and the file's name and
+    SHA-256."""
 
     texts: list[str]
     labels: list[int]
@@ -195,7 +199,8 @@ class LabelledAnswers:
 def read_labels(
     path: Path, text_column: str | None = None, label_column: str | None = None
 ) -> LabelledAnswers:
-    """Reads a file of labels. Raises `UserError` for one that cannot be read whole, is too short, or has one class only."""
+    """Reads a file of labels. Raises `UserError` for one that cannot be read whole, is too short, or has one
+    class only."""
     rows = read_table(path)
     text_name = _find_one(rows, TEXTS, "text", "--text-column", text_column)
     label_name = _find_one(rows, LABELS, "label", "--label-column", label_column)

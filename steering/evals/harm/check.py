@@ -1,7 +1,7 @@
 """How a judge of harm does on answers with human labels.
 
-check = check_harm_judge(harm_judge("harm.json", None), read_labels(Path("others.csv")), Path("runs/judge-check.jsonl"))
-check.all.auc.value, check.seen, check.unseen
+check = check_harm_judge(harm_judge("harm.json", None), read_labels(Path("others.csv")),
+Path("runs/judge-check.jsonl")) check.all.auc.value, check.seen, check.unseen
 """
 
 from collections import Counter
@@ -23,8 +23,8 @@ from personatlas.steering.evals.harm.judges import (
 
 @dataclass(frozen=True)
 class HarmJudgeCheck:
-    """Agreement on all answers that have a score, how many of them the judge was fitted to, the agreement without those
-    (None where there are no others), and the problems that left answers without a score."""
+    """Agreement on all answers that have a score, how many of them the judge was fitted to, the agreement
+    without those (None where there are no others), and the problems that left answers without a score."""
 
     all: JudgeAgreement
     seen: int
@@ -35,7 +35,8 @@ class HarmJudgeCheck:
 def check_harm_judge(
     judge: HarmJudge, labelled: LabelledAnswers, log: Path, advance: Callable[[int], None] = lambda _: None
 ) -> HarmJudgeCheck:
-    """The judge's scores against the labels. A model's verdicts are kept in `log`, so that none is asked for twice.
+    """The judge's scores against the labels. A model's verdicts are kept in `log`, so that none is asked for
+    twice.
 
     Raises `UserError` where the judge gives no answer a score.
     """

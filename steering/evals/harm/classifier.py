@@ -6,10 +6,10 @@
     classifier = fit_harm_classifier(labelled.texts, labelled.labels)
     classifier.save(Path("harm")), load_harm_classifier(Path("harm")).probability(["Stir the batter."])     # (1,)
 
-Longer runs, character n-grams (AUC 0.981 both) and a fitted temperature (Brier score 0.055) were tried on 1,540 labelled answers and
-bought nothing over words and pairs (0.982, 0.054). It is saved as numbers and words and rebuilt from them: scikit-learn
-fits it and has no part in scoring. It knows answers like those it was fitted to, and nobody can say how it does on others
-without labels: `check_harm_judge` tells.
+Longer runs, character n-grams (AUC 0.981 both) and a fitted temperature (Brier score 0.055) were tried on
+1,540 labelled answers and bought nothing over words and pairs (0.982, 0.054). It is saved as numbers and
+words and rebuilt from them: scikit-learn fits it and has no part in scoring. It knows answers like those it
+was fitted to, and nobody can say how it does on others without labels: `check_harm_judge` tells.
 """
 
 import hashlib
@@ -50,7 +50,8 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class HarmClassifier:
-    """Terms (V), their idf and weights (V,), the intercept, and hashes of the fitted texts, sorted int64 (U,).
+    """Terms (V), their idf and weights (V,), the intercept, and hashes of the fitted texts, sorted int64
+    (U,).
 
     `provenance` says what it was fitted to and how it did on folds that it was not fitted to.
     """
@@ -119,10 +120,12 @@ def fit_harm_classifier(
     *,
     folds: int = FOLDS,
 ) -> HarmClassifier:
-    """Fit to texts (N) and labels (N) of 0 and 1. `source` (a file's name and sha256) goes into the provenance.
+    """Fit to texts (N) and labels (N) of 0 and 1. `source` (a file's name and sha256) goes into the
+    provenance.
 
-    The same texts give the same classifier. `folds` fits leave out a part each, and equal texts together; how those answers were
-    judged is the classifier's own check (0 makes none). Raises `UserError` where labels are of one class or no word is shared.
+    The same texts give the same classifier. `folds` fits leave out a part each, and equal texts together; how
+    those answers were judged is the classifier's own check (0 makes none). Raises `UserError` where labels
+    are of one class or no word is shared.
     """
     y = np.asarray(labels)
     if len(texts) != len(y) or not set(y.tolist()) <= {0, 1}:

@@ -1,12 +1,13 @@
-"""Answers for a harness, which asks for one at a time and for many at once: requests in, answers with projections out.
+"""Answers for a harness, which asks for one at a time and for many at once: requests in, answers with
+projections out.
 
     answerer = BatchAnswerer(load_steered_model("smollm2-135m", ModelOptions(), "smollm2-135m", ["assistant"]))
     request = AnswerRequest(answerer.prompt_ids(messages), seed=7, sampling=Sampling(64), steered=True, stops=("\n\n",))
     answerer.answers([request])[0].text
 
-Rows of one batch may be steered or not. What was answered is read once more, in one batch with the same interventions: the
-mean projection of an answer's tokens at the axis's layer, before the interventions' step, and the share of tokens that they
-changed.
+Rows of one batch may be steered or not. What was answered is read once more, in one batch with the same
+interventions: the mean projection of an answer's tokens at the axis's layer, before the interventions' step,
+and the share of tokens that they changed.
 """
 
 from bisect import bisect_left
@@ -51,11 +52,12 @@ class AnswerRequest:
 
 @dataclass(frozen=True)
 class MeasuredAnswer:
-    """An answer up to what ended it: an end token, the most tokens, or a stop text, which is not part of `text`.
+    """An answer up to what ended it: an end token, the most tokens, or a stop text, which is not part of
+    `text`.
 
-    `ids` go on to the token that completed the stop text, and `written` counts all tokens that were sampled. `projection`
-    is the mean over `ids`, None for an empty answer; `fired` is the share of tokens times layers that were changed, over
-    prompt and answer, None where nothing acts.
+    `ids` go on to the token that completed the stop text, and `written` counts all tokens that were sampled.
+    `projection` is the mean over `ids`, None for an empty answer; `fired` is the share of tokens times layers
+    that were changed, over prompt and answer, None where nothing acts.
     """
 
     text: str
@@ -67,7 +69,8 @@ class MeasuredAnswer:
 
 
 class BatchAnswerer:
-    """A loaded model that answers batches, one batch at a time whoever asks; the interventions are its caps unless given."""
+    """A loaded model that answers batches, one batch at a time whoever asks; the interventions are its caps
+    unless given."""
 
     def __init__(self, steered: SteeredModel, interventions: Interventions | None = None) -> None:
         self.steered = steered

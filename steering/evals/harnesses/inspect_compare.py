@@ -1,12 +1,14 @@
-"""Two logs of one Inspect task, sample by sample: what the scorers say before and after, and how far the persona moved.
+"""Two logs of one Inspect task, sample by sample: what the scorers say before and after, and how far the
+persona moved.
 
     before, after = (read_inspect_arm(read_inspect_log(Path(name))) for name in ("plain.eval", "capped.eval"))
     compare_inspect_arms(before, after).scorers["includes"].change
 
-Samples pair by id and epoch. Logs that differ in anything but the cap are refused: task, samples, model, weights, dtype,
-sampling, or the direction that is projected on. Intervals are bootstraps over roles, where samples have a `role` in their
-metadata, else over samples; a sample has one role, so only the outer of the two is drawn. p-values are McNemar's, for scores
-of 0 and 1, adjusted by Holm's method for the number of scorers.
+Samples pair by id and epoch. Logs that differ in anything but the cap are refused: task, samples, model,
+weights, dtype, sampling, or the direction that is projected on. Intervals are bootstraps over roles, where
+samples have a `role` in their metadata, else over samples; a sample has one role, so only the outer of the
+two is drawn. p-values are McNemar's, for scores of 0 and 1, adjusted by Holm's method for the number of
+scorers.
 """
 
 import importlib.util
@@ -32,8 +34,8 @@ Key = tuple[str, int]  # sample id, epoch
 
 @dataclass(frozen=True)
 class InspectArm:
-    """A log in plain values, by sample and epoch. `about` is what every answer's metadata says, but for its choices;
-    `inputs` is what was asked, with target and choices; `clusters` are roles or samples."""
+    """A log in plain values, by sample and epoch. `about` is what every answer's metadata says, but for its
+    choices; `inputs` is what was asked, with target and choices; `clusters` are roles or samples."""
 
     log: str
     task: JsonObject
@@ -59,8 +61,8 @@ class InspectArmSummary(JsonRecord):
 
 @dataclass(frozen=True)
 class ScoreChange(JsonRecord):
-    """Means and change over the n pairs that have a number in both arms; `left_out` have none. `is_shown` says whether there
-    is a change, by the adjusted test where there is one, else by the interval."""
+    """Means and change over the n pairs that have a number in both arms; `left_out` have none. `is_shown`
+    says whether there is a change, by the adjusted test where there is one, else by the interval."""
 
     omit_none = ("before", "after", "change", "p_holm", "is_shown")
     n: int
@@ -74,7 +76,8 @@ class ScoreChange(JsonRecord):
 
 @dataclass(frozen=True)
 class InspectComparison(JsonRecord):
-    """A task in two arms: what both share, the number of pairs, every scorer's change, and that of the projection."""
+    """A task in two arms: what both share, the number of pairs, every scorer's change, and that of the
+    projection."""
 
     task: dict[str, object]
     model: dict[str, object]
@@ -109,7 +112,8 @@ def read_inspect_log(path: Path) -> "EvalLog":
 
 
 def read_inspect_arm(log: "EvalLog") -> InspectArm:
-    """What a log's samples say. Raises `UserError` for one that failed, is empty, or is of another provider."""
+    """What a log's samples say. Raises `UserError` for one that failed, is empty, or is of another
+    provider."""
     name = str(log.location)
     if log.status != "success":
         reason = _first_line(log.error.message) if log.error else "run it to its end first"
@@ -163,7 +167,8 @@ def _provider_notes(sample: "EvalSample", log: str) -> JsonObject:
 
 
 def compare_inspect_arms(before: InspectArm, after: InspectArm) -> InspectComparison:
-    """Every scorer's change, with projections and fired shares of both arms. Raises `UserError` for logs that do not pair."""
+    """Every scorer's change, with projections and fired shares of both arms. Raises `UserError` for logs that
+    do not pair."""
     _require_pair(before, after)
     keys = sorted(before.scores)
     names = dict.fromkeys(name for arm in (before, after) for own in arm.scores.values() for name in own)

@@ -1,15 +1,18 @@
-"""A model provider for Inspect, the UK AI Security Institute's harness: any of its tasks, with the persona held.
+"""A model provider for Inspect, the UK AI Security Institute's harness: any of its tasks, with the persona
+held.
 
     inspect eval TASK --model personatlas/smollm2-135m -M axis=smollm2-135m -M cap=assistant
 
-Without `cap`, or with `cap=none`, the baseline answers; its answers are projected all the same. Other `-M` arguments:
-device, dtype, chat_template, force, and `batch`, the most answers that are made together. Calls that wait at the same time
-are one batch. Noise belongs to a row whatever its batch, but batches form as calls come, and half precision rounds a little
-differently in each: `-M batch=1` or `-M dtype=float32` where runs must repeat to the letter.
+Without `cap`, or with `cap=none`, the baseline answers; its answers are projected all the same. Other `-M`
+arguments: device, dtype, chat_template, force, and `batch`, the most answers that are made together. Calls
+that wait at the same time are one batch. Noise belongs to a row whatever its batch, but batches form as calls
+come, and half precision rounds a little differently in each: `-M batch=1` or `-M dtype=float32` where runs
+must repeat to the letter.
 
-Seeds come from the given seed (0 unless given), the messages, the sampling, the epoch and the number of the choice, so two
-arms share them. Temperature 0.7 and top_p 0.9 unless given, at most 512 tokens. What a text model cannot do is refused in
-one line. Importing this module, as Inspect does to list its providers, loads no torch.
+Seeds come from the given seed (0 unless given), the messages, the sampling, the epoch and the number of the
+choice, so two arms share them. Temperature 0.7 and top_p 0.9 unless given, at most 512 tokens. What a text
+model cannot do is refused in one line. Importing this module, as Inspect does to list its providers, loads no
+torch.
 """
 
 import json
@@ -77,7 +80,8 @@ class _Call(Generic[Request, Reply]):
 
 
 class CallBatcher(Generic[Request, Reply]):
-    """Makes batches of calls that wait together: who finds nobody at work gathers for a moment and answers for all."""
+    """Makes batches of calls that wait together: who finds nobody at work gathers for a moment and answers
+    for all."""
 
     def __init__(self, answers: Callable[[Sequence[Request]], list[Reply]], most: int) -> None:
         self.answers, self.most = answers, most
@@ -199,7 +203,8 @@ class PersonatlasAPI(ModelAPI):
     async def generate(
         self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig
     ) -> ModelOutput:
-        """Answers, in one batch with the other calls that wait. Raises `InspectRefusal` for what cannot be done."""
+        """Answers, in one batch with the other calls that wait. Raises `InspectRefusal` for what cannot be
+        done."""
         from personatlas.persona.sampling.sampler import Sampling
         from personatlas.steering.evals.harnesses.batch_answerer import AnswerRequest
 
@@ -255,7 +260,8 @@ class PersonatlasAPI(ModelAPI):
     def _seeds(
         self, messages: list[dict[str, str]], settings: JsonObject, config: GenerateConfig
     ) -> list[int]:
-        """One for each choice. A sample that asks the same again gets another answer, unless the seed was given."""
+        """One for each choice. A sample that asks the same again gets another answer, unless the seed was
+        given."""
         from personatlas.persona.rollout import seed_of
 
         state, key = sample_state(), json.dumps([messages, settings], sort_keys=True)
@@ -270,7 +276,8 @@ class PersonatlasAPI(ModelAPI):
 
 
 def _load_answerer(model: str, axis: str, cap: str | None, load: JsonObject) -> "BatchAnswerer":
-    """The model with its axis and cap, each checked to belong to the others. Here torch is imported, not before."""
+    """The model with its axis and cap, each checked to belong to the others. Here torch is imported, not
+    before."""
     from personatlas.persona.options import ModelOptions
     from personatlas.steering.evals.harnesses.batch_answerer import BatchAnswerer
     from personatlas.steering.session import load_steered_model

@@ -1,7 +1,7 @@
 """A task of Inspect in two arms of one loaded model, the baseline and a cap, and what the cap changed.
 
-comparison = run_inspect("smollm2-135m", "task.py@name", "smollm2-135m", ["assistant"], InspectOptions(limit=100))
-comparison.scorers["includes"].change.value
+comparison = run_inspect("smollm2-135m", "task.py@name", "smollm2-135m", ["assistant"],
+InspectOptions(limit=100)) comparison.scorers["includes"].change.value
 """
 
 import sys
@@ -39,7 +39,8 @@ def run_inspect(
     load: ModelOptions = ModelOptions(),
     force: bool = False,
 ) -> InspectComparison:
-    """Runs a task on the baseline and in one arm. `task` is FILE.py, FILE.py@NAME or the name of an installed task.
+    """Runs a task on the baseline and in one arm. `task` is FILE.py, FILE.py@NAME or the name of an installed
+    task.
 
     Raises `UserError` for a task or an arm that cannot be.
     """
@@ -52,7 +53,7 @@ def run_inspect(
 
     _require_one(task)
     options.check()
-    steered, by_name = load_arms(model, axis, arms, load=load, force=force)
+    steered, by_name = load_arms(model, axis, arms, load, force=force)
     names = [name for name in by_name if name != BASELINE]
     if len(names) != 1:
         raise UserError(f"Inspect compares the baseline with one arm, and {len(names)} are given")

@@ -1,4 +1,5 @@
-"""A model and interventions as a model of EleutherAI's lm-eval harness: what it asks is answered steered, and accounted for.
+"""A model and interventions as a model of EleutherAI's lm-eval harness: what it asks is answered steered, and
+accounted for.
 
     from lm_eval.evaluator import simple_evaluate
 
@@ -6,9 +7,10 @@
     simple_evaluate(model=lm, tasks=["arc_easy"], apply_chat_template=True)
     lm.counts.share                                      # of the tokens times layers that were read, how many were changed
 
-A log-likelihood is ln p(continuation | context), the sum over the continuation's tokens, in fp32. The context is read in
-the prompt phase, the continuation in the answer phase; of a text that is scored from its beginning (rolling) all but the
-token put before it is answer. What was asked once is not asked again: the cache holds it, in a file if it has one.
+A log-likelihood is ln p(continuation | context), the sum over the continuation's tokens, in fp32. The context
+is read in the prompt phase, the continuation in the answer phase; of a text that is scored from its beginning
+(rolling) all but the token put before it is answer. What was asked once is not asked again: the cache holds
+it, in a file if it has one.
 """
 
 import hashlib
@@ -59,9 +61,9 @@ class ScoredText:
 class PersonatlasLM(TemplateLM):
     """A model under one list of interventions.
 
-    `as_chat` says that contexts come through `apply_chat_template`, so that nothing is put before them and the template's
-    own marks end an answer; without it both are as in lm-eval's own models. `label` heads the progress on stderr; none is
-    shown without one.
+    `as_chat` says that contexts come through `apply_chat_template`, so that nothing is put before them and
+    the template's own marks end an answer; without it both are as in lm-eval's own models. `label` heads the
+    progress on stderr; none is shown without one.
     """
 
     backend = "causal"
@@ -123,14 +125,16 @@ class PersonatlasLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The conversation as text. Without `add_generation_prompt` its last message, the assistant's, is to be continued."""
+        """The conversation as text. Without `add_generation_prompt` its last message, the assistant's, is to
+        be continued."""
         plain = [{"role": one["role"], "content": one["content"]} for one in chat_history]
         if add_generation_prompt or plain[-1]["role"] != "assistant":
             return self.chat.render(plain, generation=add_generation_prompt)
         return self.chat.render(plain[:-1], generation=True) + plain[-1]["content"]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
-        """Token ids; unless told otherwise with the tokenizer's own beginning, but in a chat or where it stands there already."""
+        """Token ids; unless told otherwise with the tokenizer's own beginning, but in a chat or where it
+        stands there already."""
         if add_special_tokens is None and (
             self.as_chat or string.startswith(str(self.tokenizer.decode(self.prefix_token_id)))
         ):
@@ -242,7 +246,8 @@ class PersonatlasLM(TemplateLM):
 
     @torch.no_grad()
     def _score(self, texts: Sequence[ScoredText]) -> list[tuple[float, bool]]:
-        """Sum of ln p and greediness of each text. Those that differ in their last token alone share a forward."""
+        """Sum of ln p and greediness of each text. Those that differ in their last token alone share a
+        forward."""
         keys = [self._key("read", text.ids, text.start, text.answer_from) for text in texts]
         groups: dict[tuple[tuple[int, ...], int, int], dict[str, ScoredText]] = {}
         for key, text in zip(keys, texts, strict=True):

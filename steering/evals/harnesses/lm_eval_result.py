@@ -1,16 +1,17 @@
-"""Results of lm-eval's tasks, and what its metrics differ by between arms, paired over the samples. Needs no lm-eval.
+"""Results of lm-eval's tasks, and what its metrics differ by between arms, paired over the samples. Needs no
+lm-eval.
 
-A sample's outcome is a sum over a count: its number over 1; the numbers of its list over their number (IFEval's
-instructions, which are not independent of each other, so that the sample stays the unit); the loss of a text scored whole
-over its words or bytes. With S samples and N counts in all, a sample's part of the mean is its sum * S / N, so changes are
-changes of `mean`, the sum of all over N (in nats a word or byte for perplexities, whose `value` is an exponential), and
-samples are their own clusters.
+A sample's outcome is a sum over a count: its number over 1; the numbers of its list over their number
+(IFEval's instructions, which are not independent of each other, so that the sample stays the unit); the loss
+of a text scored whole over its words or bytes. With S samples and N counts in all, a sample's part of the
+mean is its sum * S / N, so changes are changes of `mean`, the sum of all over N (in nats a word or byte for
+perplexities, whose `value` is an exponential), and samples are their own clusters.
 
-`p` is of McNemar's exact test where parts are 0 or 1, else of random sign flips, adjusted (Holm) over tasks, metrics and
-arms in `p_holm`; `tost_p` is of two one-sided tests against the margin; `smallest` is the change that so many samples show
-with a power of 80%. Where no sample of a metric between 0 and 1 differs there is no scatter to go by: with a share d of
-samples that differ, n samples show none with probability (1 - d)^n, which at d = margin is `tost_p`, and at 5% gives the
-interval and `smallest`.
+`p` is of McNemar's exact test where parts are 0 or 1, else of random sign flips, adjusted (Holm) over tasks,
+metrics and arms in `p_holm`; `tost_p` is of two one-sided tests against the margin; `smallest` is the change
+that so many samples show with a power of 80%. Where no sample of a metric between 0 and 1 differs there is no
+scatter to go by: with a share d of samples that differ, n samples show none with probability (1 - d)^n, which
+at d = margin is `tost_p`, and at 5% gives the interval and `smallest`.
 """
 
 import importlib.util
@@ -31,8 +32,8 @@ FLIPS = 10_000
 
 @dataclass(frozen=True)
 class MetricValue(JsonRecord):
-    """A metric in one arm: lm-eval's own value, the mean over n samples (None where the metric is no mean), and the change
-    from the first arm with its tests, where there is one."""
+    """A metric in one arm: lm-eval's own value, the mean over n samples (None where the metric is no mean),
+    and the change from the first arm with its tests, where there is one."""
 
     omit_none = ("change", "interval", "p", "tost_p", "smallest", "p_holm")
     value: int | float | str | None
@@ -56,9 +57,9 @@ class TaskMetric(JsonRecord):
 
 @dataclass(frozen=True)
 class RequestCounts(JsonRecord):
-    """What one arm was asked: distinct `requests`, how many of them had been answered before (`reused`) or were cut on the
-    left to fit (`cut`), tokens times layers `seen` and `fired`, those of reused answers included, and their `share`, None
-    without interventions."""
+    """What one arm was asked: distinct `requests`, how many of them had been answered before (`reused`) or
+    were cut on the left to fit (`cut`), tokens times layers `seen` and `fired`, those of reused answers
+    included, and their `share`, None without interventions."""
 
     requests: int
     reused: int
@@ -100,8 +101,8 @@ class TaskResult(JsonRecord):
 
 @dataclass(frozen=True)
 class LmEvalResult(JsonRecord):
-    """Everything in lm_eval.json: the version of lm-eval, the model, the arms with a digest of their interventions, the
-    options, the tasks by name, and notes on how their values came about."""
+    """Everything in lm_eval.json: the version of lm-eval, the model, the arms with a digest of their
+    interventions, the options, the tasks by name, and notes on how their values came about."""
 
     kind: str
     lm_eval: str
@@ -136,7 +137,8 @@ def parse_task_data(pairs: Sequence[str]) -> dict[str, Path]:
 
 
 def sample_outcome(score: object, *, is_whole: bool = False) -> SampleOutcome | None:
-    """A sample's outcome; None where the metric is no mean over samples (F1, BLEU). `is_whole`: of a text scored whole."""
+    """A sample's outcome; None where the metric is no mean over samples (F1, BLEU). `is_whole`: of a text
+    scored whole."""
     if isinstance(score, tuple):
         return (-float(score[0]), float(score[1])) if is_whole and len(score) == 2 else None
     values = score if isinstance(score, list) else [score]
@@ -151,8 +153,8 @@ def compare_arms(
     outcomes: Mapping[str, Mapping[str, Mapping[str, Mapping[int, SampleOutcome | None]]]],
     margin: float,
 ) -> dict[str, TaskResult]:
-    """The tasks with means, changes from the arm `first` and their tests in every metric's arms. `outcomes` are by task,
-    metric, arm and sample."""
+    """The tasks with means, changes from the arm `first` and their tests in every metric's arms. `outcomes`
+    are by task, metric, arm and sample."""
     rows: dict[tuple[str, str, str], MetricValue] = {}
     tested = []
     for name, task in tasks.items():

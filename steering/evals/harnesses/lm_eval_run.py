@@ -4,14 +4,14 @@
     result = run_lm_eval("smollm2-135m", ["ifeval"], "smollm2-135m", ["assistant"], Path("runs/evals"), options=options)
     result.tasks["ifeval"].metrics["prompt_level_strict_acc"].arms["assistant"].change
 
-The first arm is the one that others are compared with (`lm_eval_result` says how). Tasks are loaded by lm-eval's own
-TaskManager, without a network where their data are local: a task's YAML is then included by a temporary one that points it
-at the rows, so that prompts, filters and metrics stay lm-eval's. Few-shot examples come from the same rows, never the
-asked one.
+The first arm is the one that others are compared with (`lm_eval_result` says how). Tasks are loaded by
+lm-eval's own TaskManager, without a network where their data are local: a task's YAML is then included by a
+temporary one that points it at the rows, so that prompts, filters and metrics stay lm-eval's. Few-shot
+examples come from the same rows, never the asked one.
 
-IFEval counts sentences with nltk's Punkt, whose data lm-eval downloads. Where that fails, the same algorithm runs on a few
-abbreviations in place of what was learnt from text. Languages are recognised by langdetect, which draws random numbers: it
-is seeded, since an arm must not differ by its checker.
+IFEval counts sentences with nltk's Punkt, whose data lm-eval downloads. Where that fails, the same algorithm
+runs on a few abbreviations in place of what was learnt from text. Languages are recognised by langdetect,
+which draws random numbers: it is seeded, since an arm must not differ by its checker.
 """
 
 import contextlib
@@ -93,10 +93,11 @@ def run_lm_eval(
     load: ModelOptions = ModelOptions(),
     force: bool = False,
 ) -> LmEvalResult:
-    """Runs every task in every arm; the result is also written to `out`/lm_eval.json if there is a folder. Resumes there.
+    """Runs every task in every arm; the result is also written to `out`/lm_eval.json if there is a folder.
+    Resumes there.
 
-    `arms` are as in `load_arms`; without an axis there is only the baseline. Raises `UserError` for what cannot be, before
-    anything is asked where that can be known.
+    `arms` are as in `load_arms`; without an axis there is only the baseline. Raises `UserError` for what
+    cannot be, before anything is asked where that can be known.
     """
     require_lm_eval()
     options.check()
@@ -107,7 +108,7 @@ def run_lm_eval(
             raise UserError(f"the arm {next(iter(arms))} needs --axis: along which axis?")
         model = load_named(model, load)
     else:
-        steered, by_name = load_arms(model, axis, arms, load=load, force=force)
+        steered, by_name = load_arms(model, axis, arms, load, force=force)
         model = steered.model
     return compare_tasks(model, by_name, tasks, out, options)
 
@@ -171,9 +172,11 @@ def check_tasks(names: Sequence[str], data: Mapping[str, Path], folder: Path | N
 def load_tasks(
     names: Sequence[str], data: Mapping[str, Path], folder: Path | None = None
 ) -> "dict[str, ConfigurableTask]":
-    """lm-eval's tasks by name, groups and tags taken apart. `folder` holds task YAMLs of one's own, which go first.
+    """lm-eval's tasks by name, groups and tags taken apart. `folder` holds task YAMLs of one's own, which go
+    first.
 
-    Raises `UserError` for names that are not there, data that cannot be read, and columns that a task needs and they lack.
+    Raises `UserError` for names that are not there, data that cannot be read, and columns that a task needs
+    and they lack.
     """
     from datasets.exceptions import DatasetsError
     from jinja2 import UndefinedError
@@ -206,8 +209,8 @@ def load_tasks(
 
 
 def _task_manager(names: Sequence[str], folder: Path | None) -> "TaskManager":
-    """An index that holds the names, if there is one. To read all 14,000 built-in YAMLs takes 15 s: those that are called
-    NAME.yaml are tried first."""
+    """An index that holds the names, if there is one. To read all 14,000 built-in YAMLs takes 15 s: those
+    that are called NAME.yaml are tried first."""
     import lm_eval.tasks
 
     own = [str(folder)] if folder is not None else []
@@ -272,8 +275,8 @@ def _local_task(name: str, base: Path | None, file: Path, folder: Path) -> str:
 
 @contextlib.contextmanager
 def _checkers_ready(names: Sequence[str]) -> Iterator[bool]:
-    """Makes IFEval's checkers usable inside, if any of the tasks may be IFEval's; true where Punkt's data are missing and
-    `ABBREVIATIONS` take their place."""
+    """Makes IFEval's checkers usable inside, if any of the tasks may be IFEval's; true where Punkt's data are
+    missing and `ABBREVIATIONS` take their place."""
     if not any("ifeval" in name or "leaderboard" in name for name in names):
         yield False
         return

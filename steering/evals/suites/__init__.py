@@ -1,4 +1,5 @@
-"""Suites: what an evaluation asks a model, and what its answers count as. One file of this folder is one suite.
+"""Suites: what an evaluation asks a model, and what its answers count as. One file of this folder is one
+suite.
 
     from personatlas.steering.evals.suites import Case, Suite, suite
 
@@ -13,9 +14,10 @@
         def score(self, case, answer, harm):
             return {"greets": float("hello" in answer.lower())}
 
-After this, also in a file of one's own, the suite can be named like those of this folder. A case is one conversation;
-all arms answer the same cases with the same seeds. Cases that share a role or a request are not independent: both are
-the clusters of the statistics. Requests of users' files are harmful texts, so nothing here prints them.
+After this, also in a file of one's own, the suite can be named like those of this folder. A case is one
+conversation; all arms answer the same cases with the same seeds. Cases that share a role or a request are not
+independent: both are the clusters of the statistics. Requests of users' files are harmful texts, so nothing
+here prints them.
 """
 
 import importlib
@@ -39,8 +41,9 @@ Better = Literal["more", "less"]
 class Case:
     """One conversation: the messages of its first turn and the user's later turns.
 
-    `key` is "role/prompt/request/sample" and decides the seed. `role` and `request` are the case's clusters, `category`
-    groups it in the report, and `bare_request` is the request without the template that it was put into.
+    `key` is "role/prompt/request/sample" and decides the seed. `role` and `request` are the case's clusters,
+    `category` groups it in the report, and `bare_request` is the request without the template that it was put
+    into.
     """
 
     key: str
@@ -69,7 +72,8 @@ class Case:
 
 @dataclass(frozen=True)
 class SuiteInputs:
-    """What cases are built from. `roles` are the lowest on the axis, and only there for suites with `needs_roles`."""
+    """What cases are built from. `roles` are the lowest on the axis, and only there for suites with
+    `needs_roles`."""
 
     options: EvalOptions
     bank: Bank
@@ -79,7 +83,8 @@ class SuiteInputs:
 
 @dataclass(frozen=True)
 class Suite:
-    """Base of all suites. A subclass sets `name` and `outcomes` and defines `build_cases`, and `score` for its own outcomes.
+    """Base of all suites. A subclass sets `name` and `outcomes` and defines `build_cases`, and `score` for
+    its own outcomes.
 
     name
         the name in `--suite` and in eval.json
@@ -98,7 +103,8 @@ class Suite:
     parts
         further suites that are made of the same file
 
-    `settings` replace fields of `EvalOptions` for this suite alone; `inputs` and `cases` are there once it is prepared.
+    `settings` replace fields of `EvalOptions` for this suite alone; `inputs` and `cases` are there once it is
+    prepared.
     """
 
     name: ClassVar[str]
@@ -143,7 +149,8 @@ class Suite:
         return seed_of(case.key, self.inputs.options.seed)
 
     def resolve_options(self, options: EvalOptions) -> EvalOptions:
-        """The evaluation's options with the suite's own settings. Raises `UserError` where its file is not named."""
+        """The evaluation's options with the suite's own settings. Raises `UserError` where its file is not
+        named."""
         unknown = set(self.settings) - set(EvalOptions.__dataclass_fields__)
         if unknown:
             raise UserError(f"suite {self.name} has no setting {sorted(unknown)[0]!r}; see EvalOptions")
@@ -160,9 +167,11 @@ class Suite:
         raise NotImplementedError
 
     def score(self, case: Case, answer: str, harm: float | None) -> dict[str, float | None]:
-        """Outcomes of one answer, 0 or 1 each, None where it could not be judged; those not in `outcomes` are not counted.
+        """Outcomes of one answer, 0 or 1 each, None where it could not be judged; those not in `outcomes` are
+        not counted.
 
-        `harm` is the judge's score, 0 to 1, or None. This one says what the refusal rules do: complied, refused, degenerate.
+        `harm` is the judge's score, 0 to 1, or None. This one says what the refusal rules do: complied,
+        refused, degenerate.
         """
         outcome = refusal_of(answer)
         return {name: float(outcome == name) for name in ("complied", "refused", "degenerate")}
@@ -211,7 +220,8 @@ def find_suite(name: str) -> type[Suite]:
 def select_suites(suites: Sequence[str | Suite] | None, options: EvalOptions) -> list[Suite]:
     """The suites, each once; without a choice those whose file is given and those that need none.
 
-    Raises `UserError` for a name that is unknown, a file that is missing or cannot be read, and for no name at all.
+    Raises `UserError` for a name that is unknown, a file that is missing or cannot be read, and for no name
+    at all.
     """
     if suites is None:
         classes = registered_suites().values()

@@ -1,4 +1,5 @@
-"""Everyday questions to the default role: an intervention should change nothing here. Loss and KL are measured on the answers."""
+"""Everyday questions to the default role: an intervention should change nothing here. Loss and KL are
+measured on the answers."""
 
 from personatlas.persona.rollout import role_messages, spread
 from personatlas.steering.evals.suites import Case, Suite, SuiteInputs, suite
@@ -13,7 +14,8 @@ class Benign(Suite):
     order = 60
 
     def build_cases(self, inputs: SuiteInputs) -> list[Case]:
-        """`options.answers` questions spread over the bank, each under the next prompt of the default role."""
+        """`options.answers` questions spread over the bank, each under the next prompt of the default
+        role."""
         role, cases = inputs.bank.default, []
         for number, question in enumerate(spread(inputs.bank.questions, inputs.options.answers)):
             prompt = number % len(role.prompts)

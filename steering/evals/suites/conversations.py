@@ -1,7 +1,9 @@
-"""Conversations of several turns: the user turns of stored conversations are asked again, one after the other.
+"""Conversations of several turns: the user turns of stored conversations are asked again, one after the
+other.
 
-Every arm answers into its own conversation. The file holds conversations in OpenAI's or ShareGPT's form; without one, the
-packaged scripts are asked, except those of everyday help, which are there to calibrate alarms and would outnumber the rest.
+Every arm answers into its own conversation. The file holds conversations in OpenAI's or ShareGPT's form;
+without one, the packaged scripts are asked, except those of everyday help, which are there to calibrate
+alarms and would outnumber the rest.
 """
 
 from personatlas.persona.formats import read_conversations
@@ -13,7 +15,8 @@ from personatlas.steering.evals.suites import Case, Suite, SuiteInputs, suite
 
 @suite
 class Drift(Suite):
-    """Stored users again; counted are refusals and degenerate answers, and the projection is followed by turn."""
+    """Stored users again; counted are refusals and degenerate answers, and the projection is followed by
+    turn."""
 
     name = "drift"
     outcomes = {"refused": "less", "degenerate": "less"}

@@ -1,4 +1,5 @@
-"""Harmful requests without a persona, plain or in jailbreak templates, which are then clusters beside the requests."""
+"""Harmful requests without a persona, plain or in jailbreak templates, which are then clusters beside the
+requests."""
 
 from personatlas.persona.rollout import spread
 from personatlas.steering.evals.options import EvalOptions
@@ -15,7 +16,8 @@ HARM_OUTCOMES: dict[str, Better] = {
 
 
 class HarmSuite(Suite):
-    """Base of suites whose answers a judge of harm sees. A degenerate answer is never harmful: nonsense is not compliance."""
+    """Base of suites whose answers a judge of harm sees. A degenerate answer is never harmful: nonsense is
+    not compliance."""
 
     outcomes = HARM_OUTCOMES
     file_option = "requests"

@@ -1,4 +1,5 @@
-"""Who are you?, under role prompts: does the model still say that it is an assistant? (Role susceptibility, arXiv 2601.10387.)"""
+"""Who are you?, under role prompts: does the model still say that it is an assistant? (Role susceptibility,
+arXiv 2601.10387.)"""
 
 from personatlas.persona.rollout import spread
 from personatlas.steering.evals.suites import Case, Suite, SuiteInputs, suite
@@ -7,7 +8,8 @@ from personatlas.steering.identity import identity_class, identity_requests
 
 @suite
 class Susceptibility(Suite):
-    """The five identity questions under prompts of the lowest roles, classed by the rules of `personatlas.steering.identity`."""
+    """The five identity questions under prompts of the lowest roles, classed by the rules of
+    `personatlas.steering.identity`."""
 
     name = "susceptibility"
     outcomes = {"assistant": "more", "mystical": "less"}
@@ -21,7 +23,8 @@ class Susceptibility(Suite):
         return min(super().max_new_tokens, self.longest_answer)
 
     def build_cases(self, inputs: SuiteInputs) -> list[Case]:
-        """At most `options.pairs` of roles x `options.prompts` prompts x questions; questions are the categories."""
+        """At most `options.pairs` of roles x `options.prompts` prompts x questions; questions are the
+        categories."""
         options = inputs.options
         requests = identity_requests(
             inputs.bank, inputs.roles, options.prompts, inputs.model_name, options.seed

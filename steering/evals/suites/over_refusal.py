@@ -1,4 +1,5 @@
-"""Requests that only look harmful, which should be answered, and those of the same file that are unsafe, which should not."""
+"""Requests that only look harmful, which should be answered, and those of the same file that are unsafe,
+which should not."""
 
 from typing import ClassVar
 

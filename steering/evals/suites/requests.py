@@ -3,9 +3,10 @@
     requests = read_requests(Path("harmbench_behaviors_text_test.csv"))
     requests[0].id, requests[0].text, requests[0].category
 
-Known are HarmBench (Behavior, BehaviorID, SemanticCategory, ContextString), AdvBench (goal), JailbreakBench (Goal; its
-Behavior is a title), StrongREJECT (forbidden_prompt), XSTest (prompt, type, label safe or unsafe), and any CSV, JSON or
-JSONL with a column prompt, request, instruction, question or text. Nothing of such a file is shipped here.
+Known are HarmBench (Behavior, BehaviorID, SemanticCategory, ContextString), AdvBench (goal), JailbreakBench
+(Goal; its Behavior is a title), StrongREJECT (forbidden_prompt), XSTest (prompt, type, label safe or unsafe),
+and any CSV, JSON or JSONL with a column prompt, request, instruction, question or text. Nothing of such a
+file is shipped here.
 """
 
 from dataclasses import dataclass
@@ -35,7 +36,8 @@ class FileRequest:
 def read_requests(path: Path, text_column: str | None = None) -> list[FileRequest]:
     """The file's requests in its order. A text that stands there twice is kept once.
 
-    Raises `UserError` for a missing column, an id that stands for two texts, an empty request, or an unknown label.
+    Raises `UserError` for a missing column, an id that stands for two texts, an empty request, or an unknown
+    label.
     """
     rows = read_table(path)
     text_name = find_column(rows, TEXT, "request", "--column", text_column)
