@@ -16,10 +16,9 @@ import hashlib
 import itertools
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +26,7 @@ from numpy.typing import NDArray
 
 from personatlas.persona.artifacts import load_tensors, save_tensors
 from personatlas.persona.errors import UserError
+from personatlas.persona.records import JsonObject
 from personatlas.steering.evals.harm.agreement import measure_agreement
 
 KIND = "harm-classifier"
@@ -61,7 +61,7 @@ class HarmClassifier:
     weights: Floats
     intercept: float
     fitted: NDArray[np.int64]
-    provenance: Mapping[str, Any]
+    provenance: JsonObject
     threshold: float = THRESHOLD
     _place: dict[str, int] = field(init=False, repr=False, compare=False)
 
@@ -116,7 +116,7 @@ class HarmClassifier:
 def fit_harm_classifier(
     texts: Sequence[str],
     labels: Sequence[int],
-    source: Mapping[str, Any] | None = None,
+    source: JsonObject | None = None,
     *,
     folds: int = FOLDS,
 ) -> HarmClassifier:
@@ -169,7 +169,7 @@ def _fit(texts: Sequence[str], y: NDArray[np.int64]) -> tuple[tuple[str, ...], F
 
 def _cross_check(
     texts: Sequence[str], y: NDArray[np.int64], hashes: NDArray[np.int64], folds: int
-) -> dict[str, Any] | None:
+) -> JsonObject | None:
     """Agreement on left-out folds, or None where the texts do not allow for folds."""
     from sklearn.model_selection import StratifiedGroupKFold
 
@@ -201,7 +201,7 @@ def load_harm_classifier(stem: Path) -> HarmClassifier:
         raise UserError(f"{stem} is not a classifier of harm: {error}; fit it again") from None
 
 
-def _rebuilt(tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> HarmClassifier:
+def _rebuilt(tensors: dict[str, torch.Tensor], meta: JsonObject) -> HarmClassifier:
     terms, threshold = meta["vocabulary"], meta["threshold"]
     if meta["settings"] != SETTINGS:
         raise UserError(f"its settings are {str(meta['settings'])[:120]}, this version computes {SETTINGS}")

@@ -1,7 +1,7 @@
 """Tasks of EleutherAI's lm-eval harness in several arms of one model, and what the arms differ by.
 
     options = LmEvalOptions(data=["ifeval=ifeval.jsonl"], limit=100)
-    result = run_lm_eval("smollm2-135m", ["ifeval"], "smollm2-135m", ["assistant"], Path("runs/evals"), options=options)
+    result = run_lm_eval("smollm2-135m", ["ifeval"], "smollm2-135m", ["cap:assistant"], options=options)
     result.tasks["ifeval"].metrics["prompt_level_strict_acc"].arms["assistant"].change
 
 The first arm is the one that others are compared with (`lm_eval_result` says how). Tasks are loaded by
@@ -36,7 +36,6 @@ from personatlas.persona.errors import UserError
 from personatlas.persona.formats import read_table
 from personatlas.persona.interventions import BASELINE, Interventions, interventions_digest
 from personatlas.persona.logs import ResultCache
-from personatlas.persona.models.chat_template import ChatFormat
 from personatlas.persona.models.load import Model
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.records import JsonObject
@@ -123,23 +122,31 @@ def compare_tasks(
     """`run_lm_eval` of a loaded model. The first arm is the one that others are compared with."""
     if not arms:
         raise UserError('no arm is given: at least the baseline, {"baseline": []}')
-    data, chat = parse_task_data(options.data or []), load_chat(model)
+    data = parse_task_data(options.data or [])
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-    results, outcomes, notes = dict[str, TaskResult](), dict[str, MetricOutcomes](), list[str]()
+    results, outcomes = dict[str, TaskResult](), dict[str, MetricOutcomes]()
+    notes, cuts = list[str](), list[str]()
     with _checkers_ready(tasks) as has_short_list, _quiet():
         loaded = load_tasks(tasks, data, options.tasks_folder)
-        for name, task in loaded.items():
-            _configure(task, options)
-            notes += _notes(name, task, data, options.limit, has_short_list)
         cache = ResultCache(None if out is None else out / "answers.jsonl", "key", sync=False)
         for name, task in loaded.items():
-            runs = {
-                arm: _run(model, chat, plan, name, task, arm, options, cache) for arm, plan in arms.items()
-            }
+            runs = {arm: _run(model, plan, name, task, arm, options, cache) for arm, plan in arms.items()}
             results[name], outcomes[name] = _task_result(task, runs)
             cut = {arm: run.counts.cut for arm, run in runs.items() if run.counts.cut}
-            notes += [f"{name}, {arm}: {n} prompts were cut on the left to fit" for arm, n in cut.items()]
+            cuts += [f"{name}, {arm}: {n} prompts were cut on the left to fit" for arm, n in cut.items()]
+            docs, shots = task.eval_docs, task.get_config("num_fewshot")
+            if name in data and shots and task.get_config("fewshot_split"):
+                notes.append(
+                    f"{name}: its {shots} examples come from {data[name]} itself, never the row that is asked"
+                )
+            if has_short_list and "instruction_id_list" in docs.features:
+                instructions = docs["instruction_id_list"][: options.limit or len(docs)]
+                n = sum(own in SENTENCE_CHECKS for item in instructions for own in item)
+                notes.append(
+                    f"{name}: nltk's punkt_tab could not be downloaded, so sentences are found by a shorter list of "
+                    f"abbreviations; {n} instructions are checked by it"
+                )
     names = ("limit", "fewshot", "max_new_tokens", "margin")
     asked = {name: getattr(options, name) for name in names} | {"as_chat": not options.raw}
     result = LmEvalResult(
@@ -150,7 +157,7 @@ def compare_tasks(
         arms={arm: interventions_digest(plan) for arm, plan in arms.items()},
         asked=asked | {"data": {name: str(path) for name, path in data.items()}},
         tasks=compare_arms(results, next(iter(arms)), outcomes, options.margin),
-        notes=tuple(notes),
+        notes=(*notes, *cuts),
     )
     if out is not None:
         write_json(out / "lm_eval.json", result.to_json())
@@ -231,10 +238,8 @@ def _local_task(name: str, base: Path | None, file: Path, folder: Path) -> str:
 
     config = load_yaml(base, resolve_func=False) if base is not None else {}
     if "class" in config or not isinstance(config.get("task"), str) or "output_type" not in config:
-        raise UserError(
-            f"--data {name}={file}: {name} is no plain YAML task of its own; name one of its tasks, or write a YAML "
-            "into --tasks-folder"
-        )
+        reason = f"--data {name}={file}: {name} is no plain YAML task of its own"
+        raise UserError(f"{reason}; name one of its tasks, or write a YAML into --tasks-folder")
     rows = [row for _, row in read_table(file)]
     columns, needed = {key for row in rows for key in row}, set[str]()
     for template in (config.get(key) for key in TEMPLATES):
@@ -284,11 +289,17 @@ def _checkers_ready(names: Sequence[str]) -> Iterator[bool]:
         from langdetect import DetectorFactory
 
         DetectorFactory.seed = 0
-    if importlib.util.find_spec("nltk") is None or _has_punkt():
+    if importlib.util.find_spec("nltk") is None:
         yield False
         return
     import nltk
 
+    has_punkt = False
+    with contextlib.suppress(LookupError):
+        has_punkt = bool(nltk.data.find("tokenizers/punkt_tab"))
+    if has_punkt or nltk.download("punkt_tab", quiet=True, print_error_to=io.StringIO()):
+        yield False
+        return
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root) / "tokenizers" / "punkt_tab" / "english"
         folder.mkdir(parents=True)
@@ -302,63 +313,25 @@ def _checkers_ready(names: Sequence[str]) -> Iterator[bool]:
             nltk.data.path.remove(root)
 
 
-def _has_punkt() -> bool:
-    """Whether Punkt's data are there, or can be downloaded."""
-    import nltk
-
-    with contextlib.suppress(LookupError):
-        nltk.data.find("tokenizers/punkt_tab")
-        return True
-    return bool(nltk.download("punkt_tab", quiet=True, print_error_to=io.StringIO()))
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval's own remarks on tasks are not for the user of a command; errors are."""
-    logger = logging.getLogger("lm_eval")
+    """lm-eval's own remarks and the bars of datasets are not for the user of a command; errors are."""
+    import datasets
+
+    logger, is_shown = logging.getLogger("lm_eval"), datasets.is_progress_bar_enabled()
     before = logger.level
     logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
     try:
         yield
     finally:
         logger.setLevel(before)
-
-
-def _configure(task: "ConfigurableTask", options: LmEvalOptions) -> None:
-    """What lm-eval's own entry sets on a task before it is run."""
-    from personatlas.steering.evals.harnesses.lm_eval import LENGTH_SETTINGS
-
-    own, new = task.get_config("num_fewshot"), options.max_new_tokens
-    if own is None or (options.fewshot is not None and own != 0):
-        task.set_config("num_fewshot", options.fewshot or 0)
-    if new is not None and task.OUTPUT_TYPE == "generate_until":
-        settings = dict(task.get_config("generation_kwargs") or {})
-        lengths = [settings.pop(name) for name in LENGTH_SETTINGS if name in settings]
-        task.set_config("generation_kwargs", settings | {LENGTH_SETTINGS[0]: min([new, *lengths])})
-
-
-def _notes(
-    name: str, task: "ConfigurableTask", data: Mapping[str, Path], limit: int | None, has_short_list: bool
-) -> list[str]:
-    """What the reader of a task's values must know."""
-    notes, docs, shots = [], task.eval_docs, task.get_config("num_fewshot")
-    if name in data and shots and task.get_config("fewshot_split"):
-        notes.append(
-            f"{name}: its {shots} examples come from {data[name]} itself, never the row that is asked"
-        )
-    if has_short_list and "instruction_id_list" in docs.features:
-        instructions = docs["instruction_id_list"][: limit or len(docs)]
-        affected = sum(own in SENTENCE_CHECKS for item in instructions for own in item)
-        notes.append(
-            f"{name}: nltk's punkt_tab could not be downloaded, so sentences are found by a shorter list of "
-            f"abbreviations; {affected} instructions are checked by it"
-        )
-    return notes
+        if is_shown:
+            datasets.enable_progress_bars()
 
 
 def _run(
     model: Model,
-    chat: ChatFormat,
     plan: Interventions,
     name: str,
     task: "ConfigurableTask",
@@ -369,25 +342,29 @@ def _run(
     """One task in one arm."""
     from lm_eval.evaluator import evaluate
 
-    from personatlas.steering.evals.harnesses.lm_eval import PersonatlasLM
+    from personatlas.steering.evals.harnesses.lm_eval import LENGTH_SETTINGS, PersonatlasLM
 
-    lm = PersonatlasLM(model, chat, plan, as_chat=not options.raw, cache=cache, label=f"{name}, {arm}")
+    # what lm-eval's own entry sets on a task before it is run
+    shots, new = task.get_config("num_fewshot"), options.max_new_tokens
+    if shots is None or (options.fewshot is not None and shots != 0):
+        task.set_config("num_fewshot", options.fewshot or 0)
+    if new is not None and task.OUTPUT_TYPE == "generate_until":
+        settings = dict(task.get_config("generation_kwargs") or {})
+        lengths = [settings.pop(key) for key in LENGTH_SETTINGS if key in settings]
+        task.set_config("generation_kwargs", settings | {LENGTH_SETTINGS[0]: min([new, *lengths])})
     task.set_fewshot_seed(seed=FEWSHOT_SEED)  # every arm sees the same examples
+    as_chat, tasks = not options.raw, {"tasks": {name: task}, "groups": {}, "group_map": {}}
+    lm = PersonatlasLM(model, load_chat(model), plan, as_chat=as_chat, cache=cache, label=f"{name}, {arm}")
+    prompts = {"apply_chat_template": as_chat, "fewshot_as_multiturn": as_chat}
     try:
-        found = evaluate(
-            lm,
-            {"tasks": {name: task}, "groups": {}, "group_map": {}},
-            limit=options.limit,
-            bootstrap_iters=0,
-            apply_chat_template=not options.raw,
-            fewshot_as_multiturn=not options.raw,
-        )
+        found = evaluate(lm, tasks, limit=options.limit, bootstrap_iters=0, **prompts)
     except KeyError as error:
         columns = list(task.eval_docs.features)
         if error.args[0] in columns:
             raise
+        known = ", ".join(columns)
         raise UserError(
-            f"task {name} needs the column {error.args[0]!r}, which its data lack; they have {', '.join(columns)}"
+            f"task {name} needs the column {error.args[0]!r}, which its data lack; they have {known}"
         ) from None
     return _ArmRun(found["results"][name], found["samples"][name], lm.counts)
 
