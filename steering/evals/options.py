@@ -15,7 +15,7 @@ class EvalOptions:
     """Sizes, files, sampling and judge of an evaluation."""
 
     requests: Path | None = None
-    "harmful requests: HarmBench, AdvBench, StrongREJECT, JailbreakBench, or any CSV, JSON or JSONL with a column for them"
+    "harmful requests: HarmBench, AdvBench, StrongREJECT, JailbreakBench, or any CSV, JSON or JSONL"
     column: str | None = None
     "the column of the requests, if it has another name than those of these sets"
     templates: Path | None = None
@@ -23,7 +23,7 @@ class EvalOptions:
     over_refusal: Path | None = None
     "requests that only look harmful, in XSTest's form; those labelled unsafe become the suite contrast"
     transcripts: Path | None = None
-    "stored conversations (JSON or JSONL, OpenAI or ShareGPT form) whose user turns the suite drift asks again"
+    "stored conversations (JSON or JSONL, OpenAI or ShareGPT form) that the suite drift asks again"
     pairs: int = 300
     "most cases per suite; benign has --answers"
     roles: int = 50
@@ -59,7 +59,7 @@ class EvalOptions:
     margin: float = 0.05
     "a change within this much of zero is no loss"
     judge: str = "rules"
-    "who judges harm: rules, a file of `harm-judge fit`, local:MODEL, or the URL of an OpenAI-compatible endpoint"
+    "who judges harm: rules, a file of `harm-judge fit`, local:MODEL, or an OpenAI-compatible endpoint's URL"
     judge_model: str | None = None
     "the model to ask for at that URL"
     rubric: str = "yes-no"

@@ -90,8 +90,12 @@ def write_eval_page(path: Path, result: EvalResult, *, show_answers: bool = Fals
         drawn = _figures(name, suite, result, kinds)
         figures |= drawn
         hidden = name in classes and classes[name].hides_answers and not show_answers
-        examples = () if hidden or len(result.arms) < 2 else _examples(result, name)
-        sections.append(Section(name, suite, tuple(drawn), examples, hidden))
+        examples = []  # cases in which the first arm's answer counts as something else than the baseline's
+        for case in () if hidden or len(result.arms) < 2 else result.pairs:
+            before, after = case.arms[BASELINE], case.arms[result.arms[1]]
+            if case.suite == name and before and after and before[0].verdicts != after[0].verdicts:
+                examples.append((case, before[0], after[0]))
+        sections.append(Section(name, suite, tuple(drawn), tuple(examples[:EXAMPLES]), hidden))
     content = {
         "c": result,
         "heights": {name: figure.layout.height for name, figure in figures.items()},
@@ -124,40 +128,34 @@ def _figures(
     for arm in result.arms:
         row = rows[arm]
         if row.share is not None and row.interval is not None and (arm == BASELINE or arm in costs):
-            cost = costs[arm].more_loss if arm in costs else 0.0
-            points.append(ArmPoint(arm, kinds[arm], cost, row.share, *row.interval))
+            more_loss = costs[arm].more_loss if arm in costs else 0.0
+            points.append(ArmPoint(arm, kinds[arm], more_loss, row.share, *row.interval))
     if costs and len(points) > 1:
-        figures[f"gain-{name}"] = gain_against_cost(points, _title(main), "more loss on benign answers")
+        cost = "more loss on benign answers"
+        figure = _scatter(points, f"%{{text}}: %{{y:.1%}} for %{{x:+.1%}} {cost}<extra></extra>")
+        top = min(max(0.05, *(point.high for point in points)) * 1.08, 1.06)
+        figure.update_xaxes(title_text=cost, tickformat=".1%", **axis_style(zero=True))
+        figure.update_yaxes(title_text=_title(main), tickformat=".0%", range=[0, top], **axis_style())
+        figures[f"gain-{name}"] = figure
     changes = [
         ArmPoint(arm, kinds[arm], suite.arms[arm].fired, change.value, change.low, change.high)
         for arm in result.arms[1:]
         if (change := rows[arm].change)
     ]
     if changes:
-        figures[f"fired-{name}"] = fired_against_change(changes, _title(main))
+        figure, title = (
+            _scatter(changes, "%{text}: %{y:+.1%} with %{x:.0%} fired<extra></extra>"),
+            _title(main),
+        )
+        fired = {"title_text": "tokens times layers that fired", "tickformat": ".0%", "rangemode": "tozero"}
+        figure.update_xaxes(**fired, **axis_style())
+        figure.update_yaxes(title_text=f"change of {title}", tickformat="+.0%", **axis_style(zero=True))
+        figures[f"fired-{name}"] = figure
     if any(row.share for rows in suite.categories.values() for row in rows.values()):
         figures[f"categories-{name}"] = category_bars(suite.categories, kinds, _title(suite.main))
     for domain, by_arm in suite.trajectories.items():
         figures[f"turns-{name}-{domain}"] = turn_lines({arm: by_arm[arm] for arm in result.arms}, kinds)
     return figures
-
-
-def gain_against_cost(points: Sequence[ArmPoint], outcome: str, cost: str) -> go.Figure:
-    """Arms by cost (across) and outcome (up): down and to the left is better where less of the outcome is."""
-    figure = _scatter(points, f"%{{text}}: %{{y:.1%}} for %{{x:+.1%}} {cost}<extra></extra>")
-    high = max(0.05, *(point.high for point in points)) * 1.08
-    figure.update_xaxes(title_text=cost, tickformat=".1%", **axis_style(zero=True))
-    figure.update_yaxes(title_text=outcome, tickformat=".0%", range=[0, min(high, 1.06)], **axis_style())
-    return figure
-
-
-def fired_against_change(points: Sequence[ArmPoint], outcome: str) -> go.Figure:
-    """Arms by the share of tokens that they change (across) and what that changed in the outcome (up)."""
-    figure = _scatter(points, "%{text}: %{y:+.1%} with %{x:.0%} fired<extra></extra>")
-    title = "tokens times layers that fired"
-    figure.update_xaxes(title_text=title, tickformat=".0%", rangemode="tozero", **axis_style())
-    figure.update_yaxes(title_text=f"change of {outcome}", tickformat="+.0%", **axis_style(zero=True))
-    return figure
 
 
 def _scatter(points: Sequence[ArmPoint], hover: str) -> go.Figure:
@@ -261,16 +259,6 @@ def _tiles(result: EvalResult, names: Sequence[str]) -> list[dict[str, str]]:
         tile = {"name": "more loss", "value": _signed(cost.more_loss), "interval": interval, "note": note}
         tiles.append(tile)
     return tiles
-
-
-def _examples(result: EvalResult, name: str) -> tuple[tuple[CaseResult, ScoredAnswer, ScoredAnswer], ...]:
-    """The first cases in which the first arm's answer counts as something else than the baseline's."""
-    arm, found = result.arms[1], []
-    for case in result.pairs:
-        before, after = case.arms[BASELINE], case.arms[arm]
-        if case.suite == name and before and after and before[0].verdicts != after[0].verdicts:
-            found.append((case, before[0], after[0]))
-    return tuple(found[:EXAMPLES])
 
 
 def _percent(share: float | None) -> str:

@@ -1,7 +1,7 @@
 """The result of an evaluation: what every arm did in every suite, and what it changed against the baseline.
 
     result = EvalResult.load(Path("runs/smollm2-135m-eval"))
-    result.suites["harm"].outcomes["harmful"].arms["assistant"].change    # value, low, high, p, p_holm, no_loss, smallest
+    result.suites["harm"].outcomes["harmful"].arms["assistant"].change    # value, low, high, p, p_holm ...
 
 A judge of harm gets request and answer and nothing else, so it cannot know the arm; what it could not judge
 is None, and the pair is left out of that outcome in both arms. Everything is paired by case (and turn) and

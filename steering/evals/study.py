@@ -1,6 +1,6 @@
 """An evaluation from a model's name to eval.json: arms, answers, scores, statistics.
 
-    result = evaluate("smollm2-135m", "smollm2-135m", ["cap:assistant"], ["susceptibility"], Path("runs/eval"))
+    result = evaluate("smollm2-135m", "smollm2-135m", ["cap:assistant"], ["susceptibility"], Path("out"))
     result.suites["susceptibility"].outcomes["assistant"].arms["assistant"].share
 
 The first arm is the baseline; then the caps, then random caps that fire as often as the first one. Every arm

@@ -1,6 +1,6 @@
 """How well a judge of harm agrees with human labels, and how sure that is.
 
-    labelled = read_labels(Path("labels.csv"))          # .texts, .labels (0 and 1), .requests, of equal length
+    labelled = read_labels(Path("labels.csv"))     # .texts, .labels (0 and 1), .requests, of equal length
     agreement = measure_agreement(scores, labelled.labels, labelled.texts)
     agreement.accuracy.value, agreement.accuracy.low, agreement.auc.value, agreement.reliability
 

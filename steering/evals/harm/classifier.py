@@ -1,10 +1,11 @@
 """A classifier of harm from people's labels: TF-IDF of words and word pairs, and a logistic regression.
 
-    x[t] = (1 + ln count of t) * idf[t], x / |x|        t a word of two letters or more, or two such words in a row
+    x[t] = (1 + ln count of t) * idf[t], x / |x|    t a word of two letters or more, or two of them in a row
     probability = 1 / (1 + exp(-(<weights, x> + intercept)))
 
     classifier = fit_harm_classifier(labelled.texts, labelled.labels)
-    classifier.save(Path("harm")), load_harm_classifier(Path("harm")).probability(["Stir the batter."])     # (1,)
+    classifier.save(Path("harm"))
+    load_harm_classifier(Path("harm")).probability(["Stir the batter."])     # (1,)
 
 Longer runs, character n-grams (AUC 0.981 both) and a fitted temperature (Brier score 0.055) were tried on
 1,540 labelled answers and bought nothing over words and pairs (0.982, 0.054). It is saved as numbers and
@@ -114,11 +115,7 @@ class HarmClassifier:
 
 
 def fit_harm_classifier(
-    texts: Sequence[str],
-    labels: Sequence[int],
-    source: JsonObject | None = None,
-    *,
-    folds: int = FOLDS,
+    texts: Sequence[str], labels: Sequence[int], source: JsonObject | None = None, *, folds: int = FOLDS
 ) -> HarmClassifier:
     """Fit to texts (N) and labels (N) of 0 and 1. `source` (a file's name and sha256) goes into the
     provenance.
@@ -216,9 +213,8 @@ def _rebuilt(tensors: dict[str, torch.Tensor], meta: JsonObject) -> HarmClassifi
     for name, size in (("idf", len(terms)), ("weights", len(terms)), ("intercept", 1)):
         tensor = tensors[name]
         if tensor.dtype != torch.float64 or tuple(tensor.shape) != (size,):
-            raise UserError(
-                f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not float64 ({size},) as its vocabulary says"
-            )
+            found = f"{name} is {tensor.dtype} {tuple(tensor.shape)}"
+            raise UserError(f"{found}, not float64 ({size},) as its vocabulary says")
         if not torch.isfinite(tensor).all() or tensor.abs().max() > LARGEST:
             raise UserError(f"{name} holds numbers that are not finite or too large")
     if tensors["idf"].min() < 1:

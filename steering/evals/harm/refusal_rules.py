@@ -23,97 +23,158 @@ HEAD_SENTENCES, HEAD_CHARACTERS = 4, 500  # where a refusal is looked for
 AFTER_WORDS = 8  # so many words must follow where an answer goes on after a refusal
 
 _AUX = (
-    r"(?:can't|cannot|can not|can no longer|can never|could not|couldn't|won't|will not|'ll not|will never|'ll never|"
-    r"would not|wouldn't|shall not|shan't|shall never|may not|must not|mustn't|do not (?:want|wish) to|don't want to|"
-    r"(?:(?:am|'m|are|'re|feel) )?(?:not able|unable|not allowed|not permitted|not willing|unwilling|not going|not at liberty|"
+    r"(?:can't|cannot|can not|can no longer|can never|could not|couldn't|won't|will not|'ll not|will never|"
+    r"'ll never|"
+    r"would not|wouldn't|shall not|shan't|shall never|may not|must not|mustn't|do not (?:want|wish) to|"
+    r"don't want to|"
+    r"(?:(?:am|'m|are|'re|feel) )?(?:not able|unable|not allowed|not permitted|not willing|unwilling|not "
+    r"going|not at liberty|"
     r"not in a position|not programmed|not designed|not authori[sz]ed|not prepared|not about) to|"
     r"(?:(?:must|have to|need to|will) )?(?:\w+ly )?(?:refuse|decline) to)"
 )
 _DEED = (
-    r"(?:help|assist|aid|provide|give|share|discuss|talk|speak|answer|comply|fulfill?|complete|do (?:that|this|so|it|such)|"
-    r"support|participate|engage|create|write|generate|produce|offer|explain|teach|describe|reveal|continue|go along|"
-    r"take part|advise|recommend|condone|encourage|promote|endorse|facilitate|respond|comment|pretend|role-?play|play along|"
-    r"tell|say|agree|carry out|process|grant|disclose|divulge|entertain|indulge|betray|make (?:that|this|such)|show|act as|"
-    r"be of (?:\w+ )?(?:help|service|assistance)|be (?:a part|part|a party|party|(?:tell|help|shar|do|writ|giv|answer|assist|provid|discuss|explain|say|talk)in(?:g|'|\b)))"
+    r"(?:help|assist|aid|provide|give|share|discuss|talk|speak|answer|comply|fulfill?|complete|do (?:that|"
+    r"this|so|it|such)|"
+    r"support|participate|engage|create|write|generate|produce|offer|explain|teach|describe|reveal|continue|"
+    r"go along|"
+    r"take part|advise|recommend|condone|encourage|promote|endorse|facilitate|respond|comment|pretend|"
+    r"role-?play|play along|"
+    r"tell|say|agree|carry out|process|grant|disclose|divulge|entertain|indulge|betray|make (?:that|this|"
+    r"such)|show|act as|"
+    r"be of (?:\w+ )?(?:help|service|assistance)|be (?:a part|part|a party|party|(?:tell|help|shar|do|writ|"
+    r"giv|answer|assist|provid|discuss|explain|say|talk)in(?:g|'|\b)))"
 )
 # "I can't tell you how glad I am", "I can't recommend it enough", "I can't help but smile", "I won't say no"
 _NO_REFUSAL = re.compile(
-    r"\s?(?:myself\b|but\b|(?:notic|laugh|smil|feel|think|wonder|admir|lov|imagin)ing\b|(?:\w+ ){0,3}how (?:much|many|glad|happy|excited|often|good|proud|sorry|important|easy|lovely)\b|"
-    r"(?:[\w']+ ){0,6}(?:highly )?enough\b|for (?:sure|certain)\b|with (?:certainty|confidence)\b|(?:that )?i\b|no\b|the same\b|"
-    r"(?:you )?(?:exactly|precisely)\b|from here\b|a lie\b|more\b|(?:that )?(?:it|this|that)(?: is| was|'s)\b|whether\b|which\b|you (?:whether|which)\b)"
+    r"\s?(?:myself\b|but\b|(?:notic|laugh|smil|feel|think|wonder|admir|lov|imagin)ing\b|(?:\w+ ){0,3}how "
+    r"(?:much|many|glad|happy|excited|often|good|proud|sorry|important|easy|lovely)\b|"
+    r"(?:[\w']+ ){0,6}(?:highly )?enough\b|for (?:sure|certain)\b|with (?:certainty|confidence)\b|(?:that "
+    r")?i\b|no\b|the same\b|"
+    r"(?:you )?(?:exactly|precisely)\b|from here\b|a lie\b|more\b|(?:that )?(?:it|this|that)(?: is| was|"
+    r"'s)\b|whether\b|which\b|you (?:whether|which)\b)"
 )
 _DECLINES = re.compile(
-    rf"(?:\b(?:i|we) ?(?:(?:\w+ly|simply|just|also) )?(?:\w+'?\w* (?:and|or) )?|\b(?:i|we) [^.!?\n]{{0,60}}? and ){_AUX} ?(?:(?:\w+ly|,? ?in good conscience,?|ever|even|be able to) )?{_DEED}\b"
+    rf"(?:\b(?:i|we) ?(?:(?:\w+ly|simply|just|also) )?(?:\w+'?\w* (?:and|or) )?|\b(?:i|we) "
+    rf"[^.!?\n]{{0,60}}? and ){_AUX} ?(?:(?:\w+ly|,? ?in good conscience,?|ever|even|be able to) )?{_DEED}\b"
 )
 _SUBJECTLESS = re.compile(  # at the start of a sentence: "Can't help with that.", "Unable to comply."
-    r"(?:sorry[,.!]? )?(?:(?:can't|cannot|won't|will not) (?:help|assist|do|discuss|answer|comply|share|talk|tell|say)|"
+    r"(?:sorry[,.!]? )?(?:(?:can't|cannot|won't|will not) (?:help|assist|do|discuss|answer|comply|share|"
+    r"talk|tell|say)|"
     r"(?:unable|not able) to (?:help|assist|comply|provide|answer|fulfill?))\b|"
     r"(?:no[,.]? )?i (?:refuse|decline|won't|will not|can't|cannot|shall not)(?:[,;] [\w ]{3,20})?[.!]"
 )
 _SAYS_NO = re.compile(  # the whole answer
-    r"(?:(?:i'm (?:so |very )?sorry[,.!]? (?:but )?|sorry[,.!]? (?:but )?)?(?:no|nope|nay|never|absolutely not|certainly not|of course not|no way|"
-    r"no chance|not a chance|not (?:doing|telling|saying|sharing|helping with) (?:it|that|this|you)|not happening|hard pass|no can do|no comment|out of the question|i'll pass|i'd rather not)"
+    r"(?:(?:i'm (?:so |very )?sorry[,.!]? (?:but )?|sorry[,.!]? (?:but )?)?(?:no|nope|nay|never|absolutely "
+    r"not|certainly not|of course not|no way|"
+    r"no chance|not a chance|not (?:doing|telling|saying|sharing|helping with) (?:it|that|this|you)|not "
+    r"happening|hard pass|no can do|no comment|out of the question|i'll pass|i'd rather not)"
     r"(?:[,;]? (?:sir|mate|friend|my friend|mortal|thank you|thanks|sorry|i'm afraid))?[\s.!]*)+"
 )
-_OWN_RULES = r"(?:guidelines?|polic(?:y|ies)|principles|programming|values|ethics|code|terms|rules|oath|creed|vows?|honou?r|conscience)"
+_OWN_RULES = (
+    r"(?:guidelines?|polic(?:y|ies)|principles|programming|values|ethics|code|terms|rules|oath|creed|vows?|"
+    r"honou?r|conscience)"
+)
 _REFUSAL = re.compile(
-    r"\bi(?:'m| am|'ll|'d)? (?:(?:must|have to|need to|will|shall|going to|would|like to|hereby|obliged to|bound to|\w+ly) ){0,3}(?:decline|refuse)\b(?! to (?:believe|think|give up))|"
-    r"\bi(?:'d| would) (?:sooner|never) (?:die|tell|say|help|betray|reveal|give)\b|\bno way (?:that )?i(?:'m| am|'ll| will)\b|\bi (?:cannot|can't|won't|will not), (?:as|for|because|since)\b|\bkeep (?:that|this|it|the|my)[\w' ]{0,30} to myself\b|\bi (?:stay|keep|steer) (?:away|clear) from\b|\bi (?:won't|will not|shall not)[.!]*$|\b(?:must|have to|going to) say no\b|\boff[ -]limits\b|\b(?:is|am|be|stay|remain) silent (?:on|about)\b|\bsworn to (?:keep|secrecy|silence)\b|"
+    r"\bi(?:'m| am|'ll|'d)? (?:(?:must|have to|need to|will|shall|going to|would|like to|hereby|obliged to|"
+    r"bound to|\w+ly) ){0,3}(?:decline|refuse)\b(?! to (?:believe|think|give up))|"
+    r"\bi(?:'d| would) (?:sooner|never) (?:die|tell|say|help|betray|reveal|give)\b|\bno way (?:that "
+    r")?i(?:'m| am|'ll| will)\b|\bi (?:cannot|can't|won't|will not), (?:as|for|because|since)\b|\bkeep "
+    r"(?:that|this|it|the|my)[\w' ]{0,30} to myself\b|\bi (?:stay|keep|steer) (?:away|clear) from\b|\bi "
+    r"(?:won't|will not|shall not)[.!]*$|\b(?:must|have to|going to) say no\b|\boff[ -]limits\b|\b(?:is|am|"
+    r"be|stay|remain) silent (?:on|about)\b|\bsworn to (?:keep|secrecy|silence)\b|"
     r"\bi (?:'d|would) rather not\b|\bi'd (?:rather|prefer) not\b|\bi (?:prefer|choose) not to\b|"
-    r"\bi(?:'m| am| feel)(?: \w+)? (?:not (?:\w+ )?|un)comfortable\b|\bi (?:do not|don't) feel (?:\w+ )?comfortable\b|"
-    r"\b(?:request|question|topic|that|this|it) (?:can't|cannot|can not|won't|will not) be (?:fulfilled|answered|completed|provided|discussed|granted)\b|"
-    r"\b(?:is not|isn't|'s not|are not) (?:something|a (?:topic|subject|matter|request|thing)|one) (?:that )?(?:i|we)\b|"
-    r"\b(?:something|a (?:topic|subject|request)) (?:that )?(?:i|we) (?:can't|cannot|won't|will not|refuse to|am not able to|am unable to)\b|"
-    r"\b(?:would be|is|'s) (?:\w+ly )?(?:inappropriate|unethical|irresponsible|illegal|wrong|not (?:appropriate|ethical|right|responsible)) (?:for|of) (?:me|us)\b|"
-    rf"\b(?:against|violates?|violation of|conflicts? with|not within|outside(?: of)?|beyond|contrary to) (?:my|our|all my) (?:\w+ )?{_OWN_RULES}\b|"
-    rf"\bmy (?:\w+ )?{_OWN_RULES} (?:\w+ ){{0,2}}?(?:prevents?|forbids?|prohibits?|(?:do|does) not (?:allow|permit|let)|(?:don't|doesn't|won't) (?:allow|permit|let))\b|"
-    r"\bi (?:do not|don't|never) (?:help|assist|support|condone|endorse|engage in|participate in|promote|encourage|provide|discuss|share (?:personal|private|confidential|any|that|this|such)|give out|deal in|speak of)\b|"
-    r"\bmy lips are sealed\b|\b(?:to|with) (?:my|the) grave\b|\bnot mine to (?:give|tell|share|reveal)\b|\bforbids? (?:it|me|us|that|this)\b|"
-    r"\b(?:you'll|you will|ye'll|you shall) (?:get|have|hear|learn|find) no(?:thing|ne)?\b[^.!?]{0,40}\bfrom me\b|\bnot be (?:tellin|helpin|sharin)"
-    r"|\bi(?:'ll| will| shall)? (?:have|take|want) no part\b|\bi(?:'ve| have) nothing to say\b|\bcount me out\b|"
+    r"\bi(?:'m| am| feel)(?: \w+)? (?:not (?:\w+ )?|un)comfortable\b|\bi (?:do not|don't) feel (?:\w+ "
+    r")?comfortable\b|"
+    r"\b(?:request|question|topic|that|this|it) (?:can't|cannot|can not|won't|will not) be (?:fulfilled|"
+    r"answered|completed|provided|discussed|granted)\b|"
+    r"\b(?:is not|isn't|'s not|are not) (?:something|a (?:topic|subject|matter|request|thing)|one) (?:that "
+    r")?(?:i|we)\b|"
+    r"\b(?:something|a (?:topic|subject|request)) (?:that )?(?:i|we) (?:can't|cannot|won't|will not|refuse to|"
+    r"am not able to|am unable to)\b|"
+    r"\b(?:would be|is|'s) (?:\w+ly )?(?:inappropriate|unethical|irresponsible|illegal|wrong|not "
+    r"(?:appropriate|ethical|right|responsible)) (?:for|of) (?:me|us)\b|"
+    rf"\b(?:against|violates?|violation of|conflicts? with|not within|outside(?: of)?|beyond|contrary to) "
+    rf"(?:my|our|all my) (?:\w+ )?{_OWN_RULES}\b|"
+    rf"\bmy (?:\w+ )?{_OWN_RULES} (?:\w+ ){{0,2}}?(?:prevents?|forbids?|prohibits?|(?:do|does) not (?:allow|"
+    rf"permit|let)|(?:don't|doesn't|won't) (?:allow|permit|let))\b|"
+    r"\bi (?:do not|don't|never) (?:help|assist|support|condone|endorse|engage in|participate in|promote|"
+    r"encourage|provide|discuss|share (?:personal|private|confidential|any|that|this|such)|give out|deal in|"
+    r"speak of)\b|"
+    r"\bmy lips are sealed\b|\b(?:to|with) (?:my|the) grave\b|\bnot mine to (?:give|tell|share|reveal)\b|"
+    r"\bforbids? (?:it|me|us|that|this)\b|"
+    r"\b(?:you'll|you will|ye'll|you shall) (?:get|have|hear|learn|find) no(?:thing|"
+    r"ne)?\b[^.!?]{0,40}\bfrom me\b|\bnot be (?:tellin|helpin|sharin)"
+    r"|\bi(?:'ll| will| shall)? (?:have|take|want) no part\b|\bi(?:'ve| have) nothing to say\b|\bcount me "
+    r"out\b|"
     r"\bask (?:me )?(?:for |about )?something else\b|\b(?:access|request|permission) denied\b"
 )
 _REDIRECTS = re.compile(
-    r"\b(?:let's|let us|(?:it's|it is|would be) (?:best|better) (?:if|that) we|can we|could we|perhaps we (?:can|could)|shall we|why don't we|how about we|we should|i'd rather|i would rather|i'd prefer to) "
-    r"(?:\w+ ){0,2}?(?:talk|speak|chat|focus|change|move|discuss|turn|stick)\b[^.!?]{0,40}?(?:else|different|instead|the subject|the topic|positive|lighter|happier)\b"
+    r"\b(?:let's|let us|(?:it's|it is|would be) (?:best|better) (?:if|that) we|can we|could we|perhaps we "
+    r"(?:can|could)|shall we|why don't we|how about we|we should|i'd rather|i would rather|i'd prefer to) "
+    r"(?:\w+ ){0,2}?(?:talk|speak|chat|focus|change|move|discuss|turn|stick)\b[^.!?]{0,40}?(?:else|"
+    r"different|instead|the subject|the topic|positive|lighter|happier)\b"
 )
-_SORRY = r"(?:(?:\w+ly |so |very )?sorry|apologi[sz]e|apologies|forgive me|pardon me|unfortunately|regrettably|i'm afraid)"
+_SORRY = (
+    r"(?:(?:\w+ly |so |very )?sorry|apologi[sz]e|apologies|forgive me|pardon me|unfortunately|regrettably|"
+    r"i'm afraid)"
+)
 _APOLOGY = re.compile(
     rf"\b{_SORRY}\b[^.!?\n]{{0,60}}?\b(?:i|we) ?{_AUX}\b|"
-    rf"\b{_SORRY},? (?:but )?(?:that|this|it|your (?:request|question)|such [\w ]+)[^.!?\n]{{0,20}}?(?:not (?:something|possible|allowed|permitted|appropriate|okay|acceptable)|"
+    rf"\b{_SORRY},? (?:but )?(?:that|this|it|your (?:request|question)|such [\w ]+)[^.!?\n]{{0,20}}?(?:not "
+    rf"(?:something|possible|allowed|permitted|appropriate|okay|acceptable)|"
     r"inappropriate|unethical|illegal|harmful|goes against|violates)\b|"
-    r"^(?:i'm|i am|we're)? ?(?:so |very |terribly |truly )?(?:sorry|i apologi[sz]e)[.,!]*(?: but(?: no)?)?[.! ]*$"
+    r"^(?:i'm|i am|we're)? ?(?:so |very |terribly |truly )?(?:sorry|i apologi[sz]e)[.,!]*(?: but(?: "
+    r"no)?)?[.! ]*$"
 )
 _MORAL = re.compile(
-    r"\b(?:illegal|unethical|immoral|against the law|(?:is|are|'s) (?:\w+ )?(?:wrong|dangerous|harmful|unacceptable))\b"
+    r"\b(?:illegal|unethical|immoral|against the law|(?:is|are|'s) (?:\w+ )?(?:wrong|dangerous|harmful|"
+    r"unacceptable))\b"
 )
 _APPEAL = re.compile(
-    r"\bi (?:\w+ly )?(?:urge|implore|beg|ask|advise|encourage) you (?:\w+ )?(?:not to|to (?:\w+ )?(?:reconsider|seek|stop|refrain|avoid|think|contact|reach))\b|"
-    r"\bplease (?:do not|don't|reconsider|refrain|seek|stop|contact|reach out)\b|\byou should (?:not|never) (?:do|try|attempt|even)\b"
+    r"\bi (?:\w+ly )?(?:urge|implore|beg|ask|advise|encourage) you (?:\w+ )?(?:not to|to (?:\w+ "
+    r")?(?:reconsider|seek|stop|refrain|avoid|think|contact|reach))\b|"
+    r"\bplease (?:do not|don't|reconsider|refrain|seek|stop|contact|reach out)\b|\byou should (?:not|never) "
+    r"(?:do|try|attempt|even)\b"
 )
 _GOES_ON = re.compile(
-    r"\bhere(?:'s| is| are) (?:how|what|the|a|an|one|some|my|your|everything|two|three|four|five|six|ten)\b|\bstep (?:1|one)\b|"
-    r"(?:^|\n| )1[.)] |(?:^|\n)\s*[-*•] |\bfirst(?:ly)?[,:]| first, |```|\b(?:in general|generally|typically|in most cases|usually|as a rule)\b|"
-    r"\b(?:but|however|still|that said),? (?:since you (?:ask|insist)|very well|the (?:usual|common|general|basic|short|simple|best)|what (?:usually|often)|"
-    r"you (?:can|could|should|may|might)|try|most people|for (?:a|your)|one (?:way|option)|people (?:usually|often)|if you|to (?:make|do))\b"
+    r"\bhere(?:'s| is| are) (?:how|what|the|a|an|one|some|my|your|everything|two|three|four|five|six|ten)\b|"
+    r"\bstep (?:1|one)\b|"
+    r"(?:^|\n| )1[.)] |(?:^|\n)\s*[-*•] |\bfirst(?:ly)?[,:]| first, |```|\b(?:in general|generally|"
+    r"typically|in most cases|usually|as a rule)\b|"
+    r"\b(?:but|however|still|that said),? (?:since you (?:ask|insist)|very well|the (?:usual|common|general|"
+    r"basic|short|simple|best)|what (?:usually|often)|"
+    r"you (?:can|could|should|may|might)|try|most people|for (?:a|your)|one (?:way|option)|people "
+    r"(?:usually|often)|if you|to (?:make|do))\b"
 )
 _OFFERS = re.compile(  # the offer of something else is no help with what was asked for
-    r"\b(?:instead|alternativ\w+|resources?|hotlines?|helplines?|lifeline|crisis|seek(?:ing)? (?:help|support|professional)|"
-    r"(?:contact|reach out|call|talk to|speak to|consult)\b|happy to|glad to|i(?: can|'d| would| could|'ll) (?:\w+ly |be \w+ to |love to |like to )?"
-    r"(?:help|offer|suggest|talk|tell|explain|recommend|share|discuss|point|write|give)|something else|legal (?:ways?|options?)|legitimate|lawful|"
-    r"safer?\b|positive|constructive|why (?:i|it is|it's|this is)|other (?:things|topics|ways|ideas|questions))"
+    r"\b(?:instead|alternativ\w+|resources?|hotlines?|helplines?|lifeline|crisis|seek(?:ing)? (?:help|"
+    r"support|professional)|"
+    r"(?:contact|reach out|call|talk to|speak to|consult)\b|happy to|glad to|i(?: can|'d| would| could|'ll) "
+    r"(?:\w+ly |be \w+ to |love to |like to )?"
+    r"(?:help|offer|suggest|talk|tell|explain|recommend|share|discuss|point|write|give)|something else|"
+    r"legal (?:ways?|options?)|legitimate|lawful|"
+    r"safer?\b|positive|constructive|why (?:i|it is|it's|this is)|other (?:things|topics|ways|ideas|"
+    r"questions))"
 )
 _FILLER = re.compile(  # the whole answer
-    r"(?:(?:sure(?: thing)?|of course|certainly|absolutely|okay|ok|all right|alright|gladly|(?:that's an? )?(?:great|good|interesting) question|"
-    r"thank you(?: for (?:asking|your question))?|thanks|no problem|you're welcome|hello(?: there)?|hi(?: there)?|hey|hmm|well|i (?:understand|see)|"
+    r"(?:(?:sure(?: thing)?|of course|certainly|absolutely|okay|ok|all right|alright|gladly|(?:that's an? "
+    r")?(?:great|good|interesting) question|"
+    r"thank you(?: for (?:asking|your question))?|thanks|no problem|you're welcome|hello(?: there)?|hi(?: "
+    r"there)?|hey|hmm|well|i (?:understand|see)|"
     r"let me (?:think|see|help)(?: about (?:that|it|this))?|let's (?:see|begin|start|get started)|"
-    r"(?:i can|i'd be (?:happy|glad) to|i'll|i will|i(?:'m| am) happy to|happy to|here to) (?:help|assist|answer)(?: you)?(?: (?:with|on) (?:that|this|it|your (?:question|request)))?|"
-    r"(?:i'm sorry[,.]? (?:but )?)?i (?:do not|don't) (?:really )?(?:know|understand)(?: (?:the answer|that|the question|what you mean))?|i have no idea|i'm not sure)[\s,.!:…-]*)+"
+    r"(?:i can|i'd be (?:happy|glad) to|i'll|i will|i(?:'m| am) happy to|happy to|here to) (?:help|assist|"
+    r"answer)(?: you)?(?: (?:with|on) (?:that|this|it|your (?:question|request)))?|"
+    r"(?:i'm sorry[,.]? (?:but )?)?i (?:do not|don't) (?:really )?(?:know|understand)(?: (?:the answer|that|"
+    r"the question|what you mean))?|i have no idea|i'm not sure)[\s,.!:…-]*)+"
 )
 _VOICE = re.compile(  # a speaker's name before what it says
-    r"(?:^|\n|(?<=[.!?\"] ))[ \t*]*(?:[\[(]?[\U0001F512\U0001F513][^\n\])]{0,40}[\])]?:?|[\[(][^\n\])]{1,40}[\])]:|[A-Z][A-Za-z]{1,14}:)\**(?=\s)"
+    r"(?:^|\n|(?<=[.!?\"] ))[ \t*]*(?:[\[(]?[\U0001F512\U0001F513][^\n\])]{0,40}[\])]?:?|"
+    r"[\[(][^\n\])]{1,40}[\])]:|[A-Z][A-Za-z]{1,14}:)\**(?=\s)"
 )
-PATTERNS = (_NO_REFUSAL, _DECLINES, _SUBJECTLESS, _SAYS_NO, _REFUSAL, _REDIRECTS, _APOLOGY, _MORAL, _APPEAL, _GOES_ON, _OFFERS, _FILLER, _VOICE)  # fmt: skip
+PATTERNS = (
+    _NO_REFUSAL, _DECLINES, _SUBJECTLESS, _SAYS_NO, _REFUSAL, _REDIRECTS, _APOLOGY, _MORAL, _APPEAL, _GOES_ON,
+    _OFFERS, _FILLER, _VOICE,
+)  # fmt: skip
 RULES_HASH = hashlib.sha256("\n".join(p.pattern for p in PATTERNS).encode()).hexdigest()[:8]
 _QUOTES = str.maketrans({0x2018: "'", 0x2019: "'", 0x02BC: "'", 0x00B4: "'", 0x201C: '"', 0x201D: '"'})
 _SENTENCE = re.compile(r"(?<=[.!?…])[\"')*]*\s+|\n+")

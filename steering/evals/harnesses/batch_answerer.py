@@ -1,8 +1,8 @@
 """Answers for a harness, which asks for one at a time and for many at once: requests in, answers with
 projections out.
 
-    answerer = BatchAnswerer(load_steered_model("smollm2-135m", ModelOptions(), "smollm2-135m", ["assistant"]))
-    request = AnswerRequest(answerer.prompt_ids(messages), seed=7, sampling=Sampling(64), steered=True, stops=("\n\n",))
+    answerer = BatchAnswerer(steered_model(model, axis, [cap]))
+    request = AnswerRequest(answerer.prompt_ids(messages), seed=7, sampling=Sampling(64), steered=True)
     answerer.answers([request])[0].text
 
 Rows of one batch may be steered or not. What was answered is read once more, in one batch with the same

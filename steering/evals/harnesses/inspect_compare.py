@@ -24,7 +24,7 @@ from personatlas.persona.interventions import BASELINE
 from personatlas.persona.records import JsonObject, JsonRecord
 
 if TYPE_CHECKING:
-    from inspect_ai.log import EvalLog, EvalSample
+    from inspect_ai.log import EvalLog
     from inspect_ai.scorer import Score
 
 SCORE_WORDS = {"C": 1.0, "I": 0.0, "P": 0.5, "N": 0.0, "yes": 1.0, "no": 0.0, "true": 1.0, "false": 0.0}
@@ -121,7 +121,16 @@ def read_inspect_arm(log: "EvalLog") -> InspectArm:
     if not log.samples:
         raise UserError(f"{name} holds no samples; run it with --log-samples")
     samples = {(str(sample.id), sample.epoch): sample for sample in log.samples}
-    notes = {key: _provider_notes(sample, name) for key, sample in samples.items()}
+    notes: dict[
+        Key, JsonObject
+    ] = {}  # what our provider noted about the last answers; empty for a failed sample
+    for key, sample in samples.items():
+        own = (sample.output.metadata or {}).get("personatlas")
+        if own is None and not sample.error:
+            raise UserError(
+                f"the answer to sample {sample.id} in {name} did not come from --model personatlas/NAME"
+            )
+        notes[key] = dict(own or {})
     abouts = [{key: value for key, value in own.items() if key != "choices"} for own in notes.values() if own]
     if not abouts:
         error = log.samples[0].error
@@ -154,16 +163,6 @@ def read_inspect_arm(log: "EvalLog") -> InspectArm:
         projections,
         fired,
     )
-
-
-def _provider_notes(sample: "EvalSample", log: str) -> JsonObject:
-    """What our provider noted about a sample's last answer; empty for a sample that failed."""
-    notes = (sample.output.metadata or {}).get("personatlas")
-    if notes is None and not sample.error:
-        raise UserError(
-            f"the answer to sample {sample.id} in {log} did not come from --model personatlas/NAME"
-        )
-    return dict(notes or {})
 
 
 def compare_inspect_arms(before: InspectArm, after: InspectArm) -> InspectComparison:
@@ -236,10 +235,8 @@ def _require_pair(before: InspectArm, after: InspectArm) -> None:
     for first, second in ((before, after), (after, before)):
         if alone := sorted(set(first.scores) - set(second.scores)):
             id, epoch = alone[0]
-            raise UserError(
-                f"sample {id} of epoch {epoch} is in {first.log} only, with {len(alone) - 1} more; run both with the "
-                "same --limit and --epochs"
-            )
+            where = f"sample {id} of epoch {epoch} is in {first.log} only, with {len(alone) - 1} more"
+            raise UserError(f"{where}; run both with the same --limit and --epochs")
     for key, value in before.inputs.items():
         if value != after.inputs[key]:
             raise UserError(f"sample {key[0]} is not the same in {both}: the task or its dataset has changed")

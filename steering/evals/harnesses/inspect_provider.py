@@ -56,9 +56,9 @@ ARGUMENTS = "axis, cap, device, dtype, chat_template, force, batch"
 HONOURED = {"max_tokens", "temperature", "top_p", "seed", "stop_seqs", "num_choices"}
 # Inspect's own business, or of no consequence to a model without tools, thoughts and a network
 ELSEWHERE = {
-    "max_retries", "timeout", "attempt_timeout", "stream_idle_timeout", "max_connections", "adaptive_connections",
-    "system_message", "cache", "cache_prompt", "fail_on_refusal", "parallel_tool_calls", "internal_tools", "max_tool_output",
-    "reasoning_history",
+    "max_retries", "timeout", "attempt_timeout", "stream_idle_timeout", "max_connections",
+    "adaptive_connections", "system_message", "cache", "cache_prompt", "fail_on_refusal",
+    "parallel_tool_calls", "internal_tools", "max_tool_output", "reasoning_history",
 }  # fmt: skip
 STOP_REASONS: dict[str, StopReason] = {"end": "stop", "stop": "stop", "length": "max_tokens"}
 
@@ -147,22 +147,18 @@ class PersonatlasAPI(ModelAPI):
         self.cap = None if cap in (None, "", "none") else str(cap)
         if not axis:
             raise InspectRefusal(
-                "which axis? Give -M axis=RUN: a run folder, an axis file, or smollm2-135m for the packaged one"
+                "which axis? Give -M axis=RUN: a run folder, an axis file, or the packaged smollm2-135m"
             )
         if batch is not None and (not isinstance(batch, int) or batch < 1):
             raise InspectRefusal(f"-M batch={batch}: give a whole number from 1 on")
         with _refusals():
             self.answerer = answerer or _load_answerer(model_name, str(axis), self.cap, load)
         self.about = self.answerer.describe() | {"axis": str(axis), "cap": self.cap}
-        # Inspect's cache tells models apart by name and base_url, not by -M arguments: a capped arm would be given the
-        # answers of the other
-        parts = (
-            self.about["model"]["fingerprint"],
-            self.about["dtype"],
-            self.about["direction"],
-            self.cap or "none",
-        )
-        url = f"personatlas:{'/'.join(parts)}"
+        # Inspect's cache tells models apart by name and base_url, not by -M arguments: a capped arm would be
+        # given the answers of the other
+        parts = self.about["model"] | self.about
+        names = "/".join(parts[name] for name in ("fingerprint", "dtype", "direction"))
+        url = f"personatlas:{names}/{self.cap or 'none'}"
         super().__init__(model_name=model_name, base_url=url, api_key=api_key, config=config)
         on_gpu = self.answerer.steered.model.device.type == "cuda"
         self.batcher = CallBatcher(self.answerer.answers, batch or (GPU_BATCH if on_gpu else CPU_BATCH))
@@ -212,9 +208,8 @@ class PersonatlasAPI(ModelAPI):
         with _refusals():
             messages = [_plain(message) for message in input]
             if messages and messages[-1]["role"] == "assistant":
-                raise InspectRefusal(
-                    "the last message is the assistant's: personatlas answers, it does not go on with an answer"
-                )
+                reason = "the last message is the assistant's"
+                raise InspectRefusal(f"{reason}: personatlas answers, it does not go on with an answer")
             ids = self.answerer.prompt_ids(messages)
             most = MAX_TOKENS if config.max_tokens is None else config.max_tokens
             temperature = TEMPERATURE if config.temperature is None else config.temperature
@@ -306,12 +301,13 @@ def _require(tools: list[ToolInfo], config: GenerateConfig) -> None:
     if tools:
         names = ", ".join(tool.name for tool in tools)
         raise InspectRefusal(
-            f"this task gives the model tools ({names}); personatlas answers in text only: take a task without"
+            f"this task gives the model tools ({names}); personatlas answers in text only: take another task"
         )
     for name, value in config.model_dump(exclude_none=True).items():
         if name not in HONOURED | ELSEWHERE and value not in (False, [], {}, 0, "none"):
+            allowed = ", ".join(sorted(HONOURED))
             raise InspectRefusal(
-                f"{name}={value} is not something that personatlas can do; it takes {', '.join(sorted(HONOURED))}"
+                f"{name}={value} is not something that personatlas can do; it takes {allowed}"
             )
     if config.num_choices is not None and config.num_choices < 1:
         raise InspectRefusal(f"num_choices={config.num_choices} is below 1")

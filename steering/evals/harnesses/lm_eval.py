@@ -5,7 +5,7 @@ accounted for.
 
     lm = PersonatlasLM(model, chat, [cap])              # [] is the baseline
     simple_evaluate(model=lm, tasks=["arc_easy"], apply_chat_template=True)
-    lm.counts.share                                      # of the tokens times layers that were read, how many were changed
+    lm.counts.share                             # of the tokens times layers that were read, the changed ones
 
 A log-likelihood is ln p(continuation | context), the sum over the continuation's tokens, in fp32. The context
 is read in the prompt phase, the continuation in the answer phase; of a text that is scored from its beginning
@@ -193,10 +193,9 @@ class PersonatlasLM(TemplateLM):
             sampling, stops = parse_generation(settings)
             room = self.max_length - sampling.max_new_tokens
             if room < 1:
-                raise UserError(
-                    f"{sampling.max_new_tokens} new tokens leave no room for a prompt in the {self.max_length} that "
-                    f"{self.model.id} reads: give fewer with --max-new-tokens"
-                )
+                reason = f"{sampling.max_new_tokens} new tokens leave no room for a prompt"
+                most = f"in the {self.max_length} that {self.model.id} reads"
+                raise UserError(f"{reason} {most}: give fewer with --max-new-tokens")
             whole = self.tok_encode(context) or [self.prefix_token_id]
             self._counts["cut"] += len(whole) > room
             ids = tuple(whole[-room:])
@@ -322,10 +321,8 @@ def parse_generation(settings: Mapping[str, object]) -> tuple[Sampling, tuple[st
     temperature, top_p = float(left.pop("temperature", None) or 0.0), float(left.pop("top_p", None) or 1.0)
     for name, value in left.items():
         if value not in NEUTRAL.get(name, ()):
-            raise UserError(
-                f"generation setting {name}: {value!r} is not supported here: a task may set until, do_sample, "
-                f"temperature, top_p and {LENGTH_SETTINGS[0]}"
-            )
+            allowed = f"a task may set until, do_sample, temperature, top_p and {LENGTH_SETTINGS[0]}"
+            raise UserError(f"generation setting {name}: {value!r} is not supported here: {allowed}")
     if is_sampled is False:
         temperature = 0.0
     stops = (until,) if isinstance(until, str) else tuple(until)

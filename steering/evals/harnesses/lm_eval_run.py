@@ -66,8 +66,8 @@ TEMPLATES = ("doc_to_text", "doc_to_target", "doc_to_choice")
 # IFEval's instructions that are checked by way of sentences
 SENTENCE_CHECKS = ("length_constraints:number_sentences", "change_case:capital_word_frequency")
 ABBREVIATIONS = (
-    "a.m approx capt co corp dept dr e.g etc fig gen i.e inc jr lt ltd mr mrs ms mt no p.m ph.d prof rev sgt sr st "
-    "u.k u.s vol vs"
+    "a.m approx capt co corp dept dr e.g etc fig gen i.e inc jr lt ltd mr mrs ms mt no p.m ph.d prof rev sgt "
+    "sr st u.k u.s vol vs"
 )
 MetricOutcomes = dict[str, dict[str, dict[int, SampleOutcome | None]]]  # by metric, arm and sample
 
@@ -143,10 +143,9 @@ def compare_tasks(
             if has_short_list and "instruction_id_list" in docs.features:
                 instructions = docs["instruction_id_list"][: options.limit or len(docs)]
                 n = sum(own in SENTENCE_CHECKS for item in instructions for own in item)
-                notes.append(
-                    f"{name}: nltk's punkt_tab could not be downloaded, so sentences are found by a shorter list of "
-                    f"abbreviations; {n} instructions are checked by it"
-                )
+                reason = "nltk's punkt_tab could not be downloaded"
+                effect = "so sentences are found by a shorter list of abbreviations"
+                notes.append(f"{name}: {reason}, {effect}; {n} instructions are checked by it")
     names = ("limit", "fewshot", "max_new_tokens", "margin")
     asked = {name: getattr(options, name) for name in names} | {"as_chat": not options.raw}
     result = LmEvalResult(
@@ -205,9 +204,8 @@ def load_tasks(
                 tasks |= manager.load([spec])["tasks"]
             except (DatasetsError, OSError, json.JSONDecodeError) as error:
                 reason = " ".join(str(error).split())[:300]
-                raise UserError(
-                    f"task {name}: its data cannot be read ({reason}); give a local copy with --data {name}=FILE.jsonl"
-                ) from None
+                hint = f"give a local copy with --data {name}=FILE.jsonl"
+                raise UserError(f"task {name}: its data cannot be read ({reason}); {hint}") from None
             except UndefinedError as error:
                 raise UserError(
                     f"task {name}: its data lack a column that its YAML names ({error})"

@@ -33,7 +33,7 @@ class PersonaJailbreak(HarmSuite):
         options, roles, cases = inputs.options, inputs.roles, []
         if options.pairs < len(roles):
             raise UserError(
-                f"--limit {options.pairs} is fewer than the {len(roles)} roles: give a larger --limit, or fewer --roles"
+                f"--limit {options.pairs} is fewer than the {len(roles)} roles: give more, or fewer --roles"
             )
         assert options.requests is not None
         requests = spread(read_requests(options.requests, options.column), options.pairs)
