@@ -26,7 +26,7 @@ LEGEND = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
 def write_emergence_page(path: Path, name: str, result: EmergenceResult) -> None:
     """Writes the page of an emerging axis of the model of that name."""
     rows = result.checkpoints
-    content = {"name": name, "e": result, "tiles": _tiles(result), "lead": _summary(result)}
+    content = {"name": name, "e": result, "tiles": _tiles(result), "ends": result.ends(2)}
     axis_lines: Lines = {
         "cos(PC1, axis)": ("--accent", [row.cos_pc1 for row in rows]),
         "split-half": ("--positive", [row.split_half for row in rows]),
@@ -127,22 +127,6 @@ def _role_figure(result: EmergenceResult) -> go.Figure:
     figure.update_xaxes(**_step_axis(steps))
     figure.update_yaxes(title_text="z-score among the roles", **axis_style(zero=True))
     return figure
-
-
-def _summary(result: EmergenceResult) -> str:
-    first, last = result.checkpoints[0], result.checkpoints[-1]
-    lowest, highest = (" and ".join(names) for names in result.ends(2))
-    order = "At no earlier checkpoint are the roles in nearly the order of the last one"
-    if (step := result.settled_step) is not None:
-        order = f"From step {step:,} on the roles are in nearly the order of the last checkpoint"
-    doubt = ""
-    if last.cos_pc1_shuffled is not None and (last.cos_pc1.low or 0.0) <= last.cos_pc1_shuffled:
-        doubt = " This does not exceed shuffled labels."
-    return (
-        f"At step {first.step:,} the cosine between the main direction of the roles and the axis is "
-        f"{interval_text(first.cos_pc1)}, at step {last.step:,} {interval_text(last.cos_pc1)}.{doubt} {order}. "
-        f"Farthest from {result.positive} at the end: {lowest}; nearest: {highest}."
-    )
 
 
 def _tiles(result: EmergenceResult) -> list[dict[str, str]]:

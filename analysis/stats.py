@@ -25,8 +25,7 @@ Array = NDArray[np.float64]
 SAMPLES = 4000  # bootstrap draws
 LEVEL = 0.95
 TAILS = (0.025, 0.975)
-# Quantiles of the paired and clustered intervals. The first is 0.025 + 2e-17, which moves their last bit: stored
-# results stay equal.
+# Quantiles of paired and clustered intervals: the first is 0.025 + 2e-17, which keeps the last bit of stored results
 LEVEL_TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 
 
@@ -78,7 +77,7 @@ def bootstrap_sums(*columns: Array, samples: int, seed: int = 0) -> list[Array]:
 
 
 def cluster_weights(labels: Sequence[Hashable], seed: int = 0, samples: int = SAMPLES) -> Array:
-    """Returns how often each of N values counts in each draw (samples, N) when whole clusters are resampled."""
+    """Returns how often each of N values counts in each draw (samples, N) of whole clusters."""
     n, index = _cluster_index(labels)
     return _draw_counts(n, samples, np.random.default_rng(seed))[:, index].astype(float)
 
@@ -92,7 +91,7 @@ def weighted_means(weights: Array, values: Array) -> Array:
 def ratio_interval(
     numerator: Array, denominator: Array, groups: Sequence[Hashable], samples: int
 ) -> tuple[float, float] | None:
-    """Returns the interval of Σ numerator / Σ denominator, groups resampled whole; None for a single group."""
+    """Returns the interval of Σ numerator / Σ denominator over resampled groups; None for a single group."""
     n, index = _cluster_index(groups)
     if n < 2:
         return None

@@ -1,7 +1,7 @@
 """Projections over the turns of conversations: means by turn, slopes, differences of two arms, and rates of
 alarms.
 
-    turn_means(values, scripts)                # mean, interval and n per turn; values (N, T), NaN past the end
+    turn_means(values, scripts)                # mean, interval, n per turn; values (N, T), NaN past the end
     slope(values, scripts).value               # residual units per turn
     turn_means(capped - baseline, scripts)     # the same conversations, one arm less the other
     alarm_rate(rule, reference, projections)    # share of conversations with an alarm, first turn

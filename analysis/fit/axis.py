@@ -88,24 +88,10 @@ def fit_axis(
 ) -> AxisFit:
     """Fits the axis at every layer and the persona space at the layer to use.
 
-    Parameters
-    ----------
-    activations
-        recorded activations
-    keys
-        the rollouts to fit
-    scores
-        the judge's scores that these have, None for all; the default role is never filtered by score
-    default
-        the default role's name
-    positive
-        the role at the positive pole, the default role unless given; every other role is on the other side
-    layer
-        the layer to use, 0-based, in place of the automatic choice
-    replicates
-        bootstrap replicates, random splits and shuffles; 0 for none
-    seed
-        seed of all of them
+    `keys` are the rollouts to fit and `scores` the judge's scores that these have (None: all); the `default`
+    role is never filtered by score. `positive` is the role at the positive pole, the default unless given;
+    every other role is on the other side. `layer` (0-based) replaces the automatic choice. `replicates` is
+    the number of bootstrap draws, random splits and shuffles, 0 for none, and `seed` their seed.
 
     Raises `UserError` when a pole has no rollouts, fewer than three roles are left, or the layer does not
     exist.

@@ -8,7 +8,9 @@ out.
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import groupby
+from typing import TypeVar
 
 import numpy as np
 import plotly.graph_objects as go
@@ -33,7 +35,20 @@ CROWD = 120  # more roles than this are drawn as smaller dots
 MARGIN = {"l": 60, "r": 16, "t": 16, "b": 48}
 # distances mean the same in both directions
 EQUAL = {"scaleanchor": "x", "constrain": "domain", "constraintoward": "top"}
-Panel = dict[str, str]  # a trace's axes
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """A panel over layers: a line, its interval band, and where shuffled labels lie (mean or None, 95th
+    percentile)."""
+
+    title: str
+    hover: str
+    y_axis: Style
+    value: Callable[[LayerFit], float | None]
+    interval: Callable[[LayerFit], Interval | None] = lambda row: None
+    chance: Callable[[LayerFit], tuple[float | None, float] | None] = lambda row: None
 
 
 def figures(fit: FitResult) -> dict[str, go.Figure]:
@@ -126,7 +141,7 @@ def cloud_figure(fit: FitResult) -> go.Figure:
 
 
 def trait_figure(traits: TraitResult) -> go.Figure:
-    """Draws the traits over the first two components of trait space, coloured by their cosine with the axis."""
+    """Draws the traits over PC1 and PC2 of trait space, coloured by their cosine with the axis."""
     rows = traits.traits
     limit = max(abs(row.cosine) for row in rows) or 1.0
     colours = _colour_scale(-limit, limit, 0.5, "cosine with the axis")
@@ -161,18 +176,11 @@ def trait_figure(traits: TraitResult) -> go.Figure:
 def layer_figure(fit: FitResult) -> go.Figure:
     """Draws cos(PC1, axis), split-half cosine and |axis| over layers, each with the level of chance where it
     is known."""
-    rows = fit.layers
-    panels: list[tuple[str, Callable[[go.Figure, Sequence[LayerFit], Panel], Style]]] = [
-        ("cos(PC1, axis)", _draw_cos_pc1)
-    ]
-    if any(row.split_half for row in rows):
-        panels.append(("split-half cosine", _draw_split_half))
-    has_null = any(row.null for row in rows)
-    panels.append(("|axis| ÷ |axis| with shuffled labels" if has_null else "|axis|", _draw_norm))
+    rows, panels = fit.layers, _panels(fit)
     figure = empty_figure(margin={"l": 48, "r": 14, "t": 44, "b": 44}, hovermode="x")
     gap = 0.1
     height = (1 - gap * (len(panels) - 1)) / len(panels)
-    for number, (title, draw) in enumerate(panels):
+    for number, panel in enumerate(panels):
         top, suffix = 1 - number * (height + gap), str(number + 1) if number else ""
         is_last = number == len(panels) - 1
         x = {
@@ -184,13 +192,13 @@ def layer_figure(fit: FitResult) -> go.Figure:
             "title": {"text": "layer"} if is_last else None,
             "matches": "x" if number else None,
         }
-        y = {**axis_style(), "anchor": f"x{suffix}", "domain": [max(top - height, 0), top], "nticks": 5}
+        domain = [max(top - height, 0), top]
+        y = {**axis_style(), "anchor": f"x{suffix}", "domain": domain, "nticks": 5, **panel.y_axis}
         figure.update_layout({f"xaxis{suffix}": x, f"yaxis{suffix}": y})
-        panel = {"xaxis": f"x{suffix}", "yaxis": f"y{suffix}"}
-        figure.update_layout({f"yaxis{suffix}": draw(figure, rows, panel)})
+        _draw_panel(figure, rows, panel, {"xaxis": f"x{suffix}", "yaxis": f"y{suffix}"})
         corner = {"x": 0, "xref": "paper", "xanchor": "left", "y": top, "yref": "paper", "yanchor": "bottom"}
         font = {**TEXT_FONT, "size": 13}
-        figure.add_annotation(**corner, yshift=2, text=f"<b>{title}</b>", showarrow=False, font=font)
+        figure.add_annotation(**corner, yshift=2, text=f"<b>{panel.title}</b>", showarrow=False, font=font)
     ends = {"x0": fit.layer, "x1": fit.layer, "y0": 0, "y1": 1, "yref": "paper"}
     figure.add_shape(type="line", **ends, line=line_style("--ink", 1.0, "dot"), layer="below")
     above = {"x": fit.layer, "y": 1, "yref": "paper", "yanchor": "bottom", "yshift": 16}
@@ -202,7 +210,7 @@ def curve_figure(curve: LearningCurve) -> go.Figure:
     """Draws the cosine between two axes of n answers per role, its extrapolation, and the goal."""
     figure = empty_figure(margin=MARGIN)
     n, values = list(curve.answers), [interval.value for interval in curve.cosines]
-    lows, highs = _bounds(curve.cosines)
+    lows, highs = ([getattr(interval, end) for interval in curve.cosines] for end in ("low", "high"))
     area = {"fill": "toself", "fillcolor": "var(--accent-soft)", "line": {"width": 0}, "mode": "lines"}
     figure.add_scatter(x=[*n, *reversed(n)], y=[*highs, *reversed(lows)], hoverinfo="skip", **area)
     hover = "%{x:.3g} answers per role: cosine %{y:.2f}<extra></extra>"
@@ -230,7 +238,7 @@ def curve_figure(curve: LearningCurve) -> go.Figure:
 
 
 def variance_figure(fit: FitResult) -> go.Figure:
-    """Draws the cumulative share of the variance between roles, with the components that hold 50, 70 and 90%."""
+    """Draws the cumulative variance between roles, with the components that hold 50, 70 and 90%."""
     total = (np.cumsum(fit.variance_ratio) * 100).tolist()
     figure = empty_figure(margin=MARGIN)
     hover = "%{x} components: %{y:.0f}%<extra></extra>"
@@ -252,7 +260,7 @@ def variance_figure(fit: FitResult) -> go.Figure:
 
 
 def answer_figure(fit: FitResult) -> go.Figure:
-    """Draws densities of single answers' projections, the pole's and the other roles', with quantiles below."""
+    """Draws densities of single answers' projections, pole and other roles, with quantiles below."""
     sides = {"others": np.asarray(fit.projections.others), "positive": np.asarray(fit.projections.positive)}
     names = {"positive": plain(fit.positive, 14), "others": "other roles"}
     both = np.concatenate(list(sides.values()))
@@ -306,57 +314,64 @@ def answer_figure(fit: FitResult) -> go.Figure:
     return figure
 
 
-def _draw_cos_pc1(figure: go.Figure, rows: Sequence[LayerFit], panel: Panel) -> Style:
-    for run in _runs(rows, lambda row: row.null):
-        nulls = [row.null for row in run if row.null]
-        _add_band(figure, run, [0.0] * len(run), [null.cos_pc1_95 for null in nulls], "--chance-soft", panel)
-        chance = [null.cos_pc1 for null in nulls]
-        _add_line(figure, run, chance, "shuffled labels %{y:.2f}", panel, "--muted", "dot")
-    for run in _runs(rows, lambda row: row.cos_pc1_by_roles):
-        lows, highs = _bounds([row.cos_pc1_by_roles for row in run])
-        _add_band(figure, run, lows, highs, "--accent-soft", panel)
-    _add_line(figure, rows, [row.cos_pc1 for row in rows], "cos(PC1, axis) %{y:.2f}", panel)
-    return {"range": [0, 1.02]}
+def _panels(fit: FitResult) -> list[_Panel]:
+    """The panels over layers that the fit has numbers for."""
+    rows = fit.layers
+    lows = [row.split_half.low or 0.0 for row in rows if row.split_half]
+    cosines = _Panel(
+        "cos(PC1, axis)",
+        "cos(PC1, axis) %{y:.2f}",
+        {"range": [0, 1.02]},
+        value=lambda row: row.cos_pc1,
+        interval=lambda row: row.cos_pc1_by_roles,
+        chance=lambda row: (row.null.cos_pc1, row.null.cos_pc1_95) if row.null else None,
+    )
+    halves = _Panel(
+        "split-half cosine",
+        "split-half %{y:.2f}",
+        {"range": [min(0.0, *lows) * 1.05, 1.02]} if lows else {},
+        value=lambda row: row.split_half.value if row.split_half else None,
+        interval=lambda row: row.split_half,
+    )
+    norms = _Panel("|axis|", "|axis| %{y:.3g}", {"rangemode": "tozero"}, value=lambda row: row.norm)
+    if any(row.null for row in rows):
+        norms = _Panel(
+            "|axis| ÷ |axis| with shuffled labels",
+            "%{y:.2f} times the shuffled length",
+            {"rangemode": "tozero"},
+            value=lambda row: row.norm / row.null.norm if row.null else None,
+            chance=lambda row: (None, row.null.norm_95 / row.null.norm) if row.null else None,
+        )
+    return [cosines, halves, norms] if lows else [cosines, norms]
 
 
-def _draw_split_half(figure: go.Figure, rows: Sequence[LayerFit], panel: Panel) -> Style:
-    lowest = 0.0
-    for run in _runs(rows, lambda row: row.split_half):
-        lows, highs = _bounds([row.split_half for row in run])
-        _add_band(figure, run, lows, highs, "--accent-soft", panel)
-        values = [row.split_half.value for row in run if row.split_half]
-        _add_line(figure, run, values, "split-half %{y:.2f}", panel)
-        lowest = min(lowest, *lows)
-    return {"range": [lowest * 1.05, 1.02]}
-
-
-def _draw_norm(figure: go.Figure, rows: Sequence[LayerFit], panel: Panel) -> Style:
-    runs = _runs(rows, lambda row: row.null)
-    for run in runs:
-        nulls = [row.null for row in run if row.null]
-        chance = [null.norm_95 / null.norm for null in nulls]
-        _add_band(figure, run, [0.0] * len(run), chance, "--chance-soft", panel)
-        ratio = [row.norm / null.norm for row, null in zip(run, nulls, strict=True)]
-        _add_line(figure, run, ratio, "%{y:.2f} times the shuffled length", panel)
-    if not runs:
-        _add_line(figure, rows, [row.norm for row in rows], "|axis| %{y:.3g}", panel)
-    return {"rangemode": "tozero"}
-
-
-def _bounds(intervals: Sequence[Interval | None]) -> tuple[list[float], list[float]]:
-    lows = [interval.low for interval in intervals if interval and interval.low is not None]
-    highs = [interval.high for interval in intervals if interval and interval.high is not None]
-    return lows, highs
+def _draw_panel(figure: go.Figure, rows: Sequence[LayerFit], panel: _Panel, axes: dict[str, str]) -> None:
+    for run, chance in _runs(rows, panel.chance):
+        _add_band(figure, run, [0.0] * len(run), [top for _, top in chance], "--chance-soft", axes)
+        if chance[0][0] is not None:
+            means = [mean for mean, _ in chance if mean is not None]
+            dotted: Style = {"mode": "lines", "line": line_style("--muted", 1.2, "dot")}
+            _add_line(figure, run, means, "shuffled labels %{y:.2f}", dotted, axes)
+    for run, intervals in _runs(rows, panel.interval):
+        lows, highs = ([getattr(interval, end) for interval in intervals] for end in ("low", "high"))
+        _add_band(figure, run, lows, highs, "--accent-soft", axes)
+    for run, values in _runs(rows, panel.value):
+        _add_line(figure, run, values, panel.hover, _line_and_dots(4), axes)
 
 
 def _add_band(
-    figure: go.Figure, run: Sequence[LayerFit], low: list[float], high: list[float], colour: str, panel: Panel
+    figure: go.Figure,
+    run: Sequence[LayerFit],
+    low: list[float],
+    high: list[float],
+    colour: str,
+    axes: dict[str, str],
 ) -> None:
     layers = [float(row.layer) for row in run]
     if len(run) == 1:  # an area of no width would not be seen
         layers, low, high = [layers[0] - 0.2, layers[0] + 0.2], low * 2, high * 2
     outline = {"x": [*layers, *layers[::-1]], "y": [*high, *low[::-1]], "mode": "lines", "line": {"width": 0}}
-    figure.add_scatter(**outline, fill="toself", fillcolor=f"var({colour})", hoverinfo="skip", **panel)
+    figure.add_scatter(**outline, fill="toself", fillcolor=f"var({colour})", hoverinfo="skip", **axes)
 
 
 def _add_line(
@@ -364,13 +379,11 @@ def _add_line(
     run: Sequence[LayerFit],
     values: list[float],
     hover: str,
-    panel: Panel,
-    colour: str = "--accent",
-    dash: str = "solid",
+    style: Style,
+    axes: dict[str, str],
 ) -> None:
-    style = {"mode": "lines", "line": line_style(colour, 1.2, dash)} if dash != "solid" else _line_and_dots(4)
     layers, hover = [row.layer for row in run], f"layer %{{x}}: {hover}<extra></extra>"
-    figure.add_scatter(x=layers, y=values, hovertemplate=hover, **style, **panel)
+    figure.add_scatter(x=layers, y=values, hovertemplate=hover, **style, **axes)
 
 
 def _line_and_dots(size: int) -> Style:
@@ -378,14 +391,18 @@ def _line_and_dots(size: int) -> Style:
     return {"mode": "lines+markers", "line": line_style("--accent", 2.0), "marker": dots}
 
 
-def _runs(rows: Sequence[LayerFit], value: Callable[[LayerFit], object]) -> list[list[LayerFit]]:
+def _runs(
+    rows: Sequence[LayerFit], value: Callable[[LayerFit], T | None]
+) -> list[tuple[list[LayerFit], list[T]]]:
     """Stretches of neighbouring layers that have a value, so that no band bridges a layer without."""
-    numbered = enumerate(row for row in rows if value(row))
-    return [[row for _, row in run] for _, run in groupby(numbered, key=lambda pair: pair[1].layer - pair[0])]
+    valued = [(row, found) for row in rows if (found := value(row)) is not None]
+    runs = groupby(enumerate(valued), key=lambda item: item[1][0].layer - item[0])
+    pairs = [[pair for _, pair in run] for _, run in runs]
+    return [([row for row, _ in run], [found for _, found in run]) for run in pairs]
 
 
 def _roles_by_kind(fit: FitResult) -> dict[str, list[RoleProjection]]:
-    """Roles by how they are drawn: the pole a star, a default that is not the pole a diamond, the rest dots."""
+    """Roles by symbol: the pole a star, a default that is not the pole a diamond, the rest dots."""
     kinds: dict[str, list[RoleProjection]] = {"dot": [], "default": [], "pole": []}
     for role in fit.roles:
         kinds["pole" if role.positive else "default" if role.role == fit.default else "dot"].append(role)
@@ -441,7 +458,7 @@ def _colour_scale(low: float, high: float, middle: float, title: str) -> Style:
 
 
 def _roles_to_name(fit: FitResult) -> list[RoleProjection]:
-    """Roles to label, the most important first: pole, default, then the ends of the axis, of PC1 and of PC2."""
+    """Roles to label, most important first: pole, default, ends of the axis, of PC1 and of PC2."""
     named = [fit.positive_role, *(role for role in fit.roles if role.role == fit.default)]
     others = fit.other_roles
     named += [role for pair in zip(others[:NAMED], others[::-1][:NAMED], strict=True) for role in pair]

@@ -27,6 +27,7 @@ from personatlas.analysis.fit.result import (
 from personatlas.analysis.fit.tables import (
     NumberFormat,
     comparison_text,
+    interval_text,
     number_format,
     role_ranking,
     stability_text,
@@ -52,7 +53,7 @@ LONG = 600  # characters of an answer that are not folded
 
 @dataclass(frozen=True)
 class Tile:
-    """A headline figure. `strip` has the value, its interval and chance on a line, in percent of its length."""
+    """A headline figure. `strip` has value, interval and chance in percent of a line's length."""
 
     name: str
     value: str
@@ -124,7 +125,7 @@ def write_report(
         "records": {"All of run.json": _pretty(manifest), "Options of the fit": _pretty(fit.options)},
     }
     filters: dict[str, Callable[..., object]] = {
-        "interval": _interval_cell,
+        "interval": lambda interval: interval_text(interval).replace("-", "−") if interval else "",
         "number": number,
         "p": _p,
         "percent": lambda share: f"{share:.0%}",
@@ -289,12 +290,6 @@ def _p(value: float) -> str:
 
 def _range(interval: Interval) -> str:
     return "no interval" if interval.low is None else f"95% {interval.low:.2f} to {interval.high:.2f}"
-
-
-def _interval_cell(interval: Interval | None) -> str:
-    if interval is None:
-        return ""
-    return f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]".replace("-", "−")
 
 
 def _short(text: str, length: int = 40) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from personatlas.analysis.fit.axis import AxisFit, fit_axis
+from personatlas.analysis.fit.axis import fit_axis
 from personatlas.analysis.fit.comparison import compare_axes
 from personatlas.analysis.fit.result import FIT_VERSION, DroppedRollouts, FitResult, RolePlay, TraitResult
 from personatlas.analysis.fit.traits import fit_traits
@@ -122,7 +122,7 @@ def _fit_recorded(
     default: str,
     options: FitOptions,
 ) -> FitResult:
-    """Fits and writes the artefacts and fit.json; reads it where it was made with the same options and data."""
+    """Fits and writes the artefacts and fit.json; reads it where options and data are the same."""
     if options.replicates == 1:
         raise UserError("--replicates 1 makes no interval; give 0 for none, or as many as 100")
     asked = {"content": activations.content, "version": FIT_VERSION, **option_values(options)}
@@ -133,7 +133,17 @@ def _fit_recorded(
     if (stored := _stored_fit(folder, asked)) is not None:
         return stored
     rollouts = without_poles(rollouts)
-    fit, dropped = _fit_roles(activations, rollouts, default, options)
+    score_filter = SCORE_FILTERS[options.keep]
+    passed, dropped = filter_by_score(rollouts, score_filter, default)
+    fit = fit_axis(
+        activations,
+        [rollout.key for rollout in passed],
+        scores=None if score_filter.name == "all" else score_filter.scores,
+        default=default,
+        positive=options.positive,
+        layer=options.layer,
+        replicates=options.replicates,
+    )
     fit.axis.save(folder / "axis")
     fit.space.save(folder / "space")
     trait_result, trait_problem = _fit_traits(folder, traits, fit.axis, options)
@@ -144,7 +154,7 @@ def _fit_recorded(
         fit.result,
         options=asked,
         artefacts={name: digest(folder / f"{name}.safetensors") for name in names},
-        dropped=dropped,
+        dropped=DroppedRollouts.from_json(dropped.to_json()),
         role_play=RolePlay(*role_play_share(rollouts)) if is_judged else None,
         traits=trait_result,
         trait_problem=trait_problem,
@@ -162,24 +172,6 @@ def _stored_fit(folder: Path, asked: JsonObject) -> FitResult | None:
     files = {folder / f"{name}.safetensors": value for name, value in content.get("artefacts", {}).items()}
     is_whole = bool(files) and all(path.exists() and digest(path) == value for path, value in files.items())
     return FitResult.from_json(content) if is_whole and content.get("asked") == asked else None
-
-
-def _fit_roles(
-    activations: Activations, rollouts: list[Rollout], default: str, options: FitOptions
-) -> tuple[AxisFit, DroppedRollouts]:
-    """The axis of the rollouts that pass the score filter, and what it dropped."""
-    score_filter = SCORE_FILTERS[options.keep]
-    passed, dropped = filter_by_score(rollouts, score_filter, default)
-    fit = fit_axis(
-        activations,
-        [rollout.key for rollout in passed],
-        scores=None if score_filter.name == "all" else score_filter.scores,
-        default=default,
-        positive=options.positive,
-        layer=options.layer,
-        replicates=options.replicates,
-    )
-    return fit, DroppedRollouts.from_json(dropped.to_json())
 
 
 def _fit_traits(

@@ -271,7 +271,7 @@ class FitResult(JsonRecord):
 
     @classmethod
     def load(cls, folder: Path) -> "FitResult":
-        """Reads fit.json of a run folder. Raises `UserError` where there is none, or one of another version."""
+        """Reads fit.json of a run folder. Raises `UserError` for none, or one of another version."""
         content = read_json(folder / "fit.json")
         if content["asked"].get("version") != FIT_VERSION:
             raise UserError(

@@ -107,7 +107,7 @@ def fit_traits(activations: Activations, axis: Axis, *, replicates: int = 100, s
 def _trait_vectors(
     activations: Activations, scores: frozenset[int] | None
 ) -> tuple[list[str], Array, list[tuple[int, int]]]:
-    """Traits with answers at both poles: names, positive minus negative means (T, L, D), numbers of answers."""
+    """Traits with answers at both poles: names, positive minus negative means (T, L, D), counts."""
     names, vectors, counts = [], [], []
     for name in dict.fromkeys(role[1:] for role in activations.roles):
         (positive, n), (negative, m) = (

@@ -173,7 +173,7 @@ def pc1_agreement(x: Array, groups: Groups, generator: Generator, replicates: in
 
 
 def shuffled_null(x: Array, groups: Groups, generator: Generator, replicates: int = 100) -> ShuffledNull:
-    """Shuffles which rollout is whose and fits again. p = (1 + shuffles at least as large) / (1 + shuffles)."""
+    """Fits shuffled role labels. p = (1 + shuffles at least as large) / (1 + shuffles)."""
     means, _ = groups.means(x)
     axis = direction(means)
     norm, cos_pc1 = float(np.linalg.norm(axis)), cosine(first_component(means)[0], axis)
