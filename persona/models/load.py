@@ -25,10 +25,13 @@ from personatlas.persona.models.chat_template import ChatFormat, chat_format
 from personatlas.persona.models.hooks import capture
 from personatlas.persona.models.packaged import PACKAGED, gguf_folder, packaged_folder, weight_format
 from personatlas.persona.progress import say
+from personatlas.persona.records import JsonObject
 from personatlas.persona.runs import model_name, resolve_model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -118,16 +121,10 @@ class Model:
             raise UserError(f"{self.id} has no values for {name}: it is on the meta device")
         return values[own]
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JsonObject:
         """What artefacts record about the model that they came from."""
-        return {
-            "id": self.id,
-            "revision": self.revision,
-            "weights": self.weights,
-            "fingerprint": self.fingerprint,
-            "n_layers": self.n_layers,
-            "d_model": self.d_model,
-        }
+        names = ("id", "revision", "weights", "fingerprint", "n_layers", "d_model")
+        return {name: getattr(self, name) for name in names}
 
 
 def load_model(
@@ -136,43 +133,54 @@ def load_model(
     device: str | None = None,
     dtype: torch.dtype | str | None = None,
     chat_template: Path | None = None,
-    device_map: Any = None,
+    device_map: str | dict[str, int | str] | None = None,
 ) -> Model:
-    """Load a model by packaged name, local folder, training run, `.gguf` file or hub id, and check it.
+    """Loads a model by packaged name, local folder, training run, `.gguf` file or hub id, and checks it.
 
     `device` None is the first GPU, else the CPU. `dtype` None is bf16 on a GPU and whatever this CPU multiplies
     faster; "auto" is the checkpoint's own. `chat_template` is a Jinja file that replaces the tokenizer's template.
     Raises `UserError` for anything that is not a causal decoder which `transformers` can load.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    target = _device_named(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.empty(0, device=device).device  # a name may be well formed and the device not be there
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"device {device!r} cannot be used here ({reason}); try --device cpu") from None
     with quiet_transformers(), _one_line(name):
         asked, name = name, resolve_model(name)
         if name != asked:
             say(f"{asked} is a training run: the model is {name}")
         source = _source(name)
-        config = _config(name, source)
+        config = AutoConfig.from_pretrained(source)
+        if config.is_encoder_decoder:
+            raise UserError(f"{name} is an encoder-decoder ({config.model_type}); a decoder is needed")
         if isinstance(dtype, str) and dtype != "auto":
-            dtype = _dtype_named(dtype)
-        chosen = dtype if dtype is not None else _fastest_dtype(target, config)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=chosen, device_map=device_map
-        )
+            if dtype not in DTYPES:
+                raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}, auto")
+            dtype = DTYPES[dtype]
+        dtype = _fastest_dtype(target, config) if dtype is None else dtype
+        hf = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, device_map=device_map)
         tokenizer = AutoTokenizer.from_pretrained(source)
-    if device_map is None and model.device != target:
-        model.to(target)  # type: ignore[arg-type]
+    if device_map is None and hf.device != target:
+        hf.to(target)  # type: ignore[arg-type]
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template)
-    weights = weight_format(Path(source)) or _stored_format(config)
+    weights = weight_format(Path(source))
+    if weights is None and (quantised := getattr(config, "quantization_config", None)) is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        weights = str(getattr(method, "value", method))
+    elif weights is None:
+        weights = str(config.dtype).removeprefix("torch.") if config.dtype is not None else "unknown"
     is_local = Path(source).exists()
     id = name if name in PACKAGED or not is_local else str(Path(name).resolve())
-    return build_model(
-        model, tokenizer, id=id, revision=getattr(config, "_commit_hash", None), weights=weights
-    )
+    revision = getattr(config, "_commit_hash", None)
+    return build_model(hf, tokenizer, id=id, revision=revision, weights=weights)
 
 
-def load_tokenizer(name: str, chat_template: Path | None = None) -> Any:
+def load_tokenizer(name: str, chat_template: Path | None = None) -> "PreTrainedTokenizerBase":
     """Only the tokenizer of a model, found as `load_model` finds it."""
     from transformers import AutoTokenizer
 
@@ -188,32 +196,23 @@ def model_from_bridge(bridge: Any, *, id: str | None = None) -> Model:
 
     Do not call `enable_compatibility_mode()` on the bridge first: folding the norms changes the residual stream.
     """
-    model = bridge.original_model
-    stored = str(next(model.parameters()).dtype).removeprefix("torch.")
-    return build_model(model, bridge.tokenizer, id=id or bridge.cfg.model_name, revision=None, weights=stored)
+    return build_model(bridge.original_model, bridge.tokenizer, id=id or bridge.cfg.model_name)
 
 
 def build_model(
-    model: Any, tokenizer: Any, *, id: str, revision: str | None = None, weights: str = ""
+    hf: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    id: str,
+    revision: str | None = None,
+    weights: str = "",
 ) -> Model:
-    """Find the blocks of a loaded model, put it into evaluation mode, and run the one check. Raises `UserError`."""
-    model.eval().requires_grad_(False)
-    config = model.config.get_text_config(decoder=True)
-    base = _base(model)
-    blocks = _find_blocks(base, config.num_hidden_layers, id)
-    weights = weights or str(model.dtype).removeprefix("torch.")
-    decoder = Model(model, base, tokenizer, blocks, config.hidden_size, id, revision, weights)
-    _check(decoder)
-    return decoder
-
-
-def _base(model: Any) -> nn.Module:
-    """The model without its language-model head."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    return decoder if decoder is not None and decoder is not model else model.base_model
-
-
-def _find_blocks(base: nn.Module, n_layers: int, id: str) -> tuple[nn.Module, ...]:
+    """Finds the blocks of a loaded model, puts it into evaluation mode and checks it. Raises `UserError`."""
+    hf.eval().requires_grad_(False)
+    config = hf.config.get_text_config(decoder=True)
+    decoder = hf.get_decoder() if hasattr(hf, "get_decoder") else None
+    base = decoder if decoder is not None and decoder is not hf else hf.base_model  # without the head
+    n_layers = config.num_hidden_layers
     lists = [
         (name.count("."), module)
         for name, module in base.named_modules()
@@ -221,15 +220,18 @@ def _find_blocks(base: nn.Module, n_layers: int, id: str) -> tuple[nn.Module, ..
     ]
     if not lists:
         raise UserError(f"{id}: no list of {n_layers} blocks in {type(base).__name__}; is it a decoder?")
-    return tuple(min(lists, key=lambda item: item[0])[1])
+    blocks = tuple(min(lists, key=lambda item: item[0])[1])
+    weights = weights or str(hf.dtype).removeprefix("torch.")
+    model = Model(hf, base, tokenizer, blocks, config.hidden_size, id, revision, weights)
+    _check(model)
+    return model
 
 
 @torch.no_grad()
 def _check(model: Model) -> None:
-    """One forward over two rows that differ in their last token: order, shapes, finiteness and causality of the blocks."""
-    vocabulary = model.vocab_size
-    ids = torch.arange(1, 9, device=model.device).repeat(2, 1) * 7 % vocabulary
-    ids[1, -1] = (ids[1, -1] + 1) % vocabulary
+    """One forward over two rows that differ in their last token: order, shape, finiteness, causality of the blocks."""
+    ids = torch.arange(1, 9, device=model.device).repeat(2, 1) * 7 % model.vocab_size
+    ids[1, -1] = (ids[1, -1] + 1) % model.vocab_size
     try:
         with capture(model, range(model.n_layers)) as outputs:
             model.base(input_ids=ids, use_cache=False)
@@ -239,20 +241,16 @@ def _check(model: Model) -> None:
         raise UserError(
             f"{model.id}: a forward met blocks {outputs.order}, not 0..{model.n_layers - 1} once each, in order"
         )
+    # a random encoder's attention moves its neighbours by a few parts in a thousand only
+    tolerance = 1e-4 if model.dtype == torch.float32 else 1e-2
     for layer, output in outputs.items():
+        block = f"{model.id}: block {layer}"
         if output.shape != (2, 8, model.d_model):
-            raise UserError(
-                f"{model.id}: block {layer} emits {tuple(output.shape)}, not (2, 8, {model.d_model})"
-            )
+            raise UserError(f"{block} emits {tuple(output.shape)}, not (2, 8, {model.d_model})")
         if not torch.isfinite(output).all():
-            raise UserError(
-                f"{model.id}: block {layer} emits NaN or infinity in {model.dtype}; try --dtype float32"
-            )
+            raise UserError(f"{block} emits NaN or infinity in {model.dtype}; try --dtype float32")
         past = output[:, :-1].float()
-        # a random encoder's attention moves its neighbours by a few parts in a thousand only
-        if (past[0] - past[1]).abs().max() > (
-            1e-4 if model.dtype == torch.float32 else 1e-2
-        ) * past.abs().max():
+        if (past[0] - past[1]).abs().max() > tolerance * past.abs().max():
             raise UserError(
                 f"{model.id}: a later token changes earlier ones at block {layer}: not a causal decoder"
             )
@@ -276,15 +274,6 @@ def _source(name: str) -> str:
             f"{name} is not a model: neither a folder, a .gguf file, a hub id nor one of {', '.join(PACKAGED)}"
         )
     return name
-
-
-def _config(name: str, source: str) -> Any:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(source)
-    if config.is_encoder_decoder:
-        raise UserError(f"{name} is an encoder-decoder ({config.model_type}); a decoder is needed")
-    return config
 
 
 @contextmanager
@@ -321,14 +310,6 @@ def _one_line(name: str) -> Iterator[None]:
         raise UserError(f"cannot load {name}: {text[:400] or type(error).__name__}") from None
 
 
-def _stored_format(config: Any) -> str:
-    quantised = getattr(config, "quantization_config", None)
-    if quantised is not None:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
-        return str(getattr(method, "value", method))
-    return str(config.dtype).removeprefix("torch.") if config.dtype is not None else "unknown"
-
-
 def _read_template(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
@@ -336,48 +317,25 @@ def _read_template(path: Path) -> str:
         raise UserError(f"chat template {path}: {error}") from None
 
 
-def _device_named(name: str) -> torch.device:
-    try:
-        return torch.empty(
-            0, device=name
-        ).device  # a name may be well formed and the device still not be there
-    except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"device {name!r} cannot be used here ({reason}); try --device cpu") from None
-
-
-def _dtype_named(name: str) -> torch.dtype:
-    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in names:
-        raise UserError(f"dtype {name!r} is not one of {', '.join(names)}, auto")
-    return names[name]
-
-
-def _fastest_dtype(device: torch.device, config: Any) -> torch.dtype:
+def _fastest_dtype(device: torch.device, config: "PreTrainedConfig") -> torch.dtype:
     """bf16 on a GPU. On a CPU, fp32 unless a bf16 product of the model's own width is at least 1.2 times as fast.
 
-    Two machines that both advertise avx512_bf16 differed by a factor of three here: an EPYC ran bf16 twice as fast as
-    fp32, a Xeon 0.6 times as fast. So the dtype is measured (about 50 ms), not looked up.
+    Two machines that both advertise avx512_bf16 differed by a factor of three here: an EPYC ran bf16 twice as fast
+    as fp32, a Xeon 0.6 times as fast. So the dtype is measured (about 50 ms), not looked up.
     """
     if device.type != "cpu":
         return torch.bfloat16
     width = config.get_text_config(decoder=True).hidden_size
-    return (
-        torch.bfloat16
-        if _product_seconds(width, torch.float32) > 1.2 * _product_seconds(width, torch.bfloat16)
-        else torch.float32
-    )
 
+    def seconds(dtype: torch.dtype) -> float:
+        rows = torch.ones(64, width, dtype=dtype)
+        weights = [torch.ones(4 * width, width, dtype=dtype) for _ in range(8)]
+        best = float("inf")
+        for _ in range(4):
+            start = time.perf_counter()
+            for weight in weights:
+                torch.nn.functional.linear(rows, weight)
+            best = min(best, time.perf_counter() - start)
+        return best
 
-def _product_seconds(width: int, dtype: torch.dtype) -> float:
-    rows, weights = (
-        torch.ones(64, width, dtype=dtype),
-        [torch.ones(4 * width, width, dtype=dtype) for _ in range(8)],
-    )
-    best = float("inf")
-    for _ in range(4):
-        start = time.perf_counter()
-        for weight in weights:
-            torch.nn.functional.linear(rows, weight)
-        best = min(best, time.perf_counter() - start)
-    return best
+    return torch.bfloat16 if seconds(torch.float32) > 1.2 * seconds(torch.bfloat16) else torch.float32
