@@ -157,7 +157,7 @@ def test_an_evaluation_stopped_between_two_arms_goes_on(tiny_run, material, tmp_
     def stopping(config, requests, advance):
         if arms:
             raise KeyboardInterrupt
-        arms.append(requests[0].arm)
+        arms.append(requests[0].record.arm)
         return real(config, requests, advance)
 
     monkeypatch.setattr(runner, "_answer", stopping)
