@@ -86,6 +86,7 @@ def stand_ins(tmp_path_factory, whole_run):
     axis, folder = axis_of(model), tmp_path_factory.mktemp("axis")
     axis.save(folder / "axis")
     axis = pa.load_axis(folder)
+    (folder / "caps").mkdir()
     axis.cap("p50@18-23").save(folder / "caps" / "assistant")
     return {
         "load": lambda name, **options: model,
