@@ -6,7 +6,17 @@ from typing import Annotated, Literal
 from rich.text import Text
 
 from personatlas.analysis.drift_alarm import GAUGE_LIMIT, z_gauge
-from personatlas.cli.options import MODEL, OPTIONS, Html, Json, ModelName, Out
+from personatlas.cli.options import (
+    MODEL,
+    OPTIONS,
+    STEERING,
+    AxisOptions,
+    Html,
+    Json,
+    ModelName,
+    Out,
+    SteeringOptions,
+)
 from personatlas.cli.output import (
     print_json,
     print_line,
@@ -15,22 +25,15 @@ from personatlas.cli.output import (
     print_warning,
     with_interval,
 )
-from personatlas.persona.errors import UserError
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.progress import say
-from personatlas.persona.runs import default_folder
+from personatlas.persona.runs import default_folder, find_axis
 from personatlas.steering.drift.options import DriftOptions
 from personatlas.steering.drift.result import ALL, DriftResult, StoredAnswers
 from personatlas.steering.drift.trace import TraceStudy
 
-DRIFT_COLUMNS = (
-    *("arm", "first turn", "last turn", "slope per turn [95%]", "change [95%]"),
-    *("alarms [95%]", "first alarm"),
-)
-ARM_COLUMNS = (
-    *("arm", "answers", "cap on", "fired", "degenerate", "loops", "tokens"),
-    "more loss on reference answers",
-)
+DOMAIN_ROWS = ("first turn", "last turn", "slope per turn", "change", "alarms", "first alarm")
+ARM_ROWS = ("answers", "cap on", "fired", "degenerate", "loops", "tokens", "more loss")
 SHORT = 44  # characters of a user's message
 SHOWN = 10  # stored conversations in the terminal
 
@@ -39,41 +42,38 @@ def drift(
     model: ModelName,
     /,
     *,
-    axis: str,
-    arm: str | None = None,
     reference: Path | None = None,
-    out: Out = None,
-    force: bool = False,
     options: Annotated[DriftOptions, OPTIONS] = DriftOptions(),
+    steering: Annotated[SteeringOptions, STEERING] = SteeringOptions(),
     load: Annotated[ModelOptions, MODEL] = ModelOptions(),
+    out: Out = None,
     json: Json = False,
 ) -> None:
-    """Measure persona drift over conversations: baseline, capped, and capped only while an alarm is on
-    (resumes).
+    """Measure persona drift over conversations: baseline, capped, and capped only while an alarm is on. Resumes.
+
+    The cap is that of --arm, else the cap assistant where one is saved beside the axis.
 
     Parameters
     ----------
-    axis
-        a run folder, an axis file, or smollm2-135m for the axis that comes with it
-    arm
-        the cap of the other arms: cap:NAME, cap:FILE or cap:LEVEL@LAYERS; cap:assistant unless given, where
-        it is saved beside the axis
     reference
         a reference.json of an earlier study, on which the alarm is calibrated; unless given the one beside
         the axis, else this study's own conversations in the reference domains
     out
         the folder of the study; runs/NAME-drift unless given
-    force
-        use an axis of the same model in another weight format
     """
     from personatlas.steering.drift.page import write_drift_page
     from personatlas.steering.drift.study import run_drift_study
 
-    if arm is not None and not arm.startswith("cap:"):
-        raise UserError(f"--arm {arm}: a drift study takes a cap, such as cap:assistant or cap:p50@18-23")
-    folder, cap = out or default_folder(model, "drift"), arm and arm.removeprefix("cap:")
+    folder = out or default_folder(model, "drift")
     result = run_drift_study(
-        model, axis, folder, cap=cap, options=options, reference=reference, load=load, force=force
+        model,
+        find_axis(model, steering.axis),
+        folder,
+        cap=steering.cap() if steering.arm else None,
+        options=options,
+        reference=reference,
+        load=load,
+        force=steering.force,
     )
     write_drift_page(folder / "drift.html", result)
     if json:
@@ -84,13 +84,12 @@ def drift(
 
 def _print_result(result: DriftResult, folder: Path) -> None:
     for domain in dict.fromkeys((*result.domains, ALL)):
-        rows: list[tuple[str, ...]] = []
+        columns = []
         for arm in result.arms:
             means, slope = result.trajectories[domain][arm], result.slopes[domain][arm]
             change, alarm = result.means[domain][arm].change, result.alarms.get(domain, {}).get(arm)
-            rows.append(
-                (
-                    arm,
+            columns.append(
+                [
                     f"{means[0].mean:.1f}" if means else "",
                     f"{means[-1].mean:.1f} (turn {means[-1].turn})" if means else "",
                     with_interval(slope.value, slope.low, slope.high, "+.1f") if slope else "",
@@ -99,18 +98,24 @@ def _print_result(result: DriftResult, folder: Path) -> None:
                     else "",
                     with_interval(alarm.share, *alarm.interval, ".0%") if alarm and alarm.interval else "",
                     f"{alarm.first:.0f}" if alarm and alarm.first is not None else "",
-                )
+                ]
             )
-        title = f"{domain or 'conversations'}: {result.conversations[domain]} conversations"
-        print_table(DRIFT_COLUMNS, rows, title=title)
-    rows = []
+        title = f"{domain or 'conversations'}: {result.conversations[domain]} conversations (95% intervals)"
+        print_table(["", *result.arms], list(zip(DOMAIN_ROWS, *columns, strict=True)), title=title)
+    columns = []
     for arm, wrote in result.wrote.items():
         cost = getattr(result.cost, arm, None)
-        shares = (with_interval(own.share, *own.interval, ".0%") for own in (wrote.degenerate, wrote.loops))
-        more = with_interval(cost.value, cost.low, cost.high, "+.1%") if cost is not None else ""
-        acted, fired = f"{wrote.acted:.0%}", f"{wrote.fired:.0%}"
-        rows.append((arm, str(wrote.answers), acted, fired, *shares, f"{wrote.tokens:.0f}", more))
-    print_table(ARM_COLUMNS, rows, title="what the arms wrote")
+        columns.append(
+            [
+                str(wrote.answers),
+                f"{wrote.acted:.0%}",
+                f"{wrote.fired:.0%}",
+                *(with_interval(own.share, *own.interval, ".0%") for own in (wrote.degenerate, wrote.loops)),
+                f"{wrote.tokens:.0f}",
+                with_interval(cost.value, cost.low, cost.high, "+.1%") if cost is not None else "",
+            ]
+        )
+    print_table(["", *result.wrote], list(zip(ARM_ROWS, *columns, strict=True)), title="what the arms wrote")
     if result.stored is not None:
         _print_stored(result.stored, result)
     for target in ("projection", "change"):
@@ -171,13 +176,12 @@ def trace(
     conversations: Path,
     /,
     *,
-    axis: str,
     reference: Path | None = None,
     rule: Literal["cusum", "two_of_three"] = "cusum",
     false_alarms: float = 0.05,
-    html: Html = None,
-    force: bool = False,
+    steering: Annotated[AxisOptions, STEERING] = AxisOptions(),
     load: Annotated[ModelOptions, MODEL] = ModelOptions(),
+    html: Html = None,
     json: Json = False,
 ) -> None:
     """Trace stored conversations along an axis, turn by turn, and say where the persona drifts.
@@ -187,8 +191,6 @@ def trace(
     conversations
         conversations in OpenAI's or ShareGPT's form, JSON or JSONL, or one as plain text (.txt: "User: ...",
         "Assistant: ...")
-    axis
-        a run folder, an axis file, or smollm2-135m for the axis that comes with it
     reference
         a reference.json of `personatlas drift`, or at least 40 conversations of this model that do not drift:
         the alarm is calibrated on one half and its false alarms are counted in the other. Unless given, the
@@ -200,8 +202,6 @@ def trace(
     html
         write a page with the conversations, their turns and tokens coloured, and their trajectories (20 at
         most)
-    force
-        use an axis of the same model in another weight format
     """
     from personatlas.persona.artifacts import require_writable
     from personatlas.steering.drift.trace import run_trace, write_trace_page
@@ -210,13 +210,13 @@ def trace(
         require_writable(html, "--html")
     study = run_trace(
         model,
-        axis,
+        find_axis(model, steering.axis),
         conversations,
         reference=reference,
         rule=rule,
         false_alarms=false_alarms,
         load=load,
-        force=force,
+        force=steering.force,
     )
     print_json(study.to_json()) if json else _print_trace(study)
     if html is not None:

@@ -32,21 +32,28 @@ ModelName = Annotated[
         help="a packaged name (smollm2-135m), a local folder, a training run, a .gguf file or a hub id"
     ),
 ]
-Json = Annotated[bool, Parameter(group=_OUTPUT, help="print the result as JSON")]
+Json = Annotated[bool, Parameter(group=_OUTPUT, help="print the result as JSON", show_default=False)]
 Out = Annotated[Path | None, Parameter(group=_OUTPUT)]
 Html = Annotated[Path | None, Parameter(group=_OUTPUT)]
 
 
 @dataclass(frozen=True)
-class SteeringOptions:
-    """Which axis to measure along, and which arms to compare with the baseline."""
+class AxisOptions:
+    """Which axis to measure along."""
 
     axis: str | None = None
-    "a run folder, an axis file, or smollm2-135m; by default the axis packaged with the model or made by `personatlas axis MODEL`"
-    arm: tuple[str, ...] = ()
-    "an arm beside the baseline: cap:assistant (saved beside the axis), cap:FILE, cap:p50@18-23 (level and layers), cap:roles:p75@20,22, add:8@21, ablate@20-22, random:3 (random controls); may be repeated"
+    "a run folder, an axis file, or smollm2-135m; by default the axis packaged with the model or made by `axis MODEL`"
     force: bool = False
     "accept an axis of the same model in another weight format"
+
+
+@dataclass(frozen=True)
+class SteeringOptions(AxisOptions):
+    """Which axis to measure along, and which arms to compare with the baseline."""
+
+    arm: tuple[str, ...] = ()
+    """an arm beside the baseline: cap:assistant (saved beside the axis), cap:FILE, cap:p50@18-23 (level and layers),
+    cap:roles:p75@20,22, add:8@21, ablate@20-22, random:3 (random controls); may be repeated"""
 
     def caps(self, *default: str) -> list[str]:
         """The cap specs of the arms, else the default. Raises `UserError` for other kinds of arms and for repetitions."""

@@ -92,7 +92,7 @@ def test_what_cannot_be_asked_again_is_refused_in_one_line(tiny_run, chats, caps
     assert "--turns 0 is below 1" in refused(capsys, command(tiny_run, chats, "--turns", "0"))
     assert "does not exist" in refused(capsys, command(tiny_run, chats.parent / "none.jsonl"))
     arguments = ["add:8@1" if text == "cap:p90@1,2" else text for text in command(tiny_run, chats)]
-    assert "a drift study takes a cap" in refused(capsys, arguments)
+    assert "is not cap:NAME" in refused(capsys, arguments)
 
 
 def test_a_trace_is_a_page_with_every_token_of_the_answers(tiny_run, chats, capsys):
