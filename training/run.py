@@ -12,7 +12,6 @@ resumes:
 
 import contextlib
 import os
-import secrets
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from personatlas.persona.artifacts import digest, read_json
+from personatlas.persona.artifacts import atomic_folder, digest, read_json
 from personatlas.persona.distributed import World
 from personatlas.persona.errors import UserError
 from personatlas.persona.progress import say
@@ -285,9 +284,7 @@ def make_model_folder(folder: Path) -> Path:
     checkpoint stays as it was made.
     """
     last, path = checkpoints_in(folder)[-1], folder / "model"
-    temporary = folder / f".model.{secrets.token_hex(6)}"
-    temporary.mkdir()
-    try:
+    with atomic_folder(path) as temporary:
         for file in last.path.iterdir():
             copy = temporary / file.name
             if file.name == "model.safetensors":
@@ -296,7 +293,4 @@ def make_model_folder(folder: Path) -> Path:
             if file.name not in RESUME_ONLY and not copy.exists():
                 shutil.copyfile(file, copy)
         shutil.rmtree(path, ignore_errors=True)
-        temporary.replace(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return path

@@ -12,8 +12,6 @@ name `llama-bpe`, so a GGUF of our models needs no new code there, only that nam
 
 import hashlib
 import json
-import secrets
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -26,7 +24,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from personatlas.analysis.stats import ratio_interval
-from personatlas.persona.artifacts import digest, make_folder, read_json, write_json
+from personatlas.persona.artifacts import atomic_folder, digest, make_folder, read_json, write_json
 from personatlas.persona.errors import UserError
 from personatlas.persona.progress import say
 from personatlas.persona.records import JsonObject
@@ -306,15 +304,9 @@ def _save(tokenizer: Tokenizer, out: Path, facts: JsonObject) -> JsonObject:
         "tokenizers": version("tokenizers"),
         **json.loads(json.dumps(facts)),  # as it will be read back
     }
-    temporary = out.with_name(f".{out.name}.{secrets.token_hex(6)}")
-    temporary.mkdir()
-    try:
+    with atomic_folder(out) as temporary:
         (temporary / "tokenizer.json").write_text(text, encoding="utf-8")
         (temporary / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
         write_json(temporary / "tokenizer_config.json", config)
         write_json(temporary / "training.json", record)
-        temporary.rename(out)  # which replaces an empty folder
-    finally:
-        if temporary.exists():
-            shutil.rmtree(temporary)
     return record

@@ -11,7 +11,6 @@ llama.cpp.
 
 import json
 import os
-import secrets
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from personatlas.persona.artifacts import make_folder, read_json, write_json
+from personatlas.persona.artifacts import atomic_folder, make_folder, read_json, write_json
 from personatlas.persona.errors import UserError
 from personatlas.persona.models.chat_template import chat_format
 from personatlas.persona.models.load import quiet_transformers
@@ -73,9 +72,7 @@ def export_model(model: GPT, tokenizer_folder: Path, out: Path, dtype: torch.dty
         raise UserError(f"{tokenizer_folder} has no tokenizer.json: not a tokenizer's folder")
     tokenizer = load_hf_tokenizer(tokenizer_folder, model.shape)
     make_folder(out.parent, "the export's folder")
-    temporary = out.with_name(f".{out.name}.{secrets.token_hex(6)}")
-    make_folder(temporary, "the export's folder")
-    try:
+    with atomic_folder(out) as temporary:
         weights = {
             _exported_name(name): value.detach().to("cpu", dtype).contiguous()
             for name, value in model.named_parameters()
@@ -85,14 +82,10 @@ def export_model(model: GPT, tokenizer_folder: Path, out: Path, dtype: torch.dty
             if (tokenizer_folder / name).is_file():
                 shutil.copyfile(tokenizer_folder / name, temporary / name)
         special = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
-        write_json(
-            temporary / "generation_config.json", {"eos_token_id": end_token_ids(tokenizer), **special}
-        )
+        ends = {"eos_token_id": end_token_ids(tokenizer), **special}
         config = {**qwen3_config(model.shape, dtype), "eos_token_id": tokenizer.eos_token_id, **special}
+        write_json(temporary / "generation_config.json", ends)
         write_json(temporary / "config.json", config)
-        temporary.replace(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return out
 
 

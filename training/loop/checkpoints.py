@@ -20,17 +20,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from personatlas.persona.artifacts import digest, read_json, write_json
+from personatlas.persona.artifacts import atomic_folder, digest, read_json, write_json
 from personatlas.persona.errors import UserError
 from personatlas.persona.records import JsonObject
+from personatlas.persona.runs import CHECKPOINTS, STEP, checkpoint_folders
 from personatlas.training.export.huggingface import export_model, load_exported
 from personatlas.training.model.gpt import GPT
 
 RESUMABLE = 2  # checkpoints that keep the optimizer's state
-PREFIX = "step-"
 # what a killed process leaves unfinished; two dots where a checkpoint's weights were being written
 LEFTOVERS = (
-    *(f"checkpoints/.{PREFIX}*", f"checkpoints/..{PREFIX}*"),
+    *(f"{CHECKPOINTS}/.{STEP}*", f"{CHECKPOINTS}/..{STEP}*"),
     *(".model.*", ".tokenizer.*", ".*.json.*", ".*.jsonl.*", "tokens/.*.json.*", "tokens/.*.npy.*"),
 )
 
@@ -55,13 +55,12 @@ def is_permanent(step: int, steps: int) -> bool:
 
 def checkpoints_in(run: Path) -> list[Checkpoint]:
     """All whole checkpoints of a run, the earliest first."""
-    steps = {path: path.name.removeprefix(PREFIX) for path in (run / "checkpoints").glob(f"{PREFIX}*")}
-    whole = [
-        Checkpoint(int(step), path)
-        for path, step in steps.items()
-        if (path / "state.json").is_file() and step.isdigit()
-    ]
-    return sorted(whole, key=lambda checkpoint: checkpoint.step)
+    whole = (
+        Checkpoint(step, path)
+        for step, path in checkpoint_folders(run).items()
+        if (path / "state.json").is_file()
+    )
+    return list(whole)
 
 
 def newest_resumable(run: Path) -> Checkpoint | None:
@@ -73,26 +72,25 @@ def save_checkpoint(
     run: Path, step: int, model: GPT, optimizer: dict[str, Tensor], tokenizer: Path, facts: JsonObject
 ) -> Checkpoint:
     """Writes a checkpoint whole or not at all; one that is there is left as it is."""
-    path = run / "checkpoints" / f"{PREFIX}{step:06}"
+    path = run / CHECKPOINTS / f"{STEP}{step:06}"
     if (path / "state.json").is_file() and (path / "optimizer.safetensors").is_file():
         return Checkpoint(step, path)
     path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
     try:
-        export_model(model, tokenizer, temporary)
-        state = temporary / "optimizer.safetensors"
-        save_file({name: value.contiguous() for name, value in optimizer.items()}, state)
-        _sync(state)
-        _sync(temporary / "model.safetensors")
-        digests = {"optimizer": digest(state), "model": digest(temporary / "model.safetensors")}
-        write_json(temporary / "state.json", {**facts, "kind": "training-state", "step": step, **digests})
-        if path.exists():  # an earlier one of this step, which is not resumable any more
-            _remove(path)
-        temporary.replace(path)
+        with atomic_folder(path) as temporary:
+            export_model(model, tokenizer, temporary)
+            files = {name: temporary / f"{name}.safetensors" for name in ("optimizer", "model")}
+            save_file({name: value.contiguous() for name, value in optimizer.items()}, files["optimizer"])
+            for file in files.values():
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+            digests = {name: digest(file) for name, file in files.items()}
+            content = {**facts, "kind": "training-state", "step": step, **digests}
+            write_json(temporary / "state.json", content)
+            if path.exists():  # an earlier one of this step, which is not resumable any more
+                _remove(path)
     except SafetensorError as error:
         raise _disk_error(error, path) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return Checkpoint(step, path)
 
 
@@ -144,11 +142,6 @@ def _remove(path: Path) -> None:
     doomed = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
     path.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _disk_error(error: SafetensorError, path: Path) -> Exception:

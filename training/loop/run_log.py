@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -59,7 +59,7 @@ def cut_log(path: Path, step: int) -> None:
             temporary.write_text(text, encoding="utf-8")
 
 
-class MetricsMirror(Protocol):
+class MetricsMirror:
     """Where numbers go beside metrics.jsonl."""
 
     def cut_after(self, step: int) -> None:
@@ -72,7 +72,7 @@ class MetricsMirror(Protocol):
         """Writes what is buffered."""
 
 
-class TensorBoardMirror:
+class TensorBoardMirror(MetricsMirror):
     """Event files, written by tensorboardX with nothing but numpy and protobuf."""
 
     def __init__(self, folder: Path) -> None:
@@ -97,7 +97,7 @@ class TensorBoardMirror:
             self._writer = None
 
 
-class WandbMirror:
+class WandbMirror(MetricsMirror):
     """One run of Weights & Biases for one folder: its id is stored, so a resumed run resumes there too."""
 
     def __init__(self, folder: Path, project: str) -> None:
@@ -125,9 +125,6 @@ class WandbMirror:
         # their own step never goes back; ours does when a run resumes from a checkpoint
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
-
-    def cut_after(self, step: int) -> None:
-        pass
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         self._run.log({"step": step, **numbers})
