@@ -19,7 +19,7 @@ from personatlas.persona.progress import say
 from personatlas.persona.records import JsonObject
 from personatlas.training.bits_per_byte import HeldOutLoss, held_out_bits_per_byte
 from personatlas.training.data.batches import CorpusBatches
-from personatlas.training.data.corpus import open_corpus
+from personatlas.training.data.corpus import Corpus
 from personatlas.training.data.token_shards import Tokens, make_tokens, open_tokens
 from personatlas.training.data.tokenizer import (
     DEFAULT_VOCABULARY,
@@ -80,7 +80,7 @@ def _make_tokens(texts: CorpusOptions, tokenizer: Path, folder: Path) -> None:
         if not (tokenizer / "tokenizer.json").is_file():
             raise UserError("--tokenizer FOLDER is missing: the one that the tokens were made with")
         return
-    corpus = open_corpus(
+    corpus = Corpus.open(
         texts.corpus, held_out=texts.held_out, held_share=texts.held_share, column=texts.text_column
     )
     if texts.tokenizer is None:

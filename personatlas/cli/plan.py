@@ -92,9 +92,9 @@ def _chip(name: str, price: float | None) -> Chip:
 
 def _bytes_of(corpus: Path) -> int:
     """UTF-8 bytes of the training side of a corpus, all of it read once."""
-    from personatlas.training.data.corpus import open_corpus
+    from personatlas.training.data.corpus import Corpus
 
-    texts = open_corpus(corpus)  # not scan(): a plan can be made before anything is chosen to be held out
+    texts = Corpus.open(corpus)  # not scan(): a plan can be made before anything is chosen to be held out
     size = sum(len(piece.text.encode()) for piece in texts.pieces() if not texts.holds_out(piece))
     if size == 0:
         raise UserError(f"--corpus {corpus} has no text to train on")

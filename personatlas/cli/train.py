@@ -199,11 +199,11 @@ def tokenizer(
     sample
         the most bytes of text to train on, spread evenly over the corpus
     """
-    from personatlas.training.data.corpus import open_corpus
+    from personatlas.training.data.corpus import Corpus
     from personatlas.training.data.tokenizer import make_tokenizer, require_vocabulary
 
     require_vocabulary(vocabulary)
-    texts = open_corpus(corpus, held_out=held_out, held_share=held_share, column=text_column)
+    texts = Corpus.open(corpus, held_out=held_out, held_share=held_share, column=text_column)
     record = make_tokenizer(texts, out, vocabulary=vocabulary, sample=sample)
     if json:
         print_json(record)

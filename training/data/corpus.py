@@ -5,16 +5,13 @@
     corpus.scan().train.bytes, corpus.digest
     for piece in corpus.pieces(): piece.text, corpus.holds_out(piece)
 
-    open_corpus(Path("hub:OWNER/NAME/data/train@refs/convert/parquet"))  # a data set of the Hugging Face hub
+    Corpus.open(Path("hub:OWNER/NAME/data/train@refs/convert/parquet"))  # a data set of the Hugging Face hub
 
 Order: files by the SHA-256 of their relative names, so that neither the alphabet nor a file's content
 decides, then documents as they stand in their file. Held out is a document whose hashed name falls into the
 share; where one .txt file is the whole corpus, its pieces count as documents. Pieces with a NUL byte (binary
-files, UTF-16) and blank ones are left out and counted.
-
-Of a data set only files that can be read as documents are fetched, into the hub's own cache, and no code of
-it is run. The cache is used where the hub cannot be reached, if all of it is there. A branch moves: a run
-that is to be repeated names a commit.
+files, UTF-16) and blank ones are left out and counted. Of a data set only files that can be read as documents
+are fetched, into the hub's own cache, which is used where the hub cannot be reached.
 """
 
 import errno
@@ -68,10 +65,6 @@ class CorpusScan:
     blank: int = 0
     "pieces without a visible character, left out"
 
-    def side(self, side: Side) -> TextAmount:
-        """The amount of one side."""
-        return self.train if side == "train" else self.held_out
-
     def to_json(self) -> JsonObject:
         """As in training.json of a tokenizer."""
         return asdict(self)
@@ -89,7 +82,7 @@ class CorpusScan:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Files to read and how, made by `Corpus.open` or `open_corpus`."""
+    """Files to read and how, made by `Corpus.open`."""
 
     files: tuple[TextFile, ...]
     held_out_files: tuple[TextFile, ...]
@@ -106,13 +99,15 @@ class Corpus:
         column: str = "text",
         size: int = PIECE,
     ) -> "Corpus":
-        """Lists the files of a folder, or takes one file. What `held_out` names is taken out of the rest.
+        """Lists the files of a path here or of a data set of the hub. `held_out` is taken out of the rest.
 
-        Raises `UserError` for what is not there, is empty or cannot be read as documents.
+        Raises `UserError` for what does not exist, is empty or cannot be read as documents.
         """
         if not 0 < held_share < 1:
             raise UserError(f"--held-share {held_share} is not between 0 and 1 (0.01: one document in 100)")
-        held_out_files = list_text_files(held_out, "--held-out") if held_out else ()
+        path = locate_corpus(path, "--corpus")
+        held_out = None if held_out is None else locate_corpus(held_out, "--held-out")
+        held_out_files = () if held_out is None else list_text_files(held_out, "--held-out")
         elsewhere = {file.path.resolve() for file in held_out_files}
         files = tuple(f for f in list_text_files(path, "--corpus") if f.path.resolve() not in elsewhere)
         if not files:
@@ -128,9 +123,7 @@ class Corpus:
         digests = [[digest(file.path) for file in files] for files in sides]
         if twice := set(digests[0]) & set(digests[1]):
             name = next(name for name, sha in zip(names[0], digests[0], strict=True) if sha in twice)
-            raise UserError(
-                f"{name} is held out and trained on: the same bytes are in both; take it out of one"
-            )
+            raise UserError(f"{name} is held out and trained on: its bytes are in both; take it out of one")
         return hashlib.sha256(repr([settings, names, digests]).encode()).hexdigest()
 
     @cached_property
@@ -164,7 +157,7 @@ class Corpus:
             if piece.number == 1 and piece.document != cut:
                 scan.cut, cut = scan.cut + 1, piece.document
             if fault is None:
-                amount = scan.side("held-out" if self.holds_out(piece) else "train")
+                amount = scan.held_out if self.holds_out(piece) else scan.train
                 unit = self.unit(piece)
                 amount.documents += unit != last
                 amount.pieces += 1
@@ -233,9 +226,7 @@ def _fault(piece: Piece) -> Literal["nul", "blank"] | None:
 
 
 def list_text_files(path: Path, option: str) -> tuple[TextFile, ...]:
-    """The readable files of a path in the order of their hashed names. Raises `UserError` where there is
-    none.
-    """
+    """The readable files of a path by their hashed names. Raises `UserError` where there is none."""
     prefix = HELD_OUT_PREFIX if option == "--held-out" else ""
     if path.is_file():
         if kind_of(path.name) is None:
@@ -255,9 +246,7 @@ def list_text_files(path: Path, option: str) -> tuple[TextFile, ...]:
 
 
 def sample_documents(path: Path, column: str, max_bytes: int) -> list[str]:
-    """Documents of a folder or file (pieces of long ones), evenly taken where there are more bytes than
-    wanted.
-    """
+    """Documents of a folder or file, or pieces of long ones; evenly taken where they have more bytes."""
     pieces = (
         piece.text
         for file in list_text_files(locate_corpus(path, "--text"), "--text")
@@ -276,20 +265,6 @@ HUB_NAME = re.compile(r"hub:(?P<repo>[^/@\s]+/[^/@\s]+)(/(?P<inside>[^@]+?))?/?(
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def open_corpus(
-    path: Path, *, held_out: Path | None = None, held_share: float = HELD_SHARE, column: str = "text"
-) -> Corpus:
-    """`Corpus.open` of files here or of data sets of the hub. Raises `UserError` for one that cannot be
-    fetched.
-    """
-    return Corpus.open(
-        locate_corpus(path, "--corpus"),
-        held_out=None if held_out is None else locate_corpus(held_out, "--held-out"),
-        held_share=held_share,
-        column=column,
-    )
-
-
 def locate_corpus(path: Path, option: str = "--corpus") -> Path:
     """A path as it is; for hub:OWNER/NAME[/FOLDER][@REVISION] the folder in the cache, fetched if need be."""
     text = str(path)
@@ -297,9 +272,7 @@ def locate_corpus(path: Path, option: str = "--corpus") -> Path:
         return path
     named = HUB_NAME.fullmatch(text)
     if named is None:
-        raise UserError(
-            f"{option} {text} is not hub:OWNER/NAME, with /FOLDER or @REVISION behind it if need be"
-        )
+        raise UserError(f"{option} {text} is not hub:OWNER/NAME, maybe with /FOLDER or @REVISION behind it")
     inside = named["inside"]
     folder = _fetched(text, option, named["repo"], inside, named["revision"])
     location = folder / inside if inside else folder
@@ -314,32 +287,23 @@ def locate_corpus(path: Path, option: str = "--corpus") -> Path:
 
 def _fetched(text: str, option: str, repo: str, inside: str | None, revision: str | None) -> Path:
     """The data set's folder in the cache."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub import errors, snapshot_download, utils
 
     failures: tuple[type[Exception], ...] = (OSError, ValueError)
-    failures += HfHubHTTPError.__bases__  # its HTTP client depends on the version
-    quiet = are_progress_bars_disabled() or not sys.stderr.isatty()
-    shown = not are_progress_bars_disabled()
-    if quiet:
-        disable_progress_bars()
+    failures += errors.HfHubHTTPError.__bases__  # its HTTP client depends on the version
+    hides_progress = not utils.are_progress_bars_disabled() and not sys.stderr.isatty()
+    if hides_progress:
+        utils.disable_progress_bars()
     try:
         endings = [kind + packed for kind in KINDS for packed in ("", *PACKED)]
-        wanted = (
-            [inside, *(f"{inside}/*{ending}" for ending in endings)] if inside else [f"*{e}" for e in endings]
-        )
+        wanted = [f"{inside}/*{ending}" if inside else f"*{ending}" for ending in endings]
+        wanted += [inside] if inside else []
         return Path(snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=wanted))
-    except GatedRepoError:
+    except errors.GatedRepoError:
         reason = "it must be asked for on its page first; then `hf auth login`"
-    except RepositoryNotFoundError:
+    except errors.RepositoryNotFoundError:
         reason = "there is no such data set, or it is private (`hf auth login`)"
-    except RevisionNotFoundError:
+    except errors.RevisionNotFoundError:
         reason = f"it has no revision {revision}"
     except failures as error:
         if isinstance(error, OSError) and error.errno in DISK_FULL:
@@ -350,6 +314,6 @@ def _fetched(text: str, option: str, repo: str, inside: str | None, revision: st
         elif "locate the files on the Hub" in str(error) or "outgoing traffic has been" in str(error):
             reason = "the hub cannot be reached, and it is not in the cache; give a folder of text files"
     finally:
-        if quiet and shown:
-            enable_progress_bars()
+        if hides_progress:
+            utils.enable_progress_bars()
     raise UserError(f"{option} {text}: {reason}")

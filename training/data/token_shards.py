@@ -90,8 +90,7 @@ def make_tokens(
 ) -> Tokens:
     """Tokenises both sides; resumes an interrupted run, and reads finished tokens.
 
-    Raises `UserError` if the folder holds tokens of another corpus or tokenizer, and for a corpus without
-    text.
+    Raises `UserError` for a folder with tokens of another corpus or tokenizer, and a corpus without text.
     """
     tokenizer = load_corpus_tokenizer(tokenizer_folder)
     settings = {
@@ -110,9 +109,7 @@ def open_tokens(folder: Path, tokenizer_folder: Path | None = None) -> Tokens:
     """Memory-maps finished tokens. Raises `UserError` for unfinished ones and those of another tokenizer."""
     path = folder / "tokens.json"
     if not path.is_file():
-        raise UserError(
-            f"{folder} holds no finished tokens (tokens.json); make them again, finished shards are kept"
-        )
+        raise UserError(f"{folder} holds no finished tokens; make them again, finished shards are kept")
     record = read_json(path)
     if not isinstance(record, dict) or record.get("kind") != "tokens" or record.get("format") != FORMAT:
         raise UserError(f"{path} is not the record of tokens that this version reads")
@@ -122,16 +119,6 @@ def open_tokens(folder: Path, tokenizer_folder: Path | None = None) -> Tokens:
         )
     train, held_out = (_stream(folder, record, side) for side in SIDES)
     return Tokens(train, held_out, record["corpus"], record["tokenizer"], record["vocabulary"])
-
-
-def verify(folder: Path) -> None:
-    """Reads every shard. Raises `UserError` for one whose bytes have changed."""
-    record = read_json(folder / "tokens.json")
-    for side in SIDES:
-        for number, shard in enumerate(record[side]):
-            path = folder / f"{side}-{number:05}.npy"
-            if digest(path) != shard["sha256"]:
-                raise UserError(f"{path} has changed since it was made; remove {folder} and make it again")
 
 
 def _claim(folder: Path, settings: JsonObject) -> None:
@@ -162,9 +149,7 @@ def _stream(folder: Path, record: JsonObject, side: Side) -> Stream:
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{path} cannot be read: {error}; remove {folder} and make it again") from None
         if shard.shape != (known["tokens"],) or str(shard.dtype) != record["dtype"]:
-            raise UserError(
-                f"{path} has {shard.shape} {shard.dtype}, not what tokens.json says; make it again"
-            )
+            raise UserError(f"{path} has {shard.shape} {shard.dtype}, not as tokens.json says; make it again")
         shards.append(shard)
     documents, size = (sum(known[name] for known in record[side]) for name in ("documents", "bytes"))
     return Stream(tuple(shards), record["bos"], documents, size)
@@ -180,17 +165,9 @@ def _write_shards(
         shards[side].append(_shard(tokenizer, pieces, folder / f"{side}-{len(shards[side]):05}", kind))
     for side in SIDES:
         if not shards[side]:
-            raise UserError(
-                f"the corpus has no {side} text; change --held-share or name texts with --held-out PATH"
-            )
-    record = {
-        **settings,
-        "kind": "tokens",
-        "vocabulary": size,
-        "dtype": str(kind),
-        "bos": tokenizer.token_to_id(BOS),
-    }
-    write_json(folder / "tokens.json", {**record, **shards})
+            raise UserError(f"the corpus has no {side} text; change --held-share or give --held-out PATH")
+    record = {"kind": "tokens", "vocabulary": size, "dtype": str(kind), "bos": tokenizer.token_to_id(BOS)}
+    write_json(folder / "tokens.json", {**settings, **record, **shards})
 
 
 def _groups(corpus: Corpus, limit: int, quiet: bool) -> Iterator[tuple[Side, list[Piece]]]:

@@ -135,12 +135,9 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, left_out: Counter[str
     """
     left_out = Counter() if left_out is None else left_out
     tokenizer = Tokenizer(models.BPE(ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    words = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
+    single_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, single_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
@@ -235,15 +232,11 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
 
 
 def load_corpus_tokenizer(folder: Path) -> Tokenizer:
-    """A tokenizer for corpora, in which markup such as <|im_end|> is text. Raises `UserError` if it is not
-    one of ours.
-
-    `AutoTokenizer.from_pretrained(folder)` is for conversations: there the markup of the template is meant.
-    """
+    """A tokenizer for corpora, in which markup such as <|im_end|> is text. Raises `UserError` for others."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise UserError(
-            f"{folder} holds no tokenizer.json; make one: personatlas train tokenizer --out {folder}"
+            f"{folder} has no tokenizer.json; make it: personatlas train tokenizer --out {folder}"
         )
     try:
         tokenizer = Tokenizer.from_file(str(path))

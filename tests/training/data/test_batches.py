@@ -12,7 +12,7 @@ from personatlas.persona.errors import UserError
 from personatlas.training.data import token_shards as tokens_module
 from personatlas.training.data.batches import CorpusBatches, held_out_rows
 from personatlas.training.data.corpus import Corpus
-from personatlas.training.data.token_shards import Stream, make_tokens, open_tokens, verify
+from personatlas.training.data.token_shards import Stream, make_tokens, open_tokens
 from personatlas.training.data.tokenizer import encode, load_corpus_tokenizer, make_tokenizer, token_bytes
 
 SMALL = 2000  # bytes of text in a shard
@@ -55,7 +55,6 @@ def test_tokens_are_every_piece_after_its_mark(made):
         assert (stream.documents, stream.bytes) == (len(texts), sum(len(text.encode()) for text in texts))
     assert len(tokens.train.shards) > 2
     assert tokens.train.shards[0].dtype == np.uint16
-    verify(made / "tokens")
 
 
 def test_a_stream_reads_across_its_shards_and_not_beyond():
@@ -128,13 +127,11 @@ def test_damaged_shards_are_found_out(made, tmp_path):
     whole = bytearray(shard.read_bytes())
     whole[-1] ^= 1
     shard.write_bytes(whole)
-    with pytest.raises(UserError, match=r"train-00001\.npy has changed"):
-        verify(folder)
     shard.write_bytes(whole[:-2])
     with pytest.raises(UserError, match=r"train-00001\.npy cannot be read"):
         open_tokens(folder)
     np.save(shard, np.arange(3))
-    with pytest.raises(UserError, match=r"not what tokens\.json says"):
+    with pytest.raises(UserError, match=r"not as tokens\.json says"):
         open_tokens(folder)
 
 

@@ -14,7 +14,7 @@ from corpora import write_parquet
 
 from personatlas.cli.app import main
 from personatlas.persona.errors import UserError
-from personatlas.training.data.corpus import locate_corpus, open_corpus
+from personatlas.training.data.corpus import Corpus, locate_corpus
 
 COMMIT = "c0ffee" + "0" * 34
 NAME = "someone/stories"
@@ -106,7 +106,7 @@ def documents(corpus):
 
 
 def test_a_data_set_is_fetched_once_and_only_what_can_be_read(hub, monkeypatch):
-    first = open_corpus(Path(f"hub:{NAME}"), held_share=0.1)
+    first = Corpus.open(Path(f"hub:{NAME}"), held_share=0.1)
     assert documents(first) == {
         "data/train/one.txt",
         "data/train/two.jsonl",
@@ -117,14 +117,14 @@ def test_a_data_set_is_fetched_once_and_only_what_can_be_read(hub, monkeypatch):
     assert len(fetched) == 4
     assert not any("load.py" in asked or "README" in asked for asked in Hub.asked)
     unreachable(monkeypatch)
-    assert open_corpus(Path(f"hub:{NAME}"), held_share=0.1).digest == first.digest
+    assert Corpus.open(Path(f"hub:{NAME}"), held_share=0.1).digest == first.digest
 
 
 def test_a_folder_or_a_file_of_it_can_be_named_and_a_revision(hub):
-    assert documents(open_corpus(Path(f"hub:{NAME}/data/train"))) == {"one.txt", "two.jsonl"}
+    assert documents(Corpus.open(Path(f"hub:{NAME}/data/train"))) == {"one.txt", "two.jsonl"}
     assert not any("table" in asked or "test" in asked for asked in Hub.asked)
-    assert documents(open_corpus(Path(f"hub:{NAME}/table.parquet@{COMMIT}"))) == {"table.parquet"}
-    both = open_corpus(Path(f"hub:{NAME}/data/train"), held_out=Path(f"hub:{NAME}/data/test@main"))
+    assert documents(Corpus.open(Path(f"hub:{NAME}/table.parquet@{COMMIT}"))) == {"table.parquet"}
+    both = Corpus.open(Path(f"hub:{NAME}/data/train"), held_out=Path(f"hub:{NAME}/data/test@main"))
     assert documents(both) == {"one.txt", "two.jsonl", "/held-out/three.txt"}
 
 
@@ -142,7 +142,7 @@ def test_a_folder_or_a_file_of_it_can_be_named_and_a_revision(hub):
 )
 def test_a_data_set_that_cannot_be_had_is_one_line(hub, name, words):
     with pytest.raises(UserError) as error:
-        open_corpus(Path(name))
+        Corpus.open(Path(name))
     assert words in str(error.value)
     assert str(error.value).startswith(f"--corpus {name}")
     assert "\n" not in str(error.value)
@@ -157,7 +157,7 @@ def test_without_the_hub_the_answer_comes_at_once_and_half_a_data_set_is_not_tak
         (f"hub:{NAME}", "only a part of it is in the cache, and the hub cannot be reached"),
     ):
         with pytest.raises(UserError, match=words):
-            open_corpus(Path(name))
+            Corpus.open(Path(name))
     assert time.monotonic() - start < 5
 
 

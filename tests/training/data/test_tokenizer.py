@@ -210,7 +210,7 @@ def test_the_verb_makes_a_tokenizer_once_and_refuses_what_does_not_fit(made, tmp
 
 
 def test_a_folder_that_holds_no_tokenizer_of_ours_is_named(made, tmp_path):
-    with pytest.raises(UserError, match=r"holds no tokenizer\.json; make one"):
+    with pytest.raises(UserError, match=r"has no tokenizer\.json; make it"):
         load_corpus_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="cannot be read"):
