@@ -118,10 +118,6 @@ class FinetuneJob(TrainingJob):
     chats: ChatDataOptions
     data: ChatData
 
-    @property
-    def minutes(self) -> float | None:
-        return self.options.minutes
-
     def settings(self) -> JsonObject:
         data = ("columns", "held_share", "held_out_roles", "score", "per_role", "cut")
         return {

@@ -46,6 +46,8 @@ class TrainOptions:
     "rows at once on one GPU; changes memory, not the result"
     recompute: bool = False
     "compute the blocks' insides again in the backward pass: less memory, a third more time"
+    minutes: float | None = None
+    "train for what these GPUs do in so many minutes"
     keep: Literal["log", "last"] = "log"
     "checkpoints to keep: log (step 0, powers of two, the last) or last"
     seed: int = 0
@@ -73,9 +75,7 @@ class PretrainOptions(TrainOptions):
     """How long to pretrain, and what replaces the plan's own values."""
 
     tokens: int | None = None
-    "so many tokens; as many as are compute-optimal unless given"
-    minutes: float | None = None
-    "what these GPUs do in so many minutes, instead"
+    "train on so many tokens; as many as are compute-optimal unless --tokens or --minutes is given"
     context: int | None = None
     "tokens that the model sees at once"
     batch: int | None = None
@@ -115,9 +115,7 @@ class FinetuneOptions(TrainOptions):
     """How long to tune. Raises `UserError` for both lengths and for lengths that are not allowed."""
 
     epochs: float | None = None
-    "how often the conversations are read; 2 unless given"
-    minutes: float | None = None
-    "what these GPUs do in so many minutes, instead"
+    "read the conversations so often; 2 times unless --epochs or --minutes is given"
 
     def __post_init__(self) -> None:
         super().__post_init__()

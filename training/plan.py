@@ -39,9 +39,7 @@ BYTES_A_TOKEN = 4.3  # of English at a vocabulary of 32,768: 443 MB of 19th-cent
 
 @dataclass(frozen=True)
 class Chip:
-    """A processor: dense peak in FLOP/s of its training dtype, memory in bytes, rough rent in dollars an
-    hour.
-    """
+    """A processor: dense peak in FLOP/s of its training dtype, memory in bytes, rent in dollars an hour."""
 
     name: str
     peak: float
@@ -87,9 +85,7 @@ def kv_heads_for(heads: int) -> int:
 
 
 def inner_for(width: int) -> int:
-    """8/3 of the width in whole 128s: three matrices cost what a plain MLP's two of 4 widths do (Shazeer
-    2020).
-    """
+    """8/3 of the width in whole 128s: three matrices cost what an MLP's two of 4 widths do (Shazeer 2020)."""
     return -(-8 * width // (3 * 128)) * 128
 
 
@@ -207,9 +203,7 @@ def micro_batch_for(shape: Shape, share: int, chip: Chip, gpus: int) -> tuple[in
 
 @dataclass(frozen=True)
 class Plan:
-    """A training run, made by `make_plan` or `make_chat_plan`. Tokens are whole batches, rates the schedule's
-    highest.
-    """
+    """A run, made by `make_plan` or `make_chat_plan`: whole batches, and the schedule's highest rates."""
 
     shape: Shape
     horizon: str

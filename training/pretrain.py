@@ -102,10 +102,6 @@ class PretrainJob(TrainingJob):
     depth: int
     tokens: Tokens
 
-    @property
-    def minutes(self) -> float | None:
-        return self.options.minutes
-
     def settings(self) -> JsonObject:
         names = ("context", "batch", "tokens", "minutes", "rate_scale", "fp8", "seed")
         options = {name: getattr(self.options, name) for name in names}
@@ -144,9 +140,6 @@ class PretrainJob(TrainingJob):
         say(f"depth {shape.depth}, width {shape.width}: {shape.parameters / 1e6:,.1f} M parameters")
         epochs = describe_epochs(plan.tokens, len(self.tokens.train))
         say(f"{plan.tokens:,} tokens in {plan.steps:,} steps of {plan.batch:,}: {epochs}")
-
-    def record(self) -> JsonObject:
-        return {}
 
     def samples(self) -> TextSamples:
         return TextSamples(self.out, self._tokenizer, self.tokens.held_out)

@@ -39,31 +39,16 @@ from personatlas.training.options import TrainOptions
 from personatlas.training.plan import Plan
 from personatlas.training.report.page import write_training_report
 
-RESUME_ONLY = (
-    "optimizer.safetensors",
-    "state.json",
-)  # files of a checkpoint that a model folder does without
+RESUME_ONLY = ("optimizer.safetensors", "state.json")  # files of a checkpoint that a model does without
 
 
 @dataclass(frozen=True)
 class TrainResult(JsonRecord):
-    """What a training run came to. `to_json` is "result" in run.json, where losses by source are of chat
-    tuning only.
+    """What a training run came to; "result" in run.json.
 
-    Parameters
-    ----------
-    folder
-        the run's folder
-    steps, tokens, seconds
-        of training, without compiling, evaluations and pauses
-    tokens_a_second, utilisation
-        speed, and on GPUs its share of their peak in model FLOPs
-    epochs
-        how often the data was read
-    held_out
-        the loss on text (bits per byte) or on answers that were never trained on
-    before, after
-        of chat tuning: losses on held-out answers by source, "all" first
+    `seconds` are those of training, without compiling, evaluations and pauses; `utilisation` is the share of
+    the GPUs' peak in model FLOPs. `held_out` is the loss on text (bits per byte) or on answers that were
+    never trained on. `before` and `after` are losses by source of chat tuning, "all" first.
     """
 
     folder: Path
@@ -92,27 +77,12 @@ class TrainResult(JsonRecord):
     @staticmethod
     def load(folder: Path) -> "TrainResult":
         """The result of a finished run. Raises `UserError` where there is none."""
-        row = read_json(folder / "run.json").get("result")
-        if row is None:
+        result = read_json(folder / "run.json").get("result")
+        if result is None:
             raise UserError(f"{folder} is no finished training run")
-        kind = AnswerLoss if "perplexity" in row["held_out"] else HeldOutLoss
-        sources: dict[str, dict[str, AnswerLoss]] = {
-            when: {name: AnswerLoss.from_json(loss) for name, loss in row["sources"][when].items()}
-            for when in ("before", "after")
-            if "sources" in row
-        }
-        held_out = kind.from_json(row["held_out"])
-        return TrainResult(
-            folder,
-            row["steps"],
-            row["tokens"],
-            row["seconds"],
-            row["tokens_a_second"],
-            row["utilisation"],
-            row["epochs"],
-            held_out,
-            **sources,
-        )
+        kind = AnswerLoss if "perplexity" in result["held_out"] else HeldOutLoss
+        row = {"folder": folder, "before": {}, "after": {}, **result, **result.get("sources", {})}
+        return TrainResult.from_json({**row, "held_out": kind.from_json(result["held_out"])})
 
 
 @dataclass(frozen=True)
@@ -126,20 +96,13 @@ class TrainingJob(ABC):
     tokenizer: Path
     fp8: bool = field(default=False, kw_only=True)
 
-    @property
-    @abstractmethod
-    def minutes(self) -> float | None:
-        """How long to train, where that is the length."""
-
     @abstractmethod
     def settings(self) -> JsonObject:
         """What makes this run this run: "asked" in run.json, which a resumed run must agree with."""
 
     @abstractmethod
     def plan(self, speed: float | None = None, unit: int | None = None) -> Plan:
-        """The first plan, or one for a measured speed in tokens a second, with a multiple of `unit` rows in a
-        step.
-        """
+        """The first plan, or one for a measured speed and with a multiple of `unit` rows in a step."""
 
     @abstractmethod
     def batches(self, plan: Plan) -> BatchSource:
@@ -153,9 +116,9 @@ class TrainingJob(ABC):
     def start(self, plan: Plan) -> None:
         """Says what is about to be trained, on rank 0, and writes what the run's folder needs first."""
 
-    @abstractmethod
     def record(self) -> JsonObject:
         """What run.json holds beside settings and plan."""
+        return {}
 
     @abstractmethod
     def samples(self) -> SampleWriter:
@@ -185,10 +148,8 @@ def run_training(job: TrainingJob, run: RunFolder) -> TrainResult | None:
     Raises `UserError` for a folder that holds a run with other settings, too little memory, and a loss that
     is not finite.
     """
-    try:
+    with contextlib.closing(job.world):
         return _run(job, run)
-    finally:
-        job.world.close()
 
 
 def _run(job: TrainingJob, run: RunFolder) -> TrainResult | None:
@@ -210,7 +171,7 @@ def _run(job: TrainingJob, run: RunFolder) -> TrainResult | None:
     job.initialise(model)
     stepper = Stepper(model.to(job.device), job.batches(plan), plan, job.world, job.device)
     threads = stepper.set_threads(known.get("threads"))
-    measures = is_new and job.minutes is not None
+    measures = is_new and options.minutes is not None
     if job.device.type == "cuda" or measures:
         try:
             speed = stepper.measure_speed()

@@ -39,9 +39,7 @@ MIN_EXAMPLES = 50  # that an evaluation reads, if there are so many
 
 @dataclass(frozen=True)
 class AnswerLoss(JsonRecord):
-    """The loss on the answers of some conversations, in nats a token, with its 95% interval (None for one
-    question).
-    """
+    """The loss on answers in nats a token, with its 95% interval (None for a single question)."""
 
     loss: float
     low: float | None
@@ -140,9 +138,7 @@ class HeldOutAnswers:
 
 
 def _summed_losses(model: GPT, ids: Tensor, targets: Tensor) -> Tensor:
-    """(B, T) and (B, T) -> (B,) on the CPU. Logits are made where they count only, in fp32: in bf16 20 is
-    0.06 off.
-    """
+    """(B, T), (B, T) -> (B,) on the CPU. Logits are made where they count, in fp32: bf16 is off by 0.06."""
     h = model.hidden_states(ids)  # (B, T, D)
     rows, positions = torch.nonzero(targets != IGNORED, as_tuple=True)  # (M,)
     total = torch.zeros(len(ids), dtype=torch.float64)

@@ -67,9 +67,7 @@ class ChatDataset:
 
 
 def parse_dataset(text: str) -> ChatDataset:
-    """PATH, PATH=2x or PATH=30%, without its conversations. A path that exists is a path, whatever it ends
-    in.
-    """
+    """PATH, PATH=2x or PATH=30%, not yet read. A path that exists is a path, whatever it ends in."""
     path = Path(text)
     match = None if path.exists() else WEIGHT.fullmatch(text)
     if match is None:

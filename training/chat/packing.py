@@ -23,7 +23,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypedDict
 
 import numpy as np
 import torch
@@ -33,6 +32,7 @@ from tokenizers import Tokenizer
 
 from personatlas.persona.errors import UserError
 from personatlas.persona.formats import Message
+from personatlas.persona.records import JsonObject
 from personatlas.training.chat.conversations import ChatExample, Exclusions
 from personatlas.training.data.batches import TokenBatch
 from personatlas.training.data.tokenizer import (
@@ -202,16 +202,6 @@ class PackedEpoch:
     counted: Int64[Array, "R"]
 
 
-class EpochSummary(TypedDict):
-    """What an epoch is made of, as in run.json."""
-
-    conversations: int
-    rows: int
-    fill: float
-    counted: int
-    counted_share: float
-
-
 class ChatBatches:
     """Rows of conversations, a `BatchSource` of the training loop.
 
@@ -280,7 +270,7 @@ class ChatBatches:
         epoch = self._epoch_of(row)
         return epoch + (row - self._firsts[epoch]) / len(self.epoch(epoch).rows)
 
-    def describe(self) -> EpochSummary:
+    def describe(self) -> JsonObject:
         """What the first epoch is made of."""
         first = self.epoch(0)
         size = len(first.rows) * self.context

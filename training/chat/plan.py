@@ -1,10 +1,8 @@
-"""The plan of chat tuning, derived like the base model's (`training/plan.py`) from what there is to learn
-from.
+"""The plan of chat tuning, derived like the base model's from what there is to learn from.
 
     plan = make_chat_plan(shape, PeakRates.of_shape(shape), rows=2_400, counted=1_900_000, gpus=1)
 
-Only the assistant's tokens teach, so they, not the tokens that are read, are the horizon that the batch
-follows.
+Only the assistant's tokens teach, so they, not the tokens that are read, are the batch's horizon.
 """
 
 from dataclasses import dataclass

@@ -59,9 +59,7 @@ class BatchSource(Protocol):
 
 @dataclass(frozen=True)
 class CorpusBatches:
-    """Windows of a stream, of which every target counts. Raises `UserError` for a stream shorter than one
-    window.
-    """
+    """Windows of a stream; every target counts. Raises `UserError` for less than one window."""
 
     stream: Stream
     context: int

@@ -90,9 +90,7 @@ def export_model(model: GPT, tokenizer_folder: Path, out: Path, dtype: torch.dty
 
 
 def load_hf_tokenizer(folder: Path, shape: Shape) -> "PreTrainedTokenizerBase":
-    """The tokenizer in a folder. Raises `UserError` where it has ids that a model of this shape does not
-    embed.
-    """
+    """The tokenizer in a folder. Raises `UserError` for ids that a model of this shape does not embed."""
     from transformers import AutoTokenizer
 
     try:

@@ -49,9 +49,7 @@ class TextSamples(SampleWriter):
 
 
 def document_beginnings(stream: Stream, count: int, length: int = PROMPT_LENGTH) -> list[list[int]]:
-    """The mark and first `length` ids of up to `count` documents, spread evenly over those of twice the
-    length.
-    """
+    """The mark and first `length` ids of up to `count` documents, evenly over those of twice the length."""
     starts = stream.starts().tolist()
     ends = [*starts[1:], len(stream)]
     long = [start for start, end in zip(starts, ends, strict=True) if end - start > 2 * length]

@@ -44,30 +44,8 @@ EVALUATIONS = 10  # over a run, the last one not counted
 
 
 @dataclass
-class TrainingClock:
-    """Seconds of training, without pauses."""
-
-    seconds: float = 0.0
-    since: float | None = None
-
-    def start(self) -> None:
-        """Runs on."""
-        self.since = time.monotonic()
-
-    def read(self) -> float:
-        """Seconds up to now."""
-        return self.seconds + (time.monotonic() - self.since if self.since is not None else 0.0)
-
-    def pause(self) -> None:
-        """Stops until `start`."""
-        self.seconds, self.since = self.read(), None
-
-
-@dataclass
 class Trainer:
-    """A run about to start or resume. `evaluate(step)` gives a row to log; it and `initialise` run on all
-    ranks.
-    """
+    """A run to start or resume. All ranks call `initialise` and `evaluate(step)`, whose row is logged."""
 
     folder: Path
     stepper: Stepper
@@ -79,7 +57,9 @@ class Trainer:
     "what state.json says of the run"
     keep_permanent: bool = True
     "whether checkpoints at powers of two are kept"
-    clock: TrainingClock = field(default_factory=TrainingClock)
+    _seconds: float = 0.0
+    "of training up to the last pause"
+    _running_since: float | None = None
     _saved_at: float = 0.0
     _times: deque[float] = field(default_factory=lambda: deque(maxlen=SPEED_STEPS))
     _stop_requested: bool = False
@@ -92,15 +72,19 @@ class Trainer:
         """The stepper's plan."""
         return self.stepper.plan
 
+    @property
+    def seconds(self) -> float:
+        """Seconds of training, without pauses."""
+        running = 0.0 if self._running_since is None else time.monotonic() - self._running_since
+        return self._seconds + running
+
     def run(self) -> None:
-        """Goes on to the last step. Raises `UserError` for a loss that is not finite and for too little
-        memory.
-        """
+        """Goes on to the last step. Raises `UserError` for a loss that is not finite or too little memory."""
         self._saved_at = time.monotonic()
         start = self._prepare()
         waiting: tuple[int, StepMetrics] | None = None
         with self._interruptible():
-            self.clock.start()
+            self._running_since = time.monotonic()
             for number in range(start, self.plan.steps):
                 metrics = self._within_memory(
                     partial(self.stepper.step, number, lambda: self._stop_requested)
@@ -132,7 +116,7 @@ class Trainer:
         state, facts = load_state(checkpoint)
         load_weights(checkpoint, self.stepper.model)
         self.stepper.optimizer.load(state)
-        self.clock.seconds = facts["seconds"]
+        self._seconds = facts["seconds"]
         text = f"going on from step {checkpoint.step:,} of {self.plan.steps:,}"
         if (before := facts["world"]) != world.size:
             text += (
@@ -157,7 +141,7 @@ class Trainer:
             good = f"the last good checkpoint is {last.path}" if last else "there is no checkpoint yet"
             self.log.write({"kind": "event", "step": step, "what": "stopped", "text": fault})
             raise UserError(f"{fault}: stopped; {good}. Start a new run with a lower --rate-scale")
-        seconds = self.clock.read()
+        seconds = self.seconds
         self._times.append(seconds)
         batch = self.stepper.batches.rows * self.stepper.batches.context
         steps = len(self._times) - 1
@@ -199,21 +183,21 @@ class Trainer:
 
     def _pause(self, step: int) -> None:
         synchronize(self.stepper.device)
-        self.clock.pause()
+        self._seconds, self._running_since = self.seconds, None
         if self._evaluates_at(step):
             self.log.write(self._within_memory(lambda: self.evaluate(step)))
             self.log.sample(self.stepper.model, step)
         if self._keeps(step) or self._stops or self._is_save_due(step):
             state, world = self.stepper.optimizer.state(), self.stepper.world  # all ranks take part
             if world.rank == 0:
-                facts = {**self.facts, "seconds": self.clock.read(), "world": world.size}
+                facts = {**self.facts, "seconds": self._seconds, "world": world.size}
                 save_checkpoint(self.folder, step, self.stepper.model, state, self.tokenizer, facts)
                 prune_checkpoints(self.folder, self.plan.steps, self.keep_permanent)
             world.barrier()
             self._saved_at = time.monotonic()
         if self._stops and step < self.plan.steps:
             raise KeyboardInterrupt
-        self.clock.start()
+        self._running_since = time.monotonic()
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:

@@ -113,9 +113,7 @@ def qk_norm_rotary(
     rotary: Float[Tensor, "2 T W"],
     heads: int,
 ) -> tuple[Float[Tensor, "B H T W"], Float[Tensor, "B K T W"], Float[Tensor, "B K T W"]]:
-    """Queries and keys, normalised head by head and rotated, and values as they are; `heads` are those of
-    queries.
-    """
+    """Queries and keys, normalised and rotated, and values as they are; `heads` are those of queries."""
     width = q_weight.shape[0]
     kv_heads = (qkv.shape[-1] // width - heads) // 2
     if uses_kernels(qkv) and width & (width - 1) == 0:
@@ -345,9 +343,7 @@ class GPT(nn.Module):
         temperature: float = 0.0,
         generator: torch.Generator | None = None,
     ) -> Int[Tensor, "B N"]:
-        """`ids` and `count` more tokens, the likeliest ones at temperature 0. It has no cache: for samples,
-        not serving.
-        """
+        """`ids` and `count` more, the likeliest at temperature 0; without a cache, so not for serving."""
         for _ in range(count):
             logits = self(ids[:, -self.shape.context :])[:, -1]  # (B, V)
             if temperature == 0:
@@ -359,9 +355,7 @@ class GPT(nn.Module):
 
 
 def document_mask(documents: Int[Tensor, "B T"]) -> BlockMask | Tensor:
-    """Which keys a query sees: earlier ones of its own document. Blocks for flex_attention on a GPU, else (B,
-    1, T, T).
-    """
+    """Earlier tokens of the same document: blocks for flex_attention on a GPU, else (B, 1, T, T)."""
     if documents.is_cuda:
         rows, length = documents.shape
         return create_block_mask(
@@ -377,9 +371,7 @@ def document_mask(documents: Int[Tensor, "B T"]) -> BlockMask | Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-    """softmax(q kᵀ / √W) v, causal; `mask` from `document_mask`. (B, H, T, W) and (B, K, T, W) -> (B, H, T,
-    W).
-    """
+    """softmax(q kᵀ / √W) v, causal or by mask: (B, H, T, W) and (B, K, T, W) -> (B, H, T, W)."""
     grouped = q.shape[1] != k.shape[1]
     if mask is None or isinstance(mask, Tensor):
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)

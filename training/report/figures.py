@@ -42,9 +42,7 @@ def training_figures(record: TrainingRecord) -> dict[str, go.Figure]:
 
 
 def loss_curve(steps: Array, losses: Array, total: int | None) -> go.Figure:
-    """Raw and smoothed training loss. `layout.meta` holds the same on logarithmic axes, whole; the page
-    changes over.
-    """
+    """Raw and smoothed training loss; `layout.meta` holds logarithmic axes, to which the page can change."""
     figure = empty_figure(margin=MARGIN, showlegend=True, hovermode="x unified", legend=LEGEND)
     smooth = smoothed(steps, losses)
     thin = _thinned(len(steps))
@@ -72,9 +70,7 @@ def loss_curve(steps: Array, losses: Array, total: int | None) -> go.Figure:
 
 
 def held_out_curve(record: TrainingRecord) -> go.Figure:
-    """Bits per byte (or the loss) of text that is never trained on, its last value written out, its lowest
-    one marked.
-    """
+    """Bits per byte (or the loss) of held-out text, its last value written out."""
     name = "bits_per_byte" if record.in_bits else "loss"
     steps, values = _series(record.held_out, name)
     figure = empty_figure(margin={**MARGIN, "r": 64})
@@ -146,9 +142,7 @@ def speed_curve(steps: Array, values: Array, record: TrainingRecord) -> go.Figur
 
 
 def smoothed(steps: Array, values: Array) -> Array:
-    """The mean over a window around each step that grows with it, to a fiftieth of the run to either side:
-    the start is steep.
-    """
+    """The mean over a window that grows with the step, to a fiftieth of the run to either side."""
     reach = np.minimum(steps * 0.08, steps[-1] / 50)
     before = np.searchsorted(steps, steps - reach, side="left")
     behind = np.searchsorted(steps, steps + reach, side="right")

@@ -29,6 +29,7 @@ BATCH = (
     "the critical batch, which grows with tokens^0.383, at most a 400th of the tokens; "
     "in whole multiples of 8 sequences"
 )
+RATES = {"matrices": "matrix_rate", "embedding": "embedding_rate", "head": "head_rate", "gains": "gain_rate"}
 DECAY = "weights average over 15% of the run; at most 0.2"
 FLOPS = (
     "6 a parameter that multiplies, and 12 · depth · heads · head width · context for attention; "
@@ -37,83 +38,70 @@ FLOPS = (
 
 
 def plan_table(plan: JsonObject, settings: JsonObject, *, is_base: bool) -> list[PlanRow]:
-    """All lines; only a base model's with rules, since tuning has others."""
-    rows = [*_sizes(plan), *_length(plan, settings), *_rates(plan, settings), *_work(plan)]
+    """Sizes, length, rates and work, as far as the plan has them; only a base model's with their rules."""
+    rows = [*_sizes_and_length(plan, settings), *_rates(plan, settings), *_work(plan)]
     return rows if is_base else [(name, value, "") for name, value, _ in rows]
 
 
-def _sizes(plan: JsonObject) -> list[PlanRow]:
-    shape, counts, lines = plan.get("shape") or {}, plan.get("parameters") or {}, []
-    if shape:
+def _sizes_and_length(plan: JsonObject, settings: JsonObject) -> list[PlanRow]:
+    rows, steps = [], plan.get("steps")
+    if shape := plan.get("shape"):
         text = (
             "depth {depth}, width {width}, {heads} heads of {head_width}, {kv_heads} of keys and values, "
             "inner {inner}, context {context:,}, vocabulary {vocabulary:,}"
         )
-        lines.append(("shape", text.format(**shape), SHAPE))
-    if counts:
+        rows.append(("shape", text.format(**shape), SHAPE))
+    if counts := plan.get("parameters"):
         named = {"matrices": "matrix", "embedding": "embedding", "head": "head"}
-        parts = ", ".join(
-            f"{name} {format_count(counts[field])}" for name, field in named.items() if field in counts
-        )
-        lines.append(("parameters", f"{format_count(counts['all'])}: {parts}", ""))
-    return lines
-
-
-def _length(plan: JsonObject, settings: JsonObject) -> list[PlanRow]:
-    lines, steps = [], plan.get("steps")
+        parts = (f"{name} {format_count(counts[key])}" for name, key in named.items() if key in counts)
+        rows.append(("parameters", f"{format_count(counts['all'])}: {', '.join(parts)}", ""))
     if plan.get("tokens"):
-        lines.append(("tokens", f"{plan['tokens']:,}", str(plan.get("horizon") or "")))
+        rows.append(("tokens", f"{plan['tokens']:,}", str(plan.get("horizon") or "")))
     if plan.get("batch"):
         rule = "as asked" if settings.get("batch") else BATCH
-        lines.append(("batch", f"{plan['batch']:,} tokens, {steps:,} steps", rule))
-    if plan.get("warmup"):
-        up, down = plan["warmup"] / steps, plan["decay"] / steps
-        rule = f"up over {up:.0%} of the steps; straight down over the last {down:.0%}"
-        lines.append(
-            ("schedule", f"{plan['warmup']:,} steps up, the last {plan['decay']:,} down to zero", rule)
-        )
-    return lines
+        rows.append(("batch", f"{plan['batch']:,} tokens, {steps:,} steps", rule))
+    if warmup := plan.get("warmup"):
+        decay = plan["decay"]
+        rule = f"up over {warmup / steps:.0%} of the steps; straight down over the last {decay / steps:.0%}"
+        rows.append(("schedule", f"{warmup:,} steps up, the last {decay:,} down to zero", rule))
+    return rows
 
 
 def _rates(plan: JsonObject, settings: JsonObject) -> list[PlanRow]:
     """The highest rates, with the constants of their rules."""
-    lines, scale = [], settings.get("rate_scale") or 1.0
+    rows, scale = [], settings.get("rate_scale") or 1.0
     factor = f", times {scale:g} as asked" if scale != 1.0 else ""
-    for name, field, by in (
-        ("matrices", "matrix_rate", "Muon"),
-        ("embedding", "embedding_rate", "AdamW"),
-        ("head", "head_rate", "AdamW"),
-        ("gains", "gain_rate", "AdamW"),
-    ):
-        if plan.get(field) is not None:
+    for name, key in RATES.items():
+        if plan.get(key) is not None:
             shrunk = REFERENCE_WIDTH / plan["shape"]["width"] if name == "head" else 1.0
-            constant = plan[field] / scale / shrunk / (plan["batch"] / REFERENCE_BATCH) ** 0.5
+            constant = plan[key] / scale / shrunk / (plan["batch"] / REFERENCE_BATCH) ** 0.5
             width = f" · {REFERENCE_WIDTH} / width" if name == "head" else ""
             rule = f"{constant:.3g} · √(batch / {REFERENCE_BATCH:,}){width}{factor}"
-            lines.append((f"rate of {name}", f"{plan[field]:.3g} ({by})", rule))
+            optimizer = "Muon" if name == "matrices" else "AdamW"
+            rows.append((f"rate of {name}", f"{plan[key]:.3g} ({optimizer})", rule))
     if plan.get("weight_decay") is not None:
-        lines.append(("decay of matrices", f"{plan['weight_decay']:.3g}", DECAY))
-    return lines
+        rows.append(("decay of matrices", f"{plan['weight_decay']:.3g}", DECAY))
+    return rows
 
 
 def _work(plan: JsonObject) -> list[PlanRow]:
     """FLOPs, memory, time."""
-    lines, memory, chip = [], plan.get("memory") or {}, plan.get("chip") or {}
+    rows, memory, chip = [], plan.get("memory"), plan.get("chip")
     if plan.get("flops_a_token") and plan.get("tokens"):
         each = plan["flops_a_token"]
-        lines.append(("FLOPs", f"{each / 1e6:,.0f} M a token, {each * plan['tokens']:.2e} in all", FLOPS))
+        rows.append(("FLOPs", f"{each / 1e6:,.0f} M a token, {each * plan['tokens']:.2e} in all", FLOPS))
     if plan.get("micro_batch"):
         again = "; blocks are computed again in the backward pass" if plan.get("checkpointing") else ""
         text = f"{plan['micro_batch']} sequences, {plan.get('accumulation', 1)} a step and processor{again}"
-        lines.append(("micro-batch", text, "as many sequences at once as fit into 80% of the memory"))
+        rows.append(("micro-batch", text, "as many sequences at once as fit into 80% of the memory"))
     if memory and chip:
         text = f"{memory['total'] / 1e9:,.1f} GB of {chip['memory'] / 1e9:,.0f} GB"
-        lines.append(("memory", text, "an estimate, on the high side"))
+        rows.append(("memory", text, "an estimate, on the high side"))
     if plan.get("seconds"):
-        text = f"{format_seconds(plan['seconds'])} at {plan['tokens_a_second']:,.0f} tokens a second"
         cost = f"; about ${plan['cost']:,.2f}" if plan.get("cost") else ""
-        lines.append(("time", text + cost, "at the speed that the plan was made for"))
-    return lines
+        text = f"{format_seconds(plan['seconds'])} at {plan['tokens_a_second']:,.0f} tokens a second{cost}"
+        rows.append(("time", text, "at the speed that the plan was made for"))
+    return rows
 
 
 def format_count(number: int | float) -> str:
