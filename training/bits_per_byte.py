@@ -122,9 +122,7 @@ def _batches(model: Model, texts: Sequence[str], window: int) -> Iterator[tuple[
     tokenizer = model.tokenizer
     first_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first_id is None:
-        raise UserError(
-            "this model's tokenizer has no token that begins a text, so the first one cannot be predicted"
-        )
+        raise UserError("this model's tokenizer has no token that begins a text")
     windows: list[tuple[int, list[int]]] = []
     for document, text in enumerate(texts):
         ids = [first_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]

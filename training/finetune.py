@@ -19,7 +19,7 @@ from personatlas.persona.runs import is_training_run
 from personatlas.training.chat.heldout_loss import AnswerLoss
 from personatlas.training.chat.mixture import ChatData, prepare_chat_data
 from personatlas.training.chat.packing import ChatBatches, ChatEncoder
-from personatlas.training.chat.plan import EPOCHS, PeakRates, estimate_rows, make_chat_plan
+from personatlas.training.chat.plan import EPOCHS, estimate_rows, make_chat_plan
 from personatlas.training.chat.samples import ReplySamples
 from personatlas.training.export.huggingface import TOKENIZER_FILES, read_shape
 from personatlas.training.loop.checkpoints import Checkpoint, checkpoints_in, load_weights
@@ -27,10 +27,12 @@ from personatlas.training.loop.distributed import init_distributed
 from personatlas.training.loop.step import Stepper
 from personatlas.training.model.config import Shape
 from personatlas.training.model.gpt import GPT
+from personatlas.training.optim.schedule import PeakRates, peak_rates
 from personatlas.training.options import ChatDataOptions, FinetuneOptions
-from personatlas.training.plan import Plan, detect_chip
+from personatlas.training.plan import Plan, batch_for, detect_chip, optimal_tokens
 from personatlas.training.run import TrainingJob, TrainResult, open_training_run, run_training
 
+STORED_RATES = ("matrix_rate", "embedding_rate", "head_rate", "gain_rate")  # in run.json
 MANY_EPOCHS = 4.0  # after which held-out loss mostly rises
 
 
@@ -43,7 +45,7 @@ class BaseModel:
     sha256: str
     "of the weights"
     rates: PeakRates
-    "of the run that made it where its run.json is at hand, else those of its shape"
+    "of the run that made it where its run.json is at hand, else of a compute-optimal one"
 
 
 def find_base_model(path: Path) -> BaseModel:
@@ -52,9 +54,7 @@ def find_base_model(path: Path) -> BaseModel:
     Raises `UserError` for anything that is not a GPT trained here, and for a run that has not finished.
     """
     if not path.exists():
-        raise UserError(
-            f"{path} does not exist; give the folder of a training run, of a checkpoint or of an export"
-        )
+        raise UserError(f"{path} does not exist; give a training run, a checkpoint or an export")
     folder = path
     if (path / "run.json").is_file():
         if not is_training_run(path):
@@ -66,18 +66,17 @@ def find_base_model(path: Path) -> BaseModel:
             hint = newest or "it has no checkpoint yet"
             raise UserError(f"{path} is a run that has not finished: go on with it first; {hint}")
     if not (folder / "config.json").is_file():
-        raise UserError(
-            f"{path} is no training run, checkpoint or exported folder: it has no run.json or config.json"
-        )
+        raise UserError(f"{path} is no training run, checkpoint or export: it has no run.json or config.json")
     shape, weights = read_shape(folder), folder / "model.safetensors"
     if not weights.is_file():
         raise UserError(f"{weights} does not exist; a checkpoint in several files must be saved as one first")
-    rates = PeakRates.of_shape(shape)
+    rates = peak_rates(batch_for(optimal_tokens(shape), shape.context), shape.width)
     for parent in (path, path.resolve().parent, path.resolve().parent.parent):
         if (parent / "run.json").is_file():
             record = read_json(parent / "run.json")
             plan = record.get("plan") if record.get("asked", {}).get("stage") == "base" else None
-            rates = PeakRates.of_plan(plan) if isinstance(plan, dict) else rates
+            if isinstance(plan, dict):  # of whatever version
+                rates = PeakRates(*(float(plan[name]) for name in STORED_RATES))
             break
     return BaseModel(folder, shape, digest(weights), rates)
 

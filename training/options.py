@@ -63,9 +63,7 @@ class TrainOptions:
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed {self.seed} is not in 0..{2**63 - 1}")
         if not 0 < self.rate_scale < 100:
-            raise UserError(
-                f"--rate-scale {self.rate_scale} is no factor for rates; 1 leaves them as they are"
-            )
+            raise UserError(f"--rate-scale {self.rate_scale} is no factor for rates; 1 changes nothing")
         if self.micro_batch is not None and self.micro_batch < 1:
             raise UserError(f"--micro-batch {self.micro_batch}: give 1 row or more")
 

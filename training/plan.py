@@ -21,11 +21,8 @@ from personatlas.training.optim.schedule import (
     Rates,
     adam_beta2_for,
     decay_for,
-    embedding_rate_for,
-    head_rate_for,
-    matrix_rate_for,
     momentum_at,
-    norm_rate_for,
+    peak_rates,
     warmup_for,
     weight_decay_for,
 )
@@ -345,7 +342,7 @@ def make_plan(
         raise UserError(
             f"{wanted:,} tokens are less than one batch of {batch:,}; train longer, or with less --context"
         )
-    steps, rate = wanted // batch, matrix_rate_for(batch)
+    steps, rates = wanted // batch, peak_rates(batch, shape.width)
     micro_batch, checkpointing, fits = micro_batch_for(shape, batch // (shape.context * gpus), chip, gpus)
     return Plan(
         shape=shape,
@@ -355,11 +352,11 @@ def make_plan(
         steps=steps,
         warmup=warmup_for(steps),
         decay=decay_for(steps),
-        matrix_rate=rate,
-        embedding_rate=embedding_rate_for(batch),
-        head_rate=head_rate_for(batch, shape.width),
-        norm_rate=norm_rate_for(batch),
-        weight_decay=weight_decay_for(rate, steps),
+        matrix_rate=rates.matrix,
+        embedding_rate=rates.embedding,
+        head_rate=rates.head,
+        norm_rate=rates.norm,
+        weight_decay=weight_decay_for(rates.matrix, steps),
         adam_beta2=adam_beta2_for(batch),
         chip=chip,
         gpus=gpus,

@@ -13,12 +13,13 @@ from personatlas.cli.app import main
 from personatlas.persona.artifacts import read_json, write_json
 from personatlas.persona.errors import UserError
 from personatlas.persona.logs import read_lines
-from personatlas.training.chat.plan import RELATIVE_RATE, PeakRates, make_chat_plan, rows_per_step
+from personatlas.training.chat.plan import RELATIVE_RATE, make_chat_plan, rows_per_step
 from personatlas.training.export.huggingface import export_model, load_exported
 from personatlas.training.finetune import find_base_model
 from personatlas.training.loop import step
 from personatlas.training.loop.checkpoints import checkpoints_in
-from personatlas.training.plan import CHIPS, Plan, make_plan, shape_at
+from personatlas.training.optim.schedule import PeakRates, peak_rates
+from personatlas.training.plan import CHIPS, Plan, batch_for, make_plan, optimal_tokens
 
 TINY = replace(SHAPE, vocabulary=320, context=96)
 QUICK = ["--device", "cpu", "--held-share", "0.1"]
@@ -213,9 +214,9 @@ def test_the_batch_follows_the_answers_tokens_and_the_rates_the_base():
 
 def test_the_bases_rates_come_from_its_run_or_else_from_its_shape(tmp_path, base):
     plan = make_plan(4, vocabulary=320)
-    of_plan, of_shape = PeakRates.of_plan(plan.to_json()), PeakRates.of_shape(TINY)
-    assert astuple(of_plan) == (plan.matrix_rate, plan.embedding_rate, plan.head_rate, plan.norm_rate)
-    assert PeakRates.of_shape(shape_at(4, 320)) == of_plan
+    of_plan = PeakRates(plan.matrix_rate, plan.embedding_rate, plan.head_rate, plan.norm_rate)
+    of_shape = peak_rates(batch_for(optimal_tokens(TINY), TINY.context), TINY.width)
+    assert of_plan != of_shape
     run = tmp_path / "run"
     shutil.copytree(base, run / "model")
     shutil.copytree(base, run / "checkpoints" / "step-000001")

@@ -1,6 +1,7 @@
 """One dial: what the rules promise, whatever numbers stand in them, and the verb that prints them."""
 
 import json
+from dataclasses import astuple
 
 import pytest
 
@@ -12,13 +13,11 @@ from personatlas.training.plan import (
     DEPTHS,
     batch_for,
     describe_epochs,
-    embedding_rate_for,
     flops_a_token,
-    head_rate_for,
     make_plan,
-    matrix_rate_for,
     memory_for,
     optimal_tokens,
+    peak_rates,
     shape_at,
     utilisation,
     weight_decay_for,
@@ -85,10 +84,12 @@ def test_a_short_run_has_hundreds_of_steps():
 
 
 def test_rates_follow_the_root_of_the_batch_and_width_only_at_the_head():
-    for rate in (matrix_rate_for, embedding_rate_for, lambda batch: head_rate_for(batch, 768)):
-        assert rate(4 * 65_536) == pytest.approx(2 * rate(65_536))
-    assert (matrix_rate_for(2**16), head_rate_for(2**16, 768)) == (0.021, 0.0028)
-    assert head_rate_for(2**16, 1536) == pytest.approx(0.0014)
+    small, large = peak_rates(65_536, 768), peak_rates(4 * 65_536, 768)
+    assert astuple(large) == pytest.approx(tuple(2 * rate for rate in astuple(small)))
+    assert (small.matrix, small.head) == (0.021, 0.0028)
+    wide = peak_rates(65_536, 1536)
+    assert wide.head == pytest.approx(0.0014)
+    assert (wide.matrix, wide.embedding, wide.norm) == (small.matrix, small.embedding, small.norm)
 
 
 def test_weight_decay_averages_over_a_share_of_the_run_and_never_binds_the_norm():

@@ -79,13 +79,9 @@ def parse_dataset(text: str) -> ChatDataset:
             "(of the answers' tokens)"
         )
     if number == 0 or (unit == "%" and number > 100):
-        raise UserError(
-            f"--data {text}: {number:g}{unit} of a data set cannot be read; give another, or leave it out"
-        )
+        raise UserError(f"--data {text}: {number:g}{unit} cannot be read; give another, or leave it out")
     if unit == "x" and number > MAX_WEIGHT:
-        raise UserError(
-            f"--data {text}: an epoch reads a data set {MAX_WEIGHT} times at most; give more --epochs instead"
-        )
+        raise UserError(f"--data {text}: an epoch reads it {MAX_WEIGHT} times at most; give more --epochs")
     return ChatDataset(path, number, None) if unit == "x" else ChatDataset(path, None, number / 100)
 
 
@@ -115,9 +111,7 @@ def read_datasets(
             "where all have one that must be 100%, else less"
         )
     if selection != RolloutFilter() and not any(has_rollouts(dataset.path) for dataset in datasets):
-        raise UserError(
-            "--score, --per-role and --cut are about rollouts, and no --data is the folder of a run"
-        )
+        raise UserError("--score, --per-role and --cut are about rollouts; no --data is the folder of a run")
     names = Counter(source_name(dataset.path) for dataset in datasets)
     read = []
     for dataset in datasets:
@@ -157,9 +151,8 @@ def split_examples(
         raise UserError(f"--held-out-roles {unknown[0]} is no role or persona of the data; there are {some}")
     questions: set[str] = set()
     for dataset in datasets:
-        questions |= _held_out_questions(
-            [example for example in dataset.examples if example.role not in held_out_roles], share
-        )
+        eligible = [example for example in dataset.examples if example.role not in held_out_roles]
+        questions |= _held_out_questions(eligible, share)
     train: list[list[ChatExample]] = []
     held_out: list[list[ChatExample]] = []
     for dataset in datasets:
@@ -174,9 +167,7 @@ def split_examples(
         held_out[-1] += [replace(example, is_role_held_out=True) for example in of_roles]
     if not any(train) or not any(held_out):
         side = "held out" if not any(held_out) else "left to train on"
-        raise UserError(
-            f"no conversation is {side}: there are too few different questions; give more conversations"
-        )
+        raise UserError(f"no conversation is {side}: too few different questions; give more conversations")
     return ChatSplit(train, held_out, frozenset(questions))
 
 
@@ -270,9 +261,7 @@ def prepare_chat_data(
         [example for examples in split.held_out for example in examples], encoder, context, left_out
     )
     if not held_out:
-        raise UserError(
-            f"no held-out conversation fits into the context of {context:,} tokens; give more conversations"
-        )
+        raise UserError(f"no held-out conversation fits into {context:,} tokens; give more conversations")
     batches = ChatBatches(
         EncodedExamples.concatenate([part for part, _ in encoded]),
         context=context,
@@ -282,9 +271,7 @@ def prepare_chat_data(
         times=np.concatenate([weight * time for weight, time in zip(weights, times, strict=True)]),
     )
     if not batches.epoch(0).rows:
-        raise UserError(
-            "an epoch of --data reads no conversation: so small a part of so few is none; give a larger one"
-        )
+        raise UserError("an epoch of --data reads no conversation: give a larger part")
     known = frozenset(text for example in train for text in example.answers)
     answers = HeldOutAnswers(held_out, held_out_part, world, known)
     return ChatData(tuple(datasets), times, left_out, train, batches, answers)

@@ -66,9 +66,7 @@ class ChatEncoder:
         path = folder / "chat_template.jinja"
         if missing or not path.is_file() or path.read_text(encoding="utf-8") != TEMPLATE:
             fault = f"no token {missing[0]}" if missing else "another chat template"
-            raise UserError(
-                f"{folder} has {fault}; only tokenizers of `personatlas train tokenizer` can be used"
-            )
+            raise UserError(f"{folder} has {fault}; use a tokenizer of `personatlas train tokenizer`")
         return ChatEncoder(tokenizer)
 
     @cached_property

@@ -1,34 +1,14 @@
 """The plan of chat tuning, derived like the base model's from what there is to learn from.
 
-    plan = make_chat_plan(shape, PeakRates.of_shape(shape), rows=2_400, counted=1_900_000, gpus=1)
+    plan = make_chat_plan(shape, base_rates, rows=2_400, counted=1_900_000, gpus=1)
 
 Only the assistant's tokens teach, so they, not the tokens that are read, are the batch's horizon.
 """
 
-from dataclasses import dataclass
-
 from personatlas.persona.errors import UserError
-from personatlas.persona.records import JsonObject
 from personatlas.training.model.config import Shape
-from personatlas.training.optim.schedule import (
-    adam_beta2_for,
-    embedding_rate_for,
-    head_rate_for,
-    matrix_rate_for,
-    norm_rate_for,
-    warmup_for,
-)
-from personatlas.training.plan import (
-    CHIPS,
-    STORED,
-    Chip,
-    Plan,
-    batch_for,
-    critical_batch,
-    flops_a_token,
-    micro_batch_for,
-    optimal_tokens,
-)
+from personatlas.training.optim.schedule import PeakRates, adam_beta2_for, warmup_for
+from personatlas.training.plan import CHIPS, Chip, Plan, critical_batch, flops_a_token, micro_batch_for
 
 EPOCHS = 2.0
 # Of the base model's highest rates. Measured on a base of depth 2 alone (2.1 bits per byte, 14 minutes of two
@@ -41,29 +21,6 @@ EPOCHS = 2.0
 # a base still gains from any text; half of its rates leaves room for bases that have more to forget.
 RELATIVE_RATE = 0.5
 SHARE_OF_PEAK = 0.3  # a guess: it decides nothing but the first batch of a run in minutes
-
-
-@dataclass(frozen=True)
-class PeakRates:
-    """The highest rates of a base model's training."""
-
-    matrix: float
-    embedding: float
-    head: float
-    norm: float
-
-    @staticmethod
-    def of_plan(plan: JsonObject) -> "PeakRates":
-        """Those of a stored plan, of whatever version."""
-        names = ("matrix_rate", "embedding_rate", "head_rate", STORED["norm_rate"])
-        return PeakRates(*(float(plan[name]) for name in names))
-
-    @staticmethod
-    def of_shape(shape: Shape) -> "PeakRates":
-        """Those of a compute-optimal run of this shape."""
-        batch = batch_for(optimal_tokens(shape), shape.context)
-        head = head_rate_for(batch, shape.width)
-        return PeakRates(matrix_rate_for(batch), embedding_rate_for(batch), head, norm_rate_for(batch))
 
 
 def rows_per_step(rows: int, counted: int, unit: int) -> int:

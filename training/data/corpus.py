@@ -278,9 +278,7 @@ def locate_corpus(path: Path, option: str = "--corpus") -> Path:
     location = folder / inside if inside else folder
     if not location.exists():
         where = f" at {inside}" if inside else ""
-        raise UserError(
-            f"{option} {text}: the data set has no files{where} that can be read; allowed: {ALLOWED}"
-        )
+        raise UserError(f"{option} {text}: the data set has no files{where} to read; allowed: {ALLOWED}")
     say(f"{text}: revision {folder.name[:12]}, in {location}")
     return location
 

@@ -156,9 +156,7 @@ def _json_rows(source: TextFile, file: io.BufferedIOBase, column: str) -> Iterat
             has = f"a {type(row).__name__}"
             if isinstance(row, dict):
                 has = f"the keys {', '.join(map(str, row))}"
-            raise UserError(
-                f"{where} has no {column!r}, but {has}; name the one with the text: --text-column"
-            )
+            raise UserError(f"{where} has no {column!r}, but {has}; name another: --text-column")
         yield number, _text(row[column], where, column)
 
 

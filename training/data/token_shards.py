@@ -68,10 +68,9 @@ class Stream:
 
     def starts(self) -> Integer[Array, "N"]:
         """Positions at which documents (or pieces of one) begin."""
-        before = np.concatenate([[0], self._ends[:-1]])
-        return np.concatenate(
-            [np.flatnonzero(shard == self.bos) + b for shard, b in zip(self.shards, before, strict=True)]
-        )
+        offsets = (0, *self._ends[:-1].tolist())
+        marks = (np.flatnonzero(shard == self.bos) for shard in self.shards)
+        return np.concatenate([mark + offset for mark, offset in zip(marks, offsets, strict=True)])
 
 
 @dataclass(frozen=True)
@@ -114,9 +113,7 @@ def open_tokens(folder: Path, tokenizer_folder: Path | None = None) -> Tokens:
     if not isinstance(record, dict) or record.get("kind") != "tokens" or record.get("format") != FORMAT:
         raise UserError(f"{path} is not the record of tokens that this version reads")
     if tokenizer_folder is not None and digest(tokenizer_folder / "tokenizer.json") != record["tokenizer"]:
-        raise UserError(
-            f"{folder} holds tokens of another tokenizer than {tokenizer_folder}; choose another folder"
-        )
+        raise UserError(f"{folder} holds tokens of another tokenizer than {tokenizer_folder}; choose another")
     train, held_out = (_stream(folder, record, side) for side in SIDES)
     return Tokens(train, held_out, record["corpus"], record["tokenizer"], record["vocabulary"])
 

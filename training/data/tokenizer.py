@@ -235,9 +235,7 @@ def load_corpus_tokenizer(folder: Path) -> Tokenizer:
     """A tokenizer for corpora, in which markup such as <|im_end|> is text. Raises `UserError` for others."""
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise UserError(
-            f"{folder} has no tokenizer.json; make it: personatlas train tokenizer --out {folder}"
-        )
+        raise UserError(f"{folder} has no tokenizer.json; make it with `personatlas train tokenizer`")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # noqa: BLE001 (the Rust side raises Exception itself)
@@ -270,9 +268,7 @@ def _finished_record(out: Path, settings: JsonObject) -> JsonObject | None:
     before = record.get("asked") or {}
     changed = [name for name, value in settings.items() if before.get(name) != value]
     if changed:
-        raise UserError(
-            f"--out {out} holds a tokenizer of another {' and '.join(changed)}; choose another folder"
-        )
+        raise UserError(f"--out {out} has a tokenizer of another {' and '.join(changed)}; choose another")
     if not path.is_file() or digest(path) != record.get("sha256"):
         raise UserError(f"{path} is not the one of training.json: damaged or replaced; remove the folder")
     return record

@@ -86,9 +86,8 @@ class Trainer:
         with self._interruptible():
             self._running_since = time.monotonic()
             for number in range(start, self.plan.steps):
-                metrics = self._within_memory(
-                    partial(self.stepper.step, number, lambda: self._stop_requested)
-                )
+                step = partial(self.stepper.step, number, lambda: self._stop_requested)
+                metrics = self._within_memory(step)
                 if waiting is not None:
                     self._log_step(*waiting)
                 waiting = number + 1, metrics
@@ -119,9 +118,7 @@ class Trainer:
         self._seconds = facts["seconds"]
         text = f"going on from step {checkpoint.step:,} of {self.plan.steps:,}"
         if (before := facts["world"]) != world.size:
-            text += (
-                f"; {before} processes made it, {world.size} go on: the optimizer's state is shared out anew"
-            )
+            text += f"; {before} processes made it, {world.size} go on: optimizer state is shared out anew"
         self.log.write({"kind": "event", "step": checkpoint.step, "what": "resumed", "text": text})
         return checkpoint.step
 

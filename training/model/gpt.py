@@ -117,15 +117,12 @@ def qk_norm_rotary(
     width = q_weight.shape[0]
     kv_heads = (qkv.shape[-1] // width - heads) // 2
     if uses_kernels(qkv) and width & (width - 1) == 0:
-        q, k, v = _QKNormRotary.apply(
-            qkv, torch.stack([q_weight, k_weight]).float(), rotary, heads, kv_heads, eps
-        )
+        weights = torch.stack([q_weight, k_weight]).float()
+        q, k, v = _QKNormRotary.apply(qkv, weights, rotary, heads, kv_heads, eps)
     else:
         q, k, v = qkv.unflatten(-1, (-1, width)).split([heads, kv_heads, kv_heads], dim=2)
-        q, k = (
-            apply_rotary(rms_norm(q, q_weight, eps), rotary),
-            apply_rotary(rms_norm(k, k_weight, eps), rotary),
-        )
+        q = apply_rotary(rms_norm(q, q_weight, eps), rotary)
+        k = apply_rotary(rms_norm(k, k_weight, eps), rotary)
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 

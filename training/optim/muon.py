@@ -98,9 +98,8 @@ class FlatBuffer:
 
     def scatter_state(self, by_parameter: Mapping[str, Tensor], state: Tensor) -> None:
         """Fills this rank's state from that of all parameters, whatever world size it was saved with."""
-        flat = torch.cat(
-            [by_parameter[name].to(state.device).reshape(-1, *state.shape[1:]) for name in self.parameters]
-        )
+        parts = (by_parameter[name].to(state.device) for name in self.parameters)
+        flat = torch.cat([part.reshape(-1, *state.shape[1:]) for part in parts])
         count = state.shape[0]
         own = flat[self.world.rank * count : (self.world.rank + 1) * count]
         state.zero_()

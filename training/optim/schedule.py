@@ -1,6 +1,6 @@
 """Learning rates and their schedule, each a function with its reason.
 
-    matrix_rate_for(batch), adam_beta2_for(batch), momentum_at(step, steps)
+    peak_rates(batch, width), adam_beta2_for(batch), momentum_at(step, steps)
 
 What comes from elsewhere says from where. The heights are measured: at depth 12, batches of 65,536 tokens and
 a horizon of 20 million on 19th-century books, held-out bits per byte were 1.524 at a third of the matrices'
@@ -28,29 +28,27 @@ class Rates:
     adam_beta2: float
 
 
-def rate_scale(batch: int) -> float:
-    """√(batch / 65,536) keeps the noise of Adam's steps the same (Malladi et al. 2022)."""
-    return (batch / REFERENCE_BATCH) ** 0.5
+@dataclass(frozen=True)
+class PeakRates:
+    """The highest rates of a run: Muon's for matrices, AdamW's for all else."""
+
+    matrix: float
+    embedding: float
+    head: float
+    norm: float
 
 
-def matrix_rate_for(batch: int) -> float:
-    """Muon's, 0.021 at the reference batch. Steps have one spectral norm at any width (Bernstein 2025)."""
-    return 0.021 * rate_scale(batch)
+def peak_rates(batch: int, width: int) -> PeakRates:
+    """Rates for a batch in tokens. √(batch / 65,536) keeps the noise of Adam's steps the same (Malladi et al.
+    2022).
 
-
-def embedding_rate_for(batch: int) -> float:
-    """AdamW's for the embedding, 0.14 at the reference batch, at any width (Yang et al. 2022)."""
-    return 0.14 * rate_scale(batch)
-
-
-def head_rate_for(batch: int, width: int) -> float:
-    """AdamW's for the head, 0.0028 · 768 / width: a step moves a logit by rate · width (Yang et al. 2022)."""
-    return 0.0028 * rate_scale(batch) * REFERENCE_WIDTH / width
-
-
-def norm_rate_for(batch: int) -> float:
-    """AdamW's for the weights of norms: as for a head of the reference width."""
-    return 0.0028 * rate_scale(batch)
+    Muon's steps have one spectral norm at any width (Bernstein 2025), and input weights keep their rate over
+    widths; the head's falls with the width, since a step moves a logit by about rate · width (muP, Yang et
+    al. 2022).
+    """
+    scale = (batch / REFERENCE_BATCH) ** 0.5
+    head = 0.0028 * scale * REFERENCE_WIDTH / width
+    return PeakRates(matrix=0.021 * scale, embedding=0.14 * scale, head=head, norm=0.0028 * scale)
 
 
 def weight_decay_for(rate: float, steps: int) -> float:

@@ -132,9 +132,8 @@ def speed_curve(steps: Array, values: Array, record: TrainingRecord) -> go.Figur
     if shares:
         share = float(np.median(shares))
         # a trace of its own holds the second axis up; it lies on the first one
-        figure.add_scatter(
-            x=steps[thin], y=values[thin] * share, yaxis="y2", mode="lines", opacity=0, hoverinfo="skip"
-        )
+        hidden = {"mode": "lines", "opacity": 0, "hoverinfo": "skip"}
+        figure.add_scatter(x=steps[thin], y=values[thin] * share, yaxis="y2", **hidden)
         right = {"overlaying": "y", "side": "right", "range": [0, top * share], "tickformat": ".0%"}
         title = {"text": "of the peak"}
         figure.update_layout(yaxis2={**axis_style(), **right, "showgrid": False, "title": title})
