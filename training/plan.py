@@ -57,40 +57,6 @@ CHIPS = {
 }
 
 
-def head_width_at(depth: int) -> int:
-    """128 from depth 8 on, else 64.
-
-    A head of 128 fills the tensor cores' tiles and halves the exponentials for the same products. Below depth
-    8 it would leave fewer than 4 heads.
-    """
-    return 128 if depth >= 8 else 64
-
-
-def width_at(depth: int) -> int:
-    """64 a layer, rounded up to whole heads: one aspect ratio, as in nanochat."""
-    head = head_width_at(depth)
-    return -(-64 * depth // head) * head
-
-
-def kv_heads_for(heads: int) -> int:
-    """Two heads of queries share one of keys and values if they can: half the cache when served.
-
-    A quarter of the heads would save only 1/22 of a block more. What it costs in bits per byte is not
-    measured here.
-    """
-    return heads // 2 if heads % 2 == 0 and heads >= 4 else heads
-
-
-def inner_for(width: int) -> int:
-    """8/3 of the width in whole 128s: three matrices cost what an MLP's two of 4 widths do (Shazeer 2020)."""
-    return -(-8 * width // (3 * 128)) * 128
-
-
-def context_at(depth: int) -> int:
-    """2,048 tokens; for shallow models a power of two of at least 128 a layer, at least 256."""
-    return min(2048, max(256, 2 ** math.ceil(math.log2(128 * depth))))
-
-
 def shape_at(depth: int, vocabulary: int = 32_768, context: int | None = None) -> Shape:
     """The model of a depth. Raises `UserError` for a depth, vocabulary or context that is not allowed."""
     if depth not in DEPTHS:
@@ -99,10 +65,17 @@ def shape_at(depth: int, vocabulary: int = 32_768, context: int | None = None) -
         raise UserError(f"--vocabulary {vocabulary}: a byte-level tokenizer has 256 bytes and an end (257)")
     if context is not None and context < 2:
         raise UserError(f"--context {context}: at least 2 tokens are needed to predict one from another")
-    width, head = width_at(depth), head_width_at(depth)
+    # 128 fills the tensor cores' tiles and halves the exponentials; below depth 8 heads would be too few
+    head = 128 if depth >= 8 else 64
+    width = -(-64 * depth // head) * head  # 64 a layer in whole heads: one aspect ratio, as in nanochat
     heads = width // head
-    kv_heads, inner = kv_heads_for(heads), inner_for(width)
-    return Shape(vocabulary, depth, width, heads, kv_heads, head, inner, context or context_at(depth))
+    # two heads of queries share one of keys and values: half the cache when served; its cost is not measured
+    kv_heads = heads // 2 if heads % 2 == 0 and heads >= 4 else heads
+    # 8/3 of the width in whole 128s: three matrices cost what an MLP's two of 4 widths do (Shazeer 2020)
+    inner = -(-8 * width // (3 * 128)) * 128
+    # for shallow models a power of two of at least 128 a layer, at least 256
+    usual_context = min(2048, max(256, 2 ** math.ceil(math.log2(128 * depth))))
+    return Shape(vocabulary, depth, width, heads, kv_heads, head, inner, context or usual_context)
 
 
 def optimal_tokens(shape: Shape) -> int:
@@ -113,11 +86,10 @@ def optimal_tokens(shape: Shape) -> int:
 def critical_batch(horizon: int) -> float:
     """Tokens in a batch: 158,000 · (horizon / 1e9)^0.383, and never more than a 400th of the horizon.
 
-    The batch that can grow without costing tokens, the critical batch, grows with the horizon and hardly with
-    the model (Zhang et al. 2024); the exponent is that of Bergsma et al. 2025 ("Power Lines"), who find
-    175,000 at 1e9 for AdamW. Measured here with Muon at depth 12: at 9e7 tokens 32,768 and 65,536 do as well
-    as each other, at 2e7 65,536 does better than 131,072 by 0.07 bits per byte. Below that a GPU waits for
-    the optimizer.
+    The batch that can grow without costing tokens grows with the horizon and hardly with the model (Zhang et
+    al. 2024); the exponent is that of Bergsma et al. 2025, who find 175,000 at 1e9 for AdamW. Measured with
+    Muon at depth 12: at 9e7 tokens 32,768 and 65,536 do as well as each other, at 2e7 65,536 does better than
+    131,072 by 0.07 bits per byte. Below that a GPU waits for the optimizer.
     """
     return min(158_000 * (horizon / 1e9) ** 0.383, horizon / 400)
 
@@ -189,9 +161,8 @@ def micro_batch_for(shape: Shape, share: int, chip: Chip, gpus: int) -> tuple[in
     The largest divisor of a GPU's share within 80% of its memory, without checkpointing if even one sequence
     fits so, since that costs a third more computation.
     """
-    divisors = [n for n in range(share, 0, -1) if share % n == 0]
     for checkpointing in (False, True):
-        for sequences in divisors:
+        for sequences in (n for n in range(share, 0, -1) if share % n == 0):
             need = memory_for(shape, sequences, checkpointing=checkpointing, bytes=chip.bytes, gpus=gpus)
             if need.total <= 0.8 * chip.memory:
                 return sequences, checkpointing, True
@@ -228,7 +199,7 @@ class Plan:
         keys = {field.name: STORED.get(field.name, field.name) for field in fields(Plan)}
         if missing := [key for key in keys.values() if key not in record]:
             raise UserError(
-                f"the run's plan does not say {missing[0]}: another version wrote it; choose another folder"
+                f"the run's plan does not say {missing[0]}: another version wrote it; start a new run"
             )
         values = {name: record[key] for name, key in keys.items()}
         return Plan(**{**values, "shape": Shape(**values["shape"]), "chip": Chip(**values["chip"])})
@@ -340,7 +311,7 @@ def make_plan(
         raise UserError(f"--batch {batch}: give a multiple of {unit:,} tokens, one sequence for every GPU")
     if wanted < batch:
         raise UserError(
-            f"{wanted:,} tokens are less than one batch of {batch:,}; train longer, or with less --context"
+            f"{wanted:,} tokens are less than a batch of {batch:,}; train longer or lower --context"
         )
     steps, rates = wanted // batch, peak_rates(batch, shape.width)
     micro_batch, checkpointing, fits = micro_batch_for(shape, batch // (shape.context * gpus), chip, gpus)

@@ -10,12 +10,12 @@ named.
 A row holds its messages (`messages` or `conversations`; role and content, or from and value), or one question
 and one answer under the names in `Columns`. A `system` text beside them is the system message; a `persona` is
 one too, in its own words or, where it is one word, as "You are a witty assistant.". `weight` is how many
-times the row is read in an epoch, 1 unless given; `source` names where it comes from, the file unless given.
-Nothing is repaired: no turns are joined, no message is dropped.
+times the row is read in an epoch; `source` names where it comes from, the file unless given. Nothing is
+repaired.
 
 Of a run the messages are those that its model read: the role's prompt as the system message, then the
-question. The default is a role like the others. Answers that the token limit cut are left out, since a model
-tuned on them would learn to stop in the middle of a sentence; so are the poles of traits, which are no roles.
+question. Answers that the token limit cut are left out, since a model tuned on them would learn to stop in
+the middle of a sentence; so are the poles of traits, which are no roles.
 """
 
 from collections import Counter, defaultdict

@@ -140,8 +140,7 @@ def split_examples(
 
     Held out are whole questions (what the user says in all turns), by the hash of their words: those of each
     data set until `share` of its examples are covered, and the same ones in all others, so that no question
-    is on both sides whoever answers it. So are all examples of the `held_out_roles`, which the model is not
-    tuned on.
+    is on both sides. So are all examples of the `held_out_roles`, which the model is not tuned on.
     """
     if not 0 < share < 1:
         raise UserError(f"--held-share {share} is not between 0 and 1 (0.02: one conversation in 50)")

@@ -7,14 +7,14 @@
     batches.counted(step)                               # the assistant's tokens in the step's 16 rows
 
 On text without markup ids and marks are those of `apply_chat_template(...,
-return_assistant_tokens_mask=True)`. Two things differ on purpose. Text that spells a special token stays
-text. And an answer is tokenised by itself: the model begins it after the ids of a prompt, so a newline in
-front of it must not join the newline that ends the prompt.
+return_assistant_tokens_mask=True)`. Text that spells a special token stays text, and an answer is tokenised
+by itself: the model begins it after the ids of a prompt, so a newline in front of it must not join the
+newline that ends the prompt.
 
 A row holds whole conversations and padding; `documents` numbers them, and no token sees another conversation.
 Every epoch shuffles the conversations, packs them anew and shuffles the rows. Packing is best fit over the
-`OPEN_ROWS` rows that are begun: a conversation goes where it leaves the least room. Rows follow one another
-over epochs without end and are numbered over all ranks, so a step has the same rows whatever the world size.
+`OPEN_ROWS` rows that are begun. Rows follow one another over epochs without end and are numbered over all
+ranks, so a step has the same rows whatever the world size.
 """
 
 from bisect import bisect_left, insort

@@ -6,12 +6,10 @@
 
 The stream is a ring: its end is followed by its first document. Epoch e cuts it into windows of `context`
 tokens (and the next one, as a target) from an offset drawn for e, and goes through them in an order drawn for
-e. So no token is a target twice in an epoch, fewer than `context` are none, and windows differ from epoch to
-epoch, which matters where a small corpus is repeated. Rows are numbered over all ranks and micro-batches: a
-step has the same rows whatever the world size, so a run can resume with another one.
-
-Documents are not cropped to let every row begin with one, since a small corpus has no text to spare; the
-price is rows that begin inside a document.
+e: no token is a target twice in an epoch, and windows differ from epoch to epoch, which matters where a small
+corpus is repeated. Rows are numbered over all ranks and micro-batches: a step has the same rows whatever the
+world size. Documents are not cropped to let every row begin with one, since a small corpus has no text to
+spare.
 """
 
 from collections.abc import Iterator
@@ -114,9 +112,8 @@ def held_out_rows(
     """The held-out stream in order: ids and which targets count, every token but the first once over all
     ranks.
 
-    With `every` above 1 only each such row, so that a part of a text is spread over all of it. The last row
-    is filled with the document mark, which does not count. All ranks give equally many batches of equal
-    shape, so that they can sum together; of rows beyond the end nothing counts.
+    With `every` above 1 only each such row, spread over all of the text. All ranks give equally many batches
+    of equal shape, so that they can sum together; what lies beyond the end does not count.
     """
     if not 0 <= rank < world:
         raise ValueError(f"rank {rank} of {world}")

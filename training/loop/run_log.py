@@ -187,8 +187,8 @@ class MetricsLog:
 class ProgressLine:
     """Shows rows of metrics.jsonl on stderr. `steps` is the step at which the run ends."""
 
-    def __init__(self, steps: int, *, quiet: bool = False) -> None:
-        self.steps, self.quiet = steps, quiet
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
         self._loss = self._weight = 0.0  # an exponential mean that is unbiased from the first value on
         self._first: JsonObject | None = None
         self._row: JsonObject = {}
@@ -196,7 +196,7 @@ class ProgressLine:
         self._said_at, self._said_step = -EVERY, 0
         self._bar: Progress | None = None
         console = Console(stderr=True)
-        if console.is_terminal and not quiet:
+        if console.is_terminal:
             bar = [BarColumn(24)] if console.width >= 110 else []
             self._bar = Progress(*bar, TextColumn("{task.description}"), console=console)
             self._task = self._bar.add_task("", total=steps)
@@ -204,14 +204,14 @@ class ProgressLine:
     def show(self, row: JsonObject) -> None:
         """Takes a row. Events are said at once; numbers when it is time."""
         if row["kind"] == "event":
-            self._say(f"step {row['step']:,}: {row.get('text') or row['what']}")
+            say(f"step {row['step']:,}: {row.get('text') or row['what']}")
         elif row["kind"] == "held-out":
             bits = row.get("bits_per_byte")
             self._held_out = (
                 f"held out loss {row['loss']:.4f}" if bits is None else f"held out {bits:.4f} bits per byte"
             )
             if self._bar is None:
-                self._say(f"step {row['step']:,}: {self._held_out}")
+                say(f"step {row['step']:,}: {self._held_out}")
         else:
             self._first, self._row = self._first or row, row
             if (loss := row.get("loss")) is not None:
@@ -249,11 +249,7 @@ class ProgressLine:
 
     def _say_step(self) -> None:
         self._said_step = self._row["step"]
-        self._say(self.describe())
-
-    def _say(self, text: str) -> None:
-        if not self.quiet:
-            say(text)
+        say(self.describe())
 
     def __enter__(self) -> "ProgressLine":
         if self._bar is not None:

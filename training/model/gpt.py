@@ -5,11 +5,10 @@
     h_{l+1} = a_l + mlp(norm(a_l))          mlp: down(silu(gate(x)) * up(x))
     logits = head(norm(h_L))
 
-The residual stream is plainly additive: no scaling, no mixing with h_0, no skips to later blocks, so "the
-residual after block l" means the same here as in every other checkpoint. Why Qwen3 and not Llama: the norm of
-queries and keys bounds the attention logits whatever the learning rate, which Muon's large steps need, and
-transformers, TransformerLens, vLLM and llama.cpp all know it. Modules have the names of such a checkpoint, so
-that an export copies weights and converts nothing.
+The residual stream is plainly additive, so "the residual after block l" means the same as in every other
+checkpoint. Qwen3 rather than Llama, since the norm of queries and keys bounds the attention logits whatever
+the learning rate, which Muon's large steps need, and transformers, TransformerLens, vLLM and llama.cpp know
+it. Modules have the names of such a checkpoint, so that an export copies weights and converts nothing.
 
     model = GPT(shape_at(depth=12)).initialise(seed=0)
     model(ids, targets).backward()                   # summed cross-entropy
@@ -33,11 +32,7 @@ AttentionMask = BlockMask | Tensor | None
 
 
 def swiglu(gate_up: Float[Tensor, "*B J"]) -> Float[Tensor, "*B I"]:
-    """SwiGLU's gate: silu of the first half of the features times the second (Shazeer 2020).
-
-    A compiler would make it a second time in the backward pass, to save memory, and write it out for the
-    product that needs it; the kernels do not.
-    """
+    """SwiGLU's gate: silu of the first half of the features times the second (Shazeer 2020)."""
     if uses_kernels(gate_up):
         y: Tensor = _SwiGLU.apply(gate_up)
         return y
@@ -67,13 +62,12 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def rotary_table(shape: Shape) -> Int[Tensor, "2 C W"]:
-    """Cosine and sine of position / base^(2i/W) for a whole context, as the int32 with the bits of the fp32
-    numbers.
+    """Cosine and sine of position / base^(2i/W) for a whole context, as the int32 with the bits of fp32.
 
-    Features i and i + W/2 rotate together; the sine's first half is negative, as `apply_rotary` wants it. A
-    table, since a compiler makes cosines anew in every block, for every head: 8 of 135 ms of a step of depth
-    12 on an H100. int32, since `model.bfloat16()` rounds every float buffer, and bf16 cannot tell position
-    2,047 from 2,048. On the CPU also where models are made on the meta device: a checkpoint does not hold it.
+    Features i and i + W/2 rotate together; the sine's first half is negative. A table, since a compiler makes
+    cosines anew in every block: 8 of 135 ms of a step of depth 12 on an H100. int32, since `model.bfloat16()`
+    rounds float buffers, and bf16 cannot tell position 2,047 from 2,048. On the CPU also on the meta device:
+    a checkpoint does not hold it.
     """
     steps = torch.arange(0, shape.head_width, 2, device="cpu", dtype=torch.float32) / shape.head_width
     angles = torch.arange(shape.context, device="cpu", dtype=torch.float32)[:, None] / shape.rope_base**steps
@@ -94,11 +88,10 @@ def rms_norm(x: Float[Tensor, "*B W"], weight: Float[Tensor, " W"], eps: float) 
 
 
 def apply_rotary(x: Float[Tensor, "B T H W"], rotary: Float[Tensor, "2 T W"]) -> Float[Tensor, "B T H W"]:
-    """Rotates each head by its position, in fp32: y_i = x_i cos(tθ_i) - x_{i+W/2} sin(tθ_i), the other half
-    with +.
+    """Rotates each head in fp32: y_i = x_i cos(tθ_i) - x_{i+W/2} sin(tθ_i), the other half with +.
 
-    Halves are swapped by a flip: a compiler reads it at other offsets, while a concatenation of two halves is
-    worked out twice and half of it thrown away.
+    Halves are swapped by a flip: a concatenation of two is worked out twice by a compiler, and half thrown
+    away.
     """
     cosine, sine = rotary[:, :, None]  # (T, 1, W) each
     swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
@@ -269,12 +262,11 @@ class GPT(nn.Module):
     def initialise(self, seed: int) -> "GPT":
         """Fills all parameters, on the CPU and then copied, so that a seed gives one model on every device.
 
-        - `o_proj` and `down_proj`, which write to the residual stream, are zero: every block starts as the
-          identity, the stream has the embedding's scale at any depth, and needs no factor 1/√depth.
+        - `o_proj` and `down_proj` are zero: every block starts as the identity, the residual stream has the
+          embedding's scale at any depth, and no factor 1/√depth is needed.
         - Matrices that read the stream are uniform with variance 1/inputs: an input of RMS 1 gives an output
-          of RMS 1. Uniform rather than normal: as good, and without outliers for bf16.
-        - The embedding is normal with RMS 1, the scale of what a block writes once it is trained; at 0.02 the
-          first block would drown the token's identity.
+          of RMS 1, without outliers for bf16.
+        - The embedding is normal with RMS 1, the scale of what a block writes once it is trained.
         - The head is normal with RMS 0.001/√(width/768): the first loss is ln(vocabulary) within a
           thousandth. Not zero, which would let no gradient through to the blocks at the first step.
         - All norm weights are one.

@@ -6,15 +6,12 @@
     optimizer.state() / optimizer.load(state)   # by parameter, whole: another world size can resume from it
 
 Muon (Jordan et al. 2024): momentum, then the nearest semi-orthogonal matrix, so that a step has one spectral
-norm in every direction of the matrix. All matrices of one shape are one batch of products: 84 matrices of
-depth 12 are four batches. The orthogonal matrix comes from five steps of Polar Express (Amsel et al. 2025),
-whose odd polynomials are the best for singular values in [1/1000, 1]. Rows of a tall matrix (columns of a
-wide one) that keep getting large steps get smaller ones, with the norm of the whole kept (NorMuon, Li et al.
-2025): an orthogonal matrix evens out one side only. Decay pulls only where the step goes that way too
-(cautious, Chen et al. 2025).
-
-Parameters are laid end to end in one flat buffer and their gradients in another, so that ranks share the work
-of a step; optimizer state exists for a rank's own share only, as in ZeRO stage 1 (Rajbhandari et al. 2020).
+norm in every direction. All matrices of one shape are one batch of products. The orthogonal matrix comes from
+five steps of Polar Express (Amsel et al. 2025), whose odd polynomials are the best for singular values in
+[1/1000, 1]. Rows of a tall matrix (columns of a wide one) that keep getting large steps get smaller ones,
+with the norm of the whole kept (NorMuon, Li et al. 2025). Decay pulls only where the step goes that way too
+(cautious, Chen et al. 2025). Parameters and gradients are laid end to end in flat buffers, and optimizer
+state exists for a rank's own share only, as in ZeRO stage 1 (Rajbhandari et al. 2020).
 """
 
 from collections.abc import Iterator, Mapping
