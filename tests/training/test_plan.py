@@ -170,7 +170,7 @@ def test_a_corpus_that_is_too_small_is_said_plainly():
         ({"depth": 12, "vocabulary": 100}, "257"),
         ({"depth": 12, "context": 1}, "--context 1"),
         ({"depth": 12, "tokens": 10, "minutes": 1.0}, "give one of them"),
-        ({"depth": 12, "tokens": 10}, "10 tokens are less than one batch of 16,384"),
+        ({"depth": 12, "tokens": 10}, "10 tokens are less than a batch of 16,384"),
         ({"depth": 12, "minutes": float("nan")}, "no time to train in"),
         ({"depth": 12, "gpus": 0}, "--gpus 0"),
         ({"depth": 12, "share_of_peak": 45.0}, "45%"),

@@ -134,7 +134,7 @@ def test_a_folder_or_a_file_of_it_can_be_named_and_a_revision(hub):
         ("hub:nobody/nothing", "there is no such data set, or it is private"),
         ("hub:gated/one", "it must be asked for on its page first"),
         (f"hub:{NAME}@v9", "it has no revision v9"),
-        (f"hub:{NAME}/pictures", "the data set has no files at pictures that can be read; allowed: .txt"),
+        (f"hub:{NAME}/pictures", "the data set has no files at pictures to read; allowed: .txt"),
         ("hub:alone", "is not hub:OWNER/NAME"),
         ("hub:some one/else", "is not hub:OWNER/NAME"),
         ("hub:-bad-/..name", "alphanumeric"),

@@ -199,7 +199,7 @@ def test_the_verb_makes_a_tokenizer_once_and_refuses_what_does_not_fit(made, tmp
         assert stopped.value.code == 2
         return " ".join(capsys.readouterr().err.split())
 
-    assert "holds a tokenizer of another vocabulary" in refused("--vocabulary", "301")
+    assert "has a tokenizer of another vocabulary" in refused("--vocabulary", "301")
     assert "--vocabulary 260 is not in 261..1048576" in refused("--vocabulary", "260")
     assert "is not in 261..1048576" in refused("--vocabulary", "2000000")
     assert "--sample 0" in refused("--vocabulary", "300", "--sample", "0")

@@ -274,7 +274,7 @@ def test_a_training_run_is_no_run_of_rollouts(tmp_path, tiny_run, capsys):
         (["run", "judge", run], "no rollouts"),
         (
             ["axis", tiny_run / "tiny", "--out", run, "--device", "cpu", "--plan", "demo"],
-            "is a training run, whose own",
+            "belongs to a training run",
         ),
     ):
         with pytest.raises(SystemExit):
