@@ -2,7 +2,7 @@
 
     parse_arms(["baseline", "cap:assistant", "add:8@21"], axis)    # what the option --arm means
 
-    for arm in run_arms(model, chat, requests, {BASELINE: [], "capped": [cap]}, Sampling(48)):
+    for arm in run_arms(model, requests, {BASELINE: [], "capped": [cap]}, Sampling(48)):
         arm.name, arm.texts, arm.tally                             # in the order of the requests
 
 On a GPU all arms are rows of the same batches, each following its own plan, so hundreds of caps cost one capture; on a CPU,
@@ -19,7 +19,6 @@ from personatlas.persona.axis import Axis
 from personatlas.persona.caps import parse_layers
 from personatlas.persona.errors import UserError
 from personatlas.persona.interventions import BASELINE, Intervention, Interventions
-from personatlas.persona.models.chat_template import ChatFormat
 from personatlas.persona.models.load import Model
 from personatlas.persona.pipeline.stages import CPU_CHUNK, GPU_CHUNK
 from personatlas.persona.rollout import Request
@@ -127,15 +126,14 @@ class ArmAnswers:
 
 def run_arms(
     model: Model,
-    chat: ChatFormat,
     requests: Sequence[Request],
     arms: Mapping[str, Interventions],
     sampling: Sampling,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Iterator[ArmAnswers]:
     """Answers all requests in all arms; `advance` is told how many answers more there are."""
-    ids = [tuple(chat.prompt_ids(list(request.messages))) for request in requests]
-    sampler = fastest_sampler(model, chat.end_ids, sampling, max(map(len, ids)))
+    ids = [tuple(model.chat.prompt_ids(list(request.messages))) for request in requests]
+    sampler = fastest_sampler(model, model.chat.end_ids, sampling, max(map(len, ids)))
     on_gpu = model.device.type == "cuda"
     for group in [list(arms)] if on_gpu else [[name] for name in arms]:
         acting = [name for name in group if arms[name]]

@@ -1,10 +1,10 @@
 """What an intervention costs on text that needs none: the model's own answers as the default, read again with it on.
 
     costs = benign_costs(model, rollouts, {"capped": [cap]})
-    costs["capped"].more        # loss per token, relative to the model as it is: 0.05 is 5% more
+    costs["capped"].more        # loss per token, relative to the baseline: 0.05 is 5% more
 
-Loss is the mean negative log-likelihood of the answers' tokens (nats), KL is KL(as it is || steered) of the next token's
-distribution at the same places. Both are teacher-forced, so no sampling noise is in them.
+Loss is the mean negative log-likelihood of the answers' tokens (nats), KL is KL(baseline || steered) of the next token's
+distribution at the same positions. Both are teacher-forced, so no sampling noise is in them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,16 +21,18 @@ from personatlas.persona.models.load import Model
 from personatlas.persona.rollout import Rollout
 from personatlas.steering.hooks.account import SteeringTally
 from personatlas.steering.hooks.steering import steer
-from personatlas.steering.teacher_forcing import batches
+from personatlas.steering.teacher_forcing import CPU_LOGIT_TOKENS, GPU_LOGIT_TOKENS, text_batches
 
-CPU_TOKENS, GPU_TOKENS = 1024, 8192  # padded tokens a batch: logits over the whole vocabulary are large
-SAMPLES = 2000  # of a bootstrap
+BOOTSTRAP_SAMPLES = 2000
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Sums over each text's answer tokens (N,): tokens, loss as it is and steered, KL; and by steered layer (C,) the share of
-    tokens that were changed and the mean size of the change (residual units, 0 for a token left alone)."""
+    """Sums over each text's answer tokens (N,): `tokens`, loss `before` (the baseline's) and `after`, and KL.
+
+    By steered layer (C,): the share of tokens that were changed (`fired`), and the mean length of the change (`moved`,
+    residual units, 0 for a token left alone).
+    """
 
     tokens: np.ndarray
     before: np.ndarray
@@ -45,8 +47,13 @@ class Cost:
         return float(self.after.sum() / self.tokens.sum())
 
     @property
+    def baseline_loss(self) -> float:
+        """Loss per token of the baseline."""
+        return float(self.before.sum() / self.tokens.sum())
+
+    @property
     def more(self) -> float:
-        """Loss per token more than as it is, relative."""
+        """Loss per token more than the baseline's, relative to it."""
         return float(self.after.sum() / self.before.sum() - 1)
 
     @property
@@ -57,7 +64,7 @@ class Cost:
     @property
     def more_interval(self) -> tuple[float, float]:
         """95% interval of `more`: bootstrap over texts."""
-        after, before = bootstrap_sums(self.after, self.before, samples=SAMPLES)
+        after, before = bootstrap_sums(self.after, self.before, samples=BOOTSTRAP_SAMPLES)
         return percentile_interval(after / before - 1)
 
     def to_json(self) -> dict[str, Any]:
@@ -77,37 +84,35 @@ def benign_costs(
     arms: Mapping[str, Interventions],
     advance: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Cost]:
-    """Read all texts as the model is and in every arm (each with an intervention); sums are in the texts' order, and `advance` counts
-    readings of texts.
+    """Reads all texts as the baseline and in every arm, each of which has an intervention.
 
-    Raises `UserError` when there are no texts.
+    Sums are in the texts' order; `advance` counts readings of texts. Raises `UserError` when there are no texts.
     """
     if not texts:
         raise UserError("there are no benign answers to measure a cost on")
-    tokens = GPU_TOKENS if model.device.type == "cuda" else CPU_TOKENS
+    tokens = GPU_LOGIT_TOKENS if model.device.type == "cuda" else CPU_LOGIT_TOKENS
     before: list[float] = []
     sums: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
     tallies: dict[str, list[SteeringTally]] = {name: [] for name in arms}
     counts: list[int] = []
-    places: list[int] = []
-    for batch in batches(model, texts, tokens):
-        places += batch.places
+    indices: list[int] = []
+    for batch in text_batches(model, texts, tokens):
+        indices += batch.indices
         counts += [len(text.answer_ids) for text in batch.texts]
         plain = batch.log_probs(model)
         before += batch.losses(plain)
-        for name, plan in arms.items():
-            with steer(model, plan) as held:
-                held.describe(batch.lengths, batch.starts)
-                now = batch.log_probs(model)
-                tallies[name].append(held.tally)
-            sums[name] += zip(batch.losses(now), batch.divergences(plain, now), strict=True)
+        for name, interventions in arms.items():
+            with steer(model, interventions) as steering:
+                steering.describe(batch.lengths, batch.starts)
+                steered = batch.log_probs(model)
+                tallies[name].append(steering.tally)
+            sums[name] += zip(batch.losses(steered), batch.divergences(plain, steered), strict=True)
             advance(len(batch.texts))
-    costs, order = {}, np.argsort(places)  # batches come longest first
+    costs, order = {}, np.argsort(indices)  # batches come longest first
     for name, pairs in sums.items():
-        whole, (after, kl_sums) = SteeringTally.concatenate(tallies[name]), np.array(pairs)[order].T
-        seen = whole.seen.sum(1).clamp(min=1)
-        shares = (whole.fired.sum(1) / seen).numpy(), (whole.total.sum(1) / seen).numpy()
-        costs[name] = Cost(
-            np.array(counts, dtype=float)[order], np.array(before)[order], after, kl_sums, *shares
-        )
+        tally, (after, kl_sums) = SteeringTally.concatenate(tallies[name]), np.array(pairs)[order].T
+        seen = tally.seen.sum(1).clamp(min=1)
+        fired, moved = (tally.fired.sum(1) / seen).numpy(), (tally.total.sum(1) / seen).numpy()
+        n_tokens = np.array(counts, dtype=float)[order]
+        costs[name] = Cost(n_tokens, np.array(before)[order], after, kl_sums, fired, moved)
     return costs

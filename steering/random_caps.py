@@ -11,7 +11,6 @@ floor for each.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -21,20 +20,18 @@ from torch.nn.functional import normalize
 from personatlas.persona.interventions import Cap, Interventions
 from personatlas.persona.models.load import Model
 from personatlas.persona.rollout import Rollout
-from personatlas.steering.teacher_forcing import projected, read_batches
+from personatlas.steering.teacher_forcing import project_batches, reading_batches
 
 
 @torch.no_grad()
 def fired_shares(model: Model, cap: Cap, texts: Sequence[Rollout]) -> Float[Tensor, "C S"]:
-    """Share of the texts' tokens that the cap changes at each of its layers, for each side that has floors of its own."""
-    sides = _sides(model, cap, texts)
-    below = []
+    """Share of the texts' tokens that the cap changes at each layer, for each side that has floors of its own."""
+    sides, shares = _side_masks(model, cap, texts), []
     for row, layer in enumerate(cap.layers):
-        places = _projections(model, texts, [_part(cap, row)] if row else [], layer, cap.vectors[row])
-        below.append(
-            [float((places[taken] < cap.floor_of(row, side)).float().mean()) for side, taken in sides.items()]
-        )
-    return torch.tensor(below)
+        values = _projections(model, texts, [_first_layers(cap, row)] if row else [], layer, cap.vectors[row])
+        below = {side: values[mask] < cap.floor_of(row, side) for side, mask in sides.items()}
+        shares.append([float(own.float().mean()) for own in below.values()])
+    return torch.tensor(shares)
 
 
 @torch.no_grad()
@@ -45,48 +42,45 @@ def random_cap(
     generator = torch.Generator().manual_seed(seed)
     vectors = normalize(torch.randn(cap.vectors.shape, generator=generator), dim=1)
     blank = replace(cap, vectors=vectors, ceiling=None, level=None, population="random", calibration={})
-    sides = _sides(model, cap, texts)
+    sides = _side_masks(model, cap, texts)
     floors: dict[str, list[float]] = {side: [] for side in sides}
     for row, layer in enumerate(cap.layers):
-        before = [_with(_part(blank, row), floors)] if row else []
-        places = _projections(model, texts, before, layer, vectors[row])
-        for (side, taken), share in zip(sides.items(), shares[row].tolist(), strict=True):
-            floors[side].append(float(places[taken].quantile(share)))
-    return _with(blank, floors)
+        before = [_with_floors(_first_layers(blank, row), floors)] if row else []
+        values = _projections(model, texts, before, layer, vectors[row])
+        for (side, mask), share in zip(sides.items(), shares[row].tolist(), strict=True):
+            floors[side].append(float(values[mask].quantile(share)))
+    return _with_floors(blank, floors)
 
 
-def _sides(model: Model, cap: Cap, texts: Sequence[Rollout]) -> dict[str, Bool[Tensor, " M"]]:
-    """The phases for which the cap has floors of their own, and which of all tokens they take."""
-    told, kept = [], []
-    for batch in read_batches(model, texts):
-        real, taken = batch.real, torch.ones_like(batch.real)
-        taken[:, 0] = not cap.spare_first
-        told.append(batch.answer[real])
-        kept.append(taken[real])
-    answer, every = torch.cat(told), torch.cat(kept)
+def _side_masks(model: Model, cap: Cap, texts: Sequence[Rollout]) -> dict[str, Bool[Tensor, " M"]]:
+    """The phases for which the cap has floors of their own, and which of all tokens they act on."""
+    answers, acting = [], []
+    for batch in reading_batches(model, texts):
+        mask = torch.ones_like(batch.real)
+        mask[:, 0] = not cap.spare_first
+        answers.append(batch.answer[batch.real])
+        acting.append(mask[batch.real])
+    answer, every = torch.cat(answers), torch.cat(acting)
     masks = {"prompt": ~answer & every, "answer": answer & every, "both": every}
-    return {
-        side: masks[side] for side in ((cap.phase,) if cap.prompt_floor is None else ("prompt", "answer"))
-    }
+    sides = (cap.phase,) if cap.prompt_floor is None else ("prompt", "answer")
+    return {side: masks[side] for side in sides}
 
 
-def _with(cap: Cap, floors: Mapping[str, Sequence[float]]) -> Cap:
-    """The cap with floors by side."""
+def _with_floors(cap: Cap, floors: Mapping[str, Sequence[float]]) -> Cap:
     *prompt, answer = (torch.tensor(own) for own in floors.values())
     return replace(cap, floor=answer, prompt_floor=prompt[0] if prompt else None)
 
 
-def _part(cap: Cap, rows: int) -> Cap:
-    """Its first layers only."""
-    own: dict[str, Any] = {
-        name: None if getattr(cap, name) is None else getattr(cap, name)[:rows]
-        for name in ("layers", "vectors", "floor", "prompt_floor", "ceiling")
-    }
-    return replace(cap, **own)
+def _first_layers(cap: Cap, n: int) -> Cap:
+    prompt_floor = None if cap.prompt_floor is None else cap.prompt_floor[:n]
+    ceiling = None if cap.ceiling is None else cap.ceiling[:n]
+    own = {"floor": cap.floor[:n], "prompt_floor": prompt_floor, "ceiling": ceiling}
+    return replace(cap, layers=cap.layers[:n], vectors=cap.vectors[:n], **own)
 
 
 def _projections(
-    model: Model, texts: Sequence[Rollout], before: Interventions, layer: int, vector: Tensor
+    model: Model, texts: Sequence[Rollout], interventions: Interventions, layer: int, vector: Tensor
 ) -> Float[Tensor, " M"]:
-    """Projections of all tokens at a layer, batch after batch, with the plan on."""
-    return torch.cat([places[batch.real] for batch, places in projected(model, texts, before, layer, vector)])
+    """Projections of all tokens at a layer, batch after batch, with the interventions on."""
+    batches = project_batches(model, texts, interventions, layer, vector)
+    return torch.cat([values[batch.real] for batch, values in batches])

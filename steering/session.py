@@ -1,7 +1,7 @@
 """A model with its axis and caps, each checked to belong to the others.
 
-steered = load_steered_model("smollm2-135m", ModelOptions(), "smollm2-135m", ["p50@18-23"])
-steered = steered_model(model, axis, [axis.cap("p50@18-23")])       # of a model that is loaded already
+    steered = load_steered_model("smollm2-135m", ModelOptions(), "smollm2-135m", ["p50@18-23"])
+    steered = steered_model(model, axis, [axis.cap("p50@18-23")])       # of a model that is loaded already
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from personatlas.persona.axis import Axis, load_axis, require_origin
 from personatlas.persona.interventions import Cap
-from personatlas.persona.models.chat_template import ChatFormat, chat_format
+from personatlas.persona.models.chat_template import ChatFormat
 from personatlas.persona.models.load import Model, load_model
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.progress import say
@@ -19,12 +19,16 @@ from personatlas.steering.hooks.binding_check import require_binding
 
 @dataclass(frozen=True)
 class SteeredModel:
-    """A model, its chat format, an axis of it, and caps that were proved to bind on it."""
+    """A model, an axis of it, and caps that were proved to bind on it."""
 
     model: Model
-    chat: ChatFormat
     axis: Axis
     caps: tuple[Cap, ...] = ()
+
+    @property
+    def chat(self) -> ChatFormat:
+        """The model's chat format."""
+        return self.model.chat
 
 
 def load_steered_model(
@@ -44,7 +48,9 @@ def load_steered_model(
     return steered_model(model, loaded_axis, loaded_caps, force=force)
 
 
-def steered_model(model: Model, axis: Axis, caps: Sequence[Cap] = (), *, force: bool = False) -> SteeredModel:
+def steered_model(
+    model: Model, axis: Axis, caps: Sequence[Cap] = (), *, force: bool = False
+) -> SteeredModel:
     """Checks that axis and caps belong to the model and that every cap binds. Raises `UserError` otherwise."""
     description = model.describe()
     require_origin("axis", axis.model, description, force=force)
@@ -55,10 +61,4 @@ def steered_model(model: Model, axis: Axis, caps: Sequence[Cap] = (), *, force: 
         axis, caps = replace(axis, model=description), [replace(cap, model=description) for cap in caps]
     for cap in caps:
         require_binding(model, [cap])
-    return SteeredModel(model, load_chat(model), axis, tuple(caps))
-
-
-def load_chat(model: Model) -> ChatFormat:
-    """The model's chat format, with the end tokens of its generation config."""
-    config = model.hf.generation_config
-    return chat_format(model.tokenizer, config.eos_token_id if config is not None else None)
+    return SteeredModel(model, axis, tuple(caps))

@@ -32,8 +32,8 @@ from personatlas.steering.evals.answers import Answers, Bench, answer_rollout
 from personatlas.steering.evals.harnesses.lm_eval_result import LmEvalResult
 from personatlas.steering.evals.options import EvalOptions
 from personatlas.steering.evals.suites import Suite
-from personatlas.steering.loss_cost import CPU_TOKENS, GPU_TOKENS, Cost, benign_costs
-from personatlas.steering.teacher_forcing import batches
+from personatlas.steering.loss_cost import Cost, benign_costs
+from personatlas.steering.teacher_forcing import CPU_LOGIT_TOKENS, GPU_LOGIT_TOKENS, text_batches
 
 WINDOW = 512  # tokens of a text that are read together
 LOOP = 4  # an answer loops when a run of so many tokens stands in it so often
@@ -160,9 +160,9 @@ def _read_costs(
 def own_losses(model: Model, answers: Sequence[TurnRecord]) -> OwnLoss:
     """Mean loss per token of answers under the baseline, and the standard error over answers."""
     texts = [answer_rollout(answer) for answer in answers if answer.ids]
-    tokens = GPU_TOKENS if model.device.type == "cuda" else CPU_TOKENS
+    tokens = GPU_LOGIT_TOKENS if model.device.type == "cuda" else CPU_LOGIT_TOKENS
     sums, counts = [], []
-    for batch in batches(model, texts, tokens):
+    for batch in text_batches(model, texts, tokens):
         sums += batch.losses(batch.log_probs(model))
         counts += [len(text.answer_ids) for text in batch.texts]
     if not counts:

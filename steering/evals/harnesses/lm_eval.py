@@ -37,7 +37,7 @@ from personatlas.persona.sampling.cuda_graph import fastest_sampler
 from personatlas.persona.sampling.sampler import Answer, Prompt, Sampling, batch_end, pad
 from personatlas.steering.evals.harnesses.lm_eval_result import RequestCounts
 from personatlas.steering.hooks.steering import Steering, SteeringCallback, steer
-from personatlas.steering.loss_cost import CPU_TOKENS, GPU_TOKENS
+from personatlas.steering.teacher_forcing import CPU_LOGIT_TOKENS, GPU_LOGIT_TOKENS
 
 MAX_NEW_TOKENS = 256  # of a task that names no length, as in lm-eval
 # what a task may call its longest answer
@@ -255,7 +255,7 @@ class PersonatlasLM(TemplateLM):
         self._counts["reused"] += sum(key in self.cache for key in set(keys))
         order = sorted(groups, key=lambda group: -len(group[0]))
         lengths, first = [len(group[0]) for group in order], 0
-        tokens = GPU_TOKENS if self.model.device.type == "cuda" else CPU_TOKENS
+        tokens = GPU_LOGIT_TOKENS if self.model.device.type == "cuda" else CPU_LOGIT_TOKENS
         with progress(self.label, len(order), quiet=not self.label) as advance, self._steered() as steering:
             while first < len(order):
                 stop = batch_end(lengths, first, tokens)

@@ -1,0 +1,146 @@
+"""What a calibration found: the content of calibration.json.
+
+    result = CalibrationResult.load(run)
+    result.report["chosen"].assistant, result.report["chosen"].more_loss
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from personatlas.persona.artifacts import read_json
+from personatlas.persona.interventions import BASELINE
+from personatlas.persona.records import JsonObject, JsonRecord
+from personatlas.steering.identity import IdentityShares
+
+OLD_BASELINE = "as it is"  # the baseline's name in files of earlier versions
+CHOSEN = "chosen"
+
+
+@dataclass(frozen=True)
+class IdentityRow(JsonRecord):
+    """Who an arm's `n` answers say that they are.
+
+    `assistant` is the share that call themselves an assistant, with its 95% interval; `fired` the share of tokens times
+    layers that were changed, `distinct` that of distinct tokens in an answer.
+    """
+
+    assistant: float
+    interval: tuple[float, float]
+    shares: dict[str, float]
+    n: int
+    fired: float
+    distinct: float
+
+    @staticmethod
+    def of(identity: IdentityShares) -> "IdentityRow":
+        """The row of an arm's classed answers."""
+        share, interval = identity.shares["assistant"], identity.interval()
+        return IdentityRow(share, interval, identity.shares, identity.n, identity.fired, identity.distinct)
+
+
+@dataclass(frozen=True)
+class ArmRow(IdentityRow):
+    """An arm on the reporting half: its `change` in the share of assistants, and its cost on benign answers."""
+
+    change: float
+    change_interval: tuple[float, float]
+    more_loss: float
+    loss: float
+    kl: float
+    more_loss_interval: tuple[float, float] | None = None
+    benign_fired: float | None = None
+    benign_moved: float | None = None
+
+    omit_none: ClassVar[tuple[str, ...]] = ("more_loss_interval", "benign_fired", "benign_moved")
+
+
+@dataclass(frozen=True)
+class CandidateRow(JsonRecord):
+    """A candidate on the choosing half: its cost and, where it was tried under role prompts, who it says it is.
+
+    `levels` are those of its layers; where its floors were fitted, `shift` says by how many spreads they were moved.
+    """
+
+    name: str
+    first: int
+    last: int
+    population: str
+    phase: str
+    more_loss: float
+    kl: float
+    benign_fired: float
+    shift: float | None = None
+    levels: tuple[float, ...] | None = None
+    assistant: float | None = None
+    interval: tuple[float, float] | None = None
+    shares: dict[str, float] | None = None
+    n: int | None = None
+    fired: float | None = None
+    distinct: float | None = None
+
+    omit_none: ClassVar[tuple[str, ...]] = (
+        "shift", "levels", "assistant", "interval", "shares", "n", "fired", "distinct"
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FloorRow(JsonRecord):
+    """A layer's floor for answers (and for prompts) with the shares of "default" and "roles" tokens below it, uncapped."""
+
+    layer: int
+    answer: dict[str, float]
+    prompt: dict[str, float] | None = None
+    level: float | None = None
+
+    omit_none: ClassVar[tuple[str, ...]] = ("prompt", "level")
+
+
+@dataclass(frozen=True)
+class ExampleRow(JsonRecord):
+    """An answer of the baseline and of the chosen cap to the same question under the same role."""
+
+    role: str
+    question: str
+    baseline: str
+    capped: str
+
+
+@dataclass(frozen=True)
+class CalibrationResult(JsonRecord):
+    """The chosen cap and how it was found (`tried`, `before`: choosing half), and what it does (`report`: the other half).
+
+    `cap` is the candidate's name, `name` the one that it is saved under at `saved`, `page` its report.
+    """
+
+    cap: str
+    why: str
+    budget: float
+    before: dict[str, IdentityRow]
+    tried: tuple[CandidateRow, ...]
+    report: dict[str, ArmRow]
+    floors: tuple[FloorRow, ...]
+    warnings: tuple[str, ...]
+    halves: dict[str, dict[str, int]]
+    examples: tuple[ExampleRow, ...]
+    model: dict[str, Any]
+    name: str
+    saved: str
+    page: str
+    versions: dict[str, str]
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> "CalibrationResult":
+        """What `to_json` wrote, or an earlier version with another name of the baseline."""
+
+        def renamed(part: Mapping[str, Any]) -> JsonObject:
+            return {BASELINE if key == OLD_BASELINE else key: value for key, value in part.items()}
+
+        examples = [renamed(example) for example in row["examples"]]
+        return super().from_json({**row, "report": renamed(row["report"]), "examples": examples})
+
+    @classmethod
+    def load(cls, run: Path) -> "CalibrationResult":
+        """The result of a run folder. Raises `UserError` when it was not calibrated."""
+        return cls.from_json(read_json(run / "calibration.json"))
