@@ -142,7 +142,11 @@ def write_generation_page(
 def _arm(name: str, arm: Generation, low: float, high: float) -> dict[str, Any]:
     trace, tally = arm.trace, arm.tally
     assert trace is not None
-    answer, fired, moved = trace.answer.tolist(), trace.fired_layers.tolist(), trace.corrections.sum(0).tolist()
+    answer, fired, moved = (
+        trace.answer.tolist(),
+        trace.fired_layers.tolist(),
+        trace.corrections.sum(0).tolist(),
+    )
     tokens = []
     for index in range(len(trace.ids)):
         token = {**shade_token(trace, index, low, high), "fired": fired[index]}

@@ -74,8 +74,10 @@ def _with_floors(cap: Cap, floors: Mapping[str, Sequence[float]]) -> Cap:
 def _first_layers(cap: Cap, n: int) -> Cap:
     prompt_floor = None if cap.prompt_floor is None else cap.prompt_floor[:n]
     ceiling = None if cap.ceiling is None else cap.ceiling[:n]
-    own = {"floor": cap.floor[:n], "prompt_floor": prompt_floor, "ceiling": ceiling}
-    return replace(cap, layers=cap.layers[:n], vectors=cap.vectors[:n], **own)
+    layers, vectors, floor = cap.layers[:n], cap.vectors[:n], cap.floor[:n]
+    return replace(
+        cap, layers=layers, vectors=vectors, floor=floor, prompt_floor=prompt_floor, ceiling=ceiling
+    )
 
 
 def _projections(

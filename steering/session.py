@@ -1,7 +1,7 @@
 """A model with its axis and caps, each checked to belong to the others.
 
-    steered = load_steered_model("smollm2-135m", ModelOptions(), "smollm2-135m", ["p50@18-23"])
-    steered = steered_model(model, axis, [axis.cap("p50@18-23")])       # of a model that is loaded already
+steered = load_steered_model("smollm2-135m", ModelOptions(), "smollm2-135m", ["p50@18-23"])
+steered = steered_model(model, axis, [axis.cap("p50@18-23")])       # of a model that is loaded already
 """
 
 from collections.abc import Sequence
@@ -48,9 +48,7 @@ def load_steered_model(
     return steered_model(model, loaded_axis, loaded_caps, force=force)
 
 
-def steered_model(
-    model: Model, axis: Axis, caps: Sequence[Cap] = (), *, force: bool = False
-) -> SteeredModel:
+def steered_model(model: Model, axis: Axis, caps: Sequence[Cap] = (), *, force: bool = False) -> SteeredModel:
     """Checks that axis and caps belong to the model and that every cap binds. Raises `UserError` otherwise."""
     description = model.describe()
     require_origin("axis", axis.model, description, force=force)

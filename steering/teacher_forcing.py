@@ -61,7 +61,9 @@ class TextBatch:
         """Log-probabilities, fp32, at the M positions before the answers' tokens."""
         first, (rows, columns) = int(self.starts.min()) - 1, self.predicted
         keep = self.ids.shape[1] - first
-        logits = model.hf(input_ids=self.ids, use_cache=False, logits_to_keep=keep).logits  # (B, T - first, V)
+        logits = model.hf(
+            input_ids=self.ids, use_cache=False, logits_to_keep=keep
+        ).logits  # (B, T - first, V)
         return logits[rows, columns - 1 - first].float().log_softmax(-1)
 
     def token_losses(self, log_probs: Float[Tensor, "M V"]) -> Float[Tensor, " M"]:
@@ -113,7 +115,9 @@ def project_batches(
 
     for batch in reading_batches(model, texts):
         with (
-            capture(model, [layer], to_projection) as captured,  # before the steering's hooks, and so its step
+            capture(
+                model, [layer], to_projection
+            ) as captured,  # before the steering's hooks, and so its step
             steer(model, interventions) if interventions else nullcontext() as steering,
         ):
             if steering is not None:

@@ -44,7 +44,7 @@ class TurnProjection:
 class Trace:
     """Projections (residual units) of one conversation's T tokens at `layer`, before any step there, and its answers.
 
-    `pieces` are the tokens' texts; `corrections` are the lengths of what was done to each token at the C steered `layers`;
+    `ids` and `pieces` (the tokens' texts) are those of the whole conversation, also where the rest did not fit; `corrections` are the lengths of what was done to each token at the C steered `layers`;
     `left_out` counts the answers that did not fit into the model's context.
     """
 
@@ -76,7 +76,7 @@ class Trace:
 
 def project(model: Model, messages: Messages, axis: Axis) -> Trace:
     """The trace of a stored conversation, read once without interventions. Raises like `trace_conversations`."""
-    return trace_conversations(model, axis, [Conversation("conversation", list(messages))])[0]
+    return trace_conversations(model, axis, [Conversation("conversation", tuple(map(dict, messages)))])[0]
 
 
 def trace_conversations(
@@ -95,8 +95,12 @@ def trace_conversations(
     for conversation, own in zip(conversations, spans, strict=True):
         ids = own.ids[: model.context]
         if not any(span.speaker == "assistant" and span.stop <= len(ids) for span in own.spans):
-            fits = f" that fits into the {model.context} tokens of {model.id}" if len(own.ids) > len(ids) else ""
-            raise UserError(f"{conversation.name} has no answer of an assistant{fits}: there is nothing to trace")
+            fits = (
+                f" that fits into the {model.context} tokens of {model.id}" if len(own.ids) > len(ids) else ""
+            )
+            raise UserError(
+                f"{conversation.name} has no answer of an assistant{fits}: there is nothing to trace"
+            )
         texts.append(Rollout(conversation.name, (), ids[:1], ids[1:], "", 0, "end"))
     projections: dict[int, Tensor] = {}
     for batch, values in project_batches(model, texts, [], axis.layer, axis.at(axis.layer)):
@@ -108,11 +112,13 @@ def trace_conversations(
         projection, answers = projections[index], [span for span in own.spans if span.speaker == "assistant"]
         n_tokens = len(projection)
         turns = tuple(
-            TurnProjection(span.message, span.start, span.stop, float(projection[span.start : span.stop].mean()))
+            TurnProjection(
+                span.message, span.start, span.stop, float(projection[span.start : span.stop].mean())
+            )
             for span in answers
             if span.stop <= n_tokens
         )
-        ids, pieces = tuple(own.ids[:n_tokens]), tuple(own.pieces[:n_tokens])
+        ids, pieces = tuple(own.ids), tuple(own.pieces)
         unchanged, left_out = torch.zeros(0, n_tokens), len(answers) - len(turns)
         name = conversations[index].name
         traces.append(Trace(name, ids, pieces, axis.layer, projection, turns, (), unchanged, left_out))
@@ -146,7 +152,7 @@ def trace_answer(
     h = entered[axis.layer][0]
     projection = (h @ axis.at(axis.layer).to(h.device)).cpu()
     turn = TurnProjection(0, len(prompt), ids.shape[1], float(projection[len(prompt) :].mean()))
-    pieces = tuple(model.tokenizer.decode([token]) for token in prompt + answer)
+    pieces = tuple(str(model.tokenizer.decode([token])) for token in prompt + answer)
     layers = tuple(sorted(steps))
     return Trace("answer", prompt + answer, pieces, axis.layer, projection, (turn,), layers, corrections)
 
@@ -163,7 +169,9 @@ class ShadedToken(TypedDict):
 def colour_range(traces: Iterable[Trace]) -> tuple[float, float]:
     """The lowest and highest projection of any answer's token, 2% at either end cut off."""
     turns = [(trace, turn) for trace in traces for turn in trace.turns]
-    values = sorted(value for trace, turn in turns for value in trace.projection[turn.start : turn.stop].tolist())
+    values = sorted(
+        value for trace, turn in turns for value in trace.projection[turn.start : turn.stop].tolist()
+    )
     return (values[len(values) // 50], values[-1 - len(values) // 50]) if values else (0.0, 1.0)
 
 
@@ -177,9 +185,4 @@ def shade_token(trace: Trace, index: int, low: float, high: float) -> ShadedToke
     projection = float(trace.projection[index])
     position = scale_position(projection, low, high)
     side, depth = "positive" if position >= 0.5 else "others", round(abs(position - 0.5) * 2 * 62)
-    return {
-        "text": trace.pieces[index],
-        "side": side,
-        "depth": depth,
-        "said": f"projection {projection:.1f}",
-    }
+    return {"text": trace.pieces[index], "side": side, "depth": depth, "said": f"projection {projection:.1f}"}

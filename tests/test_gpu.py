@@ -14,12 +14,12 @@ from personatlas.persona.pipeline.record import span_sum, span_sum_plainly
 from personatlas.persona.sampling.cuda_graph import GraphSampler
 from personatlas.persona.sampling.next_token import draw_plainly, row_noise
 from personatlas.persona.sampling.sampler import PlainDecoder, Sampler
-from personatlas.steering.generate import trace
 from personatlas.steering.hooks.account import Account, Batch, accumulate
 from personatlas.steering.hooks.binding_check import run_cap_test
 from personatlas.steering.hooks.step import apply_bounds, apply_table, gather_bounds
 from personatlas.steering.hooks.tables import build_tables
 from personatlas.steering.serve.engine.scheduler import Engine, EngineLimits, GenerationRequest, PrefillEvent
+from personatlas.steering.traces import trace_answer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "mistral", "gpt2", "falcon", "mixtral")
@@ -180,5 +180,5 @@ def test_rows_that_come_and_go_in_captured_steps_get_what_they_would_get_alone(f
     assert same >= len(asks) - 1  # sums in another order may turn one draw
     for ask, ticket, ids in zip(asks, tickets, got, strict=True):
         read = torch.tensor(listener.first(ticket, PrefillEvent).projections)
-        again = trace(model, ask.ids, ids, [cap.cap] if ask.cap else [], axis).projection
+        again = trace_answer(model, ask.ids, ids, [cap.cap] if ask.cap else [], axis).projection
         torch.testing.assert_close(read, again[: len(read)], rtol=1e-3, atol=1e-3)

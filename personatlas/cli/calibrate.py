@@ -1,43 +1,13 @@
 """The command `calibrate`: the strongest cap within a loss budget."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from personatlas.cli.options import MODEL, OPTIONS, STEERING, Json, SteeringOptions
 from personatlas.cli.output import print_json, print_line, print_path, print_table, print_warning
 from personatlas.persona.errors import UserError
 from personatlas.persona.options import ModelOptions
-
-
-@dataclass(frozen=True)
-class SearchOptions:
-    """What to search and measure."""
-
-    windows: str = ""
-    "layer windows with commas between, such as 14-25,18-23; twelve over the upper half of the model unless given (quick: 3)"
-    levels: str = "0.1,0.25,0.5,0.75"
-    "levels to try, quantiles from 0 to 1"
-    population: str = "default"
-    "whose answers the floors are quantiles of: default, roles or pooled; several with commas between"
-    budget: float = 0.05
-    "the most that a cap may cost: loss per token on benign answers more than as it is, 0.05 is 5%"
-    quick: bool = False
-    "for a CPU: three windows and none beside the best, and fewer of what has a number for it in brackets"
-    steps: int | None = None
-    "steps in which a floor for each layer, for prompts and for answers, is fitted by gradient: 120 (quick: 30); 0 for none"
-    roles: int | None = None
-    "the lowest roles on the axis, half to choose on and half to report on: 50 (quick: 20)"
-    prompts: int | None = None
-    "prompts a role: 2 (quick: 1)"
-    answers: int | None = None
-    "benign answers, half and half: 60"
-    max_new_tokens: int = 48
-    "longest answer"
-    temperature: float = 0.7
-    "sampling temperature"
-    seed: int = 0
-    "all arms sample with it"
+from personatlas.steering.calibration.options import CalibrationOptions
 
 
 def calibrate(
@@ -46,7 +16,7 @@ def calibrate(
     *,
     name: str = "assistant",
     bank: Path | None = None,
-    search: Annotated[SearchOptions, OPTIONS] = SearchOptions(),
+    search: Annotated[CalibrationOptions, OPTIONS] = CalibrationOptions(),
     steering: Annotated[SteeringOptions, STEERING] = SteeringOptions(),
     load: Annotated[ModelOptions, MODEL] = ModelOptions(),
     json: Json = False,
@@ -64,35 +34,31 @@ def calibrate(
     bank
         the bank that the run was made with, if not the packaged one
     """
-    from personatlas.steering.calibration.calibrate import calibrated
+    from personatlas.steering.calibration.calibrate import calibrate as run_calibration
 
     if not name or "/" in name or name.startswith("."):
         raise UserError(f"--name {name!r} cannot be a file's name")
-    content = calibrated(run, name, steering.axis, steering.caps(), bank, search, load)
+    result = run_calibration(
+        run, name=name, axis=steering.axis, also=steering.caps(), bank=bank, options=search, load=load
+    )
     if json:
-        print_json(content)
+        print_json(result.to_json())
         return
-    _print_calibration(content)
-    print_path("cap", content["saved"])
-    print_path("page", content["page"])
-
-
-def _print_calibration(content: dict[str, Any]) -> None:
-    rows = []
-    for name, row in content["report"].items():
-        low, high = row["interval"]
-        rows.append(
-            [
-                f"{name} {content['cap']}" if name == "chosen" else name,
-                f"{row['assistant']:.1%} [{low:.0%}, {high:.0%}]",
-                f"{row['more_loss']:+.1%}",
-                f"{row['kl']:.3f}",
-                f"{row['fired']:.0%}",
-                f"{row['distinct']:.2f}",
-            ]
-        )
+    rows = [
+        [
+            f"{arm} {result.cap}" if arm == "chosen" else arm,
+            f"{row.assistant:.1%} [{row.interval[0]:.0%}, {row.interval[1]:.0%}]",
+            f"{row.more_loss:+.1%}",
+            f"{row.kl:.3f}",
+            f"{row.fired:.0%}",
+            f"{row.distinct:.2f}",
+        ]
+        for arm, row in result.report.items()
+    ]
     columns = ["arm (reporting half)", "assistant [95%]", "more loss", "KL", "fired", "distinct"]
     print_table(columns, rows)
-    print_line(content["why"])
-    for warning in content["warnings"]:
+    print_line(result.why)
+    for warning in result.warnings:
         print_warning(warning)
+    print_path("cap", result.saved)
+    print_path("page", result.page)

@@ -26,12 +26,11 @@ from personatlas.persona.options import ModelOptions, SamplingOptions
 from personatlas.persona.progress import say
 from personatlas.persona.runs import find_axis
 from personatlas.steering.serve.options import CapacityOptions, ServeOptions
-from personatlas.steering.session import load_steered_model
 
 if TYPE_CHECKING:
     from personatlas.persona.interventions import Cap
-    from personatlas.steering.generate import Generated
-    from personatlas.steering.hooks.steering import SteeringTally
+    from personatlas.steering.generate import Generation
+    from personatlas.steering.hooks.account import SteeringTally
 
 BASELINE, CAPPED = "baseline", "capped"
 CHAT_CAPACITY = CapacityOptions(slots=2, prefix_mib=256)  # one answer at a time, two when they are compared
@@ -69,8 +68,8 @@ def generate(
     """
     from personatlas.persona.artifacts import require_writable
     from personatlas.persona.sampling.sampler import Sampling
-    from personatlas.steering.generate import generate as answer
-    from personatlas.steering.generate import write_page
+    from personatlas.steering.generate import generate_arms, write_generation_page
+    from personatlas.steering.session import load_steered_model
 
     if not prompt.strip():
         raise UserError("the prompt is empty: give the user's message")
@@ -84,28 +83,28 @@ def generate(
     if steered.chat.injected and not system:
         say(f"the template adds a system message of its own: {steered.chat.injected!r}")
     arms = {BASELINE: [], CAPPED: list(steered.caps)}
-    answers = answer(steered.model, steered.chat, messages, arms, steered.axis, sampler, sampling.seed)
+    answers = generate_arms(steered.model, messages, arms, steered.axis, sampler, sampling.seed)
     if json:
         print_json({name: _as_json(generated) for name, generated in answers.items()})
     else:
         _print(answers, steered.caps[0], steered.axis.layer)
     if html is not None:
-        write_page(html, answers, steered.model, steered.axis, steered.caps[0], spec, messages)
+        write_generation_page(html, answers, steered.model, steered.axis, steered.caps[0], spec, messages)
         say(f"page: {html}")
 
 
-def _print(answers: "dict[str, Generated]", cap: "Cap", layer: int) -> None:
+def _print(answers: "dict[str, Generation]", cap: "Cap", layer: int) -> None:
     from personatlas.steering.generate import sparkline
 
-    values = [value for generated in answers.values() for value in generated.trace.answer.tolist()]
+    traces = {name: generated.trace for name, generated in answers.items() if generated.trace is not None}
+    values = [value for trace in traces.values() for value in trace.answer.tolist()]
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     out = console()
-    for name, generated in answers.items():
-        trace = generated.trace
+    for name, trace in traces.items():
         mean = float(trace.answer.mean()) if len(trace.answer) else float("nan")
         remark = f"mean projection {mean:.1f} at layer {trace.layer}, before its step"
         out.print(Text(name, style="bold"), Text(remark, style="dim"))
-        out.print(Text(generated.text))
+        out.print(Text(answers[name].text))
         line = f"{sparkline(trace.answer.tolist(), low, high)}  {low:.0f} to {high:.0f}\n"
         out.print(Text(line, style="cyan"))
     tally = answers[CAPPED].tally
@@ -130,8 +129,9 @@ def _account(tally: "SteeringTally", cap: "Cap", layer: int) -> str:
     return text
 
 
-def _as_json(generated: "Generated") -> dict[str, object]:
+def _as_json(generated: "Generation") -> dict[str, object]:
     trace, tally = generated.trace, generated.tally
+    assert trace is not None
     account = {} if tally is None else {
         "seen": tally.seen[:, 0].tolist(), "fired": tally.fired[:, 0].tolist(), "total": tally.total[:, 0].tolist(),
         "most": tally.largest[:, 0].tolist(),

@@ -37,12 +37,7 @@ from personatlas.steering.hooks.account import Batch
 from personatlas.steering.hooks.step import apply_bounds, gather_bounds
 from personatlas.steering.hooks.tables import IDLE, Table
 from personatlas.steering.identity import identity_class, identity_requests
-from personatlas.steering.teacher_forcing import (
-    CPU_LOGIT_TOKENS,
-    GPU_LOGIT_TOKENS,
-    TextBatch,
-    text_batches,
-)
+from personatlas.steering.teacher_forcing import CPU_LOGIT_TOKENS, GPU_LOGIT_TOKENS, TextBatch, text_batches
 
 START = (0.2, 0.1)  # quantiles of default tokens, of prompts and of answers, at which the floors begin
 LOWER = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)  # spreads by which they are lowered, until the budget holds
@@ -132,7 +127,9 @@ def fit_floors(
                 controls = draws.sample(list(benign), min(options.benign, len(benign)))
                 optimizer.zero_grad()
                 loss = floored.backward(targets, 1 / sum(len(text.answer_ids) for text in targets))
-                rise = floored.backward(controls, price / sum(before[text.key] for text in controls)) / price - 1
+                rise = (
+                    floored.backward(controls, price / sum(before[text.key] for text in controls)) / price - 1
+                )
                 if not math.isfinite(loss + rise):
                     raise UserError(f"the loss is not finite in step {step} of fitting floors; try --steps 0")
                 optimizer.step()
@@ -170,7 +167,9 @@ class _FlooredModel:
         """The step is on the blocks inside."""
         with ExitStack() as stack:
             for index, layer in enumerate(self.layers):
-                stack.callback(self.model.blocks[layer].register_forward_hook(self._hook(index, layer)).remove)
+                stack.callback(
+                    self.model.blocks[layer].register_forward_hook(self._hook(index, layer)).remove
+                )
             yield
 
     def backward(self, texts: Sequence[Rollout], weight: float) -> float:
@@ -206,7 +205,9 @@ class _FlooredModel:
             # none for first tokens
             floor = torch.cat([self.floors()[:, index], torch.full((2,), -math.inf)]).to(h.device)
             bounds = torch.stack([floor, torch.full_like(floor, math.inf), torch.zeros_like(floor)], dim=-1)
-            bounds = torch.stack([bounds, bounds.new_tensor(IDLE).expand_as(bounds)])  # of the plan, of padding
+            bounds = torch.stack(
+                [bounds, bounds.new_tensor(IDLE).expand_as(bounds)]
+            )  # of the plan, of padding
             active = torch.ones(2, 4, dtype=torch.bool, device=h.device)
             table = Table(vector.to(h.device)[None], bounds[:, :, None], active)
             batch = Batch(torch.zeros_like(lengths), lengths, starts, torch.ones_like(lengths))

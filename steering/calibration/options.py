@@ -1,10 +1,13 @@
 """What a calibration searches and measures."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from personatlas.persona.errors import UserError
-from personatlas.persona.sampling.sampler import Sampling
+
+if TYPE_CHECKING:  # it needs torch, which --help does not
+    from personatlas.persona.sampling.sampler import Sampling
 
 SIZES = {  # of a search, quick or not
     False: {"roles": 50, "prompts": 2, "answers": 60, "steps": 120},
@@ -44,6 +47,8 @@ class CalibrationOptions:
 
     def parse(self) -> "SearchSettings":
         """The options as numbers, with their defaults filled in. Raises `UserError` for those that cannot be."""
+        from personatlas.persona.sampling.sampler import Sampling
+
         try:
             levels = tuple(float(part) for part in self.levels.split(","))
         except ValueError:
@@ -82,14 +87,14 @@ def _parse_window(text: str) -> tuple[int, int]:
 class SearchSettings:
     """`CalibrationOptions`, parsed. Empty windows: those of `grid_search.default_windows`."""
 
-    windows: tuple[tuple[int, int], ...] = ()
-    levels: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75)
-    populations: tuple[str, ...] = ("default",)
-    budget: float = 0.05
-    roles: int = 50
-    prompts: int = 2
-    answers: int = 60
-    steps: int = 120
-    seed: int = 0
-    sampling: Sampling = field(default_factory=lambda: Sampling(max_new_tokens=48))
-    quick: bool = False
+    windows: tuple[tuple[int, int], ...]
+    levels: tuple[float, ...]
+    populations: tuple[str, ...]
+    budget: float
+    roles: int
+    prompts: int
+    answers: int
+    steps: int
+    seed: int
+    sampling: "Sampling"
+    quick: bool

@@ -52,7 +52,12 @@ def pareto_figure(points: Sequence[Point], budget: float) -> go.Figure:
             frontier.append(point)
     if len(frontier) > 1:
         line = {"x": [point.cost for point in frontier], "y": [point.gain for point in frontier]}
-        look = {"mode": "lines", "line": line_style("--middle", 1.5), "hoverinfo": "skip", "showlegend": False}
+        look = {
+            "mode": "lines",
+            "line": line_style("--middle", 1.5),
+            "hoverinfo": "skip",
+            "showlegend": False,
+        }
         figure.add_scatter(**line, **look)
     for kind in LOOKS:
         own = [point for point in points if point.kind == kind]
@@ -96,7 +101,12 @@ def _scatter(points: Sequence[Point], kind: str) -> dict[str, Any]:
 def write_calibration_page(path: Path, result: CalibrationResult) -> None:
     """Writes the page."""
     points = [
-        Point(f"{row.name} (choosing half)", TRIED if row.shift is None else FITTED, row.more_loss, row.assistant)
+        Point(
+            f"{row.name} (choosing half)",
+            TRIED if row.shift is None else FITTED,
+            row.more_loss,
+            row.assistant,
+        )
         for row in result.tried
         if row.assistant is not None
     ]

@@ -1,7 +1,7 @@
 """What a calibration found: the content of calibration.json.
 
-    result = CalibrationResult.load(run)
-    result.report["chosen"].assistant, result.report["chosen"].more_loss
+result = CalibrationResult.load(run)
+result.report["chosen"].assistant, result.report["chosen"].more_loss
 """
 
 from collections.abc import Mapping

@@ -11,7 +11,6 @@ from tiny_axis import axis_of
 from personatlas.cli.app import main
 from personatlas.persona.caps import format_layers, parse_layers
 from personatlas.persona.errors import UserError
-from personatlas.persona.models.chat_template import chat_format
 from personatlas.persona.models.load import load_model
 from personatlas.persona.sampling.sampler import Sampling
 from personatlas.steering.generate import generate, sparkline
@@ -24,8 +23,7 @@ SAMPLING = Sampling(max_new_tokens=12)
 
 
 def answered(model, interventions, axis, sampling=SAMPLING, **how):
-    chat = chat_format(model.tokenizer)
-    return generate(model, chat, MESSAGES, {"arm": interventions}, axis, sampling, **how)["arm"]
+    return generate(model, MESSAGES, steer=interventions, axis=axis, sampling=sampling, **how)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "falcon", "mixtral"])
@@ -115,7 +113,7 @@ def test_the_trace_holds_projections_before_the_step_and_what_the_step_did():
     expected = (floor - found.projection).clamp(min=0)
     expected[0] = 0  # the first token is spared
     torch.testing.assert_close(found.corrections[0], expected, rtol=1e-3, atol=1e-4)
-    assert found.fired.tolist() == (expected > 0).int().tolist()
+    assert found.fired_layers.tolist() == (expected > 0).int().tolist()
 
 
 def test_a_conversation_that_leaves_no_room_for_an_answer_is_refused():
@@ -124,7 +122,7 @@ def test_a_conversation_that_leaves_no_room_for_an_answer_is_refused():
     with pytest.raises(
         UserError, match=r"5\d\d tokens to read and 12 to write are more than the 512 that tiny-llama-0"
     ):
-        generate(model, chat_format(model.tokenizer), long, {"arm": []}, axis_of(model), SAMPLING)
+        generate(model, long, axis=axis_of(model), sampling=SAMPLING)
 
 
 def test_a_sparkline_shows_means_between_its_bounds():

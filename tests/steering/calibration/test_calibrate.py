@@ -14,9 +14,9 @@ from personatlas.persona.errors import UserError
 from personatlas.persona.interventions import load_cap
 from personatlas.persona.rollout import Rollout
 from personatlas.persona.sampling.sampler import Prompt, Sampler, Sampling
-from personatlas.steering.calibration.fit_floors import Descent, Floors, fitted
-from personatlas.steering.calibration.grid_search import Candidate, windows_of
-from personatlas.steering.calibration.measure import halved
+from personatlas.steering.calibration.calibrate import split_groups
+from personatlas.steering.calibration.fit_floors import DescentOptions, Floors, fit_floors
+from personatlas.steering.calibration.grid_search import Candidate, default_windows
 from personatlas.steering.calibration.quantile_floors import read_projections
 from personatlas.steering.loss_cost import benign_costs
 from personatlas.steering.random_caps import fired_shares, random_cap
@@ -96,7 +96,7 @@ def test_a_second_calibration_measures_nothing_again(tiny_run, capsys, monkeypat
     calibrated(tiny_run)
     first = load_cap(tiny_run / "run" / "caps" / "assistant")
 
-    def nothing(_subject, _chat, _requests, arms, *_):
+    def nothing(_model, _requests, arms, *_):
         assert not arms, "this was measured before"
         return []
 
@@ -105,7 +105,7 @@ def test_a_second_calibration_measures_nothing_again(tiny_run, capsys, monkeypat
 
     monkeypatch.setattr("personatlas.steering.calibration.measure.run_arms", nothing)
     monkeypatch.setattr("personatlas.steering.calibration.measure.benign_costs", never)
-    monkeypatch.setattr("personatlas.steering.calibration.measure.fitted", never)
+    monkeypatch.setattr("personatlas.steering.calibration.measure.fit_floors", never)
     calibrated(tiny_run, name="again")
     again = load_cap(tiny_run / "run" / "caps" / "again")
     assert torch.equal(first.floor, again.floor)
@@ -192,10 +192,10 @@ def test_fitted_floors_make_the_wanted_texts_likelier_within_the_budget():
     benign, wanted = texts(12), texts(12, start=20)
     places = read_projections(model, axis, {"default": benign, "roles": wanted})
     asking = [parameter.requires_grad for parameter in model.hf.parameters()]
-    how = Descent(budget=0.05, steps=40, wanted=12, benign=12, rate=0.1)
-    floors = fitted(model, axis, (0, 1, 2), places, wanted, benign, how)
+    how = DescentOptions(budget=0.05, steps=40, wanted=12, benign=12, rate=0.1)
+    floors = fit_floors(model, axis, (0, 1, 2), places, wanted, benign, how)
     assert [parameter.requires_grad for parameter in model.hf.parameters()] == asking
-    start = fitted(model, axis, (0, 1, 2), places, wanted, benign, replace(how, steps=1, rate=0.0))
+    start = fit_floors(model, axis, (0, 1, 2), places, wanted, benign, replace(how, steps=1, rate=0.0))
     loss = {
         name: benign_costs(model, wanted, {"cap": [one.cap(axis)]})["cap"].loss
         for name, one in (("start", start), ("end", floors))
@@ -216,9 +216,9 @@ def test_floors_that_would_begin_over_the_budget_begin_lower(monkeypatch):
     )
     benign = [replace(made[answer.index], answer_ids=answer.ids) for answer in written]  # what it says itself
     places = read_projections(model, axis, {"default": benign, "roles": texts(12, start=20)})
-    how = Descent(budget=0.01, steps=1, rate=0.0)
+    how = DescentOptions(budget=0.01, steps=1, rate=0.0)
     high, low = (
-        fitted(model, axis, (0, 1, 2), places, texts(12, start=20), benign, replace(how, budget=budget))
+        fit_floors(model, axis, (0, 1, 2), places, texts(12, start=20), benign, replace(how, budget=budget))
         for budget in (100.0, 0.01)
     )
     assert (low.floors < high.floors).all()
@@ -227,13 +227,12 @@ def test_floors_that_would_begin_over_the_budget_begin_lower(monkeypatch):
 
 
 def test_names_of_candidates_and_windows_to_begin_with():
-    names = [Candidate(18, 23, 0.5), Candidate(18, 23, 0.5, tilt=0.2), Candidate(6, 27, 0.2, fitted=True)]
-    assert [one.name for one in names] == ["p50@18-23", "p30..p70@18-23", "fitted+0.2@6-27"]
-    assert Candidate(2, 4, 0.05, tilt=0.2).levels == pytest.approx((0, 0.05, 0.25))
+    names = [Candidate(18, 23, 0.5), Candidate(18, 23, 0.9, "roles"), Candidate(6, 27, 0.2, fitted=True)]
+    assert [one.name for one in names] == ["p50@18-23", "roles:p90@18-23", "fitted+0.2@6-27"]
     for n_layers in (1, 3, 12, 30, 80):
-        assert all(0 <= first <= last < n_layers for first, last in windows_of(n_layers))
+        assert all(0 <= first <= last < n_layers for first, last in default_windows(n_layers))
 
 
 def test_halves_keep_groups_whole():
-    one, other = halved(["a1", "a2", "b1", "c1", "b2"], lambda item: item[0])
+    one, other = split_groups(["a1", "a2", "b1", "c1", "b2"], lambda item: item[0])
     assert (one, other) == (["a1", "a2", "c1"], ["b1", "b2"])

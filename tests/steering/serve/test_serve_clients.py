@@ -254,7 +254,7 @@ def test_capped_and_uncapped_at_once_are_the_same_as_one_by_one_and_as_generate(
             )
 
     together = asyncio.run(all_at_once())
-    held, chat = tiny_server.service.steered, chat_format(alone.tokenizer)
+    axis, sampling = tiny_server.service.steered.axis, Sampling(10, 0.0, 1.0)
     differ = 0
     for at, ((text, cap), answer) in enumerate(zip(wanted, together, strict=True)):
         messages = [{"role": "user", "content": text}]
@@ -262,10 +262,10 @@ def test_capped_and_uncapped_at_once_are_the_same_as_one_by_one_and_as_generate(
             single = asked(client, messages, model=f"tiny:{cap}", max_tokens=10)
             assert single.choices[0].message.content == answer.choices[0].message.content
         plan = [tiny_server.service.caps.named[cap].cap] if cap != "none" else []
-        one = generate(alone, chat, messages, {"arm": plan}, held.axis, Sampling(10, 0.0, 1.0), seed=0)["arm"]
+        one = generate(alone, messages, steer=plan, axis=axis, sampling=sampling)
         assert answer.choices[0].message.content == one.text
         read = answer.persona["turns"][-1]["tokens"]  # the last token of an answer that was cut is never fed
-        fired = float(one.trace.fired[one.trace.answer_from :][:read].sum())
+        fired = float(one.trace.fired_layers[one.trace.answer_from :][:read].sum())
         assert answer.persona["projection"] == pytest.approx(float(one.trace.answer[:read].mean()), abs=1e-3)
         assert (answer.persona["fired"] or 0) == pytest.approx(fired / (read * (3 if cap == "held" else 1)))
         differ += (

@@ -13,7 +13,6 @@ from tiny_axis import axis_of
 from personatlas.persona.errors import UserError
 from personatlas.persona.interventions import interventions_digest
 from personatlas.persona.sampling.sampler import Prompt
-from personatlas.steering.generate import trace
 from personatlas.steering.hooks.steering import steer
 from personatlas.steering.serve.answer_stream import Detokenizer, StreamedAnswer
 from personatlas.steering.serve.engine import scheduler as engine_module
@@ -28,6 +27,7 @@ from personatlas.steering.serve.engine.scheduler import (
     ServerBusy,
 )
 from personatlas.steering.serve.schema import CapByName, PersonaRequest
+from personatlas.steering.traces import trace_answer
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "falcon", "mixtral", "mistral"])
@@ -66,12 +66,14 @@ def test_projections_and_firings_are_those_of_reading_it_all_again(served):
     for ticket in tickets:
         read = listener.first(ticket, PrefillEvent)
         steps = [event for event in listener.events[ticket] if isinstance(event, TokenEvent)]
-        again = trace(engine.model, ticket.request.ids, listener.answer(ticket), [cap.cap], engine.caps.axis)
+        again = trace_answer(
+            engine.model, ticket.request.ids, listener.answer(ticket), [cap.cap], engine.caps.axis
+        )
         got = torch.tensor([*read.projections, *(step.projection for step in steps)])
         assert torch.allclose(got, again.projection[:-1], atol=1e-4)
-        fired = again.fired[len(ticket.request.ids) - 1 : -1].tolist()
+        fired = again.fired_layers[len(ticket.request.ids) - 1 : -1].tolist()
         assert [step.fired for step in steps] == fired
-        assert read.fired == int(again.fired[: len(ticket.request.ids) - 1].sum())
+        assert read.fired == int(again.fired_layers[: len(ticket.request.ids) - 1].sum())
         assert sum(fired) > 0
 
 
@@ -120,7 +122,7 @@ def test_a_prompt_can_be_read_without_an_answer(served):
     for event in listener.events[ticket]:
         answer.take(event)
     engine.close()
-    read = trace(engine.model, LONG, (), [], engine.caps.axis).projection
+    read = trace_answer(engine.model, LONG, (), [], engine.caps.axis).projection
     assert torch.allclose(torch.tensor(answer.prompt_projections), read, atol=1e-4)
     assert answer.ids == []
 
