@@ -26,9 +26,8 @@ from personatlas.steering.drift_monitor import (
     is_reference_file,
     load_monitor,
 )
-from personatlas.steering.generate import placed
 from personatlas.steering.session import load_steered_model
-from personatlas.steering.traces import Trace, trace_conversations
+from personatlas.steering.traces import Trace, colour_range, shade_token, trace_conversations
 
 
 @dataclass(frozen=True)
@@ -137,9 +136,7 @@ def write_trace_page(path: Path, study: TraceStudy) -> None:
     Colours run from the lowest to the highest projection of the answers' tokens on the page, 2% at either end
     cut off."""
     shown = list(zip(study.conversations, study.traces, study.stored, strict=True))[:MAX_CONVERSATIONS]
-    spans = [(trace, slice(turn.start, turn.stop)) for _, trace, _ in shown for turn in trace.turns]
-    values = sorted(value for trace, span in spans for value in trace.projection[span].tolist())
-    low, high = values[len(values) // 50], values[-1 - len(values) // 50]
+    low, high = colour_range(trace for _, trace, _ in shown)
     described = study.monitor.describe()
     figures = {
         f"turns-{number}": conversation_figure(
@@ -171,17 +168,7 @@ def _conversation(
         if turn is None:
             messages.append({"speaker": message["role"], "text": message["content"]})
             continue
-        tokens = [_token(trace.pieces[i], float(trace.projection[i]), low, high) for i in range(*turn.tokens)]
+        tokens = [shade_token(trace, i, low, high) for i in range(*turn.tokens)]
         cell = turn.to_json() | {"acted": False} | shade(turn.z)
         messages.append({"speaker": "assistant", "cell": cell, "tokens": tokens})
     return {"name": row.name, "domain": stored.domain, "messages": messages, "left_out": row.left_out}
-
-
-def _token(text: str, projection: float, low: float, high: float) -> JsonObject:
-    position = placed(projection, low, high)
-    return {
-        "text": text,
-        "side": "positive" if position >= 0.5 else "others",
-        "depth": round(abs(position - 0.5) * 2 * 62),
-        "said": f"projection {projection:.1f}",
-    }

@@ -55,7 +55,6 @@ from personatlas.steering.evals.harnesses.lm_eval_result import (
     sample_outcome,
 )
 from personatlas.steering.evals.options import LmEvalOptions
-from personatlas.steering.session import load_chat
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
@@ -352,7 +351,7 @@ def _run(
         task.set_config("generation_kwargs", settings | {LENGTH_SETTINGS[0]: min([new, *lengths])})
     task.set_fewshot_seed(seed=FEWSHOT_SEED)  # every arm sees the same examples
     as_chat, tasks = not options.raw, {"tasks": {name: task}, "groups": {}, "group_map": {}}
-    lm = PersonatlasLM(model, load_chat(model), plan, as_chat=as_chat, cache=cache, label=f"{name}, {arm}")
+    lm = PersonatlasLM(model, model.chat, plan, as_chat=as_chat, cache=cache, label=f"{name}, {arm}")
     prompts = {"apply_chat_template": as_chat, "fewshot_as_multiturn": as_chat}
     try:
         found = evaluate(lm, tasks, limit=options.limit, bootstrap_iters=0, **prompts)

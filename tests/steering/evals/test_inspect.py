@@ -42,8 +42,8 @@ from personatlas.steering.evals.harnesses.inspect_compare import (
     read_inspect_log,
 )
 from personatlas.steering.evals.harnesses.inspect_provider import CallBatcher, InspectRefusal, PersonatlasAPI
-from personatlas.steering.generate import trace
 from personatlas.steering.session import load_steered_model
+from personatlas.steering.traces import trace_answer
 
 # Inspect's: a deprecated word to tenacity, and streams that are left to the garbage collector
 pytestmark = [
@@ -212,7 +212,7 @@ def test_projection_and_fired_share_are_those_of_a_trace(answerer):
         for seed, text in enumerate(texts)
     ]
     for one, found in zip(asked, answerer.answers(asked), strict=True):
-        alone = trace(model, one.ids, found.ids, [cap] if one.steered else [], axis)
+        alone = trace_answer(model, one.ids, found.ids, [cap] if one.steered else [], axis)
         assert found.projection == pytest.approx(float(alone.answer.mean()), abs=1e-4)
         if one.steered:
             share = float((alone.corrections[:, 1:] > 0).float().mean())  # the first token is spared
