@@ -3,7 +3,8 @@
     axis[l] = mean(default)[l] - mean over roles of their mean[l],   scaled to length 1   (2601.10387, section 3)
 
 so a positive projection <h, v> lies toward the first pole ("assistant") and a negative one toward the second
-("role-play"). A direction never travels without its layers, its sign, its poles and the model that it came from.
+("role-play"). A direction never travels without its layers, its sign, its poles and the model that it came
+from.
 
     axis = load_axis(folder / "axis")
     cap, add = axis.cap("p50@18-23"), axis.add(8.0, [21])
@@ -35,8 +36,9 @@ class Axis:
     """A direction at every layer of a model.
 
     `vectors` are unit rows, + toward `poles[0]`; `norms` are the lengths before scaling (projection units);
-    `default_quantiles` and `role_quantiles` are projections of the rollout means at `levels`, NaN where a layer kept no
-    rollout means; `layer` is the layer to use; `model` is `Model.describe()`; `stem` is the path it was loaded from.
+    `default_quantiles` and `role_quantiles` are projections of the rollout means at `levels`, NaN where a
+    layer kept no rollout means; `layer` is the layer to use; `model` is `Model.describe()`; `stem` is the
+    path it was loaded from.
     """
 
     vectors: Float[Tensor, "L D"]
@@ -68,7 +70,9 @@ class Axis:
         return self.vectors[self.layers.index(layer)]
 
     def require_model(self, model: dict[str, Any]) -> None:
-        """Raises `UserError` for a model that this axis was not fitted on: other weights, another depth or width."""
+        """Raises `UserError` for a model that this axis was not fitted on: other weights, another depth or
+        width.
+        """
         require_origin("axis", self.model, model)
 
     def require_sign(self, cap: Cap) -> None:
@@ -84,7 +88,9 @@ class Axis:
 
     @property
     def folder(self) -> Path:
-        """The folder that the axis was loaded from, with its persona space and caps/. `UserError` where there is none."""
+        """The folder that the axis was loaded from, with its persona space and caps/. `UserError` where there
+        is none.
+        """
         if self.stem is None:
             raise UserError("this axis was not loaded from a folder: save it and load it again")
         return self.stem.parent
@@ -103,8 +109,9 @@ class Axis:
     def cap(self, spec: str, saved: Mapping[str, Cap] | None = None) -> Cap:
         """The cap that a spec names (see `personatlas.persona.caps`).
 
-        Names are those of caps saved beside the axis or paths of cap files; with `saved`, the names in there and no path.
-        Raises `UserError` for a name that is unknown and for a level or layer that the axis does not have.
+        Names are those of caps saved beside the axis or paths of cap files; with `saved`, the names in there
+        and no path. Raises `UserError` for a name that is unknown and for a level or layer that the axis does
+        not have.
         """
         names = self.saved_caps if saved is None else list(saved)
         parsed = parse_cap_spec(
@@ -129,10 +136,11 @@ class Axis:
         *,
         spare_first: bool = True,
     ) -> Cap:
-        """A cap whose floor at each layer is a quantile of a population's projections, as the axis keeps them.
+        """A cap whose floor at each layer is a quantile of a population's projections, as the axis keeps
+        them.
 
-        `level` is in 0..1 and one of `levels`; `population` is "default" or "roles": whose mean projections of answers.
-        Raises `UserError` for a layer or level that the axis does not have.
+        `level` is in 0..1 and one of `levels`; `population` is "default" or "roles": whose mean projections
+        of answers. Raises `UserError` for a layer or level that the axis does not have.
         """
         layers = tuple(layers)
         if population not in POPULATIONS:
@@ -163,9 +171,11 @@ class Axis:
         )
 
     def shift_cap(self, cap: Cap, amount: float) -> Cap:
-        """The cap with all floors moved by `amount` interquartile ranges of the default's answers at their layers.
+        """The cap with all floors moved by `amount` interquartile ranges of the default's answers at their
+        layers.
 
-        Raises `UserError` where the axis does not keep those quantiles, or a floor would lie above its ceiling.
+        Raises `UserError` where the axis does not keep those quantiles, or a floor would lie above its
+        ceiling.
         """
         if not abs(amount) <= MAX_SHIFT:
             raise UserError(
@@ -256,7 +266,8 @@ def _cap_file(text: str) -> Path | None:
 
 
 def require_origin(what: str, origin: dict[str, Any], model: dict[str, Any], *, force: bool = False) -> None:
-    """Refuse an artefact whose `origin` is not `model` (both `Model.describe()`); an unknown origin has to fit in size.
+    """Refuse an artefact whose `origin` is not `model` (both `Model.describe()`); an unknown origin has to
+    fit in size.
 
     `force` lets pass the one thing that may be meant: weights of the same depth and width in another format.
     """
@@ -297,7 +308,8 @@ def load_axis(stem: Path) -> Axis:
 class PersonaSpace:
     """Principal components of the role vectors at one layer.
 
-    A role with vector x lies at `(x - mean) @ components.T`. Components are unit rows; PC1 points to the default.
+    A role with vector x lies at `(x - mean) @ components.T`. Components are unit rows; PC1 points to the
+    default.
     """
 
     layer: int

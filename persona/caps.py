@@ -36,7 +36,8 @@ class CapSpec:
 
 
 def parse_cap_spec(text: str, is_name: Callable[[str], bool] = lambda _: False) -> CapSpec:
-    """Parses a cap spec; anything that is no quantile spec is a name. `is_name` knows names, which may look like specs.
+    """Parses a cap spec; anything that is no quantile spec is a name. `is_name` knows names, which may look
+    like specs.
 
     Raises `UserError` for layers that are named twice or run backwards.
     """

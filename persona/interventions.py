@@ -1,4 +1,5 @@
-"""Interventions on the residual stream along a direction, as plain tensors and numbers: no model and no closure.
+"""Interventions on the residual stream along a direction, as plain tensors and numbers: no model and no
+closure.
 
 Each of them is a sequence of steps of one form, with p = <h, v> for a unit vector v in fp32:
 
@@ -9,9 +10,9 @@ Each of them is a sequence of steps of one form, with p = <h, v> for a unit vect
     MeanAblate  floor = ceiling = mean                 sets the projection to a mean
     Add         no floor, no ceiling, add = amount     moves along the direction, whatever p is
 
-so an engine implements one step, and a new intervention is one class here. `apply_steps` is the reference with which
-engines are compared. An axis makes interventions along itself (`axis.cap("p50@18-23")`, `axis.add(8.0, [21])`); those spare
-the first token of a sequence, an attention sink.
+so an engine implements one step, and a new intervention is one class here. `apply_steps` is the reference
+with which engines are compared. An axis makes interventions along itself (`axis.cap("p50@18-23")`,
+`axis.add(8.0, [21])`); those spare the first token of a sequence, an attention sink.
 
     cap = Cap((20,), v[None], torch.tensor([1.5]))
     steps_by_layer([cap, Ablate((20,), w[None])])[20]           # the steps at layer 20, in order
@@ -51,8 +52,9 @@ class Step:
 class Intervention:
     """Something done along unit vectors (C, D) at C layers.
 
-    `phase` is the part of a conversation that it acts on: "prompt", "answer" or "both". `spare_first` leaves the first token
-    of a sequence alone. `model` is `Model.describe()` of the model it belongs to, empty where that is unknown.
+    `phase` is the part of a conversation that it acts on: "prompt", "answer" or "both". `spare_first` leaves
+    the first token of a sequence alone. `model` is `Model.describe()` of the model it belongs to, empty where
+    that is unknown.
     """
 
     layers: tuple[int, ...]
@@ -98,9 +100,9 @@ def require_unit_rows(vectors: Float[Tensor, "C D"]) -> None:
 class Cap(Intervention):
     """A floor (and maybe a ceiling) on the projection: h + v * clamp(floor - <h, v>, min=0).
 
-    `prompt_floor` holds floors for the tokens of prompts, where they differ from those of answers. `level` and `population`
-    say where the floors came from: the quantile (the middle one where each layer has its own), and whose projections it was
-    taken from. `calibration` is what a calibration measured of this cap.
+    `prompt_floor` holds floors for the tokens of prompts, where they differ from those of answers. `level`
+    and `population` say where the floors came from: the quantile (the middle one where each layer has its
+    own), and whose projections it was taken from. `calibration` is what a calibration measured of this cap.
     """
 
     floor: Float[Tensor, " C"]
@@ -149,7 +151,9 @@ class Cap(Intervention):
 
 
 def load_cap(stem: Path) -> Cap:
-    """Reads a cap written by `Cap.save`. Raises `UserError` when it is missing, damaged, or holds what no cap can."""
+    """Reads a cap written by `Cap.save`. Raises `UserError` when it is missing, damaged, or holds what no cap
+    can.
+    """
     tensors, meta = load_tensors(stem, "cap")
     try:
         return Cap(
@@ -248,9 +252,9 @@ def apply_steps(
 ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B T"]]:
     """The reference: the steps in order on the tokens of their phase, fp32 inside, back in h's dtype.
 
-    `prompt` and `answer` say whose each token is; those of neither are left alone. With `fresh` the sequences begin at
-    the first column, which steps may spare. Returns h after the steps, bitwise unchanged where nothing was corrected, and
-    the length of each token's whole correction.
+    `prompt` and `answer` say whose each token is; those of neither are left alone. With `fresh` the sequences
+    begin at the first column, which steps may spare. Returns h after the steps, bitwise unchanged where
+    nothing was corrected, and the length of each token's whole correction.
     """
     moved = h.float()
     changed = torch.zeros(h.shape[:2], dtype=torch.bool, device=h.device)

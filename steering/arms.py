@@ -5,8 +5,8 @@
     for arm in run_arms(model, requests, {BASELINE: [], "capped": [cap]}, Sampling(48)):
         arm.name, arm.texts, arm.tally                             # in the order of the requests
 
-On a GPU all arms are rows of the same batches, each following its own plan, so hundreds of caps cost one capture; on a CPU,
-where every hooked layer costs, arms run one after the other.
+On a GPU all arms are rows of the same batches, each following its own plan, so hundreds of caps cost one
+capture; on a CPU, where every hooked layer costs, arms run one after the other.
 """
 
 import math
@@ -30,7 +30,9 @@ from personatlas.steering.hooks.steering import steer
 
 @dataclass(frozen=True)
 class Arm:
-    """A name and what acts under it; `n_random` asks for so many random caps, matched to the first cap, in its place."""
+    """A name and what acts under it; `n_random` asks for so many random caps, matched to the first cap, in
+    its place.
+    """
 
     name: str
     interventions: tuple[Intervention, ...] = ()
@@ -39,7 +41,9 @@ class Arm:
 
 @dataclass(frozen=True)
 class ArmKind:
-    """What may be written after a kind's name, an example, and how that becomes an intervention along an axis."""
+    """What may be written after a kind's name, an example, and how that becomes an intervention along an
+    axis.
+    """
 
     example: str
     pattern: str
@@ -73,8 +77,8 @@ ARM_KINDS: dict[str, ArmKind] = {  # a new intervention is nameable by one entry
 def parse_arm(text: str, axis: Axis) -> Arm:
     """The arm that a text names: baseline, cap:SPEC, add:AMOUNT@LAYERS, ablate@LAYERS, random:COUNT.
 
-    Without layers the axis's own layer is meant. A cap's arm is called by its spec, others by their text. Raises `UserError`
-    for anything else.
+    Without layers the axis's own layer is meant. A cap's arm is called by its spec, others by their text.
+    Raises `UserError` for anything else.
     """
     kind, rest = re.fullmatch(r"([a-z-]*)(.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]
     if text == BASELINE:
@@ -105,7 +109,9 @@ def distinct_ngrams(ids: Sequence[int], n: int = 1) -> float:
 
 @dataclass(frozen=True)
 class ArmAnswers:
-    """What one arm answered, in the order of the requests; `tally` is None for an arm without interventions."""
+    """What one arm answered, in the order of the requests; `tally` is None for an arm without
+    interventions.
+    """
 
     name: str
     texts: tuple[str, ...]
@@ -119,7 +125,9 @@ class ArmAnswers:
 
     @property
     def distinct(self) -> float:
-        """Distinct tokens among the tokens of an answer, mean over the answers that are not empty; NaN if all are."""
+        """Distinct tokens among the tokens of an answer, mean over the answers that are not empty; NaN if all
+        are.
+        """
         shares = [distinct_ngrams(answer.ids) for answer in self.answers if answer.ids]
         return sum(shares) / len(shares) if shares else math.nan
 

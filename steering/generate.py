@@ -5,9 +5,9 @@
 
     arms = generate_arms(model, messages, {BASELINE: [], "capped": [cap]}, axis)
 
-All arms are rows of one batch and sample with the same seed. A trace is read afterwards in one forward over prompt and
-answer with the same interventions on. `write_generation_page` shows the arms beside each other, every token coloured by its
-projection, fired tokens marked.
+All arms are rows of one batch and sample with the same seed. A trace is read afterwards in one forward over
+prompt and answer with the same interventions on. `write_generation_page` shows the arms beside each other,
+every token coloured by its projection, fired tokens marked.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,7 +35,9 @@ BARS = "▁▂▃▄▅▆▇█"
 
 @dataclass(frozen=True)
 class Generation:
-    """An answer, why it stopped, its trace (None without an axis), and its tally (None without interventions)."""
+    """An answer, why it stopped, its trace (None without an axis), and its tally (None without
+    interventions).
+    """
 
     text: str
     stopped: str
@@ -69,7 +71,8 @@ def generate_arms(
     sampling: Sampling = Sampling(),
     seed: int = 0,
 ) -> dict[str, Generation]:
-    """Answers a conversation once in every arm. The axis names the layer of the traces; without one there are none.
+    """Answers a conversation once in every arm. The axis names the layer of the traces; without one there are
+    none.
 
     Raises `UserError` for a conversation that leaves no room for the answer in the model's context.
     """
@@ -95,7 +98,9 @@ def generate_arms(
 
 
 def sparkline(values: Sequence[float], low: float, high: float, width: int = 60) -> str:
-    """Means of neighbouring values as bars between `low` and `high`; those outside are the lowest or highest bar."""
+    """Means of neighbouring values as bars between `low` and `high`; those outside are the lowest or highest
+    bar.
+    """
     values = list(values)
     if not values:
         return ""

@@ -1,10 +1,11 @@
-"""What an intervention costs on text that needs none: the model's own answers as the default, read again with it on.
+"""What an intervention costs on text that needs none: the model's own answers as the default, read again with
+it on.
 
     costs = benign_costs(model, rollouts, {"capped": [cap]})
     costs["capped"].more        # loss per token, relative to the baseline: 0.05 is 5% more
 
-Loss is the mean negative log-likelihood of the answers' tokens (nats), KL is KL(baseline || steered) of the next token's
-distribution at the same positions. Both are teacher-forced, so no sampling noise is in them.
+Loss is the mean negative log-likelihood of the answers' tokens (nats), KL is KL(baseline || steered) of the
+next token's distribution at the same positions. Both are teacher-forced, so no sampling noise is in them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,8 +31,8 @@ BOOTSTRAP_SAMPLES = 2000
 class Cost:
     """Sums over each text's answer tokens (N,): `tokens`, loss `before` (the baseline's) and `after`, and KL.
 
-    By steered layer (C,): the share of tokens that were changed (`fired`), and the mean length of the change (`moved`,
-    residual units, 0 for a token left alone).
+    By steered layer (C,): the share of tokens that were changed (`fired`), and the mean length of the change
+    (`moved`, residual units, 0 for a token left alone).
     """
 
     tokens: np.ndarray
@@ -86,7 +87,8 @@ def benign_costs(
 ) -> dict[str, Cost]:
     """Reads all texts as the baseline and in every arm, each of which has an intervention.
 
-    Sums are in the texts' order; `advance` counts readings of texts. Raises `UserError` when there are no texts.
+    Sums are in the texts' order; `advance` counts readings of texts. Raises `UserError` when there are no
+    texts.
     """
     if not texts:
         raise UserError("there are no benign answers to measure a cost on")

@@ -1,12 +1,13 @@
-"""The control of every capping result: random directions whose caps fire as often as the cap does, layer by layer.
+"""The control of every capping result: random directions whose caps fire as often as the cap does, layer by
+layer.
 
     shares = fired_shares(model, cap, texts)
     random_cap(model, cap, shares, texts, seed=1)
 
-A cap that fires on half of all tokens disturbs a model, whatever its direction; only what the random one does not do is the
-axis's doing. Each layer's direction is drawn alone, and its floor is the quantile of the projections there, read with the
-floors of the layers before already on, at which the cap itself fires; of prompts and of answers apart where the cap has a
-floor for each.
+A cap that fires on half of all tokens disturbs a model, whatever its direction; only what the random one does
+not do is the axis's doing. Each layer's direction is drawn alone, and its floor is the quantile of the
+projections there, read with the floors of the layers before already on, at which the cap itself fires; of
+prompts and of answers apart where the cap has a floor for each.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,9 @@ from personatlas.steering.teacher_forcing import project_batches, reading_batche
 
 @torch.no_grad()
 def fired_shares(model: Model, cap: Cap, texts: Sequence[Rollout]) -> Float[Tensor, "C S"]:
-    """Share of the texts' tokens that the cap changes at each layer, for each side that has floors of its own."""
+    """Share of the texts' tokens that the cap changes at each layer, for each side that has floors of its
+    own.
+    """
     sides, shares = _side_masks(model, cap, texts), []
     for row, layer in enumerate(cap.layers):
         values = _projections(model, texts, [_first_layers(cap, row)] if row else [], layer, cap.vectors[row])
@@ -38,7 +41,9 @@ def fired_shares(model: Model, cap: Cap, texts: Sequence[Rollout]) -> Float[Tens
 def random_cap(
     model: Model, cap: Cap, shares: Float[Tensor, "C S"], texts: Sequence[Rollout], seed: int
 ) -> Cap:
-    """A cap of random unit directions at the same layers and phases that fires on such shares of the texts' tokens."""
+    """A cap of random unit directions at the same layers and phases that fires on such shares of the texts'
+    tokens.
+    """
     generator = torch.Generator().manual_seed(seed)
     vectors = normalize(torch.randn(cap.vectors.shape, generator=generator), dim=1)
     blank = replace(cap, vectors=vectors, ceiling=None, level=None, population="random", calibration={})

@@ -36,8 +36,8 @@ def load_steered_model(
 ) -> SteeredModel:
     """Loads axis, caps and model, the cheap ones first, and proves that every cap binds.
 
-    `axis` is a run folder, an axis file or a packaged axis; `caps` are cap specs. `force` lets another weight format of
-    the same model pass. Raises `UserError` for what does not belong together.
+    `axis` is a run folder, an axis file or a packaged axis; `caps` are cap specs. `force` lets another weight
+    format of the same model pass. Raises `UserError` for what does not belong together.
     """
     loaded_axis = load_axis(resolve_axis(axis))
     loaded_caps = [loaded_axis.cap(spec) for spec in caps]
@@ -49,7 +49,9 @@ def load_steered_model(
 
 
 def steered_model(model: Model, axis: Axis, caps: Sequence[Cap] = (), *, force: bool = False) -> SteeredModel:
-    """Checks that axis and caps belong to the model and that every cap binds. Raises `UserError` otherwise."""
+    """Checks that axis and caps belong to the model and that every cap binds. Raises `UserError`
+    otherwise.
+    """
     description = model.describe()
     require_origin("axis", axis.model, description, force=force)
     for cap in caps:

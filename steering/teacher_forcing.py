@@ -29,7 +29,9 @@ CPU_LOGIT_TOKENS, GPU_LOGIT_TOKENS = 1024, 8192  # with logits, which over the w
 
 
 class TextBatch:
-    """A padded batch of B texts: `indices` are their numbers among all, answers are at `starts` to `lengths` (B,)."""
+    """A padded batch of B texts: `indices` are their numbers among all, answers are at `starts` to `lengths`
+    (B,).
+    """
 
     def __init__(self, model: Model, texts: Sequence[Rollout], indices: Sequence[int]) -> None:
         self.texts, self.indices, self.device = tuple(texts), tuple(indices), model.device

@@ -3,9 +3,9 @@
     trace = project(model, messages, axis)
     [turn.projection for turn in trace.turns]            # mean <h, v> over each answer's tokens at the axis's layer
 
-One forward reads a whole conversation, several of them in a batch; whose a token is comes from the template's own spans.
-What does not fit into the model's context is left out from the end: `left_out` turns. `trace_answer` reads one answer with
-interventions on, and what they did to each token.
+One forward reads a whole conversation, several of them in a batch; whose a token is comes from the template's
+own spans. What does not fit into the model's context is left out from the end: `left_out` turns.
+`trace_answer` reads one answer with interventions on, and what they did to each token.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -32,7 +32,9 @@ from personatlas.steering.teacher_forcing import project_batches
 
 @dataclass(frozen=True)
 class TurnProjection:
-    """An answer in a conversation: its message's index, its tokens [start, stop), and their mean projection."""
+    """An answer in a conversation: its message's index, its tokens [start, stop), and their mean
+    projection.
+    """
 
     message: int
     start: int
@@ -42,10 +44,12 @@ class TurnProjection:
 
 @dataclass(frozen=True)
 class Trace:
-    """Projections (residual units) of one conversation's T tokens at `layer`, before any step there, and its answers.
+    """Projections (residual units) of one conversation's T tokens at `layer`, before any step there, and its
+    answers.
 
-    `ids` and `pieces` (the tokens' texts) are those of the whole conversation, also where the rest did not fit; `corrections` are the lengths of what was done to each token at the C steered `layers`;
-    `left_out` counts the answers that did not fit into the model's context.
+    `ids` and `pieces` (the tokens' texts) are those of the whole conversation, also where the rest did not
+    fit; `corrections` are the lengths of what was done to each token at the C steered `layers`; `left_out`
+    counts the answers that did not fit into the model's context.
     """
 
     name: str
@@ -75,7 +79,9 @@ class Trace:
 
 
 def project(model: Model, messages: Messages, axis: Axis) -> Trace:
-    """The trace of a stored conversation, read once without interventions. Raises like `trace_conversations`."""
+    """The trace of a stored conversation, read once without interventions. Raises like
+    `trace_conversations`.
+    """
     return trace_conversations(model, axis, [Conversation("conversation", tuple(map(dict, messages)))])[0]
 
 
@@ -87,7 +93,8 @@ def trace_conversations(
 ) -> tuple[Trace, ...]:
     """Traces of stored conversations, in their order; `advance` counts them.
 
-    Raises `UserError` for an axis of another model, and for a conversation without an answer that fits into the context.
+    Raises `UserError` for an axis of another model, and for a conversation without an answer that fits into
+    the context.
     """
     axis.require_model(model.describe())
     spans = [conversation_spans(model.chat, list(own.messages)) for own in conversations]
@@ -129,7 +136,9 @@ def trace_conversations(
 def trace_answer(
     model: Model, prompt: tuple[int, ...], answer: tuple[int, ...], interventions: Interventions, axis: Axis
 ) -> Trace:
-    """Reads an answer after its prompt once more with the interventions on. Raises `UserError` for another model's axis."""
+    """Reads an answer after its prompt once more with the interventions on. Raises `UserError` for another
+    model's axis.
+    """
     axis.require_model(model.describe())
     steps = steps_by_layer(interventions)
     ids = torch.tensor([prompt + answer], device=model.device)

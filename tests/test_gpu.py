@@ -1,4 +1,6 @@
-"""On a GPU: the kernels against their plain twins, the captured decoder against the plain one, recording against float64."""
+"""On a GPU: the kernels against their plain twins, the captured decoder against the plain one, recording
+against float64.
+"""
 
 import pytest
 import torch

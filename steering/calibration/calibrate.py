@@ -3,10 +3,11 @@
     result = calibrate(Path("runs/smollm2-135m"), options=CalibrationOptions(budget=0.05))
     result.cap, result.saved, result.report["chosen"].assistant
 
-Roles and benign questions are dealt into two halves. The cap is chosen on one, among windows of layers at levels of a
-population (`grid_search`) and floors fitted by gradient (`fit_floors`); what it gains and costs is measured on the other,
-beside the baseline, random directions that fire as often, and plain addition of the axis. (arXiv 2601.10387, section 5,
-sweeps windows and percentiles likewise.) The run folder gets caps/NAME, calibration.json and calibration.html.
+Roles and benign questions are dealt into two halves. The cap is chosen on one, among windows of layers at
+levels of a population (`grid_search`) and floors fitted by gradient (`fit_floors`); what it gains and costs
+is measured on the other, beside the baseline, random directions that fire as often, and plain addition of the
+axis. (arXiv 2601.10387, section 5, sweeps windows and percentiles likewise.) The run folder gets caps/NAME,
+calibration.json and calibration.html.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -65,11 +66,12 @@ def calibrate(
     options: CalibrationOptions = CalibrationOptions(),
     load: ModelOptions = ModelOptions(),
 ) -> CalibrationResult:
-    """Finds the strongest cap within a loss budget, saves it as RUN/caps/NAME, and reports it on other roles. Resumes.
+    """Finds the strongest cap within a loss budget, saves it as RUN/caps/NAME, and reports it on other roles.
+    Resumes.
 
-    `model` is the run's own where it is loaded already, else it is loaded with the options `load`. `axis` is another axis
-    of the model; `also` are specs of caps to report beside the chosen one. Raises `UserError` for a run that lacks what is
-    needed, and for options that cannot be.
+    `model` is the run's own where it is loaded already, else it is loaded with the options `load`. `axis` is
+    another axis of the model; `also` are specs of caps to report beside the chosen one. Raises `UserError`
+    for a run that lacks what is needed, and for options that cannot be.
     """
     settings = options.parse()
     with open_run(run) as folder:
@@ -189,7 +191,9 @@ def search_cap(
     target: Sequence[Rollout],
     settings: SearchSettings,
 ) -> tuple[GridSearch, Cap, Trial]:
-    """The search, the cap that it found and what that did on the choosing half. No floors are fitted without `target`."""
+    """The search, the cap that it found and what that did on the choosing half. No floors are fitted without
+    `target`.
+    """
     windows = _windows(settings, axis, measurements.model.n_layers)
     floors: Floors | None = None
 
@@ -244,7 +248,9 @@ def _report(
     matched: Sequence[Rollout],
     other_caps: Mapping[str, Cap],
 ) -> tuple[dict[str, ArmRow], dict[str, Interventions]]:
-    """What every arm gains and costs on the reporting half, and the arms. Random caps fire as often on `matched`."""
+    """What every arm gains and costs on the reporting half, and the arms. Random caps fire as often on
+    `matched`.
+    """
     model = measurements.model
     shares = fired_shares(model, cap, matched)
     arms: dict[str, Interventions] = {BASELINE: [], CHOSEN: [cap]}
@@ -348,7 +354,9 @@ def _sizes(half: Half) -> dict[str, int]:
 
 
 def _examples(measurements: Measurements, arms: Mapping[str, Interventions]) -> tuple[ExampleRow, ...]:
-    """Answers of the reporting half without and under the chosen cap: one a role, the questions in turn, not selected."""
+    """Answers of the reporting half without and under the chosen cap: one a role, the questions in turn, not
+    selected.
+    """
     baseline, capped = (measurements.answers(arms[name], REPORT) for name in (BASELINE, CHOSEN))
     examples: dict[str, ExampleRow] = {}
     for index, request in enumerate(measurements.halves[REPORT].requests):

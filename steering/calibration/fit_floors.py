@@ -4,11 +4,12 @@
     floors = fit_floors(model, axis, layers, projections, target, benign, DescentOptions(budget=0.05))
     floors.cap(axis)
 
-A floor enters the forward as h + v * max(floor - <h, v>, 0), so the loss of any text has a gradient with respect to it.
-Target texts are what the model says as the default when asked who it is, put after role prompts; benign ones are its own
-answers that a cap should leave alone. The floors descend on the loss of the first plus a price times the benign loss's rise;
-the price goes up while that rise is over the budget and down while it is under. They begin where the budget holds. A few
-dozen numbers are fitted, and nothing of the half that is reported on is seen.
+A floor enters the forward as h + v * max(floor - <h, v>, 0), so the loss of any text has a gradient with
+respect to it. Target texts are what the model says as the default when asked who it is, put after role
+prompts; benign ones are its own answers that a cap should leave alone. The floors descend on the loss of the
+first plus a price times the benign loss's rise; the price goes up while that rise is over the budget and down
+while it is under. They begin where the budget holds. A few dozen numbers are fitted, and nothing of the half
+that is reported on is seen.
 """
 
 import math
@@ -48,7 +49,9 @@ TARGET_ANSWERS = 2  # to a question under each default prompt
 
 @dataclass(frozen=True)
 class DescentOptions:
-    """How to descend: texts a step, Adam's rate in standard deviations of a layer's projections, the first price."""
+    """How to descend: texts a step, Adam's rate in standard deviations of a layer's projections, the first
+    price.
+    """
 
     budget: float
     steps: int = 60
@@ -61,7 +64,9 @@ class DescentOptions:
 
 @dataclass(frozen=True)
 class Floors:
-    """Floors and spreads (standard deviations of default tokens) of C layers, for prompts [0] and for answers [1]."""
+    """Floors and spreads (standard deviations of default tokens) of C layers, for prompts [0] and for answers
+    [1].
+    """
 
     layers: tuple[int, ...]
     floors: Float[Tensor, "2 C"]

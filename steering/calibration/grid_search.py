@@ -1,10 +1,14 @@
-"""The search for a cap over layer windows and levels, for the most gain within a loss budget, on one half of the material.
+"""The search for a cap over layer windows and levels, for the most gain within a loss budget, on one half of
+the material.
 
-1. Every window at every level is read on benign text (cheap). Cost rises with the level, so for each window the level at
+1. Every window at every level is read on benign text (cheap). Cost rises with the level, so for each window
+the level at
    which the whole budget is spent lies between two of them.
-2. Each window is tried at that level under role prompts (dear): gain is the share of answers that call themselves an
+2. Each window is tried at that level under role prompts (dear): gain is the share of answers that call
+themselves an
    assistant.
-3. Floors that were fitted by gradient (`calibration.fit_floors`) are tried in the same way, their shift being the level.
+3. Floors that were fitted by gradient (`calibration.fit_floors`) are tried in the same way, their shift being
+the level.
 
 The winner has the highest gain of all that cost no more than the budget.
 """
@@ -23,7 +27,8 @@ from personatlas.steering.loss_cost import Cost
 class Candidate:
     """A cap that could be: a window of layers, a level, and whose answers it is a quantile of.
 
-    With `fitted`, floors come from a descent and `level` is how far all of them are shifted, in spreads of their layers.
+    With `fitted`, floors come from a descent and `level` is how far all of them are shifted, in spreads of
+    their layers.
     """
 
     first: int
@@ -66,7 +71,9 @@ class Trial:
 
 
 def default_windows(n_layers: int, quick: bool = False) -> list[tuple[int, int]]:
-    """Windows of three widths (an eighth, a fifth and two fifths of the depth) from 0.4 of it on; quick: three of them."""
+    """Windows of three widths (an eighth, a fifth and two fifths of the depth) from 0.4 of it on; quick:
+    three of them.
+    """
     windows = []
     for share in (0.13, 0.2, 0.4):
         width = max(round(share * n_layers), 1)
@@ -87,7 +94,8 @@ class GridSearch:
         self.trials: dict[Candidate, Trial] = {}
 
     def search(self, candidates: Sequence[Candidate]) -> Trial:
-        """Tries each shape among the candidates at its highest affordable level; returns the best of all so far.
+        """Tries each shape among the candidates at its highest affordable level; returns the best of all so
+        far.
 
         Raises `UserError` when none is affordable.
         """
@@ -104,7 +112,9 @@ class GridSearch:
         return max(tried, key=lambda trial: (trial.share, -trial.cost.more))
 
     def try_levels(self, candidate: Candidate) -> None:
-        """Tries the other levels of a candidate's shape too, for the figure of what more or less would gain."""
+        """Tries the other levels of a candidate's shape too, for the figure of what more or less would
+        gain.
+        """
         self._answer([other for other in self.trials if other.shape == candidate.shape])
 
     def _read(self, candidates: Sequence[Candidate]) -> None:
@@ -120,7 +130,9 @@ class GridSearch:
             self.trials[new[name]] = replace(self.trials[new[name]], gain=gain)
 
     def _at_budget(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-        """For each shape the highest affordable level, of those given or between the last affordable and the first not."""
+        """For each shape the highest affordable level, of those given or between the last affordable and the
+        first not.
+        """
         best: dict[Candidate, Trial] = {}
         dearer: dict[Candidate, Trial] = {}
         for shape in dict.fromkeys(candidate.shape for candidate in candidates):
@@ -143,7 +155,9 @@ class GridSearch:
         return [trial.candidate for trial in best.values()]
 
     def _between(self, low: Trial, high: Trial) -> Candidate:
-        """The level at which the budget is spent, on a straight line between two, a little to the cheap side."""
+        """The level at which the budget is spent, on a straight line between two, a little to the cheap
+        side.
+        """
         rise = (self.budget - low.cost.more) / max(high.cost.more - low.cost.more, 1e-12)
         level = low.candidate.level + 0.95 * rise * (high.candidate.level - low.candidate.level)
         return replace(low.candidate, level=round(level, 3))

@@ -1,11 +1,12 @@
-"""Measures interventions on one half of the material or the other: what they gain and what they cost, each once.
+"""Measures interventions on one half of the material or the other: what they gain and what they cost, each
+once.
 
     measurements = Measurements(model, halves, Sampling(48), log=folder / "trials.jsonl")
     measurements.identity({"p50@18-23": [cap]}, "choose")   # who answers under the lowest roles say they are
     measurements.costs({"p50@18-23": [cap]}, "report")      # loss and KL on the model's own benign answers
 
-What was measured is logged under a key of everything that decides it (the interventions' numbers, the prompts, the texts, the
-sampling, the model), so an interrupted calibration resumes.
+What was measured is logged under a key of everything that decides it (the interventions' numbers, the
+prompts, the texts, the sampling, the model), so an interrupted calibration resumes.
 """
 
 import hashlib

@@ -46,7 +46,9 @@ class CalibrationOptions:
     "all arms sample with it"
 
     def parse(self) -> "SearchSettings":
-        """The options as numbers, with their defaults filled in. Raises `UserError` for those that cannot be."""
+        """The options as numbers, with their defaults filled in. Raises `UserError` for those that cannot
+        be.
+        """
         from personatlas.persona.sampling.sampler import Sampling
 
         try:

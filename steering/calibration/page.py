@@ -1,4 +1,5 @@
-"""The page of a calibration: which cap, why, and what it gains and costs on material that it was not chosen on.
+"""The page of a calibration: which cap, why, and what it gains and costs on material that it was not chosen
+on.
 
 write_calibration_page(run / "calibration.html", CalibrationResult.load(run))
 """

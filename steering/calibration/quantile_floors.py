@@ -4,8 +4,8 @@
     cap = projections.cap(axis, range(18, 24), 0.5)                  # the median of the default's answers
     projections.below(cap, "default")                               # by layer, as read without a cap
 
-A level is a quantile of the answers' mean projections (the paper's percentiles, arXiv 2601.10387, section 5), a population
-whose answers: "default", "roles", or "pooled", both together in equal numbers.
+A level is a quantile of the answers' mean projections (the paper's percentiles, arXiv 2601.10387, section 5),
+a population whose answers: "default", "roles", or "pooled", both together in equal numbers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,8 +30,8 @@ POPULATIONS = ("default", "roles", "pooled")
 class Projections:
     """Projections of two populations ("default", "roles") at L layers.
 
-    `means` are those of N answers, `tokens` those of their M tokens, `prompts` those of the tokens of the prompts before
-    them, without the first token, an attention sink with a projection of its own.
+    `means` are those of N answers, `tokens` those of their M tokens, `prompts` those of the tokens of the
+    prompts before them, without the first token, an attention sink with a projection of its own.
     """
 
     layers: tuple[int, ...]
@@ -75,7 +75,9 @@ class Projections:
         )
 
     def below(self, cap: Cap, population: str, side: str = "answer") -> Float[Tensor, " C"]:
-        """Share of the population's tokens of the "answer" or the "prompt" below the floor at each layer, uncapped."""
+        """Share of the population's tokens of the "answer" or the "prompt" below the floor at each layer,
+        uncapped.
+        """
         values = (self.tokens if side == "answer" else self.prompts)[population][:, self.columns(cap.layers)]
         floors = torch.tensor([cap.floor_of(row, side) for row in range(len(cap.layers))])
         return (values < floors).float().mean(0)
@@ -95,7 +97,9 @@ def read_projections(
     populations: Mapping[str, Sequence[Rollout]],
     advance: Callable[[int], None] = lambda _: None,
 ) -> Projections:
-    """Reads answers again and projects all of their tokens at every layer of the axis; `advance` counts answers."""
+    """Reads answers again and projects all of their tokens at every layer of the axis; `advance` counts
+    answers.
+    """
     axis.require_model(model.describe())
     means: dict[str, Tensor] = {}
     tokens: dict[str, Tensor] = {}

@@ -22,8 +22,8 @@ CHOSEN = "chosen"
 class IdentityRow(JsonRecord):
     """Who an arm's `n` answers say that they are.
 
-    `assistant` is the share that call themselves an assistant, with its 95% interval; `fired` the share of tokens times
-    layers that were changed, `distinct` that of distinct tokens in an answer.
+    `assistant` is the share that call themselves an assistant, with its 95% interval; `fired` the share of
+    tokens times layers that were changed, `distinct` that of distinct tokens in an answer.
     """
 
     assistant: float
@@ -42,7 +42,9 @@ class IdentityRow(JsonRecord):
 
 @dataclass(frozen=True)
 class ArmRow(IdentityRow):
-    """An arm on the reporting half: its `change` in the share of assistants, and its cost on benign answers."""
+    """An arm on the reporting half: its `change` in the share of assistants, and its cost on benign
+    answers.
+    """
 
     change: float
     change_interval: tuple[float, float]
@@ -58,9 +60,11 @@ class ArmRow(IdentityRow):
 
 @dataclass(frozen=True)
 class CandidateRow(JsonRecord):
-    """A candidate on the choosing half: its cost and, where it was tried under role prompts, who it says it is.
+    """A candidate on the choosing half: its cost and, where it was tried under role prompts, who it says it
+    is.
 
-    `levels` are those of its layers; where its floors were fitted, `shift` says by how many spreads they were moved.
+    `levels` are those of its layers; where its floors were fitted, `shift` says by how many spreads they were
+    moved.
     """
 
     name: str
@@ -87,7 +91,9 @@ class CandidateRow(JsonRecord):
 
 @dataclass(frozen=True)
 class FloorRow(JsonRecord):
-    """A layer's floor for answers (and for prompts) with the shares of "default" and "roles" tokens below it, uncapped."""
+    """A layer's floor for answers (and for prompts) with the shares of "default" and "roles" tokens below it,
+    uncapped.
+    """
 
     layer: int
     answer: dict[str, float]
@@ -109,7 +115,8 @@ class ExampleRow(JsonRecord):
 
 @dataclass(frozen=True)
 class CalibrationResult(JsonRecord):
-    """The chosen cap and how it was found (`tried`, `before`: choosing half), and what it does (`report`: the other half).
+    """The chosen cap and how it was found (`tried`, `before`: choosing half), and what it does (`report`: the
+    other half).
 
     `cap` is the candidate's name, `name` the one that it is saved under at `saved`, `page` its report.
     """

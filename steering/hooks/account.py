@@ -1,4 +1,5 @@
-"""What steering did, by layer and row: kept on the model's device while it runs, and read out as a `SteeringTally`.
+"""What steering did, by layer and row: kept on the model's device while it runs, and read out as a
+`SteeringTally`.
 
 account = Account.empty(layers=6, rows=32, device)
 accumulate(account, None, [(0, result), (1, result), ...])     # after a forward, all layers at once
@@ -13,15 +14,17 @@ from torch import Tensor
 
 
 class HookDidNotFire(RuntimeError):
-    """A hook did not fire in a forward: something goes around the blocks, and what was made is not steered."""
+    """A hook did not fire in a forward: something goes around the blocks, and what was made is not
+    steered.
+    """
 
 
 @dataclass(frozen=True)
 class Account:
     """What was done at C layers (or at one, without the first axis), by row of the batch.
 
-    `seen` tokens were in a phase of the row's plan, `fired` were changed; `total` and `largest` are the sum and the maximum
-    of the corrections' lengths (residual units).
+    `seen` tokens were in a phase of the row's plan, `fired` were changed; `total` and `largest` are the sum
+    and the maximum of the corrections' lengths (residual units).
     """
 
     seen: Int[Tensor, "*C R"]
@@ -49,9 +52,9 @@ class Account:
 class Batch:
     """The rows (B,) of the next forward.
 
-    `plans` is the plan that each row follows, `lengths` how many of its columns are real, `starts` the column at which its
-    answer begins, `opening` whether its sequence begins with the first column, `slots` its place in the account (None: 0, 1,
-    ...).
+    `plans` is the plan that each row follows, `lengths` how many of its columns are real, `starts` the column
+    at which its answer begins, `opening` whether its sequence begins with the first column, `slots` its place
+    in the account (None: 0, 1, ...).
     """
 
     plans: Int[Tensor, " B"]
@@ -70,7 +73,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one layer did to tokens: the length of each one's correction (0: left alone), and which were seen."""
+    """What one layer did to tokens: the length of each one's correction (0: left alone), and which were
+    seen.
+    """
 
     length: Float[Tensor, "B T"]
     seen: Bool[Tensor, "B T"]
@@ -79,7 +84,9 @@ class StepResult:
 def accumulate(
     account: Account, slots: Int[Tensor, " B"] | None, results: Sequence[tuple[int, StepResult]]
 ) -> None:
-    """Adds what a forward did at layers (by index) to the rows' account, in place and all of them in one pass."""
+    """Adds what a forward did at layers (by index) to the rows' account, in place and all of them in one
+    pass.
+    """
     device = account.seen.device
     length = torch.stack([result.length.to(device) for _, result in results])  # (C, B, T)
     seen = torch.stack([result.seen.to(device) for _, result in results])
@@ -100,7 +107,8 @@ def accumulate(
 
 @dataclass(frozen=True)
 class SteeringTally:
-    """An account as it was read: what was done at C steered `layers` to B rows of a batch or prompts of a chunk.
+    """An account as it was read: what was done at C steered `layers` to B rows of a batch or prompts of a
+    chunk.
 
     A layer with several steps counts a token once, with the whole correction's length.
     """
@@ -131,7 +139,9 @@ class SteeringTally:
 
     @property
     def mean(self) -> float:
-        """Mean length of the correction of a seen token at a layer (0 where it did not fire), in residual units."""
+        """Mean length of the correction of a seen token at a layer (0 where it did not fire), in residual
+        units.
+        """
         seen = int(self.seen.sum())
         return float(self.total.sum()) / seen if seen else float("nan")
 

@@ -1,15 +1,15 @@
 """Checks that steering binds on a model, through the engine that will be used.
 
-Short, before anything is generated: what leaves every steered block is what the reference step makes of the block's output;
-the engine's account has seen exactly the tokens that it fed, at every layer; and no logit differs by a bit once the steering
-has ended.
+Short, before anything is generated: what leaves every steered block is what the reference step makes of the
+block's output; the engine's account has seen exactly the tokens that it fed, at every layer; and no logit
+differs by a bit once the steering has ended.
 
     require_binding(model, [cap])      # raises UserError and says what is off
 
-Long, for `personatlas tools self-test --axis`: besides, with floors that fire on half of the probe's tokens, no projection
-lies below its floor afterwards, the engine's account is that of the reference, a floor of -infinity gives the answer of a row
-that is left alone (set in place, so that a captured step is shown to notice it), a floor above everything fires on every
-token, and capping twice is capping once.
+Long, for `personatlas tools self-test --axis`: besides, with floors that fire on half of the probe's tokens,
+no projection lies below its floor afterwards, the engine's account is that of the reference, a floor of
+-infinity gives the answer of a row that is left alone (set in place, so that a captured step is shown to
+notice it), a floor above everything fires on every token, and capping twice is capping once.
 
     run_cap_test(model, axis)
 """

@@ -1,8 +1,9 @@
-"""The steering step as one GPU kernel (Triton), imported only on a GPU; `step.apply_bounds` is the same in plain torch.
+"""The steering step as one GPU kernel (Triton), imported only on a GPU; `step.apply_bounds` is the same in
+plain torch.
 
-One program per token holds the whole residual row in registers, so h is read once and written once. With one token a row
-(decoding) the program also writes the row's account, and nothing else is launched; with more, it writes what was done to
-each token, which is added up afterwards for all layers at once.
+One program per token holds the whole residual row in registers, so h is read once and written once. With one
+token a row (decoding) the program also writes the row's account, and nothing else is launched; with more, it
+writes what was done to each token, which is added up afterwards for all layers at once.
 """
 
 import torch
@@ -17,7 +18,9 @@ from personatlas.steering.hooks.tables import Table
 
 @triton.jit
 def _apply_steps(h_row, vectors, bounds, entry, real, d, inside, d_model, K: tl.constexpr):
-    """A row after K steps with the triples of `entry`; whether any changed it; the whole correction's length."""
+    """A row after K steps with the triples of `entry`; whether any changed it; the whole correction's
+    length.
+    """
     before = h_row.to(tl.float32)
     moved = before
     changed = False
@@ -43,10 +46,11 @@ def _apply_table(
     tokens, d_model, h_b, h_t,
     K: tl.constexpr, BLOCK: tl.constexpr, ONE_TOKEN: tl.constexpr, IN_ORDER: tl.constexpr,
 ):  # fmt: skip
-    """ONE_TOKEN: one token a row, whose account is written here; otherwise `out_length` and `out_seen` (B, T) are.
-    IN_ORDER: row b's account is in slot b."""
+    """ONE_TOKEN: one token a row, whose account is written here; otherwise `out_length` and `out_seen` (B, T)
+    are. IN_ORDER: row b's account is in slot b."""
     row, t = tl.program_id(0), tl.program_id(1)
-    # all that depends on nothing is loaded first: a program lives for a few memory latencies, one after another
+    # all that depends on nothing is loaded first: a program lives for a few memory latencies, one after
+    # another
     entry = tl.load(plans + row).to(tl.int32) * 4
     opens = tl.load(opening + row).to(tl.int32)
     start = tl.load(starts + row)
@@ -77,7 +81,9 @@ def _apply_table(
 def apply_table_on_gpu(
     h: Float[Tensor, "B T D"], table: Table, batch: Batch, account: Account
 ) -> tuple[Float[Tensor, "B T D"], StepResult | None]:
-    """`step.apply_table` in one kernel; with one token a row it brings the layer's account up to date itself."""
+    """`step.apply_table` in one kernel; with one token a row it brings the layer's account up to date
+    itself.
+    """
     rows, tokens, d_model = h.shape
     if h.stride(2) != 1:
         h = h.contiguous()

@@ -13,11 +13,12 @@
         answers = list(sampler.answers(prompts, steering.callback))   # each prompt names its plan
     steering.callback.tally                                      # by prompt, checked against the tokens that were fed
 
-Three classes speak to the same `SteeringHooks`: `Steering` for forwards that people call, `SteeringCallback` for samplers,
-eager or captured as a CUDA graph, `SlotSteering` for a server whose rows come and go. `set` gives the plans other numbers in
-place, which neither a captured graph nor a compiled forward notices. The step is computed in fp32 whatever the model's dtype,
-and a token that it does not change is bitwise what it was. The model is left as it was found, also after an exception. A hook
-that did not fire is an error when the account is read.
+Three classes speak to the same `SteeringHooks`: `Steering` for forwards that people call, `SteeringCallback`
+for samplers, eager or captured as a CUDA graph, `SlotSteering` for a server whose rows come and go. `set`
+gives the plans other numbers in place, which neither a captured graph nor a compiled forward notices. The
+step is computed in fp32 whatever the model's dtype, and a token that it does not change is bitwise what it
+was. The model is left as it was found, also after an exception. A hook that did not fire is an error when the
+account is read.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -50,7 +51,9 @@ ENDLESS = 2**31 - 1  # the length of a row without padding
 
 
 class SteeringHooks:
-    """Plans on a model's blocks, the rows of the next forward, and their account: what all users of steering share."""
+    """Plans on a model's blocks, the rows of the next forward, and their account: what all users of steering
+    share.
+    """
 
     def __init__(self, model: Model, plans: Sequence[Interventions]) -> None:
         _require_fit(model, plans)
@@ -179,7 +182,9 @@ class SteeringHooks:
             self._layer_tables[index] = self.tables.at(index).to(h.device)
 
     def _token_bounds(self, index: int, h: Tensor) -> TokenBounds | None:
-        """One layer's bounds in this forward, gathered for all layers once; None on a GPU, whose kernel does that."""
+        """One layer's bounds in this forward, gathered for all layers once; None on a GPU, whose kernel does
+        that.
+        """
         if h.is_cuda or self.tables.vectors.device != h.device:
             return None
         batch, length = self._batch_for(h), h.shape[1]
@@ -204,14 +209,18 @@ class SteeringHooks:
 
 
 class Steering:
-    """What `steer` gives: plans that are on. Unless told otherwise all rows follow plan 0 and all tokens are an answer's."""
+    """What `steer` gives: plans that are on. Unless told otherwise all rows follow plan 0 and all tokens are
+    an answer's.
+    """
 
     def __init__(self, hooks: SteeringHooks) -> None:
         self.hooks, self.layers = hooks, hooks.layers
         self.callback = SteeringCallback(hooks)
 
     def begin(self, plans: Int[Tensor, " B"] | None = None) -> None:
-        """Starts a batch with an account of its own; `plans` is the plan that each row follows, -1 for none."""
+        """Starts a batch with an account of its own; `plans` is the plan that each row follows, -1 for
+        none.
+        """
         self.hooks.clear()
         if plans is not None:
             if plans.is_floating_point():
@@ -227,9 +236,9 @@ class Steering:
     ) -> None:
         """Describes the columns of the next forwards.
 
-        `lengths` are each row's real tokens (padding on the right is ignored), `answer_from` the column at which its answer
-        begins (0 where it is not given: all are answer tokens, as when decoding), `opening` whether sequences begin with the
-        first column (None: in forwards of several tokens).
+        `lengths` are each row's real tokens (padding on the right is ignored), `answer_from` the column at
+        which its answer begins (0 where it is not given: all are answer tokens, as when decoding), `opening`
+        whether sequences begin with the first column (None: in forwards of several tokens).
         """
         hooks, rows = self.hooks, lengths if lengths is not None else answer_from
         if rows is not None and not hooks.rows:
@@ -247,7 +256,9 @@ class Steering:
 
     @property
     def tally(self) -> SteeringTally:
-        """The account of this batch. Raises `HookDidNotFire` when a layer's hook did not fire in every forward."""
+        """The account of this batch. Raises `HookDidNotFire` when a layer's hook did not fire in every
+        forward.
+        """
         hooks = self.hooks
         fired = [count == hooks.forwards for count in hooks.fires]
         if not hooks.forwards:  # compiled: only the account itself can say
@@ -313,7 +324,9 @@ class SteeringCallback(SamplerCallback):
             column[:, target] = column[:, source]
 
     def finish(self, slots: Sequence[int], prompts: Sequence[Prompt], answers: Sequence[Answer]) -> None:
-        """Keeps the account of answered rows, with the tokens that were fed: the last sampled one never is."""
+        """Keeps the account of answered rows, with the tokens that were fed: the last sampled one never
+        is.
+        """
         if not answers:
             return
         indices = [answer.index for answer in answers]
@@ -374,10 +387,12 @@ class SlotSteering(SteeringCallback):
 
 @contextmanager
 def steer(model: Model, *plans: Interventions) -> Iterator[Steering]:
-    """Plans on the model's blocks inside; nothing of them outside. A plan's interventions act in the order given.
+    """Plans on the model's blocks inside; nothing of them outside. A plan's interventions act in the order
+    given.
 
-    Enter it before compiling: a forward that was compiled without hooks runs without them, and `tally` then says so.
-    Raises `UserError` for an intervention of another model or width, or at a layer that the model does not have.
+    Enter it before compiling: a forward that was compiled without hooks runs without them, and `tally` then
+    says so. Raises `UserError` for an intervention of another model or width, or at a layer that the model
+    does not have.
     """
     hooks = SteeringHooks(model, plans)
     with hooks.attached():
@@ -385,7 +400,9 @@ def steer(model: Model, *plans: Interventions) -> Iterator[Steering]:
 
 
 def _mark_static(*tensors: Tensor) -> None:
-    """Tells `torch.compile` that these keep their place in memory, so that its CUDA graphs write to them and copy none."""
+    """Tells `torch.compile` that these keep their place in memory, so that its CUDA graphs write to them and
+    copy none.
+    """
     if tensors[0].is_cuda:
         for tensor in tensors:
             torch._dynamo.mark_static_address(tensor, guard=False)

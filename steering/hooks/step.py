@@ -2,10 +2,10 @@
 
     h' = h + v * (clamp(p, floor, ceiling) - p + add),     p = <h, v> in fp32 whatever h is
 
-`apply_table` picks the Triton kernel for tensors on a GPU, and otherwise `apply_bounds` in plain torch; the latter too
-while `torch.compile` traces: inductor fuses it into the normalisation that follows, which on a GPU costs less than any kernel
-of its own. A token that no step changes is bitwise what it was. Both are compared with the reference,
-`personatlas.persona.interventions.apply_steps`.
+`apply_table` picks the Triton kernel for tensors on a GPU, and otherwise `apply_bounds` in plain torch; the
+latter too while `torch.compile` traces: inductor fuses it into the normalisation that follows, which on a GPU
+costs less than any kernel of its own. A token that no step changes is bitwise what it was. Both are compared
+with the reference, `personatlas.persona.interventions.apply_steps`.
 
     moved, result = apply_bounds(h, table.vectors, gather_bounds(table, batch, h.shape[1]))
 """
@@ -22,9 +22,11 @@ from personatlas.steering.hooks.tables import OPENING, Table, Tables
 
 @dataclass(frozen=True)
 class TokenBounds:
-    """The triples (floor, ceiling, add) of every token at C layers (or at one, without the first axis), and who is seen.
+    """The triples (floor, ceiling, add) of every token at C layers (or at one, without the first axis), and
+    who is seen.
 
-    They are gathered for all layers at once: layer by layer it was a tenth of a decoding step on a CPU (LOG.md).
+    They are gathered for all layers at once: layer by layer it was a tenth of a decoding step on a CPU
+    (LOG.md).
     """
 
     bounds: Float[Tensor, "*C B T K 3"]
@@ -36,7 +38,9 @@ class TokenBounds:
 
 
 def gather_bounds(tables: Table | Tables, batch: Batch, length: int) -> TokenBounds:
-    """The bounds of every token of a forward of `length` columns; padding follows the plan that does nothing."""
+    """The bounds of every token of a forward of `length` columns; padding follows the plan that does
+    nothing.
+    """
     column = torch.arange(length, device=batch.plans.device)
     opening = (column == 0) * batch.opening[:, None]
     side = (column >= batch.starts[:, None]).long() + OPENING * opening  # (B, T)
@@ -52,7 +56,8 @@ def apply_bounds(
     h: Float[Tensor, "B T D"], vectors: Float[Tensor, "K D"], tokens: TokenBounds
 ) -> tuple[Float[Tensor, "B T D"], StepResult]:
     """h after the K steps of one layer, each with the bounds of its token, and what was done."""
-    # where nothing fires there is no pass over h; but a branch would break a compiled graph, and cut a gradient off
+    # where nothing fires there is no pass over h; but a branch would break a compiled graph, and cut a
+    # gradient off
     skips = not (torch.compiler.is_compiling() or tokens.bounds.requires_grad)
     before = moved = h.float()
     changed = torch.zeros_like(tokens.seen)
@@ -78,7 +83,8 @@ def apply_bounds(
 def apply_table(
     h: Float[Tensor, "B T D"], table: Table, batch: Batch, account: Account, tokens: TokenBounds | None = None
 ) -> tuple[Float[Tensor, "B T D"], StepResult | None]:
-    """h after the rows' steps, and what was done; None where the layer's account has been brought up to date already.
+    """h after the rows' steps, and what was done; None where the layer's account has been brought up to date
+    already.
 
     `tokens` are the batch's bounds, where they are at hand.
     """

@@ -1,14 +1,16 @@
-"""Plans as tensors: what every steered layer does to every row, so that one kernel serves all rows of a batch.
+"""Plans as tensors: what every steered layer does to every row, so that one kernel serves all rows of a
+batch.
 
-A *plan* is a sequence of interventions; each row of a batch follows one plan or none (-1). A layer's table holds K unit
-vectors, and for every plan and side (prompt tokens, answer tokens, and the same for the first token of a sequence, which a
-plan may spare) the K triples (floor, ceiling, add) of
+A *plan* is a sequence of interventions; each row of a batch follows one plan or none (-1). A layer's table
+holds K unit vectors, and for every plan and side (prompt tokens, answer tokens, and the same for the first
+token of a sequence, which a plan may spare) the K triples (floor, ceiling, add) of
 
     h' = h + v * (clamp(p, floor, ceiling) - p + add),     p = <h, v>,   one vector after the other
 
-A step that a plan does not take is (-infinity, infinity, 0), which changes no bit. Nothing but numbers is inside: an
-engine may keep the tables on its devices and change them between forwards without compiling anything again. The tables of
-all layers lie in three tensors, since a compiled forward checks every tensor that it uses, every time.
+A step that a plan does not take is (-infinity, infinity, 0), which changes no bit. Nothing but numbers is
+inside: an engine may keep the tables on its devices and change them between forwards without compiling
+anything again. The tables of all layers lie in three tensors, since a compiled forward checks every tensor
+that it uses, every time.
 
     tables = build_tables([[axis.cap("p50@18-23")], []])     # plan 0 caps, plan 1 does nothing
     tables.at(0)                                             # the table of layer 18, the first
@@ -30,10 +32,12 @@ OPENING = 2  # what is added to the side of a sequence's first token
 
 @dataclass(frozen=True)
 class Table:
-    """What one layer does. K vectors, P plans; the last of the P + 1 rows is the plan of rows that are left alone.
+    """What one layer does. K vectors, P plans; the last of the P + 1 rows is the plan of rows that are left
+    alone.
 
-    `bounds[p, s]` are the triples for prompt tokens (s = 0), answer tokens (s = 1) and a sequence's first token (2 and 3);
-    `active` says whether any step of the plan acts there, which is what makes a token count as seen.
+    `bounds[p, s]` are the triples for prompt tokens (s = 0), answer tokens (s = 1) and a sequence's first
+    token (2 and 3); `active` says whether any step of the plan acts there, which is what makes a token count
+    as seen.
     """
 
     vectors: Float[Tensor, "K D"]
@@ -83,7 +87,9 @@ class Tables:
 
 
 def build_tables(plans: Sequence[Interventions]) -> Tables:
-    """The tables of all layers that any plan touches. Plans that use the same vector at a layer share its row."""
+    """The tables of all layers that any plan touches. Plans that use the same vector at a layer share its
+    row.
+    """
     steps = [steps_by_layer(plan) for plan in plans]
     layers = sorted({layer for by_layer in steps for layer in by_layer})
     tables = [_build_table([by_layer.get(layer, []) for by_layer in steps]) for layer in layers]

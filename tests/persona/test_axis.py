@@ -1,4 +1,6 @@
-"""The nouns of persona space keep what they were given, refuse what does not fit, and the kernel is a floor."""
+"""The nouns of persona space keep what they were given, refuse what does not fit, and the kernel is a
+floor.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -76,7 +78,9 @@ def bits(h: Tensor) -> Tensor:
 
 @pytest.fixture
 def unhooked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests' shape checking is off, as it is for a user: what is refused is refused by the nouns themselves."""
+    """The tests' shape checking is off, as it is for a user: what is refused is refused by the nouns
+    themselves.
+    """
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 

@@ -1,4 +1,5 @@
-"""A script that the tests start: steering in a compiled forward. Outside pytest, whose shape checks no compiler can trace.
+"""A script that the tests start: steering in a compiled forward. Outside pytest, whose shape checks no
+compiler can trace.
 
 python tests/compiled.py cpu|cuda
 """

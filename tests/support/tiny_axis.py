@@ -16,7 +16,9 @@ LEVELS = (0.25, 0.5, 0.75)
 
 
 def axis_of(model, seed=0):
-    """A random axis whose default quantiles are those of plain projections of the rows, so that a cap fires on some."""
+    """A random axis whose default quantiles are those of plain projections of the rows, so that a cap fires
+    on some.
+    """
     generator = torch.Generator().manual_seed(seed)
     vectors = normalize(torch.randn(model.n_layers, model.d_model, generator=generator), dim=1)
     places = [(h @ v)[real(h)] for h, v in zip(outputs(model), vectors, strict=True)]

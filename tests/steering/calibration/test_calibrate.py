@@ -1,4 +1,6 @@
-"""Calibration on a tiny run, from the verb to the cap: floors, costs, the search, the control, resuming, and bad inputs."""
+"""Calibration on a tiny run, from the verb to the cap: floors, costs, the search, the control, resuming, and
+bad inputs.
+"""
 
 import json
 import math

@@ -1,4 +1,6 @@
-"""Steering binds: projections after it, what it leaves alone, what it counts, on every family, and the model as it was."""
+"""Steering binds: projections after it, what it leaves alone, what it counts, on every family, and the model
+as it was.
+"""
 
 from dataclasses import replace
 

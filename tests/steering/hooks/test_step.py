@@ -1,4 +1,6 @@
-"""The one operation of steering: its twin against the reference, the kernel against its twin, tables that change in place."""
+"""The one operation of steering: its twin against the reference, the kernel against its twin, tables that
+change in place.
+"""
 
 import subprocess
 import sys
