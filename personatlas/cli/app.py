@@ -3,8 +3,8 @@
     personatlas axis smollm2-135m --plan demo
     personatlas run report runs/smollm2-135m
 
-A `UserError`, a wrong option and a full disk are one line on stderr and exit status 2. Any other exception is a bug and
-keeps its traceback.
+A `UserError`, a wrong option and a full disk are one line on stderr and exit status 2. Any other exception is
+a bug and keeps its traceback.
 """
 
 import errno
@@ -22,7 +22,7 @@ from personatlas.persona.errors import UserError
 
 COMMANDS = {
     "Map": {
-        "axis": ("axis:axis", "Compute the Assistant Axis of a checkpoint, with a report: all steps of `run`."),
+        "axis": ("axis:axis", "Compute the Assistant Axis of a model, with a report: all steps of `run`."),
         "run": ("", "Run one step of `axis` on a run folder; write the report of a run."),
         "run rollout": ("runs:rollout", "Sample answers under role prompts into a run folder."),
         "run judge": ("runs:judge", "Score whether a run's answers play their roles."),
@@ -57,13 +57,13 @@ COMMANDS = {
         "tools spans": ("tools:spans", "Show which speaker a chat template gives each token to."),
         "tools show": ("tools:show", "Print any artefact or run folder as JSON."),
         "tools import": ("tools:import_", "Convert the files of the paper's repository."),
-        "tools self-test": ("tools:self_test", "Test that recording and capping bind on a model and machine."),
+        "tools self-test": ("tools:self_test", "Test that recording and capping bind on this machine."),
         "tools harm-judge": ("", "Fit a classifier of harm to human labels; check any judge of harm."),
         "tools harm-judge fit": ("harm_judge:fit", "Fit a classifier of harm to human labels."),
-        "tools harm-judge check": ("harm_judge:check", "Measure how well a judge of harm agrees with human labels."),
+        "tools harm-judge check": ("harm_judge:check", "Compare a judge of harm with human labels."),
     },
 }  # fmt: skip
-"Commands by panel of `--help`: name to (module of personatlas.cli:function, help); no function for a group of commands."
+"By panel of `--help`: name to (module:function, help); a group of commands has no function."
 
 
 def _build() -> App:

@@ -94,8 +94,8 @@ def emergence(
 ) -> None:
     """Show how the axis of a training run emerges over its checkpoints. Resumes where it stopped.
 
-    Every checkpoint answers the same questions under the same roles; the last one is fitted first, and all are
-    compared at its layer.
+    Every checkpoint answers the same questions under the same roles; the last one is fitted first, and all
+    are compared at its layer.
 
     Parameters
     ----------

@@ -49,9 +49,10 @@ def drift(
     out: Out = None,
     json: Json = False,
 ) -> None:
-    """Measure persona drift over conversations: baseline, capped, and capped only while an alarm is on. Resumes.
+    """Measure persona drift over conversations, with and without a cap. Resumes.
 
-    The cap is that of --arm, else the cap assistant where one is saved beside the axis.
+    The arms are the baseline, capped, and capped only while an alarm is on. The cap is that of --arm, else
+    the cap assistant where one is saved beside the axis.
 
     Parameters
     ----------

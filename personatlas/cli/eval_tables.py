@@ -22,7 +22,7 @@ def print_evaluation(result: EvalResult, folder: Path) -> None:
     if result.capability.tasks is not None:
         _print_tasks(result.capability.tasks.tasks, arms)
     print_line(
-        "↑ more is better, ↓ less is better; could show: the smallest change that so many cases would have shown"
+        "↑ more is better, ↓ less is better; could show: the least change that so many cases would have shown"
     )
     for warning in result.warnings:
         print_warning(warning)
@@ -89,8 +89,9 @@ def print_lm_eval(result: LmEvalResult, folder: Path) -> None:
     """Prints a table per task of lm-eval."""
     _print_tasks(result.tasks, list(result.arms))
     print_line(
-        "intervals are bootstraps over samples; p is adjusted over all rows (Holm); could show: the smallest change that "
-        f"so many samples would have shown; no loss: p of two one-sided tests against ±{result.asked['margin']:g}"
+        "intervals are bootstraps over samples; p is adjusted over all rows (Holm); could show: the least "
+        "change that so many samples would have shown; no loss: p of two one-sided tests against "
+        f"±{result.asked['margin']:g}"
     )
     for note in result.notes:
         print_warning(note)

@@ -64,7 +64,7 @@ class TaskOptions:
     """Tasks of other harnesses."""
 
     lm_eval: str | None = None
-    "tasks of the lm-eval harness with commas between, such as ifeval,gsm8k; with --suite they are added to the suites"
+    "tasks of the lm-eval harness with commas between, such as ifeval,gsm8k; with --suite beside the suites"
     data: tuple[str, ...] = ()
     "TASK=FILE.jsonl: rows of an lm-eval task from a file, without a download; may be repeated"
     tasks_folder: Path | None = None
@@ -107,8 +107,8 @@ def eval_(
     Parameters
     ----------
     suite
-        suites with commas between: persona-jailbreak, harm, over-refusal, susceptibility, drift, benign; unless given
-        those that need no file and those whose file is given
+        suites with commas between: persona-jailbreak, harm, over-refusal, susceptibility, drift, benign;
+        unless given those that need no file and those whose file is given
     bank
         a bank with the axis's roles, if not the packaged one
     show_answers

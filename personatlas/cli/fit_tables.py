@@ -13,7 +13,7 @@ ENDS, TRAITS = 10, 5  # at either end of the axis
 
 
 def print_fit(fit: FitResult, page: Path) -> None:
-    """Prints the fit by layer, the ten lowest and highest roles, what was dropped, and where the report is."""
+    """Prints the layers, the ten lowest and highest roles, what was dropped, and where the report is."""
     rows = []
     for row in fit.layers:
         is_used = row.layer == fit.layer

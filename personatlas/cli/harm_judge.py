@@ -34,7 +34,8 @@ class HarmOptions:
     """Who decides whether an answer is harmful."""
 
     judge: str
-    "rules, a fitted classifier's file, local:MODEL, or the URL of an OpenAI-compatible endpoint (key in PERSONATLAS_JUDGE_KEY)"
+    """rules, a fitted classifier's file, local:MODEL, or the URL of an OpenAI-compatible endpoint (key in
+    PERSONATLAS_JUDGE_KEY)"""
     judge_model: str | None = None
     "the model to ask for at that URL"
     rubric: str = "yes-no"
@@ -104,7 +105,8 @@ def check(
     Parameters
     ----------
     labels
-        CSV or JSONL as for fit; a judge that is a model also reads a column question, request, prompt, instruction or query
+        CSV or JSONL as for fit; a judge that is a model also reads a column question, request, prompt,
+        instruction or query
     log
         log of a model's verdicts, so that none is asked for twice
     """

@@ -42,7 +42,8 @@ class AxisOptions:
     """Which axis to measure along."""
 
     axis: str | None = None
-    "a run folder, an axis file, or smollm2-135m; by default the axis packaged with the model or made by `axis MODEL`"
+    """a run folder, an axis file, or smollm2-135m; by default the axis packaged with the model or made by
+    `personatlas axis MODEL`"""
     force: bool = False
     "accept an axis of the same model in another weight format"
 
@@ -52,18 +53,18 @@ class SteeringOptions(AxisOptions):
     """Which axis to measure along, and which arms to compare with the baseline."""
 
     arm: tuple[str, ...] = ()
-    """an arm beside the baseline: cap:assistant (saved beside the axis), cap:FILE, cap:p50@18-23 (level and layers),
-    cap:roles:p75@20,22, add:8@21, ablate@20-22, random:3 (random controls); may be repeated"""
+    """an arm beside the baseline: cap:assistant (saved beside the axis), cap:FILE, cap:p50@18-23 (level and
+    layers), cap:roles:p75@20,22, add:8@21, ablate@20-22, random:3 (random controls); may be repeated"""
 
     def caps(self, *default: str) -> list[str]:
-        """The cap specs of the arms, else the default. Raises `UserError` for other kinds of arms and for repetitions."""
+        """The cap specs of the arms, else the default. Raises `UserError` for other arms and repetitions."""
         caps = [self._value(arm, "cap") for arm in self.arm if not arm.startswith("random:")] or list(default)
         if repeated := [cap for cap in caps if caps.count(cap) > 1]:
             raise UserError(f"--arm cap:{repeated[0]} is given twice")
         return caps
 
     def arms(self, *default: str) -> list[str]:
-        """The texts of the arms without random controls, else the default. Raises `UserError` for repetitions."""
+        """The arms without random controls, else the default. Raises `UserError` for repetitions."""
         arms = [arm for arm in self.arm if not arm.startswith("random:")] or list(default)
         if repeated := [arm for arm in arms if arms.count(arm) > 1]:
             raise UserError(f"--arm {repeated[0]} is given twice")
@@ -79,7 +80,7 @@ class SteeringOptions(AxisOptions):
         return caps[0]
 
     def n_random(self, default: int = 0) -> int:
-        """How many random controls the arms name, else the default. Raises `UserError` for what is no number."""
+        """The number of random controls, else the default. Raises `UserError` for what is no number."""
         numbers = [self._value(arm, "random") for arm in self.arm if arm.startswith("random:")]
         if not all(number.isdigit() for number in numbers):
             raise UserError(f"--arm random:{numbers[0]} is not random:N, a number of random controls")

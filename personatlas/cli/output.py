@@ -1,7 +1,7 @@
 """Results on stdout: lines, tables, JSON. Progress and notes go to stderr (`persona.progress`).
 
-A table never wraps or cuts a cell: where its columns do not fit into the terminal, it continues below with the rest of them,
-and through a pipe it is as wide as it needs.
+A table never cuts a cell: columns that do not fit into the terminal follow in another block below, and
+through a pipe a table is as wide as it needs.
 """
 
 import json
@@ -22,7 +22,7 @@ Cell = str | Text
 
 
 def console() -> Console:
-    """Standard output, as wide as the terminal; as wide as the text where it is a pipe and COLUMNS is not set."""
+    """Standard output, as wide as the terminal; through a pipe as wide as the text unless COLUMNS is set."""
     is_pipe = not sys.stdout.isatty() and "COLUMNS" not in os.environ
     return Console(width=PIPE if is_pipe else None, soft_wrap=False)
 

@@ -142,7 +142,8 @@ def _rows(made: Plan) -> list[tuple[str, str]]:
         (
             "rates",
             f"matrices {made.matrix_rate:.4f} (Muon), embedding {made.embedding_rate:.4f}, head "
-            f"{made.head_rate:.5f}, gains {made.norm_rate:.5f} (AdamW); decay of matrices {made.weight_decay:.3f}",
+            f"{made.head_rate:.5f}, gains {made.norm_rate:.5f} (AdamW); "
+            f"decay of matrices {made.weight_decay:.3f}",
         ),
         ("FLOPs", f"{flops / 1e6:,.0f} M a token, {flops * made.tokens:.2e} in all"),
         ("memory", f"{_gigabytes(memory.total)} a GPU of {_gigabytes(made.chip.memory)}, estimated: {parts}"),

@@ -118,7 +118,7 @@ def _check(path: Path, json: bool) -> None:
         print_line("tags: " + ", ".join(f"{tag} {n}" for tag, n in tags.most_common()))
     if few:
         print_line(
-            f"{len(few)} roles have fewer than 5 prompts (the axis is steadier with several): {', '.join(few[:8])}"
+            f"{len(few)} roles have fewer than 5 prompts (more make the axis steadier): {', '.join(few[:8])}"
         )
 
 

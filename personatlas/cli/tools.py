@@ -35,7 +35,7 @@ def spans(
     Parameters
     ----------
     transcript
-        a stored conversation instead of the three messages below (OpenAI, ShareGPT or plain message list, JSON)
+        a stored conversation instead of the three messages below, in any form that `trace` reads
     system
         system message; "" sends none
     user
@@ -72,7 +72,7 @@ def spans(
 
 
 def render_spans(spans: "Spans", tokenizer: "PreTrainedTokenizerBase") -> Text:
-    """Tokens coloured by speaker, separated by ▏, newlines shown as ⏎, control characters escaped, with a legend.
+    """Tokens coloured by speaker, separated by ▏, newlines as ⏎, control characters escaped, with a legend.
 
     A token that only continues a character is shown by its name in the tokenizer's vocabulary.
     """
@@ -87,7 +87,7 @@ def render_spans(spans: "Spans", tokenizer: "PreTrainedTokenizerBase") -> Text:
 
 
 def _visible(character: str) -> str:
-    """A newline as ⏎ and a newline; any other control, format, private or unassigned character as its escape."""
+    """A newline as ⏎ and a newline; another control, format or unassigned character as its escape."""
     if character == "\n":
         return "⏎\n"
     hidden = unicodedata.category(character) in {"Cc", "Cf", "Co", "Cn", "Cs", "Zl", "Zp"}
@@ -125,9 +125,15 @@ def show(path: Path, /) -> None:
 
 
 def import_(
-    kind: Literal["axis", "caps", "roles"], source: Path, /, *, out: Path, model: str = "unknown"
+    kind: Literal["axis", "caps", "roles"],
+    source: Path,
+    /,
+    *,
+    out: Path,
+    model: str = "unknown",
+    json: Json = False,
 ) -> None:
-    """Turn the paper repository's files into artefacts of this project; signs are turned where theirs are opposite.
+    """Convert the files of the paper's repository; signs are turned where theirs are opposite.
 
     Parameters
     ----------
@@ -144,28 +150,30 @@ def import_(
     from personatlas.persona.paper_files import import_axis, import_caps
     from personatlas.persona.roles.paper_bank import import_bank, write_bank
 
-    described = {"id": model}
+    result: dict[str, object]
     if kind == "roles":
         bank = import_bank(source)
         write_bank(bank, out)
-        print_line(
-            f"{len(bank.roles)} roles, {len(bank.questions)} questions and {len(bank.traits)} traits written to {out}"
-        )
-        return
-    if kind == "axis":
-        found = import_axis(source, described)
+        result = {"roles": len(bank.roles), "questions": len(bank.questions), "traits": len(bank.traits)}
+        text = f"{len(bank.roles)} roles, {len(bank.questions)} questions and {len(bank.traits)} traits"
+    elif kind == "axis":
+        axis = import_axis(source, {"id": model})
         make_folder(out.parent, "--out")
-        found.save(out)
-        print_line(
-            f"axis of {len(found.layers)} layers, width {found.vectors.shape[1]}, written to {out}.safetensors"
-        )
+        axis.save(out)
+        result = {"layers": list(axis.layers), "width": axis.vectors.shape[1]}
+        text = f"axis of {len(axis.layers)} layers, width {axis.vectors.shape[1]},"
+    else:
+        caps = {name.replace("/", "_"): cap for name, cap in import_caps(source, {"id": model}).items()}
+        make_folder(out, "--out")
+        for name, cap in caps.items():
+            cap.save(out / name)
+        result, text = {"caps": list(caps)}, f"{len(caps)} caps"
+    if json:
+        print_json({"kind": kind, "out": str(out), **result})
         return
-    caps = import_caps(source, described)
-    make_folder(out, "--out")
-    names = [name.replace("/", "_") for name in caps]
-    for name, cap in zip(names, caps.values(), strict=True):
-        cap.save(out / name)
-    print_line(f"{len(caps)} caps written to {out}: {', '.join(names)}")
+    print_line(f"{text} written to {out}{'.safetensors' if kind == 'axis' else ''}")
+    if kind == "caps":
+        print_line("caps: " + ", ".join(caps))
 
 
 def self_test(
@@ -176,7 +184,7 @@ def self_test(
     load: Annotated[ModelOptions, MODEL] = ModelOptions(),
     json: Json = False,
 ) -> None:
-    """Test that recording binds on this model and machine, and with --axis that capping does, in the sampling engine.
+    """Test that recording binds on this machine, and with --axis that capping does, in the sampling engine.
 
     Exits with status 2 when any check fails.
     """

@@ -31,8 +31,8 @@ def base(
 ) -> None:
     """Train a GPT on a corpus. Resumes.
 
-    Sizes, batch and rates are derived from the depth; `personatlas train plan --depth N` prints them. Under torchrun
-    every process has a GPU.
+    Sizes, batch and rates are derived from the depth; `personatlas train plan --depth N` prints them. Under
+    torchrun every process has a GPU.
 
     Parameters
     ----------
@@ -82,7 +82,7 @@ def chat(
 ) -> None:
     """Tune a base model on conversations. Resumes.
 
-    The loss is that of the assistant's messages. Conversations that cannot be used are counted, named and left out.
+    Only the assistant's messages are learned. Conversations of no use are counted, named and left out.
 
     Parameters
     ----------
@@ -184,8 +184,8 @@ def tokenizer(
     Parameters
     ----------
     corpus
-        a folder or file: .txt, .jsonl, .parquet, tar archives of .txt; each plain or .gz, .xz, .zst, .bz2; or a data set
-        of the hub, hub:OWNER/NAME[/FOLDER][@REVISION]
+        a folder or file: .txt, .jsonl, .parquet, tar archives of .txt; each plain or .gz, .xz, .zst, .bz2;
+        or a data set of the hub, hub:OWNER/NAME[/FOLDER][@REVISION]
     out
         the folder to make; `AutoTokenizer.from_pretrained` reads it
     vocabulary
