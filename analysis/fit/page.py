@@ -48,6 +48,7 @@ SCORES = {
     "3": "fully in the role",
 }
 ENDS, ANSWERS = 3, 2  # roles at each end with sample answers, and answers of each
+Row = dict[str, object]  # of the template
 LONG = 600  # characters of an answer that are not folded
 
 
@@ -60,31 +61,6 @@ class Tile:
     interval: str
     note: str
     strip: dict[str, float]
-
-
-@dataclass(frozen=True)
-class SampleAnswer:
-    """An answer to show: what is visible at once and what is folded, with its score and projection."""
-
-    system: str
-    question: str
-    visible: str
-    folded: str
-    score: str | None
-    projection: str | None
-    is_cut: bool
-
-
-@dataclass(frozen=True)
-class SampleRole:
-    """A role with sample answers. `end` is "lowest", "highest" or ""; `system` is None where its answers
-    differ in it."""
-
-    role: str
-    end: str
-    projection: str
-    answers: tuple[SampleAnswer, ...]
-    system: str | None
 
 
 def write_report(
@@ -182,7 +158,7 @@ def _roc_area(fit: FitResult) -> Interval | None:
     return Interval(area, max(area - error, 0.0), min(area + error, 1.0))
 
 
-def _samples(fit: FitResult, rollouts: Sequence[Rollout]) -> list[SampleRole]:
+def _samples(fit: FitResult, rollouts: Sequence[Rollout]) -> list[Row]:
     """The first answers of the pole, the default and the ends of the axis, to the same questions where
     possible."""
     others, number = fit.other_roles, number_format(fit)
@@ -203,31 +179,32 @@ def _samples(fit: FitResult, rollouts: Sequence[Rollout]) -> list[SampleRole]:
     samples = []
     for name, (end, role) in selected.items():
         first = [by_question[name][question] for question in questions if question in by_question[name]]
-        answers = tuple(_answer(rollout, projections, number) for rollout in first[:ANSWERS])
-        systems = {answer.system for answer in answers}
-        system = systems.pop() if len(systems) == 1 else None
-        samples.append(SampleRole(name, end, number(role.projection), answers, system))
+        answers = [_answer(rollout, projections, number) for rollout in first[:ANSWERS]]
+        systems = {answer["system"] for answer in answers}
+        row = {"role": name, "end": end, "projection": number(role.projection), "answers": answers}
+        samples.append({**row, "system": systems.pop() if len(systems) == 1 else None})
     return samples
 
 
-def _answer(rollout: Rollout, projections: Mapping[str, float], number: NumberFormat) -> SampleAnswer:
+def _answer(rollout: Rollout, projections: Mapping[str, float], number: NumberFormat) -> Row:
+    """An answer to show: what is visible at once and what is folded, its score and projection."""
     messages = {message["role"]: message["content"] for message in rollout.messages}
     text, cut = rollout.answer.strip(), None
     if len(text) > LONG * 1.2:
         space = text.rfind(" ", LONG // 2, LONG)
         cut = space if space > 0 else LONG
-    return SampleAnswer(
-        system=messages.get("system", ""),
-        question=messages.get("user", ""),
-        visible=text[:cut],
-        folded="" if cut is None else text[cut:],
-        score=None if rollout.score is None else str(rollout.score),
-        projection=number(projections[rollout.key]) if rollout.key in projections else None,
-        is_cut=rollout.stopped == "length",
-    )
+    return {
+        "system": messages.get("system", ""),
+        "question": messages.get("user", ""),
+        "visible": text[:cut],
+        "folded": "" if cut is None else text[cut:],
+        "score": None if rollout.score is None else str(rollout.score),
+        "projection": number(projections[rollout.key]) if rollout.key in projections else None,
+        "is_cut": rollout.stopped == "length",
+    }
 
 
-def _dropped_table(dropped: DroppedRollouts) -> dict[str, object]:
+def _dropped_table(dropped: DroppedRollouts) -> Row:
     """Answers left out: a row per role, a column per reason that occurred, and totals."""
     scores = dropped.by_score
     columns = [name for name in (*SCORES, "unjudged") if any(counts.get(name) for counts in scores.values())]

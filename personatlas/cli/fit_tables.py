@@ -7,7 +7,7 @@ from rich.text import Text
 from personatlas.analysis.emergence import EmergenceResult
 from personatlas.analysis.fit.result import FitResult, RoleProjection
 from personatlas.analysis.fit.tables import comparison_text, interval_text, number_text, stability_text
-from personatlas.cli.output import print_line, print_table, with_interval
+from personatlas.cli.output import print_line, print_path, print_table, with_interval
 
 ENDS, TRAITS = 10, 5  # at either end of the axis
 
@@ -53,7 +53,7 @@ def print_fit(fit: FitResult, page: Path) -> None:
         print_line(comparison_text(fit.comparison, fit.layer))
     dropped = ", ".join(sorted(fit.dropped.roles)) or "none"
     print_line(f"{fit.n_rollouts} rollouts fitted; whole roles dropped: {dropped}")
-    print_line(f"report: {page}")
+    print_path("report", page)
 
 
 def _projection(role: RoleProjection) -> str:
@@ -94,4 +94,4 @@ def print_emergence(result: EmergenceResult, page: Path) -> None:
     ]
     title = f"Layer {result.layer} (intervals 95%)"
     print_table((*columns, "ranks as at the end"), rows, title=title, left=())
-    print_line(f"page: {page}")
+    print_path("page", page)
