@@ -67,19 +67,12 @@ class DriftMonitor:
     def describe(self) -> JsonObject:
         """Reference distribution ("baseline") and alarm (None without a calibrated rule) as JSON."""
         mean, std = self.reference.mean, self.reference.std
-        described: JsonObject = {
-            "baseline": {"mean": mean, "spread": std, "of": self.population},
-            "alarm": None,
-        }
-        if self.rule is not None and self.false_alarms is not None:
-            described["alarm"] = {
-                "rule": self.rule_name,
-                "limit": self.rule.limit,
-                "false_alarms": self.false_alarms.share,
-                "interval": list(self.false_alarms.interval),
-                "n": self.false_alarms.n,
-            }
-        return described
+        baseline = {"mean": mean, "spread": std, "of": self.population}
+        if self.rule is None or self.false_alarms is None:
+            return {"baseline": baseline, "alarm": None}
+        counted = self.false_alarms
+        rate = {"false_alarms": counted.share, "interval": list(counted.interval), "n": counted.n}
+        return {"baseline": baseline, "alarm": {"rule": self.rule_name, "limit": self.rule.limit, **rate}}
 
 
 class ReferenceConversation(NamedTuple):
@@ -110,10 +103,19 @@ class ReferenceConversations:
 
         Within each domain scripts alternate, in an order that only their names make.
         """
-        scripts = sorted({(one.domain, _script_order(one.script), one.script) for one in self.conversations})
+        digests = {
+            one.script: hashlib.sha256(one.script.encode("utf-8", "surrogatepass")).hexdigest()
+            for one in self.conversations
+        }
+        scripts = sorted({(one.domain, digests[one.script], one.script) for one in self.conversations})
         number = {script: index for index, (_, _, script) in enumerate(scripts)}
         fitted = [one for one in self.conversations if number[one.script] % 2 == 0]
         return fitted, [one for one in self.conversations if number[one.script] % 2]
+
+    @property
+    def fitted_scripts(self) -> frozenset[str]:
+        """The scripts that an alarm is calibrated on."""
+        return frozenset(conversation.script for conversation in self.split()[0])
 
     def require_enough(self) -> None:
         """Raises `UserError` for fewer than 20 conversations in either half."""
@@ -185,7 +187,13 @@ def load_reference(path: Path, axis: Axis, model: JsonObject | None = None) -> R
         raise UserError(f"{path} is no record of reference conversations; `personatlas drift` makes one")
     try:
         origin, layer, direction = content["model"], int(content["layer"]), content["direction"]
-        conversations = tuple(_conversation(row) for row in content["conversations"])
+        conversations = tuple(
+            ReferenceConversation(str(row["name"]), str(row["domain"]), tuple(map(float, row["projections"])))
+            for row in content["conversations"]
+        )
+        for one in conversations:
+            if not one.projections or not all(map(math.isfinite, one.projections)):
+                raise ValueError(f"conversation {one.name!r} has no projections, or one that is not finite")
         provenance = dict(content["made"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
@@ -221,14 +229,3 @@ def load_monitor(
     low, middle, high = (float(row[axis.levels.index(level)]) for level in (0.25, 0.5, 0.75))
     distribution = ReferenceDistribution(middle, (high - low) / 1.349, 0)
     return DriftMonitor(distribution, "the axis's default answers")
-
-
-def _conversation(row: JsonObject) -> ReferenceConversation:
-    values = tuple(float(value) for value in row["projections"])
-    if not values or not all(map(math.isfinite, values)):
-        raise ValueError(f"conversation {row['name']!r} has no projections, or one that is not finite")
-    return ReferenceConversation(str(row["name"]), str(row["domain"]), values)
-
-
-def _script_order(script: str) -> str:
-    return hashlib.sha256(script.encode("utf-8", "surrogatepass")).hexdigest()

@@ -14,15 +14,7 @@ from personatlas.analysis.stats import Interval
 from personatlas.analysis.trajectories import Slope, TurnMean
 from personatlas.persona.interventions import BASELINE
 from personatlas.persona.records import JsonObject
-from personatlas.steering.drift.result import (
-    ADAPTIVE,
-    ALL,
-    CAPPED,
-    DriftResult,
-    Example,
-    ExampleTurn,
-    StoredConversation,
-)
+from personatlas.steering.drift.result import ADAPTIVE, ALL, CAPPED, DriftResult, Example, StoredConversation
 
 # how an arm looks: colour, its band's colour, symbol, dash
 LOOKS = {
@@ -101,8 +93,14 @@ def write_drift_page(path: Path, result: DriftResult) -> None:
         figures["alarms"].update_yaxes(title_text=title, tickformat=".0%", range=[0, 1.02], **axis_style())
     stored = result.stored.conversations if result.stored is not None else ()
     for kind, conversations in (("example", result.examples), ("stored", stored[:MAX_CONVERSATIONS])):
-        for n, conversation in enumerate(conversations):
-            figures[f"{kind}-{n}"] = conversation_figure(_points(conversation), baseline)
+        for index, conversation in enumerate(conversations):
+            points = {
+                arm: [
+                    (n, turn.projection, turn.raised) for n, turn in enumerate(turns, 1) if turn is not None
+                ]
+                for arm, turns in conversation.arms.items()
+            }
+            figures[f"{kind}-{index}"] = conversation_figure(points, baseline)
     other = next((arm for arm in (ADAPTIVE, CAPPED) if arm in arms), None)
     record = [(f"model: {name}", value) for name, value in result.model.items()]
     record += [("axis", result.axis["of"]), ("reference conversations", result.watch["source"])]
@@ -127,13 +125,6 @@ def write_drift_page(path: Path, result: DriftResult) -> None:
     }
     filters: dict[str, Callable[..., str]] = {"percent": _percent, "span": _format_interval, "share": _share}
     write_page(path, HERE / "page.html.jinja", content, figures, filters)
-
-
-def _points(conversation: Example) -> dict[str, list[tuple[int, float | None, bool]]]:
-    return {
-        arm: [(n, turn.projection, turn.raised) for n, turn in enumerate(turns, 1) if turn is not None]
-        for arm, turns in conversation.arms.items()
-    }
 
 
 def _padded(values: Sequence[float]) -> tuple[float, float]:
@@ -220,7 +211,9 @@ def _columns(conversation: Example, arms: Sequence[str]) -> JsonObject:
         cells = [own[n] if n < len(own := conversation.arms[arm]) else None for arm in arms]
         if any(cells):
             users = list(dict.fromkeys(cell.user for cell in cells if cell))
-            turns.append({"users": users, "cells": [cell and _cell(cell) for cell in cells]})
+            turns.append(
+                {"users": users, "cells": [cell and cell.to_json() | shade(cell.z) for cell in cells]}
+            )
     cut_short = conversation.cut_short if isinstance(conversation, StoredConversation) else ()
     return {
         "name": conversation.name,
@@ -229,10 +222,6 @@ def _columns(conversation: Example, arms: Sequence[str]) -> JsonObject:
         "turns": turns,
         "cut_short": cut_short,
     }
-
-
-def _cell(turn: ExampleTurn) -> JsonObject:
-    return turn.to_json() | shade(turn.z)
 
 
 def _format_interval(row: Any, form: str = "+.1f", name: str = "value") -> str:

@@ -264,6 +264,7 @@ def summarise(
 ) -> DriftResult:
     """Computes all figures of a study. `record` holds the fields of `DriftResult` up to `versions`."""
     arms, turns = list(data.arms), data.transcripts.turns.values()
+    monitor, fitted_on = data.monitor.monitor, data.monitor.fitted_on
     domains = list(dict.fromkeys(turn.domain for turn in turns))
     every = {domain: data.names((domain,)) for domain in domains} | {ALL: data.names(domains)}
     trajectories: dict[str, dict[str, tuple[TurnMean, ...]]] = {}
@@ -283,8 +284,16 @@ def summarise(
         means[domain] = {
             arm: data.mean(values[arm], names, None if arm == BASELINE else baseline) for arm in arms
         }
-        if data.monitor.monitor.rule is not None:
-            alarms[domain] = {arm: _alarm_rate(data, arm, names) for arm in arms}
+        if monitor.rule is not None:  # from answers as the model itself reads them
+            counted = [name for name, own in zip(names, scripts, strict=True) if own not in fitted_on]
+            uncapped = {
+                arm: [
+                    [turn.uncapped for turn in data.turns(arm, [name]) if turn.uncapped is not None]
+                    for name in counted
+                ]
+                for arm in arms
+            }
+            alarms[domain] = {arm: alarm_rate(monitor.rule, monitor.reference, uncapped[arm]) for arm in arms}
     wrote = {arm: _summary(data, arm, every[ALL]) for arm in arms}
     n_scripts = len({turn.script for turn in turns})
     return DriftResult(
@@ -305,18 +314,6 @@ def summarise(
         warnings=tuple(_warnings(data, n_scripts, wrote)),
         stored=stored,
     )
-
-
-def _alarm_rate(data: StudyData, arm: str, names: Sequence[str]) -> AlarmRate:
-    """From answers as the model itself reads them, without the scripts that set the limit."""
-    monitor = data.monitor.monitor
-    assert monitor.rule is not None
-    projections = [
-        [turn.uncapped for turn in data.turns(arm, [name]) if turn.uncapped is not None]
-        for name, script in zip(names, script_names(names), strict=True)
-        if script not in data.monitor.fitted_on
-    ]
-    return alarm_rate(monitor.rule, monitor.reference, projections)
 
 
 def _summary(data: StudyData, arm: str, names: Sequence[str]) -> ArmSummary:

@@ -157,11 +157,7 @@ def _saved_monitor(axis: Axis, reference: Path | None, options: DriftOptions) ->
             f"--reference {reference} is no {REFERENCE_FILE}, which an earlier `personatlas drift` has made"
         )
     monitor = load_monitor(axis, reference, options.rule, options.false_alarms)
-    return StudyMonitor(monitor, str(path), _fitted_scripts(load_reference(path, axis)))
-
-
-def _fitted_scripts(reference: ReferenceConversations) -> frozenset[str]:
-    return frozenset(conversation.script for conversation in reference.split()[0])
+    return StudyMonitor(monitor, str(path), load_reference(path, axis).fitted_scripts)
 
 
 def _save_reference(
@@ -204,7 +200,7 @@ def _own_monitor(axis: Axis, reference: ReferenceConversations | None, options: 
         if len(set(values)) < 2:
             return StudyMonitor(load_monitor(axis), str(error))
         return StudyMonitor(DriftMonitor(fit_reference(values), "reference conversations"), str(error))
-    return StudyMonitor(monitor, "this study's own reference conversations", _fitted_scripts(reference))
+    return StudyMonitor(monitor, "this study's own reference conversations", reference.fitted_scripts)
 
 
 def _record(steered: SteeredModel, caps: Sequence[str], options: DriftOptions) -> JsonObject:

@@ -115,19 +115,17 @@ def run_trace(
             )
             provenance = {"how": "stored conversations, read again"}
             monitor = ReferenceConversations(rows, provenance).monitor(rule, false_alarms)
-    traced = tuple(_traced(trace, monitor) for trace in traces)
-    return TraceStudy(steered.axis, monitor, tuple(stored), traces, traced)
-
-
-def _traced(trace: Trace, monitor: DriftMonitor) -> TracedConversation:
-    alarm, turns = monitor.start(), []
-    for turn in trace.turns:
-        state = None if alarm is None else alarm.update(turn.projection)
-        flags = (None, None) if state is None else (state.alarm, state.raised)
-        z = monitor.reference.z(turn.projection)
-        turns.append(TracedTurn(turn.message, (turn.start, turn.stop), turn.projection, z, *flags))
-    projection = tuple(trace.projection.tolist())
-    return TracedConversation(trace.name, tuple(turns), trace.left_out, trace.ids, projection)
+    traced = []
+    for trace in traces:
+        alarm, turns = monitor.start(), []
+        for turn in trace.turns:
+            state = None if alarm is None else alarm.update(turn.projection)
+            flags = (None, None) if state is None else (state.alarm, state.raised)
+            z = monitor.reference.z(turn.projection)
+            turns.append(TracedTurn(turn.message, (turn.start, turn.stop), turn.projection, z, *flags))
+        projection = tuple(trace.projection.tolist())
+        traced.append(TracedConversation(trace.name, tuple(turns), trace.left_out, trace.ids, projection))
+    return TraceStudy(steered.axis, monitor, tuple(stored), tuple(traces), tuple(traced))
 
 
 def write_trace_page(path: Path, study: TraceStudy) -> None:
