@@ -32,7 +32,17 @@ TRAINING = "training"  # the kind in run.json of a training run
 MODEL, CHECKPOINTS, STEP = "model", "checkpoints", "step-"  # folders of a training run
 PACKAGED_AXES = Path(__file__).parent / "axes"
 # What must not change under a run: rollouts made with other values would be another population.
-FIXED: tuple[str, ...] = ("model", "bank", "traits_bank", "seed", "max_new_tokens", "temperature", "top_p", "dtype", "engine")
+FIXED: tuple[str, ...] = (
+    "model",
+    "bank",
+    "traits_bank",
+    "seed",
+    "max_new_tokens",
+    "temperature",
+    "top_p",
+    "dtype",
+    "engine",
+)
 FIXED += ("chat_template", "chunk")
 
 

@@ -21,7 +21,7 @@ from typing import ClassVar, Literal, NamedTuple
 from personatlas.analysis.drift_alarm import alarm_states
 from personatlas.persona.axis import Axis
 from personatlas.persona.models.token_spans import Span
-from personatlas.persona.records import JsonObject, JsonRecord
+from personatlas.persona.records import JsonRecord
 from personatlas.steering.drift_monitor import DriftMonitor
 from personatlas.steering.serve.answer_stream import StreamedAnswer, TokenState
 from personatlas.steering.serve.options import ADAPTIVE, ALWAYS, CapMode
@@ -67,7 +67,7 @@ class BaselineState(JsonRecord):
     of: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PersonaState(JsonRecord):
     """The `persona` object of an answer. Projections are before the cap's step, in residual units."""
 
@@ -77,16 +77,16 @@ class PersonaState(JsonRecord):
     "mean over the answer's tokens, None where none was fed"
     z: float | None
     tokens: int
-    cap: str | None
+    cap: str | None = None
     "the cap that acted, None for the baseline and while an adaptive cap rests"
-    mode: CapMode
-    floor: float | None
+    mode: CapMode = ALWAYS
+    floor: float | None = None
     "the cap's floor for answers at `layer`, None where it does not act there"
-    fired: float | None
+    fired: float | None = None
     "share of the answer's tokens times capped layers that the cap changed"
     turns: tuple[TurnState, ...]
     "all answers of the conversation, this one last"
-    drift: DriftState | None
+    drift: DriftState | None = None
     "None for an answer that this server did not write"
     baseline: BaselineState
     per_token: tuple[TokenState, ...] | None = None
@@ -157,49 +157,37 @@ class PersonaTracker:
         states = self.watch(turns)
         if mode == ADAPTIVE and cap is not None and states and states[-1].alarm is False:
             states[-1] = replace(states[-1], alarm=True, raised=False)
+        monitor, drift = self.monitor, DriftState()
+        if monitor.rule is not None and monitor.false_alarms is not None:
+            last = states[-1] if states else None
+            state: Literal["calm", "drifting"] = "drifting" if last and last.alarm else "calm"
+            limit, share = monitor.rule.limit, monitor.false_alarms.share
+            drift = DriftState(state, bool(last and last.raised), monitor.rule_name, limit, share)
         return PersonaState(
             layer=self.axis.layer,
             poles=tuple(self.axis.poles),
             projection=projection,
-            z=None if projection is None else self.monitor.reference.z(projection),
+            z=None if projection is None else monitor.reference.z(projection),
             tokens=len(answer.ids),
             cap=None if cap is None else cap.name,
             mode=mode,
             floor=None if cap is None else cap.floor_at(self.axis.layer),
             fired=answer.fired,
             turns=tuple(states),
-            drift=self._drift(states[-1] if states else None),
+            drift=drift,
             baseline=self.baseline,
             per_token=answer.tokens() if per_token else None,
         )
 
     def measure_loaded(self, states: Sequence[TurnState]) -> PersonaState:
         """The persona object of the last of these turns, which this server did not write."""
-        last = states[-1]
+        axis, last = self.axis, states[-1]
         return PersonaState(
-            layer=self.axis.layer,
-            poles=tuple(self.axis.poles),
+            layer=axis.layer,
+            poles=tuple(axis.poles),
             projection=last.projection,
             z=last.z,
             tokens=last.tokens,
-            cap=None,
-            mode=ALWAYS,
-            floor=None,
-            fired=None,
             turns=tuple(states),
-            drift=None,
             baseline=self.baseline,
-        )
-
-    def describe(self) -> JsonObject:
-        """Baseline and alarm as JSON."""
-        return self.monitor.describe()
-
-    def _drift(self, last: TurnState | None) -> DriftState:
-        rule, rate = self.monitor.rule, self.monitor.false_alarms
-        if rule is None or rate is None:
-            return DriftState()
-        on, raised = bool(last and last.alarm), bool(last and last.raised)
-        return DriftState(
-            "drifting" if on else "calm", raised, self.monitor.rule_name, rule.limit, rate.share
         )

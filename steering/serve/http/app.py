@@ -155,7 +155,7 @@ def _describe(service: PersonaService) -> JsonObject:
         "layer": axis.layer,
         "poles": list(axis.poles),
         "quantiles": quantiles,
-        **service.tracker.describe(),
+        **service.tracker.monitor.describe(),
         "caps": service.caps.describe(),
         "default_cap": service.default_cap.name if service.default_cap is not None else None,
         "default_mode": options.mode,

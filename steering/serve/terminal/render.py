@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.text import Text
 
 from personatlas.analysis.drift_alarm import GAUGE_LIMIT, z_gauge
-from personatlas.steering.serve.answer_stream import TokenState
 from personatlas.steering.serve.distress_notice import distress_phrases
 from personatlas.steering.serve.persona_state import PersonaTracker
 from personatlas.steering.serve.terminal.session import ChatAnswer, Transcript
@@ -102,7 +101,11 @@ class ChatRenderer:
         if not any(token.projection is not None for token in tokens):
             self.line("the projections of this answer's tokens are not known (it was loaded, or empty)")
         elif self.out.is_terminal:
-            self.out.print(Text.assemble(*(self._coloured(token) for token in tokens)))
+            text = Text()
+            for token in tokens:
+                style = "dim" if token.projection is None else _colour(reference.z(token.projection))
+                text.append(clean(token.text), style + (" underline" if token.fired else ""))
+            self.out.print(text)
             scale = Text.assemble(
                 Text(f"-{GAUGE_LIMIT:g} {negative}", _colour(-GAUGE_LIMIT)),
                 " … ",
@@ -116,11 +119,6 @@ class ChatRenderer:
                 value = token.projection
                 numbers = "\t" if value is None else f"{value:.2f}\t{reference.z(value):+.2f}"
                 self.line(f"{numbers}\t{token.fired}\t{clean(token.text)!r}")
-
-    def _coloured(self, token: TokenState) -> Text:
-        value = token.projection
-        style = "dim" if value is None else _colour(self.tracker.monitor.reference.z(value))
-        return Text(clean(token.text), style + (" underline" if token.fired else ""))
 
 
 def _cap_words(answer: ChatAnswer) -> str:
