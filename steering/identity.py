@@ -3,7 +3,7 @@
 
     roles = lowest_roles(axis, space, bank, 50)
     requests = identity_requests(bank, roles, prompts=2, model_name="SmolLM2", seed=0)
-    for answers in run_arms(model, chat, requests, arms, Sampling(48)):
+    for answers in run_arms(model, requests, arms, Sampling(48)):
         measure_identity(answers, requests).shares["assistant"]
     identity_class("I'm Nyx, a ghost who haunts this lighthouse.")      # "mystical"
 
