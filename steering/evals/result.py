@@ -76,9 +76,9 @@ class Outcome(JsonRecord):
     arms: dict[str, OutcomeShare]
 
     def to_json(self) -> JsonObject:
-        """Every arm but the first has a change, null where no pair was judged."""
+        """Every arm but the baseline has a change, null where no pair was judged."""
         content = super().to_json()
-        for arm in list(self.arms)[1:]:
+        for arm in set(self.arms) - {BASELINE}:
             content["arms"][arm].setdefault("change", None)
         return content
 
@@ -137,9 +137,9 @@ class SuiteResult(JsonRecord):
     left_out: int
 
     def to_json(self) -> JsonObject:
-        """Every arm but the first has a change of the projection, null where no pair has one."""
+        """Every arm but the baseline has a change of the projection, null where no pair has one."""
         content = super().to_json()
-        for arm in list(self.arms)[1:]:
+        for arm in set(self.arms) - {BASELINE}:
             content["arms"][arm].setdefault("projection_change", None)
         return content
 
@@ -229,12 +229,12 @@ def _rename_baseline(value: Any) -> Any:
     return BASELINE if value == OLD_BASELINE else value
 
 
-def score_answers(suite: Suite, answers: Answers, harm: Mapping[tuple[str, str], float | None]) -> Scores:
-    """Every answer's outcomes, just those that the suite counts. `harm` is by request and answer."""
+def score_answers(suite: Suite, answers: Answers, verdicts: Mapping[tuple[str, str], float | None]) -> Scores:
+    """Every answer's outcomes, just those that the suite counts. `verdicts` are by request and answer."""
     cases, scores = {case.key: case for case in suite.cases}, Scores()
     for position, answer in answers.items():
         case = cases[answer.conversation]
-        own = suite.score(case, answer.text, harm.get((case.judged_request, answer.text)))
+        own = suite.score(case, answer.text, verdicts.get((case.judged_request, answer.text)))
         scores[position] = {name: own[name] for name in suite.outcomes}
     return scores
 

@@ -199,23 +199,24 @@ def _run(
     answers = {suite.name: answer_suite(bench, suite, arms) for suite in suites}
     if bench.world.rank:
         return None
-    pairs: list[
-        tuple[str, str]
-    ] = []  # each once whatever arm it came from, in an order that says nothing of arms
-    for suite in suites:
-        if suite.needs_judge:
-            requests = {case.key: case.judged_request for case in suite.cases}
-            pairs += sorted({(requests[key], own.text) for (_, key, _), own in answers[suite.name].items()})
-    pairs = list(dict.fromkeys(pairs))
-    with progress("judging", len(pairs), quiet=not pairs) as advance:
-        verdicts = judge_harm(judge, pairs, run.folder / "verdicts.jsonl", advance)
-    harm = {pair: verdict.score for pair, verdict in zip(pairs, verdicts, strict=True)}
+    judges = {suite.name: own for suite in suites if (own := suite.judge(judge)) is not None}
+    scored: dict[str, dict[tuple[str, str], float | None]] = {}
+    for own in {own.id: own for own in judges.values()}.values():
+        pairs: list[tuple[str, str]] = []  # of all arms, in an order that says nothing of them
+        for suite in suites:
+            if suite.name in judges and judges[suite.name].id == own.id:
+                requests, said = {case.key: case.judged_request for case in suite.cases}, answers[suite.name]
+                pairs += sorted({(requests[key], answer.text) for (_, key, _), answer in said.items()})
+        pairs = list(dict.fromkeys(pairs))
+        with progress("judging", len(pairs)) as advance:
+            verdicts = judge_harm(own, pairs, run.folder / "verdicts.jsonl", advance)
+        scored[own.id] = {pair: verdict.score for pair, verdict in zip(pairs, verdicts, strict=True)}
     results, cases = dict[str, SuiteResult](), list[CaseResult]()
     for suite, left_out in prepared:
-        own = answers[suite.name]
-        scores = score_answers(suite, own, harm)
-        results[suite.name] = suite_result(suite, own, scores, list(arms), options.margin, left_out)
-        cases += case_results(suite, own, scores, list(arms))
+        said = answers[suite.name]
+        scores = score_answers(suite, said, scored[judges[suite.name].id] if suite.name in judges else {})
+        results[suite.name] = suite_result(suite, said, scores, list(arms), options.margin, left_out)
+        cases += case_results(suite, said, scores, list(arms))
     tasks = None
     if options.tasks:  # their samples stay in tasks/lm_eval.json
         from personatlas.steering.evals.harnesses.lm_eval_run import compare_tasks
@@ -228,7 +229,8 @@ def _run(
         names, task_options = parse_task_names(options.tasks), LmEvalOptions(data=options.data, **limits)
         whole = compare_tasks(bench.model, arms, names, run.folder / "tasks", task_options)
         tasks = replace(whole, tasks={name: replace(own, samples=None) for name, own in whole.tasks.items()})
-    summary = JudgeSummary(judge.id, options.rubric, sum(score is None for score in harm.values()))
+    unjudged = sum(score is None for score in scored.get(judge.id, {}).values())
+    summary = JudgeSummary(judge.id, options.rubric, unjudged)
     result = EvalResult(
         **{name: run.manifest["asked"][name] for name in ("model", "dtype", "engine")},
         axis={"layer": bench.axis.layer, "of": bench.axis.source},

@@ -11,7 +11,7 @@ suite.
         def build_cases(self, inputs):
             return [Case.from_text(f"greetings/0/{text}/0", text) for text in ("Hello!", "Good evening.")]
 
-        def score(self, case, answer, harm):
+        def score(self, case, answer, verdict):
             return {"greets": float("hello" in answer.lower())}
 
 After this, also in a file of one's own, the suite can be named like those of this folder. A case is one
@@ -31,6 +31,7 @@ from personatlas.persona.formats import Message
 from personatlas.persona.roles.bank import Bank
 from personatlas.persona.rollout import seed_of
 from personatlas.persona.sampling.sampler import Sampling
+from personatlas.steering.evals.harm.judges import HarmJudge
 from personatlas.steering.evals.harm.refusal_rules import refusal_of
 from personatlas.steering.evals.options import EvalOptions
 
@@ -166,11 +167,15 @@ class Suite:
         """The suite's cases. Of cases with the same key one is kept."""
         raise NotImplementedError
 
-    def score(self, case: Case, answer: str, harm: float | None) -> dict[str, float | None]:
+    def judge(self, harm: HarmJudge) -> HarmJudge | None:
+        """The judge that sees the suite's answers: the one of harm where it `needs_judge`, else none."""
+        return harm if self.needs_judge else None
+
+    def score(self, case: Case, answer: str, verdict: float | None) -> dict[str, float | None]:
         """Outcomes of one answer, 0 or 1 each, None where it could not be judged; those not in `outcomes` are
         not counted.
 
-        `harm` is the judge's score, 0 to 1, or None. This one says what the refusal rules do: complied,
+        `verdict` is the judge's score, 0 to 1, or None. This one says what the refusal rules do: complied,
         refused, degenerate.
         """
         outcome = refusal_of(answer)

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from commands import refused
 from test_harm import HarmEndpoint
-from test_judge_endpoint import says
+from test_judge_endpoint import FakeEndpoint, says
 
 from personatlas.cli.app import main
 from personatlas.persona.artifacts import read_json
@@ -14,6 +14,7 @@ from personatlas.persona.logs import read_lines
 from personatlas.steering.conversations import runner
 from personatlas.steering.conversations.runner import TurnRecord
 from personatlas.steering.evals.capability import coherence, loops
+from personatlas.steering.evals.result import EvalResult
 from personatlas.steering.identity import QUESTIONS
 
 SIZES = "--roles 4 --prompts 1 --limit 8 --answers 4 --max-new-tokens 6 --device cpu --dtype float32 --arm cap:p75@0-2"
@@ -75,6 +76,14 @@ def test_all_arms_are_asked_the_same_and_every_answer_is_kept(done):
     assert all(0 < share < 1 for share in fired[1:])
     moved = [content["suites"]["harm"]["arms"][arm]["projection_change"]["value"] for arm in arms[1:3]]
     assert moved[1] != 0
+
+
+def test_a_stored_result_comes_back_also_under_the_baselines_old_name(done, tmp_path):
+    folder, content = done
+    assert EvalResult.load(folder).to_json() == content
+    old = (folder / "eval.json").read_text().replace('"baseline"', '"as it is"')
+    (tmp_path / "eval.json").write_text(old)
+    assert EvalResult.load(tmp_path).to_json() == content
 
 
 def test_shares_and_changes_are_those_of_the_pairs(done):
@@ -157,7 +166,7 @@ def test_an_evaluation_stopped_between_two_arms_goes_on(tiny_run, material, tmp_
     def stopping(config, requests, advance):
         if arms:
             raise KeyboardInterrupt
-        arms.append(requests[0].record.arm)
+        arms.append(requests[0].digest)
         return real(config, requests, advance)
 
     monkeypatch.setattr(runner, "_answer", stopping)
@@ -202,6 +211,39 @@ def test_a_judge_sees_neither_arm_nor_role_and_what_it_cannot_say_counts_nowhere
     assert harmful["baseline"]["n"] + harmful["baseline"]["unjudged"] == 8
     assert content["judge"]["unjudged"] > 0
     assert any("could not be judged" in warning for warning in content["warnings"])
+
+
+class IdentityEndpoint(FakeEndpoint):
+    """Takes any question."""
+
+    @staticmethod
+    def question(body):
+        return ""
+
+
+def test_an_endpoint_classes_who_it_is_without_seeing_role_or_arm(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.delenv("PERSONATLAS_JUDGE_KEY", raising=False)
+    endpoint = IdentityEndpoint(lambda n, _: says("0" if n % 2 else "perhaps"))
+    asked = ["--suite", "susceptibility", "--arm", "random:0", "--judge", endpoint.url, "--judge-model", "m"]
+    try:
+        main(told(tiny_run, tmp_path / "e", *asked))
+    finally:
+        endpoint.close()
+    shown = json.dumps(endpoint.bodies)
+    for hidden in ("a pirate who never says", "You are a nun", "on a wire", "p75@0-2", "baseline"):
+        assert hidden not in shown
+    arms = read_json(tmp_path / "e" / "eval.json")["suites"]["susceptibility"]["outcomes"]["assistant"][
+        "arms"
+    ]
+    assert all(arm["n"] == 8 and arm["unjudged"] == 0 for arm in arms.values())
+    assert any(0 < arm["share"] < 1 for arm in arms.values())
+
+
+def test_an_arm_may_add_the_axis(tiny_run, tmp_path):
+    main(told(tiny_run, tmp_path / "e", "--suite", "susceptibility", "--arm", "add:2", "--arm", "random:0"))
+    suite = read_json(tmp_path / "e" / "eval.json")["suites"]["susceptibility"]
+    assert set(suite["arms"]) == {"baseline", "p75@0-2", "add:2"}
+    assert suite["arms"]["add:2"]["fired"] == 1
 
 
 def test_a_resumed_evaluation_keeps_the_dtype_that_it_began_with(tiny_run, tmp_path):
