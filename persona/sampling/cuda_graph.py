@@ -1,10 +1,12 @@
 """Sampling on a GPU: one decoding step of all slots, sampler included, captured as a CUDA graph and replayed.
 
-A step is about 1,500 small kernels; launched one by one they cost more than they compute. The graph holds the model's
-own forward (whatever `transformers` runs, hooks included, so they must be there before the capture), attention that
-reads each slot to its own length (`personatlas.persona.sampling.kernels`), and the draw. Finished slots are refilled from the same
-chunk every few steps, at moments that depend on the chunk alone, so that a chunk is reproducible. What the caller does with
-an answer happens while the GPU works on the next steps.
+    sampler = fastest_sampler(model, model.chat.end_ids, Sampling(max_new_tokens=64))
+
+A step is about 1,500 small kernels; launched one by one they cost more than they compute. The graph holds the
+model's own forward (whatever `transformers` runs, hooks included, so they must be there before the capture),
+attention that reads each slot to its own length (`persona/sampling/kernels.py`), and the draw. Finished slots are
+refilled from the same chunk every few steps, at moments that depend on the chunk alone, so that a chunk is
+reproducible. What the caller does with an answer happens while the GPU works on the next steps.
 """
 
 import gc
@@ -56,23 +58,20 @@ def slot_attention(
     return out[:, None], None  # (B, 1, H, D)
 
 
-AttentionInterface.register(ATTENTION, slot_attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-
-
 @contextmanager
-def slot_attention_on(decoder: Model) -> Iterator[None]:
-    """Let a model that uses scaled dot product attention use the slot kernel inside; others stay as they are."""
-    model = decoder.hf
-    before = model.config._attn_implementation
-    if before != "sdpa" or decoder.device.type != "cuda":
+def use_slot_attention(model: Model) -> Iterator[None]:
+    """Lets a model that uses scaled dot product attention use the slot kernel inside; others stay as they are."""
+    before = model.hf.config._attn_implementation
+    if before != "sdpa" or model.device.type != "cuda":
         yield
         return
-    model.set_attn_implementation(ATTENTION)
+    AttentionInterface.register(ATTENTION, slot_attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    model.hf.set_attn_implementation(ATTENTION)
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        model.hf.set_attn_implementation(before)
 
 
 def fastest_sampler(
@@ -101,54 +100,56 @@ class GraphSampler(Sampler):
         super().__init__(model, end_ids, sampling)
         self.slots, self.longest = slots, longest or 0
         self._steps: Steps | None = None
-        self._nobody = SamplerCallback()
+        self._no_callback = SamplerCallback()
 
     @torch.no_grad()
-    def answers(self, prompts: Sequence[Prompt], follower: SamplerCallback | None = None) -> Iterator[Answer]:
-        """Answer one chunk; answers come as they end. Another follower than the last one's is another capture."""
+    def answers(self, prompts: Sequence[Prompt], callback: SamplerCallback | None = None) -> Iterator[Answer]:
+        """Answers one chunk; answers come as they end. Another callback than the last one's is another capture."""
         if self.decoder is not Decoder:
-            yield from super().answers(prompts, follower)
+            yield from super().answers(prompts, callback)
             return
         longest = max(self.longest, *(len(prompt.ids) for prompt in prompts))
         length = -(-(longest + self.sampling.max_new_tokens) // 64) * 64
-        with slot_attention_on(self.model):
+        with use_slot_attention(self.model):
             slots = min(self.slots or fitting_slots(self.model, length), len(prompts))
-            follower = follower or self._nobody
-            follower.start(prompts)
-            if self._steps is None or not self._steps.serves(slots, length, follower):
+            callback = callback or self._no_callback
+            callback.start(prompts)
+            if self._steps is None or not self._steps.serves(slots, length, callback):
                 self._steps = None
-                _free()
-                self._steps = Steps(self, slots, length, follower)
+                gc.collect()  # steps and their sampler refer to each other, and their cache is of the card's size
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                self._steps = Steps(self, slots, length, callback)
             yield from self._steps.run(prompts)
 
 
 class Steps:
     """The state of all slots as fixed tensors, and the step that changes them in place."""
 
-    def __init__(self, sampler: GraphSampler, slots: int, length: int, follower: SamplerCallback) -> None:
-        model, device, self.follower = sampler.model, sampler.model.device, follower
+    def __init__(self, sampler: GraphSampler, slots: int, length: int, callback: SamplerCallback) -> None:
+        model, device = sampler.model, sampler.model.device
         self.sampler, self.model, self.slots, self.length = sampler, model, slots, length
-        self.limit = sampler.sampling.max_new_tokens
-        self.decoder = Decoder(model, slots, length, follower)
-        follower.resize(slots)
-        self._followed = [id(tensor) for tensor in follower.state()]
+        self.limit, self.callback = sampler.sampling.max_new_tokens, callback
+        self.decoder = Decoder(model, slots, length, callback)
+        callback.resize(slots)
+        self._callback_state = [id(tensor) for tensor in callback.state()]
         self.tokens = torch.zeros(slots, dtype=torch.long, device=device)
-        self.positions = torch.zeros(slots, dtype=torch.long, device=device)
-        self.seeds = torch.zeros(slots, dtype=torch.long, device=device)
-        self.steps = torch.zeros(slots, dtype=torch.long, device=device)
+        self.positions, self.seeds, self.steps = (torch.zeros_like(self.tokens) for _ in range(3))
         self.written = torch.zeros(slots, self.limit, dtype=torch.long, device=device)
         self.running = torch.zeros(slots, dtype=torch.bool, device=device)
-        self.ended = torch.zeros(slots, dtype=torch.bool, device=device)  # by an end token, not by the limit
+        self.ended = torch.zeros_like(self.running)  # by an end token, not by the limit
         self.state = self.decoder.cache.state
         self._replay: Callable[[], None] | None = None
 
-    def serves(self, slots: int, length: int, follower: SamplerCallback) -> bool:
-        """Whether the captured step does for that many slots of that length, with that follower's tensors."""
-        same = follower is self.follower and [id(tensor) for tensor in follower.state()] == self._followed
+    def serves(self, slots: int, length: int, callback: SamplerCallback) -> bool:
+        """Whether the captured step does for that many slots of that length, with that callback's tensors."""
+        same = (
+            callback is self.callback and [id(tensor) for tensor in callback.state()] == self._callback_state
+        )
         return same and self.slots == slots and self.length >= length
 
     def run(self, prompts: Sequence[Prompt]) -> Iterator[Answer]:
-        """Answer the prompts, refilling slots in order of the prompts."""
+        """Answers the prompts, refilling slots in order of the prompts."""
         waiting = list(range(len(prompts)))[::-1]
         rows: list[int | None] = [None] * self.slots
         done: list[Answer] = []
@@ -156,62 +157,59 @@ class Steps:
         while waiting or any(row is not None for row in rows):
             free = [slot for slot, row in enumerate(rows) if row is None]
             if waiting and len(free) >= min(max(self.slots // REFILL, 1), len(waiting)):
-                self._fill(prompts, waiting, rows, free)
+                filled = {slot: waiting.pop() for slot in free[: len(waiting)]}
+                for slot, row in filled.items():
+                    rows[slot] = row
+                self._fill(list(filled), [prompts[row] for row in filled.values()])
             for _ in range(POLL):
                 self._step()
             yield from done  # of the round before: the GPU is busy with this one
             done = self._finished(prompts, rows)
         yield from done
 
-    def _fill(
-        self, prompts: Sequence[Prompt], waiting: list[int], rows: list[int | None], free: list[int]
-    ) -> None:
-        taken = free[: len(waiting)]
-        for slot in taken:
-            rows[slot] = waiting.pop()
-        chosen = [prompts[row] for slot in taken if (row := rows[slot]) is not None]
-        self.follower.assign_slots(taken, chosen)
-        self.decoder.prefill([prompt.ids for prompt in chosen], taken)
-        at = torch.tensor(taken, device=self.tokens.device)
-
-        def put(target: Tensor, values: list[int]) -> None:
-            target[at] = torch.tensor(values, device=target.device, dtype=target.dtype)
-
-        put(self.tokens, [prompt.ids[-1] for prompt in chosen])
-        put(self.positions, [len(prompt.ids) - 1 for prompt in chosen])
-        put(self.seeds, [prompt.seed for prompt in chosen])
-        put(self.steps, [0] * len(chosen))
-        put(self.running, [1] * len(chosen))
-        put(self.ended, [0] * len(chosen))
+    def _fill(self, slots: list[int], prompts: list[Prompt]) -> None:
+        self.callback.assign_slots(slots, prompts)
+        self.decoder.prefill([prompt.ids for prompt in prompts], slots)
+        index = torch.tensor(slots, device=self.tokens.device)
+        for target, values in (
+            (self.tokens, [prompt.ids[-1] for prompt in prompts]),
+            (self.positions, [len(prompt.ids) - 1 for prompt in prompts]),
+            (self.seeds, [prompt.seed for prompt in prompts]),
+            (self.steps, [0] * len(prompts)),
+            (self.running, [1] * len(prompts)),
+            (self.ended, [0] * len(prompts)),
+        ):
+            target[index] = torch.tensor(values, device=target.device, dtype=target.dtype)
 
     def _finished(self, prompts: Sequence[Prompt], rows: list[int | None]) -> list[Answer]:
-        """Take the answers out of the slots that came to rest; this waits for the GPU."""
+        """Takes the answers out of the slots that came to rest; this waits for the GPU."""
         running, ended, steps = self.running.tolist(), self.ended.tolist(), self.steps.tolist()
-        done = [slot for slot, row in enumerate(rows) if row is not None and not running[slot]]
-        written = self.written[torch.tensor(done, dtype=torch.long, device=self.written.device)].tolist()
-        found = []
-        for slot, ids in zip(done, written, strict=True):
-            row = rows[slot]
-            assert row is not None
-            found.append(Answer(row, tuple(ids[: steps[slot]]), "end" if ended[slot] else "length"))
+        done = {slot: row for slot, row in enumerate(rows) if row is not None and not running[slot]}
+        written = self.written[
+            torch.tensor(list(done), dtype=torch.long, device=self.written.device)
+        ].tolist()
+        answers = [
+            Answer(row, tuple(ids[: steps[slot]]), "end" if ended[slot] else "length")
+            for (slot, row), ids in zip(done.items(), written, strict=True)
+        ]
+        for slot in done:
             rows[slot] = None
-        self.follower.finish(done, prompts, found)
-        return found
+        self.callback.finish(list(done), prompts, answers)
+        return answers
 
     def _step(self) -> None:
         if self._replay is None:
-            on_gpu = self.model.device.type == "cuda"
-            self._replay = (
-                capture_step(self._advance, self._state(), self.model.id) if on_gpu else self._advance
-            )
+            self._replay = self._advance
+            if self.model.device.type == "cuda":
+                self._replay = capture_step(self._advance, self._state(), self.model.id)
         self._replay()
 
     def _advance(self) -> None:
-        """Feed one token per slot, draw the next, note who ended. Slots at rest feed their last token to their last column."""
+        """Feeds one token a slot, draws the next, notes who ended. A slot at rest feeds its last token once more."""
         config, state = self.decoder.config, self.state
         state.positions, state.visible = self.positions, self.length
         mask = decoding_mask(config, self.positions, self.length, self.model.dtype)
-        self.follower.before_decode(self.running, self.steps == 0, self.positions == 0)
+        self.callback.before_decode(self.running, self.steps == 0, self.positions == 0)
         logits = self.model.hf(
             input_ids=self.tokens[:, None],
             position_ids=self.positions[:, None],
@@ -222,9 +220,9 @@ class Steps:
         ).logits[:, -1]
         sampling = self.sampler.sampling
         tokens = draw(logits, self.seeds, self.steps, sampling.temperature, sampling.top_p)
-        place = self.steps.clamp(max=self.limit - 1)[:, None]
-        kept = self.written.gather(1, place)[:, 0]
-        self.written.scatter_(1, place, torch.where(self.running, tokens, kept)[:, None])
+        index = self.steps.clamp(max=self.limit - 1)[:, None]
+        written = self.written.gather(1, index)[:, 0]
+        self.written.scatter_(1, index, torch.where(self.running, tokens, written)[:, None])
         # not torch.isin: with many end tokens it sorts and waits, which no capture allows
         ends = (tokens[:, None] == self.sampler.end_ids).any(1) & self.running
         self.ended.logical_or_(ends)
@@ -235,7 +233,7 @@ class Steps:
 
     def _state(self) -> list[Tensor]:
         own = [self.tokens, self.positions, self.seeds, self.steps, self.written, self.running, self.ended]
-        return own + self.follower.state()
+        return own + self.callback.state()
 
 
 def capture_step(step: Callable[[], None], state: Sequence[Tensor], model_id: str) -> Callable[[], None]:
@@ -265,13 +263,6 @@ def capture_step(step: Callable[[], None], state: Sequence[Tensor], model_id: st
         for tensor, value in zip(state, saved, strict=True):
             tensor.copy_(value)
     return replay
-
-
-def _free() -> None:
-    """Give back the caches of steps that nobody holds: they and their sampler refer to each other, and each is of the card's size."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def fitting_slots(model: Model, length: int) -> int:

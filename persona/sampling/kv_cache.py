@@ -25,7 +25,7 @@ class SlotState:
         self.rows = torch.zeros(0, dtype=torch.long)  # (n,) slots of a prefill
         self.positions = torch.zeros(0, dtype=torch.long)  # (n,) of a decoding step
         self.visible = length
-        self.going_on: tuple[int, int] | None = None  # (slot, column): a prefill that continues what is there
+        self.resumed: tuple[int, int] | None = None  # (slot, column): a prefill that continues what is there
 
 
 class SlotLayer(CacheLayerMixin):
@@ -54,8 +54,8 @@ class SlotLayer(CacheLayerMixin):
         assert self.keys is not None
         assert self.values is not None
         state, (n, _, length, _) = self.state, key_states.shape
-        if state.prefill and state.going_on is not None:
-            slot, start = state.going_on
+        if state.prefill and state.resumed is not None:
+            slot, start = state.resumed
             self.keys[slot, :, start : start + length] = key_states[0]
             self.values[slot, :, start : start + length] = value_states[0]
             stop = start + length

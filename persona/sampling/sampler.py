@@ -10,7 +10,7 @@ slot, so finished rows cost nothing. The work on a chunk is a function of the ch
 answers in a resumed run and under any number of processes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -46,7 +46,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids to answer and the seed to do it with. `plan` is for what follows the sampling: what it does to this row."""
+    """Token ids to answer, the seed to do it with, and which plan of a callback's (steering's) acts on the row."""
 
     ids: tuple[int, ...]
     seed: int
@@ -63,30 +63,35 @@ class Answer:
 
 
 class SamplerCallback:
-    """Something inside the forwards (steering) that must know which rows and tokens each of them is about.
+    """Something inside the forwards, such as steering, that must know which rows and tokens each of them is about.
 
-    A sampler tells it all of that; this one does nothing with it. A row's place in a batch is its *slot*.
+    A sampler calls these methods; here they do nothing. A row's index in a batch is its *slot*.
     """
 
     def start(self, prompts: Sequence[Prompt]) -> None:
         """A chunk of prompts begins."""
 
     def resize(self, slots: int) -> None:
-        """There are so many slots from now on."""
+        """The number of slots from now on."""
 
     def assign_slots(self, slots: Sequence[int], prompts: Sequence[Prompt]) -> None:
         """These prompts take these slots."""
 
     def before_prefill(self, slots: Tensor, lengths: Tensor, opening: bool = True) -> None:
-        """The next forward reads prompts into `slots` (n,): `lengths` (n,) tokens of each, the rest is padding. `opening` is
-        false where it goes on with prompts that are read in part."""
+        """The next forward reads `lengths` (n,) tokens of prompts into `slots` (n,); the rest is padding.
+
+        `opening` is false where it goes on with prompts that are read in part.
+        """
 
     def before_decode(self, running: Tensor, first: Tensor, opening: Tensor) -> None:
-        """The next forward feeds one token to slots 0..n-1. `running` (n,) is false where a row is at rest; `first` (n,) is
-        true where the token is the prompt's last and not yet the answer's; `opening` (n,) where nothing is before it."""
+        """The next forward feeds one token to slots 0..n-1, described by masks (n,).
+
+        `running` is false where a row is at rest, `first` true where the token is the prompt's last and not yet
+        the answer's, `opening` true where nothing is before it.
+        """
 
     def before_reread(self, lengths: Tensor, starts: Tensor) -> None:
-        """The next forward reads slots 0..n-1 from their beginning, once more: `lengths` (n,) tokens, answers from `starts`."""
+        """The next forward reads slots 0..n-1 again from the beginning: `lengths` (n,), answers from `starts` (n,)."""
 
     def move(self, source: int, target: int) -> None:
         """The row in slot `source` goes on in slot `target`."""
@@ -99,55 +104,27 @@ class SamplerCallback:
         return []
 
 
+def _forwarded(name: str) -> Callable[..., None]:
+    def call(self: "SamplerCallbacks", *args: Any, **kwargs: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, name)(*args, **kwargs)
+
+    return call
+
+
 class SamplerCallbacks(SamplerCallback):
-    """Several followers of one decoder, each told everything in turn."""
+    """Several callbacks of one decoder, each called in turn."""
 
-    def __init__(self, *each: SamplerCallback) -> None:
-        self.each = each
+    def __init__(self, *callbacks: SamplerCallback) -> None:
+        self.callbacks = callbacks
 
-    def start(self, prompts: Sequence[Prompt]) -> None:
-        """A chunk of prompts begins."""
-        for one in self.each:
-            one.start(prompts)
-
-    def resize(self, slots: int) -> None:
-        """There are so many slots from now on."""
-        for one in self.each:
-            one.resize(slots)
-
-    def assign_slots(self, slots: Sequence[int], prompts: Sequence[Prompt]) -> None:
-        """These prompts take these slots."""
-        for one in self.each:
-            one.assign_slots(slots, prompts)
-
-    def before_prefill(self, slots: Tensor, lengths: Tensor, opening: bool = True) -> None:
-        """The next forward reads prompts."""
-        for one in self.each:
-            one.before_prefill(slots, lengths, opening)
-
-    def before_decode(self, running: Tensor, first: Tensor, opening: Tensor) -> None:
-        """The next forward feeds one token to each of the first slots."""
-        for one in self.each:
-            one.before_decode(running, first, opening)
-
-    def before_reread(self, lengths: Tensor, starts: Tensor) -> None:
-        """The next forward reads everything once more."""
-        for one in self.each:
-            one.before_reread(lengths, starts)
-
-    def move(self, source: int, target: int) -> None:
-        """The row in slot `source` goes on in slot `target`."""
-        for one in self.each:
-            one.move(source, target)
-
-    def finish(self, slots: Sequence[int], prompts: Sequence[Prompt], answers: Sequence["Answer"]) -> None:
-        """The rows in these slots are answered."""
-        for one in self.each:
-            one.finish(slots, prompts, answers)
+    start, resize, assign_slots = map(_forwarded, ("start", "resize", "assign_slots"))
+    before_prefill, before_decode = map(_forwarded, ("before_prefill", "before_decode"))
+    before_reread, move, finish = map(_forwarded, ("before_reread", "move", "finish"))
 
     def state(self) -> list[Tensor]:
         """What a forward changes in any of them."""
-        return [tensor for one in self.each for tensor in one.state()]
+        return [tensor for callback in self.callbacks for tensor in callback.state()]
 
 
 class Decoder:
@@ -156,37 +133,35 @@ class Decoder:
     name = "slots"
 
     def __init__(
-        self, model: Model, slots: int, length: int, follower: SamplerCallback | None = None
+        self, model: Model, slots: int, length: int, callback: SamplerCallback | None = None
     ) -> None:
-        self.model, self.follower = model, follower or SamplerCallback()
+        self.model, self.callback = model, callback or SamplerCallback()
         self.config = model.hf.config.get_text_config(decoder=True)
         self.cache = SlotCache(model.n_layers, slots, length)
         self.steps = 0
 
     def prefill(self, prompts: Sequence[tuple[int, ...]], slots: Sequence[int] | None = None) -> None:
-        """Fill slots (0.. unless given) with all but the last token of each prompt, in batches."""
-        slots, state, first = slots or range(len(prompts)), self.cache.state, 0
-        tokens = batch_tokens(self.model, CPU_TOKENS, GPU_TOKENS)
-        state.prefill, state.going_on = True, None
+        """Fills slots (0.. unless given) with all but the last token of each prompt, in batches."""
+        slots, state, device, first = slots or range(len(prompts)), self.cache.state, self.model.device, 0
+        lengths, tokens = [len(ids) for ids in prompts], batch_tokens(self.model, CPU_TOKENS, GPU_TOKENS)
+        state.prefill, state.resumed = True, None
         while first < len(prompts):
-            stop = batch_end([len(ids) for ids in prompts], first, tokens)
-            batch = pad([ids[:-1] or ids for ids in prompts[first:stop]], self.model.device)
-            state.rows = torch.tensor(slots[first:stop], device=self.model.device)
-            read = torch.tensor([len(ids) - 1 for ids in prompts[first:stop]], device=self.model.device)
-            self.follower.before_prefill(state.rows, read)
+            stop = batch_end(lengths, first, tokens)
+            batch = pad([ids[:-1] or ids for ids in prompts[first:stop]], device)
+            state.rows = torch.tensor(slots[first:stop], device=device)
+            self.callback.before_prefill(state.rows, torch.tensor(lengths[first:stop], device=device) - 1)
             self.model.base(input_ids=batch, past_key_values=self.cache, use_cache=True)
             first = stop
         state.prefill, self.steps = False, 0
 
     def read_on(self, ids: Sequence[int], slot: int, start: int) -> None:
-        """Go on reading into a slot that holds `start` tokens already."""
+        """Goes on reading into a slot that holds `start` tokens already."""
         state, device = self.cache.state, self.model.device
         positions = torch.arange(start, start + len(ids), device=device)[None]
         mask = decoding_mask(self.config, positions, start + len(ids), self.model.dtype)
-        state.prefill, state.going_on = True, (slot, start)
-        self.follower.before_prefill(
-            torch.tensor([slot], device=device), torch.tensor([len(ids)], device=device), opening=start == 0
-        )
+        state.prefill, state.resumed = True, (slot, start)
+        slots, lengths = torch.tensor([slot], device=device), torch.tensor([len(ids)], device=device)
+        self.callback.before_prefill(slots, lengths, opening=start == 0)
         try:
             self.model.base(
                 input_ids=pad([ids], device),
@@ -196,14 +171,12 @@ class Decoder:
                 use_cache=True,
             )
         finally:
-            state.prefill, state.going_on = False, None
+            state.prefill, state.resumed = False, None
 
     def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Logits (n, V) after feeding `tokens` (n,) at `positions` (n,) to slots 0..n-1."""
-        state, everywhere = self.cache.state, torch.ones_like(tokens, dtype=torch.bool)
-        self.follower.before_decode(
-            everywhere, everywhere if self.steps == 0 else ~everywhere, positions == 0
-        )
+        state, all_rows = self.cache.state, torch.ones_like(tokens, dtype=torch.bool)
+        self.callback.before_decode(all_rows, all_rows if self.steps == 0 else ~all_rows, positions == 0)
         self.steps += 1
         state.positions, state.visible = positions, int(positions.max()) + 1
         mask = decoding_mask(self.config, positions, state.visible, self.model.dtype)
@@ -216,24 +189,24 @@ class Decoder:
         ).logits[:, -1]
 
     def move(self, source: int, target: int, columns: int | None = None) -> None:
-        """Continue the row of slot `source` in slot `target`; `columns` are all that it has written, if given."""
+        """Continues the row of slot `source` in slot `target`; `columns` are all that it has written, if given."""
         self.cache.move(source, target, columns)
 
 
 class PlainDecoder:
-    """The same without a cache: the whole text is read again at every step. Slow, and right for any causal decoder."""
+    """The same without a cache: every step reads the whole text again. Slow, and right for any causal decoder."""
 
     name = "no cache"
 
     def __init__(
-        self, model: Model, slots: int, length: int, follower: SamplerCallback | None = None
+        self, model: Model, slots: int, length: int, callback: SamplerCallback | None = None
     ) -> None:
-        self.model, self.follower = model, follower or SamplerCallback()
+        self.model, self.callback = model, callback or SamplerCallback()
         self.text = torch.zeros(slots, length, dtype=torch.long, device=model.device)
         self.starts = torch.zeros(slots, dtype=torch.long, device=model.device)
 
     def prefill(self, prompts: Sequence[tuple[int, ...]]) -> None:
-        """Keep the prompts."""
+        """Keeps the prompts."""
         self.starts[: len(prompts)] = torch.tensor([len(ids) for ids in prompts])
         for row, ids in enumerate(prompts):
             self.text[row, : len(ids)] = torch.tensor(ids)
@@ -243,16 +216,16 @@ class PlainDecoder:
         rows = torch.arange(len(tokens), device=tokens.device)
         self.text[rows, positions] = tokens
         text = self.text[: len(tokens), : int(positions.max()) + 1]
-        self.follower.before_reread(positions + 1, self.starts[: len(tokens)])
+        self.callback.before_reread(positions + 1, self.starts[: len(tokens)])
         return self.model.hf(input_ids=text, use_cache=False).logits[rows, positions]
 
     def move(self, source: int, target: int) -> None:
-        """Continue row `source` as row `target`."""
+        """Continues row `source` as row `target`."""
         self.text[target], self.starts[target] = self.text[source], self.starts[source]
 
 
 class Sampler:
-    """Answers chunks of prompts. Building one proves the cached decoder right on this model, or falls back to none."""
+    """Answers chunks of prompts. Building one proves the cached decoder on this model, or falls back to none."""
 
     def __init__(self, model: Model, end_ids: frozenset[int], sampling: Sampling) -> None:
         self.model, self.sampling = model, sampling
@@ -260,18 +233,15 @@ class Sampler:
         self.decoder: type[Any] = Decoder if decodes_from_cache(model) else PlainDecoder
 
     @torch.no_grad()
-    def answers(self, prompts: Sequence[Prompt], follower: SamplerCallback | None = None) -> Iterator[Answer]:
-        """Answer one chunk; answers come as they end. `follower` is told what every forward is about."""
-        limit, device, follower = (
-            self.sampling.max_new_tokens,
-            self.model.device,
-            follower or SamplerCallback(),
-        )
+    def answers(self, prompts: Sequence[Prompt], callback: SamplerCallback | None = None) -> Iterator[Answer]:
+        """Answers one chunk; answers come as they end. `callback` is told what every forward is about."""
+        limit, device = self.sampling.max_new_tokens, self.model.device
+        callback = callback or SamplerCallback()
         length = max(len(prompt.ids) for prompt in prompts) + limit
-        decoder = self.decoder(self.model, len(prompts), length, follower)
-        follower.start(prompts)
-        follower.resize(len(prompts))
-        follower.assign_slots(range(len(prompts)), prompts)
+        decoder = self.decoder(self.model, len(prompts), length, callback)
+        callback.start(prompts)
+        callback.resize(len(prompts))
+        callback.assign_slots(range(len(prompts)), prompts)
         decoder.prefill([prompt.ids for prompt in prompts])
         rows = list(range(len(prompts)))  # which prompt is in which slot
         tokens = torch.tensor([prompt.ids[-1] for prompt in prompts], device=device)
@@ -279,21 +249,18 @@ class Sampler:
         seeds = torch.tensor([prompt.seed for prompt in prompts], device=device)
         written = torch.zeros(len(prompts), limit, dtype=torch.long, device=device)
         for step in range(limit):
-            logits = decoder.step(tokens, positions)
-            steps = torch.full_like(tokens, step)
+            logits, steps = decoder.step(tokens, positions), torch.full_like(tokens, step)
             tokens = draw(logits, seeds, steps, self.sampling.temperature, self.sampling.top_p)
             written[: len(rows), step] = tokens
-            ended = torch.isin(tokens, self.end_ids)
-            for slot in reversed(
-                ended.nonzero()[:, 0].tolist()
-            ):  # from the back: the row that moves in has not ended
+            ended = torch.isin(tokens, self.end_ids).nonzero()[:, 0].tolist()
+            for slot in reversed(ended):  # from the back: the row that moves in has not ended
                 answer = Answer(rows[slot], tuple(written[slot, :step].tolist()), "end")
-                follower.finish([slot], prompts, [answer])
+                callback.finish([slot], prompts, [answer])
                 yield answer
                 last = len(rows) - 1
                 if slot != last:
                     decoder.move(last, slot)
-                    follower.move(last, slot)
+                    callback.move(last, slot)
                     for values in (rows, tokens, positions, seeds, written):
                         values[slot] = values[last]
                 rows.pop()
@@ -302,7 +269,7 @@ class Sampler:
                 return
             positions = positions + 1
         left = [Answer(row, tuple(written[slot].tolist()), "length") for slot, row in enumerate(rows)]
-        follower.finish(range(len(rows)), prompts, left)
+        callback.finish(range(len(rows)), prompts, left)
         yield from left
 
 
@@ -317,34 +284,27 @@ def decodes_from_cache(model: Model) -> bool:
 
 @torch.no_grad()
 def cached_decoding_error(model: Model) -> float:
-    """How far cached decoding is from reading the whole text: relative error of the logits over three uneven rows.
+    """Relative error of the logits of cached decoding against reading the whole text, over three uneven rows.
 
-    infinity when the model does not take the cache at all (recurrent state, say).
+    Infinite when the model does not take the cache at all (recurrent state, say).
     """
-    vocabulary = model.vocab_size
+    lengths, n_fed, device = (9, 12, 6), 3, model.device  # tokens of the texts, and decoded after the prompt
     texts = [
-        tuple((i * 37 + row * 11 + 5) % vocabulary for i in range(length))
-        for row, length in enumerate((9, 12, 6))
+        [(i * 37 + row * 11 + 5) % model.vocab_size for i in range(length)]
+        for row, length in enumerate(lengths)
     ]
-    fed = 3  # tokens decoded after the prompt
-    decoder = Decoder(model, len(texts), max(map(len, texts)))
+    decoder = Decoder(model, len(texts), max(lengths))
     try:
-        decoder.prefill([text[:-fed] for text in texts])
-        for step in range(fed):
-            at = [len(text) - fed + step for text in texts]
-            tokens = torch.tensor([text[i] for text, i in zip(texts, at, strict=True)], device=model.device)
-            # the decoder's first step feeds the last prompt token
-            if step == 0:
-                last = torch.tensor(
-                    [text[i - 1] for text, i in zip(texts, at, strict=True)], device=model.device
-                )
-                decoder.step(last, torch.tensor(at, device=model.device) - 1)
-            cached = decoder.step(tokens, torch.tensor(at, device=model.device))
+        decoder.prefill([tuple(text[:-n_fed]) for text in texts])
+        for step in range(-1, n_fed):  # the decoder's first step feeds the last prompt token
+            at = [length - n_fed + step for length in lengths]
+            tokens = torch.tensor([text[i] for text, i in zip(texts, at, strict=True)], device=device)
+            cached = decoder.step(tokens, torch.tensor(at, device=device))
     except (ValueError, TypeError, AttributeError, RuntimeError, IndexError):
         return float("inf")
     error = 0.0
     for row, text in enumerate(texts):
-        whole = model.hf(input_ids=torch.tensor([text], device=model.device), use_cache=False).logits[0, -1]
+        whole = model.hf(input_ids=torch.tensor([text], device=device), use_cache=False).logits[0, -1]
         error = max(error, float((cached[row].float() - whole.float()).norm() / whole.float().norm()))
     return error
 

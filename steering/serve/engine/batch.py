@@ -101,7 +101,7 @@ class DecodeBatch:
     def reset(self) -> None:
         """Clears what a failed forward left half done."""
         state = self.decoder.cache.state
-        state.prefill, state.going_on = False, None
+        state.prefill, state.resumed = False, None
         self.steering.hooks.discard_forward()
         self.projection_hook.take()
 

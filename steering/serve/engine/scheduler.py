@@ -28,7 +28,7 @@ from personatlas.persona.axis import Axis
 from personatlas.persona.errors import UserError
 from personatlas.persona.interventions import Cap
 from personatlas.persona.models.load import Model
-from personatlas.persona.sampling.cuda_graph import slot_attention_on
+from personatlas.persona.sampling.cuda_graph import use_slot_attention
 from personatlas.persona.sampling.sampler import Prompt, batch_end, decodes_from_cache
 from personatlas.steering.hooks.steering import HookDidNotFire
 from personatlas.steering.serve.engine.batch import BatchRow, DecodeBatch, TokenEvent, TokenLogprobs
@@ -247,7 +247,7 @@ class Engine:
             with (
                 self.projection_hook.on(),
                 self.caps.steering.hooks.attached(),
-                slot_attention_on(self.model),
+                use_slot_attention(self.model),
             ):
                 while not self._closing.is_set():
                     self._receive()
