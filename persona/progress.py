@@ -59,7 +59,8 @@ def console() -> Console:
 
 def say(text: str) -> None:
     """One plain line on stderr."""
-    print(text, file=sys.stderr, flush=True)  # noqa: T201 (this is where verbs speak)
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
 
 
 def _bar(console: Console, unit: str) -> Progress:

@@ -302,9 +302,10 @@ def train_base(
     """
     from personatlas.training import pretrain
 
-    length = {name: value for name, value in (("minutes", minutes), ("tokens", tokens)) if value is not None}
+    if minutes is not None or tokens is not None:
+        options = replace(options, minutes=minutes, tokens=tokens)
     source = corpus if isinstance(corpus, CorpusOptions) else Path(corpus)
-    result = pretrain.train_base(source, depth=depth, out=Path(out), options=replace(options, **length))
+    result = pretrain.train_base(source, depth=depth, out=Path(out), options=options)
     return _of_first_process(result)
 
 

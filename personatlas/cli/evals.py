@@ -21,6 +21,7 @@ from personatlas.steering.evals.options import EvalOptions, InspectOptions, LmEv
 
 if TYPE_CHECKING:
     from personatlas.steering.evals.harnesses.inspect_compare import InspectComparison
+    from personatlas.steering.evals.result import EvalResult
 
 T = TypeVar("T")
 HIDDEN = Parameter(parse=False)
@@ -140,41 +141,56 @@ def eval_(
     elif tasks.lm_eval is not None and suite is None:
         _lm_eval(model, tasks, samples, steering, load, out or default_folder(model) / "evals", json)
     else:
-        from personatlas.cli.eval_tables import print_evaluation
-        from personatlas.steering.evals.page import write_eval_page
-        from personatlas.steering.evals.study import evaluate
-
         folder = out or default_folder(model, "eval")
-        options = replace(
-            options,
-            tasks=tasks.lm_eval,
-            data=list(tasks.data) or None,
-            task_limit=samples.limit if tasks.lm_eval else None,
-            task_tokens=samples.max_new_tokens if tasks.lm_eval else None,
-            random=steering.n_random(default=1),
-            pairs=_or(samples.limit, options.pairs),
-            max_new_tokens=_or(samples.max_new_tokens, options.max_new_tokens),
-            temperature=_or(samples.temperature, options.temperature),
-            seed=_or(samples.seed, options.seed),
-            margin=_or(samples.margin, options.margin),
-        )
-        result = evaluate(
-            model,
-            find_axis(model, steering.axis),
-            steering.arms("cap:assistant"),
-            None if suite is None else [name.strip() for name in suite.split(",") if name.strip()],
-            folder,
-            options=options,
-            load=load,
-            bank=bank,
-            force=steering.force,
-        )
+        result = _run_suites(model, suite, folder, options, tasks, samples, steering, load, bank)
         if result is not None:
+            from personatlas.cli.eval_tables import print_evaluation
+            from personatlas.steering.evals.page import write_eval_page
+
             write_eval_page(folder / "eval.html", result, show_answers=show_answers)
             if json:
                 print_json({name: value for name, value in result.to_json().items() if name != "pairs"})
             else:
                 print_evaluation(result, folder)
+
+
+def _run_suites(
+    model: str,
+    suite: str | None,
+    folder: Path,
+    options: SuiteOptions,
+    tasks: TaskOptions,
+    samples: SampleOptions,
+    steering: SteeringOptions,
+    load: ModelOptions,
+    bank: Path | None,
+) -> "EvalResult | None":
+    from personatlas.steering.evals.study import evaluate
+
+    options = replace(
+        options,
+        tasks=tasks.lm_eval,
+        data=list(tasks.data) or None,
+        task_limit=samples.limit if tasks.lm_eval else None,
+        task_tokens=samples.max_new_tokens if tasks.lm_eval else None,
+        random=steering.n_random(default=1),
+        pairs=_or(samples.limit, options.pairs),
+        max_new_tokens=_or(samples.max_new_tokens, options.max_new_tokens),
+        temperature=_or(samples.temperature, options.temperature),
+        seed=_or(samples.seed, options.seed),
+        margin=_or(samples.margin, options.margin),
+    )
+    return evaluate(
+        model,
+        find_axis(model, steering.axis),
+        steering.arms("cap:assistant"),
+        None if suite is None else [name.strip() for name in suite.split(",") if name.strip()],
+        folder,
+        options=options,
+        load=load,
+        bank=bank,
+        force=steering.force,
+    )
 
 
 def _or(value: T | None, default: T) -> T:

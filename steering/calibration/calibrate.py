@@ -84,9 +84,8 @@ def calibrate(
         loaded_bank = load_bank(bank)
         default, roles = _populations(read_rollouts(run), loaded_bank, run)
         if model is None:
-            dtype = load.dtype or plan["dtype"]
-            name_or_path, template = plan["model_name"], load.chat_template
-            model = load_model(name_or_path, device=load.device, dtype=dtype, chat_template=template)
+            dtype, template = load.dtype or plan["dtype"], load.chat_template
+            model = load_model(plan["model_name"], device=load.device, dtype=dtype, chat_template=template)
         loaded_axis.require_model(model.describe())
         halves = deal_halves(loaded_bank, loaded_axis, space, default, model.name, settings)
         populations = {"default": spread(default, POPULATION_SIZE), "roles": spread(roles, POPULATION_SIZE)}
@@ -124,14 +123,13 @@ def calibrate(
             page=str(run / "calibration.html"),
             versions=versions(),
         )
-        chosen = report[CHOSEN]
         calibration = {
             "name": result.cap,
             "levels": None if best.candidate.fitted else [best.candidate.level] * len(cap.layers),
             "budget": settings.budget,
-            "assistant": [report[BASELINE].assistant, chosen.assistant],
-            "more_loss": chosen.more_loss,
-            "fired": chosen.fired,
+            "assistant": [report[BASELINE].assistant, report[CHOSEN].assistant],
+            "more_loss": report[CHOSEN].more_loss,
+            "fired": report[CHOSEN].fired,
         }
         saved.parent.mkdir(exist_ok=True)
         replace(cap, calibration=calibration).save(saved)

@@ -221,12 +221,13 @@ def _run(
     if options.tasks:  # their samples stay in tasks/lm_eval.json
         from personatlas.steering.evals.harnesses.lm_eval_run import compare_tasks
 
-        limits = {
-            "limit": options.task_limit,
-            "max_new_tokens": options.task_tokens,
-            "margin": options.margin,
-        }
-        names, task_options = parse_task_names(options.tasks), LmEvalOptions(data=options.data, **limits)
+        names = parse_task_names(options.tasks)
+        task_options = LmEvalOptions(
+            data=options.data,
+            limit=options.task_limit,
+            max_new_tokens=options.task_tokens,
+            margin=options.margin,
+        )
         whole = compare_tasks(bench.model, arms, names, run.folder / "tasks", task_options)
         tasks = replace(whole, tasks={name: replace(own, samples=None) for name, own in whole.tasks.items()})
     unjudged = sum(score is None for score in scored.get(judge.id, {}).values())
