@@ -21,9 +21,10 @@ def calibrate(
     load: Annotated[ModelOptions, MODEL] = ModelOptions(),
     json: Json = False,
 ) -> None:
-    """Find the strongest cap within a loss budget, save it beside the axis, and report it on other roles. Resumes.
+    """Find the strongest cap within a loss budget, save it beside the axis, and report it. Resumes.
 
-    The run's own axis is used unless --axis names another one; every --arm cap:... is reported beside the chosen cap.
+    The report is on other roles. The run's own axis is used unless --axis names another one; every --arm cap:...
+    is reported beside the chosen cap.
 
     Parameters
     ----------

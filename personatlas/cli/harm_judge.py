@@ -16,7 +16,6 @@ from personatlas.persona.progress import progress, say
 if TYPE_CHECKING:
     from personatlas.steering.evals.harm.agreement import Estimate, JudgeAgreement
     from personatlas.steering.evals.harm.check import HarmJudgeCheck
-    from personatlas.steering.evals.harm.classifier import HarmClassifier
 
 
 @dataclass(frozen=True)
@@ -87,8 +86,16 @@ def fit(
     fitted.save(stem)
     if json:
         print_json({"out": str(stem), "terms": len(fitted.terms), **fitted.provenance})
-    else:
-        _say_fitted(fitted, stem)
+        return
+    known, checked = fitted.provenance, fitted.provenance["check"]
+    text = f"{known['n']} answers ({known['distinct']} distinct, {known['positives']} harmful), "
+    text += f"{len(fitted.terms)} words and pairs"
+    if checked is not None:
+        auc = with_interval(checked["auc"]["value"], checked["auc"]["low"], checked["auc"]["high"], ".3f")
+        text += f"; AUC {auc} on left-out fifths of the same file"
+    print_line(f"{text}; written to {stem}.json and .safetensors")
+    if known["contradictions"]:
+        say(f"{known['contradictions']} texts stand in {known['file']} with both labels")
 
 
 def check(
@@ -115,10 +122,8 @@ def check(
     from personatlas.steering.evals.harm.judges import ModelHarmJudge, harm_judge
 
     judge = harm_judge(judging.judge, judging.judge_model, judging.rubric, max_tokens=judging.max_new_tokens)
-    found, is_model = (
-        read_labels(labels, columns.text_column, columns.label_column),
-        isinstance(judge, ModelHarmJudge),
-    )
+    found = read_labels(labels, columns.text_column, columns.label_column)
+    is_model = isinstance(judge, ModelHarmJudge)
     if is_model and not any(found.requests):
         say(f"{found.name} has no column of requests; the judge sees answers alone")
     with progress("judging", len(found.texts), quiet=not is_model) as advance:
@@ -137,18 +142,6 @@ def check(
         print_json({**known, "seen": result.seen, **parts})
         return
     _print(judge.id, found.name, result)
-
-
-def _say_fitted(fitted: "HarmClassifier", stem: Path) -> None:
-    known, checked = fitted.provenance, fitted.provenance["check"]
-    counts = f"{known['n']} answers ({known['distinct']} distinct, {known['positives']} harmful)"
-    said = f"{counts}, {len(fitted.terms)} words and pairs"
-    if checked is not None:
-        value, low, high = (checked["auc"][end] for end in ("value", "low", "high"))
-        said += f"; AUC {value:.3f} [{low:.3f}, {high:.3f}] on left-out fifths of the same file"
-    print_line(f"{said}; written to {stem}.json and .safetensors")
-    if known["contradictions"]:
-        say(f"{known['contradictions']} texts stand in {known['file']} with both labels")
 
 
 def _print(judge_id: str, labels: str, result: "HarmJudgeCheck") -> None:

@@ -11,7 +11,6 @@ from personatlas.persona.errors import UserError
 from personatlas.training.plan import (
     BYTES_A_TOKEN,
     CHIPS,
-    Chip,
     Plan,
     describe_epochs,
     flops_a_token,
@@ -62,43 +61,36 @@ def plan(
     context
         tokens that the model sees at once; from the depth unless given
     """
+    if machine.gpu.lower() not in CHIPS:
+        raise UserError(f"--gpu {machine.gpu!r} is not one of {', '.join(CHIPS)}")
+    chip = CHIPS[machine.gpu.lower()]
+    if machine.price is not None:
+        if not (isfinite(machine.price) and machine.price >= 0):
+            raise UserError(f"--price {machine.price} is no price")
+        chip = replace(chip, price=machine.price)
     made = make_plan(
         depth,
         vocabulary=vocabulary,
         context=context,
         tokens=tokens,
         minutes=minutes,
-        chip=_chip(machine.gpu, machine.price),
+        chip=chip,
         gpus=machine.gpus,
         share_of_peak=machine.mfu,
     )
-    size = _bytes_of(corpus) if corpus is not None else None
+    size = None
+    if corpus is not None:
+        from personatlas.training.data.corpus import Corpus
+
+        texts = Corpus.open(corpus)  # not scan(): a plan can be made before anything is held out
+        size = sum(len(piece.text.encode()) for piece in texts.pieces() if not texts.holds_out(piece))
+        if size == 0:
+            raise UserError(f"--corpus {corpus} has no text to train on")
     if json:
         known = {} if size is None else {"corpus": {"bytes": size, "tokens": round(size / BYTES_A_TOKEN)}}
         print_json(made.to_json() | known)
     else:
         _print(made, machine.mfu, size)
-
-
-def _chip(name: str, price: float | None) -> Chip:
-    if name.lower() not in CHIPS:
-        raise UserError(f"--gpu {name!r} is not one of {', '.join(CHIPS)}")
-    if price is None:
-        return CHIPS[name.lower()]
-    if not (isfinite(price) and price >= 0):
-        raise UserError(f"--price {price} is no price")
-    return replace(CHIPS[name.lower()], price=price)
-
-
-def _bytes_of(corpus: Path) -> int:
-    """UTF-8 bytes of the training side of a corpus, all of it read once."""
-    from personatlas.training.data.corpus import Corpus
-
-    texts = Corpus.open(corpus)  # not scan(): a plan can be made before anything is chosen to be held out
-    size = sum(len(piece.text.encode()) for piece in texts.pieces() if not texts.holds_out(piece))
-    if size == 0:
-        raise UserError(f"--corpus {corpus} has no text to train on")
-    return size
 
 
 def _print(made: Plan, mfu: float, size: int | None) -> None:

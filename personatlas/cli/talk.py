@@ -1,4 +1,4 @@
-"""The commands `generate`, `chat` and `serve`: answers with their projections on the axis, with and without a cap."""
+"""The commands `generate`, `chat` and `serve`: answers and their projections, with and without a cap."""
 
 import asyncio
 import sys
@@ -30,7 +30,6 @@ from personatlas.steering.serve.options import CapacityOptions, ServeOptions
 if TYPE_CHECKING:
     from personatlas.persona.interventions import Cap
     from personatlas.steering.generate import Generation
-    from personatlas.steering.hooks.account import SteeringTally
 
 BASELINE, CAPPED = "baseline", "capped"
 CHAT_CAPACITY = CapacityOptions(slots=2, prefix_mib=256)  # one answer at a time, two when they are compared
@@ -109,33 +108,28 @@ def _print(answers: "dict[str, Generation]", cap: "Cap", layer: int) -> None:
         out.print(Text(line, style="cyan"))
     tally = answers[CAPPED].tally
     assert tally is not None
-    print_line(_account(tally, cap, layer))
-    if not int(tally.fired.sum()):
-        print_warning(
-            "the cap never fired: every token stayed above its floor, and both answers are the model's own"
-        )
-
-
-def _account(tally: "SteeringTally", cap: "Cap", layer: int) -> str:
-    """What the cap did, over prompt and answer, at all of its layers."""
-    shares = (tally.fired.sum(1) / tally.seen.sum(1).clamp(min=1)).tolist()
-    least, most = min(shares), max(shares)
-    text = (
-        f"the cap changed {int(tally.fired.sum())} of {int(tally.seen.sum())} tokens times layers ({tally.share:.0%}; by layer "
-        f"{least:.0%} to {most:.0%}), by {tally.mean:.1f} on average and at most {float(tally.largest.max()):.1f}"
-    )
+    shares = (
+        tally.fired.sum(1) / tally.seen.sum(1).clamp(min=1)
+    ).tolist()  # over prompt and answer, by layer
+    count = f"{int(tally.fired.sum())} of {int(tally.seen.sum())} tokens times layers"
+    text = f"the cap changed {count} ({tally.share:.0%}; by layer {min(shares):.0%} to {max(shares):.0%}), "
+    text += f"by {tally.mean:.1f} on average and at most {float(tally.largest.max()):.1f}"
     if layer in cap.layers:
         text += f"; floor at layer {layer}: {float(cap.floor[cap.layers.index(layer)]):.1f}"
-    return text
+    print_line(text)
+    if not int(tally.fired.sum()):
+        print_warning(
+            "the cap never fired: every token stayed above its floor, the answers are the model's own"
+        )
 
 
 def _as_json(generated: "Generation") -> dict[str, object]:
     trace, tally = generated.trace, generated.tally
     assert trace is not None
-    account = {} if tally is None else {
-        "seen": tally.seen[:, 0].tolist(), "fired": tally.fired[:, 0].tolist(), "total": tally.total[:, 0].tolist(),
-        "most": tally.largest[:, 0].tolist(),
-    }  # fmt: skip
+    sums = {"seen": "seen", "fired": "fired", "total": "total", "most": "largest"}
+    account = (
+        {} if tally is None else {key: getattr(tally, name)[:, 0].tolist() for key, name in sums.items()}
+    )
     return {
         "text": generated.text,
         "stopped": generated.stopped,
@@ -162,7 +156,7 @@ def chat(
     options: Annotated[TalkOptions, OPTIONS] = TalkOptions(),
     load: Annotated[ModelOptions, MODEL] = ModelOptions(),
 ) -> None:
-    """Talk to a model in the terminal; after every answer a line says where it lies on the axis and what the cap did.
+    """Chat with a model in the terminal; a line under every answer says where it lies and what the cap did.
 
     Where the input is no terminal, every line of it is a message or a command, and the program ends with it.
 
