@@ -1,8 +1,8 @@
 """The projection of every token that a forward processes, taken at one layer without a forward of its own.
 
 hook = ProjectionHook(model, axis.layer, axis.at(axis.layer))
-with hook.on(), steering.hooks.attached():     # in this order: the projection at a layer is that before its caps
-    ...                            # forwards of a `Decoder` with `hook` among its callbacks
+with hook.on(), steering.hooks.attached():     # in this order: projections before the caps
+    ...                        # forwards of a `Decoder` with `hook` among its callbacks
 """
 
 from collections.abc import Iterator
