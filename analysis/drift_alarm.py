@@ -191,7 +191,7 @@ def calibrate_rule(
         raise UserError(f"a rate of false alarms of {rate} is outside 0..1")
     if len(conversations) < MIN_CONVERSATIONS:
         raise UserError(
-            f"{len(conversations)} reference conversations; an alarm is calibrated on {MIN_CONVERSATIONS} or more"
+            f"{len(conversations)} reference conversations; an alarm needs {MIN_CONVERSATIONS} or more"
         )
     limits = sorted(
         rule.highest_statistic([reference.z(projection) for projection in projections])

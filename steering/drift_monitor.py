@@ -123,8 +123,8 @@ class ReferenceConversations:
         if min(len(fitted), len(held_out)) < MIN_CONVERSATIONS:
             raise UserError(
                 f"{len(self.conversations)} reference conversations: {len(fitted)} to calibrate an alarm on "
-                f"and {len(held_out)} with other scripts to count its false alarms in; {MIN_CONVERSATIONS} of "
-                "each are the fewest"
+                f"and {len(held_out)} with other scripts to count its false alarms in; "
+                f"{MIN_CONVERSATIONS} of each are the fewest"
             )
 
     def monitor(self, rule: str = "cusum", rate: float = 0.05) -> DriftMonitor:

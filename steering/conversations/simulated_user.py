@@ -1,5 +1,4 @@
-"""Lets any OpenAI-compatible model play the user: it is told who it is and how the conversation began, and
-reacts.
+"""Lets any OpenAI-compatible model play the user of a conversation.
 
     user = EndpointUser("http://127.0.0.1:8000", "some-large-model", folder / "users.jsonl")
     config = RunnerConfig(model, chat, axis, Sampling(128), folder / "turns.jsonl", user)

@@ -153,9 +153,7 @@ def _saved_monitor(axis: Axis, reference: Path | None, options: DriftOptions) ->
     if path is None:
         return None
     if reference is not None and not is_reference_file(reference):
-        raise UserError(
-            f"--reference {reference} is no {REFERENCE_FILE}, which an earlier `personatlas drift` has made"
-        )
+        raise UserError(f"--reference {reference} is no {REFERENCE_FILE} of an earlier `personatlas drift`")
     monitor = load_monitor(axis, reference, options.rule, options.false_alarms)
     return StudyMonitor(monitor, str(path), load_reference(path, axis).fitted_scripts)
 

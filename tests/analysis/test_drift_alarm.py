@@ -87,7 +87,7 @@ def test_a_lower_limit_would_raise_more_than_the_rate():
 
 
 def test_too_few_conversations_and_rates_that_cannot_be_are_refused():
-    with pytest.raises(UserError, match="19 reference conversations; an alarm is calibrated on 20"):
+    with pytest.raises(UserError, match="19 reference conversations; an alarm needs 20"):
         calibrate_rule(Cusum(), reference_conversations(19), PLAIN, 0.05)
     with pytest.raises(UserError, match="outside"):
         calibrate_rule(Cusum(), reference_conversations(30), PLAIN, 1.5)
