@@ -32,7 +32,7 @@ class CorpusOptions:
     def __post_init__(self) -> None:
         if self.tokenizer is not None and self.vocabulary is not None:
             raise UserError(
-                f"--vocabulary {self.vocabulary} is for a tokenizer trained here, and --tokenizer names one"
+                f"--vocabulary {self.vocabulary} is for a tokenizer made here; --tokenizer names one"
             )
 
 

@@ -198,9 +198,7 @@ class Plan:
         """The plan that `to_json` wrote. Raises `UserError` for a record of another version."""
         keys = {field.name: STORED.get(field.name, field.name) for field in fields(Plan)}
         if missing := [key for key in keys.values() if key not in record]:
-            raise UserError(
-                f"the run's plan does not say {missing[0]}: another version wrote it; start a new run"
-            )
+            raise UserError(f"the run's plan does not say {missing[0]}: another version wrote it; start anew")
         values = {name: record[key] for name, key in keys.items()}
         return Plan(**{**values, "shape": Shape(**values["shape"]), "chip": Chip(**values["chip"])})
 
@@ -310,9 +308,7 @@ def make_plan(
         unit = shape.context * gpus
         raise UserError(f"--batch {batch}: give a multiple of {unit:,} tokens, one sequence for every GPU")
     if wanted < batch:
-        raise UserError(
-            f"{wanted:,} tokens are less than a batch of {batch:,}; train longer or lower --context"
-        )
+        raise UserError(f"{wanted:,} tokens are less than a batch of {batch:,}; train longer")
     steps, rates = wanted // batch, peak_rates(batch, shape.width)
     micro_batch, checkpointing, fits = micro_batch_for(shape, batch // (shape.context * gpus), chip, gpus)
     return Plan(

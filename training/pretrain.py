@@ -51,8 +51,7 @@ def train_base(
     with open_training_run(out, world) as run:
         if texts.corpus is not None and out.resolve().is_relative_to(texts.corpus.resolve()):
             raise UserError(
-                f"--out {out} is in --corpus {texts.corpus}, where what the run writes "
-                "becomes text to train on; choose another"
+                f"--out {out} is in --corpus {texts.corpus} and becomes text to train on; choose another"
             )
         tokens, minutes = options.tokens, options.minutes
         # raises for options that make no run
@@ -73,16 +72,12 @@ def _make_tokens(texts: CorpusOptions, tokenizer: Path, folder: Path) -> None:
     is_finished = (folder / "tokens.json").is_file()
     if texts.corpus is None:
         if not is_finished:
-            raise UserError(
-                "--corpus PATH is missing: what shall it be trained on? "
-                "(or --token-folder with finished tokens)"
-            )
+            raise UserError("--corpus PATH is missing (or --token-folder with finished tokens)")
         if not (tokenizer / "tokenizer.json").is_file():
             raise UserError("--tokenizer FOLDER is missing: the one that the tokens were made with")
         return
-    corpus = Corpus.open(
-        texts.corpus, held_out=texts.held_out, held_share=texts.held_share, column=texts.text_column
-    )
+    held_out, share, column = texts.held_out, texts.held_share, texts.text_column
+    corpus = Corpus.open(texts.corpus, held_out=held_out, held_share=share, column=column)
     if texts.tokenizer is None:
         vocabulary = DEFAULT_VOCABULARY if texts.vocabulary is None else texts.vocabulary
         require_vocabulary(vocabulary)
@@ -148,9 +143,8 @@ class PretrainJob(TrainingJob):
         plan, rows, context = stepper.plan, stepper.micro_batch, stepper.plan.shape.context
         most = None if step == plan.steps else max(plan.tokens // 200, rows * context * self.world.size)
         lengths = self._token_lengths.to(stepper.device)
-        loss = held_out_bits_per_byte(
-            stepper.model, self.tokens.held_out, lengths, context, rows, self.world, most
-        )
+        model, stream = stepper.model, self.tokens.held_out
+        loss = held_out_bits_per_byte(model, stream, lengths, context, rows, self.world, most)
         return {"kind": "held-out", "step": step, **loss.to_json()}
 
     def outcome(self, plan: Plan, rows: Sequence[JsonObject]) -> JsonObject:

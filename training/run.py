@@ -210,10 +210,10 @@ def require_same(folder: Path, before: Mapping[str, object], settings: Mapping[s
     """Raises `UserError` where a run would go on with other settings than it began with."""
     for name, value in settings.items():
         if name in before and before[name] != value:
+            label = name.replace("_", "-")
             old, new = ("as derived" if one is None else str(one)[:16] for one in (before[name], value))
             raise UserError(
-                f"--out {folder} holds a run with {name.replace('_', '-')} {old}, not {new}; "
-                "give that, or another folder for a new run"
+                f"--out {folder} holds a run with {label} {old}, not {new}; choose another folder"
             )
 
 

@@ -75,8 +75,7 @@ def parse_dataset(text: str) -> ChatDataset:
     number, unit, path = float(match["number"]), match["unit"], Path(match["path"])
     if not unit:
         raise UserError(
-            f"--data {text}: say {number:g}x (read {number:g} times in an epoch) or {number:g}% "
-            "(of the answers' tokens)"
+            f"--data {text}: say {number:g}x (times an epoch) or {number:g}% (of the answers' tokens)"
         )
     if number == 0 or (unit == "%" and number > 100):
         raise UserError(f"--data {text}: {number:g}{unit} cannot be read; give another, or leave it out")
@@ -107,8 +106,7 @@ def read_datasets(
     all_shared = all(dataset.share for dataset in datasets)
     if total > 1 + 1e-9 or (all_shared and total < 1 - 1e-9) or (not all_shared and total > 1 - 1e-9):
         raise UserError(
-            f"the shares of --data add up to {100 * total:g}%: "
-            "where all have one that must be 100%, else less"
+            f"the shares of --data add up to {100 * total:g}%: 100% where all have one, else less"
         )
     if selection != RolloutFilter() and not any(has_rollouts(dataset.path) for dataset in datasets):
         raise UserError("--score, --per-role and --cut are about rollouts; no --data is the folder of a run")

@@ -222,10 +222,8 @@ class ChatBatches:
             raise ValueError(f"context {context} and rows {rows} must be 1 or more")
         if not len(train):
             raise UserError("no conversation is left to train on")
-        if train.lengths.max() > context:
-            raise ValueError(
-                f"a conversation of {train.lengths.max()} tokens does not fit into a row of {context}"
-            )
+        if (longest := train.lengths.max()) > context:
+            raise ValueError(f"a conversation of {longest} tokens does not fit into a row of {context}")
         self.train, self.pad, self.seed = train, pad, seed
         self.times = np.ones(len(train)) if times is None else times
         self.context, self.rows = context, rows

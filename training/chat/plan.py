@@ -60,9 +60,7 @@ def make_chat_plan(
     `UserError` for an empty run.
     """
     if rows < 1 or counted < 1:
-        raise UserError(
-            "there is nothing to tune on: no row of conversations in so little time or so few epochs"
-        )
+        raise UserError("there is nothing to tune on: no row of conversations in such a time or share")
     step_rows = rows_per_step(rows, counted, unit or gpus)
     steps = max(1, round(rows / step_rows))
     warmup = warmup_for(steps)

@@ -101,8 +101,7 @@ def load_hf_tokenizer(folder: Path, shape: Shape) -> "PreTrainedTokenizerBase":
         raise UserError(f"{folder} does not hold a tokenizer that can be read ({reason})") from None
     if len(tokenizer) > shape.vocabulary:
         raise UserError(
-            f"the tokenizer in {folder} has {len(tokenizer)} tokens and the model embeds {shape.vocabulary}: "
-            "it is not this model's tokenizer"
+            f"the tokenizer in {folder} has {len(tokenizer)} tokens and the model embeds {shape.vocabulary}"
         )
     return tokenizer
 
@@ -171,9 +170,8 @@ def read_shape(folder: Path) -> Shape:
     }
     if rope.get("rope_type", "default") != "default" or config.get("rope_scaling"):
         raise UserError(f"{folder}: a scaled rotary embedding ({rope.get('rope_type')}) is not known here")
-    return Shape(
-        **{ours: config[theirs] for theirs, ours in SIZES.items()}, rope_base=float(rope["rope_theta"])
-    )
+    sizes = {ours: config[theirs] for theirs, ours in SIZES.items()}
+    return Shape(**sizes, rope_base=float(rope["rope_theta"]))
 
 
 def _exported_name(name: str) -> str:

@@ -103,10 +103,7 @@ def load_state(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], JsonObject]:
     for name in ("optimizer", "model"):
         path = checkpoint.path / f"{name}.safetensors"
         if name in facts and not (path.is_file() and digest(path) == facts[name]):
-            raise UserError(
-                f"{path} is damaged or was changed; "
-                f"remove {checkpoint.path} and the run goes on from the one before"
-            )
+            raise UserError(f"{path} is damaged or was changed; remove {checkpoint.path} and the run goes on")
     return load_file(checkpoint.path / "optimizer.safetensors"), facts
 
 

@@ -207,9 +207,8 @@ class ProgressLine:
             say(f"step {row['step']:,}: {row.get('text') or row['what']}")
         elif row["kind"] == "held-out":
             bits = row.get("bits_per_byte")
-            self._held_out = (
-                f"held out loss {row['loss']:.4f}" if bits is None else f"held out {bits:.4f} bits per byte"
-            )
+            text = f"loss {row['loss']:.4f}" if bits is None else f"{bits:.4f} bits per byte"
+            self._held_out = f"held out {text}"
             if self._bar is None:
                 say(f"step {row['step']:,}: {self._held_out}")
         else:

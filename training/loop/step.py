@@ -73,8 +73,7 @@ class Stepper:
         """Takes another plan and its rows. Compiled code stays as long as micro-batches are as large."""
         if batches.rows % self.world.size:
             raise UserError(
-                f"the {batches.rows} rows of a step cannot be shared evenly by {self.world.size} processes; "
-                f"start as many as divide {batches.rows}"
+                f"{batches.rows} rows of a step cannot be shared evenly by {self.world.size} processes"
             )
         self.plan, self.batches = plan, batches
         self.share = batches.rows // self.world.size  # rows of one rank

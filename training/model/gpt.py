@@ -244,9 +244,8 @@ class GPT(nn.Module):
         super().__init__()
         self.shape, self.compute, self.checkpointing = shape, compute, checkpointing
         # from empty: nn.Embedding would fill it from the global generator
-        self.embed_tokens = nn.Embedding(
-            shape.vocabulary, shape.width, _weight=torch.empty(shape.vocabulary, shape.width)
-        )
+        table = torch.empty(shape.vocabulary, shape.width)
+        self.embed_tokens = nn.Embedding(shape.vocabulary, shape.width, _weight=table)
         self.rotary: Tensor
         self.register_buffer("rotary", rotary_table(shape), persistent=False)
         self.layers = nn.ModuleList(Block(shape) for _ in range(shape.depth))
