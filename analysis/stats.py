@@ -25,7 +25,7 @@ Array = NDArray[np.float64]
 SAMPLES = 4000  # bootstrap draws
 LEVEL = 0.95
 TAILS = (0.025, 0.975)
-# Quantiles of paired and clustered intervals: the first is 0.025 + 2e-17, which keeps the last bit of stored results
+# Of paired and clustered intervals: the first is 0.025 + 2e-17, which keeps the last bit of stored results
 LEVEL_TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 
 

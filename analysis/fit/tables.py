@@ -159,8 +159,8 @@ def stability_text(row: LayerFit) -> str:
     if row.split_questions is not None:
         questions = f"; two halves of the questions {interval_text(row.split_questions)}"
     return (
-        f"axes of two halves of the answers have cosine {interval_text(half)}, so those of two full runs "
-        f"of this size about {full:.2f}{questions}; |axis| is {row.norm:.3g}, with shuffled labels {null.norm:.3g} "
+        f"axes of two halves of the answers have cosine {interval_text(half)}, so two full "
+        f"runs of this size about {full:.2f}{questions}; |axis| is {row.norm:.3g}, with shuffled labels {null.norm:.3g} "
         f"(95% below {null.norm_95:.3g}; p = {null.p_norm:.3g})"
     )
 
