@@ -37,6 +37,7 @@ def test_it_is_prose_enough_to_learn_from(tmp_path):
 def test_one_python_gives_the_same_text_every_time(tmp_path, monkeypatch):
     """A part of the standard library: all of it is read in the test above."""
     library = Path(json.__file__).parent
+    monkeypatch.setattr(demo_text, "MIN_TEXT", 1)
     monkeypatch.setattr(demo_text.sysconfig, "get_paths", lambda: {"stdlib": str(library)})
     first = write_demo(tmp_path / "one")
     digest = Corpus.open(tmp_path / "one" / "text", held_share=0.05).digest
