@@ -184,3 +184,21 @@ def test_rows_that_come_and_go_in_captured_steps_get_what_they_would_get_alone(f
         read = torch.tensor(listener.first(ticket, PrefillEvent).projections)
         again = trace_answer(model, ask.ids, ids, [cap.cap] if ask.cap else [], axis).projection
         torch.testing.assert_close(read, again[: len(read)], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_on_two_cards_answer_alike_in_one_process_and_leave_the_current_card(family):
+    before, found = torch.cuda.current_device(), []
+    models = [tiny_model(family, device=device) for device in ("cuda:0", "cuda:1")]
+    for model in models:
+        captured = GraphSampler(model, ENDS, SAMPLING, slots=3)
+        checks = run_cap_test(model, axis_of(tiny_model(family)))
+        assert [(check.name, check.found) for check in checks if not check.passed] == []
+        found.append(answers(captured))
+        rollouts = made_up()
+        reference = torch.stack([by_hand(model, rollout).cpu() for rollout in rollouts])
+        means = recorded(model, rollouts, tokens=64, compile=False).double()
+        assert ((means - reference).norm(dim=-1) / reference.norm(dim=-1)).max() < 1e-5
+    assert found[0] == found[1]
+    assert torch.cuda.current_device() == before
