@@ -91,8 +91,7 @@ def calibrate(
         populations = {"default": spread(default, POPULATION_SIZE), "roles": spread(roles, POPULATION_SIZE)}
         with progress("projecting", sum(map(len, populations.values()))) as advance:
             projections = read_projections(model, loaded_axis, populations, advance)
-        counts = [len(means) for means in projections.means.values()]
-        say(f"floors from {counts[0]} default and {counts[1]} role answers")
+        say("floors from {} default and {} role answers".format(*map(len, projections.means.values())))
         for cap in (projections.cap(loaded_axis, [loaded_axis.layer], 0.5), *other_caps.values()):
             require_binding(model, [cap])
         measurements = Measurements(model, halves, settings.sampling, run / "trials.jsonl")
