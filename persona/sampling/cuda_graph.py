@@ -244,8 +244,9 @@ def capture_step(step: Callable[[], None], state: Sequence[Tensor], model_id: st
     of experts in fp32) and cannot be captured: they stay slower, which the log says.
     """
     saved = [tensor.clone() for tensor in state]
-    replay = step
-    with torch.cuda.device(state[0].device):  # streams and captures are those of the current device
+    replay: Callable[[], None] = step
+    device = state[0].device
+    with torch.cuda.device(device):  # streams and captures are those of the current device
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -254,9 +255,15 @@ def capture_step(step: Callable[[], None], state: Sequence[Tensor], model_id: st
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(
+                graph, stream=side
+            ):  # torch's own stream of captures is on the first card used
                 step()
-            replay = graph.replay
+
+            def replay() -> None:
+                with torch.cuda.device(device):
+                    graph.replay()
+
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             log.warning("%s: a decoding step cannot be captured (%s); sampling is slower", model_id, reason)
