@@ -9,6 +9,7 @@ import pytest
 
 from personatlas.cli.app import COMMANDS, app
 from personatlas.persona.roles.bank import PACKAGED, load_bank
+from personatlas.steering.evals.options import EvalOptions
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -86,11 +87,13 @@ def stand_ins(tmp_path_factory, whole_run):
     axis, folder = axis_of(model), tmp_path_factory.mktemp("axis")
     axis.save(folder / "axis")
     axis = pa.load_axis(folder)
+    small, evaluate = EvalOptions(answers=4, max_new_tokens=4, random=0), pa.evaluate
     (folder / "caps").mkdir()
     axis.cap("p50@18-23").save(folder / "caps" / "assistant")
     return {
         "load": lambda name, **options: model,
         "load_axis": lambda name: axis,
+        "evaluate": lambda *given, **options: evaluate(*given, options=small, **options),
         "compute_axis": lambda model, *, out, plan: pa.open_run(whole_run / "run"),
     }
 
@@ -100,8 +103,12 @@ def test_the_python_of_a_page_runs(page, stand_ins, monkeypatch, tmp_path, capsy
     import torch
 
     import personatlas as pa
+    from personatlas.steering import arms
+    from personatlas.steering.evals import suites
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(suites, "_SUITES", dict(suites._SUITES))  # what a page registers is gone after it
+    monkeypatch.setattr(arms, "ARM_KINDS", dict(arms.ARM_KINDS))
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(pa, name, stand_in)
     messages = [
