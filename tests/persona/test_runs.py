@@ -23,6 +23,8 @@ from personatlas.persona.runs import (
     versions,
 )
 
+EARLIER_NAME = "person" + "axis"  # of this project
+
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
@@ -123,7 +125,7 @@ def test_a_folder_made_under_the_old_name_is_read_and_resumed(tiny_run, tmp_path
     folder = tmp_path / "old"
     shutil.copytree(tiny_run / "run", folder)
     record = json.loads((folder / "run.json").read_text())
-    record["versions"] = {"personaxis": "0.9.0", "torch": "2.0"}
+    record["versions"] = {EARLIER_NAME: "0.9.0", "torch": "2.0"}
     (folder / "run.json").write_text(json.dumps(record))
     axis = load_axis(resolve_axis(str(folder)))
     assert axis.layers
@@ -132,6 +134,6 @@ def test_a_folder_made_under_the_old_name_is_read_and_resumed(tiny_run, tmp_path
         run.claim(record["asked"])
         assert run.manifest["asked"] == record["asked"]
         assert set(run.manifest["versions"]) == set(versions())
-    chat = {"messages": [{"role": "user", "content": "Hello"}], "personaxis": {"format": 1, "turns": []}}
+    chat = {"messages": [{"role": "user", "content": "Hello"}], EARLIER_NAME: {"format": 1, "turns": []}}
     (tmp_path / "chat.json").write_text(json.dumps(chat))
     assert read_conversations(tmp_path / "chat.json")[0].messages == ({"role": "user", "content": "Hello"},)
