@@ -53,7 +53,7 @@ check: .check
 	$(BIN)/python -m pytest tests/test_architecture.py
 
 docs: .check
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: install
 	$(BIN)/ruff check --fix .
