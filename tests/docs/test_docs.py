@@ -107,7 +107,9 @@ def test_the_python_of_a_page_runs(page, stand_ins, monkeypatch, tmp_path, capsy
     from personatlas.steering.evals import suites
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(suites, "_SUITES", suites.registered_suites())  # what a page registers is gone after it
+    monkeypatch.setattr(
+        suites, "_SUITES", suites.registered_suites()
+    )  # what a page registers is gone after it
     monkeypatch.setattr(arms, "ARM_KINDS", dict(arms.ARM_KINDS))
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(pa, name, stand_in)
