@@ -58,7 +58,7 @@ class SteeringOptions(AxisOptions):
 
     def caps(self, *default: str) -> list[str]:
         """The cap specs of the arms, else the default. Raises `UserError` for other arms and repetitions."""
-        caps = [self._value(arm, "cap") for arm in self.arm if not arm.startswith("random:")] or list(default)
+        caps = [self._value(arm, "cap") for arm in self.arm] or list(default)
         if repeated := [cap for cap in caps if caps.count(cap) > 1]:
             raise UserError(f"--arm cap:{repeated[0]} is given twice")
         return caps
@@ -73,7 +73,7 @@ class SteeringOptions(AxisOptions):
     def cap(self, *default: str) -> str:
         """The cap of the only arm, else the default. Raises `UserError` for several arms."""
         caps = self.caps(*default)
-        if len(caps) != 1 or self.n_random():
+        if len(caps) != 1:
             raise UserError(
                 f"one cap is compared with the baseline: give one --arm cap:..., not {len(self.arm)}"
             )
@@ -90,5 +90,7 @@ class SteeringOptions(AxisOptions):
     def _value(arm: str, kind: str) -> str:
         found, _, value = arm.partition(":")
         if found != kind or not value:
-            raise UserError(f"--arm {arm!r} is not cap:NAME, cap:FILE, cap:LEVEL@LAYERS or random:N")
+            raise UserError(
+                f"--arm {arm!r} is not cap:NAME, cap:FILE or cap:LEVEL@LAYERS, the arms of this command"
+            )
         return value
