@@ -5,7 +5,7 @@ PACKAGES := persona analysis steering training
 
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint requirements.lock
 
-.PHONY: .check install demo demo-train test test-slow check docs format clean
+.PHONY: .check install demo demo-train test test-slow test-robustness check docs format clean
 
 # everything, for development; .venv/runs is what the package itself needs
 install: .venv/installed
@@ -35,10 +35,14 @@ demo-train: .venv/runs
 
 # two processes, one thread each: on two cores they are done in two thirds of the time that one process takes
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not robustness" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+# what `make test` tries on a sample: fuzzed files, errors of the disk, kills, thousands of requests
+test-robustness: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m robustness --numprocesses 2 tests/robustness
 
 # mypy and mkdocstrings read the packages under their installed names through links, since editable installs are opaque to them
 .check: install
