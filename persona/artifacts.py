@@ -16,13 +16,12 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from typing import TYPE_CHECKING, Any
 
 from personatlas.persona.errors import UserError
+
+if TYPE_CHECKING:  # torch is slow to import, and JSON needs none
+    from torch import Tensor
 
 FORMAT = 1
 
@@ -112,8 +111,10 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save_tensors(stem: Path, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
+def save_tensors(stem: Path, tensors: "dict[str, Tensor]", meta: dict[str, Any]) -> None:
     """Write `stem.safetensors` and then `stem.json`. `meta` must hold `kind`; equal content gives equal bytes."""
+    from safetensors.torch import save
+
     meta = {**meta, "format": FORMAT}
     header = json.dumps(meta, sort_keys=True, ensure_ascii=False, allow_nan=False)
     content = save(
@@ -128,11 +129,13 @@ def save_tensors(stem: Path, tensors: dict[str, torch.Tensor], meta: dict[str, A
         json_temporary.write_text(_json_text(record), encoding="utf-8")
 
 
-def load_tensors(stem: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def load_tensors(stem: Path, kind: str) -> "tuple[dict[str, Tensor], dict[str, Any]]":
     """Read an artefact written by `save_tensors`, checking its hash, its kind and its format.
 
     Raises `UserError` for a missing, unfinished, damaged or foreign artefact.
     """
+    from safetensors import SafetensorError, safe_open
+
     tensor_path, json_path = stem.with_name(stem.name + ".safetensors"), stem.with_name(stem.name + ".json")
     for path in (tensor_path, json_path):
         if not path.is_file():

@@ -17,8 +17,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from personatlas.persona.errors import UserError
 from personatlas.persona.formats import Message
 from personatlas.persona.logs import read_lines
-from personatlas.persona.roles.bank import Bank, Role, Trait
-from personatlas.persona.roles.traits import is_pole, poles
+from personatlas.persona.roles.bank import Bank, Role, Trait, is_pole
 
 T = TypeVar("T")
 
@@ -169,7 +168,7 @@ class Selection:
 
     def poles(self, bank: Bank) -> list[Role]:
         """The chosen traits' poles, positive and negative in turn."""
-        return [pole for trait in self.traits(bank) for pole in poles(trait)]
+        return [pole for trait in self.traits(bank) for pole in trait.poles]
 
     def prompt_indices(self, role: Role) -> range:
         """Which prompts of a role. The default keeps all of its own: they are its whole population."""

@@ -11,8 +11,7 @@ attention, causal or not.
 
 import math
 from dataclasses import asdict, dataclass, fields, replace
-
-import torch
+from typing import TYPE_CHECKING
 
 from personatlas.persona.errors import UserError
 from personatlas.persona.records import JsonObject
@@ -26,6 +25,9 @@ from personatlas.training.optim.schedule import (
     warmup_for,
     weight_decay_for,
 )
+
+if TYPE_CHECKING:  # a plan is arithmetic
+    import torch
 
 DEPTHS = range(1, 49)  # 5 B parameters at 48: more than fits where every GPU holds all weights
 # Keys of run.json that differ from the plan's fields
@@ -344,10 +346,12 @@ def describe_epochs(tokens: int, corpus: int) -> str:
     return f"the corpus is too small: it is read {times:.1f} times ({worth} by the last)"
 
 
-def detect_chip(device: torch.device) -> Chip:
+def detect_chip(device: "torch.device") -> Chip:
     """The processor of a device; an unknown GPU counts as the slowest known one, with its own memory."""
     if device.type != "cuda":
         return CHIPS["cpu"]
+    import torch
+
     name = torch.cuda.get_device_name(device)
     memory = float(torch.cuda.get_device_properties(device).total_memory)
     for key, chip in CHIPS.items():

@@ -35,7 +35,7 @@ from personatlas.persona.pipeline.run_context import (
 )
 from personatlas.persona.pipeline.stages import content_of
 from personatlas.persona.records import JsonObject
-from personatlas.persona.roles.traits import is_pole
+from personatlas.persona.roles.bank import is_pole
 from personatlas.persona.rollout import Rollout, RolloutKey, read_rollouts, with_scores, without_poles
 from personatlas.persona.runs import open_run, resolve_axis
 

@@ -24,7 +24,8 @@ from personatlas.analysis.stats import Array, bootstrap_means, percentile_interv
 from personatlas.persona.axis import Axis
 from personatlas.persona.errors import UserError
 from personatlas.persona.pipeline.activations import Activations
-from personatlas.persona.roles.traits import NEGATIVE, POSITIVE, TraitSpace
+from personatlas.persona.roles.bank import NEGATIVE, POSITIVE
+from personatlas.persona.roles.traits import TraitSpace
 from personatlas.persona.rollout import RolloutKey
 
 MIN_TRAITS = 3

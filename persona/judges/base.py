@@ -21,8 +21,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from personatlas.persona.errors import UserError
 from personatlas.persona.logs import ResultCache, Row
-from personatlas.persona.roles.bank import Bank, Role
-from personatlas.persona.roles.traits import POSITIVE, is_pole, poles
+from personatlas.persona.roles.bank import POSITIVE, Bank, Role, is_pole
 from personatlas.persona.rollout import Rollout
 
 SCORES = (0, 1, 2, 3)  # of roles
@@ -108,7 +107,7 @@ def items_to_judge(rollouts: Sequence[Rollout], bank: Bank) -> list[Item]:
         if name == bank.default.name or rollout.is_empty:
             continue
         if name not in roles:
-            named = poles(bank.trait(name[1:])) if is_pole(name) else (bank.role(name),)
+            named = bank.trait(name[1:]).poles if is_pole(name) else (bank.role(name),)
             roles |= {role.name: role for role in named}
         contents = {message["role"]: message["content"] for message in rollout.messages}
         system, question = contents.get("system", ""), contents.get("user", "")

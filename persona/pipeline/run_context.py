@@ -39,8 +39,7 @@ from personatlas.persona.pipeline.stages import (
     plan_rollouts,
 )
 from personatlas.persona.progress import progress, say
-from personatlas.persona.roles.bank import Bank, load_bank
-from personatlas.persona.roles.traits import is_pole
+from personatlas.persona.roles.bank import Bank, is_pole, load_bank
 from personatlas.persona.rollout import Rollout, Selection, only_poles, with_scores, without_poles
 from personatlas.persona.runs import RunFolder, is_training_run, open_run
 from personatlas.persona.sampling.cuda_graph import fastest_sampler

@@ -31,8 +31,7 @@ from personatlas.persona.pipeline.activations import (
 )
 from personatlas.persona.pipeline.record import compiled, record, worth_compiling
 from personatlas.persona.progress import Advance, progress
-from personatlas.persona.roles.bank import Bank
-from personatlas.persona.roles.traits import is_pole
+from personatlas.persona.roles.bank import Bank, is_pole
 from personatlas.persona.rollout import Request, Rollout, Selection, read_rollouts, rollout_requests
 from personatlas.persona.runs import RunFolder
 from personatlas.persona.sampling.sampler import Prompt, Sampler

@@ -21,6 +21,7 @@ from personatlas.persona.errors import UserError
 from personatlas.persona.formats import read_json_lines
 
 PACKAGED = Path(__file__).parent
+POSITIVE, NEGATIVE = "+", "-"  # how the names of poles begin; no role may have such a name
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,19 @@ class Trait:
     negative: tuple[str, ...]
     rubric: str = ""
     tags: tuple[str, ...] = ()
+
+    @property
+    def poles(self) -> tuple[Role, Role]:
+        """The positive and the negative pole, as roles that can be rolled out."""
+        return (
+            Role(POSITIVE + self.name, self.positive, rubric=self.rubric, tags=self.tags),
+            Role(NEGATIVE + self.name, self.negative, rubric=self.rubric, tags=self.tags),
+        )
+
+
+def is_pole(role: str) -> bool:
+    """Whether a rollout's role is a trait's pole."""
+    return role[:1] in (POSITIVE, NEGATIVE)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,7 @@
 
     vector[t, l] = mean(answers under positive prompts)[l] - mean(answers under negative prompts)[l],   + toward the trait
 
-(arXiv 2601.10387, appendix on traits.) A trait is rolled out as two *poles*, which are roles in everything but the fit: "+calm"
-and "-calm". No role may have such a name.
+(arXiv 2601.10387, appendix on traits.) A trait is rolled out as two poles (`Trait.poles`), roles in everything but the fit.
 """
 
 from dataclasses import dataclass
@@ -15,22 +14,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from personatlas.persona.artifacts import load_tensors, save_tensors
-from personatlas.persona.roles.bank import Role, Trait
-
-POSITIVE, NEGATIVE = "+", "-"
-
-
-def poles(trait: Trait) -> tuple[Role, Role]:
-    """The positive and the negative pole, as roles that can be rolled out."""
-    return (
-        Role(POSITIVE + trait.name, trait.positive, rubric=trait.rubric, tags=trait.tags),
-        Role(NEGATIVE + trait.name, trait.negative, rubric=trait.rubric, tags=trait.tags),
-    )
-
-
-def is_pole(role: str) -> bool:
-    """Whether a rollout's role is a trait's pole."""
-    return role[:1] in (POSITIVE, NEGATIVE)
 
 
 @dataclass(frozen=True)

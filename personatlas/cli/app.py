@@ -24,9 +24,9 @@ COMMANDS = {
     "Map": {
         "axis": ("axis:axis", "Compute the Assistant Axis of a model, with a report: all steps of `run`."),
         "run": ("", "Run one step of `axis` on a run folder; write the report of a run."),
-        "run rollout": ("runs:rollout", "Sample answers under role prompts into a run folder."),
-        "run judge": ("runs:judge", "Score whether a run's answers play their roles."),
-        "run record": ("runs:record", "Record a run's mean activations."),
+        "run rollout": ("axis:rollout", "Sample answers under role prompts into a run folder."),
+        "run judge": ("axis:judge", "Score whether a run's answers play their roles."),
+        "run record": ("axis:record", "Record a run's mean activations."),
         "run fit": ("axis:fit", "Fit axis and persona space to a run's activations."),
         "run report": ("axis:report", "Write the report.html of a fitted run or of a training run."),
         "emergence": ("axis:emergence", "Compare the axes of a training run's checkpoints."),
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(str(error))
     except CycloptsError as error:
         command = " ".join(["personatlas", *(error.command_chain or ())])
-        _fail(f"{' '.join(str(error).split())} (see `{command} --help`)")
+        _fail(f"{' '.join(str(error).split()).removesuffix('.')} (see `{command} --help`)")
     except BrokenPipeError:  # `personatlas tools show RUN | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush
         sys.exit(128 + signal.SIGPIPE)

@@ -3,9 +3,6 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from rich.text import Text
-
-from personatlas.analysis.drift_alarm import GAUGE_LIMIT, z_gauge
 from personatlas.cli.options import (
     MODEL,
     OPTIONS,
@@ -17,25 +14,11 @@ from personatlas.cli.options import (
     Out,
     SteeringOptions,
 )
-from personatlas.cli.output import (
-    print_json,
-    print_line,
-    print_path,
-    print_table,
-    print_warning,
-    with_interval,
-)
+from personatlas.cli.output import print_json
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.progress import say
 from personatlas.persona.runs import default_folder, find_axis
 from personatlas.steering.drift.options import DriftOptions
-from personatlas.steering.drift.result import ALL, DriftResult, StoredAnswers
-from personatlas.steering.drift.trace import TraceStudy
-
-DOMAIN_ROWS = ("first turn", "last turn", "slope per turn", "change", "alarms", "first alarm")
-ARM_ROWS = ("answers", "cap on", "fired", "degenerate", "loops", "tokens", "more loss")
-SHORT = 44  # characters of a user's message
-SHOWN = 10  # stored conversations in the terminal
 
 
 def drift(
@@ -62,6 +45,7 @@ def drift(
     out
         the folder of the study; runs/NAME-drift unless given
     """
+    from personatlas.cli.drift_tables import print_drift
     from personatlas.steering.drift.page import write_drift_page
     from personatlas.steering.drift.study import run_drift_study
 
@@ -80,96 +64,7 @@ def drift(
     if json:
         print_json({name: value for name, value in result.to_json().items() if name != "examples"})
     else:
-        _print_result(result, folder)
-
-
-def _print_result(result: DriftResult, folder: Path) -> None:
-    for domain in dict.fromkeys((*result.domains, ALL)):
-        columns = []
-        for arm in result.arms:
-            means, slope = result.trajectories[domain][arm], result.slopes[domain][arm]
-            change, alarm = result.means[domain][arm].change, result.alarms.get(domain, {}).get(arm)
-            columns.append(
-                [
-                    f"{means[0].mean:.1f}" if means else "",
-                    f"{means[-1].mean:.1f} (turn {means[-1].turn})" if means else "",
-                    with_interval(slope.value, slope.low, slope.high, "+.1f") if slope else "",
-                    with_interval(change.value, change.low, change.high, "+.1f")
-                    if change and change.n
-                    else "",
-                    with_interval(alarm.share, *alarm.interval, ".0%") if alarm and alarm.interval else "",
-                    f"{alarm.first:.0f}" if alarm and alarm.first is not None else "",
-                ]
-            )
-        title = f"{domain or 'conversations'}: {result.conversations[domain]} conversations (95% intervals)"
-        print_table(["", *result.arms], list(zip(DOMAIN_ROWS, *columns, strict=True)), title=title)
-    columns = []
-    for arm, wrote in result.wrote.items():
-        cost = getattr(result.cost, arm, None)
-        columns.append(
-            [
-                str(wrote.answers),
-                f"{wrote.acted:.0%}",
-                f"{wrote.fired:.0%}",
-                *(with_interval(own.share, *own.interval, ".0%") for own in (wrote.degenerate, wrote.loops)),
-                f"{wrote.tokens:.0f}",
-                with_interval(cost.value, cost.low, cost.high, "+.1%") if cost is not None else "",
-            ]
-        )
-    print_table(["", *result.wrote], list(zip(ARM_ROWS, *columns, strict=True)), title="what the arms wrote")
-    if result.stored is not None:
-        _print_stored(result.stored, result)
-    for target in ("projection", "change"):
-        row = getattr(result.next_turn, target, None)
-        if row is not None:
-            r2 = with_interval(row.r2, row.low, row.high)
-            print_line(
-                f"next answer's {target} from the user's message: R² {r2}; "
-                f"the domain alone {row.domain.r2:.2f}, shuffled {row.shuffled.mean:.2f}"
-            )
-    for warning in result.warnings:
-        print_warning(warning)
-    print_path("every turn", folder / "turns.jsonl")
-    print_path("conversations, for `trace`", folder / "conversations.jsonl")
-    print_path("reference conversations, to be put beside the axis", folder / "reference.json")
-    print_path("page", folder / "drift.html")
-
-
-def _print_stored(stored: StoredAnswers, result: DriftResult) -> None:
-    for conversation in stored.conversations[:SHOWN]:
-        arms, rows = [arm for arm in ("stored", *result.arms) if arm in conversation.arms], []
-        for index, user in enumerate(conversation.users):
-            cells = []
-            for arm in arms:
-                turns = conversation.arms[arm]
-                turn = turns[index] if index < len(turns) else None
-                if turn is None:
-                    cells.append("")
-                elif turn.projection is None:
-                    cells.append("empty")
-                else:
-                    marks = ("*" if turn.alarm else "") + ("+" if turn.acted else "")
-                    cells.append(f"{turn.projection:.1f} (z {turn.z:+.1f}){marks}")
-            said = " ".join(user.split())
-            short = said if len(said) <= SHORT else f"{said[: SHORT - 1]}…"
-            if any(cells):
-                rows.append((str(index + 1), short, *cells))
-        print_table(("turn", "the user says", *arms), rows, title=conversation.name, left=(1,))
-        if conversation.cut_short:
-            arms_cut = ", ".join(conversation.cut_short)
-            say(f"{conversation.name}: {arms_cut} filled the model's context before the last turn")
-    if (more := len(stored.conversations) - SHOWN) > 0:
-        print_line(f"and {more} conversations more", style="dim")
-    mean, change, baseline = stored.mean, stored.mean.change, result.watch["baseline"]
-    if change is not None and change.n:
-        difference = with_interval(change.value, change.low, change.high, "+.1f")
-        print_line(
-            f"stored: mean projection {mean.value:.1f} over {mean.n} answers, "
-            f"{difference} beside the baseline"
-        )
-    spread = f"{baseline['mean']:.1f} ± {baseline['spread']:.1f}"
-    marks = "* the alarm is on, + the cap acted"
-    print_line(f"layer {result.axis['layer']}; z against {baseline['of']}: {spread}; {marks}", style="dim")
+        print_drift(result, folder)
 
 
 def trace(
@@ -204,6 +99,7 @@ def trace(
         write a page with the conversations, their turns and tokens coloured, and their trajectories (20 at
         most)
     """
+    from personatlas.cli.drift_tables import print_trace
     from personatlas.persona.artifacts import require_writable
     from personatlas.steering.drift.trace import run_trace, write_trace_page
 
@@ -219,35 +115,7 @@ def trace(
         load=load,
         force=steering.force,
     )
-    print_json(study.to_json()) if json else _print_trace(study)
+    print_json(study.to_json()) if json else print_trace(study)
     if html is not None:
         write_trace_page(html, study)
         say(f"page: {html}")
-
-
-def _print_trace(study: TraceStudy) -> None:
-    for conversation in study.conversations:
-        rows = []
-        for number, turn in enumerate(conversation.turns, 1):
-            start, stop = turn.tokens
-            state = "drift begins" if turn.raised else "drifting" if turn.alarm else ""
-            numbers = (str(number), str(stop - start), f"{turn.projection:.1f}", f"{turn.z:+.1f}")
-            rows.append((*numbers, Text(z_gauge(turn.z), style="cyan"), Text(state, style="yellow")))
-        columns = ("turn", "tokens", "projection", "z", f"-{GAUGE_LIMIT:g} to +{GAUGE_LIMIT:g}", "")
-        print_table(columns, rows, title=conversation.name, left=(4, 5))
-        if conversation.left_out:
-            say(
-                f"{conversation.name}: {conversation.left_out} turns are beyond the model's context "
-                "and were not read"
-            )
-    described = study.monitor.describe()
-    baseline, alarm = described["baseline"], described["alarm"]
-    spread = f"{baseline['mean']:.1f} ± {baseline['spread']:.1f}"
-    print_line(f"layer {study.axis.layer}; z against {baseline['of']}: {spread}", style="dim")
-    if alarm is not None:
-        low, high = alarm["interval"]
-        share = with_interval(alarm["false_alarms"], low, high, ".0%")
-        population = f"{alarm['n']} reference conversations that it was not calibrated on"
-        print_line(
-            f"{alarm['rule']} above {alarm['limit']:.2f}: raised in {share} of {population}", style="dim"
-        )

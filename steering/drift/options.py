@@ -3,16 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from personatlas.persona.errors import UserError
 from personatlas.persona.formats import Conversation, read_conversations
 from personatlas.persona.records import JsonRecord
 from personatlas.persona.rollout import spread
-from personatlas.persona.sampling.sampler import Sampling
-from personatlas.steering.conversations.runner import Script, ScriptedUser
 from personatlas.steering.conversations.scripts import SCRIPTS
-from personatlas.steering.conversations.simulated_user import EndpointUser
+
+if TYPE_CHECKING:  # they need torch, which --help does not
+    from personatlas.persona.sampling.sampler import Sampling
+    from personatlas.steering.conversations.runner import Script, ScriptedUser
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,10 @@ class DriftOptions(JsonRecord):
     json_names: ClassVar = {"reference_domains": "calm_domains"}
 
     @property
-    def sampling(self) -> Sampling:
+    def sampling(self) -> "Sampling":
         """The sampling of answers. Raises `UserError` for numbers out of range."""
+        from personatlas.persona.sampling.sampler import Sampling
+
         return Sampling(self.max_new_tokens, self.temperature, self.top_p)
 
     @property
@@ -86,8 +89,10 @@ class DriftOptions(JsonRecord):
         by_domain = ([one for one in conversations if one.domain == domain] for domain in domains)
         return [one for own in by_domain for one in spread(own, self.conversations)]
 
-    def scripts_of(self, conversations: Sequence[Conversation]) -> list[Script]:
+    def scripts_of(self, conversations: Sequence[Conversation]) -> "list[Script]":
         """The users' messages of conversations as scripts, each in `seeds` samples."""
+        from personatlas.steering.conversations.runner import Script
+
         scripts = []
         for conversation in conversations:
             first, messages = conversation.messages[0], conversation.messages
@@ -98,11 +103,14 @@ class DriftOptions(JsonRecord):
                 scripts.append(Script(name, conversation.domain, users, opening, self.seed))
         return scripts
 
-    def make_user(self, folder: Path) -> ScriptedUser:
+    def make_user(self, folder: Path) -> "ScriptedUser":
         """Who plays the user.
 
         Raises `UserError` for an endpoint that is named in part, or does not answer.
         """
+        from personatlas.steering.conversations.runner import ScriptedUser
+        from personatlas.steering.conversations.simulated_user import EndpointUser
+
         if self.user == "scripts":
             if self.user_model is not None:
                 raise UserError("--user-model names a model at an address: give --user URL with it")

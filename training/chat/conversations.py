@@ -29,7 +29,7 @@ from personatlas.persona.errors import UserError
 from personatlas.persona.formats import Message, read_json_lines, read_json_list
 from personatlas.persona.judges.base import read_scores
 from personatlas.persona.records import JsonObject
-from personatlas.persona.roles.traits import is_pole
+from personatlas.persona.roles.bank import is_pole
 from personatlas.persona.rollout import Rollout, read_rollouts, spread
 
 ROLES = ("system", "user", "assistant")

@@ -5,8 +5,7 @@ import torch
 
 from personatlas.persona.axis import load_axis
 from personatlas.persona.errors import UserError
-from personatlas.persona.roles.bank import Bank, Question, Role, Trait
-from personatlas.persona.roles.traits import is_pole, poles
+from personatlas.persona.roles.bank import Bank, Question, Role, Trait, is_pole
 from personatlas.persona.rollout import Selection, rollout_requests
 from personatlas.persona.runs import packaged_axes, packaged_axis_folder, resolve_axis
 
@@ -23,7 +22,7 @@ BANK = Bank(
 
 
 def test_poles_are_rolled_out_after_the_roles_and_only_when_asked_for():
-    assert [role.name for role in poles(CALM)] == ["+calm", "-calm"]
+    assert [role.name for role in CALM.poles] == ["+calm", "-calm"]
     assert is_pole("+calm")
     assert is_pole("-calm/0/q0/0")
     assert not is_pole("calm")
