@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from personatlas.persona.errors import UserError
 from personatlas.persona.models.chat_template import ChatFormat, chat_format
 from personatlas.persona.models.hooks import capture
+from personatlas.persona.models.hub import cached_revision, describe_name, hub_or_cache, is_hub_id
 from personatlas.persona.models.packaged import PACKAGED, gguf_folder, packaged_folder, weight_format
 from personatlas.persona.progress import say
 from personatlas.persona.records import JsonObject
@@ -149,7 +150,7 @@ def load_model(
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"device {device!r} cannot be used here ({reason}); try --device cpu") from None
-    with quiet_transformers(), _one_line(name):
+    with hub_or_cache(name), quiet_transformers(), _one_line(name):
         asked, name = name, resolve_model(name)
         if name != asked:
             say(f"{asked} is a training run: the model is {name}")
@@ -176,15 +177,14 @@ def load_model(
         weights = str(config.dtype).removeprefix("torch.") if config.dtype is not None else "unknown"
     is_local = Path(source).exists()
     id = name if name in PACKAGED or not is_local else str(Path(name).resolve())
-    revision = getattr(config, "_commit_hash", None)
-    return build_model(hf, tokenizer, id=id, revision=revision, weights=weights)
+    return build_model(hf, tokenizer, id=id, revision=cached_revision(name), weights=weights)
 
 
 def load_tokenizer(name: str, chat_template: Path | None = None) -> "PreTrainedTokenizerBase":
     """Only the tokenizer of a model, found as `load_model` finds it."""
     from transformers import AutoTokenizer
 
-    with quiet_transformers(), _one_line(name):
+    with hub_or_cache(name), quiet_transformers(), _one_line(name):
         tokenizer = AutoTokenizer.from_pretrained(_source(resolve_model(name)))
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template)
@@ -269,7 +269,7 @@ def _source(name: str) -> str:
         if not (path / "config.json").is_file():
             raise UserError(f"{name} is a folder without config.json: not a model folder")
         return str(path)
-    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if not is_hub_id(name):
         raise UserError(
             f"{name} is not a model: neither a folder, a .gguf file, a hub id nor one of {', '.join(PACKAGED)}"
         )
@@ -304,7 +304,9 @@ def _one_line(name: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
         text = " ".join(str(error).split())
         if "couldn't connect" in text or "offline mode" in text:
-            text = f"not a packaged name ({', '.join(PACKAGED)}) or local folder, and the model hub cannot be reached"
+            text = "the model hub does not answer, and its cache holds no whole copy"
+        elif "not a valid model identifier" in text:
+            text = f"{describe_name(name)}, and the model hub has none, or it is private (`hf auth login`)"
         elif isinstance(error, SafetensorError):
             text = f"its weights are damaged or cut short ({text})"
         raise UserError(f"cannot load {name}: {text[:400] or type(error).__name__}") from None

@@ -114,6 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         _fail(str(error))
     except CycloptsError as error:
+        if isinstance(error.__cause__, UserError):  # of a parameter's validator
+            _fail(str(error.__cause__))
         command = " ".join(["personatlas", *(error.command_chain or ())])
         _fail(f"{' '.join(str(error).split()).removesuffix('.')} (see `{command} --help`)")
     except BrokenPipeError:  # `personatlas tools show RUN | head`: the reader has closed the pipe

@@ -25,10 +25,11 @@ def load_embedding(name: str, device: str) -> Embedding:
     """
     from transformers import AutoModel, AutoTokenizer
 
+    from personatlas.persona.models.hub import hub_or_cache
     from personatlas.persona.models.load import quiet_transformers
 
     try:
-        with quiet_transformers():
+        with hub_or_cache(name), quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(name)
             model: Any = AutoModel.from_pretrained(name).to(device).eval()
     except (OSError, ValueError) as error:
