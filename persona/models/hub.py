@@ -89,11 +89,13 @@ def _hub_problem() -> str | None:
     """Why the hub cannot be asked; None where it answers, whatever it says."""
     from huggingface_hub import constants, errors, get_session
 
+    failures: tuple[type[Exception], ...] = (OSError, *errors.HfHubHTTPError.__bases__)  # by its HTTP client
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE forbids asking the hub: give a local folder, or unset it"
     try:
         get_session().head(constants.ENDPOINT, timeout=PATIENCE)
-    except (OSError, *errors.HfHubHTTPError.__bases__) as error:  # its HTTP client depends on the version
+    except failures as error:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
-        return f"{constants.ENDPOINT} cannot be reached ({reason}): give a local folder (HF_HUB_OFFLINE=1 asks no hub)"
+        reason += "): give a local folder (HF_HUB_OFFLINE=1: the cache alone"
+        return f"{constants.ENDPOINT} does not answer ({reason})"
     return None

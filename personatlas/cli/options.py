@@ -28,17 +28,12 @@ OPTIONS = Parameter(name="*")
 _OUTPUT = Group("Output", sort_key=1 + len(_PANELS))
 
 
-def _require_name(_: object, name: str | None) -> None:
-    """A name that is neither here nor on the hub is refused before anything slow is imported."""
-    if name is not None:
-        require_model_name(name)
-
-
 ModelName = Annotated[
     str,
     Parameter(
         help="a packaged name (smollm2-135m), a local folder, a training run, a .gguf file or a hub id",
-        validator=_require_name,
+        # a name that is neither here nor on the hub is refused before anything slow is imported
+        validator=lambda _, name: name is None or require_model_name(name),
     ),
 ]
 Json = Annotated[bool, Parameter(group=_OUTPUT, help="print the result as JSON", show_default=False)]

@@ -104,7 +104,7 @@ def letters(rendered):
         (["axes"], ["axes", 'Did you mean "axis"']),
         (["run", "judg", "tiny"], ["judg", 'Did you mean "judge"', "`personatlas run --help`"]),
         ([*["axis", "tiny", "--max-new-token", "3"]], ["--max-new-token", "Did you mean --max-new-tokens"]),
-        (["axis", "./nowhere"], ["./nowhere is not a model", "smollm2-135m"]),
+        (["axis", "./nowhere"], ["./nowhere does not exist", "smollm2-135m"]),
         (["axis", "nowhere.gguf"], ["nowhere.gguf does not exist"]),
         (["axis", "tiny", "--bank", "nowhere"], ["nowhere", "does not exist", "roles.jsonl"]),
         (["axis", "tiny", "--temperature", "-1"], ["temperature"]),
