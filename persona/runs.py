@@ -1,16 +1,18 @@
 """Run folders, and what the name of a MODEL, a RUN or an AXIS points to.
 
-    with open_run(Path("runs/smollm2-135m"), create=True) as run:  # locked: no two processes write into one folder
+    with open_run(Path("runs/smollm2-135m"), create=True) as run:  # locked: no two processes write into one
+    folder
         run.claim({"model": model.describe(), "seed": 0})
 
-    resolve_model("runs/mine")                        # "runs/mine/model", or its newest checkpoint while it trains
-    default_folder("runs/mine/checkpoints/step-512")  # runs/mine-step-512: what is computed about that model
-    model_name(Path("runs/mine/checkpoints/step-512"))  # "mine" at every step, so that prompts stay the same
-    resolve_axis("smollm2-135m")                      # the stem of the axis that comes with the packaged model
+    resolve_model("runs/mine")                        # "runs/mine/model", or its newest checkpoint while it
+    trains default_folder("runs/mine/checkpoints/step-512")  # runs/mine-step-512: what is computed about that
+    model model_name(Path("runs/mine/checkpoints/step-512"))  # "mine" at every step, so that prompts stay the
+    same resolve_axis("smollm2-135m")                      # the stem of the axis that comes with the packaged
+    model
 
-A run folder holds run.json, rollouts.jsonl, scores.jsonl, activations.*, axis.*, space.*, fit.json, report.html, and
-with traits trait_activations.* and traits.*. A training run's run.json has the kind "training". `axes/NAME/README.md`
-has the command that made a packaged axis.
+A run folder holds run.json, rollouts.jsonl, scores.jsonl, activations.*, axis.*, space.*, fit.json,
+report.html, and with traits trait_activations.* and traits.*. A training run's run.json has the kind
+"training". `axes/NAME/README.md` has the command that made a packaged axis.
 """
 
 import errno
@@ -19,17 +21,22 @@ import math
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from personatlas.persona.artifacts import read_json, write_json
 from personatlas.persona.errors import UserError
 from personatlas.persona.records import JsonObject
 
+if TYPE_CHECKING:
+    from personatlas.persona.models.load import Model
+
 TRAINING = "training"  # the kind in run.json of a training run
 MODEL, CHECKPOINTS, STEP = "model", "checkpoints", "step-"  # folders of a training run
+GGUF = ".gguf"
 PACKAGED_AXES = Path(__file__).parent / "axes"
 # What must not change under a run: rollouts made with other values would be another population.
 FIXED: tuple[str, ...] = (
@@ -65,13 +72,15 @@ class RunFolder:
         return content
 
     def claim(self, asked: JsonObject) -> None:
-        """Records what this call asks for. Raises `UserError` where a `FIXED` value differs from what is there."""
+        """Records what this call asks for. Raises `UserError` where a `FIXED` value differs from what is
+        there.
+        """
         manifest = self.manifest
         if manifest.get("kind") == TRAINING:
             raise UserError(f"{self.folder} belongs to a training run; choose another folder with --out")
         before = manifest.get("asked", {})
         for name in FIXED:
-            if name in before and name in asked and before[name] != asked[name]:
+            if name in before and name in asked and not _is_same(before[name], asked[name]):
                 raise UserError(
                     f"{self.folder} is a run with {name} {_short(before[name])}, not {_short(asked[name])}; "
                     f"choose another folder with --out"
@@ -82,11 +91,29 @@ class RunFolder:
             if content != manifest:
                 write_json(self.folder / "run.json", content)
 
+    def as_recorded(self, model: "Model") -> "Model":
+        """The model under the name that it had when the run began, which is in prompts, wherever it lies
+        now.
+        """
+        before = self.manifest.get("asked", {})
+        if "model" not in before or not _is_same(before["model"], model.describe()):
+            return model
+        id = str(before["model"]["id"])
+        name = before.get("name") or (Path(id).name if id.endswith(GGUF) else model_name(Path(id)))
+        return model if name == model.name else replace(model, name=name)
+
     def note(self, **facts: object) -> None:
         """Adds facts about what was done to run.json (rank 0 only)."""
         content = {**self.manifest, **facts}
         if self.rank == 0 and content != self.manifest:
             write_json(self.folder / "run.json", content)
+
+
+def _is_same(before: object, now: object) -> bool:
+    """Whether two recorded values are one; a model is its weights, and where they lie is a hint."""
+    if isinstance(before, dict) and isinstance(now, dict) and before.get("fingerprint") is not None:
+        return bool(before["fingerprint"] == now.get("fingerprint"))
+    return before == now
 
 
 def _short(value: object) -> str:
@@ -97,7 +124,9 @@ def _short(value: object) -> str:
 
 @contextmanager
 def open_run(folder: Path, *, create: bool = False, rank: int = 0) -> Iterator[RunFolder]:
-    """Locks and opens a run folder. `UserError` when it is missing (without `create`) or in use by a process."""
+    """Locks and opens a run folder. `UserError` when it is missing (without `create`) or in use by a
+    process.
+    """
     if not folder.exists() and not create:
         raise UserError(f"run folder {folder} does not exist")
     try:
@@ -158,8 +187,8 @@ def checkpoint_folders(run: Path) -> dict[int, Path]:
 
 
 def spread_steps(steps: Sequence[int], count: int) -> list[int]:
-    """Up to `count` (2 or more) of some sorted steps: the first two, the last, and between them the nearest to
-    even logarithms; of two the first and the last.
+    """Up to `count` (2 or more) of some sorted steps: the first two, the last, and between them the nearest
+    to even logarithms; of two the first and the last.
     """
     if len(steps) <= count:
         return list(steps)
@@ -174,7 +203,8 @@ def spread_steps(steps: Sequence[int], count: int) -> list[int]:
 def resolve_model(name: str) -> str:
     """A training run's finished model, else its newest checkpoint; any other name as it is.
 
-    Raises `UserError` for a training run without a checkpoint, and for a folder that is a run of another kind.
+    Raises `UserError` for a training run without a checkpoint, and for a folder that is a run of another
+    kind.
     """
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file():
@@ -200,29 +230,53 @@ def resolve_model(name: str) -> str:
     return name
 
 
+def hub_snapshot(path: Path) -> tuple[str, str] | None:
+    """The id and the commit of a folder in the hub's cache, models--OWNER--NAME/snapshots/COMMIT."""
+    *_, repository, snapshots, commit = ("", "", "", *path.parts)
+    if snapshots != "snapshots" or not repository.startswith("models--"):
+        return None
+    return "/".join(repository.split("--")[1:]), commit
+
+
+def locate(name: str | Path) -> Path:
+    """The place that a model's name stands for: `.`, `..` and links are followed, but a `.gguf` file keeps
+    its own name, since the hub's cache names what it links to by a hash. Names of nothing here stay as they
+    are.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    return path.parent.resolve() / path.name if path.exists() else path
+
+
 def _training_run_of(model: Path) -> Path | None:
     """The training run that a model's folder is in."""
-    model = model.expanduser().resolve()
     run = model.parent.parent if model.parent.name == CHECKPOINTS else model.parent
     is_named = model.name == MODEL or model.name.startswith(STEP)
     return run if is_named and is_training_run(run) else None
 
 
 def model_name(path: Path) -> str:
-    """What people, and the prompt "You are {model}.", call a model: its training run's name, if it is in one."""
-    return (_training_run_of(path) or path).name
+    """What people, and the prompt "You are {model}.", call a model: its training run's name, if it is in one,
+    else that of its folder, file or repository.
+    """
+    path = locate(path)
+    snapshot = hub_snapshot(path)
+    if snapshot is not None:
+        return snapshot[0].rpartition("/")[2]
+    return (_training_run_of(path) or path).name.removesuffix(GGUF)
 
 
 def checkpoint_name(name: str) -> str:
     """A short name for what is computed about a model, which tells a training run's checkpoints apart."""
-    path = Path(resolve_model(name))
+    path = locate(resolve_model(name))
     run = _training_run_of(path)
-    return path.name if run is None else f"{run.name}-{path.name}"
+    return model_name(path) if run is None else f"{run.name}-{path.name}"
 
 
 def default_folder(model: str, study: str = "") -> Path:
     """The folder for what is computed about a model: runs/NAME, or runs/NAME-STUDY."""
-    name = Path(model).stem if model.endswith(".gguf") else checkpoint_name(model)
+    name = checkpoint_name(model)
     return Path("runs") / (f"{name}-{study}" if study else name)
 
 
@@ -257,7 +311,8 @@ def find_axis(model: str, axis: str | None = None) -> str:
 
 
 def resolve_axis(name: str) -> Path:
-    """The stem of an axis by the name of a run folder, an artefact (with or without ending) or a packaged model.
+    """The stem of an axis by the name of a run folder, an artefact (with or without ending) or a packaged
+    model.
 
     Raises `UserError` when there is none.
     """

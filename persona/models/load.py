@@ -36,7 +36,7 @@ from personatlas.persona.models.hub import cached_revision, describe_name, hub_o
 from personatlas.persona.models.packaged import PACKAGED, gguf_folder, packaged_folder, weight_format
 from personatlas.persona.progress import say
 from personatlas.persona.records import JsonObject
-from personatlas.persona.runs import model_name, resolve_model
+from personatlas.persona.runs import hub_snapshot, locate, model_name, resolve_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -49,7 +49,8 @@ class Model:
     """A decoder with its tokenizer. Build it with `load_model` or `model_from_bridge`; both check it.
 
     `weights` names the format that the weights were stored in ("bfloat16", "gguf Q4_1", ...): a quantised
-    model has another axis than the original, so artefacts carry it.
+    model has another axis than the original, so artefacts carry it. `name` is for people and for the default
+    prompt "You are {model}.".
     """
 
     hf: "PreTrainedModel"
@@ -60,6 +61,7 @@ class Model:
     id: str
     revision: str | None
     weights: str
+    name: str
 
     @property
     def n_layers(self) -> int:
@@ -85,13 +87,6 @@ class Model:
     def context(self) -> int | None:
         """Tokens that the model holds, where its config says so."""
         return getattr(self.hf.config.get_text_config(decoder=True), "max_position_embeddings", None)
-
-    @property
-    def name(self) -> str:
-        """For people and for the default prompt "You are {model}.": a training run's name, else the last part
-        of the id.
-        """
-        return model_name(Path(self.id))
 
     @cached_property
     def chat(self) -> ChatFormat:
@@ -197,9 +192,12 @@ def load_model(
         weights = str(getattr(method, "value", method))
     elif weights is None:
         weights = str(config.dtype).removeprefix("torch.") if config.dtype is not None else "unknown"
-    is_local = Path(source).exists()
-    id = name if name in PACKAGED or not is_local else str(Path(name).resolve())
-    return build_model(hf, tokenizer, id=id, revision=cached_revision(name), weights=weights)
+    place = locate(name)
+    is_local = name not in PACKAGED and place.exists()
+    id, revision = str(place) if is_local else name, cached_revision(name)
+    if is_local and (snapshot := hub_snapshot(place)) is not None:
+        id, revision = snapshot
+    return build_model(hf, tokenizer, id=id, revision=revision, weights=weights)
 
 
 def load_tokenizer(name: str, chat_template: Path | None = None) -> "PreTrainedTokenizerBase":
@@ -247,7 +245,9 @@ def build_model(
     weights = weights or str(hf.dtype).removeprefix("torch.")
     require_finite(id, hf)
     require_rows(id, hf, tokenizer)
-    model = Model(hf, base, tokenizer, blocks, config.hidden_size, id, revision, weights)
+    model = Model(
+        hf, base, tokenizer, blocks, config.hidden_size, id, revision, weights, model_name(Path(id))
+    )
     _check(model)
     return model
 

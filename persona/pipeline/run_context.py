@@ -92,6 +92,7 @@ class RunContext:
         return {
             "model_name": self.model_name,
             "model": self.model.describe(),
+            "name": self.model.name,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "chat_template": hashlib.sha256(chat.template.encode()).hexdigest()[:16],
             "system": chat.system,
@@ -135,6 +136,7 @@ def open_context(
                 decoder = load_model(model, device=device, dtype=dtype, chat_template=load.chat_template)
                 # of a training run its newest checkpoint now, not the newest one when this run is resumed
                 name = decoder.id if is_training_run(Path(model)) else model
+            decoder = run.as_recorded(decoder)
             on_gpu = decoder.device.type == "cuda"
             chunk = plan.chunk or before.get("chunk") or (GPU_CHUNK if on_gpu else CPU_CHUNK)
             context = RunContext(run, world, decoder, name, bank, selection, sampling, plan.seed, chunk)

@@ -86,7 +86,7 @@ def calibrate(
         if model is None:
             dtype, template = load.dtype or plan["dtype"], load.chat_template
             model = load_model(plan["model_name"], device=load.device, dtype=dtype, chat_template=template)
-        loaded_axis.require_model(model.describe())
+        loaded_axis.require_model((model := folder.as_recorded(model)).describe())
         halves = deal_halves(loaded_bank, loaded_axis, space, default, model.name, settings)
         populations = {"default": spread(default, POPULATION_SIZE), "roles": spread(roles, POPULATION_SIZE)}
         with progress("projecting", sum(map(len, populations.values()))) as advance:

@@ -141,12 +141,13 @@ def _prepare(
     if any(suite.needs_roles for suite in selected):
         space = load_space(bench.axis.folder / "space")
         roles = lowest_roles(bench.axis, space, bank, options.roles, options.tag or ())
-    inputs = SuiteInputs(options, bank, tuple(roles), model.name)
+    name = run.as_recorded(model).name
+    inputs = SuiteInputs(options, bank, tuple(roles), name)
     prepared = [fit_to_context(bench, suite) for whole in selected for suite in whole.prepare(inputs)]
     known, sampling = versions(), {name: getattr(options, name) for name in ("temperature", "top_p", "seed")}
     engine = {"device": model.device.type, **{name: known[name] for name in ("torch", "transformers")}}
     dtype = str(model.dtype).removeprefix("torch.")
-    run.claim({"model": model.describe(), "dtype": dtype, "engine": engine, **sampling})
+    run.claim({"model": model.describe(), "name": name, "dtype": dtype, "engine": engine, **sampling})
     return prepared
 
 

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from families import save_tiny
 
 from personatlas.cli.app import main
+from personatlas.persona.artifacts import read_json
 from personatlas.persona.axis import load_axis
 from personatlas.persona.errors import UserError
 from personatlas.persona.formats import read_conversations
@@ -137,3 +139,51 @@ def test_a_folder_made_under_the_old_name_is_read_and_resumed(tiny_run, tmp_path
     chat = {"messages": [{"role": "user", "content": "Hello"}], EARLIER_NAME: {"format": 1, "turns": []}}
     (tmp_path / "chat.json").write_text(json.dumps(chat))
     assert read_conversations(tmp_path / "chat.json")[0].messages == ({"role": "user", "content": "Hello"},)
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory):
+    """The hub's cache of one repository: a folder that is called by a commit, and files by their hashes."""
+    return save_tiny(tmp_path_factory.mktemp("hub") / "models--acme--Tiny-Chat" / "snapshots" / "0a1b2c3d")
+
+
+def test_a_snapshot_in_the_hubs_cache_is_called_by_its_repository(cached):
+    model = load_model(str(cached), device="cpu", dtype="float32")
+    assert (model.name, model.id, model.revision) == ("Tiny-Chat", "acme/Tiny-Chat", "0a1b2c3d")
+    assert str(default_folder(str(cached))) == "runs/Tiny-Chat"
+
+
+@pytest.mark.parametrize("name", [".", "./", "../Plain-Chat", "../Plain-Chat/", "deep/..", "../link"])
+def test_a_folder_has_its_own_name_however_it_is_written(name, cached, tmp_path, monkeypatch):
+    folder = shutil.copytree(cached, tmp_path / "Plain-Chat")
+    (folder / "deep").mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(folder)
+    model = load_model(name, device="cpu", dtype="float32")
+    assert (model.name, model.id, str(default_folder(name))) == ("Plain-Chat", str(folder), "runs/Plain-Chat")
+
+
+def test_a_gguf_file_keeps_its_own_name_where_it_is_a_link(tmp_path, monkeypatch):
+    (tmp_path / "0a1b2c").touch()
+    (tmp_path / "Tiny-Q4.gguf").symlink_to(tmp_path / "0a1b2c")
+    monkeypatch.chdir(tmp_path)
+    assert model_name(Path("Tiny-Q4.gguf")) == default_folder("Tiny-Q4.gguf").name == "Tiny-Q4"
+
+
+def test_a_run_goes_on_with_its_model_elsewhere_and_not_with_another_in_its_place(
+    tiny_run, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tiny_run)
+    tokens = "--bank bank --out run --device cpu --dtype float32 --samples 4 --chunk 32 --max-new-tokens 8"
+    how = [*tokens.split(), "--judge", "none", "--keep", "all", "--replicates", "4"]
+    before = (tiny_run / "run" / "rollouts.jsonl").read_bytes()
+    shutil.move("tiny", tmp_path / "Moved-Chat")
+    main(["axis", str(tmp_path / "Moved-Chat"), *how])
+    assert (tiny_run / "run" / "rollouts.jsonl").read_bytes() == before
+    asked = read_json(tiny_run / "run" / "run.json")["asked"]
+    assert asked["model"]["id"] == str(tmp_path / "Moved-Chat")
+    assert asked["name"] == "tiny"  # as its prompts say
+    save_tiny(tiny_run / "tiny", seed=1)
+    with pytest.raises(SystemExit):
+        main(["axis", "tiny", *how])
+    assert (tiny_run / "run" / "rollouts.jsonl").read_bytes() == before
