@@ -4,84 +4,201 @@ An artefact is `NAME.safetensors` (tensors, and everything else as one JSON stri
 `NAME.json` (the same meta for people, with the SHA-256 of the tensor file). Each is written to a temporary file and
 renamed, the JSON last, so an artefact without its JSON is one whose writing was interrupted. Nothing is ever unpickled.
 
+A temporary file or folder is `.NAME.HEX` beside NAME, and its process holds a lock on it. One that nobody locks was left
+by a killed process: the next writer of NAME removes it, and `remove_leftovers` does so for a whole folder.
+
     save_tensors(folder / "axis", {"vectors": v}, {"kind": "axis"})
     tensors, meta = load_tensors(folder / "axis", kind="axis")
 """
 
 import contextlib
+import errno
+import fcntl
+import glob
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from personatlas.persona.errors import UserError
+from personatlas.persona.errors import UserError, explain_os_error, find_os_error
 
 if TYPE_CHECKING:  # torch is slow to import, and JSON needs none
     from torch import Tensor
 
 FORMAT = 1
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}")
+LOCK = "0" * 12  # the HEX of a lock file: one that a killed process left is removed as any leftover
 
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it over `path` on success, remove it on any failure."""
-    # not tempfile.mkstemp: its files are 0600 whatever the umask, and the renamed file would stay so
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
-    temporary.touch(exist_ok=False)
-    try:
+    """Yields a temporary path beside `path`, which is renamed to `path` on success and removed on any failure."""
+    with _temporary(path, is_folder=False) as temporary:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; rename it to `path`, where nothing or an empty folder may stand, on
-    success, and remove it on any failure.
+def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yields a temporary folder beside `path`, which is renamed to `path` on success and removed on any failure.
+
+    At `path` nothing or an empty folder may stand; with `replace` whatever stands there is removed.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
-    temporary.mkdir()
-    try:
+    with _temporary(path, is_folder=True) as temporary:
         yield temporary
+        if replace and path.is_dir():
+            remove_folder(path)
         temporary.replace(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder, renamed first: a kill in the middle leaves no half of it under its name."""
+    doomed = _beside(path, secrets.token_hex(6))
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes temporary files and folders of killed processes from a folder and from the folders in it."""
+    _remove_unlocked(path for pattern in (".*", "*/.*") for path in folder.glob(pattern))
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, lock: Path | None = None, wait: bool = False) -> Iterator[None]:
+    """Holds the only right to write `path`, in a lock file beside it (or at `lock`) that is removed at the end.
+
+    `UserError` where another process has it, unless `wait`, where nothing can be written, and where the file system
+    has no locks.
+    """
+    lock = lock or _beside(path, LOCK)
+    while True:
+        try:
+            file = lock.open("w")
+        except OSError as error:
+            raise UserError(f"{path} cannot be written to: {explain_os_error(error)}") from None
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                raise UserError(
+                    f"{path} is in use by another process; wait for it, or choose another path with --out"
+                ) from None
+            except OSError as error:
+                raise UserError(f"{path} cannot be locked: {explain_os_error(error, lock)}") from None
+            if not _is_at(file.fileno(), lock):
+                continue  # its last owner has removed it meanwhile
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+            return
 
 
 def require_writable(path: Path, option: str) -> None:
     """`UserError` unless a file can be written at this path: before the work that it is to hold, not after."""
-    folder = path.parent
     if path.is_dir():
         raise UserError(f"{option} {path}: this is a folder; give a file's name in it")
-    if not folder.is_dir():
-        raise UserError(f"{option} {path}: the folder {folder} does not exist")
-    probe = (
-        folder / f".probe.{secrets.token_hex(6)}"
-    )  # permissions alone do not say whether a file can be made
+    if not path.parent.is_dir():
+        raise UserError(f"{option} {path}: the folder {path.parent} does not exist")
     try:
-        probe.touch(exist_ok=False)
+        with _temporary(path, is_folder=False):
+            pass
     except OSError as error:
-        raise UserError(f"{option} {path}: nothing can be written into {folder} ({error.strerror})") from None
-    probe.unlink()
+        raise UserError(f"{option} {explain_os_error(error)}") from None
 
 
 def make_folder(folder: Path, option: str) -> None:
-    """Make a folder with its parents; `UserError` where a file is in its place or nothing can be made there."""
+    """Makes a folder with its parents; `UserError` where that is impossible or nothing can be written into it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with _temporary(folder / "probe", is_folder=False):
+            pass
     except OSError as error:
-        raise UserError(
-            f"{option} {folder} cannot be made ({error.strerror}); choose another place"
-        ) from None
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"{option} {folder} cannot be written to; choose another place")
+        if isinstance(error, FileExistsError):
+            error.errno = errno.ENOTDIR
+        raise UserError(f"{option} {folder} cannot be made: {explain_os_error(error)}") from None
+
+
+@contextlib.contextmanager
+def _temporary(path: Path, *, is_folder: bool) -> Iterator[Path]:
+    """A locked temporary file or folder for `path`. Errors of the disk carry `path`, also those that libraries
+    report in words only.
+    """
+    try:
+        with contextlib.ExitStack() as stack:
+            yield _make_temporary(path, is_folder, stack)
+    except Exception as error:
+        found = find_os_error(error)
+        if found is None:
+            raise
+        name = found.filename
+        if name is not None and TEMPORARY.fullmatch(Path(os.fsdecode(name)).name) is None:
+            raise
+        raise OSError(found.errno, found.strerror, str(path)) from error
+
+
+def _make_temporary(path: Path, is_folder: bool, stack: contextlib.ExitStack) -> Path:
+    _remove_unlocked(path.parent.glob(f".{glob.escape(path.name)}.*"))
+    flags = os.O_CLOEXEC | (os.O_RDONLY if is_folder else os.O_RDWR | os.O_CREAT | os.O_EXCL)
+    while True:
+        # not tempfile: its files are 0600 whatever the umask, and the renamed file would stay so
+        temporary = _beside(path, secrets.token_hex(6))
+        if is_folder:
+            temporary.mkdir()
+        stack.callback(_remove, temporary)
+        try:
+            descriptor = os.open(temporary, flags, 0o666)
+        except FileNotFoundError:
+            if is_folder:
+                continue  # another process took it for a leftover before it was locked
+            raise
+        stack.callback(os.close, descriptor)
+        with contextlib.suppress(OSError):  # a network disk without locks: nobody removes leftovers there
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if _is_at(descriptor, temporary):
+            return temporary
+
+
+def _beside(path: Path, ending: str) -> Path:
+    path = Path(os.path.abspath(path))  # "." has no name; links stay links
+    return path.with_name(f".{path.name}.{ending}")
+
+
+def _remove_unlocked(paths: Iterable[Path]) -> None:
+    """Removes those temporary files and folders that no living process writes."""
+    for path in paths:
+        if TEMPORARY.fullmatch(path.name) is None or path.is_symlink():
+            continue
+        with contextlib.suppress(OSError):  # locked, gone, or not ours to open
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(path)
+            finally:
+                os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is the one at a path."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def write_json(path: Path, content: Any) -> None:

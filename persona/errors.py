@@ -1,7 +1,12 @@
-"""The one exception that a user may meet: something foreseen failed and one line says what to do.
+"""What a user may meet: something foreseen failed (`UserError`), or the operating system refused (`OSError`).
 
-Commands print it as that line and exit with status 2; anything else that escapes is a bug and keeps its traceback.
+Commands print either as one line that says what to do and exit with status 2; anything else that escapes is a bug and
+keeps its traceback.
 """
+
+import errno
+import os
+import re
 
 
 class UserError(ValueError):
@@ -20,3 +25,63 @@ def describe_value(value: object) -> str:
     if value is None or isinstance(value, (bool, int, float)):
         return repr(value)
     return f"a {type(value).__name__}"
+
+
+_RETRY = "finished work is kept: {} and run the same command again"
+_ELSEWHERE, _FREE = "choose another path", _RETRY.format("make room")
+_REASONS = {
+    errno.ENOSPC: ("the disk is full", _FREE),
+    errno.EDQUOT: ("the disk quota is used up", _FREE),
+    errno.EFBIG: ("a file grew too large", _RETRY.format("raise the limit (`ulimit -f`)")),
+    errno.EROFS: ("the file system is read-only", _ELSEWHERE),
+    errno.EACCES: ("permission denied", "change its permissions or choose another path"),
+    errno.EPERM: ("the operation is not permitted", _ELSEWHERE),
+    errno.ENOENT: ("does not exist", "check the path"),
+    errno.EEXIST: ("is already there", _ELSEWHERE),
+    errno.ENOTEMPTY: ("is not empty", _ELSEWHERE),
+    errno.EISDIR: ("is a folder where a file should be", _ELSEWHERE),
+    errno.ENOTDIR: ("a file is where a folder should be", _ELSEWHERE),
+    errno.ENAMETOOLONG: ("the name is too long", "choose a shorter one"),
+    errno.ELOOP: ("links lead round in a circle", "check the path"),
+    errno.ENOLCK: ("the file system has no locks", "choose a path on a local disk"),
+    errno.EOPNOTSUPP: ("the file system does not support this", "choose a path on a local disk"),
+    errno.ESTALE: ("the network disk has lost the file", _RETRY.format("mount it again")),
+    errno.EIO: ("the disk reports an error", _RETRY.format("check the disk")),
+    errno.EMFILE: ("too many open files", _RETRY.format("raise the limit (`ulimit -n`)")),
+    errno.ENFILE: ("too many open files on this machine", _RETRY.format("close some programs")),
+    errno.ENOMEM: ("not enough memory", _RETRY.format("free some")),
+    errno.EPIPE: ("the reader has gone", _RETRY.format("keep it open")),
+}
+# how Rust (safetensors, tokenizers) and Arrow name an error's number in their own exceptions
+_NUMBER = re.compile(r"\(os error (\d+)\)|\[errno (\d+)\]", re.IGNORECASE)
+_WORDS = {
+    os.strerror(code): code for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EMFILE)
+}
+
+
+def find_os_error(error: BaseException) -> OSError | None:
+    """The operating system's error that an exception is, was raised from, or reports in words; None for others."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error
+    if isinstance(error, BaseExceptionGroup):
+        return find_os_error(error.exceptions[0]) if len(error.exceptions) == 1 else None
+    if isinstance(error, UserError):
+        return None
+    text = str(error)
+    if match := _NUMBER.search(text):
+        code = int(match[1] or match[2])
+        return OSError(code, os.strerror(code))
+    for words, code in _WORDS.items():
+        if words in text:
+            return OSError(code, words)
+    return None if error.__cause__ is None else find_os_error(error.__cause__)
+
+
+def explain_os_error(error: OSError, path: object = None) -> str:
+    """One line: the path, the reason in plain words, and what to do. `path` replaces the error's own."""
+    reason, advice = _REASONS.get(
+        error.errno or 0, (error.strerror or str(error), _RETRY.format("remove the cause"))
+    )
+    path = error.filename if path is None else path
+    name = os.fsdecode(path) if isinstance(path, bytes) else path
+    return f"{reason}; {advice}" if name is None else f"{name}: {reason}; {advice}"

@@ -67,9 +67,10 @@ def append_lines(path: Path, rows: Iterable[Row], *, sync: bool = True) -> None:
                 rest = rest[file.write(rest) :]
             if sync:
                 os.fsync(file.fileno())
-        except OSError:
+        except OSError as error:
             with contextlib.suppress(OSError):
                 file.truncate(end)  # a full disk must not leave half a line that looks like damage
+            error.filename = str(path)
             raise
 
 

@@ -15,8 +15,6 @@ report.html, and with traits trait_activations.* and traits.*. A training run's 
 "training". `axes/NAME/README.md` has the command that made a packaged axis.
 """
 
-import errno
-import fcntl
 import math
 import platform
 from collections.abc import Iterator, Sequence
@@ -27,8 +25,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from personatlas.persona.artifacts import read_json, write_json
-from personatlas.persona.errors import UserError
+from personatlas.persona.artifacts import locked, read_json, remove_leftovers, write_json
+from personatlas.persona.errors import UserError, explain_os_error
 from personatlas.persona.records import JsonObject
 
 if TYPE_CHECKING:
@@ -133,28 +131,13 @@ def open_run(folder: Path, *, create: bool = False, rank: int = 0) -> Iterator[R
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"{folder} is a file, not a run folder") from None
-    except (PermissionError, FileNotFoundError) as error:
-        raise UserError(
-            f"run folder {folder} cannot be made ({error.strerror}); choose another with --out"
-        ) from None
+    except OSError as error:
+        raise UserError(f"run folder {folder} cannot be made: {explain_os_error(error)}") from None
     if rank:
         yield RunFolder(folder, rank)
         return
-    try:
-        lock = (folder / ".lock").open("w")
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(
-            f"{folder} cannot be written to ({error.strerror}); choose another with --out"
-        ) from None
-    with lock as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{folder} is in use by another process; wait for it, or choose another folder with --out"
-            ) from None
+    with locked(folder, lock=folder / ".lock"):
+        remove_leftovers(folder)
         yield RunFolder(folder, rank)
 
 

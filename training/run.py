@@ -245,7 +245,7 @@ def make_model_folder(folder: Path) -> Path:
     checkpoint stays as it was made.
     """
     last, path = checkpoints_in(folder)[-1], folder / "model"
-    with atomic_folder(path) as temporary:
+    with atomic_folder(path, replace=True) as temporary:
         for file in last.path.iterdir():
             copy = temporary / file.name
             if file.name == "model.safetensors":
@@ -253,5 +253,4 @@ def make_model_folder(folder: Path) -> Path:
                     os.link(file, copy)
             if file.name not in RESUME_ONLY and not copy.exists():
                 shutil.copyfile(file, copy)
-        shutil.rmtree(path, ignore_errors=True)
     return path

@@ -3,22 +3,23 @@
     personatlas axis smollm2-135m --plan demo
     personatlas run report runs/smollm2-135m
 
-A `UserError`, a wrong option and a full disk are one line on stderr and exit status 2. Any other exception is
-a bug and keeps its traceback.
+A `UserError`, a wrong option and an error of the operating system (`OSError`, or what a library makes of one) are one
+line on stderr and exit status 2. Any other exception is a bug and keeps its traceback.
 """
 
-import errno
+import contextlib
 import os
 import signal
 import sys
 import time
 from collections.abc import Sequence
 from itertools import count
+from typing import NoReturn
 
 from cyclopts import App, CycloptsError, Group, Parameter
 
 from personatlas.persona.distributed import get_world
-from personatlas.persona.errors import UserError
+from personatlas.persona.errors import UserError, explain_os_error, find_os_error
 
 COMMANDS = {
     "Map": {
@@ -99,15 +100,11 @@ def _build() -> App:
 app = _build()
 
 OTHERS_FIRST = 2.0  # seconds that other processes wait for the first one's message
-DISK_FULL = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "a file grew too large",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command and exits with its status."""
+    _open_closed_streams()
     try:
         app(arguments, exit_on_error=False, print_error=False)
         sys.stdout.flush()
@@ -118,26 +115,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _fail(str(error.__cause__))
         command = " ".join(["personatlas", *(error.command_chain or ())])
         _fail(f"{' '.join(str(error).split()).removesuffix('.')} (see `{command} --help`)")
-    except BrokenPipeError:  # `personatlas tools show RUN | head`: the reader has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush
-        sys.exit(128 + signal.SIGPIPE)
-    except OSError as error:
-        if error.errno not in DISK_FULL:
-            raise
-        file = f" ({error.filename})" if error.filename else ""
-        _fail(
-            f"{DISK_FULL[error.errno]}{file}; finished work is kept: make room and run the same command again"
-        )
     except KeyboardInterrupt:
         print("personatlas: stopped; the same command resumes", file=sys.stderr)  # noqa: T201
         sys.exit(130)
+    except Exception as error:
+        found = find_os_error(error)
+        if found is None:
+            raise
+        _fail(explain_os_error(_stdout_error() or found))
 
 
-def _fail(text: str) -> None:
+def _fail(text: str) -> NoReturn:
     if get_world().rank:  # torchrun ends all processes once the first has failed: only its message is printed
         time.sleep(OTHERS_FIRST)
-    print(f"personatlas: {text}", file=sys.stderr)  # noqa: T201
+    with contextlib.suppress(OSError):
+        print(f"personatlas: {text}", file=sys.stderr, flush=True)  # noqa: T201
     sys.exit(2)
+
+
+def _stdout_error() -> OSError | None:
+    """What is wrong with standard output, where results go. Exits where its reader has gone, as in `| head`."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush at the end
+        if isinstance(error, BrokenPipeError):
+            sys.exit(128 + signal.SIGPIPE)
+        return OSError(error.errno, error.strerror, "standard output")
+    return None
+
+
+def _open_closed_streams() -> None:
+    """Opens closed standard streams (`>&-`) to nothing, else the next file gets a stream's number and its text."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (stays open)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The commands `train base`, `chat`, `eval`, `tokenizer` and `export`; `plan` is in plan.py."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -254,7 +255,7 @@ def export(
     """
     import torch
 
-    from personatlas.persona.artifacts import require_writable
+    from personatlas.persona.artifacts import locked, make_folder, require_writable
     from personatlas.persona.runs import resolve_model
     from personatlas.training.export.gguf import write_gguf
     from personatlas.training.export.huggingface import export_model, load_exported
@@ -264,14 +265,19 @@ def export(
     if not model.is_dir():
         raise UserError(f"{model} is no folder; give a training run or one of its checkpoints")
     source = Path(resolve_model(str(model)))
-    found = load_exported(source)
+    if out is not None:
+        make_folder(out.absolute().parent, "--out")
     if gguf is not None:
         require_writable(gguf, "--gguf")
-    if out is not None:
-        export_model(found, source, out, torch.bfloat16 if dtype == "bf16" else torch.float32)
-    if gguf is not None:
-        write_gguf(source, gguf, "bf16" if dtype == "bf16" else "f32")
     written = [path for path in (out, gguf) if path is not None]
+    with ExitStack() as locks:
+        for path in written:
+            locks.enter_context(locked(path))
+        found = load_exported(source)
+        if out is not None:
+            export_model(found, source, out, torch.bfloat16 if dtype == "bf16" else torch.float32)
+        if gguf is not None:
+            write_gguf(source, gguf, "bf16" if dtype == "bf16" else "f32")
     if json:
         paths = [str(path) for path in written]
         print_json(

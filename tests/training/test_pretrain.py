@@ -247,13 +247,6 @@ def test_a_full_disk_keeps_the_checkpoints_before_and_the_run_goes_on_later(
     assert losses(tmp_path / "run") == losses(base_run)
 
 
-def test_the_words_of_the_writer_for_a_full_disk_are_understood(tmp_path):
-    error = checkpoints.SafetensorError(
-        "Error while serializing: I/O error: No space left on device (os error 28)"
-    )
-    assert checkpoints._disk_error(error, tmp_path).errno == errno.ENOSPC
-
-
 def test_minutes_are_turned_into_steps_at_the_speed_that_is_measured(base_run, books, tmp_path, monkeypatch):
     monkeypatch.setattr(stepping, "MEASURED_STEPS", (4, 4))
     result = train(books, tmp_path / "run", like=base_run, minutes=0.05, batch=None)

@@ -71,14 +71,17 @@ def test_rows_from_before_the_first_checkpoint_are_not_written_twice(base_run, b
 def test_what_a_kill_leaves_half_written_is_removed_when_the_run_goes_on(base_run, books, tmp_path):
     """The weights are written under a name with two dots, which was not looked for; the model's links, by no one."""
     run = copied(base_run, tmp_path)
-    halves = ["checkpoints/..step-000032.1b.2c", "checkpoints/.step-000039.0f", ".model.5d"]
+    hexes = "1b3d5f70a2c4", "2c4e6081b3d5"
+    halves = [".model.{}", "checkpoints/.step-000039.{}", "checkpoints/..step-000032.{}.{}"]
+    halves = [half.format(*hexes) for half in halves]
     for half in halves:
         (run / half).mkdir()
         (run / half / "model.safetensors").write_text("half")
-    for half in (".samples.jsonl.e0", ".tokenizer.7a", "tokens/.train-00000.npy.3c"):
-        (run / half).write_text("half")
+    for half in (".samples.jsonl.{}", ".tokenizer.{}", "tokens/.train-00000.npy.{}"):
+        (run / half.format(*hexes)).write_text("half")
+    (run / ".notes").write_text("a user's")
     train(books, run)
-    assert [path.name for path in run.rglob(".*")] == [".lock"]
+    assert [path.name for path in run.rglob(".*")] == [".notes"]
 
 
 def test_a_kill_between_saving_and_pruning_leaves_no_more_than_two_to_go_on_from(

@@ -26,7 +26,7 @@ from jaxtyping import Integer
 from numpy import ndarray as Array
 from tokenizers import Tokenizer
 
-from personatlas.persona.artifacts import atomic, digest, make_folder, read_json, write_json
+from personatlas.persona.artifacts import atomic, digest, locked, make_folder, read_json, write_json
 from personatlas.persona.errors import UserError
 from personatlas.persona.records import JsonObject
 from personatlas.training.data.corpus import Corpus, Side
@@ -98,8 +98,12 @@ def make_tokens(
         "shard": shard,
         "format": FORMAT,
     }
-    _claim(folder, settings)
-    if not (folder / "tokens.json").is_file():
+    if (folder / "tokens.json").is_file():
+        _claim(folder, settings)
+        return open_tokens(folder, tokenizer_folder)
+    make_folder(folder.absolute().parent, "--token-folder")
+    with locked(folder):
+        _claim(folder, settings)
         _write_shards(corpus, tokenizer, folder, settings, quiet)
     return open_tokens(folder, tokenizer_folder)
 
@@ -124,7 +128,7 @@ def _claim(folder: Path, settings: JsonObject) -> None:
     if not path.is_file():
         if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
             raise UserError(f"{folder} is there and holds no tokens; choose another folder")
-        make_folder(folder, "--tokens")
+        make_folder(folder, "--token-folder")
         write_json(path, settings)
         return
     before = read_json(path)

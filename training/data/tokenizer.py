@@ -24,7 +24,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from personatlas.analysis.stats import ratio_interval
-from personatlas.persona.artifacts import atomic_folder, digest, make_folder, read_json, write_json
+from personatlas.persona.artifacts import atomic_folder, digest, locked, make_folder, read_json, write_json
 from personatlas.persona.errors import UserError
 from personatlas.persona.progress import say
 from personatlas.persona.records import JsonObject
@@ -102,9 +102,15 @@ def make_tokenizer(
     if sample < 1:
         raise UserError(f"--sample {sample}: give how many bytes of text to train on, 1 or more")
     settings = {"corpus": corpus.digest, "vocabulary": vocabulary, "sample": sample}
-    if (known := _finished_record(out, settings)) is not None:
-        return known
     make_folder(out.absolute().parent, "--out")
+    with locked(out):
+        known = _finished_record(out, settings)
+        return _make(corpus, out, vocabulary, sample, settings, quiet) if known is None else known
+
+
+def _make(
+    corpus: Corpus, out: Path, vocabulary: int, sample: int, settings: JsonObject, quiet: bool
+) -> JsonObject:
     scan = corpus.scan(quiet=quiet)
     if not quiet:
         say(f"training on {min(sample, scan.train.bytes) / 1e6:,.1f} of {scan.train.bytes / 1e6:,.1f} MB")

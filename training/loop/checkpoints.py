@@ -9,18 +9,14 @@ one replaces. A checkpoint is a folder that is renamed when it is whole: a proce
 the ones before it.
 """
 
-import errno
 import os
-import secrets
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from personatlas.persona.artifacts import atomic_folder, digest, read_json, write_json
+from personatlas.persona.artifacts import atomic_folder, digest, read_json, remove_folder, write_json
 from personatlas.persona.errors import UserError
 from personatlas.persona.records import JsonObject
 from personatlas.persona.runs import CHECKPOINTS, STEP, checkpoint_folders
@@ -28,11 +24,6 @@ from personatlas.training.export.huggingface import export_model, load_exported
 from personatlas.training.model.gpt import GPT
 
 RESUMABLE = 2  # checkpoints that keep the optimizer's state
-# what a killed process leaves unfinished; two dots where a checkpoint's weights were being written
-LEFTOVERS = (
-    *(f"{CHECKPOINTS}/.{STEP}*", f"{CHECKPOINTS}/..{STEP}*"),
-    *(".model.*", ".tokenizer.*", ".*.json.*", ".*.jsonl.*", "tokens/.*.json.*", "tokens/.*.npy.*"),
-)
 
 
 @dataclass(frozen=True)
@@ -76,21 +67,17 @@ def save_checkpoint(
     if (path / "state.json").is_file() and (path / "optimizer.safetensors").is_file():
         return Checkpoint(step, path)
     path.parent.mkdir(exist_ok=True)
-    try:
-        with atomic_folder(path) as temporary:
-            export_model(model, tokenizer, temporary)
-            files = {name: temporary / f"{name}.safetensors" for name in ("optimizer", "model")}
-            save_file({name: value.contiguous() for name, value in optimizer.items()}, files["optimizer"])
-            for file in files.values():
-                with file.open("rb") as written:
-                    os.fsync(written.fileno())
-            digests = {name: digest(file) for name, file in files.items()}
-            content = {**facts, "kind": "training-state", "step": step, **digests}
-            write_json(temporary / "state.json", content)
-            if path.exists():  # an earlier one of this step, which is not resumable any more
-                _remove(path)
-    except SafetensorError as error:
-        raise _disk_error(error, path) from None
+    # an earlier one of this step, which is not resumable any more, is replaced
+    with atomic_folder(path, replace=True) as temporary:
+        export_model(model, tokenizer, temporary)
+        files = {name: temporary / f"{name}.safetensors" for name in ("optimizer", "model")}
+        save_file({name: value.contiguous() for name, value in optimizer.items()}, files["optimizer"])
+        for file in files.values():
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+        digests = {name: digest(file) for name, file in files.items()}
+        content = {**facts, "kind": "training-state", "step": step, **digests}
+        write_json(temporary / "state.json", content)
     return Checkpoint(step, path)
 
 
@@ -115,8 +102,7 @@ def load_weights(checkpoint: Checkpoint, model: GPT) -> None:
 
 
 def prune_checkpoints(run: Path, steps: int, keep_permanent: bool = True) -> None:
-    """Removes unfinished files and all checkpoints but permanent ones (if kept), the newest, and the newest
-    two resumable.
+    """Removes all checkpoints but permanent ones (if kept), the newest, and the newest two resumable.
 
     Others than those two lose their optimizer's state.
     """
@@ -128,22 +114,4 @@ def prune_checkpoints(run: Path, steps: int, keep_permanent: bool = True) -> Non
         if (keep_permanent and is_permanent(item.step, steps)) or item is found[-1]:
             (item.path / "optimizer.safetensors").unlink(missing_ok=True)
         else:
-            _remove(item.path)
-    for pattern in LEFTOVERS:
-        for leftover in run.glob(pattern):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-
-
-def _remove(path: Path) -> None:
-    """Renames the folder first: a kill in the middle must not leave half a checkpoint that looks whole."""
-    doomed = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
-    path.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _disk_error(error: SafetensorError, path: Path) -> Exception:
-    """The OSError of a full disk, which safetensors reports in words only, or a `UserError`."""
-    for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        if f"os error {code}" in str(error) or f"code: {code}," in str(error):
-            return OSError(code, os.strerror(code), str(path))
-    return UserError(f"{path} cannot be written: {error}")
+            remove_folder(item.path)
