@@ -4,8 +4,8 @@ An artefact is `NAME.safetensors` (tensors, and everything else as one JSON stri
 `NAME.json` (the same meta for people, with the SHA-256 of the tensor file). Each is written to a temporary file and
 renamed, the JSON last, so an artefact without its JSON is one whose writing was interrupted. Nothing is ever unpickled.
 
-A temporary file or folder is `.NAME.HEX` beside NAME, and its process holds a lock on it. One that nobody locks was left
-by a killed process: the next writer of NAME removes it, and `remove_leftovers` does so for a whole folder.
+A temporary file or folder is `.NAME.HEX` beside NAME, and its process holds a lock on it. One that nobody
+locks was left by a killed process: the next writer of NAME removes it, `remove_leftovers` all in a folder.
 
     save_tensors(folder / "axis", {"vectors": v}, {"kind": "axis"})
     tensors, meta = load_tensors(folder / "axis", kind="axis")
@@ -37,7 +37,7 @@ LOCK = "0" * 12  # the HEX of a lock file: one that a killed process left is rem
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, which is renamed to `path` on success and removed on any failure."""
+    """Yields a temporary path beside `path`, renamed to it on success and removed on any failure."""
     with _temporary(path, is_folder=False) as temporary:
         yield temporary
         with temporary.open("rb") as file:
@@ -47,7 +47,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Yields a temporary folder beside `path`, which is renamed to `path` on success and removed on any failure.
+    """Yields a temporary folder beside `path`, renamed to it on success and removed on any failure.
 
     At `path` nothing or an empty folder may stand; with `replace` whatever stands there is removed.
     """
@@ -72,10 +72,10 @@ def remove_leftovers(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, *, lock: Path | None = None, wait: bool = False) -> Iterator[None]:
-    """Holds the only right to write `path`, in a lock file beside it (or at `lock`) that is removed at the end.
+    """Holds the only right to write `path`, by a file beside it (or at `lock`) that is removed at the end.
 
-    `UserError` where another process has it, unless `wait`, where nothing can be written, and where the file system
-    has no locks.
+    `UserError` where another process has it, unless `wait`, where nothing can be written, and where the
+    file system has no locks.
     """
     lock = lock or _beside(path, LOCK)
     while True:
@@ -115,7 +115,7 @@ def require_writable(path: Path, option: str) -> None:
 
 
 def make_folder(folder: Path, option: str) -> None:
-    """Makes a folder with its parents; `UserError` where that is impossible or nothing can be written into it."""
+    """Makes a folder with its parents; `UserError` where it cannot be made or written into."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _temporary(folder / "probe", is_folder=False):
@@ -128,12 +128,19 @@ def make_folder(folder: Path, option: str) -> None:
 
 @contextlib.contextmanager
 def _temporary(path: Path, *, is_folder: bool) -> Iterator[Path]:
-    """A locked temporary file or folder for `path`. Errors of the disk carry `path`, also those that libraries
-    report in words only.
-    """
+    """A locked temporary file or folder for `path`, which errors of the disk carry as their file's name."""
     try:
-        with contextlib.ExitStack() as stack:
-            yield _make_temporary(path, is_folder, stack)
+        _remove_unlocked(path.parent.glob(f".{glob.escape(path.name)}.*"))
+        # not tempfile: its files are 0600 whatever the umask, and the renamed file would stay so
+        while (
+            descriptor := _make_locked(temporary := _beside(path, secrets.token_hex(6)), is_folder)
+        ) is None:
+            pass
+        try:
+            yield temporary
+        finally:
+            _remove(temporary)
+            os.close(descriptor)
     except Exception as error:
         found = find_os_error(error)
         if found is None:
@@ -144,26 +151,24 @@ def _temporary(path: Path, *, is_folder: bool) -> Iterator[Path]:
         raise OSError(found.errno, found.strerror, str(path)) from error
 
 
-def _make_temporary(path: Path, is_folder: bool, stack: contextlib.ExitStack) -> Path:
-    _remove_unlocked(path.parent.glob(f".{glob.escape(path.name)}.*"))
+def _make_locked(path: Path, is_folder: bool) -> int | None:
+    """Makes and locks a file or folder; None where another process took it for a leftover before its lock."""
     flags = os.O_CLOEXEC | (os.O_RDONLY if is_folder else os.O_RDWR | os.O_CREAT | os.O_EXCL)
-    while True:
-        # not tempfile: its files are 0600 whatever the umask, and the renamed file would stay so
-        temporary = _beside(path, secrets.token_hex(6))
-        if is_folder:
-            temporary.mkdir()
-        stack.callback(_remove, temporary)
-        try:
-            descriptor = os.open(temporary, flags, 0o666)
-        except FileNotFoundError:
-            if is_folder:
-                continue  # another process took it for a leftover before it was locked
-            raise
-        stack.callback(os.close, descriptor)
-        with contextlib.suppress(OSError):  # a network disk without locks: nobody removes leftovers there
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if _is_at(descriptor, temporary):
-            return temporary
+    if is_folder:
+        path.mkdir()
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        _remove(path)
+        if is_folder and isinstance(error, FileNotFoundError):
+            return None
+        raise
+    with contextlib.suppress(OSError):  # a network disk without locks: nobody removes leftovers there
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    if _is_at(descriptor, path):
+        return descriptor
+    os.close(descriptor)
+    return None
 
 
 def _beside(path: Path, ending: str) -> Path:

@@ -1,7 +1,7 @@
 """What a user may meet: something foreseen failed (`UserError`), or the operating system refused (`OSError`).
 
-Commands print either as one line that says what to do and exit with status 2; anything else that escapes is a bug and
-keeps its traceback.
+Commands print either as one line that says what to do and exit with status 2; anything else that escapes is
+a bug and keeps its traceback.
 """
 
 import errno
@@ -60,7 +60,7 @@ _WORDS = {
 
 
 def find_os_error(error: BaseException) -> OSError | None:
-    """The operating system's error that an exception is, was raised from, or reports in words; None for others."""
+    """The operating system's error that an exception is, was raised from, or reports in words; else None."""
     if isinstance(error, OSError) and error.errno is not None:
         return error
     if isinstance(error, BaseExceptionGroup):

@@ -36,6 +36,8 @@ from personatlas.persona.records import JsonObject
 
 log = logging.getLogger(__name__)
 
+FORMAT = 2  # of a folder in the cache: raised where dequantising changes, so that older ones are made again
+
 
 @dataclass(frozen=True)
 class Packaged:
@@ -94,7 +96,7 @@ def weight_format(folder: Path) -> str | None:
 
 
 def _cached(name: str, sha256: str, write: Callable[[Path], JsonObject]) -> Path:
-    """A folder of the cache, which `write` fills where it is missing or not as it was written, from that file.
+    """A folder of the cache, which `write` fills where it is missing or not as it was written.
 
     source.json, written last, is what `write` returns and the checks of what it wrote.
     """
@@ -107,6 +109,7 @@ def _cached(name: str, sha256: str, write: Callable[[Path], JsonObject]) -> Path
                     say(f"{folder} is not as it was written: it is made again")
                 with atomic_folder(folder, replace=True) as temporary:
                     source = {"sha256": sha256, **write(temporary), "files": _checks(temporary)}
+                    source["format"] = FORMAT
                     write_json(temporary / "source.json", source)
     remove_leftovers(folder.parent)
     return folder
@@ -118,19 +121,20 @@ def _is_whole(folder: Path, sha256: str) -> bool:
         source = read_json(folder / "source.json")
     except UserError:
         return False
-    return (
-        isinstance(source, dict) and source.get("sha256") == sha256 and source.get("files") == _checks(folder)
-    )
+    if not isinstance(source, dict) or (source.get("format"), source.get("sha256")) != (FORMAT, sha256):
+        return False
+    return source.get("files") == _checks(folder)
 
 
 def _checks(folder: Path) -> dict[str, str]:
     """The size and the CRC-32 of every file but source.json."""
-    files = {path.name: path for path in sorted(folder.iterdir()) if path.name != "source.json"}
-    stats = {name: path.stat() for name, path in files.items()}
-    return {
-        name: f"{stats[name].st_size} {_crc32(path, stats[name].st_mtime_ns, stats[name].st_ino):08x}"
-        for name, path in files.items()
-    }
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path != folder / "source.json":
+            stat = path.stat()
+            check = _crc32(path, stat.st_mtime_ns, stat.st_ino)
+            found[str(path.relative_to(folder))] = f"{stat.st_size} {check:08x}"
+    return found
 
 
 @lru_cache

@@ -3,23 +3,27 @@
     personatlas axis smollm2-135m --plan demo
     personatlas run report runs/smollm2-135m
 
-A `UserError`, a wrong option and an error of the operating system (`OSError`, or what a library makes of one) are one
-line on stderr and exit status 2. Any other exception is a bug and keeps its traceback.
+A `UserError`, a wrong option and an error of the operating system (`OSError`, or what a library makes of
+one) are one line on stderr and exit status 2. Any other exception is a bug and keeps its traceback.
 """
 
 import contextlib
+import io
 import os
 import signal
 import sys
 import time
 from collections.abc import Sequence
 from itertools import count
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from cyclopts import App, CycloptsError, Group, Parameter
 
 from personatlas.persona.distributed import get_world
 from personatlas.persona.errors import UserError, explain_os_error, find_os_error
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 COMMANDS = {
     "Map": {
@@ -99,12 +103,13 @@ def _build() -> App:
 
 app = _build()
 
+STDOUT = "standard output"
 OTHERS_FIRST = 2.0  # seconds that other processes wait for the first one's message
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command and exits with its status."""
-    _open_closed_streams()
+    _prepare_streams()
     try:
         app(arguments, exit_on_error=False, print_error=False)
         sys.stdout.flush()
@@ -122,7 +127,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = find_os_error(error)
         if found is None:
             raise
-        _fail(explain_os_error(_stdout_error() or found))
+        if found.filename == STDOUT:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush at the end
+            if isinstance(found, BrokenPipeError):  # `personatlas tools show RUN | head`
+                sys.exit(128 + signal.SIGPIPE)
+        _fail(explain_os_error(found))
 
 
 def _fail(text: str) -> NoReturn:
@@ -133,23 +142,28 @@ def _fail(text: str) -> NoReturn:
     sys.exit(2)
 
 
-def _stdout_error() -> OSError | None:
-    """What is wrong with standard output, where results go. Exits where its reader has gone, as in `| head`."""
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush at the end
-        if isinstance(error, BrokenPipeError):
-            sys.exit(128 + signal.SIGPIPE)
-        return OSError(error.errno, error.strerror, "standard output")
-    return None
+class _StandardOutput(io.FileIO):
+    """Standard output, whose errors have its name where those of a file have the path."""
+
+    def write(self, data: "ReadableBuffer") -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            error.filename = STDOUT
+            raise
 
 
-def _open_closed_streams() -> None:
-    """Opens closed standard streams (`>&-`) to nothing, else the next file gets a stream's number and its text."""
+def _prepare_streams() -> None:
+    """Names standard output; opens closed streams (`>&-`), whose numbers the next files would get."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (stays open)
+    out = sys.stdout
+    if out is sys.__stdout__ and isinstance(out, io.TextIOWrapper):
+        raw = _StandardOutput(out.fileno(), "w", closefd=False)
+        sys.stdout = io.TextIOWrapper(
+            io.BufferedWriter(raw), out.encoding, out.errors, line_buffering=out.isatty()
+        )
 
 
 if __name__ == "__main__":

@@ -104,24 +104,19 @@ def make_tokenizer(
     settings = {"corpus": corpus.digest, "vocabulary": vocabulary, "sample": sample}
     make_folder(out.absolute().parent, "--out")
     with locked(out):
-        known = _finished_record(out, settings)
-        return _make(corpus, out, vocabulary, sample, settings, quiet) if known is None else known
-
-
-def _make(
-    corpus: Corpus, out: Path, vocabulary: int, sample: int, settings: JsonObject, quiet: bool
-) -> JsonObject:
-    scan = corpus.scan(quiet=quiet)
-    if not quiet:
-        say(f"training on {min(sample, scan.train.bytes) / 1e6:,.1f} of {scan.train.bytes / 1e6:,.1f} MB")
-    left_out: Counter[str] = Counter()
-    tokenizer = train_tokenizer(corpus.sample(scan, sample), vocabulary, left_out)
-    if left_out and not quiet:
-        count = f"{left_out['characters']:,} characters"
-        say(f"note: {count} in stretches of {WORD} without a blank were not trained on")
-    held_out = asdict(compression(tokenizer, corpus.pieces("held-out"), corpus.unit))
-    facts = {"asked": settings, "scan": scan.to_json(), "left_out": dict(left_out), "held_out": held_out}
-    return _save(tokenizer, out, facts)
+        if (known := _finished_record(out, settings)) is not None:
+            return known
+        scan = corpus.scan(quiet=quiet)
+        if not quiet:
+            say(f"training on {min(sample, scan.train.bytes) / 1e6:,.1f} of {scan.train.bytes / 1e6:,.1f} MB")
+        left_out: Counter[str] = Counter()
+        tokenizer = train_tokenizer(corpus.sample(scan, sample), vocabulary, left_out)
+        if left_out and not quiet:
+            count = f"{left_out['characters']:,} characters"
+            say(f"note: {count} in stretches of {WORD} without a blank were not trained on")
+        held_out = asdict(compression(tokenizer, corpus.pieces("held-out"), corpus.unit))
+        facts = {"asked": settings, "scan": scan.to_json(), "left_out": dict(left_out), "held_out": held_out}
+        return _save(tokenizer, out, facts)
 
 
 def require_vocabulary(vocabulary: int) -> None:
