@@ -30,7 +30,6 @@ from personatlas.persona.artifacts import (
     write_json,
 )
 from personatlas.persona.errors import UserError
-from personatlas.persona.models.checkpoint import require_whole
 from personatlas.persona.progress import say
 from personatlas.persona.records import JsonObject
 
@@ -181,6 +180,8 @@ def _dequantise(gguf: Path, folder: Path) -> JsonObject:
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from personatlas.persona.models.checkpoint import require_whole
 
     weights = _file_type(gguf)
     log.info("dequantising %s (%s)", gguf.name, weights)
