@@ -34,6 +34,7 @@ from personatlas.analysis.drift_alarm import (
 from personatlas.persona.artifacts import read_json, write_json
 from personatlas.persona.axis import Axis, require_origin
 from personatlas.persona.errors import UserError
+from personatlas.persona.formats import read_json_value, require_file
 from personatlas.persona.records import JsonObject
 
 REFERENCE_FILE, OLD_REFERENCE_FILE = "reference.json", "calm.json"
@@ -163,9 +164,13 @@ def save_reference(
 
 def is_reference_file(path: Path) -> bool:
     """Whether a file is a reference.json (or calm.json) rather than stored conversations."""
+    require_file(path)
     if path.suffix.lower() != ".json":
         return False
-    content = read_json(path)
+    try:
+        content = read_json_value(path)
+    except UserError:  # several values, or none: the reader of conversations says so
+        return False
     return isinstance(content, dict) and content.get("kind") == KIND
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from personatlas.persona.axis import Axis
 from personatlas.persona.errors import UserError
-from personatlas.persona.formats import Conversation
+from personatlas.persona.formats import Conversation, Exclusions, read_messages
 from personatlas.persona.interventions import Interventions, apply_steps, steps_by_layer
 from personatlas.persona.models.chat_template import Messages
 from personatlas.persona.models.hooks import capture
@@ -82,7 +82,7 @@ def project(model: Model, messages: Messages, axis: Axis) -> Trace:
     """The trace of a stored conversation, read once without interventions. Raises like
     `trace_conversations`.
     """
-    return trace_conversations(model, axis, [Conversation("conversation", tuple(map(dict, messages)))])[0]
+    return trace_conversations(model, axis, [Conversation("conversation", read_messages(messages))])[0]
 
 
 def trace_conversations(
@@ -90,24 +90,33 @@ def trace_conversations(
     axis: Axis,
     conversations: Sequence[Conversation],
     advance: Callable[[int], None] = lambda _: None,
+    left_out: Exclusions | None = None,
 ) -> tuple[Trace, ...]:
     """Traces of stored conversations, in their order; `advance` counts them.
 
-    Raises `UserError` for an axis of another model, and for a conversation without an answer that fits into
-    the context.
+    Raises `UserError` for an axis of another model. A conversation that the chat template refuses, or without an
+    answer that fits into the context, goes into `left_out`, or is raised where none is given.
     """
     axis.require_model(model.describe())
-    spans = [conversation_spans(model.chat, list(own.messages)) for own in conversations]
-    texts = []
-    for conversation, own in zip(conversations, spans, strict=True):
-        ids = own.ids[: model.context]
-        if not any(span.speaker == "assistant" and span.stop <= len(ids) for span in own.spans):
-            fits = (
-                f" that fits into the {model.context} tokens of {model.id}" if len(own.ids) > len(ids) else ""
+    spans, texts = [], []
+    for conversation in conversations:
+        try:
+            own = conversation_spans(model.chat, list(conversation.messages))
+            ids = own.ids[: model.context]
+            if not any(span.speaker == "assistant" and span.stop <= len(ids) for span in own.spans):
+                is_cut = len(own.ids) > len(ids)
+                fits = f" that fits into the {model.context} tokens of {model.id}" if is_cut else ""
+                raise UserError(f"no answer of an assistant{fits}: there is nothing to trace")
+        except UserError as error:
+            if left_out is None:
+                raise UserError(f"{conversation.name}: {error}") from None
+            left_out.add(
+                f"with {error}" if str(error).startswith("no answer") else f"because {error}",
+                conversation.name,
             )
-            raise UserError(
-                f"{conversation.name} has no answer of an assistant{fits}: there is nothing to trace"
-            )
+            advance(1)
+            continue
+        spans.append(own)
         texts.append(Rollout(conversation.name, (), ids[:1], ids[1:], "", 0, "end"))
     projections: dict[int, Tensor] = {}
     for batch, values in project_batches(model, texts, [], axis.layer, axis.at(axis.layer)):
@@ -126,9 +135,9 @@ def trace_conversations(
             if span.stop <= n_tokens
         )
         ids, pieces = tuple(own.ids), tuple(own.pieces)
-        unchanged, left_out = torch.zeros(0, n_tokens), len(answers) - len(turns)
-        name = conversations[index].name
-        traces.append(Trace(name, ids, pieces, axis.layer, projection, turns, (), unchanged, left_out))
+        unchanged, beyond = torch.zeros(0, n_tokens), len(answers) - len(turns)
+        name = texts[index].key
+        traces.append(Trace(name, ids, pieces, axis.layer, projection, turns, (), unchanged, beyond))
     return tuple(traces)
 
 

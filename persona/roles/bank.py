@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from personatlas.persona.errors import UserError
-from personatlas.persona.formats import read_json_lines
+from personatlas.persona.formats import Placed, read_records
 
 PACKAGED = Path(__file__).parent
 POSITIVE, NEGATIVE = "+", "-"  # how the names of poles begin; no role may have such a name
@@ -147,8 +147,7 @@ def check_file(path: Path) -> int:
 
 def _roles(path: Path) -> list[Role]:
     roles: dict[str, Role] = {}
-    for number, row in _rows(path):
-        where = f"{path}:{number}"
+    for where, row in _rows(path):
         name = _text(row, "name", where)
         _require_name(name, where, "role")
         if name in roles:
@@ -165,8 +164,7 @@ def _roles(path: Path) -> list[Role]:
 
 def _traits(path: Path) -> list[Trait]:
     traits: dict[str, Trait] = {}
-    for number, row in _rows(path):
-        where = f"{path}:{number}"
+    for where, row in _rows(path):
         name = _text(row, "name", where)
         _require_name(name, where, "trait")
         if name in traits:
@@ -200,8 +198,7 @@ def _prompts(row: dict[str, Any], field: str, where: str) -> tuple[str, ...]:
 
 def _questions(path: Path) -> list[Question]:
     questions: dict[str, Question] = {}
-    for number, row in _rows(path):
-        where = f"{path}:{number}"
+    for where, row in _rows(path):
         id = str(row.get("id", "")) if isinstance(row.get("id"), str | int) else ""
         if not id or "/" in id:
             raise UserError(f"{where}: a question needs an `id` without '/'")
@@ -211,13 +208,14 @@ def _questions(path: Path) -> list[Question]:
     return list(questions.values())
 
 
-def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
+def _rows(path: Path) -> list[Placed]:
     if not path.is_file():
         raise UserError(f"{path} does not exist; a bank is a folder with roles.jsonl and questions.jsonl")
-    rows = list(read_json_lines(path))
-    for number, row in rows:
+    rows = []
+    for where, row in read_records(path):
         if not isinstance(row, dict):
-            raise UserError(f"{path}:{number} is not a JSON object")
+            raise UserError(f"{where} is not a JSON object")
+        rows.append((where, row))
     return rows
 
 

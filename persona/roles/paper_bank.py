@@ -16,9 +16,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from personatlas.persona.artifacts import atomic, read_json
+from personatlas.persona.artifacts import atomic
 from personatlas.persona.errors import UserError, describe_value
-from personatlas.persona.formats import read_json_lines
+from personatlas.persona.formats import read_json_value, read_records
 from personatlas.persona.roles.bank import Bank, Question, Role, Trait, load_bank
 
 DEFAULT = "default"  # the file name that makes a role the default
@@ -113,8 +113,7 @@ def _questions_beside(folder: Path) -> Path:
 
 def _questions(path: Path) -> list[Question]:
     questions: dict[str, Question] = {}
-    for number, row in read_json_lines(path):
-        where = f"{path}:{number}"
+    for where, row in read_records(path):
         id, question = (row.get("id"), row.get("question")) if isinstance(row, dict) else (None, None)
         if isinstance(id, bool) or not isinstance(id, (str, int)) or not str(id) or "/" in str(id):
             raise UserError(f"{where}: a question needs an `id` without '/'")
@@ -149,9 +148,9 @@ def _trait(path: Path) -> Trait:
 
 
 def _steps(path: Path, kind: str) -> tuple[list[Any], str]:
-    held = read_json(path)
+    held = read_json_value(path)
     steps = held.get("instruction") if isinstance(held, dict) else None
-    if not isinstance(steps, list) or not steps:
+    if not isinstance(held, dict) or not isinstance(steps, list) or not steps:
         raise UserError(
             f"{path} is {describe_value(held)}, not a {kind}: it needs `instruction`, a list of {{'pos': prompt}}"
         )

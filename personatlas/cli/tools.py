@@ -10,6 +10,7 @@ from personatlas.cli.options import MODEL, STEERING, Json, ModelName, SteeringOp
 from personatlas.cli.output import console, print_json, print_line, print_table
 from personatlas.persona.errors import UserError
 from personatlas.persona.options import ModelOptions
+from personatlas.persona.progress import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,7 +54,10 @@ def spans(
     texts = {"system": system, "user": user, "assistant": assistant}
     messages = [{"role": role, "content": text} for role, text in texts.items() if text]
     if transcript is not None:
-        messages = list(read_conversations(transcript, require_user=False)[0].messages)
+        stored = read_conversations(transcript, require_user=False)
+        messages = list(stored[0].messages)
+        if len(stored) > 1:
+            say(f"{transcript}: the first of {len(stored)} conversations is shown")
     tokenizer = load_tokenizer(model, chat_template)
     chat = chat_format(tokenizer)
     found = conversation_spans(chat, messages)

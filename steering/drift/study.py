@@ -24,7 +24,7 @@ from personatlas.persona.artifacts import atomic, write_json
 from personatlas.persona.axis import Axis, load_axis
 from personatlas.persona.caps import format_layers
 from personatlas.persona.errors import UserError
-from personatlas.persona.formats import Conversation, Message
+from personatlas.persona.formats import Conversation, Exclusions, Message
 from personatlas.persona.interventions import BASELINE, Cap, Interventions
 from personatlas.persona.logs import append_lines
 from personatlas.persona.options import ModelOptions
@@ -228,7 +228,10 @@ def _stored_answers(data: StudyData, conversations: Sequence[Conversation]) -> S
     answered = [one for one in conversations if any(m["role"] == "assistant" for m in one.messages)]
     if not answered:
         return None
-    traces = {one.name: one for one in trace_conversations(config.model, config.axis, answered)}
+    left_out = Exclusions()
+    read = trace_conversations(config.model, config.axis, answered, left_out=left_out)
+    left_out.say("stored answers")
+    traces = {one.name: one for one in read}
     names = [f"{conversation.name}/0" for conversation in conversations]
     baseline = data.values(BASELINE, names)
     values = np.full_like(baseline, np.nan)

@@ -13,7 +13,7 @@ from typing import ClassVar
 from personatlas.analysis.html.page import write_page
 from personatlas.persona.axis import Axis, load_axis
 from personatlas.persona.errors import UserError
-from personatlas.persona.formats import Conversation, read_conversations
+from personatlas.persona.formats import Conversation, Exclusions, read_conversations
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.progress import progress
 from personatlas.persona.records import JsonObject, JsonRecord
@@ -102,20 +102,23 @@ def run_trace(
         ReferenceConversations(rows, {}).require_enough()
     else:
         monitor = load_monitor(load_axis(resolve_axis(axis)), reference, rule, false_alarms)
-    steered = load_steered_model(model, load, axis, [], force=force)
+    steered, left_out = load_steered_model(model, load, axis, [], force=force), Exclusions()
     with progress("reading", len(stored) + len(quiet)) as advance:
-        traces = trace_conversations(steered.model, steered.axis, stored, advance)
+        traces = trace_conversations(steered.model, steered.axis, stored, advance, left_out)
+        if not traces:
+            raise UserError(f"{conversations} has nothing to trace: {'; '.join(left_out.lines())}")
         if is_stored:
-            read = trace_conversations(steered.model, steered.axis, quiet, advance)
+            domains = {one.name: one.domain for one in quiet}
             rows = tuple(
                 ReferenceConversation(
-                    trace.name, conversation.domain, tuple(turn.projection for turn in trace.turns)
+                    read.name, domains[read.name], tuple(turn.projection for turn in read.turns)
                 )
-                for trace, conversation in zip(read, quiet, strict=True)
+                for read in trace_conversations(steered.model, steered.axis, quiet, advance, left_out)
             )
             provenance = {"how": "stored conversations, read again"}
             monitor = ReferenceConversations(rows, provenance).monitor(rule, false_alarms)
-    traced = []
+    left_out.say(str(conversations))
+    by_name, traced = {one.name: one for one in stored}, []
     for trace in traces:
         alarm, turns = monitor.start(), []
         for turn in trace.turns:
@@ -125,7 +128,9 @@ def run_trace(
             turns.append(TracedTurn(turn.message, (turn.start, turn.stop), turn.projection, z, *flags))
         projection = tuple(trace.projection.tolist())
         traced.append(TracedConversation(trace.name, tuple(turns), trace.left_out, trace.ids, projection))
-    return TraceStudy(steered.axis, monitor, tuple(stored), tuple(traces), tuple(traced))
+    return TraceStudy(
+        steered.axis, monitor, tuple(by_name[trace.name] for trace in traces), traces, tuple(traced)
+    )
 
 
 def write_trace_page(path: Path, study: TraceStudy) -> None:

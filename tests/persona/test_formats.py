@@ -71,8 +71,11 @@ def test_files_and_folders_of_conversations_are_read_in_order(tmp_path):
     assert found == [(USER, ANSWER), (ANSWER,), (USER,), *lines]
     names = [conversation.name for conversation in read_conversations(tmp_path, require_user=False)]
     assert names == [f"conversation {n}" for n in range(6)]
-    with refused("b.json, item 1 has no turn of a user"):
-        read_conversations(tmp_path)
+    assert messages_in(tmp_path) == [
+        (USER, ANSWER),
+        (USER,),
+        *lines,
+    ]  # without the one that no user speaks in
 
 
 def test_a_system_prompt_beside_the_messages_becomes_the_first_message(tmp_path):
@@ -86,7 +89,7 @@ def test_a_system_prompt_beside_the_messages_becomes_the_first_message(tmp_path)
         assert messages_in(put(path, content)) == [(system, USER)]
     for nothing in ("", None):
         assert messages_in(put(path, {"system_prompt": nothing, "conversation": [USER]})) == [(USER,)]
-    with refused("its system prompt and its first message, a system message, differ"):
+    with refused("with a system text and another system message, of which one must go (a.json)"):
         read_conversations(put(path, {"system_prompt": "Be brief.", "messages": [system, USER]}))
 
 
@@ -94,38 +97,82 @@ def test_a_system_prompt_beside_the_messages_becomes_the_first_message(tmp_path)
     ("content", "reason"),
     [
         (
-            [USER, {"role": "tool", "content": "4"}],
-            "a.json: message 2: speaker 'tool' is not one of system, ",
+            {"conversations": [{"from": "bing", "value": "x"}]},
+            "1 with the speaker 'bing', which is not one of",
         ),
-        ({"conversations": [{"from": "bing", "value": "x"}]}, "a.json: message 1: speaker 'bing' is not one"),
-        ([{"role": "assistant", "content": None}], "a.json: message 1: its content is None, not text"),
-        ({"messages": [{"role": "user", "content": 3}]}, "a.json: message 1: its content is 3, not text"),
-        ([USER, {"role": "assistant"}], "a.json: message 2 is a dict of 'role', not a dict with 'role' and"),
-        ([[USER], [USER, 3]], "a.json, item 2: message 2 is 3"),
-        ([[USER], {"text": "x"}], "a.json, item 2 is no conversation but a dict of 'text'; it has one of"),
-        ({"messages": [USER], "conversation": [USER]}, "has one of conversation, messages, conversations"),
-        ({"messages": []}, "a.json is a list of 0, not a list of messages that is not empty"),
-        ({"messages": "hello"}, "a.json is a str, not a list of messages"),
-        ({"messages": [USER], "system": ["x"]}, "its system prompt is a list of 1, not text"),
-        ([ANSWER], "a.json has no turn of a user"),
-        ([{"id": 1, "messages": [USER]}, {"id": 1, "messages": [USER]}], "two conversations with the id '1'"),
-        ([], "a.json holds no conversation"),
-        ('{"messages": [', "a.json is not valid JSON"),
-        ('{"messages": []}\n{"messages": []}\n', "one object a line is .jsonl"),
-        ('[{"role": "user", "content": ""}]\n\n{"messages": ', "a.jsonl:3 is not valid JSON"),
-        ('[{"role": "user", "content": ""}]\n\n{"messages": [3]}\n[]\n', "a.jsonl:3: message 1 is 3"),
-        ("3\n", "a.jsonl:1 is 3, not a list of messages"),
-        ("\n", "a.jsonl holds no conversation"),
+        ([USER, {"role": "assistant", "content": None}], "1 with content that is null (a.json, message 2)"),
+        ({"messages": [{"role": "user", "content": 3}]}, "1 with content that is no text but 3"),
+        ([USER, {"role": "assistant"}], "1 with content that is missing (a.json, message 2)"),
+        ([USER, 3], "1 with a message that is 3 (a.json, message 2)"),
+        ([{"text": "x"}], "1 with neither messages nor a question and an answer, but text (a.json, item 1)"),
+        (
+            {"messages": [USER], "conversation": [USER]},
+            "1 with several lists of messages (messages, conversation)",
+        ),
+        ({"messages": []}, "1 without messages (a.json)"),
+        ({"messages": "hello"}, "1 with messages that are no list but a str"),
+        ({"messages": [USER], "system": {"x": 1}}, "1 with a system text that is no text but a dict of 'x'"),
+        ({"messages": [USER], "system": "A", "persona": "B"}, "1 with a persona and a system text"),
+        ({"messages": [{"role": "user", "content": "\ud83d"}]}, "1 with half a surrogate pair"),
+        (
+            {"messages": [{"role": "user", "content": "x" * (1 << 24)}, ANSWER]},
+            "1 longer than 16,777,216 characters",
+        ),
+        ([ANSWER], "1 without a user (a.json)"),
+        ([{"role": "tool", "content": "4"}], "1 without messages"),
+        ([], "1 without messages"),
+        ('{"messages": [', "a.json:1 is not valid JSON: Expecting value"),
+        ('{"messages": [\n{"role": user}]}', "a.json:1 is not valid JSON: Expecting value at line 2"),
+        ('{"role": "user", "content": "a", "role": "assistant"}', "the key 'role' stands there twice"),
+        ('{"messages": [], "score": NaN}', "a.json:1 is not valid JSON: NaN is no number of JSON"),
+        ("[" * 100_000, "a.json:1 is not valid JSON: too deep"),
+        ('{"messages": []}\n\n{"messages": ', "a.jsonl:3 is not valid JSON"),
+        ("3\n", "1 with messages that are no list but 3 (a.jsonl:1)"),
+        ("\n", "a.jsonl holds no conversation that can be used: it is empty"),
+        (
+            "",
+            "a.json holds no conversation that can be used: it is empty; a conversation is a list of messages",
+        ),
     ],
 )
-def test_a_conversation_that_is_none_is_refused_with_its_place(tmp_path, content, reason):
-    is_lines = ".jsonl" in reason and "one object" not in reason
+def test_a_file_without_a_conversation_is_refused_with_the_place_and_what_was_expected(
+    tmp_path, content, reason
+):
     with refused(reason):
-        read_conversations(put(tmp_path / ("a.jsonl" if is_lines else "a.json"), content))
+        read_conversations(put(tmp_path / ("a.jsonl" if "a.jsonl" in reason else "a.json"), content))
+
+
+def test_what_cannot_be_used_is_left_out_and_said_in_one_line(tmp_path, capsys):
+    picture = {"type": "image_url", "image_url": {"url": "data:,"}}
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+    said = {"role": "assistant", "content": "Wait.", "tool_calls": [{"id": "1"}]}
+    rows = [
+        [USER, call, {"role": "tool", "content": "4", "tool_call_id": "1"}, ANSWER],
+        [USER, said, {"role": "function", "name": "sum", "content": "4"}, ANSWER],
+        [{"role": "user", "content": [{"type": "text", "text": "Who are you?"}, picture]}, ANSWER],
+        [USER, {"role": "assistant", "content": 4}],
+        {"text": "x"},
+        [USER, ANSWER],
+    ]
+    path = put(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    waiting = {"role": "assistant", "content": "Wait."}
+    assert messages_in(path) == [(USER, ANSWER), (USER, waiting, ANSWER), (USER, ANSWER), (USER, ANSWER)]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        f"{path}: left out 2 calls of tools (a.jsonl:1, a.jsonl:2); 2 turns of tools (a.jsonl:1, a.jsonl:2); "
+        "1 parts of the kind 'image_url' (a.jsonl:3); 1 with content that is no text but 4 (a.jsonl:4, message 2); "
+        "1 with neither messages nor a question and an answer, but text (a.jsonl:5)"
+    )
+
+
+def test_conversations_of_one_id_keep_apart(tmp_path):
+    rows = [{"id": name, "messages": [USER]} for name in ("a/b", "a_b", "a_b", "a_b (2)")]
+    found = read_conversations(put(tmp_path / "a.json", rows))
+    assert [one.name for one in found] == ["a_b", "a_b (2)", "a_b (3)", "a_b (2) (2)"]
 
 
 def test_a_place_without_conversations_is_refused(tmp_path):
-    with refused("holds no .json or .jsonl file"):
+    with refused("holds no .json, .jsonl or .parquet file"):
         read_conversations(tmp_path)
     with refused("nowhere.json does not exist"):
         read_conversations(tmp_path / "nowhere.json")

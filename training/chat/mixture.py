@@ -22,12 +22,11 @@ import numpy as np
 from personatlas.persona.artifacts import digest
 from personatlas.persona.distributed import World
 from personatlas.persona.errors import UserError
+from personatlas.persona.formats import Columns, Exclusions
 from personatlas.persona.records import JsonObject
 from personatlas.training.chat.conversations import (
     MAX_WEIGHT,
     ChatExample,
-    Columns,
-    Exclusions,
     RolloutFilter,
     has_rollouts,
     read_examples,

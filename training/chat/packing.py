@@ -31,9 +31,9 @@ from numpy import ndarray as Array
 from tokenizers import Tokenizer
 
 from personatlas.persona.errors import UserError
-from personatlas.persona.formats import Message
+from personatlas.persona.formats import Exclusions, Message
 from personatlas.persona.records import JsonObject
-from personatlas.training.chat.conversations import ChatExample, Exclusions
+from personatlas.training.chat.conversations import ChatExample
 from personatlas.training.data.batches import TokenBatch
 from personatlas.training.data.tokenizer import (
     BOS,

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Literal
 
 from personatlas.persona.artifacts import digest
-from personatlas.persona.compression import PACKED
 from personatlas.persona.errors import UserError
+from personatlas.persona.formats.compression import PACKED
 from personatlas.persona.progress import progress, say
 from personatlas.persona.records import JsonObject
 from personatlas.training.data.documents import ALLOWED, KINDS, Piece, TextFile, kind_of, read_pieces

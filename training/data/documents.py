@@ -14,15 +14,14 @@ import codecs
 import io
 import json
 import tarfile
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from personatlas.persona.compression import CHUNK, PACKED, open_unpacked, require_package
 from personatlas.persona.errors import UserError
-from personatlas.persona.formats import LONGEST_LINE
+from personatlas.persona.formats.compression import CHUNK, PACKED, open_unpacked
+from personatlas.persona.formats.tables import LONGEST_LINE, parquet_rows
 
 KINDS = (".txt", ".jsonl", ".parquet", ".tar")
 ALLOWED = f"{', '.join(KINDS)}, each plain or {', '.join(PACKED)}"
@@ -62,10 +61,12 @@ def read_pieces(source: TextFile, *, column: str, size: int) -> Iterator[Piece]:
     """
     kind = kind_of(source.name)
     assert kind, source
-    damage: list[type[Exception]] = [tarfile.TarError]
     if kind == ".parquet":
-        damage.append(require_package("pyarrow", source.path).ArrowInvalid)
-    with open_unpacked(source.path, *damage) as file:
+        for number, row in enumerate(parquet_rows(source.path, column), 1):
+            text = _text(row[column], f"{source.path}, row {number}", column)
+            yield from _cut(f"{source.name}:{number}", iter([_encodable(text)]), size)
+        return
+    with open_unpacked(source.path, tarfile.TarError) as file:
         if kind == ".txt":
             yield from _cut(source.name, _decoded(file), size)
         elif kind == ".tar":
@@ -75,8 +76,7 @@ def read_pieces(source: TextFile, *, column: str, size: int) -> Iterator[Piece]:
                         content = cast(io.BufferedIOBase, archive.extractfile(member))
                         yield from _cut(f"{source.name}/{member.name}", _decoded(content), size)
         else:
-            read_rows = _json_rows if kind == ".jsonl" else _parquet_rows
-            for number, text in read_rows(source, file, column):
+            for number, text in _json_rows(source, file, column):
                 yield from _cut(f"{source.name}:{number}", iter([_encodable(text)]), size)
 
 
@@ -158,30 +158,6 @@ def _json_rows(source: TextFile, file: io.BufferedIOBase, column: str) -> Iterat
                 has = f"the keys {', '.join(map(str, row))}"
             raise UserError(f"{where} has no {column!r}, but {has}; name another: --text-column")
         yield number, _text(row[column], where, column)
-
-
-def _parquet_rows(source: TextFile, file: io.BufferedIOBase, column: str) -> Iterator[tuple[int, str]]:
-    require_package("pyarrow", source.path)
-    from pyarrow import parquet
-
-    with tempfile.TemporaryFile() as whole:
-        seekable: io.BufferedIOBase = file
-        if not source.path.name.lower().endswith(".parquet"):  # a table is read from its end
-            while data := file.read(CHUNK):
-                whole.write(data)
-            whole.seek(0)
-            seekable = whole
-        table, number = parquet.ParquetFile(seekable), 0
-        names = table.schema_arrow.names
-        if column not in names:
-            raise UserError(
-                f"{source.path} has no column {column!r}, but {', '.join(names)}; "
-                "name the one with the text: --text-column"
-            )
-        for batch in table.iter_batches(batch_size=256, columns=[column]):
-            for text in batch.column(0).to_pylist():
-                number += 1
-                yield number, _text(text, f"{source.path}, row {number}", column)
 
 
 def _text(value: object, where: str, column: str) -> str:

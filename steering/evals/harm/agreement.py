@@ -11,7 +11,8 @@ labels do; the calibration error is sum over ten bins of n_bin / n * |mean score
 
 Files of labels are CSV, TSV, JSON or JSONL. The text stands in a column response, answer, completion or text,
 the label in label, harmful, is_harmful or verdict, and the request, where there is one, in question, request,
-prompt, instruction or query, in capitals or not; others are named. A label is 0/1, true/false, yes/no or
+prompt, instruction or query, in capitals or not; others are named. A row may be a stored conversation, of which
+the last answer is labelled. A label is 0/1, true/false, yes/no or
 harmful/harmless; nothing is left out or guessed.
 """
 
@@ -25,7 +26,8 @@ from numpy.typing import NDArray
 from personatlas.analysis.stats import LEVEL_TAILS, percentile_interval, resample, wilson_interval
 from personatlas.persona.artifacts import digest
 from personatlas.persona.errors import UserError
-from personatlas.persona.formats import Placed, find_column, read_table
+from personatlas.persona.formats import NotUsable, Placed, find_column, read_table, row_messages
+from personatlas.persona.formats.tables import Row
 from personatlas.persona.records import JsonRecord
 
 BINS = 10
@@ -202,6 +204,8 @@ def read_labels(
     """Reads a file of labels. Raises `UserError` for one that cannot be read whole, is too short, or has one
     class only."""
     rows = read_table(path)
+    if text_column is None and not {str(name).lower() for name in rows[0][1]} & {*TEXTS}:
+        rows = [_last_exchange(place, row) for place, row in rows]
     text_name = _find_one(rows, TEXTS, "text", "--text-column", text_column)
     label_name = _find_one(rows, LABELS, "label", "--label-column", label_column)
     known = {str(name).lower(): name for name in rows[0][1]}
@@ -227,6 +231,16 @@ def read_labels(
         every = "harmful" if labels[0] else "harmless"
         raise UserError(f"{path}: all {len(labels)} rows are {every}; both classes are needed")
     return LabelledAnswers(texts, labels, requests, path.name, digest(path))
+
+
+def _last_exchange(place: str, row: Row) -> Placed:
+    """The row of a stored conversation with its last answer and the request before it as columns."""
+    try:
+        messages = row_messages(row)[0]
+    except NotUsable as error:
+        raise UserError(f"{place} is a row {error}, and has no column {', '.join(TEXTS)}") from None
+    said = {message["role"]: message["content"] for message in messages}
+    return place, {**row, TEXTS[0]: said.get("assistant"), REQUESTS[0]: said.get("user", "")}
 
 
 def _find_one(

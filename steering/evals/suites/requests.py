@@ -5,15 +5,16 @@
 
 Known are HarmBench (Behavior, BehaviorID, SemanticCategory, ContextString), AdvBench (goal), JailbreakBench
 (Goal; its Behavior is a title), StrongREJECT (forbidden_prompt), XSTest (prompt, type, label safe or unsafe),
-and any CSV, JSON or JSONL with a column prompt, request, instruction, question or text. Nothing of such a
-file is shipped here.
+and any CSV, JSON, JSONL or Parquet with a column prompt, request, instruction, question or text; of stored
+conversations it is the user's first message. Nothing of such a file is shipped here.
 """
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from personatlas.persona.errors import UserError
-from personatlas.persona.formats import find_column, read_table
+from personatlas.persona.formats import find_column, read_conversations, read_table
 
 # in this order: JailbreakBench has both Goal and Behavior, and only the first is a request
 TEXT = ("forbidden_prompt", "goal", "behavior", "prompt", "request", "instruction", "question", "text")
@@ -40,6 +41,13 @@ def read_requests(path: Path, text_column: str | None = None) -> list[FileReques
     label.
     """
     rows = read_table(path)
+    if text_column is None and not {str(name).lower() for name in rows[0][1]} & {*TEXT}:
+        with contextlib.suppress(UserError):  # no conversations either: the column is missed
+            chats, first = read_conversations(path), dict[str, FileRequest]()
+            for chat, messages, domain in chats:
+                question = next(own["content"] for own in messages if own["role"] == "user").strip()
+                first.setdefault(question, FileRequest(chat, question, domain, ""))
+            return list(first.values())
     text_name = find_column(rows, TEXT, "request", "--column", text_column)
     names = {str(name).strip().lower(): str(name) for name in rows[0][1]}
     positions: dict[str, str] = {}

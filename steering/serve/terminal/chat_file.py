@@ -65,12 +65,6 @@ def load_chat(path: Path) -> Transcript:
         role, text = message["role"], message["content"]
         if role == "system":
             raise UserError(f"{path} has a system message after the beginning, which a chat cannot continue")
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise UserError(
-                f"{path} holds half a character (a lone surrogate) in a message of the {role}"
-            ) from None
         if role == "user":
             exchanges.append(ChatExchange(text, None))
         else:

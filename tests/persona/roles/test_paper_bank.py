@@ -59,7 +59,7 @@ def test_a_bank_that_was_written_is_read_as_it_was(folder):
     ({"prompts": ["x"]}, "imp.json is a dict of 'prompts', not a role: it needs `instruction`"),
     (role("You are an imp.", " "), "imp.json: instruction 2 needs `pos`"),
     (role("You are an imp.", eval_prompt=None), "imp.json: `eval_prompt` is None, not text"),
-    ("{", "imp.json is not valid JSON"),
+    ("{", "imp.json:1 is not valid JSON"),
     ('{"question": "Again?", "id": "0"}', "questions.jsonl:4: question id '0' is there twice"),
     ('{"question": "Again?", "id": true}', "questions.jsonl:4: a question needs an `id`"),
     ('{"question": "Again?", "id": "a/b"}', "questions.jsonl:4: a question needs an `id` without '/'"),

@@ -62,11 +62,9 @@ def test_turns_beyond_the_context_are_left_out_and_counted():
     axis = axis_of(model)
     (one,) = trace_conversations(model, axis, [talk("long", "Hi.", "word " * room, "Bye.")])
     assert (len(one.turns), one.left_out) == (1, 2)
-    with pytest.raises(
-        UserError, match=rf"long has no answer of an assistant that fits into the {room} tokens"
-    ):
+    with pytest.raises(UserError, match=rf"long: no answer of an assistant that fits into the {room} tokens"):
         trace_conversations(model, axis, [talk("long", "word " * room)])
-    with pytest.raises(UserError, match="has no answer of an assistant: there"):
+    with pytest.raises(UserError, match="none: no answer of an assistant: there"):
         trace_conversations(model, axis, [talk("none")])
 
 
@@ -122,7 +120,7 @@ def test_what_cannot_be_traced_is_refused_in_one_line(tiny_run, files, capsys):
     )
     assert "outside 0..1" in refused(capsys, told(tiny_run, files, "--false-alarms", "2"))
     (files / "odd.json").write_text("{}")
-    assert "is no conversation" in refused(capsys, told(tiny_run, files))
+    assert "holds no conversation" in refused(capsys, told(tiny_run, files))
 
 
 def test_a_reference_json_beside_the_axis_is_found_and_one_of_another_axis_is_refused(

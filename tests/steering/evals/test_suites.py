@@ -66,7 +66,7 @@ def test_the_fields_own_forms_are_read(tmp_path, name, content, id, text, catego
         ("label.csv", "prompt,label\nhello,perhaps\n", "label 'perhaps'"),
         ("long.csv", "prompt\na,b\n", "2 fields where the header has 1"),
         ("bad.jsonl", '{"prompt": "a"}\n{"prompt"\n', "bad.jsonl:2 is not valid JSON"),
-        ("number.jsonl", "{}\n3\n", "number.jsonl:2 is a int"),
+        ("number.jsonl", "{}\n3\n", "number.jsonl:2 is 3"),
         ("table.xlsx", b"PK\x03\x04\xf0\x9f", "is not UTF-8"),
         ("same.csv", "prompt,prompt\na,b\n", "the column 'prompt' twice"),
     ],

@@ -180,7 +180,7 @@ def test_what_cannot_be_loaded_or_saved_is_one_line_and_the_chat_goes_on(talk, t
         "holds 2 conversations",
         "after the beginning",
         "no room",
-        "half a character",
+        "half a surrogate pair",
         "does not exist",
     ):
         assert said in out, said

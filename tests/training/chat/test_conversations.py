@@ -37,7 +37,6 @@ def test_messages_are_read_as_they_stand(tmp_path):
 
 
 ODD = {
-    "with the role 'tool', which is not system, user, assistant": [{"role": "tool", "content": "x"}, *turns("a", "b")],
     "with two user turns running": [{"role": "user", "content": "x"}, *turns("a", "b")],
     "with two assistant turns running": [*turns("a", "b"), {"role": "assistant", "content": "x"}],
     "with an empty answer": turns("a", " \n"),
@@ -47,9 +46,7 @@ ODD = {
     "without messages": [],
     "with a system message that is not the first": [*turns("a", "b"), {"role": "system", "content": "x"}],
     "in which the assistant speaks first": [{"role": "assistant", "content": "x"}],
-    "with content that is no text but a list": [{"role": "user", "content": [{"type": "text"}]}],
-    "with 'tool_calls' in a message, which has role and content only": [*turns("a", "b")[:1], {"role": "assistant", "content": "x", "tool_calls": [1]}],
-    "with a message that has no role and content": [{"text": "x"}],
+    "with a message that is not to be learned": [*turns("a", "b")[:1], {"role": "assistant", "content": "x", "weight": 0}],
     "with NUL, which is no text": turns("a\0", "b"),
     "with half a surrogate pair, which is no text": turns("a", "\ud83d"),
     "with messages that are no list but a str": "who?",
@@ -140,10 +137,10 @@ def test_files_that_cannot_be_read_are_refused_in_one_line(tmp_path):
     reasons = {
         "folder": "a folder without rollouts",
         "cut.jsonl.xz": "damaged or cut short",
-        "lines.json": "one object a line is .jsonl",
-        "one.json": "is one dict, not a list",
+        "lines.json": "2 with neither messages nor a question and an answer, but a",
+        "one.json": "1 with neither messages nor a question and an answer, but a",
         "bad.jsonl": "bad.jsonl:2 is not valid JSON",
-        "text.txt": "allowed: .jsonl or .json",
+        "text.txt": "does not begin with who speaks",
         "nowhere.jsonl": "does not exist",
     }
     for name, reason in reasons.items():

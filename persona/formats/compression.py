@@ -1,4 +1,4 @@
-"""Files as they are on disk, plain or compressed (.gz, .xz, .bz2, .zst), read as streams of their bytes.
+"""Files as they are on disk, plain or packed (.gz, .xz, .bz2, .zst, a .zip of one file), as streams of bytes.
 
 with open_unpacked(Path("chats.jsonl.zst")) as file:
     first = file.readline()
@@ -8,6 +8,7 @@ import bz2
 import gzip
 import io
 import lzma
+import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from typing import Any, cast
 
 from personatlas.persona.errors import UserError
 
-PACKED = (".gz", ".xz", ".zst", ".bz2")
+PACKED = (".gz", ".xz", ".zst", ".bz2", ".zip")
 CHUNK = 1 << 16  # bytes read at a time
 
 
@@ -26,6 +27,17 @@ def without_packing(name: str) -> str:
     for ending in PACKED:
         name = name[: -len(ending)] if name.lower().endswith(ending) else name
     return name
+
+
+def unpacked_name(path: Path) -> str:
+    """The name of what is packed: the one in a .zip, else the file's own without its last ending."""
+    if path.suffix.lower() != ".zip":
+        return without_packing(path.name)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return Path(_only_member(path, archive)).name
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{path} is damaged or cut short: {error}") from None
 
 
 def require_package(package: str, path: Path) -> ModuleType:
@@ -46,6 +58,8 @@ def open_unpacked(path: Path, *damage: type[Exception]) -> Iterator[io.BufferedI
     ending = path.suffix.lower()
     if ending == ".zst":
         known += (require_package("zstandard", path).ZstdError,)
+    elif ending == ".zip":  # the latter two: an unknown method, a password
+        known += (zipfile.BadZipFile, NotImplementedError, RuntimeError)
     try:
         with _open(path, ending) as file:
             yield file
@@ -58,14 +72,26 @@ def open_unpacked(path: Path, *damage: type[Exception]) -> Iterator[io.BufferedI
 def _open(path: Path, ending: str) -> io.BufferedIOBase:
     if ending == ".zst":
         return io.BufferedReader(_ZstdFrames(path), CHUNK)
+    if ending == ".zip":
+        archive = zipfile.ZipFile(path)
+        return cast(io.BufferedIOBase, archive.open(_only_member(path, archive)))
     if ending in (".gz", ".xz", ".bz2"):
         opener: Any = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}[ending]
         return cast(io.BufferedIOBase, opener(path))
     return path.open("rb")
 
 
+def _only_member(path: Path, archive: zipfile.ZipFile) -> str:
+    names = [info.filename for info in archive.infolist() if not info.is_dir()]
+    names = [name for name in names if not name.startswith("__MACOSX/")]  # what a Mac adds to each file
+    if len(names) != 1:
+        some = f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
+        raise UserError(f"{path} holds {len(names)} files{some}; give a .zip of one, or unpack it")
+    return names[0]
+
+
 class _ZstdFrames(io.RawIOBase):
-    """A .zst file as a stream. zstandard's own reader ends quietly where a frame is cut short; this does not."""
+    """A .zst file as a stream. zstandard's own reader ends quietly where a frame is cut short."""
 
     def __init__(self, path: Path) -> None:
         decompressor = require_package("zstandard", path).ZstdDecompressor(max_window_size=1 << 31)
