@@ -69,6 +69,18 @@ class RunFolder:
             )
         return content
 
+    def date(self, model: "Model") -> "Model":
+        """The model with the date of this run's prompts, so that a resumed run holds one date.
+
+        That is the recorded one; of runs without it, the day when the run was begun.
+        """
+        manifest = self.manifest
+        recorded = manifest.get("asked", {}).get("template_date") or manifest.get("created")
+        if recorded is None:
+            return model
+        now = datetime.fromisoformat(recorded)
+        return replace(model, now=now.astimezone().replace(tzinfo=None) if now.tzinfo else now)
+
     def claim(self, asked: JsonObject) -> None:
         """Records what this call asks for. Raises `UserError` where a `FIXED` value differs from what is
         there.
@@ -90,10 +102,10 @@ class RunFolder:
                 write_json(self.folder / "run.json", content)
 
     def as_recorded(self, model: "Model") -> "Model":
-        """The model under the name that it had when the run began, which is in prompts, wherever it lies
-        now.
+        """The model with the name and the date that it had when the run began, which are in prompts, wherever
+        it lies now.
         """
-        before = self.manifest.get("asked", {})
+        model, before = self.date(model), self.manifest.get("asked", {})
         if "model" not in before or not _is_same(before["model"], model.describe()):
             return model
         id = str(before["model"]["id"])

@@ -99,14 +99,7 @@ class LocalJudge:
 
     def _ids(self, message: str, digit: str) -> list[int]:
         """The template's text with the digit behind it: some tokenizers put a token of their own before a digit."""
-        chat = [{"role": "user", "content": message}]
-        tokenizer = self.model.tokenizer
-        text = str(
-            tokenizer.apply_chat_template(
-                chat, tokenize=False, add_generation_prompt=True, enable_thinking=False
-            )
-        )
-        return list(tokenizer(text + digit, add_special_tokens=False)["input_ids"])
+        return self.model.chat.prompt_ids([{"role": "user", "content": message}], opening=digit)
 
     def _digit_ids(self, n: int) -> list[int]:
         """The token ids of the first n digits where they stand as an answer."""

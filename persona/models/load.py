@@ -13,7 +13,8 @@ import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from personatlas.persona.errors import UserError
-from personatlas.persona.models.chat_template import ChatFormat, chat_format
+from personatlas.persona.formats import read_text
+from personatlas.persona.models.chat_template import ChatFormat, chat_format, process_date
 from personatlas.persona.models.checkpoint import (
     load_config,
     require_finite,
@@ -50,7 +52,8 @@ class Model:
 
     `weights` names the format that the weights were stored in ("bfloat16", "gguf Q4_1", ...): a quantised
     model has another axis than the original, so artefacts carry it. `name` is for people and for the default
-    prompt "You are {model}.".
+    prompt "You are {model}.". `now` is the local time that chat
+    templates are given.
     """
 
     hf: "PreTrainedModel"
@@ -62,6 +65,7 @@ class Model:
     revision: str | None
     weights: str
     name: str
+    now: datetime = field(default_factory=process_date)
 
     @property
     def n_layers(self) -> int:
@@ -92,7 +96,7 @@ class Model:
     def chat(self) -> ChatFormat:
         """How the tokenizer's template writes conversations. `UserError` for a model without a template."""
         config = self.hf.generation_config
-        return chat_format(self.tokenizer, None if config is None else config.eos_token_id)
+        return chat_format(self.tokenizer, None if config is None else config.eos_token_id, self.now)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -185,7 +189,7 @@ def load_model(
     if device_map is None and hf.device != target:
         hf.to(target)
     if chat_template is not None:
-        tokenizer.chat_template = _read_template(chat_template)
+        tokenizer.chat_template = read_text(chat_template).replace("\r\n", "\n")
     weights = weight_format(Path(source))
     if weights is None and (quantised := getattr(config, "quantization_config", None)) is not None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
@@ -207,7 +211,7 @@ def load_tokenizer(name: str, chat_template: Path | None = None) -> "PreTrainedT
     with hub_or_cache(name), quiet_transformers(), _one_line(name):
         tokenizer = AutoTokenizer.from_pretrained(_source(resolve_model(name)), trust_remote_code=False)
     if chat_template is not None:
-        tokenizer.chat_template = _read_template(chat_template)
+        tokenizer.chat_template = read_text(chat_template).replace("\r\n", "\n")
     return tokenizer
 
 
@@ -349,13 +353,6 @@ def _one_line(name: str) -> Iterator[None]:
             kind = f"{type(error).__name__} " if isinstance(error, LookupError) else ""
             text, advice = f"{kind}{text}", "; fetch or export the model again"
         raise UserError(f"cannot load {name}: {text[:300] or type(error).__name__}{advice}") from None
-
-
-def _read_template(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"chat template {path}: {error}") from None
 
 
 def _fastest_dtype(device: torch.device, config: "PreTrainedConfig") -> torch.dtype:

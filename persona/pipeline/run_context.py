@@ -97,6 +97,7 @@ class RunContext:
             "chat_template": hashlib.sha256(chat.template.encode()).hexdigest()[:16],
             "system": chat.system,
             "injected_system": chat.injected,
+            **chat.describe_date(),
             "bank": self.bank.digest,
             "seed": self.seed,
             "chunk": self.chunk,
@@ -198,7 +199,7 @@ def judge_run(
     if options.judge == "none":
         return rollouts
     of_roles, of_traits = without_poles(rollouts), only_poles(rollouts)
-    judge, trait_judge = load_judge(options), None
+    judge, trait_judge = load_judge(options, run), None
     if of_traits and _is_url(options.judge):
         from personatlas.persona.judges.endpoint import EndpointJudge
         from personatlas.persona.judges.wording import TRAIT_WORDING
@@ -248,15 +249,15 @@ def require_judge(options: JudgeOptions) -> None:
         raise UserError(f"--judge {options.judge} needs --judge-model NAME")
 
 
-def load_judge(options: JudgeOptions) -> Judge:
-    """The judge that the options ask for. Raises `UserError` for one that there is not."""
+def load_judge(options: JudgeOptions, run: RunFolder) -> Judge:
+    """The judge of a run that the options ask for. Raises `UserError` for one that there is not."""
     require_judge(options)
     if options.judge == "rules":
         return RuleJudge()
     if options.judge.startswith("local:"):
         from personatlas.persona.judges.local import LocalJudge
 
-        return LocalJudge(load_model(options.judge.removeprefix("local:")))
+        return LocalJudge(run.date(load_model(options.judge.removeprefix("local:"))))
     from personatlas.persona.judges.endpoint import EndpointJudge
 
     return EndpointJudge(options.judge, options.judge_model or "")

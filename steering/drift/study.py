@@ -106,6 +106,7 @@ def run_drift_study(
             embed = load_embedding(options.embedding, "cpu")
         load = replace(load, dtype=load.dtype or run.manifest.get("asked", {}).get("dtype"))
         steered = load_steered_model(model, load, axis, caps, force=force)
+        steered = replace(steered, model=run.date(steered.model))
         record = _record(steered, caps, options)
         engine = {
             "device": record["device"],
@@ -113,7 +114,8 @@ def run_drift_study(
         }
         sampled = {"seed": options.seed, **asdict(options.sampling)}
         # answers of another model, engine or sampling would be mixed in
-        run.claim({"model": record["model"], "dtype": record["dtype"], "engine": engine} | sampled)
+        asked = {"model": record["model"], "dtype": record["dtype"], "engine": engine}
+        run.claim(asked | sampled | steered.chat.describe_date())
         log = out / "turns.jsonl"
         config = RunnerConfig(steered.model, steered.chat, steered.axis, options.sampling, log, user)
         data = _run_arms(config, scripts, steered.caps, monitor, options)

@@ -99,6 +99,7 @@ def evaluate(
             dtype = load.dtype or run.manifest.get("asked", {}).get("dtype")
             load = replace(load, device=load.device or local_device(world), dtype=dtype)
             steered, plans = load_arms(model, axis, arms, load, force=force)
+            steered = replace(steered, model=run.date(steered.model))
             bench = Bench(steered.model, steered.chat, steered.axis, run.folder, world)
             prepared = _prepare(run, bench, options, selected, roles)
             plans |= _random_arms(bench, [suite for suite, _ in prepared], plans, options.random)
@@ -147,7 +148,8 @@ def _prepare(
     known, sampling = versions(), {name: getattr(options, name) for name in ("temperature", "top_p", "seed")}
     engine = {"device": model.device.type, **{name: known[name] for name in ("torch", "transformers")}}
     dtype = str(model.dtype).removeprefix("torch.")
-    run.claim({"model": model.describe(), "name": name, "dtype": dtype, "engine": engine, **sampling})
+    asked = {"model": model.describe(), "name": name, "dtype": dtype, "engine": engine, **sampling}
+    run.claim(asked | bench.chat.describe_date())
     return prepared
 
 
