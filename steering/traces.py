@@ -22,6 +22,7 @@ from personatlas.persona.errors import UserError
 from personatlas.persona.formats import Conversation, Exclusions, read_messages
 from personatlas.persona.interventions import Interventions, apply_steps, steps_by_layer
 from personatlas.persona.models.chat_template import Messages
+from personatlas.persona.models.detokenizer import token_pieces
 from personatlas.persona.models.hooks import capture
 from personatlas.persona.models.load import Model
 from personatlas.persona.models.token_spans import conversation_spans
@@ -170,7 +171,7 @@ def trace_answer(
     h = entered[axis.layer][0]
     projection = (h @ axis.at(axis.layer).to(h.device)).cpu()
     turn = TurnProjection(0, len(prompt), ids.shape[1], float(projection[len(prompt) :].mean()))
-    pieces = tuple(str(model.tokenizer.decode([token])) for token in prompt + answer)
+    pieces = token_pieces(model.tokenizer, prompt + answer)
     layers = tuple(sorted(steps))
     return Trace("answer", prompt + answer, pieces, axis.layer, projection, (turn,), layers, corrections)
 

@@ -10,9 +10,10 @@ the one that drew it. The last token of an answer that was cut is never fed and 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from personatlas.persona.errors import UserError
+from personatlas.persona.models.detokenizer import Detokenizer
 from personatlas.persona.records import JsonRecord
 from personatlas.steering.serve.engine.batch import TokenEvent, TokenLogprobs
 from personatlas.steering.serve.engine.scheduler import (
@@ -24,76 +25,17 @@ from personatlas.steering.serve.engine.scheduler import (
     RequestHandle,
 )
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-WINDOW = 8  # tokens that are decoded together: the text of one may depend on those before it
-INCOMPLETE = "\ufffd"  # what a tokenizer writes for a part of a character
-
 
 class EngineFailure(RuntimeError):
     """The engine could not answer, through no fault of the request."""
 
 
-class Detokenizer:
-    """Token ids to text as they come: whole characters only, and nothing from a stop text on.
-
-        detokenizer = Detokenizer(tokenizer, stops=("\\n\\n",))
-        detokenizer.add(4093)              # text that is safe to show, often one token's, sometimes ""
-        detokenizer.flush()                # what was held back, when no token follows
-
-    `prefix` are tokens before the text: some tokenizers write a first token's blank only behind others.
-    `stopped` says whether a stop text came.
-    """
-
-    def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase", stops: tuple[str, ...] = (), prefix: Sequence[int] = ()
-    ) -> None:
-        self.tokenizer, self.stops = tokenizer, stops
-        self.text, self.stopped = "", False
-        self._ids = list(prefix)[-WINDOW:]
-        self._n_shown = len(self._ids)  # of `_ids`, those whose text was given out or is held back
-        self._held_back = ""  # it may be the beginning of a stop text
-
-    def add(self, token: int) -> str:
-        """The text that one more token makes safe to show."""
-        self._ids.append(token)
-        shown, text = self._decode(self._ids[: self._n_shown]), self._decode(self._ids)
-        if text.endswith(INCOMPLETE) and len(self._ids) - self._n_shown < WINDOW:
-            return ""
-        self._n_shown = len(self._ids)
-        if self._n_shown > 2 * WINDOW:
-            self._ids = self._ids[WINDOW:]
-            self._n_shown = len(self._ids)
-        return self._release(text[len(shown) :], last=False)
-
-    def flush(self) -> str:
-        """The text that was held back."""
-        shown, text = self._decode(self._ids[: self._n_shown]), self._decode(self._ids)
-        return self._release(text[len(shown) :], last=True)
-
-    def _release(self, new: str, *, last: bool) -> str:
-        if self.stopped:
-            return ""
-        text = self._held_back + new
-        starts = [start for stop in self.stops if (start := text.find(stop)) >= 0]
-        if starts:
-            self.stopped, end = True, min(starts)
-        else:
-            # held back are last characters that could be the beginning of a stop text
-            beginnings = [] if last else [stop[:n] for stop in self.stops for n in range(1, len(stop))]
-            end = len(text) - max((len(own) for own in beginnings if text.endswith(own)), default=0)
-        self._held_back = "" if self.stopped else text[end:]
-        self.text += text[:end]
-        return text[:end]
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
 @dataclass(frozen=True)
 class TokenState(JsonRecord):
-    """A token: its projection (None while it is not fed) and at how many layers the cap changed it."""
+    """A token: its projection (None while it is not fed) and at how many layers the cap changed it.
+
+    The texts of an answer's tokens, joined, are the answer: a character of several tokens is the last one's.
+    """
 
     id: int
     text: str
@@ -148,8 +90,7 @@ class StreamedAnswer:
         states = []
         for i in range(len(self.ids))[start:stop]:
             projection, fired = self.measured[i] if i < len(self.measured) else (None, 0)
-            text = self.detokenizer.tokenizer.decode([self.ids[i]], skip_special_tokens=True)
-            states.append(TokenState(self.ids[i], str(text), projection, fired))
+            states.append(TokenState(self.ids[i], self.detokenizer.pieces[i], projection, fired))
         return tuple(states)
 
     @property

@@ -187,18 +187,18 @@ class TextCompletion(_Completion[CompletionRequest]):
         ids, logprobs, text = list(answer.ids), list(answer.logprobs), answer.text
         if self.request.echo:
             prompt = answer.handle.request.ids
-            text = self._decode(prompt) + text
+            text = self._echo(answer) + answer.detokenizer.prefix_kept + text
             ids = [*prompt, *ids]
             logprobs = [*(scores[answer.index // self.request.choices] if scores else []), *logprobs]
         if answer.end_token is not None and answer.end_token.logprobs is not None:
             # as other servers: harnesses that ask for one token to score a prompt count on it
             ids.append(answer.end_token.token)
             logprobs.append(answer.end_token.logprobs)
-        wanted = self.request.n_logprobs is not None
+        wanted, begins = self.request.n_logprobs is not None, bool(self.request.echo)
         return {
             "index": answer.index,
             "text": text,
-            "logprobs": text_logprobs(self.tokenizer, ids, logprobs) if wanted else None,
+            "logprobs": text_logprobs(self.tokenizer, ids, logprobs, begins=begins) if wanted else None,
             "finish_reason": "length" if answer.handle.request.max_tokens == 0 else answer.finish_reason,
         }
 
@@ -206,15 +206,19 @@ class TextCompletion(_Completion[CompletionRequest]):
         yield b""  # everything is submitted
         if self.request.echo:
             for answer in answers:
-                yield self._chunk(answer, self._decode(answer.handle.request.ids), None, None, {})
+                yield self._chunk(answer, self._echo(answer), None, None, {})
 
     def _chunks(self, answer: StreamedAnswer, text: str, more: JsonObject) -> Iterator[bytes]:
         if text or answer.done:
+            if self.request.echo and answer.index not in self._sent:
+                text = answer.detokenizer.prefix_kept + text
             start = self._sent.get(answer.index, 0)
             self._sent[answer.index] = len(answer.ids)
             logprobs = None
             if self.request.n_logprobs is not None:
-                logprobs = text_logprobs(self.tokenizer, answer.ids[start:], answer.logprobs[start:])
+                own = answer.ids[start:], answer.logprobs[start:]
+                offset = sum(map(len, answer.detokenizer.pieces[:start]))
+                logprobs = text_logprobs(self.tokenizer, *own, offset=offset)
             reason = answer.finish_reason if answer.done else None
             yield self._chunk(answer, text, logprobs, reason, more)
 
@@ -229,6 +233,8 @@ class TextCompletion(_Completion[CompletionRequest]):
         choice = {"index": answer.index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
         return stream_line({**self.fields, "choices": [choice], **more})
 
-    def _decode(self, ids: Sequence[int]) -> str:
-        decode = self.service.model.tokenizer.decode
-        return str(decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    def _echo(self, answer: StreamedAnswer) -> str:
+        """The prompt's text, special tokens too, without a character that the answer may complete."""
+        decode, ids = self.tokenizer.decode, list(answer.handle.request.ids)
+        text = str(decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return text.removesuffix(answer.detokenizer.prefix_tail)

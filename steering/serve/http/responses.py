@@ -3,13 +3,15 @@
 import json
 import secrets
 import time
+from codecs import getincrementaldecoder
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from personatlas.persona.errors import UserError
+from personatlas.persona.models.detokenizer import token_bytes
 from personatlas.persona.records import JsonObject
-from personatlas.steering.serve.answer_stream import INCOMPLETE, StreamedAnswer
+from personatlas.steering.serve.answer_stream import StreamedAnswer
 from personatlas.steering.serve.engine.batch import TokenLogprobs
 
 if TYPE_CHECKING:
@@ -71,35 +73,45 @@ def chat_logprobs(answer: StreamedAnswer, start: int, stop: int) -> JsonObject |
         return None
     tokenizer = answer.detokenizer.tokenizer
 
-    def entry(token: int, value: float | None) -> JsonObject:
-        text = str(tokenizer.decode([token]))
-        # the bytes of a part of a character are not known
-        characters = None if INCOMPLETE in text else list(text.encode("utf-8", "surrogatepass"))
-        return {"token": text, "logprob": value, "bytes": characters}
+    def entry(token: int, value: float | None, *, first: bool) -> JsonObject:
+        own = token_bytes(tokenizer, token, first=first)
+        return {"token": _token_name(own), "logprob": value, "bytes": list(own)}
 
     content = []
     for i in range(start, min(stop, len(answer.logprobs))):
         own, likeliest = answer.logprobs[i]
-        top = [entry(token, value) for token, value in likeliest.items()]
-        content.append({**entry(answer.ids[i], own), "top_logprobs": top})
+        top = [entry(token, value, first=i == 0) for token, value in likeliest.items()]
+        content.append({**entry(answer.ids[i], own, first=i == 0), "top_logprobs": top})
     return {"content": content, "refusal": None}
 
 
 def text_logprobs(
-    tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], logprobs: Sequence[TokenLogprobs]
+    tokenizer: "PreTrainedTokenizerBase",
+    ids: Sequence[int],
+    logprobs: Sequence[TokenLogprobs],
+    *,
+    offset: int = 0,
+    begins: bool = False,
 ) -> JsonObject:
-    """Log-probabilities as in text completions."""
-    tokens = [str(tokenizer.decode([token])) for token in ids]
+    """Log-probabilities as in text completions. `begins`: the first token is that of a text, which is at `offset`."""
+    own_bytes = [token_bytes(tokenizer, token, first=begins and i == 0) for i, token in enumerate(ids)]
     top: list[dict[str, float] | None] = []
-    for own, likeliest in logprobs:
-        by_text: dict[str, float] = {}
+    for i, (own, likeliest) in enumerate(logprobs):
+        by_name: dict[str, float] = {}
         for token, value in likeliest.items():
-            # of several with one text (parts of characters are all "\ufffd") the likeliest, which comes first
-            by_text.setdefault(str(tokenizer.decode([token])), value)
-        top.append(by_text if own is not None else None)
+            # of several with one name the likeliest, which comes first
+            by_name.setdefault(_token_name(token_bytes(tokenizer, token, first=begins and i == 0)), value)
+        top.append(by_name if own is not None else None)
+    decoder = getincrementaldecoder("utf-8")("replace")
+    lengths = [len(decoder.decode(own)) for own in own_bytes]
     return {
-        "tokens": tokens,
+        "tokens": list(map(_token_name, own_bytes)),
         "token_logprobs": [own for own, _ in logprobs],
         "top_logprobs": top,
-        "text_offset": [0, *accumulate(map(len, tokens))][:-1],
+        "text_offset": [*accumulate(lengths, initial=offset)][:-1],
     }
+
+
+def _token_name(own: bytes) -> str:
+    """A token's text; bytes that are no whole character as OpenAI writes them: \\xe4\\xbd."""
+    return own.decode("utf-8", "backslashreplace")

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import logging
+import re
 import secrets
 import sys
 
@@ -100,6 +101,29 @@ def test_the_seed_decides_and_n_answers_are_those_of_n_seeds(client):
     )  # without one they differ
 
 
+def test_pieces_tokens_and_bytes_of_an_answer_all_spell_it(client):
+    """Of a random model, whose tokens are mostly parts of characters."""
+    how = {"temperature": 2, "top_p": 1, "max_tokens": 40, "logprobs": True, "top_logprobs": 2}
+    more = {"extra_body": {"persona": {"per_token": True}}}
+    for seed in range(6):
+        whole = asked(client, seed=seed, **how, **more)
+        text = whole.choices[0].message.content
+        chunks = list(asked(client, seed=seed, stream=True, **how, **more))
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
+        assert "".join(token["text"] for token in whole.persona["per_token"]) == text
+        streamed = [
+            token
+            for chunk in chunks[:-1]
+            for token in (chunk.model_extra.get("persona") or {"tokens": []})["tokens"]
+        ]
+        assert [token["text"] for token in streamed] == [
+            token["text"] for token in whole.persona["per_token"][: len(streamed)]
+        ]
+        tokens = whole.choices[0].logprobs.content
+        spelled = b"".join(bytes(one.bytes) for one in tokens if not re.fullmatch("<.+>", one.token))
+        assert spelled.decode("utf-8", "replace") == text
+
+
 def test_a_stop_text_ends_the_answer_before_it(client):
     text = asked(client, max_tokens=40).choices[0].message.content
     stop = text[10:12]
@@ -118,7 +142,7 @@ def test_log_probabilities_of_a_chat_are_those_of_a_plain_forward(client, alone)
         assert token.logprob == pytest.approx(float(expected[at, ids[at]]), abs=1e-4)
         best = expected[at].topk(3).values.tolist()
         assert [one.logprob for one in token.top_logprobs] == pytest.approx(best, abs=1e-4)
-        assert token.bytes is None or bytes(token.bytes).decode() == token.token
+        assert bytes(token.bytes).decode("utf-8", "backslashreplace") == token.token
 
 
 def test_a_completion_echoes_its_prompt_with_the_forwards_log_probabilities(client, alone):

@@ -12,9 +12,10 @@ from tiny_axis import axis_of
 
 from personatlas.persona.errors import UserError
 from personatlas.persona.interventions import interventions_digest
+from personatlas.persona.models.detokenizer import Detokenizer
 from personatlas.persona.sampling.sampler import Prompt
 from personatlas.steering.hooks.steering import steer
-from personatlas.steering.serve.answer_stream import Detokenizer, StreamedAnswer
+from personatlas.steering.serve.answer_stream import StreamedAnswer
 from personatlas.steering.serve.engine import scheduler as engine_module
 from personatlas.steering.serve.engine.batch import TokenEvent
 from personatlas.steering.serve.engine.cap_slots import SPARE_PLANS, CapSlots, ResolvedCap
