@@ -195,7 +195,7 @@ def _visible_token(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """A token with text of its own to put before others, none where the vocabulary has only parts of characters."""
     candidates = [*tokenizer("a", add_special_tokens=False)["input_ids"][-1:], *range(len(tokenizer))]
     for token in candidates:
-        text = tokenizer.decode([token], skip_special_tokens=True)
+        text = str(tokenizer.decode([token], skip_special_tokens=True))
         if text.strip() and INCOMPLETE not in text and not is_byte_token(tokenizer, token):
             return [token]
     return []
