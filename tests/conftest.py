@@ -58,8 +58,8 @@ def tiny_run(whole_run, tmp_path_factory):
 @pytest.fixture(scope="session")
 def whole_run(tmp_path_factory):
     """The same, made once and left as it is."""
+    from banks import write_bank
     from families import save_tiny
-    from test_stages import write_bank
 
     from personatlas.cli.app import main
 

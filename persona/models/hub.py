@@ -96,6 +96,6 @@ def _hub_problem() -> str | None:
         get_session().head(constants.ENDPOINT, timeout=PATIENCE)
     except failures as error:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
-        reason += "): give a local folder (HF_HUB_OFFLINE=1: the cache alone"
-        return f"{constants.ENDPOINT} does not answer ({reason})"
+        advice = "give a local folder, or HF_HUB_OFFLINE=1 to read the cache alone"
+        return f"{constants.ENDPOINT} does not answer ({reason}): {advice}"
     return None

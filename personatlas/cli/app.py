@@ -8,18 +8,18 @@ one) are one line on stderr and exit status 2. Any other exception is a bug and 
 """
 
 import contextlib
+import fcntl
 import io
 import os
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from itertools import count
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from cyclopts import App, CycloptsError, Group, Parameter
 
-from personatlas.persona.distributed import get_world
 from personatlas.persona.errors import UserError, explain_os_error, find_os_error
 
 if TYPE_CHECKING:
@@ -104,7 +104,6 @@ def _build() -> App:
 app = _build()
 
 STDOUT = "standard output"
-OTHERS_FIRST = 2.0  # seconds that other processes wait for the first one's message
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -135,9 +134,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _fail(text: str) -> NoReturn:
-    if get_world().rank:  # torchrun ends all processes once the first has failed: only its message is printed
-        time.sleep(OTHERS_FIRST)
-    with contextlib.suppress(OSError):
+    said, error_file = None, os.environ.get("TORCHELASTIC_ERROR_FILE")  # torchrun's FOLDER/RANK/error.json
+    if error_file:
+        with contextlib.suppress(OSError):
+            said = (Path(error_file).parents[1] / "said").open("a+")
+    with contextlib.suppress(OSError), said or contextlib.nullcontext():
+        if said is not None:  # what one process says the others do not say again
+            fcntl.flock(said, fcntl.LOCK_EX)  # nor end before it is said: torchrun ends all after the first
+            said.seek(0)
+            if text in said.read().splitlines():
+                sys.exit(2)
+            said.write(text + "\n")
         print(f"personatlas: {text}", file=sys.stderr, flush=True)  # noqa: T201
     sys.exit(2)
 

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from personatlas.cli.options import FIT, JUDGE, MODEL, PLAN, Json, ModelName, Out
-from personatlas.cli.output import print_json, print_line
+from personatlas.cli.output import print_json, print_line, print_path, print_table
 from personatlas.persona.errors import UserError
 from personatlas.persona.options import FitOptions, JudgeOptions, ModelOptions, PlanOptions
-from personatlas.persona.progress import say
 from personatlas.persona.runs import default_folder, is_training_run, model_name, open_run
 
 if TYPE_CHECKING:
@@ -110,7 +109,7 @@ def judge(
     if json:
         print_json(counts)
     else:
-        print_line(", ".join(f"{name}: {n}" for name, n in counts.items()))
+        print_table(("score", "answers"), [(name, f"{n:,}") for name, n in counts.items()])
 
 
 def record(
@@ -175,11 +174,11 @@ def report(run: Path, /) -> None:
     if is_training_run(run):  # it may be running: its lock is not taken
         from personatlas.training.report.page import write_training_report
 
-        say(f"report: {write_training_report(run)}")
+        print_path("report", write_training_report(run))
         return
     from personatlas.analysis.fit.pipeline import report_run
 
-    say(f"report: {report_run(run)}")
+    print_path("report", report_run(run))
 
 
 def _print_fit(result: "FitResult", folder: Path, json: bool) -> None:

@@ -5,20 +5,20 @@ from pathlib import Path
 from rich.text import Text
 
 from personatlas.analysis.drift_alarm import GAUGE_LIMIT, z_gauge
-from personatlas.cli.output import print_line, print_path, print_table, print_warning, with_interval
+from personatlas.cli.output import count_of, print_line, print_path, print_table, print_warning, with_interval
 from personatlas.persona.progress import say
 from personatlas.steering.drift.result import ALL, DriftResult, StoredAnswers
 from personatlas.steering.drift.trace import TraceStudy
 
 DOMAIN_ROWS = ("first turn", "last turn", "slope per turn", "change", "alarms", "first alarm")
 ARM_ROWS = ("answers", "cap on", "fired", "degenerate", "loops", "tokens", "more loss")
-SHORT = 44  # characters of a user's message
 SHOWN = 10  # stored conversations in the terminal
 
 
 def print_drift(result: DriftResult, folder: Path) -> None:
     """Prints a table a domain, what the arms wrote, stored answers, and where everything is."""
-    for domain in dict.fromkeys((*result.domains, ALL)):
+    domains = dict.fromkeys((*result.domains, ALL)) if len(result.domains) > 1 else result.domains
+    for domain in domains:
         columns = []
         for arm in result.arms:
             means, slope = result.trajectories[domain][arm], result.slopes[domain][arm]
@@ -35,7 +35,8 @@ def print_drift(result: DriftResult, folder: Path) -> None:
                     f"{alarm.first:.0f}" if alarm and alarm.first is not None else "",
                 ]
             )
-        title = f"{domain or 'conversations'}: {result.conversations[domain]} conversations (95% intervals)"
+        name, count = f"{domain}: " if domain else "", count_of(result.conversations[domain], "conversation")
+        title = f"{name}{count} (95% intervals)"
         print_table(["", *result.arms], list(zip(DOMAIN_ROWS, *columns, strict=True)), title=title)
     columns = []
     for arm, wrote in result.wrote.items():
@@ -84,16 +85,15 @@ def _print_stored(stored: StoredAnswers, result: DriftResult) -> None:
                 else:
                     marks = ("*" if turn.alarm else "") + ("+" if turn.acted else "")
                     cells.append(f"{turn.projection:.1f} (z {turn.z:+.1f}){marks}")
-            said = " ".join(user.split())
-            short = said if len(said) <= SHORT else f"{said[: SHORT - 1]}…"
             if any(cells):
-                rows.append((str(index + 1), short, *cells))
-        print_table(("turn", "the user says", *arms), rows, title=conversation.name, left=(1,))
+                rows.append((str(index + 1), *cells, " ".join(user.split())))
+        columns = ("turn", *arms, "the user says")
+        print_table(columns, rows, title=conversation.name, left=(len(columns) - 1,))
         if conversation.cut_short:
             arms_cut = ", ".join(conversation.cut_short)
             say(f"{conversation.name}: {arms_cut} filled the model's context before the last turn")
     if (more := len(stored.conversations) - SHOWN) > 0:
-        print_line(f"and {more} conversations more", style="dim")
+        print_line(f"and {count_of(more, 'conversation')} more", style="dim")
     mean, change, baseline = stored.mean, stored.mean.change, result.watch["baseline"]
     if change is not None and change.n:
         difference = with_interval(change.value, change.low, change.high, "+.1f")

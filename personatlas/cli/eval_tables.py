@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from personatlas.cli.output import print_line, print_path, print_table, print_warning, with_interval
+from personatlas.cli.output import count_of, print_line, print_path, print_table, print_warning, with_interval
 from personatlas.steering.evals.harnesses.inspect_compare import InspectComparison
 from personatlas.steering.evals.harnesses.lm_eval_result import LmEvalResult, TaskMetric, TaskResult
 from personatlas.steering.evals.result import EvalResult, Outcome, SuiteResult
@@ -16,7 +16,7 @@ def print_evaluation(result: EvalResult, folder: Path) -> None:
     arms = list(result.arms)
     for name, suite in result.suites.items():
         roles = f"{suite.roles} roles, " if suite.roles > 1 else ""
-        title = f"{name}: {suite.n} cases, {roles}{suite.requests} requests"
+        title = f"{name}: {count_of(suite.n, 'case')}, {roles}{count_of(suite.requests, 'request')}"
         print_table(["", *arms], _suite_rows(suite, arms), title=title)
     print_table(["", *arms], _cost_rows(result, arms), title="cost")
     if result.capability.tasks is not None:
@@ -108,7 +108,7 @@ def _print_tasks(tasks: dict[str, TaskResult], arms: Sequence[str]) -> None:
         shares = [task.account[arm].share if arm in task.account else None for arm in arms]
         if any(share is not None for share in shares):
             rows.append(["fired", *("" if share is None else f"{share:.1%}" for share in shares)])
-        print_table(["", *arms], rows, title=f"{name}: {task.n} samples")
+        print_table(["", *arms], rows, title=f"{name}: {count_of(task.n, 'sample')}")
 
 
 def _metric_rows(name: str, metric: TaskMetric, arms: Sequence[str]) -> Iterable[list[str]]:

@@ -29,7 +29,10 @@ def console() -> Console:
 
 def print_line(text: Cell, *, style: str = "") -> None:
     """Prints text without markup, wrapped at words in a terminal."""
-    console().print(Text(text, style=style) if isinstance(text, str) else text)
+    out = console()
+    for line in (Text(text, style=style) if isinstance(text, str) else text).wrap(out, out.width):
+        line.rstrip()
+        out.print(line, soft_wrap=True)
 
 
 def print_path(name: str, path: Path | str) -> None:
@@ -76,9 +79,10 @@ def print_table(
     last = len(columns) - 1
     if last in left and last:
         room = out.width - sum(widths[:last]) - GAP * last
+        room = room if room >= NARROWEST else out.width - widths[0] - GAP  # a block of its own
         widths[last] = min(widths[last], max(room, NARROWEST))
     if title:
-        out.print(Text(title, style="bold"), soft_wrap=True)
+        print_line(title, style="bold")
     for number, block in enumerate(_blocks(widths, out.width)):
         if number:
             out.print()
@@ -114,7 +118,13 @@ def _padded(cell: Text, width: int, left: bool) -> Text:
 
 
 def with_interval(value: float | None, low: float | None, high: float | None, form: str = ".2f") -> str:
-    """Formats a value with its interval, where it has one: `0.61 [0.50, 0.70]`; `-` for no value."""
+    """Formats a value with its interval, where it has one: `0.61 [0.50, 0.70]`; `-` for no value, no -0.0."""
     if value is None:
         return "-"
+    form = f"{form[: form.startswith('+')]}z{form.removeprefix('+')}"
     return f"{value:{form}}" + ("" if low is None or high is None else f" [{low:{form}}, {high:{form}}]")
+
+
+def count_of(n: int, noun: str) -> str:
+    """Formats a number of things: `1 case`, `2,000 cases`."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"

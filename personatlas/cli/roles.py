@@ -9,7 +9,7 @@ from typing import Annotated
 from rich.text import Text
 
 from personatlas.cli.options import OPTIONS, Json
-from personatlas.cli.output import console, print_json, print_line, print_table
+from personatlas.cli.output import Cell, console, print_fields, print_json, print_line, print_table
 from personatlas.persona.errors import UserError
 from personatlas.persona.roles.bank import Bank, Question, Role, Trait, check_file, load_bank
 
@@ -148,8 +148,9 @@ def _show(bank: Bank, name: str, json: bool) -> None:
         print_json([asdict(entry)])
         return
     console().print(Text(entry.name, style="bold"), Text(" ".join(entry.tags), style="dim"))
+    rows: list[tuple[str, Cell]] = []
     sides = {"": entry.prompts} if isinstance(entry, Role) else {"+": entry.positive, "-": entry.negative}
     for sign, prompts in sides.items():
         for number, prompt in enumerate(prompts):
-            print_line(f"{sign}{number}  {prompt or '(no system message)'}")
-    print_line(f"rubric  {entry.rubric}", style="italic")
+            rows.append((f"{sign}{number}", prompt or "(no system message)"))
+    print_fields([*rows, ("rubric", Text(entry.rubric, style="italic"))])

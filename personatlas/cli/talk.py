@@ -104,7 +104,7 @@ def _print(answers: "dict[str, Generation]", cap: "Cap", layer: int) -> None:
         remark = f"mean projection {mean:.1f} at layer {trace.layer}, before its step"
         out.print(Text(name, style="bold"), Text(remark, style="dim"))
         out.print(Text(answers[name].text))
-        line = f"{sparkline(trace.answer.tolist(), low, high)}  {low:.0f} to {high:.0f}\n"
+        line = f"{sparkline(trace.answer.tolist(), low, high)}  {low:z.1f} to {high:z.1f}\n"
         out.print(Text(line, style="cyan"))
     tally = answers[CAPPED].tally
     assert tally is not None

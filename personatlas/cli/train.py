@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from personatlas.cli.options import MODEL, OPTIONS, Json, ModelName
 from personatlas.cli.output import (
+    count_of,
     print_fields,
     print_json,
     print_line,
@@ -164,7 +165,10 @@ def evaluate(
         [
             ("bits per byte", with_interval(loss.bits_per_byte, low, high, ".4f")),
             ("nats a token", f"{loss.loss:.4f}, {loss.bytes / loss.tokens:.2f} bytes a token"),
-            ("read", f"{loss.documents:,} documents, {loss.bytes / 1e6:,.2f} MB, {loss.tokens:,} tokens"),
+            (
+                "read",
+                f"{count_of(loss.documents, 'document')}, {loss.bytes / 1e6:,.2f} MB, {loss.tokens:,} tokens",
+            ),
         ]
     )
 
@@ -217,10 +221,12 @@ def _print_tokenizer(record: dict[str, Any], out: Path) -> None:
 
     scan, held = record["scan"], record["held_out"]
     low, high = held["interval"] or (None, None)
-    size = f"n {held['documents']:,} documents, {held['bytes'] / 1e6:,.2f} MB, each read back exactly"
+    size = (
+        f"n {count_of(held['documents'], 'document')}, {held['bytes'] / 1e6:,.2f} MB, each read back exactly"
+    )
     sides = {name: TextAmount(**scan[name]) for name in ("train", "held_out")}
     rows = [
-        (title, f"{sides[name].documents:,} documents, {sides[name].bytes / 1e6:,.2f} MB")
+        (title, f"{count_of(sides[name].documents, 'document')}, {sides[name].bytes / 1e6:,.2f} MB")
         for title, name in (("corpus", "train"), ("held out", "held_out"))
     ]
     rows.append(("bytes per token", f"{with_interval(held['bytes_per_token'], low, high)}  ({size})"))

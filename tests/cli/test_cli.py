@@ -443,6 +443,21 @@ def test_import_writes_caps_that_show_reads(tmp_path, capsys):
     )  # the stem that was given to save
 
 
+def test_processes_of_one_torchrun_say_a_mistake_once(tmp_path, monkeypatch, capsys):
+    """Each has an error file in a folder of its rank; another mistake of another process is said too."""
+
+    def said(rank, name):
+        (tmp_path / rank).mkdir(exist_ok=True)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / rank / "error.json"))
+        with pytest.raises(SystemExit):
+            main(["axis", name])
+        return capsys.readouterr().err
+
+    assert said("0", "./nowhere").startswith("personatlas: ./nowhere does not exist")
+    assert said("1", "./nowhere") == ""
+    assert said("1", "./elsewhere").startswith("personatlas: ./elsewhere")
+
+
 @pytest.mark.slow
 def test_a_mistake_that_every_process_of_a_run_makes_is_said_once(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

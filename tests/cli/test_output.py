@@ -2,7 +2,7 @@
 
 import pytest
 
-from personatlas.cli.output import print_fields, print_line, print_table, with_interval
+from personatlas.cli.output import count_of, print_fields, print_line, print_table, with_interval
 
 COLUMNS = ["", "baseline", "assistant", "random 1"]
 ROWS = [["harmful", "62.5% [31%, 86%]", "25.0% [7%, 59%]", "75.0% [41%, 93%]"], ["fired", "", "70%", "63%"]]
@@ -49,3 +49,21 @@ def test_a_value_has_its_interval_where_there_is_one():
     assert with_interval(0.5, 0.25, 0.75) == "0.50 [0.25, 0.75]"
     assert with_interval(0.5, None, None, "+.1%") == "+50.0%"
     assert with_interval(None, None, None) == "-"
+    assert with_interval(-0.001, -0.1, 0.04, "+.1f") == "+0.0 [-0.1, +0.0]"
+    assert with_interval(-0.001, None, None, ".1%") == "-0.1%"
+    assert [count_of(n, "case") for n in (0, 1, 2000)] == ["0 cases", "1 case", "2,000 cases"]
+
+
+def test_a_long_text_beside_many_columns_has_a_block_of_its_own(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    text = "a message of a user that goes on and on until it fills more than a line"
+    row = ["1", *ROWS[0][1:3], text]
+    print_table(["turn", "baseline", "assistant", "says"], [row], left=(3,), title="t " * 50)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [("t " * 30).strip(), ("t " * 20).strip()]
+    assert max(map(len, lines)) <= 60
+    assert lines[-3:] == [
+        "   1  a message of a user that goes on and on until it fills",
+        "      more than a line",
+        "",
+    ]

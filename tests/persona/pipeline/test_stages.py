@@ -15,6 +15,7 @@ import sys
 
 import pytest
 import torch
+from banks import write_bank
 from families import TEMPLATE, save_tiny, tiny_model
 
 from personatlas.cli.app import main
@@ -23,20 +24,6 @@ from personatlas.persona.pipeline.stages import plan_rollouts
 from personatlas.persona.roles.bank import load_bank
 from personatlas.persona.rollout import Selection
 
-QUESTIONS = ("Who are you?", "What is rain, and where does it come from?", "Should I sell my boat?")
-ROLES = {
-    "default": ("", "You are {model}."),
-    "pirate": ("You are a pirate who never says a plain word.", "Be a pirate."),
-    "nun": ("You are a nun.",),
-    "crow": ("You are a crow on a wire.", "Caw as a crow would."),
-    "judge": ("You are a judge.",),
-    "cook": ("You are a cook.",),
-}
-TRAITS = {
-    "calm": ("Be calm.", "Be frantic!"),
-    "terse": ("Few words.", "Go on and on about everything."),
-    "warm": ("Be kind to them.", "Be cold."),
-}
 # 8 samples make 216 rollouts, enough for the gate that tries a few roles first; whole roles of 24 to 48 in a part
 HOW = "--device cpu --dtype float32 --samples 8 --chunk 32 --max-new-tokens 8 --judge none --keep all --replicates 4"
 PART = 50
@@ -68,18 +55,6 @@ if what == "part":
     activations.Activations.save = deadly(activations.Activations.save)
 cli.main(sys.argv[3:])
 """
-
-
-def write_bank(folder):
-    folder.mkdir()
-    roles = [
-        {"name": name, "prompts": prompts, "is_default": name == "default"} for name, prompts in ROLES.items()
-    ]
-    questions = [{"id": f"q{i}", "question": text} for i, text in enumerate(QUESTIONS)]
-    traits = [{"name": name, "positive": [pos], "negative": [neg]} for name, (pos, neg) in TRAITS.items()]
-    for name, rows in (("roles", roles), ("questions", questions), ("traits", traits)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
 
 
 def lines(run):

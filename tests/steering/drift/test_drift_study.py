@@ -188,15 +188,11 @@ def test_an_axis_without_caps_is_studied_as_the_model_is(tiny_run, scripts, tmp_
 def test_what_cannot_be_studied_is_refused_in_one_line_before_a_model_is_loaded(
     tiny_run, scripts, tmp_path, capsys
 ):
+    no_model = tmp_path / "no model"
+    no_model.mkdir()
+
     def says(*more):
-        asked = [
-            "drift",
-            str(tmp_path / "no model"),
-            "--axis",
-            str(tiny_run / "run"),
-            "--scripts",
-            str(scripts),
-        ]
+        asked = ["drift", str(no_model), "--axis", str(tiny_run / "run"), "--scripts", str(scripts)]
         return refused(capsys, [*asked, "--out", str(tmp_path / "out"), *more])
 
     assert "--turns 0 is below 1" in says("--turns", "0")

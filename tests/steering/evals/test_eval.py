@@ -188,8 +188,12 @@ def test_a_judge_sees_neither_arm_nor_role_and_what_it_cannot_say_counts_nowhere
     tiny_run, material, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.delenv("PERSONATLAS_JUDGE_KEY", raising=False)
+
     # by what is asked: in the order in which they come, one arm's answers can all be spoken of alike
-    endpoint = HarmEndpoint(lambda _, question: says(("1", "0", "perhaps")[REQUESTS.index(question) % 3]))
+    def judged(_, question):  # also the greeting that asks whether anybody is there
+        return says(("1", "0", "perhaps")[REQUESTS.index(question) % 3] if question in REQUESTS else "0")
+
+    endpoint = HarmEndpoint(judged)
     asked = [
         "--requests",
         str(material / "requests.csv"),
@@ -305,7 +309,10 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line(tiny_run, tmp_path, cap
     ],
 )
 def test_what_is_asked_is_looked_at_before_a_model_is_loaded(tmp_path, capsys, more, said):
-    error = refused(capsys, ["eval", "no-such-model", "--axis", "none", "--out", str(tmp_path / "e"), *more])
+    (tmp_path / "no model").mkdir()
+    error = refused(
+        capsys, ["eval", str(tmp_path / "no model"), "--axis", "none", "--out", str(tmp_path / "e"), *more]
+    )
     assert said in error
     assert not (tmp_path / "e").exists()
 

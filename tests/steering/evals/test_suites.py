@@ -4,7 +4,7 @@ import json
 from collections import Counter
 
 import pytest
-from test_stages import write_bank
+from banks import write_bank
 
 from personatlas.persona.errors import UserError
 from personatlas.persona.roles.bank import load_bank

@@ -261,7 +261,7 @@ def test_the_verb_report_writes_it_also_while_the_run_holds_its_lock(tmp_path, c
     with (run / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         main(["run", "report", str(run)])
-    assert f"report: {run / 'report.html'}" in capsys.readouterr().err
+    assert f"report: {run / 'report.html'}" in capsys.readouterr().out
     assert "training report" in (run / "report.html").read_text(encoding="utf-8")
 
 
