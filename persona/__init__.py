@@ -1,1 +1,3 @@
-"""What a persona is and how it is observed: models, roles, rollouts, recorded activations, the axis and its files."""
+"""What a persona is and how it is observed: models, roles, rollouts, recorded activations, the axis and its
+files.
+"""

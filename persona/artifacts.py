@@ -1,8 +1,9 @@
 """Files that survive a crash: atomic artefacts and append-only logs.
 
-An artefact is `NAME.safetensors` (tensors, and everything else as one JSON string under the header key `meta`) followed by
-`NAME.json` (the same meta for people, with the SHA-256 of the tensor file). Each is written to a temporary file and
-renamed, the JSON last, so an artefact without its JSON is one whose writing was interrupted. Nothing is ever unpickled.
+An artefact is `NAME.safetensors` (tensors, and everything else as one JSON string under the header key
+`meta`) followed by `NAME.json` (the same meta for people, with the SHA-256 of the tensor file). Each is
+written to a temporary file and renamed, the JSON last, so an artefact without its JSON is one whose writing
+was interrupted. Nothing is ever unpickled.
 
 A temporary file or folder is `.NAME.HEX` beside NAME, and its process holds a lock on it. One that nobody
 locks was left by a killed process: the next writer of NAME removes it, `remove_leftovers` all in a folder.
@@ -234,7 +235,9 @@ def digest(path: Path) -> str:
 
 
 def save_tensors(stem: Path, tensors: "dict[str, Tensor]", meta: dict[str, Any]) -> None:
-    """Write `stem.safetensors` and then `stem.json`. `meta` must hold `kind`; equal content gives equal bytes."""
+    """Write `stem.safetensors` and then `stem.json`. `meta` must hold `kind`; equal content gives equal
+    bytes.
+    """
     from safetensors.torch import save
 
     meta = {**meta, "format": FORMAT}
@@ -245,7 +248,8 @@ def save_tensors(stem: Path, tensors: "dict[str, Tensor]", meta: dict[str, Any])
     shapes = {name: [str(t.dtype).removeprefix("torch."), *t.shape] for name, t in sorted(tensors.items())}
     record = {**meta, "tensors": shapes, "sha256": hashlib.sha256(content).hexdigest()}
     tensor_path, json_path = stem.with_name(stem.name + ".safetensors"), stem.with_name(stem.name + ".json")
-    # both are written before either is renamed, so that a disk too full for the JSON leaves the earlier artefact whole
+    # both are written before either is renamed, so that a disk too full for the JSON leaves the earlier
+    # artefact whole
     with atomic(json_path) as json_temporary, atomic(tensor_path) as tensor_temporary:
         tensor_temporary.write_bytes(content)
         json_temporary.write_text(_json_text(record), encoding="utf-8")

@@ -1,8 +1,9 @@
 """Several processes on one run: `torchrun --nproc-per-node N -m personatlas axis MODEL ...`.
 
-Work is cut into chunks whose content depends on the plan alone; rank r takes the chunks r, r + world, ... and writes files
-of its own, which rank 0 puts together after a barrier. So N processes give the very result that one gives. The run folder
-must be on a file system that all of them see; nothing but barriers travels over the network.
+Work is cut into chunks whose content depends on the plan alone; rank r takes the chunks r, r + world, ... and
+writes files of its own, which rank 0 puts together after a barrier. So N processes give the very result that
+one gives. The run folder must be on a file system that all of them see; nothing but barriers travels over the
+network.
 """
 
 import os
@@ -27,8 +28,9 @@ class World:
         return chunk % self.size == self.rank
 
     def barrier(self) -> None:
-        """Wait for all processes (at most a day: a rank may have one long chunk more than another). Raises `UserError` where
-        another one has ended."""
+        """Wait for all processes (at most a day: a rank may have one long chunk more than another). Raises
+        `UserError` where another one has ended.
+        """
         if self.size == 1:
             return
         import torch.distributed as dist

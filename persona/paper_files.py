@@ -3,13 +3,15 @@
     axis = import_axis(Path("assistant_axis.pt"), model.describe())
     caps = import_caps(Path("capping_config.pt"), model.describe())
 
-The sign trap: the paper writes a cap as a floor along the axis, its released code takes a *ceiling* along the negated
-axis (arXiv 2601.10387, section 5, and the files themselves). Both are the same thing, because with v = -u, floor = -cap
+The sign trap: the paper writes a cap as a floor along the axis, its released code takes a *ceiling* along the
+negated axis (arXiv 2601.10387, section 5, and the files themselves). Both are the same thing, because with v
+= -u, floor = -cap
 
     h - u * clamp(<h,u> - cap, min=0)  =  h + v * clamp(floor - <h,v>, min=0)
 
-A `.pt` file is a pickle in a zip archive. Its pickle is never given anything but tensors and plain values to build: the
-names in it are listed first, without running it, and one that is not a tensor's refuses the whole file.
+A `.pt` file is a pickle in a zip archive. Its pickle is never given anything but tensors and plain values to
+build: the names in it are listed first, without running it, and one that is not a tensor's refuses the whole
+file.
 """
 
 import pickle
@@ -43,12 +45,13 @@ UNREADABLE = (
 
 
 def import_axis(path: Path, model: dict[str, Any], layer: int | None = None) -> Axis:
-    """The axis in a `.pt` that holds a tensor (L, D), or a dict with one under "axis"; + toward the Assistant.
+    """The axis in a `.pt` that holds a tensor (L, D), or a dict with one under "axis"; + toward the
+    Assistant.
 
-    Row l is the output of block l. `model` is the `Model.describe()` of the model that the file was made from: the
-    file does not say. `layer` is the layer to use, None the middle one. Rows are scaled to length 1 and their lengths
-    kept as `norms`. Raises `UserError` for a file that is not such a tensor, holds NaN or a zero row, or has another
-    depth or width than `model`.
+    Row l is the output of block l. `model` is the `Model.describe()` of the model that the file was made
+    from: the file does not say. `layer` is the layer to use, None the middle one. Rows are scaled to length 1
+    and their lengths kept as `norms`. Raises `UserError` for a file that is not such a tensor, holds NaN or a
+    zero row, or has another depth or width than `model`.
     """
     held = _load_pt(path)
     if isinstance(held, dict):
@@ -88,8 +91,9 @@ def _require_shape(model: dict[str, Any], n_layers: int, d_model: int, path: Pat
 def import_role_vectors(path: Path) -> dict[str, Float[Tensor, "L D"]]:
     """Mean activations by role name, fp32, from one `.pt` or a folder of them, named by the file.
 
-    Each holds a tensor (L, D), or a dict with one tensor, under "vector" or "mean" (and maybe its "role", which must
-    be the file's name). Raises `UserError` for anything else, for NaN and for files of different shapes.
+    Each holds a tensor (L, D), or a dict with one tensor, under "vector" or "mean" (and maybe its "role",
+    which must be the file's name). Raises `UserError` for anything else, for NaN and for files of different
+    shapes.
     """
     files = sorted(path.glob("*.pt")) if path.is_dir() else [path]
     if not files:
@@ -118,18 +122,20 @@ def _role_vector(held: Any, path: Path) -> Tensor:
 
 
 def import_caps(path: Path, model: dict[str, Any], d_model: int | None = None) -> dict[str, Cap]:
-    """The caps of a `capping_config.pt` by experiment id ("layers_46:54-p0.25"), as floors toward the Assistant.
+    """The caps of a `capping_config.pt` by experiment id ("layers_46:54-p0.25"), as floors toward the
+    Assistant.
 
-    The file is {"vectors": {name: {"layer", "vector"}}, "experiments": [{"id", "interventions": [{"vector", "cap"}]}]}.
-    Its vectors point away from the Assistant, and `cap` is a ceiling on the projection onto vector/|vector|. That
-    reading of the norm is the released code's: it divides before it projects, so a vector's length has no effect.
-    Hence v = -vector/|vector| and floor = -cap. Compare `cap.vectors` with an axis of the same model before trusting
-    a file of unknown origin: the cosine must be near +1.
+    The file is {"vectors": {name: {"layer", "vector"}}, "experiments": [{"id", "interventions": [{"vector",
+    "cap"}]}]}. Its vectors point away from the Assistant, and `cap` is a ceiling on the projection onto
+    vector/|vector|. That reading of the norm is the released code's: it divides before it projects, so a
+    vector's length has no effect. Hence v = -vector/|vector| and floor = -cap. Compare `cap.vectors` with an
+    axis of the same model before trusting a file of unknown origin: the cosine must be near +1.
 
-    `level` is the id's number as it stands, of population "paper" (a quantile along the negated axis, as it seems:
-    p0.25 would be the 75th percentile Assistant-ward). An experiment without any cap (a baseline arm) is left out.
-    `d_model` is the width to expect, None `model["d_model"]`. Raises `UserError` when the file has another form, when
-    the layers differ from the "layers_a:b" (half-open) of the id, or when nothing in it caps.
+    `level` is the id's number as it stands, of population "paper" (a quantile along the negated axis, as it
+    seems: p0.25 would be the 75th percentile Assistant-ward). An experiment without any cap (a baseline arm)
+    is left out. `d_model` is the width to expect, None `model["d_model"]`. Raises `UserError` when the file
+    has another form, when the layers differ from the "layers_a:b" (half-open) of the id, or when nothing in
+    it caps.
     """
     held = _load_pt(path)
     named, experiments = (
@@ -215,7 +221,9 @@ def _cap(id: str, steps: list[Any], vectors: dict[Any, tuple[int, Tensor]], wher
 
 
 def _load_pt(path: Path) -> Any:
-    """What a `.pt` holds: tensors, numbers, text, lists and dicts. Nothing is run; `UserError` for anything more."""
+    """What a `.pt` holds: tensors, numbers, text, lists and dicts. Nothing is run; `UserError` for anything
+    more.
+    """
     require_file(path)
     with path.open("rb") as file:
         start = file.read(64)

@@ -30,7 +30,9 @@ class Advance(Protocol):
 def progress(
     what: str, total: int, unit: str = "", *, done: int = 0, quiet: bool = False
 ) -> Iterator[Advance]:
-    """Show `total` items of `what`; `done` were there before and do not count into the rate (in `unit`s a second)."""
+    """Show `total` items of `what`; `done` were there before and do not count into the rate (in `unit`s a
+    second).
+    """
     console = Console(stderr=True)
     if quiet or total == done:
         yield lambda done, units=0: None

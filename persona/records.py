@@ -7,8 +7,8 @@
     >>> Share.from_json(Share(0.5, (0.4, 0.6)).to_json())
     Share(value=0.5, interval=(0.4, 0.6))
 
-A field is a key of the same name; tuples become lists, nested records objects, paths strings, and numbers that are not
-finite null, since JSON has none.
+A field is a key of the same name; tuples become lists, nested records objects, paths strings, and numbers
+that are not finite null, since JSON has none.
 """
 
 import math
@@ -27,7 +27,8 @@ Record = TypeVar("Record", bound="JsonRecord")
 class JsonRecord:
     """Base of the dataclasses that `to_json` turns into a JSON object and `from_json` reads back.
 
-    `omit_none` names the fields without a key while they are None, `json_names` the keys of fields named otherwise.
+    `omit_none` names the fields without a key while they are None, `json_names` the keys of fields named
+    otherwise.
     """
 
     omit_none: ClassVar[tuple[str, ...]] = ()
@@ -44,7 +45,9 @@ class JsonRecord:
 
     @classmethod
     def from_json(cls: type[Record], row: Mapping[str, Any]) -> Record:
-        """The record that `to_json` wrote. Keys that are no fields are ignored; raises KeyError for a missing one."""
+        """The record that `to_json` wrote. Keys that are no fields are ignored; raises KeyError for a missing
+        one.
+        """
         hints: dict[str, Any] = _hints(cls)  # type: ignore[arg-type]
         values: dict[str, Any] = {}
         for field in fields(cls):

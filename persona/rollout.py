@@ -3,9 +3,9 @@
     rollouts = read_rollouts(Path("runs/smollm2-135m"))
     RolloutKey.parse("pirate/2/q014/0")            # role "pirate", prompt 2, question "q014", sample 0
 
-A rollout's key is "role/prompt/question/sample". The key and the run's seed determine the rollout's own seed, so
-the same key has the same prompt and the same random numbers whatever else is in the batch. `rollouts.jsonl` holds
-one rollout a line, with token ids: they are never tokenised again.
+A rollout's key is "role/prompt/question/sample". The key and the run's seed determine the rollout's own seed,
+so the same key has the same prompt and the same random numbers whatever else is in the batch.
+`rollouts.jsonl` holds one rollout a line, with token ids: they are never tokenised again.
 """
 
 import hashlib
@@ -58,7 +58,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Rollout:
-    """An answer. `answer_ids` end before the end token; `score` is a judge's 0-3, or None where none has judged.
+    """An answer. `answer_ids` end before the end token; `score` is a judge's 0-3, or None where none has
+    judged.
 
     `stopped` is "end" when the model ended its answer and "length" when the token limit did.
     """
@@ -125,7 +126,9 @@ def rollout_requests(bank: Bank, model_name: str, selection: "Selection", run_se
 
 
 def role_messages(role: Role, prompt: int, question: str, model_name: str) -> tuple[Message, ...]:
-    """The messages of one rollout. An empty prompt sends no system message; "{model}" becomes the model's name."""
+    """The messages of one rollout. An empty prompt sends no system message; "{model}" becomes the model's
+    name.
+    """
     system = role.prompts[prompt].replace("{model}", model_name) if role.is_default else role.prompts[prompt]
     user = {"role": "user", "content": question}
     return ({"role": "system", "content": system}, user) if system else (user,)
@@ -133,7 +136,8 @@ def role_messages(role: Role, prompt: int, question: str, model_name: str) -> tu
 
 @dataclass(frozen=True)
 class Selection:
-    """Which part of a bank to roll out. None means all; the default role is always in, with all of its prompts.
+    """Which part of a bank to roll out. None means all; the default role is always in, with all of its
+    prompts.
 
     Traits are left out unless `with_traits`.
     """
@@ -148,7 +152,9 @@ class Selection:
     n_traits: int | None = None
 
     def roles(self, bank: Bank) -> list[Role]:
-        """The default role and then the chosen ones: by name, or the first `n_roles` of an even spread over the bank."""
+        """The default role and then the chosen ones: by name, or the first `n_roles` of an even spread over
+        the bank.
+        """
         others = [role for role in bank.roles if not role.is_default]
         if self.role_names is not None:
             chosen = [bank.role(name) for name in self.role_names if name != bank.default.name]
@@ -187,7 +193,8 @@ def only_poles(rollouts: Iterable[Rollout]) -> list[Rollout]:
 
 
 def read_rollouts(folder: Path) -> list[Rollout]:
-    """Every rollout of a run folder, from the log and from logs that parallel ranks have not merged yet, each key once.
+    """Every rollout of a run folder, from the log and from logs that parallel ranks have not merged yet, each
+    key once.
 
     A key that stands twice with different answers is two runs mixed into one folder: `UserError`.
     """
@@ -211,6 +218,8 @@ def with_scores(rollouts: Iterable[Rollout], scores: dict[str, int | None]) -> l
 
 
 def spread(items: Sequence[T], count: int | None) -> list[T]:
-    """An even spread of `count` over the items, in their order; all of them where there are no more, or for None."""
+    """An even spread of `count` over the items, in their order; all of them where there are no more, or for
+    None.
+    """
     count = len(items) if count is None else min(count, len(items))
     return [items[i * len(items) // count] for i in range(count)]

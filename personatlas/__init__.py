@@ -77,7 +77,8 @@ _MODULES = {
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
-# In a checkout the other packages lie beside this folder: an editable or uninstalled checkout finds them there.
+# In a checkout the other packages lie beside this folder: an editable or uninstalled checkout finds them
+# there.
 if (_checkout := Path(__file__).parent.parent).joinpath("pyproject.toml").is_file():
     __path__.append(str(_checkout))
 

@@ -7,9 +7,9 @@
     out = pa.generate(model, messages, steer=[run.axis.cap("p50@18-23")])
     result = pa.evaluate(model, run.axis, arms={"cap": [run.axis.cap("assistant")]}, suites=["benign"], out="runs/eval")
 
-`model`, `axis`, `steer` and `out` mean the same everywhere: a loaded `Model` (or its name), an `Axis`, interventions, and
-the folder that is written. Long jobs resume when they are called again with the same folder. Whatever a user can do wrong
-is a `UserError` of one line.
+`model`, `axis`, `steer` and `out` mean the same everywhere: a loaded `Model` (or its name), an `Axis`,
+interventions, and the folder that is written. Long jobs resume when they are called again with the same
+folder. Whatever a user can do wrong is a `UserError` of one line.
 """
 
 from collections.abc import Mapping, Sequence
@@ -51,7 +51,9 @@ if TYPE_CHECKING:  # what a job needs is imported when it runs: some of it takes
 
 @dataclass(frozen=True)
 class Run:
-    """A folder that `compute_axis` has written: its axis, persona space, fit and rollouts, read when they are asked for."""
+    """A folder that `compute_axis` has written: its axis, persona space, fit and rollouts, read when they are
+    asked for.
+    """
 
     folder: Path
 
@@ -159,10 +161,11 @@ def compute_axis(
 
 
 def steer(model: Model, interventions: Sequence[Intervention]) -> AbstractContextManager["Steering"]:
-    """Applies interventions to every forward of `model.hf` inside the context; the model is left as it was found.
+    """Applies interventions to every forward of `model.hf` inside the context; the model is left as it was
+    found.
 
-    The context's value says what was done: `fired` is the share of tokens times layers that were changed, `tally` the
-    counts by layer and row. Raises `UserError` for interventions of another model.
+    The context's value says what was done: `fired` is the share of tokens times layers that were changed,
+    `tally` the counts by layer and row. Raises `UserError` for interventions of another model.
     """
     from personatlas.steering.hooks import steering
 
@@ -189,8 +192,8 @@ def generate(
     axis
         the axis of the trace; without one there is no trace
 
-    Returns text, why it stopped, the trace and the fired share. Raises `UserError` for a conversation that leaves no room
-    for an answer, and for interventions of another model.
+    Returns text, why it stopped, the trace and the fired share. Raises `UserError` for a conversation that
+    leaves no room for an answer, and for interventions of another model.
     """
     from personatlas.steering import generate as generation
 
@@ -198,10 +201,11 @@ def generate(
 
 
 def project(model: Model, messages: Sequence[Message], axis: Axis) -> "Trace":
-    """Projects a stored conversation on an axis: a value (residual units) for each token, a mean for each answer.
+    """Projects a stored conversation on an axis: a value (residual units) for each token, a mean for each
+    answer.
 
-    `trace.turns` has an entry for every answer. Raises `UserError` for an axis of another model, and for a conversation
-    without an answer that fits into the context.
+    `trace.turns` has an entry for every answer. Raises `UserError` for an axis of another model, and for a
+    conversation without an answer that fits into the context.
     """
     from personatlas.steering import traces
 
@@ -217,10 +221,11 @@ def calibrate(
     options: CalibrationOptions = CalibrationOptions(),
     load: ModelOptions = ModelOptions(),
 ) -> "CalibrationResult":
-    """Finds the strongest cap within a loss budget on one half of roles and questions, reports it on the other half.
+    """Finds the strongest cap within a loss budget on one half of roles and questions, reports it on the
+    other half.
 
-    The cap is saved as `RUN/caps/NAME`. `model` is the run's model where it is loaded already. Raises `UserError` for a
-    folder without rollouts and a fit.
+    The cap is saved as `RUN/caps/NAME`. `model` is the run's model where it is loaded already. Raises
+    `UserError` for a folder without rollouts and a fit.
     """
     from personatlas.steering.calibration import calibrate as calibration
 
@@ -238,7 +243,8 @@ def evaluate(
     options: EvalOptions = EvalOptions(),
     load: ModelOptions = ModelOptions(),
 ) -> "EvalResult":
-    """Answers the same prompts with the same seeds without and with interventions, and compares the arms. Resumes.
+    """Answers the same prompts with the same seeds without and with interventions, and compares the arms.
+    Resumes.
 
     Parameters
     ----------
@@ -269,7 +275,8 @@ def serve(
 ) -> None:
     """Serves a page and an OpenAI-compatible API with the persona of every conversation, until interrupted.
 
-    Without an axis the model's own is taken: the packaged one, or that of its run. Raises `UserError` where there is none.
+    Without an axis the model's own is taken: the packaged one, or that of its run. Raises `UserError` where
+    there is none.
     """
     from personatlas.steering.serve import startup
 
@@ -287,7 +294,8 @@ def train_base(
     tokens: int | None = None,
     options: PretrainOptions = PretrainOptions(),
 ) -> "TrainResult":
-    """Trains a GPT of some depth on a corpus; every other size follows from the depth and the length. Resumes.
+    """Trains a GPT of some depth on a corpus; every other size follows from the depth and the length.
+    Resumes.
 
     Parameters
     ----------
@@ -318,8 +326,8 @@ def train_chat(
 ) -> "TrainResult":
     """Tunes a base model on conversations or on the rollouts of another model. Resumes.
 
-    `data` are files of conversations or run folders; `PATH=30%` gives 30% of the answers' tokens. Raises `UserError` for a
-    base or data that cannot be used, and for a folder of another run.
+    `data` are files of conversations or run folders; `PATH=30%` gives 30% of the answers' tokens. Raises
+    `UserError` for a base or data that cannot be used, and for a folder of another run.
     """
     from personatlas.training import finetune
 

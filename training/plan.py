@@ -130,6 +130,7 @@ class Memory:
 
     @property
     def total(self) -> int:
+        """Bytes in all."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.logits
 
 

@@ -26,7 +26,7 @@ from personatlas.training.data.tokenizer import (
     load_corpus_tokenizer,
     make_tokenizer,
     require_vocabulary,
-    token_bytes,
+    token_sizes,
 )
 from personatlas.training.loop.distributed import init_distributed
 from personatlas.training.loop.samples import TextSamples
@@ -157,4 +157,4 @@ class PretrainJob(TrainingJob):
 
     @cached_property
     def _token_lengths(self) -> torch.Tensor:
-        return torch.from_numpy(token_bytes(self._tokenizer))
+        return torch.from_numpy(token_sizes(self._tokenizer))

@@ -176,8 +176,9 @@ def read_conversations(
     """Every conversation of a file, or of the .json, .jsonl and .parquet files of a folder, in order.
 
     A name is the conversation's "id", else "conversation N", counted from 0; one that comes again gets a
-    number. What cannot be used, and with `require_user` a conversation without a user, goes into `left_out`, or
-    is said where none is given. Raises `UserError` for a file that cannot be read and where no conversation is left.
+    number. What cannot be used, and with `require_user` a conversation without a user, goes into `left_out`,
+    or is said where none is given. Raises `UserError` for a file that cannot be read and where no
+    conversation is left.
     """
     excluded = Exclusions() if left_out is None else left_out
     conversations, names = list[Conversation](), set[str]()

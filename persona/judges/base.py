@@ -1,9 +1,10 @@
-"""Does an answer play the role? Scores by a judge, the log that they are kept in, and which answers they let through.
+"""Does an answer play the role? Scores by a judge, the log that they are kept in, and which answers they let
+through.
 
     0 refuses as itself   1 answers as itself   2 says that it is an AI, yet shows the role   3 fully in the role
 
-(arXiv 2601.10387, appendix on data.) The default role plays nobody and is never judged: its score stays None. What a
-judge could not decide is a `problem`, counted and asked again on the next run, never guessed.
+(arXiv 2601.10387, appendix on data.) The default role plays nobody and is never judged: its score stays None.
+What a judge could not decide is a `problem`, counted and asked again on the next run, never guessed.
 
     tally = judge_rollouts(rollouts, bank, RuleJudge(), folder / "scores.jsonl", None)
     rollouts = with_scores(rollouts, read_scores(folder / "scores.jsonl", tally.judge))
@@ -40,7 +41,9 @@ class Item:
 
     @property
     def sha(self) -> str:
-        """16 hex digits over the answer and all that it is judged against: an edited rubric means a new judgement."""
+        """16 hex digits over the answer and all that it is judged against: an edited rubric means a new
+        judgement.
+        """
         role = (self.role.name, *self.role.prompts, self.role.rubric, *self.role.tags)
         content = "\0".join((*role, "", self.prompt, self.question, self.answer))
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
@@ -66,10 +69,11 @@ class Verdict:
 
 @runtime_checkable
 class Judge(Protocol):
-    """Anything that scores items. `id` names judge and wording, so that two judges' scores are never mixed."""
+    """Anything that scores items; two judges' scores are told apart by `id`, and never mixed."""
 
     @property
-    def id(self) -> str: ...
+    def id(self) -> str:
+        """Judge and wording."""
 
     def verdicts(self, items: Sequence[Item]) -> Generator[Verdict, None, None]:
         """One verdict per item, in any order, each as soon as it is there. Raises `UserError` to stop it all."""
@@ -78,7 +82,8 @@ class Judge(Protocol):
 
 @dataclass(frozen=True)
 class Tally:
-    """How a judging went. `by_role` counts every item's score, new or from the log; None counts those with a problem.
+    """How a judging went. `by_role` counts every item's score, new or from the log; None counts those with a
+    problem.
 
     `cached` is how many were in the log already; `problems` says what went wrong in this run, and how often.
     """
@@ -124,10 +129,10 @@ def judge_rollouts(
 ) -> Tally:
     """Judge what this judge has not scored yet and append it to the log `path`, a row each as it comes.
 
-    Rows: key, judge, answer_sha (see `Item.sha`), score, reply, problem. An exception loses no verdict, a kill at most
-    those that came within half a second of the last write; the next run asks only for the rest and for those with a
-    problem. `progress` is called with the number of items just finished, first with those from the log; their sum is
-    `len(items_to_judge(...))`.
+    Rows: key, judge, answer_sha (see `Item.sha`), score, reply, problem. An exception loses no verdict, a
+    kill at most those that came within half a second of the last write; the next run asks only for the rest
+    and for those with a problem. `progress` is called with the number of items just finished, first with
+    those from the log; their sum is `len(items_to_judge(...))`.
     """
     items = {item.key: item for item in items_to_judge(rollouts, bank)}
     log = _score_log(path, batched=True)
@@ -162,7 +167,8 @@ def judge_rollouts(
 
 
 def read_scores(path: Path, judge_id: str | None = None) -> dict[str, int | None]:
-    """Scores by rollout key from the log: of the given judge, or of the one whose row is the last in the file.
+    """Scores by rollout key from the log: of the given judge, or of the one whose row is the last in the
+    file.
 
     None stands for an item whose last attempt was a problem. A missing log gives {}.
     """
@@ -173,7 +179,9 @@ def read_scores(path: Path, judge_id: str | None = None) -> dict[str, int | None
 
 
 def read_sides(path: Path, judge_id: str | None = None) -> dict[str, int | None]:
-    """For traits' answers, from their log: 1 where the score, 0 to 100, is on the answer's own side, 0 elsewhere."""
+    """For traits' answers, from their log: 1 where the score, 0 to 100, is on the answer's own side, 0
+    elsewhere.
+    """
     return {
         key: None
         if score is None
@@ -184,7 +192,9 @@ def read_sides(path: Path, judge_id: str | None = None) -> dict[str, int | None]
 
 @dataclass(frozen=True)
 class ScoreFilter:
-    """Which scores are kept, and how many answers a role needs to be kept at all. Scores never drop the default."""
+    """Which scores are kept, and how many answers a role needs to be kept at all. Scores never drop the
+    default.
+    """
 
     name: str
     scores: frozenset[int | None]
@@ -206,9 +216,11 @@ SCORE_FILTERS = {
 
 @dataclass(frozen=True)
 class Dropped:
-    """What `filter_by_score` left out: answers by role and score (None: unjudged), empty answers by role, whole roles with why.
+    """What `filter_by_score` left out: answers by role and score (None: unjudged), empty answers by role,
+    whole roles with why.
 
-    Answers that fell only because their whole role did are in no count: the role's reason says how many they were.
+    Answers that fell only because their whole role did are in no count: the role's reason says how many they
+    were.
     """
 
     by_score: dict[str, Counter[int | None]] = field(default_factory=dict)
@@ -229,9 +241,9 @@ def filter_by_score(
 ) -> tuple[list[Rollout], Dropped]:
     """The rollouts that a fit may use, in order, and what was left out.
 
-    Empty answers (no tokens, or only white space) are always dropped, in the default too; scores drop none of the
-    default's. A role with fewer than `keep.minimum` answers left is dropped whole. Raises `UserError` when no
-    default answer or fewer than three other roles are left.
+    Empty answers (no tokens, or only white space) are always dropped, in the default too; scores drop none of
+    the default's. A role with fewer than `keep.minimum` answers left is dropped whole. Raises `UserError`
+    when no default answer or fewer than three other roles are left.
     """
     dropped, total, left = Dropped(), Counter[str](), Counter[str]()
     passed: list[Rollout] = []
@@ -279,7 +291,7 @@ def _too_few_roles(left: int, total: int, dropped: Dropped, keep: ScoreFilter) -
     )
 
 
-class Share(NamedTuple):
+class RolePlayShare(NamedTuple):
     """A share with its number of cases and its 95% Wilson interval."""
 
     share: float
@@ -287,10 +299,12 @@ class Share(NamedTuple):
     interval: tuple[float, float]
 
 
-def role_play_share(rollouts: Sequence[Rollout]) -> Share:
-    """How much of what was scored is role-play: the share of 2s and 3s among scored answers, with its uncertainty.
+def role_play_share(rollouts: Sequence[Rollout]) -> RolePlayShare:
+    """How much of what was scored is role-play: the share of 2s and 3s among scored answers, with its
+    uncertainty.
 
-    The gate for small models: where it is near zero there is no persona to find. Raises `UserError` without any score.
+    The gate for small models: where it is near zero there is no persona to find. Raises `UserError` without
+    any score.
     """
     scores = [rollout.score for rollout in rollouts if rollout.score is not None]
     if not scores:
@@ -301,7 +315,7 @@ def role_play_share(rollouts: Sequence[Rollout]) -> Share:
     z2 = 1.959964**2
     centre, spread = share + z2 / (2 * n), math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n)))
     low, high = ((centre + side * spread) / (1 + z2 / n) for side in (-1, 1))
-    return Share(share, n, (max(low, 0.0), min(high, 1.0)))
+    return RolePlayShare(share, n, (max(low, 0.0), min(high, 1.0)))
 
 
 def _score_log(path: Path, *, batched: bool = False) -> ResultCache:

@@ -2,9 +2,10 @@
 
     score = argmax over the wording's digits d (0..3 for roles) of <h, W[d]> + b[d],   h the final hidden state of the rubric prompt's last token
 
-Nothing is sampled and no reply has to be parsed: each item is one prefill, and the digits' logits are fp32 (in bf16 two
-digits often tie). A small model is a poor judge: SmolLM2-135M gave a 1 to each of 26 labelled answers, whatever they
-said. Take an instruction-tuned model of several billion parameters, and compare a few dozen scores with your own first.
+Nothing is sampled and no reply has to be parsed: each item is one prefill, and the digits' logits are fp32
+(in bf16 two digits often tie). A small model is a poor judge: SmolLM2-135M gave a 1 to each of 26 labelled
+answers, whatever they said. Take an instruction-tuned model of several billion parameters, and compare a few
+dozen scores with your own first.
 
     judge = LocalJudge(load_model("path/to/a/large/model"))
 """
@@ -25,10 +26,11 @@ CPU_TOKENS, GPU_TOKENS = 2048, 65536  # most padded tokens a batch
 
 
 class LocalJudge:
-    """Scores with a loaded `Model`. Raises `UserError` when it has no chat template or no single-token digits.
+    """Scores with a loaded `Model`. Raises `UserError` when it has no chat template or no single-token
+    digits.
 
-    `wording` is what it asks and `digits` how many scores it may give, from 0 up to 9 at most. The reply that goes into
-    the log is the digits' probabilities among themselves, 0 first.
+    `wording` is what it asks and `digits` how many scores it may give, from 0 up to 9 at most. The reply that
+    goes into the log is the digits' probabilities among themselves, 0 first.
     """
 
     def __init__(
@@ -60,7 +62,9 @@ class LocalJudge:
         return f"local:{self.model.name}:{self.model.fingerprint[:8]}:{self.wording.hash}"
 
     def verdicts(self, items: Sequence[Item]) -> Generator[Verdict, None, None]:
-        """One verdict per item, longest first. An item beyond the model's context is a problem, and is not cut."""
+        """One verdict per item, longest first. An item beyond the model's context is a problem, and is not
+        cut.
+        """
         limit = self.model.context
         pending: list[tuple[Item, list[int]]] = []
         for item in items:
@@ -82,7 +86,9 @@ class LocalJudge:
 
     @torch.no_grad()
     def _logits(self, prompts: list[list[int]]) -> Float[Tensor, "B S"]:
-        """The digits' logits after each prompt. Rows are padded on the right, where causal attention never looks."""
+        """The digits' logits after each prompt. Rows are padded on the right, where causal attention never
+        looks.
+        """
         h = self.model.base(input_ids=pad(prompts, self.model.device), use_cache=False)[
             0
         ]  # (B, T, D), after the final norm
@@ -98,7 +104,9 @@ class LocalJudge:
         return self._ids(self.wording.message(item), "0")[:-1]
 
     def _ids(self, message: str, digit: str) -> list[int]:
-        """The template's text with the digit behind it: some tokenizers put a token of their own before a digit."""
+        """The template's text with the digit behind it: some tokenizers put a token of their own before a
+        digit.
+        """
         return self.model.chat.prompt_ids([{"role": "user", "content": message}], opening=digit)
 
     def _digit_ids(self, n: int) -> list[int]:

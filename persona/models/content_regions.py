@@ -83,7 +83,8 @@ def _masks(contents: Sequence[str], marks: Sequence[str]) -> list[list[str]]:
         if not content.strip():
             choice.append(content)
         elif len(parts) > 1:
-            # A mark at either end stays there, without a character outside: templates ask what a content starts with.
+            # A mark at either end stays there, without a character outside: templates ask what a content
+            # starts with.
             for i in range(0, len(parts), 2):
                 parts[i] = mask() if parts[i] or 0 < i < len(parts) - 1 else ""
             choice.append("".join(parts) if len(parts) > 3 or parts[0] or parts[2] else parts[1] + mask())

@@ -30,10 +30,10 @@ UNSETTLED_WORDS = ("'", "n", "n'", "'v", "'r")  # beginnings of what a clean-up 
 class Detokenizer:
     """Token ids to text as they come: nothing that a later token changes, and nothing from a stop text on.
 
-    `prefix` are tokens before the text, `stopped` says whether a stop text came. `pieces` has the text of each token
-    before any clean-up and stop text: characters that several tokens make are the last one's. That of the newest token
-    is known with the next one. `prefix_tail` is the text of an incomplete character at the prefix's end, `prefix_kept`
-    what of it the first tokens left as it was.
+    `prefix` are tokens before the text, `stopped` says whether a stop text came. `pieces` has the text of
+    each token before any clean-up and stop text: characters that several tokens make are the last one's. That
+    of the newest token is known with the next one. `prefix_tail` is the text of an incomplete character at
+    the prefix's end, `prefix_kept` what of it the first tokens left as it was.
     """
 
     def __init__(
@@ -192,7 +192,9 @@ def _special_ids(tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
 
 @lru_cache(maxsize=8)
 def _visible_token(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """A token with text of its own to put before others, none where the vocabulary has only parts of characters."""
+    """A token with text of its own to put before others, none where the vocabulary has only parts of
+    characters.
+    """
     candidates = [*tokenizer("a", add_special_tokens=False)["input_ids"][-1:], *range(len(tokenizer))]
     for token in candidates:
         text = str(tokenizer.decode([token], skip_special_tokens=True))

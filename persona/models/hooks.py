@@ -43,9 +43,9 @@ def capture(
 ) -> Iterator[Captured]:
     """Captures the output of those blocks inside; the model is left as it was found, also after an exception.
 
-    `transform` is given the layer and the residual stream (B, T, D) and says what is kept of it. Hooks fire in
-    the order of their registration; with `before_others` these fire before those that are there already, and
-    see the stream before an intervention's step at the layer.
+    `transform` is given the layer and the residual stream (B, T, D) and says what is kept of it. Hooks fire
+    in the order of their registration; with `before_others` these fire before those that are there already,
+    and see the stream before an intervention's step at the layer.
     """
     captured = Captured()
 

@@ -26,8 +26,8 @@ def is_hub_id(name: str) -> bool:
 def require_model_name(name: str) -> bool:
     """Whether the hub can be asked for a model; also True for what is on this machine.
 
-    Raises `UserError` for a path where nothing is, and for a hub id that is not in the cache while the hub does
-    not answer.
+    Raises `UserError` for a path where nothing is, and for a hub id that is not in the cache while the hub
+    does not answer.
     """
     if not is_hub_id(name):
         if name not in PACKAGED and not Path(name).expanduser().exists():

@@ -1,8 +1,10 @@
-"""What was recorded: sums of residual means per role and score at every layer, rollout means at chosen layers.
+"""What was recorded: sums of residual means per role and score at every layer, rollout means at chosen
+layers.
 
-A rollout's activation is the mean over its answer's tokens of each block's output. A *cell* is all rollouts of one role
-with one score; cells keep count, mean and sum of squares, so that role vectors for any choice of scores, and their
-sampling noise, can be had without the rollouts. C cells, N rollouts, L layers, K kept layers, D d_model.
+A rollout's activation is the mean over its answer's tokens of each block's output. A *cell* is all rollouts
+of one role with one score; cells keep count, mean and sum of squares, so that role vectors for any choice of
+scores, and their sampling noise, can be had without the rollouts. C cells, N rollouts, L layers, K kept
+layers, D d_model.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,7 +23,8 @@ KEPT_BYTES = 2 << 30  # rollout means beyond this are kept at fewer layers
 
 @dataclass(frozen=True)
 class Activations:
-    """Recorded means of a run. `cells` are (role, score), score None where nobody judged; `keys` name the rollouts.
+    """Recorded means of a run. `cells` are (role, score), score None where nobody judged; `keys` name the
+    rollouts.
 
     `square` is the sum over a cell's rollouts of the elementwise squared distance from the cell's mean.
     """
@@ -48,7 +51,9 @@ class Activations:
         return self.mean.shape[1]
 
     def role_mean(self, role: str, scores: Iterable[int | None] | None = None) -> tuple[Tensor, int]:
-        """Mean (L, D) in fp64 over a role's rollouts with those scores (None: all), and how many they are (maybe 0)."""
+        """Mean (L, D) in fp64 over a role's rollouts with those scores (None: all), and how many they are
+        (maybe 0).
+        """
         wanted = None if scores is None else set(scores)
         rows = [
             i
@@ -95,9 +100,11 @@ def cell_sums(
 ) -> tuple[
     tuple[tuple[str, int | None], ...], Int[Tensor, " C"], Float[Tensor, "C L D"], Float[Tensor, "C L D"]
 ]:
-    """Distinct cells in order of arrival, with count, mean and square of the rollouts in each, added up in fp64.
+    """Distinct cells in order of arrival, with count, mean and square of the rollouts in each, added up in
+    fp64.
 
-    `cells` names the cell of each rollout. The square is about the cell's own mean, so no large numbers cancel.
+    `cells` names the cell of each rollout. The square is about the cell's own mean, so no large numbers
+    cancel.
     """
     members: dict[tuple[str, int | None], list[int]] = {}
     for row, cell in enumerate(cells):
@@ -115,7 +122,9 @@ def cell_sums(
 
 
 def join_activations(parts: Sequence[Activations]) -> Activations:
-    """Activations of disjoint sets of roles put together in order; every part must come from one model and one choice of layers."""
+    """Activations of disjoint sets of roles put together in order; every part must come from one model and
+    one choice of layers.
+    """
     first = parts[0]
     cells = tuple(cell for part in parts for cell in part.cells)
     if len(set(cells)) != len(cells):
@@ -135,7 +144,9 @@ def join_activations(parts: Sequence[Activations]) -> Activations:
 
 
 def kept_layers(n_layers: int, d_model: int, n_rollouts: int, budget: int = KEPT_BYTES) -> tuple[int, ...]:
-    """Layers whose rollout means are kept: all of them if they fit into `budget` bytes, else an even spread that does."""
+    """Layers whose rollout means are kept: all of them if they fit into `budget` bytes, else an even spread
+    that does.
+    """
     fit = budget // max(n_rollouts * d_model * 4, 1)
     if fit >= n_layers:
         return tuple(range(n_layers))

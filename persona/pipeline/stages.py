@@ -1,13 +1,15 @@
-"""The long steps of a run: rollouts, then scores, then activations. Each resumes, and each can be shared by ranks.
+"""The long steps of a run: rollouts, then scores, then activations. Each resumes, and each can be shared by
+ranks.
 
     plan = plan_rollouts(bank, model, Selection(n_roles=48), seed=0, chunk=64)
     log = RolloutLog(run.folder, world)
     make_rollouts(plan, log, model, sampler, range(len(plan.chunks)))
     activations = make_activations(run, model, log.select(plan.keys), world)
 
-A step's work is cut into chunks that depend on the plan alone. Rollouts are cut after sorting by prompt length; a
-chunk that was interrupted is sampled again whole, with what it already gave thrown away, so that a resumed run gives
-the answers of an uninterrupted one bit for bit. Recording is cut by role, one part file a chunk.
+A step's work is cut into chunks that depend on the plan alone. Rollouts are cut after sorting by prompt
+length; a chunk that was interrupted is sampled again whole, with what it already gave thrown away, so that a
+resumed run gives the answers of an uninterrupted one bit for bit. Recording is cut by role, one part file a
+chunk.
 """
 
 import hashlib
@@ -56,7 +58,8 @@ class RolloutPlan:
 
 
 def plan_rollouts(bank: Bank, model: Model, selection: Selection, seed: int, chunk: int) -> RolloutPlan:
-    """Cuts a selection into chunks: first a few roles that show whether the model plays roles, then all by length.
+    """Cuts a selection into chunks: first a few roles that show whether the model plays roles, then all by
+    length.
 
     Traits have chunks of their own, after the roles': adding them to a run changes nothing of what is there.
     """
@@ -104,7 +107,9 @@ class RolloutLog:
         self.rollouts[rollout.key] = rollout
 
     def merge(self) -> None:
-        """Puts the ranks' logs into one, after all are done. A crash in between leaves equal lines twice: harmless."""
+        """Puts the ranks' logs into one, after all are done. A crash in between leaves equal lines twice:
+        harmless.
+        """
         self.world.barrier()
         shards = sorted(self.folder.glob("rollouts.*.jsonl"))
         if self.world.rank == 0 and shards:
@@ -129,7 +134,9 @@ class RolloutLog:
 
 
 def make_rollouts(plan: RolloutPlan, log: RolloutLog, model: Model, sampler: Sampler, chunks: range) -> None:
-    """Samples what is missing in this rank's share of those chunks and appends it to the log, answer by answer."""
+    """Samples what is missing in this rank's share of those chunks and appends it to the log, answer by
+    answer.
+    """
     own = [plan.chunks[i] for i in chunks if log.world.owns(i)]
     done = {request.key for chunk in own for request in chunk if request.key in log.rollouts}
     quiet = log.world.rank > 0
@@ -162,7 +169,9 @@ def content_of(rollouts: Sequence[Rollout]) -> str:
 def make_activations(
     run: RunFolder, model: Model, rollouts: Sequence[Rollout], world: World, name: str = "activations"
 ) -> Activations:
-    """Records those rollouts (empty answers left out) and writes the artefact `name`, unless it is there already."""
+    """Records those rollouts (empty answers left out) and writes the artefact `name`, unless it is there
+    already.
+    """
     stem = run.folder / name
     rollouts = [rollout for rollout in rollouts if not rollout.is_empty]
     if not rollouts:
@@ -231,7 +240,9 @@ def _is_recorded(stem: Path, content: str, layers: tuple[int, ...]) -> bool:
 
 
 def part_rollouts(model: Model) -> int:
-    """Rollouts that are recorded between two saves: a few minutes' work on a CPU, as much as memory likes on a GPU."""
+    """Rollouts that are recorded between two saves: a few minutes' work on a CPU, as much as memory likes on
+    a GPU.
+    """
     if model.device.type != "cuda":
         return PART_ROLLOUTS
     return max(PART_ROLLOUTS, PART_BYTES // (model.n_layers * model.d_model * 4))

@@ -1,4 +1,5 @@
-"""The role bank: which characters a model is asked to play, and the questions that it answers as each of them.
+"""The role bank: which characters a model is asked to play, and the questions that it answers as each of
+them.
 
 A bank is a folder (or the packaged one) with JSON-lines files, of which the last may be missing:
 
@@ -6,7 +7,8 @@ A bank is a folder (or the packaged one) with JSON-lines files, of which the las
     questions.jsonl  {"id", "question", "tags": [...]}
     traits.jsonl     {"name", "positive": [...], "negative": [...], "rubric", "tags": [...]}
 
-A folder in the paper repository's form (one JSON a role, a JSONL of questions) is read as well. Exactly one role is the default: the model as it speaks when nobody asks it to be someone. An empty prompt means that no
+A folder in the paper repository's form (one JSON a role, a JSONL of questions) is read as well. Exactly one
+role is the default: the model as it speaks when nobody asks it to be someone. An empty prompt means that no
 system message is sent at all (arXiv 2601.10387, appendix on data: the default is never filtered by a judge).
 """
 
@@ -37,7 +39,9 @@ class Role:
 
 @dataclass(frozen=True)
 class Trait:
-    """A way of answering: prompts that call for it, prompts that call for its opposite, and a rubric from 0 to 100."""
+    """A way of answering: prompts that call for it, prompts that call for its opposite, and a rubric from 0
+    to 100.
+    """
 
     name: str
     positive: tuple[str, ...]
@@ -70,7 +74,9 @@ class Question:
 
 @dataclass(frozen=True)
 class Bank:
-    """Roles, questions and traits, in file order. The digests are hashes of content, independent of file layout."""
+    """Roles, questions and traits, in file order. The digests are hashes of content, independent of file
+    layout.
+    """
 
     roles: tuple[Role, ...]
     questions: tuple[Question, ...]
@@ -90,7 +96,9 @@ class Bank:
 
     @property
     def traits_digest(self) -> str:
-        """SHA-256 of the canonical JSON of all traits: traits may be added to a run without changing its roles."""
+        """SHA-256 of the canonical JSON of all traits: traits may be added to a run without changing its
+        roles.
+        """
         return _digest([asdict(trait) for trait in self.traits])
 
     def trait(self, name: str) -> Trait:
@@ -132,7 +140,9 @@ def load_bank(folder: Path | None = None) -> Bank:
 
 
 def check_file(path: Path) -> int:
-    """Validate one file of a bank, told by its name; returns how many rows it has. `UserError` for any mistake."""
+    """Validate one file of a bank, told by its name; returns how many rows it has. `UserError` for any
+    mistake.
+    """
     readers: dict[str, Callable[[Path], Sized]] = {
         "roles": _roles,
         "questions": _questions,

@@ -2,7 +2,8 @@
 
     vector[t, l] = mean(answers under positive prompts)[l] - mean(answers under negative prompts)[l],   + toward the trait
 
-(arXiv 2601.10387, appendix on traits.) A trait is rolled out as two poles (`Trait.poles`), roles in everything but the fit.
+(arXiv 2601.10387, appendix on traits.) A trait is rolled out as two poles (`Trait.poles`), roles in
+everything but the fit.
 """
 
 from dataclasses import dataclass
@@ -20,8 +21,9 @@ from personatlas.persona.artifacts import load_tensors, save_tensors
 class TraitSpace:
     """Trait vectors of a model at every layer, and their principal components at one.
 
-    `vectors` are unit rows, + toward the trait; `norms` their lengths before scaling (projection units); `counts` the
-    answers behind each pole. A trait lies at `(vector * norm - mean) @ components.T` at `layer`. T traits, K components.
+    `vectors` are unit rows, + toward the trait; `norms` their lengths before scaling (projection units);
+    `counts` the answers behind each pole. A trait lies at `(vector * norm - mean) @ components.T` at `layer`.
+    T traits, K components.
     """
 
     traits: tuple[str, ...]

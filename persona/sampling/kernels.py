@@ -1,4 +1,5 @@
-"""GPU kernels (Triton): the span sum of recording, attention of one new token, and the draw. Imported only on a GPU.
+"""GPU kernels (Triton): the span sum of recording, attention of one new token, and the draw. Imported only on
+a GPU.
 
 Each has a twin in plain torch beside its caller, which the tests compare it with.
 """
@@ -11,7 +12,8 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# tokens and features that a program adds at a time, and its warps: many small programs hide the memory's latency
+# tokens and features that a program adds at a time, and its warps: many small programs hide the memory's
+# latency
 SPAN_BLOCK = (16, 64, 1)
 
 
@@ -57,10 +59,11 @@ def _attend(
     q_b, q_h, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h,
     D: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per row and key head: online softmax over the row's own columns, for all query heads of that key head.
+    """One program per row and key head: online softmax over the row's own columns, for all query heads of
+    that key head.
 
-    The few query heads are padded to the 16 rows of a matrix instruction. Multiplying and adding without it, in
-    registers, was ten times slower on an H200, although the kernel has hardly any arithmetic.
+    The few query heads are padded to the 16 rows of a matrix instruction. Multiplying and adding without it,
+    in registers, was ten times slower on an H200, although the kernel has hardly any arithmetic.
     """
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     last = tl.load(position + row)
@@ -102,10 +105,11 @@ def attend_on_gpu(
     scale: float,
     window: int = 0,
 ) -> Float[Tensor, "B H D"]:
-    """Attention of one token per row to columns 0..position of its own slot (the last `window` of them, if not 0).
+    """Attention of one token per row to columns 0..position of its own slot (the last `window` of them, if
+    not 0).
 
-    Columns beyond a row's position are never read, so a batch of uneven rows costs what its tokens cost. D is a power
-    of two, at least 16.
+    Columns beyond a row's position are never read, so a batch of uneven rows costs what its tokens cost. D is
+    a power of two, at least 16.
     """
     rows, heads, d_head = query.shape
     key_heads = keys.shape[1]
@@ -138,7 +142,9 @@ def _ordered(x):
 
 @triton.jit
 def _key(x, inverse_temperature, SHIFT: tl.constexpr):
-    """A key that sorts as the scaled logit does. Half-precision logits leave the low bits empty: they need no bisecting."""
+    """A key that sorts as the scaled logit does. Half-precision logits leave the low bits empty: they need no
+    bisecting.
+    """
     if SHIFT == 0:
         key = _ordered(x * inverse_temperature)
     else:
@@ -178,7 +184,9 @@ def _draw(
     logits, noise, out, stride, vocabulary, inverse_temperature, top_p, reach,
     SHIFT: tl.constexpr, BLOCK: tl.constexpr, BY_ROW: tl.constexpr,
 ):  # fmt: skip
-    """One program per row: the nucleus's threshold, then Gumbel-max above it. BY_ROW: the three numbers are one a row."""
+    """One program per row: the nucleus's threshold, then Gumbel-max above it. BY_ROW: the three numbers are
+    one a row.
+    """
     row = tl.program_id(0)
     if BY_ROW:
         inverse_temperature = tl.load(inverse_temperature + row)
@@ -217,7 +225,8 @@ def draw_on_gpu(
     temperature: float | Float[Tensor, " B"],
     top_p: float | Float[Tensor, " B"],
 ) -> Int[Tensor, " B"]:
-    """`personatlas.persona.sampling.next_token.draw_plainly` in one kernel: some ten passes over a row that stays in the cache.
+    """`personatlas.persona.sampling.next_token.draw_plainly` in one kernel: some ten passes over a row that
+    stays in the cache.
 
     Tokens more than `reach` below the best hold less than 1 - top_p together, so the threshold is above them.
     """

@@ -1,8 +1,8 @@
 """A key-value cache of slots: rows of one batch that stand at different positions of different conversations.
 
-Prompts are right-padded and written at position 0; each decoding step writes one token per row at the row's own position.
-Nothing is concatenated or copied from step to step, and a finished row's slot is taken by another row. It is an
-ordinary `transformers` cache, so every model that takes one runs on it unchanged.
+Prompts are right-padded and written at position 0; each decoding step writes one token per row at the row's
+own position. Nothing is concatenated or copied from step to step, and a finished row's slot is taken by
+another row. It is an ordinary `transformers` cache, so every model that takes one runs on it unchanged.
 """
 
 import contextlib
@@ -112,7 +112,9 @@ class SlotCache(Cache):
         super().__init__(layers=[SlotLayer(self.state) for _ in range(n_layers)])
 
     def move(self, source: int, target: int, columns: int | None = None) -> None:
-        """Let the row in slot `source` continue in slot `target`; `columns` are all that it has written, if given."""
+        """Let the row in slot `source` continue in slot `target`; `columns` are all that it has written, if
+        given.
+        """
         for layer in self.layers:
             assert isinstance(layer, SlotLayer)
             layer.move(source, target, columns)
@@ -133,8 +135,8 @@ def decoding_mask(
 ) -> Tensor | dict[str, Tensor]:
     """What new tokens at `positions` (n, T) may attend to: (n, 1, T, visible), or one such mask a layer type.
 
-    `positions` (n,) is one token per row. `config` is the text configuration. Raises ValueError for a layer type that is not
-    attention over a cache.
+    `positions` (n,) is one token per row. `config` is the text configuration. Raises ValueError for a layer
+    type that is not attention over a cache.
     """
     at = (positions if positions.dim() == 2 else positions[:, None])[..., None]  # (n, T, 1)
     columns = torch.arange(visible, device=positions.device)
@@ -159,9 +161,11 @@ def decoding_mask(
 
 
 def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Zeros of that dtype and device. On a CPU they take memory only where they are written: slots are made for the longest
-    conversation, not for the usual one, and torch's own zeros are written at once. They must be zeros: what a mask hides is
-    still multiplied. Huge pages are declined, since one token of a slot would take 2 MiB."""
+    """Zeros of that dtype and device. On a CPU they take memory only where they are written: slots are made
+    for the longest conversation, not for the usual one, and torch's own zeros are written at once. They must
+    be zeros: what a mask hides is still multiplied. Huge pages are declined, since one token of a slot would
+    take 2 MiB.
+    """
     if like.device.type != "cpu":
         return like.new_zeros(shape)
     memory = mmap.mmap(-1, math.prod(shape) * like.dtype.itemsize)

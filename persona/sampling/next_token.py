@@ -1,12 +1,14 @@
-"""Drawing the next token: temperature and top-p without sorting the vocabulary, reproducible whatever the batch.
+"""Drawing the next token: temperature and top-p without sorting the vocabulary, reproducible whatever the
+batch.
 
-The noise of a token depends on the rollout's seed, the step and the token id alone (a counter-based hash), so a row draws
-the same token from the same logits in any batch, on any device. With Gumbel noise g, argmax over the nucleus of
-logits / temperature + g is an exact sample from the renormalised nucleus (Gumbel-max), and no cumulative sum is needed.
+The noise of a token depends on the rollout's seed, the step and the token id alone (a counter-based hash), so
+a row draws the same token from the same logits in any batch, on any device. With Gumbel noise g, argmax over
+the nucleus of logits / temperature + g is an exact sample from the renormalised nucleus (Gumbel-max), and no
+cumulative sum is needed.
 
-The nucleus is the smallest set of most likely tokens whose mass reaches top_p; tokens tied with its last are in it too.
-Sorting 49,152 logits for 64 rows took 121 ms on two cores, two thirds of a whole decoding step; the 256 largest take 5 ms
-and nearly always hold the nucleus. Rows where they do not are sorted.
+The nucleus is the smallest set of most likely tokens whose mass reaches top_p; tokens tied with its last are
+in it too. Sorting 49,152 logits for 64 rows took 121 ms on two cores, two thirds of a whole decoding step;
+the 256 largest take 5 ms and nearly always hold the nucleus. Rows where they do not are sorted.
 """
 
 import torch
@@ -24,7 +26,8 @@ def draw(
     temperature: float | Float[Tensor, " B"],
     top_p: float | Float[Tensor, " B"],
 ) -> Int[Tensor, " B"]:
-    """One token id per row. `seeds` are in [0, 2**62), `steps` count the row's tokens; temperature 0 is the argmax.
+    """One token id per row. `seeds` are in [0, 2**62), `steps` count the row's tokens; temperature 0 is the
+    argmax.
 
     Temperature and top_p are one number for all rows, or one a row.
     """
@@ -98,7 +101,9 @@ def _choose(
 
 
 def _mix(h: Tensor) -> Tensor:
-    """A 32-bit finaliser (multiply and shift, as in MurmurHash3); int64 products wrap, and only their low half is kept."""
+    """A 32-bit finaliser (multiply and shift, as in MurmurHash3); int64 products wrap, and only their low
+    half is kept.
+    """
     h = h ^ (h >> 16)
     h = (h * 0x85EBCA6B) & _LOW
     h = h ^ (h >> 13)

@@ -201,7 +201,7 @@ def text_windows(model: Model, path: Path, n_bytes: int) -> tuple[list[Rollout],
     Each window's first token is its prompt and is not predicted. Raises `UserError` for a text that cannot be
     read or is short.
     """
-    text = read_text(path, n_bytes)
+    text = read_head(path, n_bytes)
     ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) < 2:
         raise UserError(
@@ -214,7 +214,7 @@ def text_windows(model: Model, path: Path, n_bytes: int) -> tuple[list[Rollout],
     return windows, len(text.encode()) - len(str(model.tokenizer.decode(ids[:1])).encode())
 
 
-def read_text(path: Path, n_bytes: int) -> str:
+def read_head(path: Path, n_bytes: int) -> str:
     """The first bytes of a file as text; a character that the cut goes through is left out. Raises
     `UserError` for a file that cannot be read or is not UTF-8."""
     try:

@@ -28,7 +28,7 @@ from personatlas.persona.rollout import Rollout, spread
 from personatlas.persona.runs import RunFolder, open_run, versions
 from personatlas.steering.evals.answers import Bench, answer_rollout, answer_suite, fit_to_context
 from personatlas.steering.evals.arms import Arms, load_arms
-from personatlas.steering.evals.capability import measure_capability, read_text
+from personatlas.steering.evals.capability import measure_capability, read_head
 from personatlas.steering.evals.harm.judges import HarmJudge, harm_judge, judge_harm
 from personatlas.steering.evals.harnesses.lm_eval_result import (
     parse_task_data,
@@ -124,7 +124,7 @@ def _check(
     if unknown:
         raise UserError(f"--tag {unknown[0]!r} is not one of {', '.join(sorted(tags))}")
     if options.text is not None:
-        read_text(options.text, options.text_bytes)
+        read_head(options.text, options.text_bytes)
     if options.judge.startswith("http") and not get_world().rank:
         # a dead endpoint is met now, not after all is answered
         list(judge.harm_verdicts([("Say hello.", "Hello.")]))

@@ -236,6 +236,7 @@ class ChatBatches:
         self._epochs: OrderedDict[int, PackedEpoch] = OrderedDict()
 
     def rows_at(self, step: int, first: int, count: int) -> TokenBatch:
+        """Rows [first, first + count) of a step: conversations side by side, each seeing itself alone."""
         shape = (count, self.context)
         ids, targets = np.full(shape, self.pad), np.full(shape, IGNORED)
         documents = np.zeros(shape, np.int64)
@@ -251,6 +252,7 @@ class ChatBatches:
         return TokenBatch(torch.from_numpy(ids), torch.from_numpy(targets), torch.from_numpy(documents))
 
     def counted(self, step: int) -> int:
+        """Targets that count in the whole step: the assistant's tokens."""
         return sum(self._row(step * self.rows + row)[1] for row in range(self.rows))
 
     def rows_in(self, epochs: int | float) -> int:

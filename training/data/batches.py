@@ -79,11 +79,13 @@ class CorpusBatches:
         return len(self.stream) // self.context
 
     def rows_at(self, step: int, first: int, count: int) -> TokenBatch:
+        """Rows [first, first + count) of a step, 0-based."""
         start = step * self.rows + first
         ids = torch.stack([self.window(start + i) for i in range(count)])  # (B, T + 1)
         return TokenBatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None)
 
     def counted(self, step: int) -> int:
+        """Targets that count in the whole step: all of them."""
         return self.rows * self.context
 
     def window(self, number: int) -> Int64[Tensor, "width"]:

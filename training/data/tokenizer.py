@@ -247,7 +247,7 @@ def load_corpus_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
+def token_sizes(tokenizer: Tokenizer) -> np.ndarray:
     """How many bytes of text each id stands for, (V,) int64; 0 for the special tokens."""
     special = tokenizer.get_added_tokens_decoder()
     names = [tokenizer.id_to_token(id) for id in range(tokenizer.get_vocab_size())]

@@ -154,6 +154,7 @@ class Linear(nn.Linear):
         """Left empty: `GPT.initialise` or a checkpoint fills it."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., inputs) to (..., outputs), in the dtype of x."""
         return fused_linear(x, self)
 
 
@@ -173,6 +174,7 @@ class Norm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., D), divided by its root mean square and scaled."""
         return rms_norm(x, self.weight, self.eps)
 
 
@@ -190,6 +192,7 @@ class Attention(nn.Module):
         self.k_norm = Norm(shape.head_width, shape.eps)
 
     def forward(self, x: Tensor, rotary: Tensor, mask: AttentionMask) -> Tensor:
+        """x (B, T, D) to (B, T, D); a token sees itself and earlier ones of its document."""
         qkv = fused_linear(x, self.q_proj, self.k_proj, self.v_proj)
         q, k, v = qk_norm_rotary(
             qkv, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps, rotary, self.heads
@@ -207,6 +210,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(shape.inner, shape.width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, D) to (B, T, D)."""
         return self.down_proj(swiglu(fused_linear(x, self.gate_proj, self.up_proj)))
 
 
@@ -221,6 +225,7 @@ class Block(nn.Module):
         self.mlp = MLP(shape)
 
     def forward(self, h: Tensor, rotary: Tensor, mask: AttentionMask) -> Tensor:
+        """The residual stream (B, T, D) after the block."""
         h = h + self.self_attn(self.input_layernorm(h), rotary, mask)
         return h + self.mlp(self.post_attention_layernorm(h))
 

@@ -26,7 +26,7 @@ from personatlas.training.data.tokenizer import (
     load_corpus_tokenizer,
     make_tokenizer,
     short_words,
-    token_bytes,
+    token_sizes,
     train_tokenizer,
 )
 
@@ -71,7 +71,7 @@ def test_the_special_tokens_come_first_and_every_byte_is_there(made, auto):
     assert tokenizer.get_vocab_size() == len(auto) == VOCABULARY
     assert (auto.bos_token, auto.eos_token, auto.pad_token) == (BOS, END, "<|pad|>")
     assert json.loads(tokenizer.to_str())["model"]["ignore_merges"]
-    sizes = token_bytes(tokenizer)
+    sizes = token_sizes(tokenizer)
     assert sizes[:4].tolist() == [0, 0, 0, 0]
     assert (sizes == 1).sum() == 256
     assert sizes[encode(tokenizer, [STRANGE])[0]].sum() == len(STRANGE.encode())
