@@ -13,7 +13,7 @@ from personatlas.training.data import token_shards as tokens_module
 from personatlas.training.data.batches import CorpusBatches, held_out_rows
 from personatlas.training.data.corpus import Corpus
 from personatlas.training.data.token_shards import Stream, make_tokens, open_tokens
-from personatlas.training.data.tokenizer import encode, load_corpus_tokenizer, make_tokenizer, token_bytes
+from personatlas.training.data.tokenizer import encode, load_corpus_tokenizer, make_tokenizer, token_sizes
 
 SMALL = 2000  # bytes of text in a shard
 
@@ -51,7 +51,7 @@ def test_tokens_are_every_piece_after_its_mark(made):
         expected = [[0, *ids] for ids in encode(tokenizer, texts)]
         assert stream.read(0, len(stream)).tolist() == [id for ids in expected for id in ids]
         assert stream.starts().tolist() == np.cumsum([0, *map(len, expected[:-1])]).tolist()
-        assert token_bytes(tokenizer)[stream.read(0, len(stream))].sum() == stream.bytes
+        assert token_sizes(tokenizer)[stream.read(0, len(stream))].sum() == stream.bytes
         assert (stream.documents, stream.bytes) == (len(texts), sum(len(text.encode()) for text in texts))
     assert len(tokens.train.shards) > 2
     assert tokens.train.shards[0].dtype == np.uint16
