@@ -20,7 +20,7 @@ from personatlas.persona.distributed import World
 from personatlas.training.bits_per_byte import held_out_bits_per_byte
 from personatlas.training.data.batches import CorpusBatches
 from personatlas.training.data.token_shards import open_tokens
-from personatlas.training.data.tokenizer import load_corpus_tokenizer, token_bytes
+from personatlas.training.data.tokenizer import load_corpus_tokenizer, token_sizes
 from personatlas.training.loop.distributed import init_distributed, synchronize
 from personatlas.training.loop.step import Stepper
 from personatlas.training.model.gpt import GPT
@@ -44,7 +44,7 @@ def main() -> None:
     tokens = open_tokens(arguments.token_folder, arguments.tokenizer)
     world = World()
     device = init_distributed(world)
-    lengths = torch.from_numpy(token_bytes(load_corpus_tokenizer(arguments.tokenizer))).to(device)
+    lengths = torch.from_numpy(token_sizes(load_corpus_tokenizer(arguments.tokenizer))).to(device)
     stepper = None
     for text in arguments.arm or [""]:
         arm = {name: float(value) for name, value in (part.split("=") for part in text.split(",") if part)}

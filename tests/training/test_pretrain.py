@@ -310,11 +310,11 @@ def test_what_is_odd_in_a_corpus_is_said(books, tmp_path, capsys):
 
 def test_bits_per_byte_are_those_of_a_plain_sum(base_result):
     """Over the whole held-out text, in windows of one context, marks of documents left out."""
-    from personatlas.training.data.tokenizer import load_corpus_tokenizer, token_bytes
+    from personatlas.training.data.tokenizer import load_corpus_tokenizer, token_sizes
 
     out, loss = base_result.folder, base_result.held_out
     tokens, model = open_tokens(out / "tokens"), load_exported(out / "model")
-    lengths = torch.from_numpy(token_bytes(load_corpus_tokenizer(out / "tokenizer")))
+    lengths = torch.from_numpy(token_sizes(load_corpus_tokenizer(out / "tokenizer")))
     ids, nats, size = torch.from_numpy(tokens.held_out.read(0, len(tokens.held_out))), 0.0, 0
     for start in range(0, len(ids) - 1, 64):
         row = ids[start : start + 65]
