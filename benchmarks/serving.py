@@ -17,9 +17,8 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from personatlas.persona.options import ModelOptions
+from personatlas.steering.arms import Arm
 from personatlas.steering.serve.engine.batch import TokenEvent
-from personatlas.steering.serve.engine.cap_slots import ResolvedCap
 from personatlas.steering.serve.engine.scheduler import (
     Engine,
     EngineEvent,
@@ -83,19 +82,19 @@ class Bench:
     def engine(self, limits: EngineLimits, *, bare: bool = False) -> tuple[Engine, Recorder]:
         """A started engine. `bare`: without a hook on the model, so that its projections mean nothing."""
         recorder = Recorder()
-        caps = {self.cap_name: self.steered.caps[0]}
-        engine = Engine(self.steered.model, frozenset(), self.steered.axis, caps, limits, recorder)
+        arms = [Arm(name, tuple(plan)) for name, plan in self.steered.steered_arms.items()]
+        engine = Engine(self.steered.model, frozenset(), self.steered.axis, arms, limits, recorder)
         if bare:
             engine.projection_hook.on = nullcontext
-            engine.caps.steering.hooks.attached = nullcontext
+            engine.arms.steering.hooks.attached = nullcontext
             engine.batch._prompt_projections = lambda lengths: [[0.0] * length for length in lengths]
         engine.start()
         return engine, recorder
 
-    def request(self, number: int, max_tokens: int, cap: ResolvedCap | None = None) -> GenerationRequest:
+    def request(self, number: int, max_tokens: int, arm: Arm | None = None) -> GenerationRequest:
         """Request number `number`."""
         ids = self.prompts[number % len(self.prompts)]
-        return GenerationRequest(ids, number, temperature=0.7, top_p=0.9, max_tokens=max_tokens, cap=cap)
+        return GenerationRequest(ids, number, temperature=0.7, top_p=0.9, max_tokens=max_tokens, arm=arm)
 
 
 def run(engine: Engine, recorder: Recorder, requests: list[GenerationRequest]) -> tuple[float, float]:
@@ -118,7 +117,7 @@ def compare_arms(bench: Bench, rows: int, tokens: int, repeats: int) -> dict[str
         for arm, own in results.items():
             limits = EngineLimits(slots=max(rows, 1), context=512, prefix_bytes=0)
             engine, recorder = bench.engine(limits, bare=arm == "bare")
-            cap = engine.caps.resolve(bench.cap_name) if arm == "capped" else None
+            cap = engine.arms.resolve(bench.cap_name) if arm == "capped" else None
             requests = [bench.request(n, tokens, cap) for n in range(rows)]
             if engine.model.device.type == "cuda":  # captures the graphs
                 run(engine, recorder, requests)
@@ -155,7 +154,7 @@ def compare_concurrency(bench: Bench, rows: int, tokens: int) -> dict[str, float
 def endure(bench: Bench, n_requests: int) -> dict[str, object]:
     """Many short requests, 1% of them cancelled; memory at ten moments."""
     engine, recorder = bench.engine(EngineLimits(slots=32, context=256, prefix_bytes=64 * 2**20))
-    caps = [None, engine.caps.resolve(bench.cap_name)]
+    caps = [None, engine.arms.resolve(bench.cap_name)]
     memory, start = [], time.perf_counter()
     for part in range(10):
         recorder.expect(n_requests // 10)
@@ -172,7 +171,7 @@ def endure(bench: Bench, n_requests: int) -> dict[str, object]:
         "errors": len(recorder.errors),
         "running": engine.running,
         "queued": engine.queued,
-        "plans in use": engine.caps.rows_in_use,
+        "plans in use": engine.arms.rows_in_use,
         "MiB": memory,
     }
     engine.close()
@@ -198,7 +197,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--endure", type=int, default=0)
     options = parser.parse_args()
-    steered = load_steered_model(options.model, ModelOptions(), options.axis, [options.cap])
+    steered = load_steered_model(options.model, options.axis, [f"cap:{options.cap}"])
     bench = Bench(steered, options.cap)
     if options.endure:
         print(json.dumps(endure(bench, options.endure)))

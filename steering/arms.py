@@ -11,71 +11,76 @@ capture; on a CPU, where every hooked layer costs, arms run one after the other.
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
 
 from personatlas.persona.axis import Axis
-from personatlas.persona.caps import parse_layers
+from personatlas.persona.caps import format_layers
 from personatlas.persona.errors import UserError
-from personatlas.persona.interventions import BASELINE, Intervention, Interventions
+from personatlas.persona.interventions import (
+    BASELINE,
+    Cap,
+    Intervention,
+    Interventions,
+    interventions_digest,
+    steps_by_layer,
+)
 from personatlas.persona.models.load import Model
 from personatlas.persona.pipeline.stages import CPU_CHUNK, GPU_CHUNK
+from personatlas.persona.records import JsonRecord
 from personatlas.persona.rollout import Request
 from personatlas.persona.sampling.cuda_graph import fastest_sampler
 from personatlas.persona.sampling.sampler import Answer, Prompt, Sampler, Sampling
+from personatlas.steering.arm_kinds import ARM_KINDS, is_control
 from personatlas.steering.hooks.account import SteeringTally
 from personatlas.steering.hooks.steering import steer
+
+RANDOM = "random"  # controls are called "random 1", "random 2", ...
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A name and what acts under it; `n_random` asks for so many random caps, matched to the first cap, in
-    its place.
+    """A name and what acts under it. `n_random` asks for so many random controls in its place, None for an
+    arm of its own.
     """
 
     name: str
     interventions: tuple[Intervention, ...] = ()
-    n_random: int = 0
+    n_random: int | None = None
 
+    @cached_property
+    def digest(self) -> str:
+        """16 hex digits of all that it does."""
+        return interventions_digest(self.interventions)
 
-@dataclass(frozen=True)
-class ArmKind:
-    """What may be written after a kind's name, an example, and how that becomes an intervention along an
-    axis.
-    """
+    @cached_property
+    def answer_layers(self) -> frozenset[int]:
+        """Layers at which it acts on the tokens of answers."""
+        steps = steps_by_layer(self.interventions).items()
+        return frozenset(layer for layer, own in steps if any(step.phase != "prompt" for step in own))
 
-    example: str
-    pattern: str
-    make: Callable[[Axis, re.Match[str]], Intervention]
+    @cached_property
+    def is_uniform(self) -> bool:
+        """Whether a token is changed alike in a prompt and in an answer."""
+        steps = steps_by_layer(self.interventions).values()
+        return all(step.phase == "both" for own in steps for step in own)
 
+    @property
+    def caps(self) -> list[Cap]:
+        """Those of its interventions that are caps."""
+        return [own for own in self.interventions if isinstance(own, Cap)]
 
-NUMBER, LAYERS = r":(?P<number>[+-]?\d+(?:\.\d+)?)", r"(?:@(?P<layers>[\d,-]+))?"
-
-
-def _layers(axis: Axis, match: re.Match[str]) -> list[int]:
-    return parse_layers(match["layers"]) if match["layers"] else [axis.layer]
-
-
-def _mean_ablate(axis: Axis, match: re.Match[str]) -> Intervention:
-    layers = _layers(axis, match)
-    return axis.mean_ablate([float(match["number"])] * len(layers), layers)
-
-
-ARM_KINDS: dict[str, ArmKind] = {  # a new intervention is nameable by one entry here
-    "cap": ArmKind("cap:p50@18-23", r":(?P<spec>.+)", lambda axis, match: axis.cap(match["spec"])),
-    "add": ArmKind(
-        "add:8@21",
-        NUMBER + LAYERS,
-        lambda axis, match: axis.add(float(match["number"]), _layers(axis, match)),
-    ),
-    "ablate": ArmKind("ablate@20-22", LAYERS, lambda axis, match: axis.ablate(_layers(axis, match))),
-    "mean-ablate": ArmKind("mean-ablate:0.5@21", NUMBER + LAYERS, _mean_ablate),
-}
+    def floor_at(self, layer: int, side: str = "answer") -> float | None:
+        """The floor of its first cap at a layer for tokens of the "prompt" or the "answer", None without."""
+        caps = (cap for cap in self.caps if layer in cap.layers)
+        return next((cap.floor_of(cap.layers.index(layer), side) for cap in caps), None)
 
 
 def parse_arm(text: str, axis: Axis) -> Arm:
-    """The arm that a text names: baseline, cap:SPEC, add:AMOUNT@LAYERS, ablate@LAYERS, random:COUNT.
+    """The arm that a text names: baseline, random:COUNT, or one of `ARM_KINDS`, such as add:AMOUNT@LAYERS.
 
     Without layers the axis's own layer is meant. A cap's arm is called by its spec, others by their text.
     Raises `UserError` for anything else.
@@ -83,22 +88,79 @@ def parse_arm(text: str, axis: Axis) -> Arm:
     kind, rest = re.fullmatch(r"([a-z-]*)(.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]
     if text == BASELINE:
         return Arm(BASELINE)
-    if kind == "random" and re.fullmatch(r":\d{1,3}", rest):
+    if is_control(text):
         return Arm(text, n_random=int(rest[1:]))
     match = re.fullmatch(ARM_KINDS[kind].pattern, rest) if kind in ARM_KINDS else None
     if match is None:
         examples = ", ".join(kind.example for kind in ARM_KINDS.values())
         raise UserError(f"arm {text[:80]!r} is not {BASELINE}, random:3, or such as {examples}")
-    return Arm(match["spec"] if kind == "cap" else text, (ARM_KINDS[kind].make(axis, match),))
+    try:
+        intervention = ARM_KINDS[kind].make(axis, match)
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"arm {text[:80]!r}: {error}") from None
+    return Arm(match.groupdict().get("name") or text, (intervention,))
 
 
 def parse_arms(texts: Sequence[str], axis: Axis) -> list[Arm]:
-    """The arms that texts name, the baseline first. Raises `UserError` for a name that is there twice."""
-    arms = [parse_arm(text, axis) for text in dict.fromkeys([BASELINE, *texts])]
+    """The arms that texts name, the baseline first.
+
+    Raises `UserError` for two arms of one name, and for a name that a random control has.
+    """
+    arms = [parse_arm(text, axis) for text in [BASELINE, *(text for text in texts if text != BASELINE)]]
     names = [arm.name for arm in arms]
-    if len(set(names)) != len(names):
-        raise UserError(f"two arms have one name ({', '.join(names)})")
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"the arm {name} is given twice: leave one out")
+        if is_control_name(name):
+            raise UserError(f"the arm {name} has the name of a random control: save the cap under another")
     return arms
+
+
+def require_no_controls(arms: Iterable[Arm]) -> None:
+    """Raises `UserError` for random controls, where nothing is compared."""
+    for arm in arms:
+        if arm.n_random is not None:
+            raise UserError(
+                f"{arm.name} has no place here: random controls are for eval, generate, drift and calibrate"
+            )
+
+
+def is_control_name(name: str) -> bool:
+    """Whether an arm is a random control: "random 1"."""
+    return re.fullmatch(rf"{RANDOM} \d+", name) is not None
+
+
+@dataclass(frozen=True)
+class InterventionSummary(JsonRecord):
+    """What an intervention is, for files and pages; `level` and `population` are a cap's."""
+
+    layers: str
+    level: float | None
+    population: str | None
+    phase: str
+    spare_first: bool
+    kind: str | None = None
+    "cap, add, ablate, mean-ablate, ...; None in files of earlier versions, which hold caps"
+
+    omit_none: ClassVar[tuple[str, ...]] = ("kind",)
+
+
+def summarise_arms(arms: Mapping[str, Interventions]) -> dict[str, InterventionSummary]:
+    """What acts in each arm; the second intervention of an arm is called "NAME (2)"."""
+    return {
+        f"{name} ({number})" if number > 1 else name: InterventionSummary(
+            format_layers(own.layers),
+            own.level if isinstance(own, Cap) else None,
+            own.population if isinstance(own, Cap) else None,
+            own.phase,
+            own.spare_first,
+            re.sub(r"(?<!^)(?=[A-Z])", "-", type(own).__name__).lower(),
+        )
+        for name, plan in arms.items()
+        for number, own in enumerate(plan, 1)
+    }
 
 
 def distinct_ngrams(ids: Sequence[int], n: int = 1) -> float:

@@ -3,7 +3,7 @@
     generation = generate(model, messages, steer=[cap], axis=axis, sampling=Sampling(64), seed=0)
     generation.text, generation.fired, generation.trace.projection
 
-    arms = generate_arms(model, messages, {BASELINE: [], "capped": [cap]}, axis)
+    arms = generate_arms(model, messages, {"baseline": [], "capped": [cap]}, axis)
 
 All arms are rows of one batch and sample with the same seed. A trace is read afterwards in one forward over
 prompt and answer with the same interventions on. `write_generation_page` shows the arms beside each other,
@@ -15,19 +15,21 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import personatlas.steering.hooks.steering as hooks
 from personatlas.analysis.html.page import write_page
 from personatlas.persona.axis import Axis
-from personatlas.persona.caps import format_layers
 from personatlas.persona.errors import UserError
 from personatlas.persona.interventions import Cap, Interventions
 from personatlas.persona.models.chat_template import Messages
 from personatlas.persona.models.load import Model
+from personatlas.persona.records import JsonObject
+from personatlas.persona.rollout import Rollout
 from personatlas.persona.sampling.cuda_graph import fastest_sampler
 from personatlas.persona.sampling.sampler import Prompt, Sampling
+from personatlas.steering.arms import Arm, is_control_name, summarise_arms
 from personatlas.steering.hooks.account import SteeringTally
+from personatlas.steering.random_caps import random_arms
 from personatlas.steering.traces import Trace, colour_range, scale_position, shade_token, trace_answer
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -111,47 +113,58 @@ def sparkline(values: Sequence[float], low: float, high: float, width: int = 60)
     return "".join(BARS[min(max(int((mean - low) / span * len(BARS)), 0), len(BARS) - 1)] for mean in means)
 
 
+def random_generation_arms(
+    model: Model, messages: Messages, cap: Cap, count: int, sampling: Sampling, seed: int
+) -> dict[str, Interventions]:
+    """Arms of random caps that fire on the baseline's answer and its prompt as often as the cap does.
+
+    Raises `UserError` where that answer is empty.
+    """
+    ids = tuple(model.chat.prompt_ids(messages))
+    (answer,) = fastest_sampler(model, model.chat.end_ids, sampling).answers([Prompt(ids, seed)])
+    if not answer.ids:
+        raise UserError("the baseline's answer is empty: random controls need one; choose another --seed")
+    text = model.decode(answer.ids)
+    baseline = Rollout("generate", tuple(messages), ids, answer.ids, text, seed, answer.stopped)
+    return random_arms(model, cap, [baseline], count)
+
+
 def write_generation_page(
     path: Path,
-    arms: Mapping[str, Generation],
+    generations: Mapping[str, Generation],
     model: Model,
     axis: Axis,
-    cap: Cap,
-    name: str,
+    arms: Mapping[str, Interventions],
     messages: Messages,
 ) -> None:
-    """Writes the page of `personatlas generate --html`. `name` is the cap's."""
-    low, high = colour_range(arm.trace for arm in arms.values() if arm.trace is not None)
-    floor = float(cap.floor[cap.layers.index(axis.layer)]) if axis.layer in cap.layers else None
+    """Writes the page of `personatlas generate --html`."""
+    low, high = colour_range(one.trace for one in generations.values() if one.trace is not None)
+    summaries = summarise_arms(arms)
+    floors = {name: Arm(name, tuple(plan)).floor_at(axis.layer) for name, plan in arms.items()}
     content = {
-        "arms": [_arm(label, arm, low, high) for label, arm in arms.items()],
+        "arms": [_arm(name, one, low, high) for name, one in generations.items()],
+        "names": [name for name, plan in arms.items() if plan],
+        "summaries": summaries,
         "messages": messages,
         "model": model.describe(),
         "layer": axis.layer,
         "poles": axis.poles,
         "low": low,
         "high": high,
-        "floor": floor,
-        "floor_place": None if floor is None else 100 * scale_position(floor, low, high),
-        "cap": {
-            "name": name,
-            "layers": format_layers(cap.layers),
-            "level": cap.level,
-            "population": cap.population,
-            "phase": cap.phase,
-        },
+        "floors": [
+            {"name": name, "floor": floor, "place": 100 * scale_position(floor, low, high)}
+            for name, floor in floors.items()
+            if floor is not None and not is_control_name(name)
+        ],
     }
     write_page(path, Path(__file__).parent / "generate.html.jinja", content, {}, {})
 
 
-def _arm(name: str, arm: Generation, low: float, high: float) -> dict[str, Any]:
+def _arm(name: str, arm: Generation, low: float, high: float) -> JsonObject:
     trace, tally = arm.trace, arm.tally
     assert trace is not None
-    answer, fired, moved = (
-        trace.answer.tolist(),
-        trace.fired_layers.tolist(),
-        trace.corrections.sum(0).tolist(),
-    )
+    answer, fired = trace.answer.tolist(), trace.fired_layers.tolist()
+    moved = trace.corrections.sum(0).tolist()
     tokens = []
     for index in range(len(trace.ids)):
         token = {**shade_token(trace, index, low, high), "fired": fired[index]}

@@ -1,8 +1,7 @@
 """The control of every capping result: random directions whose caps fire as often as the cap does, layer by
 layer.
 
-    shares = fired_shares(model, cap, texts)
-    random_cap(model, cap, shares, texts, seed=1)
+    random_arms(model, cap, texts, count=3)      # {"random 1": [cap], "random 2": ...}
 
 A cap that fires on half of all tokens disturbs a model, whatever its direction; only what the random one does
 not do is the axis's doing. Each layer's direction is drawn alone, and its floor is the quantile of the
@@ -10,18 +9,45 @@ projections there, read with the floors of the layers before already on, at whic
 prompts and of answers apart where the cap has a floor for each.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from personatlas.persona.interventions import Cap, Interventions
+from personatlas.persona.interventions import Cap, Interventions, interventions_digest, load_cap
 from personatlas.persona.models.load import Model
 from personatlas.persona.rollout import Rollout
+from personatlas.steering.arms import RANDOM
 from personatlas.steering.teacher_forcing import project_batches, reading_batches
+
+
+def random_arms(
+    model: Model, cap: Cap, texts: Sequence[Rollout], count: int, folder: Path | None = None
+) -> dict[str, Interventions]:
+    """Arms "random 1", "random 2", ... of random caps that fire as often on the texts as the cap does.
+
+    They are kept in `folder`, if one is given, so that an interrupted study goes on with the same ones.
+    """
+    if folder is None:
+        shares = fired_shares(model, cap, texts) if count else torch.empty(0)
+        return {
+            f"{RANDOM} {seed}": [random_cap(model, cap, shares, texts, seed)] for seed in range(1, count + 1)
+        }
+    content = interventions_digest([cap]), [(text.prompt_ids, text.answer_ids) for text in texts]
+    name = f"{RANDOM}-{hashlib.sha256(repr(content).encode()).hexdigest()[:8]}"
+    files = {seed: folder / f"{name}-{seed}" for seed in range(1, count + 1)}
+    missing = [seed for seed, file in files.items() if not file.with_suffix(".json").exists()]
+    if missing:
+        folder.mkdir(exist_ok=True)
+        shares = fired_shares(model, cap, texts)
+        for seed in missing:
+            random_cap(model, cap, shares, texts, seed).save(files[seed])
+    return {f"{RANDOM} {seed}": [load_cap(file)] for seed, file in files.items()}
 
 
 @torch.no_grad()

@@ -159,7 +159,7 @@ def test_rows_that_come_and_go_in_captured_steps_get_what_they_would_get_alone(f
         EngineLimits(slots=6, context=256),
         listener,
     )
-    cap = engine.caps.resolve("mild")
+    cap = engine.arms.resolve("mild")
     asks = [
         GenerationRequest(
             ids,
@@ -167,7 +167,7 @@ def test_rows_that_come_and_go_in_captured_steps_get_what_they_would_get_alone(f
             temperature=(0.7, 0.0)[n % 2],
             top_p=(0.9, 1.0, 0.5)[n % 3],
             max_tokens=9,
-            cap=(None, cap)[n % 2],
+            arm=(None, cap)[n % 2],
         )
         for n, ids in enumerate([*PROMPTS, LONG] * 3)
     ]
@@ -177,12 +177,12 @@ def test_rows_that_come_and_go_in_captured_steps_get_what_they_would_get_alone(f
     engine.close()
     assert [one.error for one in ended if one.error is not None] == []
     got = [listener.answer(ticket) for ticket in tickets]
-    expected = [alone(engine, a.ids, a.cap, a.seed, a.max_tokens, a.temperature, a.top_p).ids for a in asks]
+    expected = [alone(engine, a.ids, a.arm, a.seed, a.max_tokens, a.temperature, a.top_p).ids for a in asks]
     same = sum(one == other for one, other in zip(got, expected, strict=True))
     assert same >= len(asks) - 1  # sums in another order may turn one draw
     for ask, ticket, ids in zip(asks, tickets, got, strict=True):
         read = torch.tensor(listener.first(ticket, PrefillEvent).projections)
-        again = trace_answer(model, ask.ids, ids, [cap.cap] if ask.cap else [], axis).projection
+        again = trace_answer(model, ask.ids, ids, cap.interventions if ask.arm else [], axis).projection
         torch.testing.assert_close(read, again[: len(read)], rtol=1e-3, atol=1e-3)
 
 

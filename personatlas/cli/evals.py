@@ -173,7 +173,6 @@ def _run_suites(
         data=list(tasks.data) or None,
         task_limit=samples.limit if tasks.lm_eval else None,
         task_tokens=samples.max_new_tokens if tasks.lm_eval else None,
-        random=steering.n_random(default=1),
         pairs=_or(samples.limit, options.pairs),
         max_new_tokens=_or(samples.max_new_tokens, options.max_new_tokens),
         temperature=_or(samples.temperature, options.temperature),

@@ -11,8 +11,8 @@ from typing import Annotated
 
 from cyclopts import Group, Parameter
 
-from personatlas.persona.errors import UserError
 from personatlas.persona.models.hub import require_model_name
+from personatlas.steering.arm_kinds import arm_help, with_default
 
 _PANELS = ("Model", "Plan", "Judge", "Fit", "Steering", "Sampling", "Size", "Output")
 
@@ -56,45 +56,8 @@ class AxisOptions:
 class SteeringOptions(AxisOptions):
     """Which axis to measure along, and which arms to compare with the baseline."""
 
-    arm: tuple[str, ...] = ()
-    """an arm beside the baseline: cap:assistant (saved beside the axis), cap:FILE, cap:p50@18-23 (level and
-    layers), cap:roles:p75@20,22, add:8@21, ablate@20-22, random:3 (random controls); may be repeated"""
-
-    def caps(self, *default: str) -> list[str]:
-        """The cap specs of the arms, else the default. Raises `UserError` for other arms and repetitions."""
-        caps = [self._value(arm, "cap") for arm in self.arm] or list(default)
-        if repeated := [cap for cap in caps if caps.count(cap) > 1]:
-            raise UserError(f"--arm cap:{repeated[0]} is given twice")
-        return caps
+    arm: Annotated[tuple[str, ...], Parameter(help=arm_help())] = ()
 
     def arms(self, *default: str) -> list[str]:
-        """The arms without random controls, else the default. Raises `UserError` for repetitions."""
-        arms = [arm for arm in self.arm if not arm.startswith("random:")] or list(default)
-        if repeated := [arm for arm in arms if arms.count(arm) > 1]:
-            raise UserError(f"--arm {repeated[0]} is given twice")
-        return arms
-
-    def cap(self, *default: str) -> str:
-        """The cap of the only arm, else the default. Raises `UserError` for several arms."""
-        caps = self.caps(*default)
-        if len(caps) != 1:
-            raise UserError(
-                f"one cap is compared with the baseline: give one --arm cap:..., not {len(self.arm)}"
-            )
-        return caps[0]
-
-    def n_random(self, default: int = 0) -> int:
-        """The number of random controls, else the default. Raises `UserError` for what is no number."""
-        numbers = [self._value(arm, "random") for arm in self.arm if arm.startswith("random:")]
-        if not all(number.isdigit() for number in numbers):
-            raise UserError(f"--arm random:{numbers[0]} is not random:N, a number of random controls")
-        return sum(map(int, numbers)) if numbers else default
-
-    @staticmethod
-    def _value(arm: str, kind: str) -> str:
-        found, _, value = arm.partition(":")
-        if found != kind or not value:
-            raise UserError(
-                f"--arm {arm!r} is not cap:NAME, cap:FILE or cap:LEVEL@LAYERS, the arms of this command"
-            )
-        return value
+        """The arms' texts, behind the default where they name nothing but random controls."""
+        return with_default(self.arm, *default)

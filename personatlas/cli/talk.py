@@ -1,4 +1,4 @@
-"""The commands `generate`, `chat` and `serve`: answers and their projections, with and without a cap."""
+"""The commands `generate`, `chat` and `serve`: answers and their projections, at baseline and in arms."""
 
 import asyncio
 import sys
@@ -25,21 +25,23 @@ from personatlas.persona.errors import UserError
 from personatlas.persona.options import ModelOptions, SamplingOptions
 from personatlas.persona.progress import say
 from personatlas.persona.runs import find_axis
+from personatlas.steering.arm_kinds import arm_words
 from personatlas.steering.serve.options import CapacityOptions, ServeOptions
 
 if TYPE_CHECKING:
-    from personatlas.persona.interventions import Cap
+    from collections.abc import Mapping
+
+    from personatlas.persona.interventions import Interventions
     from personatlas.steering.generate import Generation
 
-BASELINE, CAPPED = "baseline", "capped"
 CHAT_CAPACITY = CapacityOptions(slots=2, prefix_mib=256)  # one answer at a time, two when they are compared
 
 
 @dataclass(frozen=True)
 class TalkOptions(ServeOptions):
-    """Watching and sampling of conversations; the cap is that of --arm."""
+    """Watching and sampling of conversations; the arm is that of --arm."""
 
-    cap: Annotated[str | None, Parameter(parse=False)] = None
+    arm: Annotated[str | None, Parameter(parse=False)] = None
 
 
 def generate(
@@ -54,7 +56,9 @@ def generate(
     html: Html = None,
     json: Json = False,
 ) -> None:
-    """Answer a prompt without and with a cap, with the projection of every token.
+    """Answer a prompt at baseline and in every arm, with the projection of every token.
+
+    Without --arm the arm is cap:assistant, the cap saved beside the axis.
 
     Parameters
     ----------
@@ -67,7 +71,7 @@ def generate(
     """
     from personatlas.persona.artifacts import require_writable
     from personatlas.persona.sampling.sampler import Sampling
-    from personatlas.steering.generate import generate_arms, write_generation_page
+    from personatlas.steering.generate import generate_arms, random_generation_arms, write_generation_page
     from personatlas.steering.session import load_steered_model
 
     if not prompt.strip():
@@ -77,22 +81,25 @@ def generate(
     sampler = Sampling(sampling.max_new_tokens, sampling.temperature, sampling.top_p)
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
-    spec = steering.cap("assistant")
-    steered = load_steered_model(model, load, find_axis(model, steering.axis), [spec], force=steering.force)
+    axis, texts = find_axis(model, steering.axis), steering.arms("cap:assistant")
+    steered = load_steered_model(model, axis, texts, load, controls=True, force=steering.force)
     if steered.chat.injected and not system:
         say(f"the template adds a system message of its own: {steered.chat.injected!r}")
-    arms = {BASELINE: [], CAPPED: list(steered.caps)}
-    answers = generate_arms(steered.model, messages, arms, steered.axis, sampler, sampling.seed)
+    arms, cap, seed = steered.arms, steered.control_cap, sampling.seed
+    if cap is not None and steered.n_random:
+        arms = arms | random_generation_arms(steered.model, messages, cap, steered.n_random, sampler, seed)
+    answers = generate_arms(steered.model, messages, arms, steered.axis, sampler, seed)
     if json:
         print_json({name: _as_json(generated) for name, generated in answers.items()})
     else:
-        _print(answers, steered.caps[0], steered.axis.layer)
+        _print(answers, arms, steered.axis.layer)
     if html is not None:
-        write_generation_page(html, answers, steered.model, steered.axis, steered.caps[0], spec, messages)
+        write_generation_page(html, answers, steered.model, steered.axis, arms, messages)
         say(f"page: {html}")
 
 
-def _print(answers: "dict[str, Generation]", cap: "Cap", layer: int) -> None:
+def _print(answers: "dict[str, Generation]", arms: "Mapping[str, Interventions]", layer: int) -> None:
+    from personatlas.steering.arms import Arm
     from personatlas.steering.generate import sparkline
 
     traces = {name: generated.trace for name, generated in answers.items() if generated.trace is not None}
@@ -106,21 +113,21 @@ def _print(answers: "dict[str, Generation]", cap: "Cap", layer: int) -> None:
         out.print(Text(answers[name].text))
         line = f"{sparkline(trace.answer.tolist(), low, high)}  {low:z.1f} to {high:z.1f}\n"
         out.print(Text(line, style="cyan"))
-    tally = answers[CAPPED].tally
-    assert tally is not None
-    shares = (
-        tally.fired.sum(1) / tally.seen.sum(1).clamp(min=1)
-    ).tolist()  # over prompt and answer, by layer
-    count = f"{int(tally.fired.sum())} of {int(tally.seen.sum())} tokens times layers"
-    text = f"the cap changed {count} ({tally.share:.0%}; by layer {min(shares):.0%} to {max(shares):.0%}), "
-    text += f"by {tally.mean:.1f} on average and at most {float(tally.largest.max()):.1f}"
-    if layer in cap.layers:
-        text += f"; floor at layer {layer}: {float(cap.floor[cap.layers.index(layer)]):.1f}"
-    print_line(text)
-    if not int(tally.fired.sum()):
-        print_warning(
-            "the cap never fired: every token stayed above its floor, the answers are the model's own"
+    for name, generated in answers.items():
+        tally = generated.tally
+        if tally is None:
+            continue
+        # over prompt and answer, by layer
+        shares = (tally.fired.sum(1) / tally.seen.sum(1).clamp(min=1)).tolist()
+        count = f"{int(tally.fired.sum())} of {int(tally.seen.sum())} tokens times layers"
+        text = (
+            f"{name} changed {count} ({tally.share:.0%}; by layer {min(shares):.0%} to {max(shares):.0%}), "
         )
+        text += f"by {tally.mean:.1f} on average and at most {float(tally.largest.max()):.1f}"
+        floor = Arm(name, tuple(arms[name])).floor_at(layer)
+        print_line(text if floor is None else f"{text}; floor at layer {layer}: {floor:.1f}")
+        if not int(tally.fired.sum()):
+            print_warning(f"{name} never fired: no token was changed, the answer is the model's own")
 
 
 def _as_json(generated: "Generation") -> dict[str, object]:
@@ -137,7 +144,7 @@ def _as_json(generated: "Generation") -> dict[str, object]:
         "answer_from": trace.answer_from,
         "ids": list(trace.ids),
         "projection": trace.projection.tolist(),
-        "capped_layers": list(trace.layers),
+        "steered_layers": list(trace.layers),
         "corrections": trace.corrections.tolist(),
         "account": account,
     }
@@ -156,7 +163,7 @@ def chat(
     options: Annotated[TalkOptions, OPTIONS] = TalkOptions(),
     load: Annotated[ModelOptions, MODEL] = ModelOptions(),
 ) -> None:
-    """Chat with a model in the terminal; a line under every answer says where it lies and what the cap did.
+    """Chat with a model in the terminal; a line under every answer says where it lies and what the arm did.
 
     Where the input is no terminal, every line of it is a message or a command, and the program ends with it.
 
@@ -185,7 +192,7 @@ def chat(
     transcript = load_chat(chat_file) if chat_file is not None else Transcript(system)
     capacity = replace(CHAT_CAPACITY, context=context)
     axis = find_axis(model, steering.axis)
-    options = _with_cap(options, steering)
+    options = _with_arm(options, steering)
     service = make_service(model, axis, options, capacity, load=load, force=steering.force)
     live = not message and sys.stdin.isatty()
     with asyncio.Runner() as runner:
@@ -199,8 +206,12 @@ def chat(
         raise UserError(f"{repl.n_failed} of the lines could not be done (see above)")
 
 
-def _with_cap(options: TalkOptions, steering: SteeringOptions) -> TalkOptions:
-    return replace(options, cap=steering.cap()) if steering.arm else options
+def _with_arm(options: TalkOptions, steering: SteeringOptions) -> TalkOptions:
+    if len(steering.arm) > 1:
+        raise UserError(
+            f"one arm acts at a time, and {len(steering.arm)} are given: leave --arm {steering.arm[1]} out"
+        )
+    return replace(options, arm=steering.arm[0]) if steering.arm else options
 
 
 def serve(
@@ -236,7 +247,7 @@ def serve(
             Text("the page; /v1 for OpenAI's clients", style="dim"),
         )
         text = f"{service.name}, layer {service.axis.layer}"
-        text += f"; cap {options.cap} ({options.mode})" if options.cap else "; no cap unless asked for"
+        text += f"; {arm_words(options.arm)} ({options.mode})" if options.arm else "; no arm unless asked for"
         if service.tracker.monitor.rule is None:
             text += "; no alarm is calibrated (`personatlas drift` makes a reference.json)"
         limits = service.limits
@@ -247,7 +258,7 @@ def serve(
         find_axis(model, steering.axis),
         host=host,
         port=port,
-        options=_with_cap(options, steering),
+        options=_with_arm(options, steering),
         capacity=capacity,
         load=load,
         force=steering.force,

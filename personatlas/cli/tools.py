@@ -1,6 +1,7 @@
 """The commands `tools spans`, `show`, `import` and `self-test`."""
 
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,6 +12,7 @@ from personatlas.cli.output import console, print_json, print_line, print_table
 from personatlas.persona.errors import UserError
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.progress import say
+from personatlas.persona.runs import find_axis
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -188,25 +190,27 @@ def self_test(
     load: Annotated[ModelOptions, MODEL] = ModelOptions(),
     json: Json = False,
 ) -> None:
-    """Test that recording binds on this machine, and with --axis that capping does, in the sampling engine.
+    """Test that recording binds on this machine, and with --axis or --arm that steering does, in the sampling
+    engine.
 
     Exits with status 2 when any check fails.
     """
     from personatlas.persona.models.load import load_model
     from personatlas.persona.pipeline.self_test import run_self_test
 
-    caps = steering.caps()
-    if caps and steering.axis is None:
-        raise UserError("--arm needs --axis, beside which a cap is saved or along which it is made")
-    if steering.axis is None:
+    if steering.axis is None and not steering.arm:
         decoder = load_model(model, device=load.device, dtype=load.dtype, chat_template=load.chat_template)
         checks = run_self_test(decoder)
     else:
-        from personatlas.steering.hooks.binding_check import run_cap_test
+        from personatlas.steering.hooks.binding_check import check_binding, run_cap_test
         from personatlas.steering.session import load_steered_model
 
-        steered = load_steered_model(model, load, steering.axis, caps, force=steering.force)
+        axis = find_axis(model, steering.axis)
+        steered = load_steered_model(model, axis, steering.arm, load, force=steering.force)
         checks = [*run_self_test(steered.model), *run_cap_test(steered.model, steered.axis)]
+        for name, plan in steered.steered_arms.items():
+            own = check_binding(steered.model, plan)
+            checks += [replace(check, name=f"{name}: {check.name}") for check in own]
     if json:
         print_json([check.to_json() for check in checks])
     else:

@@ -102,7 +102,7 @@ def run_trace(
         ReferenceConversations(rows, {}).require_enough()
     else:
         monitor = load_monitor(load_axis(resolve_axis(axis)), reference, rule, false_alarms)
-    steered, left_out = load_steered_model(model, load, axis, [], force=force), Exclusions()
+    steered, left_out = load_steered_model(model, axis, [], load, force=force), Exclusions()
     with progress("reading", len(stored) + len(quiet)) as advance:
         traces = trace_conversations(steered.model, steered.axis, stored, advance, left_out)
         if not traces:

@@ -16,8 +16,8 @@ from personatlas.analysis.html.canvas import axis_style, empty_figure, line_styl
 from personatlas.analysis.html.page import write_page
 from personatlas.persona.interventions import BASELINE
 from personatlas.persona.records import JsonObject
+from personatlas.steering.arms import RANDOM, is_control_name
 from personatlas.steering.evals.result import (
-    RANDOM,
     CaseResult,
     EvalResult,
     OutcomeShare,
@@ -77,7 +77,7 @@ def write_eval_page(path: Path, result: EvalResult, *, show_answers: bool = Fals
     kinds = {}
     for number, arm in enumerate(result.arms):
         kinds[arm] = "cap" if number == 1 else "other cap"
-        if arm == BASELINE or arm.startswith(RANDOM):
+        if arm == BASELINE or is_control_name(arm):
             kinds[arm] = BASELINE if arm == BASELINE else RANDOM
     classes: dict[str, type[Suite]] = {}
     for suite_class in registered_suites().values():

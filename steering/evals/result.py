@@ -13,7 +13,7 @@ arms (random controls do not count), `no_loss` of two one-sided tests that the c
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -29,11 +29,11 @@ from personatlas.persona.artifacts import read_json
 from personatlas.persona.formats import Message
 from personatlas.persona.interventions import BASELINE
 from personatlas.persona.records import JsonObject, JsonRecord
+from personatlas.steering.arms import InterventionSummary, is_control_name
 from personatlas.steering.evals.answers import Answers
 from personatlas.steering.evals.capability import Capability, coherence
 from personatlas.steering.evals.suites import Better, Case, Suite
 
-RANDOM = "random"  # how the names of control arms begin
 FEW_HARMFUL = 0.05  # a share of harmful answers below which there is hardly anything to reduce
 OLD_BASELINE = "as it is"  # the baseline's name in results of earlier versions
 Scores = dict[tuple[str, str, int], dict[str, float | None]]  # outcomes by arm, case key and turn
@@ -171,17 +171,6 @@ class CaseResult(JsonRecord):
 
 
 @dataclass(frozen=True)
-class CapSummary(JsonRecord):
-    """What a cap of an arm is."""
-
-    layers: str
-    level: float | None
-    population: str | None
-    phase: str
-    spare_first: bool
-
-
-@dataclass(frozen=True)
 class JudgeSummary(JsonRecord):
     """The judge of harm, what it was asked, and how many answers it could not judge."""
 
@@ -203,7 +192,7 @@ class EvalResult(JsonRecord):
     engine: dict[str, object]
     axis: dict[str, object]
     arms: tuple[str, ...]
-    caps: dict[str, CapSummary]
+    interventions: dict[str, InterventionSummary]
     judge: JudgeSummary
     suites: dict[str, SuiteResult]
     capability: Capability
@@ -211,6 +200,8 @@ class EvalResult(JsonRecord):
     versions: dict[str, str]
     pairs: tuple[CaseResult, ...] = ()
     warnings: tuple[str, ...] = ()
+
+    json_names: ClassVar = {"interventions": "caps"}
 
     @classmethod
     def load(cls, folder: Path) -> "EvalResult":
@@ -314,7 +305,7 @@ def _outcome_by_arm(
                     pairs.append((before, after, case))
         if pairs:
             changes[arm] = compare_pairs(pairs, margin)
-    tested = [arm for arm in changes if not arm.startswith(RANDOM)]
+    tested = [arm for arm in changes if not is_control_name(arm)]
     if tested:
         adjusted = holm([changes[arm].p for arm in tested])
         changes |= {arm: replace(changes[arm], p_holm=p) for arm, p in zip(tested, adjusted, strict=True)}

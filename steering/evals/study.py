@@ -7,17 +7,15 @@ The first arm is the baseline; then the caps, then random caps that fire as ofte
 is a row of the same batches (on a GPU) or answers in turn (on a CPU), with the same prompts and seeds.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from personatlas.persona.artifacts import write_json
-from personatlas.persona.axis import Axis, load_space
-from personatlas.persona.caps import format_layers
+from personatlas.persona.axis import CAPS, Axis, load_space
 from personatlas.persona.distributed import get_world
 from personatlas.persona.errors import UserError
-from personatlas.persona.interventions import BASELINE, Cap, Interventions, interventions_digest, load_cap
+from personatlas.persona.interventions import BASELINE, Cap, Interventions
 from personatlas.persona.models.load import Model
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.pipeline.run_context import local_device
@@ -26,8 +24,8 @@ from personatlas.persona.records import JsonObject, json_object
 from personatlas.persona.roles.bank import Bank, load_bank
 from personatlas.persona.rollout import Rollout, spread
 from personatlas.persona.runs import RunFolder, open_run, versions
+from personatlas.steering.arms import summarise_arms
 from personatlas.steering.evals.answers import Bench, answer_rollout, answer_suite, fit_to_context
-from personatlas.steering.evals.arms import Arms, load_arms
 from personatlas.steering.evals.capability import measure_capability, read_head
 from personatlas.steering.evals.harm.judges import HarmJudge, harm_judge, judge_harm
 from personatlas.steering.evals.harnesses.lm_eval_result import (
@@ -37,8 +35,6 @@ from personatlas.steering.evals.harnesses.lm_eval_result import (
 )
 from personatlas.steering.evals.options import EvalOptions, LmEvalOptions
 from personatlas.steering.evals.result import (
-    RANDOM,
-    CapSummary,
     CaseResult,
     EvalResult,
     JudgeSummary,
@@ -50,7 +46,8 @@ from personatlas.steering.evals.result import (
 )
 from personatlas.steering.evals.suites import Suite, SuiteInputs, select_suites
 from personatlas.steering.identity import lowest_roles
-from personatlas.steering.random_caps import fired_shares, random_cap
+from personatlas.steering.random_caps import random_arms
+from personatlas.steering.session import Arms, load_steered_model
 
 MATCHED = 48  # answers that random caps are matched on
 
@@ -74,7 +71,8 @@ def evaluate(
     model, axis
         names, or loaded objects: an axis is a run folder, an axis file or a packaged axis
     arms
-        interventions by name, or texts such as "cap:p50@18-23"; the baseline and random controls are added
+        interventions by name, or texts as `--arm` takes them; the baseline is added, and as many random
+        controls as a text random:N or `options.random` says
     suites
         names or `Suite` objects; those whose file is in the options, and those that need none, unless given
     out
@@ -98,11 +96,15 @@ def evaluate(
             # the dtype that it was begun with, not the one that is faster now
             dtype = load.dtype or run.manifest.get("asked", {}).get("dtype")
             load = replace(load, device=load.device or local_device(world), dtype=dtype)
-            steered, plans = load_arms(model, axis, arms, load, force=force)
+            steered = load_steered_model(model, axis, arms, load, controls=True, force=force)
             steered = replace(steered, model=run.date(steered.model))
+            cap, plans = steered.control_cap, steered.arms
+            if steered.n_random is not None:
+                options = replace(options, random=steered.n_random)
             bench = Bench(steered.model, steered.chat, steered.axis, run.folder, world)
             prepared = _prepare(run, bench, options, selected, roles)
-            plans |= _random_arms(bench, [suite for suite, _ in prepared], plans, options.random)
+            if cap is not None and options.random:
+                plans |= _random_arms(bench, [suite for suite, _ in prepared], cap, options.random)
             if not world.rank:
                 world.barrier()
             named = None if suites is None else ",".join(suite.name for suite in selected)
@@ -153,19 +155,13 @@ def _prepare(
     return prepared
 
 
-def _random_arms(
-    bench: Bench, suites: Sequence[Suite], arms: Mapping[str, Interventions], count: int
-) -> dict[str, Interventions]:
-    """Arms of random caps, controls for what disturbing a model as often as the first cap does would do in
-    any direction.
+def _random_arms(bench: Bench, suites: Sequence[Suite], cap: Cap, count: int) -> dict[str, Interventions]:
+    """Arms of random caps, controls for what disturbing a model as often as the cap does would do in any
+    direction.
 
     They are matched, layer by layer, to that cap's fired shares on answers of the baseline to first turns of
-    the first and the last suite, and kept in the folder, so that an interrupted evaluation goes on with the
-    same ones.
+    the first and the last suite.
     """
-    caps = [own for plan in arms.values() for own in plan if isinstance(own, Cap)]
-    if not caps or not count:
-        return {}
     texts: list[Rollout] = []
     sources = {suite.name: suite for suite in (suites[0], suites[-1])}.values()
     for suite in sources:
@@ -174,18 +170,12 @@ def _random_arms(
         answers = answer_suite(bench, part, {BASELINE: []})
         rollouts = [answer_rollout(answers[BASELINE, case.key, 0]) for case in cases]
         texts += [rollout for rollout in rollouts if rollout.answer_ids]
-    content = interventions_digest(caps[:1]), [(text.prompt_ids, text.answer_ids) for text in texts]
-    stem = bench.folder / "caps" / f"random-{hashlib.sha256(repr(content).encode()).hexdigest()[:8]}"
-    files = {seed: stem.with_name(f"{stem.name}-{seed}") for seed in range(1, count + 1)}
+    if bench.world.rank:
+        bench.world.barrier()  # until the first rank has saved them
+    arms = random_arms(bench.model, cap, texts, count, bench.folder / CAPS)
     if not bench.world.rank:
-        stem.parent.mkdir(exist_ok=True)
-        missing = [seed for seed, file in files.items() if not file.with_suffix(".json").exists()]
-        if missing:
-            shares = fired_shares(bench.model, caps[0], texts)
-            for seed in missing:
-                random_cap(bench.model, caps[0], shares, texts, seed).save(files[seed])
-    bench.world.barrier()
-    return {f"{RANDOM} {seed}": [load_cap(file)] for seed, file in files.items()}
+        bench.world.barrier()
+    return arms
 
 
 def _run(
@@ -239,12 +229,7 @@ def _run(
         **{name: run.manifest["asked"][name] for name in ("model", "dtype", "engine")},
         axis={"layer": bench.axis.layer, "of": bench.axis.source},
         arms=tuple(arms),
-        caps={
-            name: CapSummary(format_layers(cap.layers), cap.level, cap.population, cap.phase, cap.spare_first)
-            for name, plan in arms.items()
-            for cap in plan
-            if isinstance(cap, Cap)
-        },
+        interventions=summarise_arms(arms),
         judge=summary,
         suites=results,
         capability=measure_capability(bench, suites, answers, arms, options, tasks),

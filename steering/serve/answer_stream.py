@@ -32,7 +32,7 @@ class EngineFailure(RuntimeError):
 
 @dataclass(frozen=True)
 class TokenState(JsonRecord):
-    """A token: its projection (None while it is not fed) and at how many layers the cap changed it.
+    """A token: its projection (None while it is not fed) and at how many layers the arm changed it.
 
     The texts of an answer's tokens, joined, are the answer: a character of several tokens is the last one's.
     """
@@ -79,11 +79,11 @@ class StreamedAnswer:
 
     @property
     def fired(self) -> float | None:
-        """Share of the answer's tokens times capped layers that were changed; None without a cap."""
-        cap = self.handle.request.cap
-        if cap is None or cap.cap.phase == "prompt" or not self.measured:
+        """Share of the answer's tokens times steered layers that were changed; None at baseline."""
+        arm = self.handle.request.arm
+        if arm is None or not arm.answer_layers or not self.measured:
             return None
-        return sum(fired for _, fired in self.measured) / (len(self.measured) * len(cap.cap.layers))
+        return sum(fired for _, fired in self.measured) / (len(self.measured) * len(arm.answer_layers))
 
     def tokens(self, start: int = 0, stop: int | None = None) -> tuple[TokenState, ...]:
         """The answer's tokens [start, stop)."""

@@ -1,4 +1,4 @@
-"""Prometheus metrics of a server. Labels are loaded caps, never text of a request."""
+"""Prometheus metrics of a server. Labels are loaded arms, never text of a request."""
 
 import time
 from typing import Any
@@ -11,7 +11,7 @@ from personatlas.steering.serve.persona_state import PersonaState
 SECONDS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
 Z = (-6, -5, -4, -3, -2.5, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3)
 SHARES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0)
-DESCRIBED = "described"  # the label of all caps that requests describe
+DESCRIBED = "described"  # the label of all arms that requests describe
 
 
 class Metrics:
@@ -33,7 +33,7 @@ class Metrics:
         )  # fmt: skip
         self.fired = Histogram(
             "personatlas_fired_fraction",
-            "Share of an answer's tokens times layers that its cap changed.",
+            "Share of an answer's tokens times layers that its arm changed.",
             ["cap"], buckets=SHARES, **more,
         )  # fmt: skip
         self.alarms = Counter("personatlas_drift_alarms", "Drift alarms that were raised.", ["cap"], **more)
@@ -53,10 +53,10 @@ class Metrics:
         )
         Gauge("personatlas_model_info", "What is served.", ["model"], **more).labels(model).set(1)
 
-    def count_answer(self, answer: StreamedAnswer, persona: PersonaState, named_caps: set[str]) -> None:
+    def count_answer(self, answer: StreamedAnswer, persona: PersonaState, named: set[str]) -> None:
         """Counts an answer that has ended."""
-        cap = persona.cap or "none"
-        label = cap if cap in named_caps or cap == "none" else DESCRIBED
+        arm = persona.arm or "none"
+        label = arm if arm in named or arm == "none" else DESCRIBED
         cached = answer.prefill.cached if answer.prefill is not None else 0
         self.tokens.labels("kept").inc(cached)
         self.tokens.labels("read").inc(len(answer.handle.request.ids) - cached)

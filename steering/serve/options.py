@@ -5,20 +5,21 @@ from pathlib import Path
 from typing import Literal
 
 from personatlas.persona.errors import UserError
+from personatlas.steering.arm_kinds import as_arm
 
-CapMode = Literal["always", "adaptive"]  # a cap acts in every answer, or only while the drift alarm is on
-ALWAYS: CapMode = "always"
-ADAPTIVE: CapMode = "adaptive"
+ArmMode = Literal["always", "adaptive"]  # an arm acts in every answer, or only while the drift alarm is on
+ALWAYS: ArmMode = "always"
+ADAPTIVE: ArmMode = "adaptive"
 
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """The cap, the drift alarm and the sampling of requests that do not set their own."""
+    """The arm, the drift alarm and the sampling of requests that do not set their own."""
 
-    cap: str | None = None
-    "the cap of requests that name none: one saved beside the axis, a file, LEVEL@LAYERS, or adaptive"
-    mode: CapMode = ALWAYS
-    "adaptive: the cap acts only while the conversation's drift alarm is on"
+    arm: str | None = None
+    "the arm of requests that name none: as `--arm` takes it, a cap's spec alone, or adaptive"
+    mode: ArmMode = ALWAYS
+    "adaptive: the arm acts only while the conversation's drift alarm is on"
     reference: Path | None = None
     "a reference.json of `personatlas drift` to calibrate the alarm on; by default the one beside the axis"
     rule: Literal["cusum", "two_of_three"] = "cusum"
@@ -33,9 +34,12 @@ class ServeOptions:
     "nucleus mass of requests that set none"
 
     @property
-    def cap_and_mode(self) -> tuple[str | None, CapMode]:
-        """The cap and when it acts; the cap `adaptive` is short for `assistant` in adaptive mode."""
-        return ("assistant", ADAPTIVE) if self.cap == ADAPTIVE else (self.cap, self.mode)
+    def arm_and_mode(self) -> tuple[str | None, ArmMode]:
+        """The arm and when it acts; `adaptive` is short for the cap `assistant` in adaptive mode."""
+        if self.arm is None:
+            return None, self.mode
+        text = as_arm(self.arm)
+        return ("cap:assistant", ADAPTIVE) if text == f"cap:{ADAPTIVE}" else (text, self.mode)
 
 
 @dataclass(frozen=True)

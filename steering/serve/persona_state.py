@@ -1,4 +1,4 @@
-"""The `persona` object of every answer: place on the axis, what the cap did, whether the persona drifts.
+"""The `persona` object of every answer: place on the axis, what the arm did, whether the persona drifts.
 
     tracker = PersonaTracker(axis, monitor)
     turns = tracker.turns(spans, projections)               # the answers in a prompt
@@ -9,7 +9,7 @@ To add a field: declare it in `PersonaState`, which is the schema, and compute i
 below. Responses, streams and the terminal chat pass the object on whole; the page keeps it if
 `PERSONA_FIELDS` in static/persona.js says how to read it.
 
-The answers in a prompt are measured while the prompt is read. In a capped request they are read with the cap
+The answers in a prompt are measured while the prompt is read. In a steered request they are read in its arm
 on, so they say where the model is while it is capped. In adaptive mode they are read without it, because the
 alarm that decides whether to cap must not be calmed by the cap.
 """
@@ -24,7 +24,7 @@ from personatlas.persona.models.token_spans import Span
 from personatlas.persona.records import JsonRecord
 from personatlas.steering.drift_monitor import DriftMonitor
 from personatlas.steering.serve.answer_stream import StreamedAnswer, TokenState
-from personatlas.steering.serve.options import ADAPTIVE, ALWAYS, CapMode
+from personatlas.steering.serve.options import ADAPTIVE, ALWAYS, ArmMode
 
 
 class AnswerTurn(NamedTuple):
@@ -69,7 +69,7 @@ class BaselineState(JsonRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class PersonaState(JsonRecord):
-    """The `persona` object of an answer. Projections are before the cap's step, in residual units."""
+    """The `persona` object of an answer. Projections are before the arm's step, in residual units."""
 
     layer: int
     poles: tuple[str, ...]
@@ -77,13 +77,15 @@ class PersonaState(JsonRecord):
     "mean over the answer's tokens, None where none was fed"
     z: float | None
     tokens: int
+    arm: str | None = None
+    "the arm that acted, None at baseline and while an adaptive one rests"
     cap: str | None = None
-    "the cap that acted, None for the baseline and while an adaptive cap rests"
-    mode: CapMode = ALWAYS
+    "its name where it is a cap"
+    mode: ArmMode = ALWAYS
     floor: float | None = None
-    "the cap's floor for answers at `layer`, None where it does not act there"
+    "the floor of the arm's cap for answers at `layer`, None where none acts there"
     fired: float | None = None
-    "share of the answer's tokens times capped layers that the cap changed"
+    "share of the answer's tokens times steered layers that the arm changed"
     turns: tuple[TurnState, ...]
     "all answers of the conversation, this one last"
     drift: DriftState | None = None
@@ -143,19 +145,19 @@ class PersonaTracker:
         answer: StreamedAnswer,
         turns: Sequence[AnswerTurn] = (),
         message: int | None = None,
-        mode: CapMode = ALWAYS,
+        mode: ArmMode = ALWAYS,
         *,
         per_token: bool = False,
     ) -> PersonaState:
         """The persona object of an answer after `turns`, which is message number `message` if any.
 
-        While an adaptive cap acts the alarm stays on: its answer has not been read without the cap.
+        While an adaptive arm acts the alarm stays on: its answer has not been read without it.
         """
-        cap, projection = answer.handle.request.cap, answer.projection
+        arm, projection = answer.handle.request.arm, answer.projection
         if message is not None and projection is not None:
             turns = [*turns, AnswerTurn(message, len(answer.measured), projection)]
         states = self.watch(turns)
-        if mode == ADAPTIVE and cap is not None and states and states[-1].alarm is False:
+        if mode == ADAPTIVE and arm is not None and states and states[-1].alarm is False:
             states[-1] = replace(states[-1], alarm=True, raised=False)
         monitor, drift = self.monitor, DriftState()
         if monitor.rule is not None and monitor.false_alarms is not None:
@@ -169,9 +171,10 @@ class PersonaTracker:
             projection=projection,
             z=None if projection is None else monitor.reference.z(projection),
             tokens=len(answer.ids),
-            cap=None if cap is None else cap.name,
+            arm=None if arm is None else arm.name,
+            cap=arm.name if arm is not None and arm.caps else None,
             mode=mode,
-            floor=None if cap is None else cap.floor_at(self.axis.layer),
+            floor=None if arm is None else arm.floor_at(self.axis.layer),
             fired=answer.fired,
             turns=tuple(states),
             drift=drift,

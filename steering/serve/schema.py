@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from personatlas.steering.serve.options import CapMode
+from personatlas.steering.serve.options import ArmMode
 
 MAX_STOPS, MAX_CHOICES, MAX_LOGPROBS = 16, 16, 20
 MAX_ANSWERS = 512  # prompts times answers of one request
@@ -71,12 +71,22 @@ class CapByName(BaseModel):
 
 
 class PersonaRequest(BaseModel):
-    """The `persona` object of a request: the cap (null: none, absent: the server's) and when it acts."""
+    """The `persona` object of a request: what acts (null: nothing, absent: the server's default) and when.
+
+    `arm` is any arm, as `--arm` takes it; `cap` a cap alone.
+    """
 
     model_config = ConfigDict(strict=True, extra="forbid")
     cap: Annotated[str, Field(max_length=200)] | CapByLevel | CapByName | None = None
-    mode: CapMode | None = None
+    arm: Annotated[str, Field(max_length=200)] | None = None
+    mode: ArmMode | None = None
     per_token: bool | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "PersonaRequest":
+        if {"arm", "cap"} <= self.model_fields_set:
+            raise ValueError("arm and cap say the same: leave one out")
+        return self
 
 
 class StreamOptions(BaseModel):

@@ -1,6 +1,6 @@
 """A steered model behind HTTP routes or a terminal: requests to engine, answers to `persona` objects.
 
-service = PersonaService(steered, caps, ServeOptions(), EngineLimits(), monitor)
+service = PersonaService(steered, arms, ServeOptions(), EngineLimits(), monitor)
 await service.start()
 prompt = await service.prepare_chat(request)
 async with service.stream(service.generation_requests(prompt, request)) as answers:
@@ -10,16 +10,16 @@ service.measure(prompt, answer)                          # a `PersonaState`
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from personatlas.persona.errors import UserError
-from personatlas.persona.interventions import Cap
 from personatlas.persona.models.token_spans import Span, SpanError, prompt_spans
+from personatlas.steering.arms import Arm
 from personatlas.steering.drift_monitor import DriftMonitor
 from personatlas.steering.serve.answer_stream import AnswerStream, StreamedAnswer
-from personatlas.steering.serve.engine.cap_slots import NONE, ResolvedCap
+from personatlas.steering.serve.engine.arm_slots import NONE
 from personatlas.steering.serve.engine.scheduler import (
     Engine,
     EngineEvent,
@@ -28,7 +28,7 @@ from personatlas.steering.serve.engine.scheduler import (
     RequestHandle,
 )
 from personatlas.steering.serve.metrics import Metrics
-from personatlas.steering.serve.options import ADAPTIVE, CapMode, ServeOptions
+from personatlas.steering.serve.options import ADAPTIVE, ArmMode, ServeOptions
 from personatlas.steering.serve.persona_state import AnswerTurn, PersonaState, PersonaTracker
 from personatlas.steering.serve.schema import SEEDS, ChatRequest, CompletionRequest, SamplingRequest
 from personatlas.steering.session import SteeredModel
@@ -47,7 +47,7 @@ class ContextOverflow(UserError):
 
 @dataclass(frozen=True)
 class PreparedPrompt:
-    """A prompt that is ready to be answered, with the cap that acts (None while an adaptive one rests).
+    """A prompt that is ready to be answered, with the arm that acts (None at baseline and while an adaptive one rests).
 
     `message` is the index of the answer's message, None where the prompt is no conversation. `spans` are
     those of the prompt's answers, `turns` what is already known of them.
@@ -55,20 +55,20 @@ class PreparedPrompt:
 
     ids: tuple[int, ...]
     max_tokens: int
-    cap: ResolvedCap | None
-    mode: CapMode
+    arm: Arm | None
+    mode: ArmMode
     message: int | None = None
     spans: tuple[Span, ...] = ()
     turns: tuple[AnswerTurn, ...] | None = None
 
 
 class PersonaService:
-    """One model with its engine, caps and drift alarm. Raises `UserError` for an unknown default cap."""
+    """One model with its engine, arms and drift alarm. Raises `UserError` for an unknown default arm."""
 
     def __init__(
         self,
         steered: SteeredModel,
-        caps: Mapping[str, Cap],
+        arms: Sequence[Arm],
         options: ServeOptions,
         limits: EngineLimits,
         monitor: DriftMonitor,
@@ -81,9 +81,9 @@ class PersonaService:
         )
         self.tracker = PersonaTracker(self.axis, monitor)
         self.metrics = Metrics(self.name)
-        self.engine = Engine(self.model, self.chat.end_ids, self.axis, dict(caps), limits, self._deliver)
-        self.caps = self.engine.caps
-        self.default_cap = self.caps.resolve(options.cap)
+        self.engine = Engine(self.model, self.chat.end_ids, self.axis, arms, limits, self._deliver)
+        self.arms = self.engine.arms
+        self.default_arm = self.arms.resolve(options.arm)
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def start(self) -> None:
@@ -101,8 +101,8 @@ class PersonaService:
 
     @property
     def model_names(self) -> list[str]:
-        """What requests may give as `model`: the model's own name, and with each cap."""
-        return [self.name, *(f"{self.name}:{cap}" for cap in (NONE, *self.caps.named))]
+        """What requests may give as `model`: the model's own name, and with each arm."""
+        return [self.name, *(f"{self.name}:{arm}" for arm in (NONE, *self.arms.named))]
 
     def require_model(self, name: str) -> None:
         """Raises `UnknownModel` for a name that is not served."""
@@ -110,30 +110,31 @@ class PersonaService:
             known = ", ".join(self.model_names)
             raise UnknownModel(f"the model {name[:80]!r} does not exist; served are {known}")
 
-    def resolve_cap(self, request: SamplingRequest) -> tuple[ResolvedCap | None, CapMode]:
-        """The cap of a request and when it acts. Raises `UserError` for an unknown model or cap."""
-        cap, persona = self.default_cap, request.persona
+    def resolve_arm(self, request: SamplingRequest) -> tuple[Arm | None, ArmMode]:
+        """The arm of a request and when it acts. Raises `UserError` for an unknown model or arm."""
+        arm, persona = self.default_arm, request.persona
         if request.model and request.model != self.model.id:
             self.require_model(request.model.removesuffix(":"))
             alias = request.model.partition(":")[2]
-            cap = self.caps.resolve(alias) if alias else cap
-        if persona is not None and "cap" in persona.model_fields_set:
-            cap = self.caps.resolve(persona.cap)
+            arm = self.arms.resolve(alias) if alias else arm
+        for field in ("cap", "arm"):
+            if persona is not None and field in persona.model_fields_set:
+                arm = self.arms.resolve(getattr(persona, field))
         mode = (persona.mode if persona is not None else None) or self.options.mode
-        if mode == ADAPTIVE and cap is not None and self.tracker.monitor.rule is None:
+        if mode == ADAPTIVE and arm is not None and self.tracker.monitor.rule is None:
             raise UserError(
-                "adaptive capping needs a calibrated alarm, and this server has none: "
+                "an adaptive arm needs a calibrated alarm, and this server has none: "
                 "`personatlas drift` makes the reference.json for `serve --reference`"
             )
-        return cap, mode
+        return arm, mode
 
     async def prepare_chat(self, request: ChatRequest) -> PreparedPrompt:
         """Makes the prompt of a conversation. Raises `UserError` for one that cannot be answered.
 
-        In adaptive mode the conversation is first read without the cap, which then acts if the alarm is on,
+        In adaptive mode the conversation is first read without the arm, which then acts if the alarm is on,
         or if there are answers that cannot be located in the prompt.
         """
-        cap, mode = self.resolve_cap(request)
+        arm, mode = self.resolve_arm(request)
         messages = [message.plain for message in request.messages]
         is_long = len(messages) > MANY_MESSAGES or sum(len(m["content"]) for m in messages) > LONG_TEXT
         ids, spans = (
@@ -141,20 +142,20 @@ class PersonaService:
         )
         max_tokens = self._max_tokens(len(ids), request.max_new_tokens)
         turns = None
-        if mode == ADAPTIVE and cap is not None:
+        if mode == ADAPTIVE and arm is not None:
             turns = tuple(await self.read_turns(ids, spans))
             has_answers = any(m["role"] == "assistant" and m["content"].strip() for m in messages)
             is_unread = has_answers and not any(span.speaker == "assistant" for span in spans)
-            cap = cap if is_unread or self.tracker.drifting(turns) else None
-        return PreparedPrompt(ids, max_tokens, cap, mode, len(messages), spans, turns)
+            arm = arm if is_unread or self.tracker.drifting(turns) else None
+        return PreparedPrompt(ids, max_tokens, arm, mode, len(messages), spans, turns)
 
     async def prepare_text(self, request: CompletionRequest, prompt: str | list[int]) -> PreparedPrompt:
         """Makes the prompt of a text to continue. Raises `UserError` for one that cannot be."""
-        cap, mode = self.resolve_cap(request)
+        arm, mode = self.resolve_arm(request)
         is_long = len(prompt) > LONG_TEXT
         ids = await asyncio.to_thread(self._text_ids, prompt) if is_long else self._text_ids(prompt)
         max_tokens = self._max_tokens(len(ids), request.max_new_tokens)
-        return PreparedPrompt(ids, max_tokens, None if mode == ADAPTIVE else cap, mode)
+        return PreparedPrompt(ids, max_tokens, None if mode == ADAPTIVE else arm, mode)
 
     def generation_requests(
         self, prompt: PreparedPrompt, request: SamplingRequest
@@ -170,7 +171,7 @@ class PersonaService:
                 temperature=0.0 if temperature < MIN_TEMPERATURE else float(temperature),
                 top_p=float(top_p),
                 max_tokens=prompt.max_tokens,
-                cap=prompt.cap,
+                arm=prompt.arm,
                 logprobs=request.n_logprobs,
             )
             for index in range(request.choices)
@@ -192,7 +193,7 @@ class PersonaService:
             answers.cancel()
 
     async def read_turns(self, ids: tuple[int, ...], spans: Sequence[Span]) -> list[AnswerTurn]:
-        """The answers in a prompt as the model reads them without a cap."""
+        """The answers in a prompt as the model reads them at baseline."""
         if not any(span.speaker == "assistant" for span in spans):
             return []
         async with self.stream([GenerationRequest(ids, max_tokens=0)]) as answers:

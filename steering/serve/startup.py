@@ -1,6 +1,6 @@
 """From a model and an axis to a server that listens.
 
-    serve("smollm2-135m", "smollm2-135m", options=ServeOptions(cap="assistant"))     # until Ctrl-C
+    serve("smollm2-135m", "smollm2-135m", options=ServeOptions(arm="cap:assistant"))     # until Ctrl-C
 
 `make_service` gives what stands behind the routes, for programs with an interface of their own.
 """
@@ -9,6 +9,7 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -17,12 +18,12 @@ from personatlas.persona.errors import UserError
 from personatlas.persona.models.load import Model
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.runs import resolve_axis
+from personatlas.steering.arms import Arm, parse_arm, require_no_controls
 from personatlas.steering.drift_monitor import load_monitor
-from personatlas.steering.serve.engine.cap_slots import cap_labels
 from personatlas.steering.serve.engine.scheduler import EngineLimits
 from personatlas.steering.serve.options import ADAPTIVE, CapacityOptions, ServeOptions, require_valid
 from personatlas.steering.serve.service import PersonaService
-from personatlas.steering.session import load_steered_model, steered_model
+from personatlas.steering.session import load_steered_model
 
 API_KEY = "PERSONATLAS_API_KEY"
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
@@ -74,29 +75,38 @@ def make_service(
     load: ModelOptions = ModelOptions(),
     force: bool = False,
 ) -> PersonaService:
-    """Loads model, axis, all caps beside it and the alarm; proves every cap; does not start the engine.
+    """Loads model, axis, all caps beside it, the default arm and the alarm; proves every arm; does not start the
+    engine.
 
     Raises `UserError`; what can be wrong without a model is found before one is loaded.
     """
     require_valid(options, capacity)
-    cap, mode = options.cap_and_mode
+    text, mode = options.arm_and_mode
     if isinstance(axis, str):
         axis = load_axis(resolve_axis(axis))
     monitor = load_monitor(axis, options.reference, options.rule, options.false_alarms)
     if mode == ADAPTIVE and monitor.rule is None:
         raise UserError(
-            "adaptive capping needs a calibrated alarm: `personatlas drift` makes the reference.json for "
+            "an adaptive arm needs a calibrated alarm: `personatlas drift` makes the reference.json for "
             "--reference"
         )
-    labels = cap_labels(axis, [cap] if cap else [])
-    if isinstance(model, str):
-        steered = load_steered_model(model, load, str(axis.stem), list(labels.values()), force=force)
-    else:
-        steered = steered_model(model, axis, [axis.cap(spec) for spec in labels.values()], force=force)
-    default = next((label for label, spec in labels.items() if spec == cap), None)
-    options = replace(options, cap=default, mode=mode)
+    arms = {name: (axis.cap(name),) for name in axis.saved_caps}
+    default = None
+    if text is not None:
+        arm = parse_arm(text, axis)
+        require_no_controls([arm])
+        if arm.interventions:
+            default = (
+                Path(arm.name).name.removesuffix(".json").removesuffix(".safetensors")
+                if arm.caps
+                else arm.name
+            )
+            arms[default] = arm.interventions
+    steered = load_steered_model(model, axis, arms, load, force=force)
+    options = replace(options, arm=default, mode=mode)
     limits = _engine_limits(steered.model, capacity)
-    return PersonaService(steered, dict(zip(labels, steered.caps, strict=True)), options, limits, monitor)
+    named = [Arm(name, tuple(plan)) for name, plan in steered.steered_arms.items()]
+    return PersonaService(steered, named, options, limits, monitor)
 
 
 def _engine_limits(model: Model, capacity: CapacityOptions) -> EngineLimits:

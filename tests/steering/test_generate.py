@@ -190,18 +190,18 @@ def test_the_verb_prints_both_answers_and_their_traces(place, capsys):
     main(told)
     shown = capsys.readouterr().out
     assert "baseline" in shown
-    assert "capped" in shown
+    assert "p75@0-2 changed" in shown
     assert "floor at layer" in shown
     main([*told, "--json"])
     found = json.loads(capsys.readouterr().out)
-    assert set(found) == {"baseline", "capped"}
+    assert set(found) == {"baseline", "p75@0-2"}
     for arm in found.values():
         assert len(arm["projection"]) == len(arm["ids"])
         assert all(math.isfinite(value) for value in arm["projection"])
     assert found["baseline"]["corrections"] == []
-    assert sum(map(sum, found["capped"]["corrections"])) > 0
-    assert found["capped"]["account"]["fired"] == [
-        sum(c > 0 for c in row[:-1]) for row in found["capped"]["corrections"]
+    assert sum(map(sum, found["p75@0-2"]["corrections"])) > 0
+    assert found["p75@0-2"]["account"]["fired"] == [
+        sum(c > 0 for c in row[:-1]) for row in found["p75@0-2"]["corrections"]
     ]
 
 

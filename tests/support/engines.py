@@ -41,9 +41,9 @@ class Listener:
         return tuple(drawn[:-1] if self.events[ticket][-1].reason == "end" else drawn)
 
 
-def alone(engine, ids, cap=None, seed=0, max_tokens=10, temperature=0.7, top_p=0.9):
+def alone(engine, ids, arm=None, seed=0, max_tokens=10, temperature=0.7, top_p=0.9):
     sampler = Sampler(engine.model, engine.end_ids, Sampling(max_tokens, temperature, top_p))
-    plan = [[cap.cap]] if cap is not None else []
+    plan = [arm.interventions] if arm is not None else []
     if not plan:
         return next(iter(sampler.answers([Prompt(ids, seed, -1)])))
     with steer(engine.model, *plan) as steering:

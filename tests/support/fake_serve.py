@@ -30,11 +30,11 @@ AXIS: dict[str, Any] = {
     },
     "baseline": BASELINE,
     "alarm": {"rule": "cusum", "limit": LIMIT, "false_alarms": 0.05, "interval": [0.01, 0.17], "n": 40},
-    "caps": {
+    "arms": {
         "assistant": {"layers": "8-26", "floor": -22.0, "prompt_floor": -30.0, "level": None, "population": "fitted", "phase": "both"},
         "firm": {"layers": "8-26", "floor": -9.0, "prompt_floor": -12.0, "level": None, "population": "fitted", "phase": "both"},
     },
-    "default_cap": None, "default_mode": "always", "context": 2048, "slots": 32, "max_tokens": 1024, "temperature": 0.7, "top_p": 0.9, "needs_key": False,
+    "default_arm": None, "default_mode": "always", "context": 2048, "slots": 32, "max_tokens": 1024, "temperature": 0.7, "top_p": 0.9, "needs_key": False,
 }  # fmt: skip
 ANSWERS = (
     "That is a good place to begin. You can open the file with a with statement, go through its lines one by one, and add up what you find. If a line is empty, skip it; if a number cannot be read, say which line it was.",
@@ -77,35 +77,35 @@ def alarms(z: list[float]) -> list[tuple[bool, bool]]:
     return found
 
 
-def planned(turn: int, cap: str | None, role: bool) -> float:
-    """Where the answer of a turn lies: falling, and held where a cap is on."""
+def planned(turn: int, arm: str | None, role: bool) -> float:
+    """Where the answer of a turn lies: falling, and held where an arm is on."""
     level = -4.0 - 9.5 * turn - (14.0 if role else 0.0)
     level = max(level, -58.0 + 2.0 * (turn % 3))
     return (
         level
-        if cap is None
-        else max(level, AXIS["caps"].get(cap, AXIS["caps"]["assistant"])["floor"] + 9.0 - turn)
+        if arm is None
+        else max(level, AXIS["arms"].get(arm, AXIS["arms"]["assistant"])["floor"] + 9.0 - turn)
     )
 
 
 def answer_to(request: dict[str, Any], text: str | None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Tokens and the whole `persona` of an answer."""
     asked = request.get("persona") or {}
-    cap, mode = asked.get("cap"), asked.get("mode", "always")
+    arm, mode = asked.get("arm"), asked.get("mode", "always")
     messages = request["messages"]
     before = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
     role = any(message["role"] == "system" and "ghost" in message["content"] for message in messages)
     turn = len(before)
     zs = [
-        (planned(one, None if mode == "adaptive" else cap, role) - BASELINE["mean"]) / BASELINE["spread"]
+        (planned(one, None if mode == "adaptive" else arm, role) - BASELINE["mean"]) / BASELINE["spread"]
         for one in range(turn + 1)
     ]
-    acts = cap if mode == "always" or (turn and alarms(zs[:-1])[-1][0]) else None
+    acts = arm if mode == "always" or (turn and alarms(zs[:-1])[-1][0]) else None
     zs[-1] = (planned(turn, acts, role) - BASELINE["mean"]) / BASELINE["spread"]
     said = text if text is not None else (ANSWERS if acts is None else CAPPED)[turn % 5]
     chance = random.Random(f"{request.get('seed')}/{turn}/{acts}")
     level = BASELINE["mean"] + BASELINE["spread"] * zs[-1]
-    floor = None if acts is None else AXIS["caps"][acts]["floor"] if acts in AXIS["caps"] else -22.0
+    floor = None if acts is None else AXIS["arms"][acts]["floor"] if acts in AXIS["arms"] else -22.0
     tokens = []
     for number, piece in enumerate(re.findall(r"\s*\S+|\s+", said)):
         place = level + 13 * chance.gauss(0, 1)
@@ -130,7 +130,7 @@ def answer_to(request: dict[str, Any], text: str | None) -> tuple[list[dict[str,
         )
     persona = {
         "layer": AXIS["layer"], "poles": AXIS["poles"], "projection": mean, "z": zs[-1] if tokens else None, "tokens": len(tokens),
-        "cap": acts, "mode": mode, "floor": floor,
+        "arm": acts, "mode": mode, "floor": floor,
         "fired": None if acts is None else sum(token["fired"] for token in tokens) / max(19 * len(tokens), 1),
         "turns": turns, "drift": {"state": "drifting" if turns[-1]["alarm"] else "calm", "raised": turns[-1]["raised"], "rule": "cusum", "limit": LIMIT, "false_alarms": 0.05},
         "baseline": BASELINE, "per_token": tokens,

@@ -1,7 +1,7 @@
 """Answers for a harness, which asks for one at a time and for many at once: requests in, answers with
 projections out.
 
-    answerer = BatchAnswerer(steered_model(model, axis, [cap]))
+    answerer = BatchAnswerer(load_steered_model(model, axis, ["cap:assistant"]))
     request = AnswerRequest(answerer.prompt_ids(messages), seed=7, sampling=Sampling(64), steered=True)
     answerer.answers([request])[0].text
 
@@ -19,7 +19,6 @@ from typing import Literal
 
 import torch
 
-from personatlas.persona.interventions import Interventions
 from personatlas.persona.models.chat_template import Messages
 from personatlas.persona.models.hooks import capture
 from personatlas.persona.pipeline.record import CPU_TOKENS, GPU_TOKENS
@@ -69,12 +68,14 @@ class MeasuredAnswer:
 
 
 class BatchAnswerer:
-    """A loaded model that answers batches, one batch at a time whoever asks; the interventions are its caps
-    unless given."""
+    """A loaded model that answers batches, one batch at a time whoever asks, at baseline or in its only arm.
 
-    def __init__(self, steered: SteeredModel, interventions: Interventions | None = None) -> None:
+    Raises `UserError` for a model with several arms.
+    """
+
+    def __init__(self, steered: SteeredModel) -> None:
         self.steered = steered
-        self.interventions = steered.caps if interventions is None else interventions
+        self.interventions = steered.only_arm[1]
         self._one_at_a_time = Lock()
         self._last: tuple[Sampling, Sampler] | None = None
 

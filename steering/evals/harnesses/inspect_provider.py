@@ -3,9 +3,9 @@ held.
 
     inspect eval TASK --model personatlas/smollm2-135m -M axis=smollm2-135m -M cap=assistant
 
-Without `cap`, or with `cap=none`, the baseline answers; its answers are projected all the same. Other `-M`
-arguments: device, dtype, chat_template, force, and `batch`, the most answers that are made together. Calls
-that wait at the same time are one batch. Noise belongs to a row whatever its batch, but batches form as calls
+`cap` may be any other arm too (cap=add:8@21). Without it, or with `cap=none`, the baseline answers; its
+answers are projected all the same. Other `-M` arguments: device, dtype, chat_template, force, and `batch`,
+the most answers that are made together. Calls that wait at the same time are one batch. Noise belongs to a row whatever its batch, but batches form as calls
 come, and half precision rounds a little differently in each: `-M batch=1` or `-M dtype=float32` where runs
 must repeat to the letter.
 
@@ -274,6 +274,7 @@ def _load_answerer(model: str, axis: str, cap: str | None, load: JsonObject) -> 
     """The model with its axis and cap, each checked to belong to the others. Here torch is imported, not
     before."""
     from personatlas.persona.options import ModelOptions
+    from personatlas.steering.arm_kinds import as_arm
     from personatlas.steering.evals.harnesses.batch_answerer import BatchAnswerer
     from personatlas.steering.session import load_steered_model
 
@@ -282,8 +283,8 @@ def _load_answerer(model: str, axis: str, cap: str | None, load: JsonObject) -> 
     if load:
         raise InspectRefusal(f"-M {next(iter(load))} is not one of {ARGUMENTS}")
     options = ModelOptions(device, dtype, None if template is None else Path(template))
-    caps = [] if cap is None else [cap]
-    return BatchAnswerer(load_steered_model(model, options, axis, caps, force=bool(force)))
+    arms = [] if cap is None else [as_arm(cap)]
+    return BatchAnswerer(load_steered_model(model, axis, arms, options, force=bool(force)))
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """A task of Inspect in two arms of one loaded model, the baseline and a cap, and what the cap changed.
 
 comparison = run_inspect("smollm2-135m", "task.py@name", "smollm2-135m", ["assistant"],
-InspectOptions(limit=100)) comparison.scorers["includes"].change.value
+InspectOptions(limit=100)); comparison.scorers["includes"].change.value
 """
 
 import sys
@@ -15,7 +15,6 @@ from personatlas.persona.interventions import BASELINE
 from personatlas.persona.models.load import Model
 from personatlas.persona.options import ModelOptions, option_values
 from personatlas.persona.progress import say
-from personatlas.steering.evals.arms import Arms, load_arms
 from personatlas.steering.evals.harnesses.inspect_compare import (
     InspectComparison,
     compare_inspect_arms,
@@ -23,6 +22,7 @@ from personatlas.steering.evals.harnesses.inspect_compare import (
     require_inspect,
 )
 from personatlas.steering.evals.options import InspectOptions
+from personatlas.steering.session import Arms, load_steered_model
 
 if TYPE_CHECKING:
     from inspect_ai.log import EvalLog
@@ -53,19 +53,18 @@ def run_inspect(
 
     _require_one(task)
     options.check()
-    steered, by_name = load_arms(model, axis, arms, load, force=force)
-    names = [name for name in by_name if name != BASELINE]
-    if len(names) != 1:
-        raise UserError(f"Inspect compares the baseline with one arm, and {len(names)} are given")
-    answerer = BatchAnswerer(steered, by_name[names[0]])
+    steered = load_steered_model(model, axis, arms, load, force=force)
+    answerer, name = BatchAnswerer(steered), steered.only_arm[0]
+    if name == BASELINE:
+        raise UserError("Inspect compares the baseline with an arm: give one --arm")
     model_name = model if isinstance(model, str) else model.id
     axis_name = axis if isinstance(axis, str) else axis.source
     settings = {name: value for name, value in option_values(load).items() if value is not None}
     logs, grader = [], None
-    for cap in (None, names[0]):
+    for cap in (None, name):
         api = PersonatlasAPI(model_name=model_name, axis=axis_name, cap=cap, answerer=answerer)
         arm = InspectModel(api, GenerateConfig(), {"axis": axis_name, "cap": cap or "none", **settings})
-        say(f"{task}: {'capped' if cap else BASELINE}")
+        say(f"{task}: {cap or BASELINE}")
         # a model that grades itself would be capped in one arm only: the arms would be graded by two measures
         grader = grader or options.grader or arm
         logs.append(_run(task, arm, options, grader))

@@ -39,7 +39,6 @@ from personatlas.persona.logs import ResultCache
 from personatlas.persona.models.load import Model
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.records import JsonObject
-from personatlas.steering.evals.arms import Arms, load_arms, load_named
 from personatlas.steering.evals.harnesses.lm_eval_result import (
     LmEvalResult,
     MetricValue,
@@ -55,6 +54,7 @@ from personatlas.steering.evals.harnesses.lm_eval_result import (
     sample_outcome,
 )
 from personatlas.steering.evals.options import LmEvalOptions
+from personatlas.steering.session import Arms, load_named, load_steered_model
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
@@ -94,7 +94,7 @@ def run_lm_eval(
     """Runs every task in every arm; the result is also written to `out`/lm_eval.json if there is a folder.
     Resumes there.
 
-    `arms` are as in `load_arms`; without an axis there is only the baseline. Raises `UserError` for what
+    `arms` are as in `load_steered_model`; without an axis there is only the baseline. Raises `UserError` for what
     cannot be, before anything is asked where that can be known.
     """
     require_lm_eval()
@@ -106,8 +106,8 @@ def run_lm_eval(
             raise UserError(f"the arm {next(iter(arms))} needs --axis: along which axis?")
         model = load_named(model, load)
     else:
-        steered, by_name = load_arms(model, axis, arms, load, force=force)
-        model = steered.model
+        steered = load_steered_model(model, axis, arms, load, force=force)
+        model, by_name = steered.model, steered.arms
     return compare_tasks(model, by_name, tasks, out, options)
 
 

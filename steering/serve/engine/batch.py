@@ -6,7 +6,7 @@
     batch.remove(row)                          # at any time; the last row moves into its slot
 
 Slots 0..n-1 decode. A long prompt is read in chunks into the slot behind them, while the others go on. Every
-row has its own seed, temperature, top-p and cap, and its tokens depend on the other rows only through
+row has its own seed, temperature, top-p and arm, and its tokens depend on the other rows only through
 rounding. On a GPU a step is captured at first use, for some numbers of rows and for the layers that are
 steered.
 """
@@ -38,7 +38,7 @@ TokenLogprobs = tuple[float | None, dict[int, float]]  # of a token, and of the 
 class BatchRow:
     """A prompt, how to answer it, and its progress. `projections[i]` belongs to token i of `ids`.
 
-    `fired` counts tokens times layers that the cap changed, `prompt_fired` those of the prompt without its
+    `fired` counts tokens times layers that the arm changed, `prompt_fired` those of the prompt without its
     last token; `cached` of the `fed` tokens came from a prefix.
     """
 
@@ -147,7 +147,7 @@ class DecodeBatch:
         self.steering.restrict_layers(layers)
         if self.model.device.type == "cuda":
             if layers not in self.captured_layers:
-                # one graph for all caps that requests describe: caps that are not in use change nothing
+                # one graph for all arms that requests describe: those that are not in use change nothing
                 layers = self.steering.hooks.layers
                 self.steering.restrict_layers(layers)
             size = next(size for size in self._graph_sizes if size >= n)
@@ -218,7 +218,7 @@ class DecodeBatch:
         return CachedPrefix(digest, ids, tuple(row.projections[:length]), keys_values)
 
     def require_steered(self, row: BatchRow) -> None:
-        """Raises `HookDidNotFire` unless every token of a row met its cap at every layer."""
+        """Raises `HookDidNotFire` unless every token of a row met its arm at every layer."""
         prompt = len(row.prompt.ids) if row.fed >= len(row.prompt.ids) else row.fed
         opening = int(row.cached == 0 and row.fed > 0)
         fed = (prompt - row.cached - opening, row.fed - prompt, opening)

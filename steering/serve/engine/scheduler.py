@@ -1,6 +1,6 @@
-"""Continuous batching: requests decode together and start and end one by one, each with its own cap.
+"""Continuous batching: requests decode together and start and end one by one, each in its own arm.
 
-    engine = Engine(model, end_ids, axis, caps, EngineLimits(slots=32, context=2048), listener)
+    engine = Engine(model, end_ids, axis, arms, EngineLimits(slots=32, context=2048), listener)
     engine.start()
     handle = engine.submit(GenerationRequest(ids, seed=7, max_tokens=64))
     ...                      # after each step `listener` gets [(handle, event), ...], in the engine's thread
@@ -26,13 +26,13 @@ import torch
 
 from personatlas.persona.axis import Axis
 from personatlas.persona.errors import UserError
-from personatlas.persona.interventions import Cap
 from personatlas.persona.models.load import Model
 from personatlas.persona.sampling.cuda_graph import use_slot_attention
 from personatlas.persona.sampling.sampler import Prompt, batch_end, decodes_from_cache
+from personatlas.steering.arms import Arm
 from personatlas.steering.hooks.steering import HookDidNotFire
+from personatlas.steering.serve.engine.arm_slots import ArmSlots
 from personatlas.steering.serve.engine.batch import BatchRow, DecodeBatch, TokenEvent, TokenLogprobs
-from personatlas.steering.serve.engine.cap_slots import CapSlots, ResolvedCap
 from personatlas.steering.serve.engine.prefix_cache import MIN_TOKENS, CachedPrefix, PrefixCache
 from personatlas.steering.serve.engine.projection_hook import ProjectionHook
 
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 CHUNK_CPU, CHUNK_GPU = 256, 4096  # tokens of prompts read between two decoding steps
 CROWDED_CHUNKS = 4  # times as many while more requests wait than decode
 MIN_PREFIX = 128  # cached tokens that are worth a prefill of their own while others wait
-BASELINE_DIGEST = "baseline"  # of prefixes without a cap
+BASELINE_DIGEST = "baseline"  # of prefixes that nothing acted on
 FORWARD_ERRORS = (
     RuntimeError,
     ValueError,
@@ -72,20 +72,20 @@ class GenerationRequest:
     temperature: float = 1.0
     top_p: float = 1.0
     max_tokens: int = 1
-    cap: ResolvedCap | None = None
+    arm: Arm | None = None
     logprobs: int | None = None
 
     @property
     def digest(self) -> str:
-        """The digest of the cap: prefixes serve only requests with the same one."""
-        return self.cap.digest if self.cap is not None else BASELINE_DIGEST
+        """The digest of the arm: prefixes serve only requests with the same one."""
+        return self.arm.digest if self.arm is not None else BASELINE_DIGEST
 
 
 @dataclass(frozen=True)
 class PrefillEvent:
     """The prompt is read: projections of its tokens but the last, which the first step feeds.
 
-    `cached` tokens came from a prefix; `fired` counts tokens times layers that the cap changed.
+    `cached` tokens came from a prefix; `fired` counts tokens times layers that the arm changed.
     """
 
     projections: tuple[float, ...]
@@ -137,19 +137,21 @@ class Engine:
         model: Model,
         end_ids: frozenset[int],
         axis: Axis,
-        caps: dict[str, Cap],
+        arms: Sequence[Arm],
         limits: EngineLimits,
         listener: Listener = lambda _: None,
     ) -> None:
         if not decodes_from_cache(model):
             raise UserError(f"{model.id} cannot be served: it has another state than keys and values")
         self.model, self.end_ids, self.limits, self.listener = model, end_ids, limits, listener
-        self.caps = CapSlots(axis, model, caps)
+        self.arms = ArmSlots(axis, model, arms)
         self.projection_hook = ProjectionHook(model, axis.layer, axis.at(axis.layer))
         self.batch = DecodeBatch(
-            model, limits.slots, limits.context, self.projection_hook, self.caps.steering
+            model, limits.slots, limits.context, self.projection_hook, self.arms.steering
         )
-        self.batch.captured_layers |= {tuple(sorted(own.cap.layers)) for own in self.caps.named.values()}
+        self.batch.captured_layers |= {
+            tuple(sorted({layer for own in arm.interventions for layer in own.layers})) for arm in arms
+        }
         self.prefixes = PrefixCache(limits.prefix_bytes)
         self.waiting: deque[RequestHandle] = deque()
         self._reading: RequestHandle | None = None  # its prompt is read in chunks
@@ -209,19 +211,19 @@ class Engine:
         return future
 
     def score(self, request: GenerationRequest) -> Future[list[TokenLogprobs]]:
-        """Log-probabilities of a prompt's own tokens with its cap on, read between two steps."""
+        """Log-probabilities of a prompt's own tokens in its arm, read between two steps."""
 
         def work() -> list[TokenLogprobs]:
-            plan = self.caps.acquire(request.cap)
+            plan = self.arms.acquire(request.arm)
             if plan is None:
-                raise ServerBusy("too many different caps are in use; try again later")
+                raise ServerBusy("too many different arms are in use; try again later")
             try:
                 return self.batch.score(Prompt(request.ids, 0, plan), request.logprobs or 0)
             except FORWARD_ERRORS:
                 self.batch.reset()
                 raise
             finally:
-                self.caps.release(request.cap)
+                self.arms.release(request.arm)
 
         return self.between_steps(work)
 
@@ -246,7 +248,7 @@ class Engine:
         try:
             with (
                 self.projection_hook.on(),
-                self.caps.steering.hooks.attached(),
+                self.arms.steering.hooks.attached(),
                 use_slot_attention(self.model),
             ):
                 while not self._closing.is_set():
@@ -349,10 +351,10 @@ class Engine:
         return found if found is not None and (alone or found[1] >= MIN_PREFIX) else None
 
     def _acquire_plan(self, handle: RequestHandle) -> bool:
-        """Gives a request its row; False while no plan is free. A cap that cannot be applied ends it."""
+        """Gives a request its row; False while no plan is free. An arm that cannot be applied ends it."""
         request = handle.request
         try:
-            plan = self.caps.acquire(request.cap)
+            plan = self.arms.acquire(request.arm)
         except ValueError as error:
             self._outbox.append((handle, FinishEvent("error", error)))
             handle.cancelled = True
@@ -394,19 +396,19 @@ class Engine:
                 event = self._checked(handle, row, event)
             if self._running.pop(row, None) is not None:
                 self.batch.remove(row)
-            self.caps.release(handle.request.cap)
+            self.arms.release(handle.request.arm)
         if handle is self._reading:
             self._reading = None
         self._outbox.append((handle, event))
 
     def _checked(self, handle: RequestHandle, row: BatchRow, event: FinishEvent) -> FinishEvent:
-        """Caches what a row has processed; returns its last event, an error where its cap was not applied.
+        """Caches what a row has processed; returns its last event, an error where its arm was not applied.
 
-        With a cap whose floors differ between prompts and answers only the prompt is cached: as part of the
-        next prompt the answer gets other floors, and a conversation must not depend on what is cached.
+        In an arm that treats prompts and answers differently only the prompt is cached: as part of the next
+        prompt the answer gets other steps, and a conversation must not depend on what is cached.
         """
-        cap = handle.request.cap
-        length = row.fed if cap is None or cap.is_uniform else min(row.fed, len(row.prompt.ids))
+        arm = handle.request.arm
+        length = row.fed if arm is None or arm.is_uniform else min(row.fed, len(row.prompt.ids))
         try:
             self.batch.require_steered(row)
             if self.prefixes.capacity and length >= MIN_TOKENS:

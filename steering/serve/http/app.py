@@ -114,7 +114,7 @@ def _add_descriptions(app: FastAPI, service: PersonaService, needs_key: bool) ->
 
     @app.get("/v1/models", response_model=None, responses=REFUSALS)
     async def models() -> Response:
-        """The model, by itself and with each cap."""
+        """The model, by itself and with each arm."""
         return JSONResponse({"object": "list", "data": [model_object(name) for name in service.model_names]})
 
     @app.get("/v1/models/{name:path}", response_model=None, responses=REFUSALS)
@@ -125,7 +125,7 @@ def _add_descriptions(app: FastAPI, service: PersonaService, needs_key: bool) ->
 
     @app.get("/v1/axis", response_model=None, responses=REFUSALS)
     async def axis() -> Response:
-        """What is loaded: model, axis, caps, baseline, alarm, limits."""
+        """What is loaded: model, axis, arms, baseline, alarm, limits."""
         return JSONResponse({**_describe(service), "needs_key": needs_key})
 
     @app.get("/metrics", response_model=None, response_class=PlainTextResponse, responses=REFUSALS)
@@ -148,6 +148,7 @@ def _describe(service: PersonaService) -> JsonObject:
     quantiles: JsonObject = {"levels": list(axis.levels), "default": [], "roles": []}
     for population, table in tables.items():
         quantiles[population] = [value if math.isfinite(value) else None for value in table[row].tolist()]
+    arms, default = service.arms.describe(), service.options.arm
     return {
         "model": {**model.describe(), "name": service.name},
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -156,8 +157,10 @@ def _describe(service: PersonaService) -> JsonObject:
         "poles": list(axis.poles),
         "quantiles": quantiles,
         **service.tracker.monitor.describe(),
-        "caps": service.caps.describe(),
-        "default_cap": service.default_cap.name if service.default_cap is not None else None,
+        "arms": arms,
+        "default_arm": default,
+        "caps": {name: arm for name, arm in arms.items() if arm["kind"] == "cap"},
+        "default_cap": default if default is not None and arms[default]["kind"] == "cap" else None,
         "default_mode": options.mode,
         "context": service.limits.context,
         "slots": service.limits.slots,

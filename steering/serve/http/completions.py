@@ -104,7 +104,7 @@ class _Completion(Generic[Request]):
         return {"usage": usage, "persona": self._personas(answers)}
 
     def _personas(self, answers: Sequence[StreamedAnswer]) -> JsonObject:
-        personas, named = [], set(self.service.caps.named)
+        personas, named = [], set(self.service.arms.named)
         for answer in answers:
             prompt = self.prompts[answer.index // self.request.choices]
             persona = self.service.measure(prompt, answer, per_token=self.request.per_token)

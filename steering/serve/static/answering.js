@@ -13,7 +13,7 @@ export const requestOf = (model, messages, answer, sampling) => ({
   messages,
   ...sampling,
   seed: answer.seed,
-  persona: { cap: answer.cap, mode: answer.mode, per_token: true },
+  persona: { arm: answer.arm, mode: answer.mode, per_token: true },
 });
 
 export const stream = async (conversation, turn, answer, side, { axis, sampling, signal, changed }) => {

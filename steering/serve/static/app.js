@@ -2,7 +2,7 @@
 
 import { newSeed, stream } from "./answering.js";
 import { askForKey, findServer } from "./arrival.js";
-import { chosenCap, chosenMode, isPressed, sampling, startControls } from "./controls.js";
+import { chosenArm, chosenMode, isPressed, sampling, startControls } from "./controls.js";
 import { addTurn, chooseSide, newAnswer, newConversation } from "./conversation.js";
 import { loadDistress, showNotice, showsDistress } from "./distress.js";
 import { byId, el, fixed, speak } from "./dom.js";
@@ -37,7 +37,7 @@ const draw = () => {
   byId("save").disabled = conversation.turns.length === 0;
   drawPanel();
 };
-const drawPanel = () => panel.draw(conversation, chosenCap());
+const drawPanel = () => panel.draw(conversation, chosenArm());
 
 const pending = new Set();
 const changed = (answer) => {
@@ -83,7 +83,7 @@ const foldChart = () => matchMedia("(max-width: 56rem)").matches && toggle("stri
 
 // One answer as set in the header, or two with one seed in a comparison.
 const newAnswers = (seed) => {
-  const capped = () => newAnswer({ cap: chosenCap(), mode: chosenMode(), seed });
+  const capped = () => newAnswer({ arm: chosenArm(), mode: chosenMode(), seed });
   return isPressed("compare") ? [newAnswer({ seed }), capped()] : [capped()];
 };
 
@@ -172,8 +172,8 @@ const again = async () => {
 
 const retry = async (turn, side) => {
   if (controller) return;
-  const { cap, mode, seed } = turn.answers[side];
-  turn.answers[side] = newAnswer({ cap, mode, seed });
+  const { arm, mode, seed } = turn.answers[side];
+  turn.answers[side] = newAnswer({ arm, mode, seed });
   await ask(turn, [turn.answers[side]]);
 };
 
@@ -316,7 +316,7 @@ const startEmpty = () => {
     el(
       "p",
       { class: "note" },
-      "Begin with a message of your own or with one of these. Compare answers each message twice, baseline and capped: two conversations side by side with the same messages, each with its own history.",
+      "Begin with a message of your own or with one of these. Compare answers each message twice, at baseline and in the chosen arm: two conversations side by side with the same messages, each with its own history.",
     ),
     el(
       "div",
@@ -337,7 +337,7 @@ const start = async () => {
   const actions = { edit, again, retry, copy, keep: (side) => (chooseSide(conversation, side), draw(), storeConversation(), byId("say").focus()) };
   log = newLog(byId("turns"), scale, actions);
   panel = newPanel(axis, scale, goTo);
-  watchTokens(byId("turns"), (cap) => countLayers(axis.caps?.[cap]?.layers), scale, speak);
+  watchTokens(byId("turns"), (arm) => countLayers(axis.arms?.[arm]?.layers), scale, speak);
   startEmpty();
   const { conversation: known, remark } = remembered(axis);
   conversation = known ?? newConversation();

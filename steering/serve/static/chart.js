@@ -229,7 +229,7 @@ const alarm = (point, series, px, py, right) => {
 
 const mark = (point, px, py, step, several, onpick) => {
   const { answer, turn, side, value } = point;
-  const capped = answer.cap !== null;
+  const capped = answer.arm !== null;
   const size = step < 14 ? 3 : 5;
   const lines = words(point, several);
   const shape = capped
@@ -259,9 +259,9 @@ const mark = (point, px, py, step, several, onpick) => {
 };
 
 const words = ({ answer, turn, value }, several) => [
-  `Answer ${turn + 1}${several || answer.cap ? `, ${answer.cap ? `cap “${answer.cap}”` : "baseline"}` : ""}`,
+  `Answer ${turn + 1}${several || answer.arm ? `, ${answer.arm ? `arm “${answer.arm}”` : "baseline"}` : ""}`,
   answer.live ? `${fixed(value)} so far` : `projection ${fixed(value)}${answer.z === null ? "" : `, z ${signed(answer.z)}`}`,
-  ...(answer.fired === null ? [] : [`the cap acted on ${percent(answer.fired)} of tokens × layers`]),
+  ...(answer.fired === null ? [] : [`the arm acted on ${percent(answer.fired)} of tokens × layers`]),
   ...(answer.raised ? ["the drift alarm was raised here"] : answer.alarm ? ["the drift alarm is on"] : []),
 ];
 
@@ -270,7 +270,7 @@ export const chartTable = (series, several) => {
   const head = el(
     "tr",
     {},
-    ...["answer", ...(several ? ["side"] : []), "projection", "z", "cap acted", "alarm"].map((name) => el("th", { scope: "col" }, name)),
+    ...["answer", ...(several ? ["side"] : []), "projection", "z", "arm acted", "alarm"].map((name) => el("th", { scope: "col" }, name)),
   );
   const rows = series.flatMap((one) =>
     one.points.filter((point) => one.side === 0 || !point.shared).map((point) => ({ ...point, side: one.side })),
@@ -278,7 +278,7 @@ export const chartTable = (series, several) => {
   rows.sort((a, b) => a.turn - b.turn || a.side - b.side);
   const cells = ({ answer, turn, value }) => [
     el("th", { scope: "row" }, String(turn + 1)),
-    ...(several ? [el("td", { class: "text" }, answer.cap ?? "baseline")] : []),
+    ...(several ? [el("td", { class: "text" }, answer.arm ?? "baseline")] : []),
     ...[
       fixed(value),
       answer.z === null ? "–" : signed(answer.z),

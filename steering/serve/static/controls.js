@@ -1,4 +1,4 @@
-// The controls: cap, when it acts, comparison, sampling. Their state is in the fields alone.
+// The controls: arm, when it acts, comparison, sampling. Their state is in the fields alone.
 
 import { byId, el } from "./dom.js";
 import { ROLES } from "./examples.js";
@@ -13,37 +13,37 @@ const LIMITS = {
 export const isPressed = (id) => byId(id).getAttribute("aria-pressed") === "true";
 export const press = (id, on) => byId(id).setAttribute("aria-pressed", String(on));
 
-export const chosenCap = () => byId("cap").value || null;
-export const chosenMode = () => (chosenCap() ? byId("mode").value : "always");
+export const chosenArm = () => byId("arm").value || null;
+export const chosenMode = () => (chosenArm() ? byId("mode").value : "always");
 
 // Fills the header from the axis. `changed` runs after every choice.
 export const startControls = (axis, changed) => {
-  const caps = Object.entries(axis.caps ?? {});
+  const arms = Object.entries(axis.arms ?? {});
   byId("model").textContent = axis.model.id;
   byId("model").title = `${axis.model.name}, ${axis.model.n_layers} layers, ${axis.dtype} on ${axis.device}`;
   document.title = `${axis.model.id} · personatlas`;
-  byId("cap").append(...caps.map(([name, cap]) => el("option", { value: name, title: `layers ${cap.layers}` }, name)));
-  byId("cap").disabled = byId("compare").disabled = caps.length === 0;
-  if (!caps.length) byId("compare").title = byId("cap").title = "This server has no cap: start it with one to compare";
-  byId("cap").value = axis.default_cap ?? "";
+  byId("arm").append(...arms.map(([name, arm]) => el("option", { value: name, title: `layers ${arm.layers}` }, name)));
+  byId("arm").disabled = byId("compare").disabled = arms.length === 0;
+  if (!arms.length) byId("compare").title = byId("arm").title = "This server has no arm: start it with one to compare";
+  byId("arm").value = axis.default_arm ?? "";
   byId("mode").value = axis.default_mode ?? "always";
   const adaptive = byId("mode").querySelector('[value="adaptive"]');
   adaptive.disabled = !axis.alarm;
   if (!axis.alarm) adaptive.title = "needs an alarm calibrated on reference conversations";
   for (const id of ["temperature", "top_p", "max_tokens"]) byId(id).placeholder = axis[id] ?? "the server’s";
   const show = () => {
-    byId("mode-label").hidden = !chosenCap();
+    byId("mode-label").hidden = !chosenArm();
     byId("how-now").textContent = summary();
     changed();
   };
-  byId("cap").addEventListener("change", () => {
-    if (!chosenCap()) press("compare", false);
+  byId("arm").addEventListener("change", () => {
+    if (!chosenArm()) press("compare", false);
     show();
   });
   byId("mode").addEventListener("change", show);
   byId("compare").addEventListener("click", () => {
     press("compare", !isPressed("compare"));
-    if (isPressed("compare") && !chosenCap()) byId("cap").value = axis.default_cap ?? caps[0][0];
+    if (isPressed("compare") && !chosenArm()) byId("arm").value = axis.default_arm ?? arms[0][0];
     show();
   });
   byId("colours").addEventListener("click", () => {

@@ -1,8 +1,8 @@
-// A conversation is a list of turns: a message of the user, and one answer or two (0 baseline, 1 capped).
+// A conversation is a list of turns: a message of the user, and one answer or two (0 baseline, 1 in the arm).
 //
 //   turn   = { user: text | null, answers: [answer] | [answer, answer], kept: null | 0 | 1, run }
-//   answer = { text, tokens: [{ text, projection, fired }], cap, mode, seed, ended, problem, live, ...fields of persona.js }
-//            `cap` is the chosen one, `acted` whether it acted; `ended` is "stop", "length", "you" (stopped by the user) or null
+//   answer = { text, tokens: [{ text, projection, fired }], arm, mode, seed, ended, problem, live, ...fields of persona.js }
+//            `arm` is the chosen one, `acted` whether it acted; `ended` is "stop", "length", "you" (stopped by the user) or null
 //
 // Each side has a history of its own: its own answers where there are two, the only one where there is one. `kept` says that both
 // sides continue from one of the two; the other stays visible and is no longer part of what the model reads. `run` numbers the
@@ -18,7 +18,7 @@ export const newConversation = () => ({ system: "", turns: [], run: 0 });
 export const newAnswer = (values = {}) => ({
   text: "",
   tokens: [],
-  cap: null,
+  arm: null,
   mode: "always",
   seed: null,
   ...emptyPersona(),

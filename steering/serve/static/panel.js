@@ -10,29 +10,29 @@ export const newPanel = (axis, scale, onpick) => {
   byId("explain").textContent = explanation(axis);
   byId("scale").replaceChildren(...scaleLegend(scale));
   return {
-    draw: (conversation, cap) => {
+    draw: (conversation, arm) => {
       const series = trajectories(conversation);
-      const floor = floorOf(conversation, axis, cap);
+      const floor = floorOf(conversation, axis, arm);
       chart.draw(series, axis, floor);
       const words = stateOf(conversation, axis);
       byId("state").replaceChildren(...words.map(({ text, alarm }) => el("span", { class: alarm ? "alarmed" : null }, text)));
       byId("strip-state").textContent = shortState(conversation, axis);
-      byId("legend").replaceChildren(...legend(conversation, axis, cap, floor));
-      byId("readouts").replaceChildren(readouts(conversation, axis, cap));
+      byId("legend").replaceChildren(...legend(conversation, axis, arm, floor));
+      byId("readouts").replaceChildren(readouts(conversation, axis, arm));
       byId("table").replaceChildren(chartTable(series, series.length > 1));
     },
   };
 };
 
 const explanation = ({ layer, poles, model, baseline, alarm }) =>
-  `Each point is one answer: the mean projection of its tokens at layer ${layer} of ${model.n_layers}, before any cap’s step, onto the axis from “${poles[1]}” to “${poles[0]}”.` +
+  `Each point is one answer: the mean projection of its tokens at layer ${layer} of ${model.n_layers}, before any arm’s step, onto the axis from “${poles[1]}” to “${poles[0]}”.` +
   (baseline
     ? ` The band is where ${baseline.of} lie (mean ± 2 spreads); z counts spreads from their mean, so an answer far below zero has left the model’s default character.`
     : "") +
   (alarm ? ` The alarm is raised in ${percent(alarm.false_alarms)} of reference conversations.` : " No alarm is calibrated on this server.");
 
-const floorOf = (conversation, axis, cap) => {
-  if (cap) return axis.caps[cap]?.floor ?? null;
+const floorOf = (conversation, axis, arm) => {
+  if (arm) return axis.arms[arm]?.floor ?? null;
   const answers = conversation.turns.flatMap((turn) => turn.answers).filter((answer) => answer.floor !== null);
   return answers.at(-1)?.floor ?? null;
 };
@@ -40,7 +40,7 @@ const floorOf = (conversation, axis, cap) => {
 const answersOn = (conversation, side) =>
   conversation.turns.map((turn) => answerOn(turn, side)).filter((answer) => answer !== null && (answer.projection !== null || answer.live));
 
-const sideName = (side) => (side === CAPPED ? "Capped" : "Baseline");
+const sideName = (side) => (side === CAPPED ? "Steered" : "Baseline");
 
 const stateOf = (conversation, axis) => {
   const sides = sidesOf(conversation);
@@ -83,36 +83,36 @@ const shortState = (conversation, axis) => {
     const z = zOf(axis, last.live ? runningMean(last.tokens) : last.projection);
     return z === null ? "–" : signed(z);
   });
-  return `z ${values.join(", capped ")}${lasts[0].alarm ? ", drifting" : ""}`;
+  return `z ${values.join(", steered ")}${lasts[0].alarm ? ", drifting" : ""}`;
 };
 
-const legend = (conversation, axis, cap, floor) => {
+const legend = (conversation, axis, arm, floor) => {
   const answers = conversation.turns.flatMap((turn) => turn.answers);
   const key = (name, text) => el("span", {}, el("i", { class: name, "aria-hidden": "true" }), text);
-  const anyPlain = answers.some((answer) => answer.cap === null) || !answers.length;
+  const anyPlain = answers.some((answer) => answer.arm === null) || !answers.length;
   return [
     anyPlain && key("key-plain", "baseline"),
-    (answers.some((answer) => answer.cap !== null) || cap) && key("key-capped", "capped"),
+    (answers.some((answer) => answer.arm !== null) || arm) && key("key-capped", "steered"),
     axis.baseline && key("key-band", axis.baseline.of),
     floor !== null && key("key-floor", "floor"),
     answers.some((answer) => answer.alarm) && key("key-alarm", "alarm on"),
   ].filter(Boolean);
 };
 
-const readouts = (conversation, axis, cap) => {
+const readouts = (conversation, axis, arm) => {
   const sides = sidesOf(conversation);
   const lasts = sides.map((side) => answersOn(conversation, side).at(-1));
   const value = (show) => lasts.map((last) => el("td", {}, last ? show(last) : "–"));
   const place = (last) => (last.live ? runningMean(last.tokens) : last.projection);
   const z = (last) => zOf(axis, place(last));
-  const capped = lasts.some((last) => last?.acted) || cap !== null;
+  const capped = lasts.some((last) => last?.acted) || arm !== null;
   const rows = [
     ["Projection", (last) => fixed(place(last))],
     ["z", (last) => (z(last) === null ? "–" : signed(z(last)))],
     ...(capped
       ? [
-          ["Floor", (last) => fixed(last.floor ?? (last.live && last.cap ? axis.caps[last.cap]?.floor : null))],
-          ["Changed by the cap", (last) => percent(last.fired), "share of tokens times capped layers"],
+          ["Floor", (last) => fixed(last.floor ?? (last.live && last.arm ? axis.arms[last.arm]?.floor : null))],
+          ["Changed by the arm", (last) => percent(last.fired), "share of tokens times steered layers"],
         ]
       : []),
     ...(axis.alarm ? [["Drift", (last) => last.drift ?? "–"]] : []),

@@ -8,7 +8,7 @@ export const finite = (value) => (Number.isFinite(value) ? value : null);
 const isTrue = (value) => value === true;
 
 export const PERSONA_FIELDS = {
-  acted: { empty: false, from: (persona) => typeof persona.cap === "string", check: isTrue }, // an adaptive cap may rest
+  acted: { empty: false, from: (persona) => typeof persona.arm === "string", check: isTrue }, // an adaptive arm may rest
   projection: { empty: null, from: (persona) => persona.projection ?? null, check: finite },
   z: { empty: null, from: (persona) => persona.z ?? null, check: finite },
   floor: { empty: null, from: (persona) => persona.floor ?? null, check: finite },

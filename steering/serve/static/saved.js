@@ -41,9 +41,9 @@ export const toSaved = (conversation, axis, now = new Date()) => ({
 const originOf = (axis) => ({ model: axis.model.id, fingerprint: axis.model.fingerprint ?? null, layer: axis.layer, poles: axis.poles });
 
 const toAnswer = (answer) => {
-  const { text, tokens, cap, mode, seed, problem } = answer;
+  const { text, tokens, arm, mode, seed, problem } = answer;
   const ended = answer.live ? "you" : answer.ended; // as if it had been stopped here
-  return { content: text, cap, mode, seed, ...storedPersona(answer), ended, problem, per_token: tokens };
+  return { content: text, cap: arm, mode, seed, ...storedPersona(answer), ended, problem, per_token: tokens };
 };
 
 // ---- reading
@@ -136,7 +136,7 @@ const answerOf = (value) => {
   return newAnswer({
     text: string(value.content, "an answer"),
     tokens: list(value.per_token ?? [], "tokens").map(tokenOf),
-    cap: value.cap === null || value.cap === undefined ? null : string(value.cap, "a cap’s name"),
+    arm: value.cap === null || value.cap === undefined ? null : string(value.cap, "an arm’s name"),
     mode: value.mode === "adaptive" ? "adaptive" : "always",
     seed: Number.isInteger(value.seed) ? value.seed : null,
     ...checkedPersona(value),

@@ -61,8 +61,8 @@ const describeToken = (box, span, layersOf, scale) => {
       : `projection ${fixed(token.projection)}${z === null ? "" : `, z ${signed(z)}`}`,
   ];
   if (token.fired) {
-    const all = layersOf(box.answer.cap);
-    lines.push(`changed by the cap at ${token.fired}${all ? ` of ${all}` : ""} layer${token.fired === 1 && !all ? "" : "s"}`);
+    const all = layersOf(box.answer.arm);
+    lines.push(`changed by the arm at ${token.fired}${all ? ` of ${all}` : ""} layer${token.fired === 1 && !all ? "" : "s"}`);
   }
   showTip(lines, span.getClientRects()[0] ?? span.getBoundingClientRect());
   return lines;
@@ -118,9 +118,9 @@ export const scaleLegend = (scale) => {
     el(
       "p",
       { class: "note" },
-      "Each token’s projection before the cap’s step. ",
+      "Each token’s projection before the arm’s step. ",
       el("span", { class: "t fired sample" }, el("b", {}, "Underlined")),
-      ": changed by the cap at one layer or more.",
+      ": changed by the arm at one layer or more.",
     ),
   ];
 };

@@ -80,7 +80,7 @@ const turnOf = (conversation, turn, number, context) => {
 const answerOf = (turn, answer, side, last, { actions, boxes }) => {
   const aside = turn.kept !== null && turn.answers.length > 1 && turn.kept !== side;
   const pair = turn.answers.length > 1;
-  const name = answer.cap === null ? "Baseline" : `Cap “${answer.cap}”${answer.mode === "adaptive" ? ", only while drifting" : ""}`;
+  const name = answer.arm === null ? "Baseline" : `Arm “${answer.arm}”${answer.mode === "adaptive" ? ", only while drifting" : ""}`;
   const text = el("p", { class: "tokens", tabindex: 0, "aria-label": `${name}, answer` });
   const facts = el("p", { class: "facts" });
   const problem = el(
@@ -93,8 +93,8 @@ const answerOf = (turn, answer, side, last, { actions, boxes }) => {
   const copy = button("Copy", () => actions.copy(answer, copy));
   const article = el(
     "div",
-    { class: `answer ${answer.cap === null ? "plain" : "capped"}${aside ? " aside" : ""}` },
-    (pair || answer.cap !== null) &&
+    { class: `answer ${answer.arm === null ? "plain" : "capped"}${aside ? " aside" : ""}` },
+    (pair || answer.arm !== null) &&
       el("p", { class: "who" }, el("i", { "aria-hidden": "true" }), name, aside && el("small", {}, "set aside")),
     text,
     problem,
@@ -119,8 +119,8 @@ const factsOf = (answer) => {
   if (answer.live) return [];
   const facts = answer.projection === null ? [] : [{ text: `projection ${fixed(answer.projection)}` }];
   if (answer.z !== null) facts.push({ text: `z ${signed(answer.z)}` });
-  if (answer.acted) facts.push({ text: answer.fired === null ? "cap acted" : `cap acted on ${percent(answer.fired)}` });
-  else if (answer.cap !== null && answer.z !== null && answer.drift !== null) facts.push({ text: "cap at rest" });
+  if (answer.acted) facts.push({ text: answer.fired === null ? "arm acted" : `arm acted on ${percent(answer.fired)}` });
+  else if (answer.arm !== null && answer.z !== null && answer.drift !== null) facts.push({ text: "arm at rest" });
   if (answer.raised) facts.push({ text: "drift alarm", alarm: true });
   if (ENDS[answer.ended])
     facts.push({ text: ENDS[answer.ended], title: answer.ended === "length" ? "The answer reached the most tokens allowed" : null });

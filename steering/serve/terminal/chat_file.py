@@ -79,9 +79,9 @@ def _answer_json(answer: ChatAnswer) -> JsonObject:
     measured = {name: getattr(persona, name, None) for name in ("projection", "z", "floor", "fired")}
     content: JsonObject = {
         "content": answer.text,
-        "cap": answer.cap,
+        "cap": answer.arm,
         "mode": persona.mode if persona is not None else ALWAYS,
-        "acted": persona is not None and persona.cap is not None,
+        "acted": persona is not None and persona.arm is not None,
         "seed": answer.seed,
         **measured,
         "alarm": turn.alarm if turn is not None else None,

@@ -2,7 +2,7 @@
 
 renderer = ChatRenderer(Console(), service.tracker)
 renderer.piece("Hello")                    # text as it comes
-renderer.summary(answer)                   # one line: where the answer lies on -3 to +3, and what the cap did
+renderer.summary(answer)                   # one line: where the answer lies on -3 to +3, and what the arm did
 """
 
 import re
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from personatlas.analysis.drift_alarm import GAUGE_LIMIT, z_gauge
+from personatlas.steering.arm_kinds import arm_words
 from personatlas.steering.serve.distress_notice import distress_phrases
 from personatlas.steering.serve.persona_state import PersonaTracker
 from personatlas.steering.serve.terminal.session import ChatAnswer, Transcript
@@ -61,7 +62,7 @@ class ChatRenderer:
             text = _join(
                 Text(z_gauge(persona.z), _colour(persona.z)),
                 Text(f"z {persona.z:+.1f}  projection {persona.projection:.1f}", "dim"),
-                Text(clean(_cap_words(answer)), "dim"),
+                Text(clean(_arm_words(answer)), "dim"),
                 _alarm(answer),
                 ending,
             )
@@ -73,7 +74,7 @@ class ChatRenderer:
             self.line("nothing was said yet")
             return
         gauge_title = f"-{GAUGE_LIMIT:g} to +{GAUGE_LIMIT:g}"
-        rows = [[Text(title, "dim") for title in ("", "you", "projection", "z", gauge_title, "cap", "")]]
+        rows = [[Text(title, "dim") for title in ("", "you", "projection", "z", gauge_title, "arm", "")]]
         for number, (user, answer) in enumerate(transcript.exchanges, 1):
             message = clean(" ".join((user or "(the model began)").split()))
             rows.append([Text(str(number)), Text(message), *_cells(answer)])
@@ -94,7 +95,7 @@ class ChatRenderer:
             self.out.print(line, soft_wrap=True)
 
     def tokens(self, answer: ChatAnswer) -> None:
-        """Writes an answer's tokens, coloured by projection, underlined where the cap changed them."""
+        """Writes an answer's tokens, coloured by projection, underlined where the arm changed them."""
         tokens = (answer.persona.per_token if answer.persona is not None else None) or ()
         reference = self.tracker.monitor.reference
         positive, negative = self.tracker.axis.poles
@@ -110,7 +111,7 @@ class ChatRenderer:
                 Text(f"-{GAUGE_LIMIT:g} {negative}", _colour(-GAUGE_LIMIT)),
                 " … ",
                 Text(f"{positive} +{GAUGE_LIMIT:g}", _colour(GAUGE_LIMIT)),
-                Text(f" (z at layer {self.tracker.axis.layer}); underlined: changed by the cap", "dim"),
+                Text(f" (z at layer {self.tracker.axis.layer}); underlined: changed by the arm", "dim"),
             )
             self.out.print(scale)
         else:
@@ -121,16 +122,16 @@ class ChatRenderer:
                 self.line(f"{numbers}\t{token.fired}\t{clean(token.text)!r}")
 
 
-def _cap_words(answer: ChatAnswer) -> str:
-    """What the cap did, in words."""
+def _arm_words(answer: ChatAnswer) -> str:
+    """What the arm did, in words."""
     persona = answer.persona
-    if answer.cap is None or persona is None:
-        return "no cap" if answer.ended is not None else "read without a cap"
-    if persona.cap is None:
-        return f"cap {answer.cap} rested"
+    if answer.arm is None or persona is None:
+        return "no arm" if answer.ended is not None else "read at baseline"
+    if persona.arm is None:
+        return f"{arm_words(answer.arm)} rested"
     floor = "" if persona.floor is None else f", floor {persona.floor:.1f}"
     fired = "acts on prompts alone" if persona.fired is None else f"fired {persona.fired:.0%}"
-    return f"cap {answer.cap} {fired}{floor}"
+    return f"{arm_words(answer.arm)} {fired}{floor}"
 
 
 def _alarm(answer: ChatAnswer) -> Text:
@@ -143,20 +144,20 @@ def _alarm(answer: ChatAnswer) -> Text:
 
 
 def _cells(answer: ChatAnswer | None) -> list[Text]:
-    """Projection, z, gauge, cap and alarm of a table's row."""
+    """Projection, z, gauge, arm and alarm of a table's row."""
     if answer is None:
         return [Text("") for _ in range(4)] + [Text("no answer", "dim")]
     persona = answer.persona
-    name = answer.cap or ("" if answer.ended is None else "none")  # that of a loaded answer is not known
+    name = answer.arm or ("" if answer.ended is None else "none")  # that of a loaded answer is not known
     fired = "" if persona is None or persona.fired is None else f" {persona.fired:.0%}"
-    cap = Text(clean(name) + fired)
+    arm = Text(clean(name) + fired)
     if persona is None or persona.z is None:
-        return [Text(""), Text(""), Text(""), cap, Text("not read", "dim")]
+        return [Text(""), Text(""), Text(""), arm, Text("not read", "dim")]
     return [
         Text(f"{persona.projection:.1f}"),
         Text(f"{persona.z:+.1f}"),
         Text(z_gauge(persona.z, NARROW), _colour(persona.z)),
-        cap,
+        arm,
         _join(_alarm(answer), Text(ENDINGS.get(answer.ended or "", ""), "dim")),
     ]
 

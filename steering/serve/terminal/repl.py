@@ -1,4 +1,4 @@
-"""The loop of a terminal chat, at a terminal or over a pipe: messages, and commands such as /cap none.
+"""The loop of a terminal chat, at a terminal or over a pipe: messages, and commands such as /arm none.
 
     with asyncio.Runner() as runner:
         repl = ChatRepl(runner, service, Console(), Console(stderr=True), seed=None, live=True)
@@ -17,22 +17,23 @@ from rich.console import Console
 from rich.text import Text
 
 from personatlas.persona.errors import UserError
+from personatlas.steering.arm_kinds import arm_words
 from personatlas.steering.serve.answer_stream import EngineFailure
 from personatlas.steering.serve.distress_notice import shows_distress
-from personatlas.steering.serve.engine.cap_slots import NONE
+from personatlas.steering.serve.engine.arm_slots import NONE
 from personatlas.steering.serve.options import ADAPTIVE
 from personatlas.steering.serve.service import ContextOverflow, PersonaService
 from personatlas.steering.serve.terminal.chat_file import load_chat, save_chat
 from personatlas.steering.serve.terminal.render import SURROGATE, ChatRenderer, clean
-from personatlas.steering.serve.terminal.session import CapSetting, ChatAnswer, ChatSession, Show, Transcript
+from personatlas.steering.serve.terminal.session import ArmSetting, ChatAnswer, ChatSession, Show, Transcript
 
 PROMPT = "> "
 COMMANDS = {  # what follows each, and what it does
-    "cap": ("NAME|none|adaptive", "the cap from now on; alone, which there are"),
+    "arm": ("NAME|none|adaptive", "what acts from now on (also /cap); alone, which there are"),
     "system": ("TEXT", "begin anew under this system prompt; alone, show it"),
     "trace": ("", "all answers and where they lie"),
     "tokens": ("", "the last answer's tokens, coloured by projection"),
-    "compare": ("", "the last message answered with and without the cap"),
+    "compare": ("", "the last message answered with and without the arm"),
     "retry": ("", "another answer to the last message"),
     "undo": ("", "take back the last exchange, /retry, /load or /reset"),
     "reset": ("", "a new conversation with the same system prompt"),
@@ -123,7 +124,7 @@ class ChatRepl:
         argument = argument.strip()
         if name in ("quit", "exit", "q"):
             return False
-        known = name.removesuffix("!") if name == "save!" else name
+        known = {"save!": "save", "cap": "arm"}.get(name, name)
         if known not in COMMANDS:
             raise UserError(f"there is no command /{name[:40]}; /help lists them")
         takes = COMMANDS[known][0]
@@ -133,8 +134,8 @@ class ChatRepl:
             raise UserError(f"/{known} FILE: a file's name is needed")
         session, renderer = self.session, self.renderer
         match name:
-            case "cap":
-                self._cap(argument)
+            case "arm" | "cap":
+                self._arm(argument)
             case "system" if argument:
                 session.change(Transcript(argument))
                 renderer.line("a new conversation begins under this system prompt (/undo comes back)")
@@ -168,32 +169,32 @@ class ChatRepl:
                 renderer.rows([[Text(left, "bold"), Text(right)] for left, right in rows])
         return True
 
-    def _cap(self, name: str) -> None:
+    def _arm(self, name: str) -> None:
         if name:
-            self.session.set_cap(name)
-        self.renderer.line(self._cap_words())
+            self.session.set_arm(name)
+        self.renderer.line(self._arm_words())
         if not name:
-            caps = [f"{cap} (layers {own['layers']})" for cap, own in self.service.caps.describe().items()]
-            self.renderer.line("caps: " + ("; ".join(caps) or "none is loaded"))
+            arms = [f"{arm} (layers {own['layers']})" for arm, own in self.service.arms.describe().items()]
+            self.renderer.line("arms: " + ("; ".join(arms) or "none is loaded"))
 
-    def _cap_words(self) -> str:
-        cap, mode = self.session.setting
-        if cap == NONE:
-            return "no cap"
-        return f"cap {cap}" + (", while the conversation drifts" if mode == ADAPTIVE else "")
+    def _arm_words(self) -> str:
+        arm, mode = self.session.setting
+        if arm == NONE:
+            return "no arm"
+        return arm_words(arm) + (", while the conversation drifts" if mode == ADAPTIVE else "")
 
     def _compare(self) -> None:
-        """Shows the baseline's answer as it comes; the capped one, which comes at the same time, after it."""
-        settings = [CapSetting(NONE), CapSetting(self.session.other_cap())]
+        """Shows the baseline's answer as it comes; the arm's, which comes at the same time, after it."""
+        settings = [ArmSetting(NONE), ArmSetting(self.session.other_arm())]
         self.renderer.line("baseline", "bold")
-        baseline, capped = self.runner.run(
+        baseline, steered = self.runner.run(
             self.session.compare(settings, [self.renderer.piece, lambda _: None])
         )
         self.renderer.line("")
         self.renderer.summary(baseline)
-        self.renderer.line(f"cap {settings[1].cap}", "bold")
-        self.renderer.line(capped.text)
-        self.renderer.summary(capped)
+        self.renderer.line(arm_words(settings[1].arm), "bold")
+        self.renderer.line(steered.text)
+        self.renderer.summary(steered)
         self.renderer.line(
             "the same seed for both; the conversation goes on from the answer that it had", "dim"
         )
@@ -201,7 +202,7 @@ class ChatRepl:
     def _load(self, transcript: Transcript) -> None:
         self.runner.run(self.session.load(transcript))
         self.renderer.table(self.session.transcript)
-        self.renderer.line("its answers as this model reads them, without a cap", "dim")
+        self.renderer.line("its answers as this model reads them, at baseline", "dim")
         if transcript.exchanges[-1].answer is None:
             self.renderer.line("its last message has no answer: /retry asks for one")
         if any(shows_distress(exchange.user or "") for exchange in transcript.exchanges):
@@ -219,7 +220,7 @@ class ChatRepl:
         axis, model = self.service.axis, self.service.model
         kind = f"{str(model.dtype).removeprefix('torch.')} on {model.device.type}"
         text = f"{self.service.name} ({kind}); layer {axis.layer}, {axis.poles[0]} +, {axis.poles[1]} -"
-        text += f"; {self._cap_words()}"
+        text += f"; {self._arm_words()}"
         if self.service.tracker.monitor.rule is None:
             text += "; no alarm is calibrated (`personatlas drift` makes a reference.json)"
         self._remark(text)

@@ -16,13 +16,13 @@ from typing import Literal, NamedTuple
 
 from personatlas.persona.errors import UserError
 from personatlas.persona.formats import Message
-from personatlas.steering.serve.engine.cap_slots import NONE
-from personatlas.steering.serve.options import ADAPTIVE, ALWAYS, CapMode
+from personatlas.steering.serve.engine.arm_slots import NONE
+from personatlas.steering.serve.options import ADAPTIVE, ALWAYS, ArmMode
 from personatlas.steering.serve.persona_state import PersonaState
 from personatlas.steering.serve.schema import SEEDS, ChatMessage, ChatRequest, PersonaRequest
 from personatlas.steering.serve.service import PersonaService
 
-DEFAULT_CAP = "assistant"  # the cap of `adaptive` and `compare` where none was chosen
+DEFAULT_ARM = "assistant"  # the arm of `adaptive` and `compare` where none was chosen
 Show = Callable[[str], None]  # is given the text that an answer gained
 
 
@@ -30,13 +30,13 @@ Show = Callable[[str], None]  # is given the text that an answer gained
 class ChatAnswer:
     """An answer with the server's persona object, None where the model did not read it.
 
-    `cap` is the chosen cap (`persona.cap` is None while an adaptive one rests). `ended` is "stop", "length",
+    `arm` is the chosen arm (`persona.arm` is None while an adaptive one rests). `ended` is "stop", "length",
     "you" (stopped by the user), or None for an answer that was loaded.
     """
 
     text: str
     persona: PersonaState | None = None
-    cap: str | None = None
+    arm: str | None = None
     seed: int | None = None
     ended: Literal["stop", "length", "you"] | None = None
 
@@ -77,11 +77,11 @@ class Transcript:
         return replace(self, exchanges=(*self.exchanges[:-1], last))
 
 
-class CapSetting(NamedTuple):
-    """A cap by its name, "none" for the baseline, and when it acts."""
+class ArmSetting(NamedTuple):
+    """An arm by its name, "none" for the baseline, and when it acts."""
 
-    cap: str
-    mode: CapMode = ALWAYS
+    arm: str
+    mode: ArmMode = ALWAYS
 
 
 class ChatSession:
@@ -89,8 +89,8 @@ class ChatSession:
 
     def __init__(self, service: PersonaService, seed: int | None = None) -> None:
         self.service, self.transcript = service, Transcript()
-        default = service.default_cap
-        self.setting = CapSetting(default.name if default is not None else NONE, service.options.mode)
+        default = service.default_arm
+        self.setting = ArmSetting(default.name if default is not None else NONE, service.options.mode)
         self._undo: list[Transcript] = []
         self._next_seed = secrets.randbelow(SEEDS) if seed is None else seed
 
@@ -108,22 +108,22 @@ class ChatSession:
         else:
             raise UserError("there is nothing to take back")
 
-    def set_cap(self, name: str) -> None:
-        """Sets the cap of the next answers: a name, none, or adaptive. `UserError` for an unknown one."""
-        setting = CapSetting(self.other_cap(), ADAPTIVE) if name == ADAPTIVE else CapSetting(name)
-        self.service.resolve_cap(_request([], setting))
+    def set_arm(self, name: str) -> None:
+        """Sets the arm of the next answers: a name, none, or adaptive. `UserError` for an unknown one."""
+        setting = ArmSetting(self.other_arm(), ADAPTIVE) if name == ADAPTIVE else ArmSetting(name)
+        self.service.resolve_arm(_request([], setting))
         self.setting = setting
 
-    def other_cap(self) -> str:
-        """The cap to compare with the baseline: the chosen one, else the default. `UserError` without any."""
-        names = list(self.service.caps.named)
-        if self.setting.cap == NONE and not names:
+    def other_arm(self) -> str:
+        """The arm to compare with the baseline: the chosen one, else the default. `UserError` without any."""
+        names = list(self.service.arms.named)
+        if self.setting.arm == NONE and not names:
             raise UserError(
-                "no cap is loaded: `personatlas calibrate` makes one, or name one as /cap p50@18-23"
+                "no cap is loaded: `personatlas calibrate` makes one, or name one as /arm p50@18-23"
             )
-        if self.setting.cap != NONE:
-            return self.setting.cap
-        return DEFAULT_CAP if DEFAULT_CAP in names else names[0]
+        if self.setting.arm != NONE:
+            return self.setting.arm
+        return DEFAULT_ARM if DEFAULT_ARM in names else names[0]
 
     async def say(self, text: str, show: Show) -> ChatAnswer:
         """Answers a message. Keeps neither where the answer was cancelled before it began."""
@@ -134,15 +134,15 @@ class ChatSession:
         """Answers the last message again, in place of its answer."""
         return await self._answer(self.transcript.with_answer(None), show)
 
-    async def compare(self, settings: Sequence[CapSetting], show: Sequence[Show]) -> list[ChatAnswer]:
-        """Answers the last message under several caps, with the seed of its answer; changes nothing."""
+    async def compare(self, settings: Sequence[ArmSetting], show: Sequence[Show]) -> list[ChatAnswer]:
+        """Answers the last message in several arms, with the seed of its answer; changes nothing."""
         question, answers = self.transcript.with_answer(None), self.transcript.answers
         seed = answers[-1].seed if answers else None
         return await self._generate(question, settings, self._draw_seed() if seed is None else seed, show)
 
     async def load(self, transcript: Transcript) -> None:
-        """Takes over a conversation. The model reads its answers without a cap."""
-        prompt = await self.service.prepare_chat(_request(transcript.messages, CapSetting(NONE)))
+        """Takes over a conversation. The model reads its answers at baseline."""
+        prompt = await self.service.prepare_chat(_request(transcript.messages, ArmSetting(NONE)))
         tracker = self.service.tracker
         states = tracker.watch(await self.service.read_turns(prompt.ids, prompt.spans))
         personas = {state.message: tracker.measure_loaded(states[: i + 1]) for i, state in enumerate(states)}
@@ -162,7 +162,7 @@ class ChatSession:
         return answer
 
     async def _generate(
-        self, question: Transcript, settings: Sequence[CapSetting], seed: int, show: Sequence[Show]
+        self, question: Transcript, settings: Sequence[ArmSetting], seed: int, show: Sequence[Show]
     ) -> list[ChatAnswer]:
         service = self.service
         requests = [_request(question.messages, setting, seed) for setting in settings]
@@ -180,8 +180,8 @@ class ChatSession:
             answer.raise_error()
             persona = service.measure(prompt, answer, per_token=True)
             ended = "you" if stopped and not answer.done else answer.finish_reason
-            cap = None if setting.cap == NONE else setting.cap
-            answers.append(ChatAnswer(answer.text, persona, cap, seed, ended))
+            arm = None if setting.arm == NONE else setting.arm
+            answers.append(ChatAnswer(answer.text, persona, arm, seed, ended))
         return answers
 
     def _draw_seed(self) -> int:
@@ -190,9 +190,9 @@ class ChatSession:
         return seed
 
 
-def _request(messages: Sequence[Message], setting: CapSetting, seed: int | None = None) -> ChatRequest:
+def _request(messages: Sequence[Message], setting: ArmSetting, seed: int | None = None) -> ChatRequest:
     own = [ChatMessage.model_construct(role=m["role"], content=m["content"]) for m in messages]
     persona = PersonaRequest.model_construct(
-        cap=None if setting.cap == NONE else setting.cap, mode=setting.mode, per_token=True
+        arm=None if setting.arm == NONE else setting.arm, mode=setting.mode, per_token=True
     )
     return ChatRequest.model_construct(messages=own, seed=seed, persona=persona)

@@ -110,7 +110,9 @@ def _alone(monkeypatch):
 @pytest.fixture(scope="module")
 def answerer(tiny_run):
     how = ModelOptions(device="cpu", dtype="float32")
-    return BatchAnswerer(load_steered_model(str(tiny_run / "tiny"), how, str(tiny_run / "run"), [CAP]))
+    return BatchAnswerer(
+        load_steered_model(str(tiny_run / "tiny"), str(tiny_run / "run"), [f"cap:{CAP}"], how)
+    )
 
 
 @pytest.fixture
@@ -200,7 +202,7 @@ def test_both_arms_share_seeds_and_a_strong_cap_changes_the_answers(place, api):
 
 
 def test_projection_and_fired_share_are_those_of_a_trace(answerer):
-    model, axis, cap = answerer.steered.model, answerer.steered.axis, answerer.steered.caps[0]
+    model, axis, cap = answerer.steered.model, answerer.steered.axis, answerer.interventions[0]
     texts = ("Who are you?", "Rain", "A long question about boats and birds, and about the sea.")
     asked = [
         AnswerRequest(

@@ -5,20 +5,20 @@ from engines import ENDS, Listener
 from families import tiny_model
 from tiny_axis import axis_of
 
+from personatlas.steering.arms import Arm
 from personatlas.steering.serve.engine.scheduler import Engine, EngineLimits
 
 
 @pytest.fixture
 def served():
-    """engine(room, caps) on the tiny model, closed at the end."""
+    """engine(room, arms) on the tiny model, closed at the end."""
     opened = []
 
-    def make(room=EngineLimits(slots=4, context=256), family="llama", ends=ENDS, caps=True):
+    def make(room=EngineLimits(slots=4, context=256), family="llama", ends=ENDS, arms=True):
         model = tiny_model(family)
         axis, listener = axis_of(model), Listener()
-        named = (
-            {"mild": axis.quantile_cap((0, 1), 0.5), "firm": axis.quantile_cap((1,), 0.75)} if caps else {}
-        )
+        caps = {"mild": axis.quantile_cap((0, 1), 0.5), "firm": axis.quantile_cap((1,), 0.75)}
+        named = [Arm(name, (cap,)) for name, cap in caps.items()] if arms else []
         engine = Engine(model, ends, axis, named, room, listener)
         engine.start()
         opened.append(engine)

@@ -28,7 +28,7 @@ def test_an_answer_streams_and_its_point_moves_with_it(visit, fake):
     settled(page)
     expect(page.locator("#chart .point")).to_have_count(2)
     assert [message["role"] for message in fake.requests[1]["messages"]] == ["user", "assistant", "user"]
-    assert fake.requests[1]["persona"] == {"cap": None, "mode": "always", "per_token": True}
+    assert fake.requests[1]["persona"] == {"arm": None, "mode": "always", "per_token": True}
     said = "".join(page.locator(".tokens").nth(1).locator(".t").all_text_contents())
     assert said == page.locator(".tokens").nth(1).text_content()
 
@@ -49,7 +49,7 @@ def test_a_conversation_that_drifts_shows_its_alarm_where_it_was_raised(visit):
 
 def test_the_cap_and_the_sampling_that_are_chosen_are_asked_for(visit, fake):
     page = visit()
-    page.select_option("#cap", "firm")
+    page.select_option("#arm", "firm")
     page.select_option("#mode", "adaptive")
     expect(page.locator("#chart .floor")).to_have_count(1)
     page.click("#how summary")
@@ -59,7 +59,7 @@ def test_the_cap_and_the_sampling_that_are_chosen_are_asked_for(visit, fake):
     page.click("#roles button >> nth=0")
     say(page, "Hello")
     request = fake.requests[0]
-    assert request["persona"] == {"cap": "firm", "mode": "adaptive", "per_token": True}
+    assert request["persona"] == {"arm": "firm", "mode": "adaptive", "per_token": True}
     assert (request["temperature"], request["max_tokens"], request["seed"], request["stream"]) == (
         0.3,
         50,
@@ -82,8 +82,8 @@ def test_compared_sides_hear_the_same_words_and_keep_their_own_histories(visit, 
     page.click("#compare")
     say(page, "First")
     say(page, "Second")
-    plain, capped = sorted(fake.requests[3:], key=lambda request: request["persona"]["cap"] or "")
-    assert (plain["persona"]["cap"], capped["persona"]["cap"]) == (None, "assistant")
+    plain, capped = sorted(fake.requests[3:], key=lambda request: request["persona"]["arm"] or "")
+    assert (plain["persona"]["arm"], capped["persona"]["arm"]) == (None, "assistant")
     assert plain["seed"] == capped["seed"]
     for place, same in enumerate(
         (True, True, True, False, True)
@@ -106,7 +106,7 @@ def test_after_a_comparison_the_conversation_goes_on_as_it_is(visit, fake):
     page = visit()
     page.click("#compare")
     say(page, "First")
-    page.select_option("#cap", "")
+    page.select_option("#arm", "")
     expect(page.locator("#compare")).to_have_attribute("aria-pressed", "false")
     say(page, "Second")
     assert (

@@ -57,7 +57,7 @@ def test_the_keyboard_alone_is_enough(visit):
 
 def test_tokens_are_coloured_by_projection_and_underlined_where_the_cap_acted(visit):
     page = visit()
-    page.select_option("#cap", "assistant")
+    page.select_option("#arm", "assistant")
     say(page, "Hello")
     token = page.locator("#turns .t.fired").first
     clear = "rgba(0, 0, 0, 0)"
@@ -70,7 +70,7 @@ def test_tokens_are_coloured_by_projection_and_underlined_where_the_cap_acted(vi
     expect(page.locator("#scale")).to_contain_text("role-play")
     token.locator("b").hover()
     expect(page.locator("#tip")).to_have_text(
-        re.compile(r"projection .*z .*changed by the cap at \d of 19 layers")
+        re.compile(r"projection .*z .*changed by the arm at \d of 19 layers")
     )
     page.click("#how summary")
     page.fill("#max_tokens", "3")
@@ -82,14 +82,14 @@ def test_tokens_are_coloured_by_projection_and_underlined_where_the_cap_acted(vi
 
 def test_text_is_never_markup(visit, fake):
     axis = fake.behaviour.axis
-    axis["caps"][PAYLOAD] = {**axis["caps"]["firm"], "layers": PAYLOAD}
+    axis["arms"][PAYLOAD] = {**axis["arms"]["firm"], "layers": PAYLOAD}
     axis["model"]["id"] = axis["baseline"]["of"] = PAYLOAD
     axis["poles"] = [PAYLOAD, "role-play"]
     fake.behaviour.text = f"Look: {PAYLOAD}"
     page = visit()
     page.click("#how summary")
     page.fill("#system", PAYLOAD)
-    page.select_option("#cap", PAYLOAD)
+    page.select_option("#arm", PAYLOAD)
     page.click("#compare")
     say(page, PAYLOAD)
     expect(page.locator(".user .text")).to_have_text(PAYLOAD)
@@ -267,9 +267,9 @@ def test_the_page_waits_for_a_server_that_is_not_there_yet(visit, fake):
 
 
 def test_without_caps_or_an_alarm_the_page_offers_neither(visit, fake):
-    fake.behaviour.axis.update(caps={}, alarm=None, quantiles={"levels": [], "default": [], "roles": []})
+    fake.behaviour.axis.update(arms={}, alarm=None, quantiles={"levels": [], "default": [], "roles": []})
     page = visit()
-    expect(page.locator("#cap")).to_be_disabled()
+    expect(page.locator("#arm")).to_be_disabled()
     expect(page.locator("#compare")).to_be_disabled()
     say(page, "Hello")
     expect(page.locator("#explain")).to_contain_text("No alarm is calibrated")

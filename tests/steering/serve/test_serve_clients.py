@@ -285,7 +285,7 @@ def test_capped_and_uncapped_at_once_are_the_same_as_one_by_one_and_as_generate(
         if at % 4 == 0:
             single = asked(client, messages, model=f"tiny:{cap}", max_tokens=10)
             assert single.choices[0].message.content == answer.choices[0].message.content
-        plan = [tiny_server.service.caps.named[cap].cap] if cap != "none" else []
+        plan = [tiny_server.service.arms.named[cap].interventions[0]] if cap != "none" else []
         one = generate(alone, messages, steer=plan, axis=axis, sampling=sampling)
         assert answer.choices[0].message.content == one.text
         read = answer.persona["turns"][-1]["tokens"]  # the last token of an answer that was cut is never fed

@@ -11,14 +11,14 @@ from families import tiny_model
 from tiny_axis import axis_of
 
 from personatlas.persona.errors import UserError
-from personatlas.persona.interventions import interventions_digest
 from personatlas.persona.models.detokenizer import Detokenizer
 from personatlas.persona.sampling.sampler import Prompt
+from personatlas.steering.arms import Arm
 from personatlas.steering.hooks.steering import steer
 from personatlas.steering.serve.answer_stream import StreamedAnswer
 from personatlas.steering.serve.engine import scheduler as engine_module
+from personatlas.steering.serve.engine.arm_slots import SPARE_PLANS, ArmSlots
 from personatlas.steering.serve.engine.batch import TokenEvent
-from personatlas.steering.serve.engine.cap_slots import SPARE_PLANS, CapSlots, ResolvedCap
 from personatlas.steering.serve.engine.prefix_cache import CachedPrefix, PrefixCache
 from personatlas.steering.serve.engine.scheduler import (
     EngineLimits,
@@ -34,7 +34,7 @@ from personatlas.steering.traces import trace_answer
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "falcon", "mixtral", "mistral"])
 def test_every_row_of_a_full_engine_gets_what_it_would_get_alone(served, family):
     engine, listener = served(family=family)
-    caps = [None, engine.caps.resolve("mild"), engine.caps.resolve("firm")]
+    caps = [None, engine.arms.resolve("mild"), engine.arms.resolve("firm")]
     prompts = [*PROMPTS, LONG]
     asks = [
         GenerationRequest(
@@ -43,7 +43,7 @@ def test_every_row_of_a_full_engine_gets_what_it_would_get_alone(served, family)
             temperature=(0.7, 0.0, 1.3)[n % 3],
             top_p=(0.9, 1.0)[n % 2],
             max_tokens=10,
-            cap=caps[n % 3],
+            arm=caps[n % 3],
         )
         for n, ids in enumerate(prompts)
     ]
@@ -52,15 +52,15 @@ def test_every_row_of_a_full_engine_gets_what_it_would_get_alone(served, family)
     got = [listener.answer(ticket) for ticket in tickets]
     engine.close()  # its hooks are off
     assert got == [
-        alone(engine, a.ids, a.cap, a.seed, a.max_tokens, a.temperature, a.top_p).ids for a in asks
+        alone(engine, a.ids, a.arm, a.seed, a.max_tokens, a.temperature, a.top_p).ids for a in asks
     ]
 
 
 def test_projections_and_firings_are_those_of_reading_it_all_again(served):
     engine, listener = served(ends=frozenset())
-    cap = engine.caps.resolve("mild")
+    cap = engine.arms.resolve("mild")
     tickets = [
-        engine.submit(GenerationRequest(ids, seed=3, max_tokens=9, cap=cap)) for ids in (PROMPTS[3], LONG)
+        engine.submit(GenerationRequest(ids, seed=3, max_tokens=9, arm=cap)) for ids in (PROMPTS[3], LONG)
     ]
     listener.ended(tickets)
     engine.close()
@@ -68,7 +68,7 @@ def test_projections_and_firings_are_those_of_reading_it_all_again(served):
         read = listener.first(ticket, PrefillEvent)
         steps = [event for event in listener.events[ticket] if isinstance(event, TokenEvent)]
         again = trace_answer(
-            engine.model, ticket.request.ids, listener.answer(ticket), [cap.cap], engine.caps.axis
+            engine.model, ticket.request.ids, listener.answer(ticket), cap.interventions, engine.arms.axis
         )
         got = torch.tensor([*read.projections, *(step.projection for step in steps)])
         assert torch.allclose(got, again.projection[:-1], atol=1e-4)
@@ -97,21 +97,21 @@ def test_a_conversation_that_goes_on_is_not_read_again_and_says_the_same(served)
 
 def test_what_a_cap_changed_never_serves_a_row_without_it(served):
     engine, listener = served(ends=frozenset())
-    cap = engine.caps.resolve("mild")
+    cap = engine.arms.resolve("mild")
     for wanted, kept in (
         (cap, False),
         (None, False),
         (cap, True),
         (None, True),
-        (engine.caps.resolve("firm"), False),
+        (engine.arms.resolve("firm"), False),
     ):
-        ticket = engine.submit(GenerationRequest(LONG, seed=1, max_tokens=4, cap=wanted))
+        ticket = engine.submit(GenerationRequest(LONG, seed=1, max_tokens=4, arm=wanted))
         listener.ended([ticket])
         assert (listener.first(ticket, PrefillEvent).cached > 0) == kept
     engine.close()
     assert (
         listener.answer(ticket)
-        == alone(engine, LONG, ticket.request.cap, seed=1, max_tokens=4, temperature=1.0, top_p=1.0).ids
+        == alone(engine, LONG, ticket.request.arm, seed=1, max_tokens=4, temperature=1.0, top_p=1.0).ids
     )
 
 
@@ -123,7 +123,7 @@ def test_a_prompt_can_be_read_without_an_answer(served):
     for event in listener.events[ticket]:
         answer.take(event)
     engine.close()
-    read = trace_answer(engine.model, LONG, (), [], engine.caps.axis).projection
+    read = trace_answer(engine.model, LONG, (), [], engine.arms.axis).projection
     assert torch.allclose(torch.tensor(answer.prompt_projections), read, atol=1e-4)
     assert answer.ids == []
 
@@ -168,21 +168,21 @@ def test_a_long_prompt_is_read_in_pieces_while_others_go_on(served, monkeypatch)
 
 def test_described_caps_share_the_spare_plans_and_wait_for_one(served):
     engine, listener = served(EngineLimits(slots=8, context=256), ends=frozenset())
-    wanted = [engine.caps.resolve(CapByName(name="mild", shift=0.1 * n)) for n in range(1, SPARE_PLANS + 3)]
-    asks = [GenerationRequest(PROMPTS[2], seed=n, max_tokens=12, cap=cap) for n, cap in enumerate(wanted)]
+    wanted = [engine.arms.resolve(CapByName(name="mild", shift=0.1 * n)) for n in range(1, SPARE_PLANS + 3)]
+    asks = [GenerationRequest(PROMPTS[2], seed=n, max_tokens=12, arm=cap) for n, cap in enumerate(wanted)]
     tickets = [engine.submit(ask) for ask in asks]
     listener.ended(tickets)
     engine.close()
     assert [listener.answer(one) for one in tickets] == [
-        alone(engine, ask.ids, ask.cap, ask.seed, 12, 1.0, 1.0).ids for ask in asks
+        alone(engine, ask.ids, ask.arm, ask.seed, 12, 1.0, 1.0).ids for ask in asks
     ]
 
 
 def test_who_waits_for_a_spare_plan_holds_up_nobody_else(served):
     engine, listener = served(EngineLimits(slots=8, context=256), ends=frozenset())
-    shifted = [engine.caps.resolve(CapByName(name="mild", shift=0.1 * n)) for n in range(1, SPARE_PLANS + 2)]
+    shifted = [engine.arms.resolve(CapByName(name="mild", shift=0.1 * n)) for n in range(1, SPARE_PLANS + 2)]
     held = [
-        engine.submit(GenerationRequest(PROMPTS[2], seed=n, max_tokens=200, cap=cap))
+        engine.submit(GenerationRequest(PROMPTS[2], seed=n, max_tokens=200, arm=cap))
         for n, cap in enumerate(shifted)
     ]
     plain = engine.submit(GenerationRequest(PROMPTS[2], max_tokens=3))
@@ -196,16 +196,16 @@ def test_who_waits_for_a_spare_plan_holds_up_nobody_else(served):
 def test_a_conversation_under_uneven_floors_does_not_depend_on_what_is_kept(served):
     """As part of the next prompt an answer has the prompt's floor: its keys from when it was spoken are another text's."""
     engine, listener = served(ends=frozenset())
-    mild = engine.caps.resolve("mild").cap
+    mild = engine.arms.resolve("mild").interventions[0]
     uneven = replace(mild, prompt_floor=mild.floor - 0.5)
-    wanted = ResolvedCap("uneven", uneven, interventions_digest([uneven]))
-    (first,) = [engine.submit(GenerationRequest(LONG, seed=1, max_tokens=12, cap=wanted))]
+    wanted = Arm("uneven", (uneven,))
+    (first,) = [engine.submit(GenerationRequest(LONG, seed=1, max_tokens=12, arm=wanted))]
     listener.ended([first])
     longer = (*LONG, *listener.answer(first), *PROMPTS[2])
-    kept = engine.submit(GenerationRequest(longer, seed=2, max_tokens=4, cap=wanted))
+    kept = engine.submit(GenerationRequest(longer, seed=2, max_tokens=4, arm=wanted))
     listener.ended([kept])
     engine.prefixes.clear()
-    fresh = engine.submit(GenerationRequest(longer, seed=2, max_tokens=4, cap=wanted))
+    fresh = engine.submit(GenerationRequest(longer, seed=2, max_tokens=4, arm=wanted))
     listener.ended([fresh])
     assert listener.first(kept, PrefillEvent).cached == len(LONG)
     one, other = (torch.tensor(listener.first(ticket, PrefillEvent).projections) for ticket in (kept, fresh))
@@ -222,7 +222,7 @@ def test_many_requests_with_some_given_up_leave_nothing_behind(served):
                     PROMPTS[n % 7],
                     seed=n,
                     max_tokens=1 + n % 6,
-                    cap=engine.caps.resolve("mild") if n % 2 else None,
+                    arm=engine.arms.resolve("mild") if n % 2 else None,
                 )
             )
         )
@@ -231,7 +231,7 @@ def test_many_requests_with_some_given_up_leave_nothing_behind(served):
     listener.ended(tickets)
     assert {one[-1].reason for one in listener.events.values()} <= {"end", "length", "cancelled"}
     assert (engine.running, engine.queued, len(engine.batch.rows)) == (0, 0, 0)
-    assert engine.caps.rows_in_use == 0
+    assert engine.arms.rows_in_use == 0
     assert engine.prefixes.nbytes <= 2**20
 
 
@@ -276,30 +276,30 @@ def test_log_probabilities_are_those_of_the_model(served):
 
 def test_a_text_is_scored_with_its_plan_between_the_steps_of_others(served):
     engine, listener = served(ends=frozenset())
-    cap, found = engine.caps.resolve("mild"), []
+    cap, found = engine.arms.resolve("mild"), []
     talking = engine.submit(
-        GenerationRequest(PROMPTS[1], seed=5, max_tokens=60, cap=engine.caps.resolve("firm"))
+        GenerationRequest(PROMPTS[1], seed=5, max_tokens=60, arm=engine.arms.resolve("firm"))
     )
     listener.first(talking, TokenEvent)
     engine.between_steps(
-        lambda: found.append(engine.batch.score(Prompt(LONG, 0, engine.caps.acquire(cap)), 2))
+        lambda: found.append(engine.batch.score(Prompt(LONG, 0, engine.arms.acquire(cap)), 2))
     )
     listener.ended([talking])
     engine.close()
-    with steer(engine.model, [cap.cap]) as held:
+    with steer(engine.model, cap.interventions) as held:
         held.describe(torch.tensor([len(LONG)]), torch.tensor([len(LONG)]))
         scores = engine.model.hf(input_ids=torch.tensor([LONG]), use_cache=False).logits[0].log_softmax(-1)
     own = [float(scores[at, id]) for at, id in enumerate(LONG[1:])]
     assert found[0][0] == (None, {})
     assert [one for one, _ in found[0][1:]] == pytest.approx(own, abs=1e-4)
-    assert listener.answer(talking) == alone(engine, PROMPTS[1], talking.request.cap, 5, 60, 1.0, 1.0).ids
+    assert listener.answer(talking) == alone(engine, PROMPTS[1], talking.request.arm, 5, 60, 1.0, 1.0).ids
 
 
 @pytest.mark.parametrize("cap", ["../../etc/passwd", "/etc/passwd", "mild.json", "p50@99", "p50@0,0", "p50@", "p101@0", "mild+99", {}, {"name": "x"}, {"level": 3, "layers": "1"}, {"level": "p50", "layers": "x"}, {"name": "mild", "shift": float("nan")}, 7])  # fmt: skip
 def test_what_is_no_cap_is_one_line_and_never_a_path(cap):
     model = tiny_model()
     axis = axis_of(model)
-    slots = CapSlots(axis, model, {"mild": axis.quantile_cap((0, 1), 0.5)})
+    slots = ArmSlots(axis, model, [Arm("mild", (axis.quantile_cap((0, 1), 0.5),))])
     with pytest.raises(ValueError):  # noqa: PT011 (of the schema or of the slots)
         slots.resolve(PersonaRequest(cap=cap).cap)
 

@@ -12,13 +12,13 @@ from personatlas.steering.serve.engine.scheduler import EngineLimits, FinishEven
 
 def test_a_hook_that_goes_silent_is_an_error_of_the_answer_and_not_of_the_engine(served, monkeypatch):
     engine, listener = served(ends=frozenset())
-    cap = engine.caps.resolve("mild")
+    cap = engine.arms.resolve("mild")
     monkeypatch.setattr(
-        engine.caps.steering,
+        engine.arms.steering,
         "restrict_layers",
-        lambda _layers: engine.caps.steering.hooks.__dict__.update(restricted_to=frozenset()),
+        lambda _layers: engine.arms.steering.hooks.__dict__.update(restricted_to=frozenset()),
     )
-    ticket = engine.submit(GenerationRequest(PROMPTS[2], max_tokens=5, cap=cap))
+    ticket = engine.submit(GenerationRequest(PROMPTS[2], max_tokens=5, arm=cap))
     (ended,) = listener.ended([ticket])
     assert ended.reason == "error"
     assert isinstance(ended.error, HookDidNotFire)
@@ -61,14 +61,14 @@ def fail_once(monkeypatch, module, after=0):
 def test_a_failure_between_two_capped_layers_leaves_nothing_behind(served, monkeypatch):
     """What the first layer had done stayed in the account, and no capped forward of another shape came through any more."""
     engine, listener = served(ends=frozenset())
-    cap = engine.caps.resolve("mild")
+    cap = engine.arms.resolve("mild")
     fail_once(monkeypatch, engine.model.blocks[1])
-    broken = engine.submit(GenerationRequest(PROMPTS[5], seed=4, max_tokens=5, cap=cap))
+    broken = engine.submit(GenerationRequest(PROMPTS[5], seed=4, max_tokens=5, arm=cap))
     assert listener.ended([broken])[0].reason == "error"
     asks = [
-        GenerationRequest(PROMPTS[2], seed=4, max_tokens=5, cap=cap),
+        GenerationRequest(PROMPTS[2], seed=4, max_tokens=5, arm=cap),
         GenerationRequest(PROMPTS[3], seed=4, max_tokens=5),
-        GenerationRequest(LONG, max_tokens=5, cap=cap),
+        GenerationRequest(LONG, max_tokens=5, arm=cap),
     ]
     tickets = [engine.submit(ask) for ask in asks]
     assert {one.reason for one in listener.ended(tickets)} == {"length"}
@@ -108,12 +108,12 @@ def test_when_one_of_several_cannot_be_read_each_ends_once(served, monkeypatch):
         opened(*given)
 
     monkeypatch.setattr(engine.batch, "open", open_)
-    cap = engine.caps.resolve("mild")
+    cap = engine.arms.resolve("mild")
     engine.between_steps(lambda: time.sleep(0.2))  # so that all of them are found waiting together
     asks = [
-        GenerationRequest(PROMPTS[2], seed=1, max_tokens=4, cap=cap),
-        GenerationRequest(LONG, max_tokens=0, cap=cap),
-        GenerationRequest(PROMPTS[3], seed=1, max_tokens=4, cap=cap),
+        GenerationRequest(PROMPTS[2], seed=1, max_tokens=4, arm=cap),
+        GenerationRequest(LONG, max_tokens=0, arm=cap),
+        GenerationRequest(PROMPTS[3], seed=1, max_tokens=4, arm=cap),
     ]
     tickets = [engine.submit(ask) for ask in asks]
     assert [one.reason for one in listener.ended(tickets)] == ["length", "error", "length"]
@@ -123,7 +123,7 @@ def test_when_one_of_several_cannot_be_read_each_ends_once(served, monkeypatch):
         1,
         1,
     ]
-    assert engine.caps.rows_in_use == 0
+    assert engine.arms.rows_in_use == 0
 
 
 def test_what_cannot_be_kept_ends_nobody(served, monkeypatch):

@@ -278,7 +278,7 @@ def test_an_error_of_the_servers_own_is_told_in_the_same_words(small, monkeypatc
         raise ZeroDivisionError("a detail of ours")
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(small.service), "resolve_cap", broken)
+        patch.setattr(type(small.service), "resolve_arm", broken)
         error = require_refused(sent(small, "chat/completions", said()), 500)
     assert error["type"] == "server_error"
     assert "detail" not in error["message"]

@@ -133,7 +133,7 @@ def test_told_to_end_it_lets_answers_end(shared):
         (["--port", "0"], "--port 0 is outside"),
         (["--host", "999.1.1.1"], "set PERSONATLAS_API_KEY"),
         (["--arm", "cap:nosuch"], "is not a name"),
-        (["--arm", "cap:adaptive"], "adaptive capping needs a calibrated alarm"),
+        (["--arm", "cap:adaptive"], "an adaptive arm needs a calibrated alarm"),
         (["--slots", "0"], "--slots 0 is below 1"),
         (["--context", "5"], "--context 5 is below 16"),
         (["--context", "999999"], "is more than the"),

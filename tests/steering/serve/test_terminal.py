@@ -68,7 +68,7 @@ def test_every_answer_has_a_line_that_says_where_it_stands(talk):
         assert answer.ended == "length"
         said = out[out.index(f"> {question}\n") :].split("\n")
         line = next(line for line in said if "●" in line)
-        assert f"z {answer.persona.z:+.1f}  projection {answer.persona.projection:.1f}  no cap  cut" in line
+        assert f"z {answer.persona.z:+.1f}  projection {answer.persona.projection:.1f}  no arm  cut" in line
         assert clean(answer.text) in out
     assert "calm" not in out  # no alarm is calibrated, and none is told of
 
@@ -89,9 +89,9 @@ def test_the_same_seed_says_the_same_and_retry_another(talk, running, monkeypatc
 
 def test_a_cap_is_chosen_named_and_left_and_an_unknown_one_is_one_line(talk):
     repl, out = talk("/cap", "/cap held", "Who are you?", "/cap nobody", "/cap p75@1", "/cap none", "Why?")
-    assert "caps: firm (layers 1); held (layers 0-2)" in out
+    assert "arms: firm (layers 1); held (layers 0-2)" in out
     capped, plain = repl.session.transcript.answers
-    assert (capped.cap, capped.persona.cap is not None, plain.cap) == ("held", True, None)
+    assert (capped.arm, capped.persona.arm is not None, plain.arm) == ("held", True, None)
     assert 0 < capped.persona.fired <= 1
     assert f"cap held fired {capped.persona.fired:.0%}, floor {capped.persona.floor:.1f}" in out
     assert "cap 'nobody' is not one of firm, held, or LEVEL@LAYERS" in out
@@ -143,7 +143,7 @@ def test_a_saved_conversation_is_read_by_trace_and_loaded_with_the_same_projecti
         assert answer.persona.z == pytest.approx(
             loaded.service.tracker.monitor.reference.z(turn.projection), abs=1e-2
         )
-    assert "its answers as this model reads them, without a cap" in out
+    assert "its answers as this model reads them, at baseline" in out
     assert out.count("Who are you?") == 2
     main(
         [
@@ -213,7 +213,7 @@ def test_on_a_terminal_tokens_are_coloured_and_underlined_where_the_cap_acted(ta
     monkeypatch.setenv("TERM", "xterm-256color")
     _, out = talk("/cap held", "Who are you?", "/tokens")
     assert "\x1b[4;38;2;" in out
-    assert "underlined: changed by the cap" in out
+    assert "underlined: changed by the arm" in out
 
 
 @pytest.mark.parametrize(
@@ -337,7 +337,7 @@ def test_an_alarm_stands_out_and_an_adaptive_cap_acts_after_it(tiny_run, tmp_pat
     axis = load_axis(folder / "axis")
     far = [ReferenceConversation(f"coding-{n}/0", "coding", (9.0 + n % 3 / 10, 9.1, 9.2)) for n in range(40)]
     save_reference(folder / "reference.json", axis, axis.model, far, {})
-    service = tiny_service(tiny_run, folder, cap="held", mode="adaptive", **HOLD)
+    service = tiny_service(tiny_run, folder, arm="held", mode="adaptive", **HOLD)
     with asyncio.Runner() as runner:
         runner.run(service.start())
         repl = ChatRepl(runner, service, Console(), Console(stderr=True), seed=0, live=False)
@@ -346,9 +346,9 @@ def test_an_alarm_stands_out_and_an_adaptive_cap_acts_after_it(tiny_run, tmp_pat
     out = capsys.readouterr().out
     first, second = repl.session.transcript.answers
     assert (
-        first.persona.cap is not None,
+        first.persona.arm is not None,
         first.persona.turn.raised,
-        second.persona.cap is not None,
+        second.persona.arm is not None,
         second.persona.turn.alarm,
         second.persona.turn.raised,
     ) == (False, True, True, True, False)
