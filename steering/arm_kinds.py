@@ -1,4 +1,4 @@
-"""The interventions that `--arm` can name: a new kind is one entry in `ARM_KINDS`, and every command takes it.
+"""The interventions that `--arm` can name: a new kind is one entry in `ARM_KINDS`, for every command.
 
     ARM_KINDS["add"].example                              # "add:8@21"
 

@@ -81,8 +81,8 @@ def generate_arms(
     ids = tuple(model.chat.prompt_ids(messages))
     if model.context and len(ids) + sampling.max_new_tokens > model.context:
         raise UserError(
-            f"{len(ids)} tokens to read and {sampling.max_new_tokens} to write are more than the {model.context} that "
-            f"{model.id} holds; shorten the prompt or --max-new-tokens"
+            f"{len(ids)} tokens to read and {sampling.max_new_tokens} to write are more than the "
+            f"{model.context} that {model.id} holds; shorten the prompt or --max-new-tokens"
         )
     sampler = fastest_sampler(model, model.chat.end_ids, sampling)
     acting = [name for name, interventions in arms.items() if interventions]
@@ -122,11 +122,9 @@ def random_generation_arms(
     """
     ids = tuple(model.chat.prompt_ids(messages))
     (answer,) = fastest_sampler(model, model.chat.end_ids, sampling).answers([Prompt(ids, seed)])
-    if not answer.ids:
-        raise UserError("the baseline's answer is empty: random controls need one; choose another --seed")
     text = model.decode(answer.ids)
-    baseline = Rollout("generate", tuple(messages), ids, answer.ids, text, seed, answer.stopped)
-    return random_arms(model, cap, [baseline], count)
+    baseline = Rollout("generate", tuple(map(dict, messages)), ids, answer.ids, text, seed, answer.stopped)
+    return random_arms(model, cap, [baseline] if answer.ids else [], count)
 
 
 def write_generation_page(

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from personatlas.persona.errors import UserError
 from personatlas.persona.interventions import Cap, Interventions, interventions_digest, load_cap
 from personatlas.persona.models.load import Model
 from personatlas.persona.rollout import Rollout
@@ -32,7 +33,12 @@ def random_arms(
     """Arms "random 1", "random 2", ... of random caps that fire as often on the texts as the cap does.
 
     They are kept in `folder`, if one is given, so that an interrupted study goes on with the same ones.
+    Raises `UserError` without texts.
     """
+    if count and not texts:
+        raise UserError(
+            "random controls are matched on answers of the baseline, and all are empty: choose another --seed"
+        )
     if folder is None:
         shares = fired_shares(model, cap, texts) if count else torch.empty(0)
         return {

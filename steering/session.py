@@ -5,6 +5,7 @@ steered = load_steered_model(model, axis, {"mine": [axis.cap("p50@18-23")]})    
 steered.arms                                                                     # the baseline first
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -75,6 +76,7 @@ def load_steered_model(
     load: ModelOptions = ModelOptions(),
     *,
     controls: bool = False,
+    reserved: str = "",
     force: bool = False,
 ) -> SteeredModel:
     """Loads axis, arms and model, the cheap ones first, and proves that every arm binds.
@@ -89,6 +91,8 @@ def load_steered_model(
         interventions by name, or texts as `--arm` takes them
     controls
         whether random controls (random:3) make sense here
+    reserved
+        a pattern of names that other arms of the caller have
     force
         use an axis of the same model in another weight format
 
@@ -101,6 +105,8 @@ def load_steered_model(
         parsed = parse_arms(arms, axis)
     if not controls:
         require_no_controls(parsed)
+    if taken := [arm.name for arm in parsed if re.fullmatch(reserved, arm.name)]:
+        raise UserError(f"{taken[0]} is the name of another arm here: save the cap under another name")
     asked = [arm.n_random for arm in parsed if arm.n_random is not None]
     named = {arm.name: list(arm.interventions) for arm in parsed if arm.n_random is None}
     model = load_named(model, load)
@@ -119,20 +125,19 @@ def load_named(model: str | Model, load: ModelOptions) -> Model:
 def _checked(
     model: Model, axis: Axis, arms: Mapping[str, Interventions], *, force: bool
 ) -> dict[str, Interventions]:
-    """The arms, after axis and interventions were checked to be the model's and to bind; the baseline first."""
+    """The arms, the baseline first, after axis and interventions were checked to be the model's and to
+    bind."""
     description = model.describe()
     require_origin("axis", axis.model, description, force=force)
     checked: dict[str, Interventions] = {BASELINE: []}
     for name, plan in arms.items():
         for own in plan:
-            if isinstance(own, Cap):
-                if own.model.get("fingerprint") is None:
-                    say(
-                        f"the cap of {name} does not say which weights it was made for: only its size was checked"
-                    )
-                axis.require_sign(own)
             kind = "cap" if isinstance(own, Cap) else "intervention"
             require_origin(kind, own.model, description, force=force)
+            if isinstance(own, Cap):
+                axis.require_sign(own)
+            if own.model.get("fingerprint") is None:
+                say(f"the {kind} of {name} does not say for which weights: only its size was checked")
         checked[name] = [replace(own, model=description) if force else own for own in plan]
         if plan:
             require_binding(model, checked[name])

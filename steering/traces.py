@@ -1,7 +1,7 @@
 """Where a conversation lies along an axis, token by token and turn by turn.
 
     trace = project(model, messages, axis)
-    [turn.projection for turn in trace.turns]            # mean <h, v> over each answer's tokens at the axis's layer
+    [turn.projection for turn in trace.turns]      # mean <h, v> over each answer's tokens at the axis's layer
 
 One forward reads a whole conversation, several of them in a batch; whose a token is comes from the template's
 own spans. What does not fit into the model's context is left out from the end: `left_out` turns.

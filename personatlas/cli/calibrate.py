@@ -23,8 +23,8 @@ def calibrate(
 ) -> None:
     """Find the strongest cap within a loss budget, save it beside the axis, and report it. Resumes.
 
-    The report is on other roles. The run's own axis is used unless --axis names another one; every --arm cap:...
-    is reported beside the chosen cap.
+    The report is on other roles. The run's own axis is used unless --axis names another one; every --arm is
+    reported beside the chosen cap, with three random controls unless random:N says otherwise.
 
     Parameters
     ----------
@@ -40,7 +40,7 @@ def calibrate(
     if not name or "/" in name or name.startswith("."):
         raise UserError(f"--name {name!r} cannot be a file's name")
     result = run_calibration(
-        run, name=name, axis=steering.axis, also=steering.caps(), bank=bank, options=search, load=load
+        run, name=name, axis=steering.axis, arms=steering.arm, bank=bank, options=search, load=load
     )
     if json:
         print_json(result.to_json())

@@ -32,10 +32,10 @@ def drift(
     out: Out = None,
     json: Json = False,
 ) -> None:
-    """Measure persona drift over conversations, with and without a cap. Resumes.
+    """Measure persona drift over conversations, at baseline and in every arm. Resumes.
 
-    The arms are the baseline, capped, and capped only while an alarm is on. The cap is that of --arm, else
-    the cap assistant where one is saved beside the axis.
+    Each arm comes twice: always on, and adaptive, on only while an alarm is. Without --arm the arm is
+    cap:assistant, where that cap is saved beside the axis.
 
     Parameters
     ----------
@@ -54,7 +54,7 @@ def drift(
         model,
         find_axis(model, steering.axis),
         folder,
-        cap=steering.cap() if steering.arm else None,
+        arms=steering.arm,
         options=options,
         reference=reference,
         load=load,

@@ -11,7 +11,7 @@ from personatlas.steering.drift.result import ALL, DriftResult, StoredAnswers
 from personatlas.steering.drift.trace import TraceStudy
 
 DOMAIN_ROWS = ("first turn", "last turn", "slope per turn", "change", "alarms", "first alarm")
-ARM_ROWS = ("answers", "cap on", "fired", "degenerate", "loops", "tokens", "more loss")
+ARM_ROWS = ("answers", "on", "fired", "degenerate", "loops", "tokens", "more loss")
 SHOWN = 10  # stored conversations in the terminal
 
 
@@ -40,7 +40,7 @@ def print_drift(result: DriftResult, folder: Path) -> None:
         print_table(["", *result.arms], list(zip(DOMAIN_ROWS, *columns, strict=True)), title=title)
     columns = []
     for arm, wrote in result.wrote.items():
-        cost = getattr(result.cost, arm, None)
+        cost = result.cost.arms.get(arm) if result.cost is not None else None
         columns.append(
             [
                 str(wrote.answers),
@@ -102,7 +102,7 @@ def _print_stored(stored: StoredAnswers, result: DriftResult) -> None:
             f"{difference} beside the baseline"
         )
     spread = f"{baseline['mean']:.1f} ± {baseline['spread']:.1f}"
-    marks = "* the alarm is on, + the cap acted"
+    marks = "* the alarm is on, + the arm acted"
     print_line(f"layer {result.axis['layer']}; z against {baseline['of']}: {spread}; {marks}", style="dim")
 
 

@@ -19,12 +19,13 @@ from personatlas.persona.artifacts import write_json
 from personatlas.persona.axis import CAPS, Axis, PersonaSpace, load_axis, load_space
 from personatlas.persona.errors import UserError
 from personatlas.persona.interventions import BASELINE, Cap, Interventions
-from personatlas.persona.models.load import Model, load_model
+from personatlas.persona.models.load import Model
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.progress import progress, say
 from personatlas.persona.roles.bank import Bank, load_bank
 from personatlas.persona.rollout import Rollout, read_rollouts, spread, without_poles
 from personatlas.persona.runs import open_run, resolve_axis, versions
+from personatlas.steering.arms import is_control_name
 from personatlas.steering.calibration.fit_floors import DescentOptions, Floors, target_texts
 from personatlas.steering.calibration.grid_search import Candidate, GridSearch, Trial, default_windows
 from personatlas.steering.calibration.measure import Half, Measurements
@@ -42,10 +43,12 @@ from personatlas.steering.calibration.result import (
 )
 from personatlas.steering.hooks.binding_check import require_binding
 from personatlas.steering.identity import identity_requests, lowest_roles
-from personatlas.steering.random_caps import fired_shares, random_cap
+from personatlas.steering.random_caps import random_arms
+from personatlas.steering.session import Arms, SteeredModel, load_steered_model
 
 CHOOSE, REPORT = "choose", "report"  # the halves
-RANDOM_SEEDS = (1, 2, 3)
+N_RANDOM = 3  # random controls unless asked for
+RESERVED = rf"{CHOSEN}|add \d+"  # names of the report's own arms
 ADDED = (4.0, 8.0, 16.0)  # strengths of plain addition, residual units
 FITTED_DEPTH = 0.2, 0.93  # the part of the depth that gets floors by gradient, unless windows are given
 SHIFTS = (-0.4, -0.2, 0.0, 0.2, 0.4)  # of fitted floors, in spreads
@@ -61,7 +64,7 @@ def calibrate(
     model: Model | None = None,
     name: str = "assistant",
     axis: str | None = None,
-    also: Sequence[str] = (),
+    arms: Arms = (),
     bank: Path | None = None,
     options: CalibrationOptions = CalibrationOptions(),
     load: ModelOptions = ModelOptions(),
@@ -70,8 +73,9 @@ def calibrate(
     Resumes.
 
     `model` is the run's own where it is loaded already, else it is loaded with the options `load`. `axis` is
-    another axis of the model; `also` are specs of caps to report beside the chosen one. Raises `UserError`
-    for a run that lacks what is needed, and for options that cannot be.
+    another axis of the model; `arms` are reported beside the chosen cap, with as many random controls as a
+    text random:N says (3 unless given). Raises `UserError` for a run that lacks what is needed, and for
+    options that cannot be.
     """
     settings = options.parse()
     with open_run(run) as folder:
@@ -80,20 +84,18 @@ def calibrate(
             raise UserError(f"{run} has no run.json with rollouts; make them first with `personatlas axis`")
         loaded_axis = load_axis(resolve_axis(axis or str(run)))
         space = load_space(loaded_axis.folder / "space")
-        other_caps = {spec: loaded_axis.cap(spec) for spec in also}
         loaded_bank = load_bank(bank)
         default, roles = _populations(read_rollouts(run), loaded_bank, run)
         if model is None:
-            dtype, template = load.dtype or plan["dtype"], load.chat_template
-            model = load_model(plan["model_name"], device=load.device, dtype=dtype, chat_template=template)
-        loaded_axis.require_model((model := folder.as_recorded(model)).describe())
+            model, load = plan["model_name"], replace(load, dtype=load.dtype or plan["dtype"])
+        steered = load_steered_model(model, loaded_axis, arms, load, controls=True, reserved=RESERVED)
+        model = folder.as_recorded(steered.model)
         halves = deal_halves(loaded_bank, loaded_axis, space, default, model.name, settings)
         populations = {"default": spread(default, POPULATION_SIZE), "roles": spread(roles, POPULATION_SIZE)}
         with progress("projecting", sum(map(len, populations.values()))) as advance:
             projections = read_projections(model, loaded_axis, populations, advance)
         say("floors from {} default and {} role answers".format(*map(len, projections.means.values())))
-        for cap in (projections.cap(loaded_axis, [loaded_axis.layer], 0.5), *other_caps.values()):
-            require_binding(model, [cap])
+        require_binding(model, [projections.cap(loaded_axis, [loaded_axis.layer], 0.5)])
         measurements = Measurements(model, halves, settings.sampling, run / "trials.jsonl")
         target: list[Rollout] = []
         if settings.steps and halves[CHOOSE].requests:
@@ -102,7 +104,7 @@ def calibrate(
                 say("no floors by gradient: the default never calls itself an assistant when asked who it is")
         search, cap, best = search_cap(measurements, loaded_axis, projections, target, settings)
         matched = [*spread(default, MATCHED_ANSWERS), *spread(roles, MATCHED_ANSWERS)]
-        report, arms = _report(measurements, loaded_axis, cap, matched, other_caps)
+        report, reported = _report(measurements, steered, cap, matched)
         baseline = measurements.identity({BASELINE: []}, CHOOSE)[BASELINE]
         saved = run / CAPS / name
         result = CalibrationResult(
@@ -115,7 +117,7 @@ def calibrate(
             floors=_floor_rows(cap, best.candidate, projections),
             warnings=tuple(_warnings(report, settings.budget)),
             halves={half: _sizes(material) for half, material in halves.items()},
-            examples=_examples(measurements, arms),
+            examples=_examples(measurements, reported),
             model=model.describe(),
             name=name,
             saved=f"{saved}.safetensors",
@@ -239,21 +241,15 @@ def _windows(settings: SearchSettings, axis: Axis, n_layers: int) -> list[tuple[
 
 
 def _report(
-    measurements: Measurements,
-    axis: Axis,
-    cap: Cap,
-    matched: Sequence[Rollout],
-    other_caps: Mapping[str, Cap],
+    measurements: Measurements, steered: SteeredModel, cap: Cap, matched: Sequence[Rollout]
 ) -> tuple[dict[str, ArmRow], dict[str, Interventions]]:
     """What every arm gains and costs on the reporting half, and the arms. Random caps fire as often on
     `matched`.
     """
-    model = measurements.model
-    shares = fired_shares(model, cap, matched)
+    axis, count = steered.axis, N_RANDOM if steered.n_random is None else steered.n_random
     arms: dict[str, Interventions] = {BASELINE: [], CHOSEN: [cap]}
-    arms |= {f"random {seed}": [random_cap(model, cap, shares, matched, seed)] for seed in RANDOM_SEEDS}
-    arms |= {f"add {amount:g}": [axis.add(amount, [axis.layer])] for amount in ADDED}
-    arms |= {name: [other] for name, other in other_caps.items()}
+    arms |= random_arms(steered.model, cap, matched, count)
+    arms |= {f"add {amount:g}": [axis.add(amount, [axis.layer])] for amount in ADDED} | steered.steered_arms
     gains = measurements.identity(arms, REPORT)
     costs = measurements.costs({name: arm for name, arm in arms.items() if arm}, REPORT)
     baseline_loss = next(iter(costs.values())).baseline_loss
@@ -297,9 +293,10 @@ def _candidate_row(trial: Trial) -> CandidateRow:
 def _why(best: Trial, search: GridSearch, baseline_share: float, budget: float) -> str:
     n = sum(trial.gain is not None for trial in search.trials.values())
     return (
-        f"of {len(search.trials)} caps read on benign text and {n} tried under role prompts, {best.candidate.name} "
-        f"made most answers call themselves an assistant ({best.share:.0%}, baseline {baseline_share:.0%}) among those "
-        f"that cost at most {budget:.1%} more loss ({best.cost.more:.1%}), all on the choosing half"
+        f"of {len(search.trials)} caps read on benign text and {n} tried under role prompts, "
+        f"{best.candidate.name} made most answers call themselves an assistant ({best.share:.0%}, "
+        f"baseline {baseline_share:.0%}) among those that cost at most {budget:.1%} more loss "
+        f"({best.cost.more:.1%}), all on the choosing half"
     )
 
 
@@ -330,16 +327,16 @@ def _warnings(report: Mapping[str, ArmRow], budget: float) -> list[str]:
         )
     elif no_gain and chosen.fired < RARELY_FIRED:
         warnings.append(
-            f"the cap fired on {chosen.fired:.0%} of tokens only: that it did nothing may be for want of trying"
+            f"the cap fired on {chosen.fired:.0%} of tokens only: it may have done nothing for want of trying"
         )
     if no_gain:
         warnings.append("on the reporting half the gain cannot be told from none (its 95% interval holds 0)")
     if chosen.more_loss > budget:
         warnings.append(
-            f"on the reporting half it costs {chosen.more_loss:.1%} more loss, over the budget of {budget:.1%} that it "
-            "kept on the choosing half; a smaller --budget leaves room for that"
+            f"on the reporting half it costs {chosen.more_loss:.1%} more loss, over the budget of "
+            f"{budget:.1%} that it kept on the choosing half; a smaller --budget leaves room for that"
         )
-    randoms = [row.change for name, row in report.items() if name.startswith("random ")]
+    randoms = [row.change for name, row in report.items() if is_control_name(name)]
     if randoms and max(randoms) >= chosen.change:
         warnings.append("a random direction gained as much: this is no effect of the axis")
     return warnings

@@ -106,8 +106,8 @@ class GridSearch:
         if not tried:
             cheapest = min(self.trials.values(), key=lambda trial: trial.cost.more)
             raise UserError(
-                f"no cap costs at most {self.budget:.1%} more loss; the cheapest, {cheapest.candidate.name}, costs "
-                f"{cheapest.cost.more:.1%}: give lower --levels, narrower --windows or a larger --budget"
+                f"no cap costs at most {self.budget:.1%} more loss; the cheapest, {cheapest.candidate.name}, "
+                f"costs {cheapest.cost.more:.1%}: give lower --levels, narrower --windows or more --budget"
             )
         return max(tried, key=lambda trial: (trial.share, -trial.cost.more))
 

@@ -21,7 +21,7 @@ class CalibrationOptions:
     """What to search and measure."""
 
     windows: str = ""
-    "layer windows with commas between, such as 14-25,18-23; twelve over the upper half unless given (quick: 3)"
+    "layer windows with commas between, such as 14-25,18-23; 12 over the upper half unless given (quick: 3)"
     levels: str = "0.1,0.25,0.5,0.75"
     "levels to try, quantiles from 0 to 1"
     population: str = "default"
@@ -31,7 +31,7 @@ class CalibrationOptions:
     quick: bool = False
     "for a CPU: three windows, and fewer of what has a number for it in brackets"
     steps: int | None = None
-    "steps in which a floor for each layer, prompt and answer is fitted by gradient: 120 (quick: 30); 0 for none"
+    "steps that fit a floor for each layer, prompt and answer by gradient: 120 (quick: 30); 0 for none"
     roles: int | None = None
     "the lowest roles on the axis, half to choose on and half to report on: 50 (quick: 20)"
     prompts: int | None = None

@@ -4,9 +4,11 @@ on.
 write_calibration_page(run / "calibration.html", CalibrationResult.load(run))
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import plotly.graph_objects as go
@@ -14,6 +16,7 @@ import plotly.graph_objects as go
 from personatlas.analysis.html.canvas import axis_style, empty_figure, line_style
 from personatlas.analysis.html.page import write_page
 from personatlas.persona.interventions import BASELINE
+from personatlas.steering.arms import RANDOM, is_control_name
 from personatlas.steering.calibration.result import CHOSEN, CalibrationResult
 
 TRIED, FITTED = "tried", "tried, floors by gradient"
@@ -22,7 +25,7 @@ LOOKS = {  # of a kind of point: colour, symbol, size
     FITTED: ("--middle", "circle-open", 9),
     BASELINE: ("--ink", "diamond", 11),
     CHOSEN: ("--positive", "star", 17),
-    "random": ("--others", "x", 10),
+    RANDOM: ("--others", "x", 10),
     "add": ("--accent", "triangle-up", 10),
     "also": ("--muted", "square", 9),
 }
@@ -112,8 +115,11 @@ def write_calibration_page(path: Path, result: CalibrationResult) -> None:
         if row.assistant is not None
     ]
     for name, arm in result.report.items():
-        first = name.split(" ", 1)[0]
-        kind = name if name in (BASELINE, CHOSEN) else first if first in ("random", "add") else "also"
+        kind = name if name in (BASELINE, CHOSEN) else "also"
+        if is_control_name(name):
+            kind = RANDOM
+        elif re.fullmatch(r"add \S+", name):
+            kind = "add"
         points.append(Point(name, kind, arm.more_loss, arm.assistant, arm.interval))
     content = result.to_json()
     shown = {
@@ -130,9 +136,7 @@ def write_calibration_page(path: Path, result: CalibrationResult) -> None:
 
 def _tiles(result: CalibrationResult) -> list[dict[str, str]]:
     baseline, chosen = result.report[BASELINE], result.report[CHOSEN]
-    randoms = [arm for name, arm in result.report.items() if name.startswith("random")]
-    random_share = sum(arm.assistant for arm in randoms) / len(randoms)
-    random_loss = sum(arm.more_loss for arm in randoms) / len(randoms)
+    randoms = [arm for name, arm in result.report.items() if is_control_name(name)]
     low, high = chosen.interval
     loss_low, loss_high = map(_signed, chosen.more_loss_interval or (0.0, 0.0))
     return [
@@ -154,12 +158,18 @@ def _tiles(result: CalibrationResult) -> list[dict[str, str]]:
             "interval": f"{_percent(chosen.benign_fired or 0.0)} on benign answers",
             "note": "of tokens times layers under the roles",
         },
-        {
-            "name": "random directions",
-            "value": _percent(random_share),
-            "interval": f"{_signed(random_loss)} loss",
-            "note": f"mean of {len(randoms)} that fire as often: what disturbing alone does",
-        },
+        *(
+            [
+                {
+                    "name": "random directions",
+                    "value": _percent(fmean(arm.assistant for arm in randoms)),
+                    "interval": f"{_signed(fmean(arm.more_loss for arm in randoms))} loss",
+                    "note": f"mean of {len(randoms)} that fire as often: what disturbing alone does",
+                }
+            ]
+            if randoms
+            else []
+        ),
     ]
 
 

@@ -14,15 +14,17 @@ from personatlas.analysis.stats import Interval
 from personatlas.analysis.trajectories import Slope, TurnMean
 from personatlas.persona.interventions import BASELINE
 from personatlas.persona.records import JsonObject
-from personatlas.steering.drift.result import ADAPTIVE, ALL, CAPPED, DriftResult, Example, StoredConversation
+from personatlas.steering.drift.result import ADAPTIVE, ALL, STORED, DriftResult, Example, StoredConversation
 
-# how an arm looks: colour, its band's colour, symbol, dash
-LOOKS = {
-    BASELINE: ("--ink", "--chance-soft", "diamond", "solid"),
-    CAPPED: ("--positive", "--positive-soft", "circle", "solid"),
-    ADAPTIVE: ("--accent", "--accent-soft", "square", "dash"),
-}
-OTHER = ("--muted", "--chance-soft", "circle", "solid")
+# how arms look, in their order: colour, its band's colour, symbol
+LOOKS = (
+    ("--positive", "--positive-soft", "circle"),
+    ("--accent", "--accent-soft", "square"),
+    ("--others", "--others-soft", "triangle-up"),
+    ("--muted", "--chance-soft", "x"),
+)
+BASELINE_LOOK = ("--ink", "--chance-soft", "diamond")
+STORED_LOOK = ("--muted", "--chance-soft", "circle")
 LEGEND = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
 MARGIN = {"l": 64, "r": 24, "t": 16, "b": 54}
 HERE = Path(__file__).parent
@@ -101,7 +103,7 @@ def write_drift_page(path: Path, result: DriftResult) -> None:
                 for arm, turns in conversation.arms.items()
             }
             figures[f"{kind}-{index}"] = conversation_figure(points, baseline)
-    other = next((arm for arm in (ADAPTIVE, CAPPED) if arm in arms), None)
+    shown = [*(arm for arm in arms if arm.endswith(ADAPTIVE)), *arms[1:]][:1]  # beside the baseline
     record = [(f"model: {name}", value) for name, value in result.model.items()]
     record += [("axis", result.axis["of"]), ("reference conversations", result.watch["source"])]
     asked = {name: value for name, value in result.asked.to_json().items() if value is not None}
@@ -110,9 +112,9 @@ def write_drift_page(path: Path, result: DriftResult) -> None:
         "c": result,
         "tiles": _tiles(result),
         "rows": [*domains, *([ALL] if len(domains) > 1 else [])],
-        "examples": [_columns(one, [BASELINE, *([other] if other else [])]) for one in result.examples],
+        "examples": [_columns(one, [BASELINE, *shown]) for one in result.examples],
         "stored": [
-            _columns(one, [arm for arm in ("stored", *arms) if arm in one.arms and arm != ADAPTIVE])
+            _columns(one, [arm for arm in (STORED, *arms) if arm in one.arms and not arm.endswith(ADAPTIVE)])
             for one in stored[:MAX_CONVERSATIONS]
         ],
         "more": max(0, len(stored) - MAX_CONVERSATIONS),
@@ -150,8 +152,11 @@ def _lines(arms: TurnMeans, form: str) -> go.Figure:
     """A line with its band for each arm."""
     figure = empty_figure(margin=MARGIN, showlegend=True)
     figure.update_layout(legend=LEGEND)
+    looks: dict[str, tuple[str, str, str]] = {BASELINE: BASELINE_LOOK, STORED: STORED_LOOK}
     for arm, means in arms.items():
-        colour, band, symbol, dash = LOOKS.get(arm, OTHER)
+        looks.setdefault(arm.removesuffix(ADAPTIVE), LOOKS[(len(looks) - 2) % len(LOOKS)])
+        colour, band, symbol = looks[arm.removesuffix(ADAPTIVE)]
+        dash = "dash" if arm.endswith(ADAPTIVE) else "solid"
         banded = [mean for mean in means if mean.low is not None]
         if banded:
             edge = [mean.high for mean in banded] + [mean.low for mean in banded[::-1]]
@@ -191,7 +196,7 @@ def _tiles(result: DriftResult) -> list[dict[str, str]]:
         mean, wrote = result.means[ALL][arm], result.wrote[arm]
         change = mean.change
         assert change is not None
-        note = f"on average over its answers; the cap acted on {_percent(wrote.acted)} of them, "
+        note = f"on average over its answers; it acted on {_percent(wrote.acted)} of them, "
         note += f"fired on {_percent(wrote.fired)}"
         tiles.append((f"mean, {arm}", f"{mean.value:.1f}", f"{change.value:+.1f} {_bounds(change)}", note))
     return [

@@ -1,7 +1,7 @@
 """The result of a drift study: trajectories, slopes, differences, alarms, what each arm wrote and cost.
 
     result = DriftResult.load(folder)
-    result.trajectories["therapy"]["capped"][7].mean         # at turn 8
+    result.trajectories["therapy"]["assistant"][7].mean      # of the arm cap:assistant at turn 8
     result.slopes["therapy"]["baseline"].value               # residual units per turn
 
 Means and slopes are by domain, and over `ALL` of them, then by arm.
@@ -10,7 +10,7 @@ Means and slopes are by domain, and over `ALL` of them, then by arm.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -29,7 +29,7 @@ from personatlas.persona.artifacts import read_json
 from personatlas.persona.interventions import BASELINE, Interventions
 from personatlas.persona.records import JsonObject, JsonRecord
 from personatlas.persona.rollout import Rollout, spread
-from personatlas.steering.arms import distinct_ngrams
+from personatlas.steering.arms import InterventionSummary, distinct_ngrams
 from personatlas.steering.conversations.runner import (
     RunnerConfig,
     Script,
@@ -43,9 +43,11 @@ from personatlas.steering.evals.capability import loops
 from personatlas.steering.evals.harm.refusal_rules import refusal_of
 from personatlas.steering.loss_cost import benign_costs
 
-CAPPED, ADAPTIVE, STORED = "capped", "adaptive", "stored"
+STORED = "stored"  # the arm of stored answers
+ADAPTIVE = ", adaptive"  # how the names of arms end that act only while the alarm is on
+OLD_ARMS = "capped", "adaptive"  # the arms of earlier versions
 ALL = "all"
-CPU_READ, GPU_READ = 24, 400  # answers on which the cap's cost is measured
+CPU_READ, GPU_READ = 24, 400  # answers on which the arms' costs are measured
 EXAMPLES = 2  # conversations
 
 
@@ -85,16 +87,13 @@ class ArmSummary(JsonRecord):
 
 @dataclass(frozen=True)
 class DriftCost(JsonRecord):
-    """Relative increase of loss per token on n baseline answers of the reference domains.
+    """Relative increase of loss per token on n baseline answers of the reference domains, by arm.
 
-    `adaptive` has the cap on only where the adaptive arm's was, in the same turn of the same conversation.
+    An adaptive arm acts only where it did in the same turn of the same conversation.
     """
 
     n: int
-    capped: Interval
-    adaptive: Interval | None = None
-
-    omit_none: ClassVar[tuple[str, ...]] = ("adaptive",)
+    arms: dict[str, Interval]
 
 
 @dataclass(frozen=True)
@@ -159,7 +158,7 @@ class DriftResult(JsonRecord):
     dtype: str
     device: str
     axis: JsonObject
-    cap: JsonObject | None
+    interventions: dict[str, InterventionSummary]
     watch: JsonObject
     asked: DriftOptions
     versions: JsonObject
@@ -180,6 +179,18 @@ class DriftResult(JsonRecord):
     stored: StoredAnswers | None = None
 
     omit_none: ClassVar[tuple[str, ...]] = ("stored",)
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> "DriftResult":
+        """What `to_json` wrote, or an earlier version, whose arms were a cap and the same cap adaptive."""
+        if "interventions" not in row:
+            cap, cost = row["cap"], row["cost"]
+            arms = [arm for arm in OLD_ARMS if arm in row["arms"]]
+            summaries = {arm: {"population": None, "spare_first": True, **cap} for arm in arms if cap}
+            if cost is not None:
+                cost = {"n": cost["n"], "arms": {arm: cost[arm] for arm in arms if arm in cost}}
+            row = {**row, "interventions": summaries, "cost": cost}
+        return super().from_json(row)
 
     @classmethod
     def load(cls, folder: Path) -> "DriftResult":
@@ -335,10 +346,9 @@ def _summary(data: StudyData, arm: str, names: Sequence[str]) -> ArmSummary:
 
 
 def _cost(data: StudyData) -> DriftCost | None:
-    turns = [
-        turn for turn in data.turns(BASELINE, data.names(data.options.references)) if turn.ids
-    ]  # read again with the cap on
-    if CAPPED not in data.arms or not turns:
+    turns = [turn for turn in data.turns(BASELINE, data.names(data.options.references)) if turn.ids]
+    acting = {arm: plan for arm, plan in data.arms.items() if plan and not arm.endswith(ADAPTIVE)}
+    if not acting or not turns:
         return None
     turns = spread(turns, GPU_READ if data.config.on_gpu else CPU_READ)
     scripts = {script.name: script for script in data.scripts}
@@ -351,19 +361,18 @@ def _cost(data: StudyData) -> DriftCost | None:
                 turn.conversation, messages, turn.prompt_ids, turn.ids, turn.text, turn.seed, turn.stopped
             )
         )
-    cost = benign_costs(data.config.model, texts, {CAPPED: data.arms[CAPPED]})[CAPPED]
-    weights = cluster_weights([turn.script for turn in turns])
-
-    def increase(after: Array) -> Interval:
-        low, high = percentile_interval((weights @ after) / (weights @ cost.before) - 1)
-        return Interval(float(after.sum() / cost.before.sum() - 1), low, high)
-
-    adaptive = None
-    if ADAPTIVE in data.arms:
-        same = [data.transcripts.turns.get((ADAPTIVE, turn.conversation, turn.turn)) for turn in turns]
+    costs = benign_costs(data.config.model, texts, acting)
+    weights, increases = cluster_weights([turn.script for turn in turns]), dict[str, Interval]()
+    for arm in data.arms:
+        cost = costs.get(arm.removesuffix(ADAPTIVE))
+        if cost is None:
+            continue
+        same = [data.transcripts.turns.get((arm, turn.conversation, turn.turn)) for turn in turns]
         was_on = np.array([turn is not None and turn.acted for turn in same])
-        adaptive = increase(np.where(was_on, cost.after, cost.before))
-    return DriftCost(len(texts), increase(cost.after), adaptive)
+        after = np.where(was_on, cost.after, cost.before) if arm.endswith(ADAPTIVE) else cost.after
+        low, high = percentile_interval((weights @ after) / (weights @ cost.before) - 1)
+        increases[arm] = Interval(float(after.sum() / cost.before.sum() - 1), low, high)
+    return DriftCost(len(texts), increases)
 
 
 def _next_turn(data: StudyData, names: Sequence[str], embed: Embedding | None) -> NextTurn | None:
@@ -424,7 +433,7 @@ def _warnings(data: StudyData, scripts: int, wrote: Mapping[str, ArmSummary]) ->
         )
     for arm, summary in wrote.items():
         if arm != BASELINE and summary.fired == 0:
-            warnings.append(f"{arm}: the cap never fired, so its answers are the model's own")
+            warnings.append(f"{arm}: nothing fired, so its answers are the model's own")
         if summary.empty > summary.answers / 10:
             warnings.append(
                 f"{arm}: {summary.empty} of {summary.answers} answers are empty and have no projection"

@@ -1,19 +1,19 @@
-"""Runs a drift study: conversations in several domains at baseline, capped, and capped only while an alarm is
-on.
+"""Runs a drift study: conversations in several domains at baseline, in every arm, and in every arm that acts
+only while an alarm is on.
 
     result = run_drift_study("smollm2-135m", "smollm2-135m", folder, options=DriftOptions(seeds=4))
     result.slopes["therapy"]["baseline"].value
 
-The baseline and capped arms run first. Baseline conversations of the reference domains are saved as
-reference.json. The alarm of the adaptive arm is calibrated on the reference.json given, else on the one
-beside the axis, else on this one; in the last case alarms in those very domains are counted only in the
+The baseline and the arms that always act run first. Baseline conversations of the reference domains are
+saved as reference.json. The alarm of the adaptive arms is calibrated on the reference.json given, else on the
+one beside the axis, else on this one; in the last case alarms in those very domains are counted only in the
 scripts that did not set the limit.
 
 With `DriftOptions.scripts` the users' messages of stored conversations are sent again, whatever is answered
 now. Their stored answers, read in one forward over the whole conversation, are an arm of their own in
 `result.stored`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,22 +21,29 @@ import numpy as np
 
 from personatlas.analysis.drift_alarm import fit_reference
 from personatlas.persona.artifacts import atomic, write_json
-from personatlas.persona.axis import Axis, load_axis
-from personatlas.persona.caps import format_layers
+from personatlas.persona.axis import CAPS, Axis, load_axis
 from personatlas.persona.errors import UserError
 from personatlas.persona.formats import Conversation, Exclusions, Message
-from personatlas.persona.interventions import BASELINE, Cap, Interventions
+from personatlas.persona.interventions import BASELINE, Interventions
 from personatlas.persona.logs import append_lines
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.progress import progress, say
 from personatlas.persona.records import JsonObject
+from personatlas.persona.rollout import Rollout, spread
 from personatlas.persona.runs import open_run, resolve_axis, versions
-from personatlas.steering.conversations.runner import RunnerConfig, Script, Transcripts, run_conversations
+from personatlas.steering.arm_kinds import with_default
+from personatlas.steering.arms import summarise_arms
+from personatlas.steering.conversations.runner import (
+    RunnerConfig,
+    Script,
+    Transcripts,
+    messages_before,
+    run_conversations,
+)
 from personatlas.steering.drift.embedding import load_embedding
 from personatlas.steering.drift.options import DriftOptions
 from personatlas.steering.drift.result import (
     ADAPTIVE,
-    CAPPED,
     STORED,
     DriftResult,
     StoredAnswers,
@@ -56,10 +63,13 @@ from personatlas.steering.drift_monitor import (
     load_reference,
     save_reference,
 )
-from personatlas.steering.session import SteeredModel, load_steered_model
+from personatlas.steering.random_caps import random_arms
+from personatlas.steering.session import Arms, SteeredModel, load_steered_model
 from personatlas.steering.traces import trace_conversations
 
 DEFAULT_CAP = "assistant"
+RESERVED = rf"{STORED}|.*{ADAPTIVE}"  # names of the study's own arms
+MATCHED = 48  # answers that random controls are matched on
 
 
 def run_drift_study(
@@ -67,7 +77,7 @@ def run_drift_study(
     axis: str,
     out: Path,
     *,
-    cap: str | None = None,
+    arms: Arms = (),
     options: DriftOptions = DriftOptions(),
     reference: Path | None = None,
     load: ModelOptions = ModelOptions(),
@@ -83,8 +93,9 @@ def run_drift_study(
         a run folder, an axis file or the name of a packaged axis
     out
         the folder; drift.json, turns.jsonl, conversations.jsonl and reference.json are written there
-    cap
-        a cap spec; "assistant" unless given, where it is saved beside the axis
+    arms
+        interventions by name, or texts as `--arm` takes them; unless given the cap assistant, where it is
+        saved beside the axis. Each has an adaptive arm beside it, but for random controls (random:3)
     reference
         a reference.json on which the alarm is calibrated
     force
@@ -98,16 +109,19 @@ def run_drift_study(
     monitor = _saved_monitor(loaded_axis, reference, options)
     if monitor is None and not any(script.domain in options.references for script in scripts):
         load_monitor(loaded_axis)  # raises where there is nothing to measure z against
-    default = [DEFAULT_CAP] if DEFAULT_CAP in loaded_axis.saved_caps else []
-    caps = default if cap is None else [cap]
+    if not isinstance(arms, Mapping):
+        arms = with_default(arms, *([f"cap:{DEFAULT_CAP}"] if DEFAULT_CAP in loaded_axis.saved_caps else []))
     with open_run(out, create=True) as run:
         user, embed = options.make_user(out), None
         if options.embedding is not None:
             embed = load_embedding(options.embedding, "cpu")
         load = replace(load, dtype=load.dtype or run.manifest.get("asked", {}).get("dtype"))
-        steered = load_steered_model(model, load, axis, caps, force=force)
+        steered = load_steered_model(
+            model, loaded_axis, arms, load, controls=True, reserved=RESERVED, force=force
+        )
         steered = replace(steered, model=run.date(steered.model))
-        record = _record(steered, caps, options)
+        _ = steered.control_cap  # before anything is answered
+        record = _record(steered, options)
         engine = {
             "device": record["device"],
             **{name: versions()[name] for name in ("torch", "transformers")},
@@ -118,8 +132,9 @@ def run_drift_study(
         run.claim(asked | sampled | steered.chat.describe_date())
         log = out / "turns.jsonl"
         config = RunnerConfig(steered.model, steered.chat, steered.axis, options.sampling, log, user)
-        data = _run_arms(config, scripts, steered.caps, monitor, options)
+        data = _run_arms(config, scripts, steered, monitor, options)
         record["watch"] = data.monitor.monitor.describe() | {"source": data.monitor.source}
+        record["interventions"] = summarise_arms(data.arms)
         result = summarise(data, record, _stored_answers(data, conversations), embed)
         _save_conversations(out, data.transcripts, scripts)
         write_json(out / "drift.json", result.to_json())
@@ -129,24 +144,49 @@ def run_drift_study(
 def _run_arms(
     config: RunnerConfig,
     scripts: Sequence[Script],
-    caps: Sequence[Cap],
+    steered: SteeredModel,
     monitor: StudyMonitor | None,
     options: DriftOptions,
 ) -> StudyData:
-    """Baseline and capped; then, with an alarm of an earlier study or calibrated on this one, adaptive."""
+    """Baseline and arms; then, with an alarm of an earlier study or calibrated on this one, adaptive arms."""
     turns = options.turns or 0
-    arms: dict[str, Interventions] = {BASELINE: [], **({CAPPED: caps} if caps else {})}
+    arms = steered.arms | _random_arms(config, scripts, steered)
     n_turns = sum(min(len(script.users), turns) for script in scripts)
     with progress("turns", n_turns * len(arms)) as advance:
         transcripts = run_conversations(config, scripts, arms, turns, advance)
     own = _save_reference(config, transcripts, options)
     monitor = monitor or _own_monitor(config.axis, own, options)
-    if caps and monitor.monitor.rule is not None:
-        arms[ADAPTIVE] = caps
-        adaptive, monitors = {ADAPTIVE: caps}, {ADAPTIVE: monitor.monitor}
-        with progress("turns, adaptive", n_turns) as advance:
+    if steered.steered_arms and monitor.monitor.rule is not None:
+        adaptive = {f"{name}{ADAPTIVE}": plan for name, plan in steered.steered_arms.items()}
+        arms |= adaptive
+        monitors = dict.fromkeys(adaptive, monitor.monitor)
+        with progress("turns, adaptive", n_turns * len(adaptive)) as advance:
             transcripts |= run_conversations(config, scripts, adaptive, turns, advance, monitors)
     return StudyData(config, scripts, transcripts, arms, monitor, options)
+
+
+def _random_arms(
+    config: RunnerConfig, scripts: Sequence[Script], steered: SteeredModel
+) -> dict[str, Interventions]:
+    """Random controls, matched to the first cap on the baseline's first answers; kept in the folder."""
+    cap, some = steered.control_cap, spread(scripts, MATCHED)
+    if cap is None or not steered.n_random:
+        return {}
+    turns = run_conversations(config, some, {BASELINE: []}, 1).turns.values()
+    texts = [
+        Rollout(
+            turn.conversation,
+            messages_before(script, [], turn.user),
+            turn.prompt_ids,
+            turn.ids,
+            turn.text,
+            turn.seed,
+            turn.stopped,
+        )
+        for turn, script in zip(turns, some, strict=True)
+        if turn.ids
+    ]
+    return random_arms(config.model, cap, texts, steered.n_random, config.log.with_name(CAPS))
 
 
 def _saved_monitor(axis: Axis, reference: Path | None, options: DriftOptions) -> StudyMonitor | None:
@@ -203,19 +243,14 @@ def _own_monitor(axis: Axis, reference: ReferenceConversations | None, options: 
     return StudyMonitor(monitor, "this study's own reference conversations", reference.fitted_scripts)
 
 
-def _record(steered: SteeredModel, caps: Sequence[str], options: DriftOptions) -> JsonObject:
+def _record(steered: SteeredModel, options: DriftOptions) -> JsonObject:
     """The fields of `DriftResult` that say what was run."""
     model, axis = steered.model, steered.axis
-    described = [
-        {"name": name, "layers": format_layers(cap.layers), "phase": cap.phase, "level": cap.level}
-        for name, cap in zip(caps, steered.caps, strict=True)
-    ]
     return {
         "model": model.describe(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
         "axis": {"layer": axis.layer, "poles": list(axis.poles), "of": axis.source},
-        "cap": described[0] if described else None,
         "asked": options,
         "versions": versions(),
     }

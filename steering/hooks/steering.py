@@ -2,7 +2,7 @@
 
     with steer(model, [cap]) as steering:                        # one plan for all rows
         model.hf(input_ids=ids)
-    steering.fired, steering.tally.fired                         # a share; (C, B) tokens changed, by layer and row
+    steering.fired, steering.tally.fired                  # a share; (C, B) tokens changed, by layer and row
 
     with steer(model, [mild], [firm]) as steering:               # two plans; -1 is a row that is left alone
         steering.begin(torch.tensor([0, 1, -1]))                 # a batch, with an account of its own
@@ -11,7 +11,7 @@
 
     with steer(model, [cap]) as steering:
         answers = list(sampler.answers(prompts, steering.callback))   # each prompt names its plan
-    steering.callback.tally                                      # by prompt, checked against the tokens that were fed
+    steering.callback.tally                               # by prompt, checked against the tokens that were fed
 
 Three classes speak to the same `SteeringHooks`: `Steering` for forwards that people call, `SteeringCallback`
 for samplers, eager or captured as a CUDA graph, `SlotSteering` for a server whose rows come and go. `set`

@@ -47,7 +47,7 @@ class ContextOverflow(UserError):
 
 @dataclass(frozen=True)
 class PreparedPrompt:
-    """A prompt that is ready to be answered, with the arm that acts (None at baseline and while an adaptive one rests).
+    """A prompt that is ready to be answered, with the arm that acts (None while an adaptive one rests).
 
     `message` is the index of the answer's message, None where the prompt is no conversation. `spans` are
     those of the prompt's answers, `turns` what is already known of them.

@@ -15,6 +15,7 @@ import torch
 
 from personatlas.persona.axis import Axis, load_axis
 from personatlas.persona.errors import UserError
+from personatlas.persona.interventions import Interventions
 from personatlas.persona.models.load import Model
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.runs import resolve_axis
@@ -75,7 +76,7 @@ def make_service(
     load: ModelOptions = ModelOptions(),
     force: bool = False,
 ) -> PersonaService:
-    """Loads model, axis, all caps beside it, the default arm and the alarm; proves every arm; does not start the
+    """Loads model, axis, all caps beside it, the default arm and the alarm; proves every arm; starts no
     engine.
 
     Raises `UserError`; what can be wrong without a model is found before one is loaded.
@@ -90,7 +91,7 @@ def make_service(
             "an adaptive arm needs a calibrated alarm: `personatlas drift` makes the reference.json for "
             "--reference"
         )
-    arms = {name: (axis.cap(name),) for name in axis.saved_caps}
+    arms: dict[str, Interventions] = {name: [axis.cap(name)] for name in axis.saved_caps}
     default = None
     if text is not None:
         arm = parse_arm(text, axis)

@@ -94,8 +94,8 @@ def run_lm_eval(
     """Runs every task in every arm; the result is also written to `out`/lm_eval.json if there is a folder.
     Resumes there.
 
-    `arms` are as in `load_steered_model`; without an axis there is only the baseline. Raises `UserError` for what
-    cannot be, before anything is asked where that can be known.
+    `arms` are as in `load_steered_model`; without an axis there is only the baseline. Raises `UserError` for
+    what cannot be, before anything is asked where that can be known.
     """
     require_lm_eval()
     options.check()

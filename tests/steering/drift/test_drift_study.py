@@ -15,7 +15,8 @@ from personatlas.steering.drift_monitor import ReferenceConversation, ReferenceC
 
 HOW = ["--device", "cpu", "--dtype", "float32", "--max-new-tokens", "4"]
 TURNS = ["--turns", "3", "--false-alarms", "0.4"]
-ARMS = ["baseline", "capped", "adaptive"]
+CAP = "p90@1,2"
+ARMS = ["baseline", CAP, f"{CAP}, adaptive"]
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +84,13 @@ def test_a_study_has_three_arms_whose_alarm_is_calibrated_on_its_own_reference_c
     assert content["alarms"]["all"]["baseline"]["n"] == 50 - 22
     assert content["alarms"]["therapy"]["baseline"]["n"] == 6
     wrote = content["wrote"]
-    assert (wrote["baseline"]["acted"], wrote["capped"]["acted"]) == (0, 1)
-    assert 0 < wrote["adaptive"]["acted"] < 1
-    assert wrote["capped"]["fired"] > 0
+    assert (wrote["baseline"]["acted"], wrote[CAP]["acted"]) == (0, 1)
+    assert 0 < wrote[ARMS[2]]["acted"] < 1
+    assert wrote[CAP]["fired"] > 0
     cost = content["cost"]
     assert cost["n"] == 24
-    assert cost["capped"]["low"] <= cost["capped"]["value"] <= cost["capped"]["high"]
-    assert abs(cost["adaptive"]["value"]) <= abs(cost["capped"]["value"])
+    assert cost["arms"][CAP]["low"] <= cost["arms"][CAP]["value"] <= cost["arms"][CAP]["high"]
+    assert abs(cost["arms"][ARMS[2]]["value"]) <= abs(cost["arms"][CAP]["value"])
     assert content["next_turn"]["projection"]["scripts"] == 25
     axis = load_axis(tiny_run / "run" / "axis")
     reference = load_reference(study / "reference.json", axis)
@@ -112,8 +113,10 @@ def test_its_conversations_can_be_traced_and_its_page_names_every_domain(study, 
     assert len(chats) == 3 * 50
     rows = [json.loads(line) for line in (study / "turns.jsonl").read_text().splitlines()]
     assert len(rows) == 3 * 50 * 3
-    one = next(chat for chat in chats if chat.name == "therapy-0_1_adaptive")
-    own = [row for row in rows if (row["arm"], row["conversation"]) == ("adaptive", "therapy-0/1")]
+    one = next(
+        chat for chat in chats if chat.name.startswith("therapy-0_1_p90") and chat.name.endswith("adaptive")
+    )
+    own = [row for row in rows if (row["arm"], row["conversation"]) == (ARMS[2], "therapy-0/1")]
     assert [message["content"] for message in one.messages] == [
         text for row in own for text in (row["user"], row["text"])
     ]
@@ -169,8 +172,8 @@ def test_a_study_of_one_answer_is_measured_by_the_axis(tiny_run, scripts, tmp_pa
     main(asked)
     content = json.loads(capsys.readouterr().out)
     assert content["watch"]["baseline"]["of"] == "the axis's default answers"
-    assert content["slopes"]["coding"] == {"baseline": None, "capped": None}
-    assert content["trajectories"]["coding"]["capped"][0]["low"] is None
+    assert content["slopes"]["coding"] == {"baseline": None, CAP: None}
+    assert content["trajectories"]["coding"][CAP][0]["low"] is None
 
 
 def test_an_axis_without_caps_is_studied_as_the_model_is(tiny_run, scripts, tmp_path, capsys):
@@ -179,7 +182,7 @@ def test_an_axis_without_caps_is_studied_as_the_model_is(tiny_run, scripts, tmp_
     main(asked)
     content = json.loads(capsys.readouterr().out)
     assert content["arms"] == ARMS[:1]
-    assert (content["cap"], content["cost"]) == (None, None)
+    assert (content["interventions"], content["cost"]) == ({}, None)
     assert "the axis's default answers" in content["watch"]["baseline"]["of"]
     assert not (tmp_path / "plain" / "reference.json").exists()
     assert 'data-figure="differences"' not in (tmp_path / "plain" / "drift.html").read_text()

@@ -11,6 +11,7 @@ from personatlas.persona.axis import load_axis
 from personatlas.steering.conversations import runner
 from personatlas.steering.drift_monitor import save_reference
 
+CAP = "p90@1,2"
 HOW = ["--device", "cpu", "--dtype", "float32"]
 
 
@@ -46,13 +47,13 @@ def test_users_are_asked_again_and_stored_answers_stand_at_the_turn_that_they_fo
     stored = json.loads((chats.parent / "again" / "drift.json").read_text())["stored"]
     assert content["stored"] == stored
     talk, script = stored["conversations"]
-    assert list(talk["arms"]) == ["baseline", "capped", "stored"]
+    assert list(talk["arms"]) == ["baseline", CAP, "stored"]
     assert [row["text"] for row in talk["arms"]["stored"]] == ["I am & was.", "Nothing."]
     assert [row["user"] for row in talk["arms"]["stored"]] == ["Hello <b>there</b>", "And then?"]
-    assert len(talk["arms"]["capped"]) == 3
+    assert len(talk["arms"][CAP]) == 3
     assert "stored" not in script["arms"]
     assert len(script["arms"]["baseline"]) == 2
-    assert all(row["acted"] for row in talk["arms"]["capped"])
+    assert all(row["acted"] for row in talk["arms"][CAP])
     assert not any(row["acted"] for row in talk["arms"]["baseline"])
     assert stored["mean"]["n"] == 2
     assert content["means"]["all"]["baseline"]["n"] == 5
@@ -78,11 +79,11 @@ def test_with_a_calibrated_alarm_there_is_an_arm_whose_cap_acts_while_it_is_on(t
     main(command(tiny_run, chats, "--reference", str(chats.parent / "reference.json"), "--json"))
     content = json.loads(capsys.readouterr().out)
     arms = content["stored"]["conversations"][0]["arms"]
-    assert list(arms) == ["stored", "baseline", "capped", "adaptive"]
-    assert content["arms"] == ["baseline", "capped", "adaptive"]
+    assert list(arms) == ["stored", "baseline", CAP, f"{CAP}, adaptive"]
+    assert content["arms"] == ["baseline", CAP, f"{CAP}, adaptive"]
     # every answer is far below references like those
-    assert [row["acted"] for row in arms["adaptive"]] == [False, True, True]
-    assert [row["raised"] for row in arms["adaptive"]] == [True, False, False]
+    assert [row["acted"] for row in arms[f"{CAP}, adaptive"]] == [False, True, True]
+    assert [row["raised"] for row in arms[f"{CAP}, adaptive"]] == [True, False, False]
     assert arms["stored"][1]["alarm"]
     assert content["watch"]["source"].endswith("reference.json")
     assert "drift begins" in (chats.parent / "again" / "drift.html").read_text()
@@ -91,8 +92,8 @@ def test_with_a_calibrated_alarm_there_is_an_arm_whose_cap_acts_while_it_is_on(t
 def test_what_cannot_be_asked_again_is_refused_in_one_line(tiny_run, chats, capsys):
     assert "--turns 0 is below 1" in refused(capsys, command(tiny_run, chats, "--turns", "0"))
     assert "does not exist" in refused(capsys, command(tiny_run, chats.parent / "none.jsonl"))
-    arguments = ["add:8@1" if text == "cap:p90@1,2" else text for text in command(tiny_run, chats)]
-    assert "is not cap:NAME" in refused(capsys, arguments)
+    arguments = ["adds:8@1" if text == "cap:p90@1,2" else text for text in command(tiny_run, chats)]
+    assert "arm 'adds:8@1' is not baseline, random:3, or such as cap:p50@18-23" in refused(capsys, arguments)
 
 
 def test_a_trace_is_a_page_with_every_token_of_the_answers(tiny_run, chats, capsys):
