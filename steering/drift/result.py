@@ -10,7 +10,7 @@ Means and slopes are by domain, and over `ALL` of them, then by arm.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -181,21 +181,16 @@ class DriftResult(JsonRecord):
     omit_none: ClassVar[tuple[str, ...]] = ("stored",)
 
     @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> "DriftResult":
-        """What `to_json` wrote, or an earlier version, whose arms were a cap and the same cap adaptive."""
-        if "interventions" not in row:
-            cap, cost = row["cap"], row["cost"]
-            arms = [arm for arm in OLD_ARMS if arm in row["arms"]]
-            summaries = {arm: {"population": None, "spare_first": True, **cap} for arm in arms if cap}
-            if cost is not None:
-                cost = {"n": cost["n"], "arms": {arm: cost[arm] for arm in arms if arm in cost}}
-            row = {**row, "interventions": summaries, "cost": cost}
-        return super().from_json(row)
-
-    @classmethod
     def load(cls, folder: Path) -> "DriftResult":
         """Reads drift.json of a study's folder. Raises `UserError` where there is none."""
-        return cls.from_json(read_json(folder / "drift.json"))
+        row: JsonObject = read_json(folder / "drift.json")
+        if "interventions" not in row:  # of an earlier version: a cap, and the same cap adaptive
+            arms = [arm for arm in OLD_ARMS if arm in row["arms"]]
+            cap = {"population": None, "spare_first": True, **(row["cap"] or {})}
+            if row["cost"] is not None:
+                row["cost"]["arms"] = {arm: row["cost"][arm] for arm in arms if arm in row["cost"]}
+            row["interventions"] = dict.fromkeys(arms, cap)
+        return cls.from_json(row)
 
 
 @dataclass(frozen=True)
