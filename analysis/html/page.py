@@ -19,6 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from personatlas.analysis.html import PALETTE
 from personatlas.persona.artifacts import atomic
 
 HERE = Path(__file__).parent
@@ -40,7 +41,7 @@ def write_page(
     shared = {
         "policy": f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; "
         "img-src data: blob:; base-uri 'none'; form-action 'none'",
-        "css": Markup((HERE / "page.css").read_text(encoding="utf-8")),
+        "css": Markup("".join(path.read_text(encoding="utf-8") for path in (PALETTE, HERE / "page.css"))),
         "scripts": [Markup(text) for text in scripts],
         "data": Markup(data.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")),
         "drawn": figures.keys(),

@@ -16,6 +16,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from personatlas.analysis.html import PALETTE
+
 STATIC = Path(__file__).parents[2] / "steering" / "serve" / "static"
 POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; font-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"  # fmt: skip
 BASELINE = {"mean": -1.5, "spread": 11.0, "of": "reference conversations"}
@@ -187,8 +189,8 @@ class Answering(BaseHTTPRequestHandler):
                 self._json(200, self.serve.behaviour.axis)
             return
         name = "index.html" if path == "/" else path.removeprefix("/static/")
-        file = (STATIC / name).resolve()
-        if STATIC not in file.parents or not file.is_file():
+        file = PALETTE if name == PALETTE.name else (STATIC / name).resolve()
+        if file.parent not in (STATIC, PALETTE.parent) or not file.is_file():
             return self._error(404, "there is no such page")
         self._send(200, file.read_bytes(), mimetypes.guess_type(name)[0] or "application/octet-stream")
 

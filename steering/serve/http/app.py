@@ -20,6 +20,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
+from personatlas.analysis.html import PALETTE
 from personatlas.persona.errors import UserError
 from personatlas.persona.records import JsonObject
 from personatlas.steering.serve.engine.scheduler import ServerBusy
@@ -171,7 +172,7 @@ def _describe(service: PersonaService) -> JsonObject:
 
 
 def _add_page(app: FastAPI) -> None:
-    files = {path.name: path.read_bytes() for path in sorted(STATIC.glob("*")) if path.is_file()}
+    files = {path.name: path.read_bytes() for path in (PALETTE, *STATIC.glob("*")) if path.is_file()}
 
     def file_response(name: str) -> Response:
         media_type = MEDIA_TYPES.get(Path(name).suffix) or mimetypes.guess_type(name)[0]
