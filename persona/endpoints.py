@@ -6,12 +6,15 @@
     reply.text, reply.problem                    # "2", None
 
 What may pass (408, 429, 5xx, timeouts, lost connections) is tried again with exponential back-off, or after
-the server's Retry-After; the last reply's `problem` says what became of anything else. The key comes from the
-environment and is written nowhere.
+the server's Retry-After; the last reply's `problem` says what became of anything else. Reasoning models take
+other requests: a parameter that the server refuses is left out (`max_tokens` becomes `max_completion_tokens`),
+and a reply that ends while the model still thinks is asked for again with room for thought; what worked is
+remembered for the next request. The key comes from the environment and is written nowhere.
 """
 
 import email.utils
 import itertools
+import json
 import os
 import random
 import re
@@ -22,7 +25,10 @@ from dataclasses import dataclass
 import httpx
 
 from personatlas.persona.errors import UserError
+from personatlas.persona.judges.wording import without_thoughts
 
+LIMIT, NEW_LIMIT = "max_tokens", "max_completion_tokens"
+THINKING_ROOM = (1024, 8192)  # tokens, tried in turn where a model thinks longer than it was given
 LONGEST_WAIT = 300.0  # seconds; a server's Retry-After beyond it is cut to it
 
 
@@ -32,7 +38,8 @@ class ChatReply:
 
     `problem` is "http STATUS", "timeout", "connection", "not JSON", "not a chat completion" or "stopped".
     `retryable` says that another attempt may help, `reached` that somebody was there. `refusal` is what the
-    server says where it withholds the answer, `is_cut` whether `max_tokens` ended the text.
+    server says where it withholds the answer, `is_cut` whether `max_tokens` ended the text, and `unsupported` the
+    parameter of the request that the model does not take.
     """
 
     text: str
@@ -42,6 +49,7 @@ class ChatReply:
     retry_after: float = 0.0
     refusal: str | None = None
     is_cut: bool = False
+    unsupported: str | None = None
 
 
 class ChatEndpoint:
@@ -71,6 +79,8 @@ class ChatEndpoint:
         if not key.isascii() or not key.isprintable():
             raise UserError(f"the key in {' or '.join(key_variables)} holds characters that no key can have")
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._left_out: frozenset[str] = frozenset()  # parameters that this model does not take
+        self._room = 0  # tokens that its thoughts needed
 
     def connect(self) -> httpx.Client:
         """A client that sends the key, to be closed by the caller."""
@@ -84,18 +94,21 @@ class ChatEndpoint:
         jitter: int | str,
         on_attempt: Callable[[ChatReply, bool], None] = lambda reply, is_last: None,
         wait: Callable[[float], object] = time.sleep,
+        room: Sequence[int] = THINKING_ROOM,
+        is_answer: Callable[[str], bool] = lambda text: bool(without_thoughts(text).strip()),
         **parameters: int | float,
     ) -> ChatReply:
         """The reply to one request with those body parameters, after as many attempts as it takes.
 
         `jitter` seeds the pauses between attempts. `on_attempt` is called with each reply and whether it is
         the last one, and may raise to give up. `wait` pauses for some seconds; if it returns true, nothing is
-        tried again and the problem is "stopped".
+        tried again and the problem is "stopped". A reply that
+        `max_tokens` cut before it `is_answer` is asked for again with the next larger number of `room`, if any.
         """
         body = {"model": self.model, "messages": list(messages), **parameters}
         generator = random.Random(jitter)
         for attempt in itertools.count():
-            reply = self._request(client, body)
+            reply = self._adapted(client, body, room, is_answer)
             is_last = attempt == self.retries or not reply.retryable
             on_attempt(reply, is_last)
             if is_last:
@@ -103,6 +116,33 @@ class ChatEndpoint:
             pause = self.backoff * 2**attempt * generator.uniform(0.5, 1.5)
             if wait(min(max(pause, reply.retry_after), LONGEST_WAIT)):
                 return ChatReply("", "stopped")
+        return reply
+
+    def _adapted(
+        self,
+        client: httpx.Client,
+        body: Mapping[str, object],
+        room: Sequence[int],
+        is_answer: Callable[[str], bool],
+    ) -> ChatReply:
+        """The reply to a request in the form that the model takes, which is found out where it is not known."""
+        left_out, asked = self._left_out, int(str(body.get(LIMIT, 0)))
+        tokens, cut = max(asked, self._room) if room else asked, None
+        while True:
+            sent = {name: value for name, value in body.items() if name not in (LIMIT, *left_out)}
+            if tokens and NEW_LIMIT not in left_out:
+                sent[NEW_LIMIT if LIMIT in left_out else LIMIT] = tokens
+            reply = self._request(client, sent)
+            if reply.unsupported in sent:
+                left_out |= {str(reply.unsupported)}
+            elif cut is not None and reply.problem == "http 400":  # more than the model can hold
+                return cut
+            elif reply.is_cut and not is_answer(reply.text) and (more := [n for n in room if n > tokens]):
+                tokens, cut = min(more), reply
+            else:
+                break
+        if reply.problem is None:  # threads may find it out at the same time, and all find the same
+            self._left_out, self._room = left_out, max(self._room, tokens if tokens > asked else 0)
         return reply
 
     def _request(self, client: httpx.Client, body: Mapping[str, object]) -> ChatReply:
@@ -120,6 +160,7 @@ class ChatEndpoint:
                 f"http {status}",
                 retryable=status in (408, 429) or status >= 500,
                 retry_after=retry_after(response.headers.get("retry-after", "")),
+                unsupported=unsupported_parameter(response.text, body) if status in (400, 422) else None,
             )
         try:
             choice = response.json()["choices"][0]
@@ -133,8 +174,27 @@ class ChatEndpoint:
             text = "".join(str(part.get("text", "")) for part in text if isinstance(part, dict))
         if refusal or reason == "content_filter":
             refusal = str(refusal or "content filter")
-        text = text if isinstance(text, str) else ""
+        text = without_half_characters(text) if isinstance(text, str) else ""
         return ChatReply(text, refusal=refusal or None, is_cut=reason == "length")
+
+
+def unsupported_parameter(error: str, body: Mapping[str, object]) -> str | None:
+    """Which parameter of a request an error says that the model does not take; None for another error."""
+    try:
+        about = json.loads(error)["error"]
+        error, named = str(about.get("message")), about.get("param")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        named = None
+    if re.search(r"context (length|window|size)|too (large|long|many)", error):
+        return None
+    parameters = [name for name in body if name not in ("model", "messages")]
+    found = [name for name in parameters if name == named or re.search(rf"\b{name}\b", error)]
+    return found[0] if found else None
+
+
+def without_half_characters(text: str) -> str:
+    """Text with U+FFFD for half a surrogate pair, which JSON can name and no tokenizer reads."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def completions_url(url: str) -> httpx.URL:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from personatlas.persona.errors import UserError
+from personatlas.persona.progress import say
+from personatlas.persona.roles.bank import Bank
 from personatlas.persona.rollout import Selection
 
 
@@ -78,6 +80,8 @@ class JudgeOptions:
     PERSONATLAS_JUDGE_KEY)"""
     judge_model: str | None = None
     "the model to ask for at that URL"
+    judge_tokens: int | None = None
+    "the longest reply of that model, thoughts included; 16 unless given, and more for one that thinks first"
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,10 @@ def selection_of(options: PlanOptions) -> tuple[Selection, int]:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value} is below 1")
+    if options.samples > 1 and options.temperature == 0:
+        raise UserError(
+            f"--samples {options.samples} at --temperature 0 are one answer {options.samples} times"
+        )
     role_names, n_roles = _names_or_count(options.roles, "role", "roles", "besides the default")
     trait_names, n_traits = _names_or_count(options.trait_names, "trait", "trait-names", "")
     selection = Selection(
@@ -129,6 +137,27 @@ def selection_of(options: PlanOptions) -> tuple[Selection, int]:
         n_traits=n_traits,
     )
     return selection, options.max_new_tokens or max_new_tokens
+
+
+def require_in_bank(options: PlanOptions, bank: Bank) -> None:
+    """`UserError` for more than the bank has of what is asked for by number; a plan's own numbers are the most."""
+    others = [role for role in bank.roles if not role.is_default]
+    there = {
+        "roles": len(others),
+        "trait_names": len(bank.traits),
+        "prompts": max((len(role.prompts) for role in others), default=0),
+        "questions": len(bank.questions),
+    }
+    for name, most in there.items():
+        value = getattr(options, name)
+        if value is not None and str(value).strip().isdigit() and int(value) > most:
+            what = {"trait_names": "traits", "prompts": "prompts a role"}.get(name, name)
+            raise UserError(
+                f"--{name.replace('_', '-')} {value}: this bank has {most} {what}; give that or fewer"
+            )
+    fewer = sum(len(role.prompts) < (options.prompts or 0) for role in others)
+    if fewer:
+        say(f"{fewer} roles of the bank have fewer than {options.prompts} prompts: all of theirs are used")
 
 
 def _names_or_count(

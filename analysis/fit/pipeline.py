@@ -69,8 +69,13 @@ def compute_axis(
     Under torchrun only the first process fits; the others return None. Raises `UserError` for options that do
     not go together, before anything long begins, and for a folder that holds another run.
     """
-    require_judge(judge)
     _require_options(fit)
+    if judge.judge == "none" and fit.keep != "all":
+        raise UserError(
+            f"--judge none gives no scores and --keep {fit.keep} uses scored answers alone: add --keep all, or "
+            "take --judge rules"
+        )
+    require_judge(judge)
     with open_context(model, out, load, plan) as context:
         _require_enough_answers(context.plan.keys, fit, context.model.n_layers)
         rollouts = sample(context)
@@ -123,8 +128,6 @@ def _fit_recorded(
     options: FitOptions,
 ) -> FitResult:
     """Fits and writes the artefacts and fit.json; reads it where options and data are the same."""
-    if options.replicates == 1:
-        raise UserError("--replicates 1 makes no interval; give 0 for none, or as many as 100")
     asked = {"content": activations.content, "version": FIT_VERSION, **option_values(options)}
     if traits is not None:
         asked["traits"] = traits.content
@@ -214,6 +217,8 @@ def _require_options(options: FitOptions) -> None:
         raise UserError(f"--keep {options.keep!r} is not one of {', '.join(SCORE_FILTERS)}")
     if options.replicates < 0:
         raise UserError(f"--replicates {options.replicates} is below 0")
+    if options.replicates == 1:
+        raise UserError("--replicates 1 makes no interval; give 0 for none, or as many as 100")
     if options.compare is not None:
         load_axis(resolve_axis(str(options.compare)))
 

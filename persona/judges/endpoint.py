@@ -3,7 +3,7 @@
     judge = EndpointJudge("http://127.0.0.1:8000", "some-large-model")
     judge_rollouts(rollouts, bank, judge, folder / "scores.jsonl")
 
-Each item is one request at temperature 0, retried as `persona/endpoints.py` says. What cannot pass (401, 403,
+Each item is one request at temperature 0, retried as `persona/endpoints.py` says, for reasoning models too. What cannot pass (401, 403,
 404, nobody listening) stops the run in one line; anything else that yields no score is a counted problem. The
 key comes from PERSONATLAS_JUDGE_KEY or OPENAI_API_KEY.
 """
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import httpx
 
-from personatlas.persona.endpoints import ChatEndpoint, ChatReply, one_line
+from personatlas.persona.endpoints import THINKING_ROOM, ChatEndpoint, ChatReply, one_line
 from personatlas.persona.errors import UserError
 from personatlas.persona.judges.base import Item, Verdict
 from personatlas.persona.judges.wording import ROLE_WORDING, Wording
@@ -29,8 +29,8 @@ DECLINES = re.compile(r"\b(?:sorry|apologi[sz]e|cannot|can't|won't|unable to)\b"
 class EndpointJudge:
     """Asks `model` at `url`, with at most `concurrency` requests at a time.
 
-    `url`, `retries`, `timeout` and `backoff` are those of `ChatEndpoint`. Raise `max_tokens` for reasoning
-    models, which think before they give the digit. `wording` is what it asks: `ROLE_WORDING` for a score from
+    `url`, `retries`, `timeout` and `backoff` are those of `ChatEndpoint`. `max_tokens` is the longest reply, with
+    its thoughts; unless given it is `tokens`, and more for a model that has not answered by then. `wording` is what it asks: `ROLE_WORDING` for a score from
     0 to 3, `TRAIT_WORDING` for 0 to 100. Raises `UserError` for an address or a key that cannot be one.
     """
 
@@ -43,15 +43,19 @@ class EndpointJudge:
         retries: int = 5,
         timeout: float = 60.0,
         backoff: float = 1.0,
-        max_tokens: int = 16,
+        max_tokens: int | None = None,
+        tokens: int = 16,
         wording: Wording = ROLE_WORDING,
     ) -> None:
-        if concurrency < 1 or max_tokens < 1:
-            raise ValueError(f"impossible settings: {concurrency=}, {max_tokens=}")
+        if concurrency < 1:
+            raise ValueError(f"impossible settings: {concurrency=}")
+        if max_tokens is not None and max_tokens < 1:
+            raise UserError(f"--judge-tokens {max_tokens} is no length of a reply; give 1 or more")
         self.endpoint = ChatEndpoint(
             url, model, KEY_VARIABLES, retries=retries, timeout=timeout, backoff=backoff
         )
-        self.concurrency, self.max_tokens, self.wording = concurrency, max_tokens, wording
+        self.concurrency, self.max_tokens, self.wording = concurrency, max_tokens or tokens, wording
+        self._room = THINKING_ROOM if max_tokens is None else ()
 
     @property
     def id(self) -> str:
@@ -114,6 +118,8 @@ class EndpointJudge:
             jitter=item.key,
             on_attempt=batch.count,
             wait=batch.stop.wait,
+            room=self._room,
+            is_answer=lambda text: self.wording.parse(text) is not None,
             temperature=0,
             max_tokens=self.max_tokens,
         )
@@ -124,7 +130,7 @@ class EndpointJudge:
             score = self.wording.parse(text)
             is_thinking = not text.strip() or "<think>" in text.split("</think>")[-1]
             if score is None and reply.is_cut and is_thinking:
-                problem = "cut off while thinking (raise max_tokens)"
+                problem = "cut off while thinking (raise --judge-tokens)"
             elif score is None:
                 problem = "refused" if DECLINES.search(text) else "unparsable"
         return Verdict(item.key, score, text[:LONGEST_REPLY], problem)

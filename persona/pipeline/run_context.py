@@ -18,6 +18,7 @@ import torch
 from personatlas.persona.distributed import World, get_world
 from personatlas.persona.errors import UserError
 from personatlas.persona.judges.base import (
+    Item,
     Judge,
     items_to_judge,
     judge_rollouts,
@@ -26,8 +27,9 @@ from personatlas.persona.judges.base import (
     role_play_share,
 )
 from personatlas.persona.judges.rules import RuleJudge
+from personatlas.persona.models.hub import require_model_name
 from personatlas.persona.models.load import Model, load_model
-from personatlas.persona.options import JudgeOptions, ModelOptions, PlanOptions, selection_of
+from personatlas.persona.options import JudgeOptions, ModelOptions, PlanOptions, require_in_bank, selection_of
 from personatlas.persona.pipeline.activations import Activations
 from personatlas.persona.pipeline.stages import (
     CPU_CHUNK,
@@ -39,7 +41,7 @@ from personatlas.persona.pipeline.stages import (
     plan_rollouts,
 )
 from personatlas.persona.progress import progress, say
-from personatlas.persona.roles.bank import Bank, is_pole, load_bank
+from personatlas.persona.roles.bank import Bank, Role, is_pole, load_bank
 from personatlas.persona.rollout import Rollout, Selection, only_poles, with_scores, without_poles
 from personatlas.persona.runs import RunFolder, is_training_run, open_run
 from personatlas.persona.sampling.cuda_graph import fastest_sampler
@@ -125,6 +127,7 @@ def open_context(
     sampling = Sampling(max_new_tokens, plan.temperature, plan.top_p)
     bank = load_bank(plan.bank)
     selection.roles(bank), selection.traits(bank)  # unknown names fail before a model is loaded
+    require_in_bank(plan, bank)
     with open_run(folder, create=True, rank=world.rank) as run:
         try:
             if world.rank:
@@ -201,10 +204,7 @@ def judge_run(
     of_roles, of_traits = without_poles(rollouts), only_poles(rollouts)
     judge, trait_judge = load_judge(options, run), None
     if of_traits and _is_url(options.judge):
-        from personatlas.persona.judges.endpoint import EndpointJudge
-        from personatlas.persona.judges.wording import TRAIT_WORDING
-
-        trait_judge = EndpointJudge(options.judge, options.judge_model or "", wording=TRAIT_WORDING)
+        trait_judge = _endpoint_judge(options, of_traits=True)
     log, trait_log = run.folder / "scores.jsonl", run.folder / "trait_scores.jsonl"
     if world.rank == 0:
         run.note(judge=_judge(of_roles, bank, judge, log, quiet=options.judge == "rules"))
@@ -227,6 +227,11 @@ def _judge(
         tally = judge_rollouts(rollouts, bank, judge, path, advance)
     if tally.problems:
         problems = ", ".join(f"{n} {problem}" for problem, n in sorted(tally.problems.items()))
+        if all(score is None for counts in tally.by_role.values() for score in counts):
+            raise UserError(
+                f"the judge {judge.id} gave a score to none of {tally.unparsable} answers ({problems}); its replies "
+                f"are in {path}, and are asked for again when you run this again"
+            )
         say(f"the judge gave no score for {tally.unparsable} answers ({problems}); they count as unjudged")
     counts = {str(score): n for score, n in tally.counts.items()}
     return {"id": judge.id, "counts": counts, "unscored": tally.unparsable}
@@ -241,26 +246,47 @@ def stored_scores(run: RunFolder) -> dict[str, int | None]:
 
 
 def require_judge(options: JudgeOptions) -> None:
-    """`UserError` for a judge that there is not, before anything long begins."""
+    """`UserError` for a judge that there is not or that does not answer, before anything long begins."""
     is_url = _is_url(options.judge)
     if options.judge not in ("rules", "none") and not options.judge.startswith("local:") and not is_url:
         raise UserError(f"--judge {options.judge!r} is not rules, none, local:MODEL or a http(s) URL")
     if is_url and not options.judge_model:
         raise UserError(f"--judge {options.judge} needs --judge-model NAME")
+    for option in ("judge_model", "judge_tokens"):
+        if not is_url and getattr(options, option) is not None:
+            raise UserError(
+                f"--{option.replace('_', '-')} is about a model at an address: give --judge URL with it"
+            )
+    if options.judge.startswith("local:"):
+        require_model_name(options.judge.removeprefix("local:"))
+    elif is_url and not get_world().rank:
+        judge = _endpoint_judge(options)
+        item = Item("judge/0/hello/0", Role("assistant", ()), "", "Say hello.", "Hello.")
+        for verdict in judge.verdicts([item]):
+            if verdict.problem is not None and verdict.problem not in ("unparsable", "refused"):
+                raise UserError(
+                    f"the judge {judge.id} gives no score: {verdict.problem}: {verdict.reply[:160]}"
+                )
 
 
 def load_judge(options: JudgeOptions, run: RunFolder) -> Judge:
-    """The judge of a run that the options ask for. Raises `UserError` for one that there is not."""
-    require_judge(options)
+    """The judge of a run that the options ask for, which `require_judge` has let pass."""
     if options.judge == "rules":
         return RuleJudge()
     if options.judge.startswith("local:"):
         from personatlas.persona.judges.local import LocalJudge
 
         return LocalJudge(run.date(load_model(options.judge.removeprefix("local:"))))
-    from personatlas.persona.judges.endpoint import EndpointJudge
+    return _endpoint_judge(options)
 
-    return EndpointJudge(options.judge, options.judge_model or "")
+
+def _endpoint_judge(options: JudgeOptions, *, of_traits: bool = False) -> Judge:
+    from personatlas.persona.judges.endpoint import EndpointJudge
+    from personatlas.persona.judges.wording import ROLE_WORDING, TRAIT_WORDING
+
+    wording = TRAIT_WORDING if of_traits else ROLE_WORDING
+    model, tokens = options.judge_model or "", options.judge_tokens
+    return EndpointJudge(options.judge, model, max_tokens=tokens, wording=wording)
 
 
 def _is_url(judge: str) -> bool:

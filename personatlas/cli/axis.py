@@ -87,10 +87,13 @@ def judge(
     bank
         the bank that the run was made with, if not the packaged one
     """
-    from personatlas.persona.pipeline.run_context import judge_run
+    from personatlas.persona.pipeline.run_context import judge_run, require_judge
     from personatlas.persona.roles.bank import load_bank
     from personatlas.persona.rollout import read_rollouts, without_poles
 
+    if judge.judge == "none":
+        raise UserError("--judge none scores nothing: give rules, local:MODEL or a URL")
+    require_judge(judge)
     with open_run(run) as folder:
         roles, made_with = load_bank(bank), folder.manifest.get("asked", {})
         for title, key, digest in (

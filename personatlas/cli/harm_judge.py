@@ -39,8 +39,8 @@ class HarmOptions:
     "the model to ask for at that URL"
     rubric: str = "yes-no"
     "what a model is asked: yes-no, or scale (refused, convincing, specific)"
-    max_new_tokens: int | None = None
-    "the longest reply of an endpoint; raise it for models that think first"
+    judge_tokens: int | None = None
+    "the longest reply of that model, thoughts included; as the rubric needs, and more for one that thinks first"
 
 
 FIGURES = {
@@ -121,7 +121,7 @@ def check(
     from personatlas.steering.evals.harm.check import check_harm_judge
     from personatlas.steering.evals.harm.judges import ModelHarmJudge, harm_judge
 
-    judge = harm_judge(judging.judge, judging.judge_model, judging.rubric, max_tokens=judging.max_new_tokens)
+    judge = harm_judge(judging.judge, judging.judge_model, judging.rubric, max_tokens=judging.judge_tokens)
     found = read_labels(labels, columns.text_column, columns.label_column)
     is_model = isinstance(judge, ModelHarmJudge)
     if is_model and not any(found.requests):

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import httpx
 
-from personatlas.persona.endpoints import ChatEndpoint
+from personatlas.persona.endpoints import THINKING_ROOM, ChatEndpoint
 from personatlas.persona.errors import UserError
 from personatlas.persona.formats import Message
+from personatlas.persona.judges.wording import without_thoughts
 from personatlas.persona.logs import ResultCache
 from personatlas.steering.conversations.runner import Script, ScriptedUser, TurnRecord
 
@@ -127,7 +128,13 @@ class EndpointUser(ScriptedUser):
             raise UserError(
                 f"no user at {self.endpoint.url} ({reason}); replies are kept: run again when it works"
             )
-        return reply.text.rpartition("</think>")[2].strip()
+        text = without_thoughts(reply.text).strip()
+        if reply.is_cut and not text:
+            raise UserError(
+                f"the user at {self.endpoint.url} thinks and says nothing within {THINKING_ROOM[-1]} tokens; "
+                "take a model that thinks less"
+            )
+        return text
 
 
 def _reversed_roles(script: Script, history: Sequence[TurnRecord]) -> list[Message]:

@@ -62,6 +62,8 @@ class EvalOptions:
     "who judges harm: rules, a file of `harm-judge fit`, local:MODEL, or an OpenAI-compatible endpoint's URL"
     judge_model: str | None = None
     "the model to ask for at that URL"
+    judge_tokens: int | None = None
+    "the longest reply of that model, thoughts included; as the rubric needs, and more for one that thinks first"
     rubric: str = "yes-no"
     "what a model that judges is asked: yes-no, or scale (refused, convincing, specific)"
 

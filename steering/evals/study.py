@@ -120,7 +120,7 @@ def _check(
     """The suites and the judge, after all that can be checked before a model is loaded."""
     options.check()
     selected = select_suites(suites, options)
-    judge = harm_judge(options.judge, options.judge_model, options.rubric)
+    judge = harm_judge(options.judge, options.judge_model, options.rubric, max_tokens=options.judge_tokens)
     tags = {tag for role in bank.roles for tag in role.tags}
     unknown = sorted(set(options.tag or ()) - tags)
     if unknown:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from personatlas.persona.errors import UserError
 from personatlas.steering.evals.harm.agreement import JudgeAgreement, LabelledAnswers, measure_agreement
 from personatlas.steering.evals.harm.judges import (
     HARMFUL,
@@ -47,11 +46,6 @@ def check_harm_judge(
         by_index = dict(judge.harm_verdicts(pairs))
         verdicts = [by_index[index] for index in range(len(pairs))]
     scored = [index for index, verdict in enumerate(verdicts) if verdict.score is not None]
-    if not scored:
-        first = verdicts[0]
-        raise UserError(
-            f"the judge gave a score to none of {len(verdicts)} answers: {first.problem}: {first.reply[:160]}"
-        )
     classifier = judge.classifier if isinstance(judge, ClassifierHarmJudge) else None
     threshold = HARMFUL if classifier is None else classifier.threshold
     known: set[int] = set()

@@ -250,8 +250,8 @@ def harm_judge(
 ) -> HarmJudge:
     """The judge that a user names: rules, a URL with its `model`, local:MODEL, or a fitted classifier's path.
 
-    `rubric` is what a model is asked, "yes-no" or "scale"; `max_tokens` the longest reply of an endpoint, for
-    models that think first. Raises `UserError` for what is none of these or goes with none.
+    `rubric` is what a model is asked, "yes-no" or "scale"; `max_tokens` the longest reply of an endpoint, thoughts
+    included. Raises `UserError` for what is none of these or goes with none.
     """
     if rubric not in RUBRICS:
         raise UserError(f"rubric {rubric!r} is not one of {', '.join(RUBRICS)}")
@@ -265,10 +265,8 @@ def harm_judge(
             raise UserError(
                 f"the judge {text} needs the name of the model to ask for; give it with --judge-model NAME"
             )
-        tokens = own.tokens if max_tokens is None else max_tokens
-        if tokens < 1:
-            raise UserError(f"a reply of at most {tokens} tokens is none; give 1 or more")
-        return ModelHarmJudge(EndpointJudge(text, model, max_tokens=tokens, wording=own.wording), own)
+        judge = EndpointJudge(text, model, max_tokens=max_tokens, tokens=own.tokens, wording=own.wording)
+        return ModelHarmJudge(judge, own)
     if text.startswith("local:"):
         from personatlas.persona.judges.local import LocalJudge
         from personatlas.persona.models.load import load_model
@@ -327,8 +325,8 @@ def judge_harm(
         advance(sum(counts[sha] for sha in found))
     first = {sha: index for index, sha in reversed(list(enumerate(shas))) if sha not in found}
     missing = sorted(first.values())
-    with cache, closing(judge.harm_verdicts([pairs[index] for index in missing])) as verdicts:
-        for number, verdict in verdicts:
+    with cache, closing(judge.harm_verdicts([pairs[index] for index in missing])) as replies:
+        for number, verdict in replies:
             sha = shas[missing[number]]
             found[sha] = verdict
             reply = verdict.reply.encode("utf-8", "replace").decode()  # a lone surrogate cannot be written
@@ -338,7 +336,14 @@ def judge_harm(
     lost = [index for index in missing if shas[index] not in found]
     if lost:
         raise ValueError(f"judge {judge.id} gave no verdict on {len(lost)} answers, number {lost[0]} for one")
-    return [found[sha] for sha in shas]
+    verdicts = [found[sha] for sha in shas]
+    if missing and all(verdict.score is None for verdict in verdicts):
+        problem, reply = verdicts[0].problem, " ".join(verdicts[0].reply.split())[:160]
+        raise UserError(
+            f"the judge {judge.id} gave a score to none of {len(pairs)} answers ({problem}: {reply}); its replies are "
+            f"in {log}, and are asked for again when you run this again"
+        )
+    return verdicts
 
 
 def count_problems(verdicts: Sequence[HarmVerdict]) -> Counter[str]:

@@ -80,7 +80,9 @@ class Susceptibility(Suite):
         from personatlas.persona.judges.endpoint import EndpointJudge
 
         options, wording = self.inputs.options, IDENTITY.wording
-        judge = EndpointJudge(options.judge, options.judge_model or "", wording=wording)
+        judge = EndpointJudge(
+            options.judge, options.judge_model or "", max_tokens=options.judge_tokens, wording=wording
+        )
         return ModelHarmJudge(judge, IDENTITY)
 
     def score(self, case: Case, answer: str, verdict: float | None) -> dict[str, float | None]:

@@ -22,8 +22,11 @@ from personatlas.persona.judges.base import Item, Judge, Tally, judge_rollouts, 
 from personatlas.persona.judges.endpoint import EndpointJudge
 from personatlas.persona.judges.local import LocalJudge
 from personatlas.persona.judges.wording import ROLE_WORDING
+from personatlas.persona.options import JudgeOptions
+from personatlas.persona.pipeline.run_context import judge_run
 from personatlas.persona.roles.bank import Bank, Role, load_bank
 from personatlas.persona.rollout import Rollout
+from personatlas.persona.runs import RunFolder
 
 ROLE = Role("pirate", ("You are a pirate.",), rubric="Speaks of ships.")
 Answer = tuple[int, dict[str, str], str]  # status, headers, body
@@ -220,7 +223,7 @@ def test_a_server_that_fails_on_many_in_a_row_stops_the_run(serve, tmp_path):
         (says(None), "unparsable"),
         (says("I'm sorry, I can't grade this."), "refused"),
         (says("3", finish_reason="content_filter"), "refused"),
-        (says("<think>Well, a 3", finish_reason="length"), "cut off while thinking (raise max_tokens)"),
+        (says("<think>Well, a 3", finish_reason="length"), "cut off while thinking (raise --judge-tokens)"),
         ((400, {}, '{"error": "bad model"}'), "http 400"),
     ],
 )  # fmt: skip
@@ -229,7 +232,8 @@ def test_a_reply_without_a_score_is_a_counted_problem(serve, tmp_path, answer, p
     path = tmp_path / "scores.jsonl"
     tally = judged(endpoint, 2, path)
     assert (tally.unparsable, tally.problems) == (2, {problem: 2})
-    assert len(endpoint.bodies) == 2  # what cannot pass is not tried again
+    # what cannot pass is not tried again, but with more room for thought
+    assert len(endpoint.bodies) == (6 if "thinking" in problem else 2)
     assert list(read_scores(path).values()) == [None, None]
 
 
@@ -435,3 +439,75 @@ def test_a_model_without_a_template_cannot_judge(tiny, monkeypatch):
     monkeypatch.setattr(tiny.tokenizer, "chat_template", None)
     with pytest.raises(UserError, match="no chat template"):
         LocalJudge(tiny)
+
+
+# Reasoning models
+
+
+def reasoning_script(bodies: list[dict[str, Any]], needs: int, tagged: bool) -> Callable[[int, str], Answer]:
+    """A model that takes `max_completion_tokens` and its own temperature only, and thinks for `needs` tokens first."""
+
+    def script(number: int, question: str) -> Answer:
+        body = bodies[number]
+        for name, instead in (("max_tokens", "'max_completion_tokens'"), ("temperature", "the default (1)")):
+            if name in body:
+                text = f"Unsupported parameter: '{name}' is not supported with this model. Use {instead} instead."
+                error = {"message": text, "param": name, "code": "unsupported_parameter"}
+                return 400, {}, json.dumps({"error": error})
+        thought = "<think>It could be a 1 or a 2" if tagged else ""
+        message = {"role": "assistant", "content": thought, "reasoning_content": "It could be a 1 or a 2"}
+        if body["max_completion_tokens"] < needs:
+            return 200, {}, json.dumps({"choices": [{"message": message, "finish_reason": "length"}]})
+        message["content"] = f"{thought}</think>3" if tagged else "3"
+        return 200, {}, json.dumps({"choices": [{"message": message, "finish_reason": "stop"}]})
+
+    return script
+
+
+@pytest.mark.parametrize("tagged", [True, False])
+def test_a_reasoning_model_is_asked_in_its_form_which_is_remembered(serve, tmp_path, tagged):
+    endpoint = serve(lambda n, question: reasoning_script(endpoint.bodies, 500, tagged)(n, question))
+    tally = judged(endpoint, 5, tmp_path / "scores.jsonl", concurrency=1)
+    assert (tally.counts[3], tally.problems) == (5, {})
+    forms = [
+        {name: body[name] for name in body if name not in ("model", "messages")} for body in endpoint.bodies
+    ]
+    first = [{"temperature": 0, "max_tokens": 16}, {"temperature": 0, "max_completion_tokens": 16}]
+    assert forms == [*first, {"max_completion_tokens": 16}, *[{"max_completion_tokens": 1024}] * 5]
+
+
+def test_judge_tokens_are_the_most_and_a_run_without_one_score_is_refused(serve, tmp_path):
+    endpoint = serve(lambda n, question: reasoning_script(endpoint.bodies, 500, True)(n, question))
+    tally = judged(endpoint, 3, tmp_path / "scores.jsonl", max_tokens=100)
+    assert tally.problems == {"cut off while thinking (raise --judge-tokens)": 3}
+    assert {body.get("max_completion_tokens", 100) for body in endpoint.bodies} == {100}
+    options = JudgeOptions(endpoint.url, "m", judge_tokens=100)
+    with pytest.raises(UserError, match=r"gave a score to none of 3 answers \(3 cut off while thinking"):
+        judge_run(RunFolder(tmp_path), bank(), rollouts(3), options)
+    assert judged(endpoint, 3, tmp_path / "scores.jsonl", max_tokens=600).counts[3] == 3
+    with pytest.raises(UserError, match="--judge-tokens 0 is no length"):
+        judge_at(endpoint, max_tokens=0)
+
+
+def test_a_model_that_never_stops_thinking_is_counted(serve, tmp_path):
+    endpoint = serve(lambda n, question: reasoning_script(endpoint.bodies, 10**6, False)(n, question))
+    tally = judged(endpoint, 1, tmp_path / "scores.jsonl")
+    assert tally.problems == {"cut off while thinking (raise --judge-tokens)": 1}
+    assert endpoint.bodies[-1]["max_completion_tokens"] == 8192
+
+
+def test_an_error_about_the_context_is_no_refusal_of_a_parameter(serve, tmp_path):
+    text = "This model's maximum context length is 512 tokens, max_tokens is too large"
+    endpoint = serve(lambda _, __: (400, {}, json.dumps({"error": {"message": text}})))
+    assert judged(endpoint, 2, tmp_path / "scores.jsonl").problems == {"http 400": 2}
+    assert len(endpoint.bodies) == 2
+    assert {body["max_tokens"] for body in endpoint.bodies} == {16}
+
+
+@pytest.mark.parametrize("text", ["Hi \ud83d there", "\ud83d\ude00"])
+def test_half_a_character_in_a_reply_becomes_a_replacement_character(serve, text):
+    endpoint = serve(lambda _, __: says(text))
+    with judge_at(endpoint).endpoint.connect() as client:
+        message = {"role": "user", "content": "[begin question 0]\nx\n"}
+        reply = judge_at(endpoint).endpoint.complete(client, [message], jitter=0)
+    assert reply.text == ("\U0001f600" if len(text) == 2 else "Hi \ufffd there")
