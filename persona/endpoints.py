@@ -1,15 +1,15 @@
 """One client for OpenAI-compatible chat endpoints: hosted models, or models served on this machine.
 
-    endpoint = ChatEndpoint("http://127.0.0.1:8000", "some-large-model", ("PERSONATLAS_JUDGE_KEY", "OPENAI_API_KEY"))
+    endpoint = ChatEndpoint("http://127.0.0.1:8000", "some-large-model", ("PERSONATLAS_JUDGE_KEY",))
     with endpoint.connect() as client:
         reply = endpoint.complete(client, messages, jitter="question 1", temperature=0, max_tokens=16)
     reply.text, reply.problem                    # "2", None
 
 What may pass (408, 429, 5xx, timeouts, lost connections) is tried again with exponential back-off, or after
 the server's Retry-After; the last reply's `problem` says what became of anything else. Reasoning models take
-other requests: a parameter that the server refuses is left out (`max_tokens` becomes `max_completion_tokens`),
-and a reply that ends while the model still thinks is asked for again with room for thought; what worked is
-remembered for the next request. The key comes from the environment and is written nowhere.
+other requests: a parameter that is refused is left out (`max_tokens` becomes `max_completion_tokens`), and a
+reply that ends while the model still thinks is asked for again with room for thought; what worked is remembered
+for the next request. The key comes from the environment and is written nowhere.
 """
 
 import email.utils
@@ -38,8 +38,8 @@ class ChatReply:
 
     `problem` is "http STATUS", "timeout", "connection", "not JSON", "not a chat completion" or "stopped".
     `retryable` says that another attempt may help, `reached` that somebody was there. `refusal` is what the
-    server says where it withholds the answer, `is_cut` whether `max_tokens` ended the text, and `unsupported` the
-    parameter of the request that the model does not take.
+    server says where it withholds the answer, `is_cut` whether `max_tokens` ended the text, and `unsupported` a
+    parameter that the model does not take.
     """
 
     text: str
@@ -102,8 +102,8 @@ class ChatEndpoint:
 
         `jitter` seeds the pauses between attempts. `on_attempt` is called with each reply and whether it is
         the last one, and may raise to give up. `wait` pauses for some seconds; if it returns true, nothing is
-        tried again and the problem is "stopped". A reply that
-        `max_tokens` cut before it `is_answer` is asked for again with the next larger number of `room`, if any.
+        tried again and the problem is "stopped". A reply that `max_tokens` cut before it `is_answer` is asked for
+        again with the next larger number of `room`, if any.
         """
         body = {"model": self.model, "messages": list(messages), **parameters}
         generator = random.Random(jitter)
@@ -125,7 +125,7 @@ class ChatEndpoint:
         room: Sequence[int],
         is_answer: Callable[[str], bool],
     ) -> ChatReply:
-        """The reply to a request in the form that the model takes, which is found out where it is not known."""
+        """The reply to a request in the form that the model takes, found out where it is not known."""
         left_out, asked = self._left_out, int(str(body.get(LIMIT, 0)))
         tokens, cut = max(asked, self._room) if room else asked, None
         while True:
@@ -217,7 +217,7 @@ def completions_url(url: str) -> httpx.URL:
 
 
 def retry_after(value: str) -> float:
-    """Seconds to wait by a Retry-After header, which holds seconds or a date; 0 for none or one that is neither."""
+    """Seconds to wait by a Retry-After header, which holds seconds or a date; 0 for another."""
     try:
         return max(float(value), 0.0) if value else 0.0
     except ValueError:

@@ -81,7 +81,7 @@ class JudgeOptions:
     judge_model: str | None = None
     "the model to ask for at that URL"
     judge_tokens: int | None = None
-    "the longest reply of that model, thoughts included; 16 unless given, and more for one that thinks first"
+    "the longest reply of that model, with its thoughts; unless given as long as it needs"
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def selection_of(options: PlanOptions) -> tuple[Selection, int]:
 
 
 def require_in_bank(options: PlanOptions, bank: Bank) -> None:
-    """`UserError` for more than the bank has of what is asked for by number; a plan's own numbers are the most."""
+    """`UserError` for more than the bank has of what is asked for by number."""
     others = [role for role in bank.roles if not role.is_default]
     there = {
         "roles": len(others),

@@ -90,7 +90,7 @@ class Rollout:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there are no tokens, or white space alone. Such answers are not recorded and count nowhere."""
+        """Whether there are no tokens, or white space alone: such answers are not recorded."""
         return not self.answer_ids or not self.answer.strip()
 
     def to_json(self) -> dict[str, Any]:

@@ -72,8 +72,8 @@ def compute_axis(
     _require_options(fit)
     if judge.judge == "none" and fit.keep != "all":
         raise UserError(
-            f"--judge none gives no scores and --keep {fit.keep} uses scored answers alone: add --keep all, or "
-            "take --judge rules"
+            f"--judge none gives no scores, and --keep {fit.keep} uses scored answers alone: "
+            "add --keep all, or take --judge rules"
         )
     require_judge(judge)
     with open_context(model, out, load, plan) as context:

@@ -187,7 +187,7 @@ def _json_values(path: Path, start: bytes) -> Iterator[tuple[int, Any]]:
             number += 1
             if not is_list and len(line) > LONGEST_LINE:
                 raise UserError(
-                    f"{path}:{number} is longer than {LONGEST_LINE >> 20} MiB; put every record on its own line"
+                    f"{path}:{number} is longer than {LONGEST_LINE >> 20} MiB: one record a line is wanted"
                 )
             try:
                 values = list(_values("", _decoded(path, line, encoding, number), number))

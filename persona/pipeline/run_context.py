@@ -229,8 +229,8 @@ def _judge(
         problems = ", ".join(f"{n} {problem}" for problem, n in sorted(tally.problems.items()))
         if all(score is None for counts in tally.by_role.values() for score in counts):
             raise UserError(
-                f"the judge {judge.id} gave a score to none of {tally.unparsable} answers ({problems}); its replies "
-                f"are in {path}, and are asked for again when you run this again"
+                f"the judge {judge.id} gave a score to none of {tally.unparsable} answers ({problems}); its "
+                f"replies are in {path}, and are asked for again when you run this again"
             )
         say(f"the judge gave no score for {tally.unparsable} answers ({problems}); they count as unjudged")
     counts = {str(score): n for score, n in tally.counts.items()}

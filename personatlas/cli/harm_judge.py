@@ -40,7 +40,7 @@ class HarmOptions:
     rubric: str = "yes-no"
     "what a model is asked: yes-no, or scale (refused, convincing, specific)"
     judge_tokens: int | None = None
-    "the longest reply of that model, thoughts included; as the rubric needs, and more for one that thinks first"
+    "the longest reply of that model, with its thoughts; unless given as long as it needs"
 
 
 FIGURES = {

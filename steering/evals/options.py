@@ -63,7 +63,7 @@ class EvalOptions:
     judge_model: str | None = None
     "the model to ask for at that URL"
     judge_tokens: int | None = None
-    "the longest reply of that model, thoughts included; as the rubric needs, and more for one that thinks first"
+    "the longest reply of that model, with its thoughts; unless given as long as it needs"
     rubric: str = "yes-no"
     "what a model that judges is asked: yes-no, or scale (refused, convincing, specific)"
 

@@ -22,11 +22,8 @@ from personatlas.persona.judges.base import Item, Judge, Tally, judge_rollouts, 
 from personatlas.persona.judges.endpoint import EndpointJudge
 from personatlas.persona.judges.local import LocalJudge
 from personatlas.persona.judges.wording import ROLE_WORDING
-from personatlas.persona.options import JudgeOptions
-from personatlas.persona.pipeline.run_context import judge_run
 from personatlas.persona.roles.bank import Bank, Role, load_bank
 from personatlas.persona.rollout import Rollout
-from personatlas.persona.runs import RunFolder
 
 ROLE = Role("pirate", ("You are a pirate.",), rubric="Speaks of ships.")
 Answer = tuple[int, dict[str, str], str]  # status, headers, body
@@ -481,6 +478,10 @@ def test_judge_tokens_are_the_most_and_a_run_without_one_score_is_refused(serve,
     tally = judged(endpoint, 3, tmp_path / "scores.jsonl", max_tokens=100)
     assert tally.problems == {"cut off while thinking (raise --judge-tokens)": 3}
     assert {body.get("max_completion_tokens", 100) for body in endpoint.bodies} == {100}
+    from personatlas.persona.options import JudgeOptions
+    from personatlas.persona.pipeline.run_context import judge_run
+    from personatlas.persona.runs import RunFolder
+
     options = JudgeOptions(endpoint.url, "m", judge_tokens=100)
     with pytest.raises(UserError, match=r"gave a score to none of 3 answers \(3 cut off while thinking"):
         judge_run(RunFolder(tmp_path), bank(), rollouts(3), options)
