@@ -142,7 +142,7 @@ def _tiles(fit: FitResult) -> list[Tile]:
 
 def _strip(interval: Interval) -> dict[str, float]:
     values = {"value": interval.value, "low": interval.low, "high": interval.high}
-    return {name: min(max(100 * value, 0), 100) for name, value in values.items() if value is not None}
+    return {name: min(max(100 * value, 0.0), 100.0) for name, value in values.items() if value is not None}
 
 
 def _roc_area(fit: FitResult) -> Interval | None:

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from personatlas.persona.artifacts import atomic
+from personatlas.persona.artifacts import atomic, atomic_folder
 from personatlas.persona.errors import UserError, describe_value
 from personatlas.persona.formats import read_json_value, read_records
 from personatlas.persona.roles.bank import Bank, Question, Role, Trait, load_bank
@@ -49,7 +49,9 @@ def import_bank(folder: Path, questions: Path | None = None) -> Bank:
 
 
 def export_bank(bank: Bank, folder: Path) -> None:
-    """Write the paper repository's form: `roles/NAME.json`, `traits/NAME.json` and `questions.jsonl`."""
+    """Writes the paper repository's form, whole or not at all: `roles/NAME.json`, `traits/NAME.json` and
+    `questions.jsonl`, into a folder that does not exist or is empty.
+    """
     unlike = next((trait for trait in bank.traits if len(trait.positive) != len(trait.negative)), None)
     if unlike is not None:
         raise UserError(
@@ -60,19 +62,26 @@ def export_bank(bank: Bank, folder: Path) -> None:
         raise UserError(
             f"a role is named {DEFAULT!r} and is not the default; in that form the name makes it so"
         )
-    for role in bank.roles:
-        prompts = [
-            prompt.replace("{model}", "{model_name}") if role.is_default else prompt
-            for prompt in role.prompts
-        ]
-        steps = [{"pos": prompt} for prompt in prompts]
-        name = DEFAULT if role.is_default else role.name
-        _write(folder / "roles" / f"{name}.json", {"instruction": steps, "eval_prompt": role.rubric})
-    for trait in bank.traits:
-        steps = [{"pos": pos, "neg": neg} for pos, neg in zip(trait.positive, trait.negative, strict=True)]
-        _write(folder / "traits" / f"{trait.name}.json", {"instruction": steps, "eval_prompt": trait.rubric})
-    lines = [json.dumps({"question": q.question, "id": q.id}, ensure_ascii=False) for q in bank.questions]
-    _write_text(folder / "questions.jsonl", "".join(line + "\n" for line in lines))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_folder(folder) as temporary:
+        for role in bank.roles:
+            prompts = [
+                prompt.replace("{model}", "{model_name}") if role.is_default else prompt
+                for prompt in role.prompts
+            ]
+            steps = [{"pos": prompt} for prompt in prompts]
+            name = DEFAULT if role.is_default else role.name
+            _write(temporary / "roles" / f"{name}.json", {"instruction": steps, "eval_prompt": role.rubric})
+        for trait in bank.traits:
+            steps = [
+                {"pos": pos, "neg": neg} for pos, neg in zip(trait.positive, trait.negative, strict=True)
+            ]
+            _write(
+                temporary / "traits" / f"{trait.name}.json",
+                {"instruction": steps, "eval_prompt": trait.rubric},
+            )
+        lines = [json.dumps({"question": q.question, "id": q.id}, ensure_ascii=False) for q in bank.questions]
+        _write_text(temporary / "questions.jsonl", "".join(line + "\n" for line in lines))
 
 
 def write_bank(bank: Bank, folder: Path) -> None:
