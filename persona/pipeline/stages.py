@@ -178,10 +178,12 @@ def make_activations(
         raise UserError(f"{run.folder}: every answer is empty; nothing to record")
     layers = kept_layers(model.n_layers, model.d_model, len(rollouts))
     content = content_of(rollouts)
+    folder = run.folder / f"{name}.parts"
     if _is_recorded(stem, content, layers):
+        if world.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed behind the last save
         return load_activations(stem)
     parts = _parts(rollouts, part_rollouts(model))
-    folder = run.folder / f"{name}.parts"
     folder.mkdir(exist_ok=True)
     own = [rollout for i, part in enumerate(parts) if world.owns(i) for rollout in part]
     compile = worth_compiling(model, sum(rollout.n_tokens for rollout in own))
