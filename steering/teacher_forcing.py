@@ -77,8 +77,9 @@ class TextBatch:
         return self._sum_by_text(self.token_losses(log_probs))
 
     def divergences(self, plain: Float[Tensor, "M V"], steered: Float[Tensor, "M V"]) -> list[float]:
-        """Summed KL(plain || steered) of each text."""
-        return self._sum_by_text((plain.exp() * (plain - steered)).sum(-1))
+        """Summed KL(plain || steered) of each text; a token of probability 0 adds nothing."""
+        ratio = (plain - steered).masked_fill(plain == -torch.inf, 0.0)
+        return self._sum_by_text((plain.exp() * ratio).sum(-1))
 
     def _sum_by_text(self, values: Tensor) -> list[float]:
         total = torch.zeros(len(self.texts), dtype=torch.float64, device=values.device)

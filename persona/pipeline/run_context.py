@@ -45,7 +45,7 @@ from personatlas.persona.roles.bank import Bank, Role, is_pole, load_bank
 from personatlas.persona.rollout import Rollout, Selection, only_poles, with_scores, without_poles
 from personatlas.persona.runs import RunFolder, is_training_run, open_run
 from personatlas.persona.sampling.cuda_graph import fastest_sampler
-from personatlas.persona.sampling.sampler import Sampling
+from personatlas.persona.sampling.sampler import SLOW, Sampling
 
 GATE_WARNING = 0.25  # a share of role-play that is surely below this is said aloud
 
@@ -160,9 +160,7 @@ def sample(context: RunContext) -> list[Rollout]:
     longest = max(len(ids) for key, ids in plan.prompt_ids.items() if not is_pole(key))
     sampler = fastest_sampler(model, model.chat.end_ids, context.sampling, longest)
     if sampler.decoder.name != "slots" and world.rank == 0:
-        say(
-            "this model does not take a key-value cache as it should: every step reads the whole text again, slowly"
-        )
+        say(SLOW)
     if plan.gate:
         make_rollouts(plan, log, model, sampler, range(plan.gate))
         world.barrier()

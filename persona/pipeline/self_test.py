@@ -1,7 +1,7 @@
 """The self-test: recording and sampling on this model, this dtype and this machine against plain references.
 
-Every check is a relative error with the bound that it must keep. In fp32 the bound on means is 1e-5; in half precision two
-correct ways to batch differ by rounding alone, so bounds there are those of the format.
+Every check is a relative error with the bound that it must keep. In fp32 the bound on means is 1e-5; in half
+precision two correct ways to batch differ by rounding alone, so bounds there are those of the format.
 """
 
 from dataclasses import asdict, dataclass
@@ -12,9 +12,18 @@ from torch import Tensor
 
 from personatlas.persona.models.hooks import capture
 from personatlas.persona.models.load import Model
+from personatlas.persona.models.parity import count_changed
 from personatlas.persona.pipeline.record import record
 from personatlas.persona.rollout import Rollout
-from personatlas.persona.sampling.sampler import Prompt, Sampler, Sampling, cached_decoding_error
+from personatlas.persona.sampling.sampler import (
+    Decoder,
+    PlainDecoder,
+    Prompt,
+    Sampler,
+    Sampling,
+    decodes_from_cache,
+    decoding_error,
+)
 
 LENGTHS = ((5, 3), (9, 14), (30, 1), (2, 21), (17, 6))  # (prompt, answer) tokens, uneven on purpose
 
@@ -47,6 +56,7 @@ def run_self_test(model: Model) -> list[Check]:
     for indices, means in record(model, rollouts, tokens=64):
         recorded[indices] = means
     after, left = _logits(model, rollouts[1]), _hooks(model) - hooks
+    decoder = Decoder if decodes_from_cache(model) else PlainDecoder
     by_hand = torch.stack([_mean_by_hand(model, rollout) for rollout in rollouts])
     errors = (recorded.double() - by_hand).norm(dim=-1) / by_hand.norm(dim=-1)
     return [
@@ -61,10 +71,10 @@ def run_self_test(model: Model) -> list[Check]:
             1e-6 if exact else 1e-3,
         ),
         Check("hooks left behind on the blocks", float(left), 0.0),
-        Check("logits changed by recording", float((after - before).abs().max()), 0.0),
+        Check("logits changed by recording", float(count_changed(before, after)), 0.0),
         Check(
-            "cached decoding against reading the whole text",
-            cached_decoding_error(model),
+            f"decoding ({decoder.name}) against reading the whole text",
+            decoding_error(model, decoder),
             1e-4 if exact else 5e-2,
         ),
         Check(
@@ -103,12 +113,18 @@ def _mean_by_hand(model: Model, rollout: Rollout) -> Tensor:
 
 
 def _hidden_states_error(model: Model, rollout: Rollout) -> float:
-    """Block l's output is hidden_states[l + 1], for all but the last block, whose entry comes after the final norm."""
+    """Block l's output is hidden_states[l + 1] (in Mamba's family, which leaves the embedding out, [l]), for
+    all but the last block, whose entry comes after the final norm.
+    """
     states = model.base(
         input_ids=_ids(model, rollout), use_cache=False, output_hidden_states=True
     ).hidden_states
-    pairs = list(zip(_outputs(model, rollout)[:-1], states[1:-1], strict=True))
-    return max((float((h - s).float().norm() / s.float().norm()) for h, s in pairs), default=0.0)
+    outputs = torch.stack(_outputs(model, rollout)[:-1]).float() if model.n_layers > 1 else torch.zeros(0)
+    if not len(outputs):
+        return 0.0
+    wholes = [torch.stack(states[first:][: len(outputs)]).float() for first in (0, 1)]
+    errors = [(outputs - whole).flatten(1).norm(dim=1) / whole.flatten(1).norm(dim=1) for whole in wholes]
+    return min(float(error.max()) for error in errors)
 
 
 def _batch_dependence(model: Model) -> float:

@@ -22,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from personatlas.persona.models.load import Model
-from personatlas.persona.sampling.kv_cache import decoding_mask
+from personatlas.persona.sampling.kv_cache import decoding_mask, token_bytes
 from personatlas.persona.sampling.next_token import draw
 from personatlas.persona.sampling.sampler import Answer, Decoder, Prompt, Sampler, SamplerCallback, Sampling
 
@@ -280,10 +280,7 @@ def fitting_slots(model: Model, length: int) -> int:
     """
     if model.device.type != "cuda":
         return 64
-    config = model.hf.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    slot = 2 * model.n_layers * heads * width * length * model.dtype.itemsize
+    slot = length * token_bytes(model)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.hf.parameters())
     room = torch.cuda.get_device_properties(model.device).total_memory - weights
     return max(1, min(MOST_SLOTS, int(MEMORY_SHARE * room / slot)))

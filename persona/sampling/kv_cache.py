@@ -8,12 +8,15 @@ another row. It is an ordinary `transformers` cache, so every model that takes o
 import contextlib
 import math
 import mmap
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
+
+if TYPE_CHECKING:
+    from personatlas.persona.models.load import Model
 
 
 class SlotState:
@@ -158,6 +161,22 @@ def decoding_mask(
     if types:
         return shaped[types[0]]
     return shaped["sliding_attention"]
+
+
+def token_bytes(model: "Model") -> int:
+    """Bytes of one token's keys and values; of a model without attention, what one would have at its
+    width.
+    """
+    config = model.hf.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_attention_heads", None) or 1
+    width = getattr(config, "head_dim", None) or model.d_model // heads
+    return (
+        2
+        * model.n_layers
+        * (getattr(config, "num_key_value_heads", None) or heads)
+        * width
+        * model.dtype.itemsize
+    )
 
 
 def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:

@@ -4,10 +4,10 @@
     for answer in sampler.answers(prompts):        # as they finish, not in order
         answer.index, answer.ids, answer.stopped
 
-A chunk of prompts starts together. All but the last prompt token is prefilled through the base model; the last one is the
-first decoding step, so logits come from one place. A row that ends is yielded at once and the last row moves into its
-slot, so finished rows cost nothing. The work on a chunk is a function of the chunk alone: the same chunk gives the same
-answers in a resumed run and under any number of processes.
+A chunk of prompts starts together. All but the last prompt token is prefilled through the base model; the
+last one is the first decoding step, so logits come from one place. A row that ends is yielded at once and the
+last row moves into its slot, so finished rows cost nothing. The work on a chunk is a function of the chunk
+alone: the same chunk gives the same answers in a resumed run and under any number of processes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,10 +20,14 @@ from torch import Tensor
 from personatlas.persona.errors import UserError
 from personatlas.persona.models.hooks import without_hooks
 from personatlas.persona.models.load import Model
+from personatlas.persona.models.parity import relative_error
 from personatlas.persona.sampling.kv_cache import SlotCache, decoding_mask
 from personatlas.persona.sampling.next_token import draw
 
 CPU_TOKENS, GPU_TOKENS = 2048, 65536  # most padded tokens of one prefill; a CPU batch of 8192 was 30% slower
+SLOW = (
+    "this model does not take a key-value cache as it should: every step reads the whole text again, slowly"
+)
 ACTIVATION_SHARE = 0.1  # of a GPU's memory, for what one batch needs inside a block
 
 
@@ -46,7 +50,9 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids to answer, the seed to do it with, and which plan of a callback's (steering's) acts on the row."""
+    """Token ids to answer, the seed to do it with, and which plan of a callback's (steering's) acts on the
+    row.
+    """
 
     ids: tuple[int, ...]
     seed: int
@@ -63,7 +69,8 @@ class Answer:
 
 
 class SamplerCallback:
-    """Something inside the forwards, such as steering, that must know which rows and tokens each of them is about.
+    """Something inside the forwards, such as steering, that must know which rows and tokens each of them is
+    about.
 
     A sampler calls these methods; here they do nothing. A row's index in a batch is its *slot*.
     """
@@ -86,12 +93,14 @@ class SamplerCallback:
     def before_decode(self, running: Tensor, first: Tensor, opening: Tensor) -> None:
         """The next forward feeds one token to slots 0..n-1, described by masks (n,).
 
-        `running` is false where a row is at rest, `first` true where the token is the prompt's last and not yet
-        the answer's, `opening` true where nothing is before it.
+        `running` is false where a row is at rest, `first` true where the token is the prompt's last and not
+        yet the answer's, `opening` true where nothing is before it.
         """
 
     def before_reread(self, lengths: Tensor, starts: Tensor) -> None:
-        """The next forward reads slots 0..n-1 again from the beginning: `lengths` (n,), answers from `starts` (n,)."""
+        """The next forward reads slots 0..n-1 again from the beginning: `lengths` (n,), answers from `starts`
+        (n,).
+        """
 
     def move(self, source: int, target: int) -> None:
         """The row in slot `source` goes on in slot `target`."""
@@ -189,12 +198,16 @@ class Decoder:
         ).logits[:, -1]
 
     def move(self, source: int, target: int, columns: int | None = None) -> None:
-        """Continues the row of slot `source` in slot `target`; `columns` are all that it has written, if given."""
+        """Continues the row of slot `source` in slot `target`; `columns` are all that it has written, if
+        given.
+        """
         self.cache.move(source, target, columns)
 
 
 class PlainDecoder:
-    """The same without a cache: every step reads the whole text again. Slow, and right for any causal decoder."""
+    """The same without a cache: every step reads the whole text again. Slow, and right for any causal
+    decoder.
+    """
 
     name = "no cache"
 
@@ -205,11 +218,10 @@ class PlainDecoder:
         self.text = torch.zeros(slots, length, dtype=torch.long, device=model.device)
         self.starts = torch.zeros(slots, dtype=torch.long, device=model.device)
 
-    def prefill(self, prompts: Sequence[tuple[int, ...]]) -> None:
-        """Keeps the prompts."""
-        self.starts[: len(prompts)] = torch.tensor([len(ids) for ids in prompts])
-        for row, ids in enumerate(prompts):
-            self.text[row, : len(ids)] = torch.tensor(ids)
+    def prefill(self, prompts: Sequence[tuple[int, ...]], slots: Sequence[int] | None = None) -> None:
+        """Keeps the prompts in slots (0.. unless given)."""
+        for row, ids in zip(slots or range(len(prompts)), prompts, strict=True):
+            self.text[row, : len(ids)], self.starts[row] = torch.tensor(ids), len(ids)
 
     def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Logits (n, V) after `tokens` (n,) at `positions` (n,) of rows 0..n-1."""
@@ -219,13 +231,15 @@ class PlainDecoder:
         self.callback.before_reread(positions + 1, self.starts[: len(tokens)])
         return self.model.hf(input_ids=text, use_cache=False).logits[rows, positions]
 
-    def move(self, source: int, target: int) -> None:
+    def move(self, source: int, target: int, columns: int | None = None) -> None:
         """Continues row `source` as row `target`."""
         self.text[target], self.starts[target] = self.text[source], self.starts[source]
 
 
 class Sampler:
-    """Answers chunks of prompts. Building one proves the cached decoder on this model, or falls back to none."""
+    """Answers chunks of prompts. Building one proves the cached decoder on this model, or falls back to
+    none.
+    """
 
     def __init__(self, model: Model, end_ids: frozenset[int], sampling: Sampling) -> None:
         self.model, self.sampling = model, sampling
@@ -279,21 +293,21 @@ def decodes_from_cache(model: Model) -> bool:
     Hooks that are on the model's blocks are off meanwhile: they would be told of rows that are not theirs.
     """
     with without_hooks(model):
-        return cached_decoding_error(model) < (1e-3 if model.dtype == torch.float32 else 5e-2)
+        return decoding_error(model, Decoder) < (1e-3 if model.dtype == torch.float32 else 5e-2)
 
 
 @torch.no_grad()
-def cached_decoding_error(model: Model) -> float:
-    """Relative error of the logits of cached decoding against reading the whole text, over three uneven rows.
+def decoding_error(model: Model, decoder_type: type[Decoder] | type[PlainDecoder]) -> float:
+    """Relative error of a decoder's logits against reading one whole text at a time, over three uneven rows.
 
-    Infinite when the model does not take the cache at all (recurrent state, say).
+    Infinite when the model does not take the decoder's cache at all (recurrent state, say).
     """
     lengths, n_fed, device = (9, 12, 6), 3, model.device  # tokens of the texts, and decoded after the prompt
     texts = [
         [(i * 37 + row * 11 + 5) % model.vocab_size for i in range(length)]
         for row, length in enumerate(lengths)
     ]
-    decoder = Decoder(model, len(texts), max(lengths))
+    decoder = decoder_type(model, len(texts), max(lengths))
     try:
         decoder.prefill([tuple(text[:-n_fed]) for text in texts])
         for step in range(-1, n_fed):  # the decoder's first step feeds the last prompt token
@@ -302,15 +316,17 @@ def cached_decoding_error(model: Model) -> float:
             cached = decoder.step(tokens, torch.tensor(at, device=device))
     except (ValueError, TypeError, AttributeError, RuntimeError, IndexError):
         return float("inf")
-    error = 0.0
+    errors = []
     for row, text in enumerate(texts):
         whole = model.hf(input_ids=torch.tensor([text], device=device), use_cache=False).logits[0, -1]
-        error = max(error, float((cached[row].float() - whole.float()).norm() / whole.float().norm()))
-    return error
+        errors.append(relative_error(cached[row], whole))
+    return float(torch.tensor(errors).max())  # NaN, which Python's max would drop, stays
 
 
 def pad(rows: Sequence[Sequence[int]], device: torch.device, multiple: int = 1) -> Tensor:
-    """Right-padded ids (B, T) with T a multiple of `multiple`; the padding is token 0 and nothing ever looks at it."""
+    """Right-padded ids (B, T) with T a multiple of `multiple`; the padding is token 0 and nothing ever looks
+    at it.
+    """
     length = -(-max(map(len, rows)) // multiple) * multiple
     batch = torch.zeros(len(rows), length, dtype=torch.long)
     for row, ids in enumerate(rows):
@@ -319,7 +335,9 @@ def pad(rows: Sequence[Sequence[int]], device: torch.device, multiple: int = 1) 
 
 
 def to_device(value: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on the device. A copy from ordinary memory would wait for all that the GPU still has to do."""
+    """A CPU tensor on the device. A copy from ordinary memory would wait for all that the GPU still has to
+    do.
+    """
     return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
 
 
@@ -336,7 +354,9 @@ def batch_tokens(model: Model, on_cpu: int, on_gpu: int) -> int:
 
 
 def batch_end(lengths: Sequence[int], first: int, tokens: int) -> int:
-    """The end of the longest batch from `first` on whose padded size stays within `tokens` (at least one row)."""
+    """The end of the longest batch from `first` on whose padded size stays within `tokens` (at least one
+    row).
+    """
     stop, longest = first + 1, lengths[first]
     while stop < len(lengths) and max(longest, lengths[stop]) * (stop + 1 - first) <= tokens:
         longest = max(longest, lengths[stop])

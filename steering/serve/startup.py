@@ -19,6 +19,7 @@ from personatlas.persona.interventions import Interventions
 from personatlas.persona.models.load import Model
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.runs import resolve_axis
+from personatlas.persona.sampling.kv_cache import token_bytes
 from personatlas.steering.arms import Arm, parse_arm, require_no_controls
 from personatlas.steering.drift_monitor import load_monitor
 from personatlas.steering.serve.engine.scheduler import EngineLimits
@@ -112,20 +113,16 @@ def make_service(
 
 def _engine_limits(model: Model, capacity: CapacityOptions) -> EngineLimits:
     """The context is what was asked for, else what the model holds and the memory has room for."""
-    config = model.hf.config.get_text_config(decoder=True)
     longest = model.context or MAX_CONTEXT
     if capacity.context is not None and capacity.context > longest:
         raise UserError(
             f"--context {capacity.context} is more than the {longest} tokens that {model.id} holds"
         )
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token_bytes = 2 * model.n_layers * heads * width * model.dtype.itemsize
     memory: float = CACHE_CPU
     if model.device.type == "cuda":
         weights = sum(parameter.numel() * parameter.element_size() for parameter in model.hf.parameters())
         memory = CACHE_GPU * (torch.cuda.get_device_properties(model.device).total_memory - weights)
-    fitting = max(64, int(memory / token_bytes / (capacity.slots + 1)) // 64 * 64)
+    fitting = max(64, int(memory / token_bytes(model) / (capacity.slots + 1)) // 64 * 64)
     context = capacity.context or min(longest, MAX_CONTEXT, fitting)
     return EngineLimits(capacity.slots, context, capacity.prefix_mib * 2**20, capacity.queue)
 

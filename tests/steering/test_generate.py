@@ -82,9 +82,7 @@ def test_a_steered_answer_is_that_of_reading_everything_again(monkeypatch, decod
     axis = axis_of(model)
     acts = [axis.add(3.0, (0, 1), phase)]
     if decoder == "plain":
-        monkeypatch.setattr(
-            "personatlas.persona.sampling.sampler.cached_decoding_error", lambda _: float("inf")
-        )
+        monkeypatch.setattr("personatlas.persona.sampling.sampler.decoding_error", lambda *_: float("inf"))
     greedy = Sampling(max_new_tokens=8, temperature=0.0)
     found = answered(model, acts, axis, greedy).trace
     for end in range(found.answer_from, len(found.ids)):
@@ -98,7 +96,7 @@ def test_the_plain_decoder_is_steered_too(monkeypatch):
     model = tiny_model()
     axis = axis_of(model)
     cached = answered(model, [axis.quantile_cap((0, 1), 0.75)], axis, seed=5)
-    monkeypatch.setattr("personatlas.persona.sampling.sampler.cached_decoding_error", lambda _: float("inf"))
+    monkeypatch.setattr("personatlas.persona.sampling.sampler.decoding_error", lambda *_: float("inf"))
     plain = answered(model, [axis.quantile_cap((0, 1), 0.75)], axis, seed=5)
     assert plain.trace.ids == cached.trace.ids
 

@@ -14,12 +14,14 @@ steered.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from personatlas.persona.models.load import Model
+from personatlas.persona.models.parity import bounded_log_probs
 from personatlas.persona.sampling.cuda_graph import capture_step
 from personatlas.persona.sampling.kv_cache import decoding_mask
 from personatlas.persona.sampling.next_token import draw
@@ -73,13 +75,16 @@ class TokenEvent:
 class DecodeBatch:
     """The slots and all tensors that a step changes in place."""
 
+    decoder_type: type[Any] = Decoder
+    captures = True  # steps as CUDA graphs, on a GPU
+
     def __init__(
         self, model: Model, slots: int, length: int, projection_hook: ProjectionHook, steering: SlotSteering
     ) -> None:
         self.model, self.slots, self.length = model, slots, length
         self.projection_hook, self.steering = projection_hook, steering
         self.callbacks = SamplerCallbacks(steering, projection_hook)
-        self.decoder = Decoder(model, slots + 1, length, self.callbacks)
+        self.decoder: Any = self.decoder_type(model, slots + 1, length, self.callbacks)
         self.callbacks.resize(slots + 2)  # one more for prompts read in chunks, one for texts that are scored
         self.rows: list[BatchRow] = []
         self.tokens, self.positions, self.seeds, self.steps = (
@@ -111,7 +116,7 @@ class DecodeBatch:
         prompts = [row.prompt for row in rows]
         self.callbacks.assign_slots(slots, prompts)
         self.steering.restrict_layers(self._steered_layers(prompts))
-        self.decoder.prefill([prompt.ids for prompt in prompts], slots)
+        self._read_prompts([prompt.ids for prompt in prompts], slots)
         projections = self._prompt_projections([len(prompt.ids) - 1 for prompt in prompts])
         for row, slot, values in zip(rows, slots, projections, strict=True):
             row.slot, row.fed, row.projections = slot, len(values), values
@@ -145,7 +150,7 @@ class DecodeBatch:
         """Decodes one token of every row."""
         n, layers = len(self.rows), self._steered_layers([row.prompt for row in self.rows])
         self.steering.restrict_layers(layers)
-        if self.model.device.type == "cuda":
+        if self.model.device.type == "cuda" and self.captures:
             if layers not in self.captured_layers:
                 # one graph for all arms that requests describe: those that are not in use change nothing
                 layers = self.steering.hooks.layers
@@ -189,7 +194,7 @@ class DecodeBatch:
         self.projection_hook.take()
         scores: list[TokenLogprobs] = [(None, {})]
         for first in range(0, len(logits), SCORED_AT_ONCE):
-            logprobs = logits[first : first + SCORED_AT_ONCE].float().log_softmax(-1)
+            logprobs = bounded_log_probs(logits[first : first + SCORED_AT_ONCE])
             following = ids[0, first + 1 : first + 1 + len(logprobs), None]
             own = logprobs.gather(1, following)[:, 0].tolist()
             values, tokens = (tensor.tolist() for tensor in logprobs.topk(n_likeliest))
@@ -223,6 +228,9 @@ class DecodeBatch:
         opening = int(row.cached == 0 and row.fed > 0)
         fed = (prompt - row.cached - opening, row.fed - prompt, opening)
         self.steering.require_seen(row.slot, row.prompt.plan, fed)
+
+    def _read_prompts(self, prompts: Sequence[tuple[int, ...]], slots: Sequence[int]) -> None:
+        self.decoder.prefill(prompts, slots)
 
     def _steered_layers(self, prompts: Iterable[Prompt]) -> tuple[int, ...]:
         """Layers at which any of the prompts' plans acts."""
@@ -263,7 +271,7 @@ class DecodeBatch:
         wanted = {index: row.logprobs for index, row in enumerate(self.rows) if row.logprobs is not None}
         if not wanted:
             return {}
-        scores = self.logits[torch.tensor(list(wanted), device=self.logits.device)].float().log_softmax(-1)
+        scores = bounded_log_probs(self.logits[torch.tensor(list(wanted), device=self.logits.device)])
         values, ids = scores.topk(max(count or 1 for count in wanted.values()))
         found: dict[int, TokenLogprobs] = {}
         for line, (index, count) in enumerate(wanted.items()):

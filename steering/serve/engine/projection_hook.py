@@ -31,6 +31,7 @@ class ProjectionHook(SamplerCallback):
         self.latest = torch.zeros(0, device=self.device)
         self._prompts: list[Float[Tensor, "B T"]] = []  # one tensor a prefill, until they are taken
         self._prefill = False
+        self._last: Tensor | None = None  # the column of each row's newest token, where whole texts are read
 
     @contextmanager
     def on(self) -> Iterator[None]:
@@ -48,7 +49,10 @@ class ProjectionHook(SamplerCallback):
         self._prefill = True
 
     def before_decode(self, running: Tensor, first: Tensor, opening: Tensor) -> None:
-        self._prefill = False
+        self._prefill, self._last = False, None
+
+    def before_reread(self, lengths: Tensor, starts: Tensor) -> None:
+        self._prefill, self._last = False, lengths - 1
 
     def state(self) -> list[Tensor]:
         return [self.latest]
@@ -64,5 +68,7 @@ class ProjectionHook(SamplerCallback):
         projection = (h.float() * self.vector).sum(-1)  # (B, T)
         if self._prefill:
             self._prompts.append(projection)
-        else:
+        elif self._last is None:
             self.latest[: len(h)].copy_(projection[:, 0])
+        else:
+            self.latest[: len(h)].copy_(projection.gather(1, self._last.to(h.device)[:, None])[:, 0])

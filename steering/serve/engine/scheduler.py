@@ -27,14 +27,16 @@ import torch
 from personatlas.persona.axis import Axis
 from personatlas.persona.errors import UserError
 from personatlas.persona.models.load import Model
+from personatlas.persona.progress import say
 from personatlas.persona.sampling.cuda_graph import use_slot_attention
-from personatlas.persona.sampling.sampler import Prompt, batch_end, decodes_from_cache
+from personatlas.persona.sampling.sampler import SLOW, Prompt, batch_end, decodes_from_cache
 from personatlas.steering.arms import Arm
 from personatlas.steering.hooks.steering import HookDidNotFire
 from personatlas.steering.serve.engine.arm_slots import ArmSlots
 from personatlas.steering.serve.engine.batch import BatchRow, DecodeBatch, TokenEvent, TokenLogprobs
 from personatlas.steering.serve.engine.prefix_cache import MIN_TOKENS, CachedPrefix, PrefixCache
 from personatlas.steering.serve.engine.projection_hook import ProjectionHook
+from personatlas.steering.serve.engine.reread_batch import RereadBatch
 
 log = logging.getLogger(__name__)
 CHUNK_CPU, CHUNK_GPU = 256, 4096  # tokens of prompts read between two decoding steps
@@ -127,10 +129,7 @@ Listener = Callable[[Sequence[tuple[RequestHandle, EngineEvent]]], None]
 
 
 class Engine:
-    """The thread that owns a model, its queue, and its batch.
-
-    Raises `UserError` for a model that does not decode from keys and values alone.
-    """
+    """The thread that owns a model, its queue, and its batch."""
 
     def __init__(
         self,
@@ -141,18 +140,17 @@ class Engine:
         limits: EngineLimits,
         listener: Listener = lambda _: None,
     ) -> None:
-        if not decodes_from_cache(model):
-            raise UserError(f"{model.id} cannot be served: it has another state than keys and values")
+        batch_type = DecodeBatch if decodes_from_cache(model) else RereadBatch
+        if batch_type is RereadBatch:
+            say(SLOW)
         self.model, self.end_ids, self.limits, self.listener = model, end_ids, limits, listener
         self.arms = ArmSlots(axis, model, arms)
         self.projection_hook = ProjectionHook(model, axis.layer, axis.at(axis.layer))
-        self.batch = DecodeBatch(
-            model, limits.slots, limits.context, self.projection_hook, self.arms.steering
-        )
+        self.batch = batch_type(model, limits.slots, limits.context, self.projection_hook, self.arms.steering)
         self.batch.captured_layers |= {
             tuple(sorted({layer for own in arm.interventions for layer in own.layers})) for arm in arms
         }
-        self.prefixes = PrefixCache(limits.prefix_bytes)
+        self.prefixes = PrefixCache(limits.prefix_bytes if batch_type is DecodeBatch else 0)
         self.waiting: deque[RequestHandle] = deque()
         self._reading: RequestHandle | None = None  # its prompt is read in chunks
         self._running: dict[BatchRow, RequestHandle] = {}

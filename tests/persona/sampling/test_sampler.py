@@ -7,11 +7,12 @@ from families import FAMILIES, tiny_model
 from personatlas.persona.sampling import sampler as sampler_module
 from personatlas.persona.sampling.cuda_graph import GraphSampler
 from personatlas.persona.sampling.sampler import (
+    Decoder,
     PlainDecoder,
     Prompt,
     Sampler,
     Sampling,
-    cached_decoding_error,
+    decoding_error,
 )
 
 PROMPTS = [Prompt(tuple((7 * i + 3 * j + 1) % 320 for j in range(2 + 5 * i)), seed=100 + i) for i in range(7)]
@@ -27,7 +28,7 @@ def answers(sampler, prompts=PROMPTS):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cached_decoding_equals_reading_the_whole_text(family):
-    assert cached_decoding_error(tiny_model(family)) < 1e-4
+    assert decoding_error(tiny_model(family), Decoder) < 1e-4
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mistral", "gpt2", "falcon", "mixtral"])
@@ -75,7 +76,7 @@ def test_greedy_answers_equal_those_of_generate():
 def test_a_model_that_takes_no_cache_falls_back_to_reading_the_whole_text(monkeypatch):
     model = tiny_model()
     expected = answers(Sampler(model, ENDS, SAMPLING))
-    monkeypatch.setattr(sampler_module, "cached_decoding_error", lambda _: float("inf"))
+    monkeypatch.setattr(sampler_module, "decoding_error", lambda *_: float("inf"))
     fallen = Sampler(model, ENDS, SAMPLING)
     assert fallen.decoder is PlainDecoder
     assert answers(fallen) == expected

@@ -31,7 +31,7 @@ from personatlas.steering.serve.schema import CapByName, PersonaRequest
 from personatlas.steering.traces import trace_answer
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "falcon", "mixtral", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "falcon", "mixtral", "mistral", "rwkv"])
 def test_every_row_of_a_full_engine_gets_what_it_would_get_alone(served, family):
     engine, listener = served(family=family)
     caps = [None, engine.arms.resolve("mild"), engine.arms.resolve("firm")]
@@ -56,8 +56,9 @@ def test_every_row_of_a_full_engine_gets_what_it_would_get_alone(served, family)
     ]
 
 
-def test_projections_and_firings_are_those_of_reading_it_all_again(served):
-    engine, listener = served(ends=frozenset())
+@pytest.mark.parametrize("family", ["llama", "rwkv"])
+def test_projections_and_firings_are_those_of_reading_it_all_again(served, family):
+    engine, listener = served(family=family, ends=frozenset())
     cap = engine.arms.resolve("mild")
     tickets = [
         engine.submit(GenerationRequest(ids, seed=3, max_tokens=9, arm=cap)) for ids in (PROMPTS[3], LONG)
