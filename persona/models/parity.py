@@ -1,5 +1,5 @@
-"""Comparing logits of two readings. A padded vocabulary masks tokens with minus infinity, and the difference of two
-such logits is NaN: equal infinities are compared as they are, and only numbers are subtracted.
+"""Comparing logits of two readings. A padded vocabulary masks tokens with minus infinity, and the difference
+of two such logits is NaN: equal infinities are compared as they are, and only numbers are subtracted.
 """
 
 import torch
