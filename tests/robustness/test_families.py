@@ -16,6 +16,7 @@ from tiny_axis import axis_of
 from personatlas.persona.errors import UserError
 from personatlas.persona.models.load import Model, load_model
 from personatlas.persona.pipeline.self_test import run_self_test
+from personatlas.steering.arms import Arm
 from personatlas.steering.hooks.binding_check import run_cap_test
 from personatlas.steering.serve.engine.scheduler import Engine, EngineLimits, GenerationRequest
 
@@ -41,15 +42,15 @@ def served_answers(model: Model) -> tuple[list, list]:
     """Answers of a full engine, baseline and capped, and those that the rows get alone."""
     axis, listener = axis_of(model), Listener()
     cap = axis.quantile_cap((0, 1), 0.5)
-    engine = Engine(model, ENDS, axis, {"mild": cap}, EngineLimits(slots=3, context=128), listener)
+    engine = Engine(model, ENDS, axis, [Arm("mild", (cap,))], EngineLimits(slots=3, context=128), listener)
     engine.start()
-    caps = [None, engine.caps.resolve("mild"), None, engine.caps.resolve("mild")]
-    asked = [GenerationRequest(PROMPTS[n], seed=n, max_tokens=5, cap=cap) for n, cap in enumerate(caps)]
+    arms = [None, engine.arms.resolve("mild")] * 2
+    asked = [GenerationRequest(PROMPTS[n], seed=n, max_tokens=5, arm=arm) for n, arm in enumerate(arms)]
     tickets = [engine.submit(request) for request in asked]
     listener.ended(tickets)
     engine.close()
     return [listener.answer(ticket) for ticket in tickets], [
-        alone(engine, own.ids, own.cap, own.seed, own.max_tokens, own.temperature, own.top_p).ids
+        alone(engine, own.ids, own.arm, own.seed, own.max_tokens, own.temperature, own.top_p).ids
         for own in asked
     ]
 
