@@ -59,7 +59,8 @@ def as_arm(text: str) -> str:
     """An arm's text, where a cap's spec will do as well: assistant is cap:assistant, add:8@21 is itself."""
     kind = re.match(r"[a-z-]*", text)[0]  # type: ignore[index]
     rest = text.removeprefix(kind)
-    return text if kind in ARM_KINDS and re.fullmatch(ARM_KINDS[kind].pattern, rest) else f"cap:{text}"
+    is_arm = kind in ARM_KINDS and re.fullmatch(ARM_KINDS[kind].pattern, rest)
+    return text if is_arm or is_control(text) or text == "baseline" else f"cap:{text}"
 
 
 def arm_words(name: str) -> str:

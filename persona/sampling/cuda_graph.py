@@ -22,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from personatlas.persona.models.load import Model
-from personatlas.persona.sampling.kv_cache import decoding_mask, token_bytes
+from personatlas.persona.sampling.kv_cache import decoding_mask, fitting_tokens
 from personatlas.persona.sampling.next_token import draw
 from personatlas.persona.sampling.sampler import Answer, Decoder, Prompt, Sampler, SamplerCallback, Sampling
 
@@ -280,7 +280,4 @@ def fitting_slots(model: Model, length: int) -> int:
     """
     if model.device.type != "cuda":
         return 64
-    slot = length * token_bytes(model)
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.hf.parameters())
-    room = torch.cuda.get_device_properties(model.device).total_memory - weights
-    return max(1, min(MOST_SLOTS, int(MEMORY_SHARE * room / slot)))
+    return max(1, min(MOST_SLOTS, fitting_tokens(model, MEMORY_SHARE) // length))

@@ -18,6 +18,8 @@ from transformers.cache_utils import CacheLayerMixin
 if TYPE_CHECKING:
     from personatlas.persona.models.load import Model
 
+CPU_BYTES = 4 * 2**30  # for keys and values on a CPU
+
 
 class SlotState:
     """What one forward is about: which slots, at which positions, and how many cache columns it may see."""
@@ -163,20 +165,21 @@ def decoding_mask(
     return shaped["sliding_attention"]
 
 
-def token_bytes(model: "Model") -> int:
-    """Bytes of one token's keys and values; of a model without attention, what one would have at its
-    width.
+def fitting_tokens(model: "Model", share: float) -> int:
+    """Tokens whose keys and values fit in a share of the card's memory beside the weights (on a CPU in
+    `CPU_BYTES`); of a model without attention, what one of its width would have.
+
+    Of the card's whole memory, not the free part: the same card always gives the same number.
     """
     config = model.hf.config.get_text_config(decoder=True)
     heads = getattr(config, "num_attention_heads", None) or 1
     width = getattr(config, "head_dim", None) or model.d_model // heads
-    return (
-        2
-        * model.n_layers
-        * (getattr(config, "num_key_value_heads", None) or heads)
-        * width
-        * model.dtype.itemsize
-    )
+    heads = getattr(config, "num_key_value_heads", None) or heads
+    memory: float = CPU_BYTES
+    if model.device.type == "cuda":
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in model.hf.parameters())
+        memory = share * (torch.cuda.get_device_properties(model.device).total_memory - weights)
+    return int(memory / (2 * model.n_layers * heads * width * model.dtype.itemsize))
 
 
 def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:

@@ -45,6 +45,9 @@ OUTCOME_TITLES = {
     "in role": "answers that play the role",
     "assistant": "answers that call themselves an assistant",
     "mystical": "mystical voices",
+    "human": "answers of a human being",
+    "non-human": "answers of another being or thing",
+    "unclear": "answers that claim nothing",
 }
 
 

@@ -11,15 +11,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from personatlas.persona.axis import Axis, load_axis
 from personatlas.persona.errors import UserError
 from personatlas.persona.interventions import Interventions
 from personatlas.persona.models.load import Model
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.runs import resolve_axis
-from personatlas.persona.sampling.kv_cache import token_bytes
+from personatlas.persona.sampling.kv_cache import fitting_tokens
 from personatlas.steering.arms import Arm, parse_arm, require_no_controls
 from personatlas.steering.drift_monitor import load_monitor
 from personatlas.steering.serve.engine.scheduler import EngineLimits
@@ -29,7 +27,7 @@ from personatlas.steering.session import load_steered_model
 
 API_KEY = "PERSONATLAS_API_KEY"
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
-CACHE_CPU, CACHE_GPU = 4 * 2**30, 0.5  # bytes, or the share of what the weights leave, for keys and values
+CACHE_GPU = 0.5  # share of what the weights leave, for keys and values
 MAX_CONTEXT = 8192  # tokens, unless more are asked for
 
 
@@ -118,11 +116,7 @@ def _engine_limits(model: Model, capacity: CapacityOptions) -> EngineLimits:
         raise UserError(
             f"--context {capacity.context} is more than the {longest} tokens that {model.id} holds"
         )
-    memory: float = CACHE_CPU
-    if model.device.type == "cuda":
-        weights = sum(parameter.numel() * parameter.element_size() for parameter in model.hf.parameters())
-        memory = CACHE_GPU * (torch.cuda.get_device_properties(model.device).total_memory - weights)
-    fitting = max(64, int(memory / token_bytes(model) / (capacity.slots + 1)) // 64 * 64)
+    fitting = max(64, fitting_tokens(model, CACHE_GPU) // (capacity.slots + 1) // 64 * 64)
     context = capacity.context or min(longest, MAX_CONTEXT, fitting)
     return EngineLimits(capacity.slots, context, capacity.prefix_mib * 2**20, capacity.queue)
 

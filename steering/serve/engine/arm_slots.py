@@ -21,7 +21,7 @@ from personatlas.persona.interventions import BASELINE, Cap, Intervention, Inter
 from personatlas.persona.models.load import Model
 from personatlas.persona.records import JsonObject
 from personatlas.steering.arm_kinds import as_arm
-from personatlas.steering.arms import Arm, parse_arm, summarise_arms
+from personatlas.steering.arms import Arm, parse_arm, require_no_controls, summarise_arms
 from personatlas.steering.hooks.steering import SlotSteering, SteeringHooks
 from personatlas.steering.serve.schema import CapByLevel, CapByName
 
@@ -76,7 +76,9 @@ class ArmSlots:
         named = as_arm(text)
         spec = named.removeprefix("cap:")
         if spec == named:
-            return parse_arm(text, self.axis)
+            parsed = parse_arm(text, self.axis)
+            require_no_controls([parsed])
+            return parsed
         if spec in self.named:
             return self.named[spec]
         cap = self.axis.cap(spec, self._caps)

@@ -12,6 +12,7 @@ from tiny_axis import axis_of
 
 from personatlas.persona.errors import UserError
 from personatlas.persona.models.detokenizer import Detokenizer
+from personatlas.persona.sampling import kv_cache
 from personatlas.persona.sampling.sampler import Prompt
 from personatlas.steering.arms import Arm
 from personatlas.steering.hooks.steering import steer
@@ -27,7 +28,9 @@ from personatlas.steering.serve.engine.scheduler import (
     PrefillEvent,
     ServerBusy,
 )
+from personatlas.steering.serve.options import CapacityOptions
 from personatlas.steering.serve.schema import CapByName, PersonaRequest
+from personatlas.steering.serve.startup import _engine_limits
 from personatlas.steering.traces import trace_answer
 
 
@@ -348,3 +351,13 @@ def test_what_is_spoken_in_pieces_is_the_whole_text_up_to_a_stop(text):
     ends = [at for stop in STOPS if (at := text.find(stop)) >= 0]
     assert stopped.text == (text[: min(ends)] if ends else text)
     assert stopped.stopped == bool(ends)
+
+
+def test_slots_and_served_contexts_share_one_reckoning_of_memory(monkeypatch):
+    model = tiny_model()
+    config = model.hf.config
+    token = 2 * model.n_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
+    monkeypatch.setattr(kv_cache, "CPU_BYTES", 1000 * token + 1)
+    assert kv_cache.fitting_tokens(model, 0.5) == 1000
+    limits = _engine_limits(model, CapacityOptions(slots=4))
+    assert limits.context == 192  # of 1,000 tokens for 4 slots and a prompt, in steps of 64
