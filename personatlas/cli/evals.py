@@ -6,7 +6,7 @@ personatlas eval smollm2-135m --arm cap:assistant --inspect task.py@name --limit
 personatlas eval --compare baseline.eval capped.eval
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 HIDDEN = Parameter(parse=False)
+LM_EVAL, INSPECT = (
+    ("data", "tasks_folder", "fewshot", "raw"),
+    ("epochs", "grader", "log_dir"),
+)  # of `TaskOptions`
 TASKS = Parameter(name="*", group=Group("Tasks of lm-eval and Inspect", sort_key=0))
 
 
@@ -130,7 +134,9 @@ def eval_(
         require_inspect()
         before, after = (read_inspect_arm(read_inspect_log(path)) for path in tasks.compare)
         _print_inspect(compare_inspect_arms(before, after), json)
-    elif model is None:
+        return
+    _require_together(suite, options, tasks)
+    if model is None:
         raise UserError("give MODEL, or two logs of Inspect with --compare BEFORE AFTER")
     elif tasks.inspect is not None:
         if suite or tasks.lm_eval:
@@ -152,6 +158,20 @@ def eval_(
                 print_json({name: value for name, value in result.to_json().items() if name != "pairs"})
             else:
                 print_evaluation(result, folder)
+
+
+def _require_together(suite: str | None, options: SuiteOptions, tasks: TaskOptions) -> None:
+    """Raises `UserError` for options of suites, lm-eval or Inspect where that is not what runs."""
+    runs_suites = suite is not None or not (tasks.lm_eval or tasks.inspect)
+    groups = [
+        (runs_suites, "suites: give --suite", options, [own.name for own in fields(EvalOptions)]),
+        (bool(tasks.lm_eval), "tasks of lm-eval: give --lm-eval", tasks, LM_EVAL),
+        (bool(tasks.inspect), "a task of Inspect: give --inspect", tasks, INSPECT),
+    ]
+    for runs, what, given, names in groups:
+        changed = [name for name in names if getattr(given, name) != getattr(type(given)(), name)]
+        if changed and not runs:
+            raise UserError(f"--{changed[0].replace('_', '-')} is about {what} with it")
 
 
 def _run_suites(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from personatlas.cli.options import JUDGE, OPTIONS, Json
+from personatlas.cli.options import JUDGE, OPTIONS, Json, OutFile
 from personatlas.cli.output import print_json, print_line, print_table, with_interval
 from personatlas.persona.errors import UserError
 from personatlas.persona.progress import progress, say
@@ -58,7 +58,7 @@ def fit(
     labels: Path,
     /,
     *,
-    out: Path,
+    out: OutFile,
     columns: Annotated[LabelOptions, OPTIONS] = LabelOptions(),
     json: Json = False,
 ) -> None:
@@ -104,7 +104,7 @@ def check(
     *,
     judging: Annotated[HarmOptions, JUDGE],
     columns: Annotated[LabelOptions, OPTIONS] = LabelOptions(),
-    log: Path = Path("runs/judge-check.jsonl"),
+    log: OutFile = Path("runs/judge-check.jsonl"),
     json: Json = False,
 ) -> None:
     """Measure how well a judge of harm agrees with human labels.

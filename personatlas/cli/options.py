@@ -5,11 +5,12 @@ Options of the libraries are plain dataclasses with documented fields; a command
     def record(run: Path, /, *, load: Annotated[ModelOptions, MODEL] = ModelOptions()) -> None: ...
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import Group, Parameter
+from cyclopts import Group, Parameter, Token
 
 from personatlas.persona.models.hub import require_model_name
 from personatlas.steering.arm_kinds import arm_help, with_default
@@ -37,8 +38,41 @@ ModelName = Annotated[
     ),
 ]
 Json = Annotated[bool, Parameter(group=_OUTPUT, help="print the result as JSON", show_default=False)]
-Out = Annotated[Path | None, Parameter(group=_OUTPUT)]
-Html = Annotated[Path | None, Parameter(group=_OUTPUT)]
+
+
+def _output_file(_type: object, tokens: Sequence[Token]) -> Path:
+    """A path to write to. "" is none, though `Path("")` is the working folder."""
+    if not tokens[0].value.strip():
+        raise ValueError("an empty name: give a path to write to")
+    return Path(tokens[0].value)
+
+
+def _output_page(type_: object, tokens: Sequence[Token]) -> Path:
+    """A page to write; a file that is no page is not written over."""
+    path = _output_file(type_, tokens)
+    if path.is_file():
+        with path.open("rb") as file:
+            start = file.read(64).lstrip().lower()
+        if start and not start.startswith((b"<!doctype html", b"<html")):
+            raise ValueError(f"{path} is a file and no page: give another name")
+    return path
+
+
+def _output_folder(type_: object, tokens: Sequence[Token]) -> Path:
+    """A folder to write to; the working folder only where it is a run or empty."""
+    folder = _output_file(type_, tokens)
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file, not a folder")
+    is_own = any((folder / name).is_file() for name in ("run.json", "axis.json"))
+    if folder.resolve() == Path.cwd() and not is_own and any(folder.iterdir()):
+        raise ValueError(f"{folder} is the working folder and holds other files: name a folder in it")
+    return folder
+
+
+Out = Annotated[Path | None, Parameter(group=_OUTPUT, converter=_output_folder)]
+Html = Annotated[Path | None, Parameter(group=_OUTPUT, converter=_output_page)]
+OutFolder = Annotated[Path, Parameter(converter=_output_folder)]
+OutFile = Annotated[Path, Parameter(converter=_output_file)]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from rich.text import Text
 
-from personatlas.cli.options import OPTIONS, Json
+from personatlas.cli.options import OPTIONS, Json, OutFile
 from personatlas.cli.output import Cell, console, print_fields, print_json, print_line, print_table
 from personatlas.persona.errors import UserError
 from personatlas.persona.roles.bank import Bank, Question, Role, Trait, check_file, load_bank
@@ -37,7 +37,7 @@ def roles(
     bank: Path | None = None,
     view: Annotated[BankView, OPTIONS] = BankView(),
     check: Path | None = None,
-    export: Path | None = None,
+    export: OutFile | None = None,
     json: Json = False,
 ) -> None:
     """List a role bank, show one role or trait, check a bank of your own, or export a bank.
@@ -53,6 +53,13 @@ def roles(
     export
         write the bank into this folder in the paper repository's form, one JSON file a role
     """
+    given = {"NAME": name, "--check": check, "--export": export}
+    if len(asked := [option for option, value in given.items() if value is not None]) > 1:
+        raise UserError(f"{asked[0]} and {asked[1]} are two things to do: give one")
+    if asked and view != BankView():
+        raise UserError(f"--traits, --questions, --tag and --search list a bank: leave out {asked[0]}")
+    if view.traits and view.questions:
+        raise UserError("--traits and --questions are two lists: give one")
     if check is not None:
         _check(check, json)
         return

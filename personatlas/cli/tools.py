@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from rich.text import Text
 
-from personatlas.cli.options import MODEL, STEERING, Json, ModelName, SteeringOptions
+from personatlas.cli.options import MODEL, STEERING, Json, ModelName, OutFile, SteeringOptions
 from personatlas.cli.output import console, print_json, print_line, print_table
 from personatlas.persona.errors import UserError
 from personatlas.persona.options import ModelOptions
@@ -56,6 +56,12 @@ def spans(
     texts = {"system": system, "user": user, "assistant": assistant}
     messages = [{"role": role, "content": text} for role, text in texts.items() if text]
     if transcript is not None:
+        if texts != {
+            "system": "You are a pirate.",
+            "user": "Who are you?",
+            "assistant": "Arr, I be a pirate.",
+        }:
+            raise UserError("--transcript has its own messages: leave out --system, --user and --assistant")
         stored = read_conversations(transcript, require_user=False)
         messages = list(stored[0].messages)
         if len(stored) > 1:
@@ -135,7 +141,7 @@ def import_(
     source: Path,
     /,
     *,
-    out: Path,
+    out: OutFile,
     model: str = "unknown",
     json: Json = False,
 ) -> None:

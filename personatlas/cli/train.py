@@ -4,7 +4,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from personatlas.cli.options import MODEL, OPTIONS, Json, ModelName
+from personatlas.cli.options import MODEL, OPTIONS, Json, ModelName, Out, OutFile, OutFolder
 from personatlas.cli.output import (
     count_of,
     print_fields,
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def base(
     *,
     depth: int,
-    out: Path,
+    out: OutFolder,
     texts: Annotated[CorpusOptions, OPTIONS] = CorpusOptions(),
     options: Annotated[PretrainOptions, OPTIONS] = PretrainOptions(),
     json: Json = False,
@@ -77,7 +77,7 @@ def chat(
     base: Path,
     /,
     *,
-    out: Path,
+    out: OutFolder,
     chats: Annotated[ChatDataOptions, OPTIONS] = ChatDataOptions(),
     options: Annotated[FinetuneOptions, OPTIONS] = FinetuneOptions(),
     json: Json = False,
@@ -176,7 +176,7 @@ def evaluate(
 def tokenizer(
     *,
     corpus: Path,
-    out: Path,
+    out: OutFolder,
     vocabulary: int = 32_768,
     held_out: Path | None = None,
     held_share: float = 0.01,
@@ -241,9 +241,9 @@ def export(
     model: Path,
     /,
     *,
-    out: Path | None = None,
+    out: Out = None,
     dtype: Literal["bf16", "fp32"] = "bf16",
-    gguf: Path | None = None,
+    gguf: OutFile | None = None,
     json: Json = False,
 ) -> None:
     """Write a trained model as a Hugging Face folder (--out), as one GGUF file (--gguf), or as both.

@@ -79,6 +79,10 @@ class DriftOptions(JsonRecord):
                 f"--false-alarms {self.false_alarms} is outside 0..1: it is a share of conversations"
             )
         _ = self.sampling
+        if self.seeds > 1 and self.temperature == 0 and self.user == "scripts":
+            raise UserError(
+                f"--seeds {self.seeds} at --temperature 0 are one conversation {self.seeds} times"
+            )
         conversations = read_conversations(self.scripts or SCRIPTS)
         known = tuple(dict.fromkeys(conversation.domain for conversation in conversations))
         domains = known if self.domains is None else _names(self.domains)
@@ -86,7 +90,14 @@ class DriftOptions(JsonRecord):
             raise UserError(f"--domains: {unknown!r} is not one of {', '.join(map(repr, known))}")
         if not domains:
             raise UserError(f"--domains {self.domains!r} names none")
-        by_domain = ([one for one in conversations if one.domain == domain] for domain in domains)
+        by_domain = [[one for one in conversations if one.domain == domain] for domain in domains]
+        if (wanted := self.conversations) is not None and wanted > (most := max(map(len, by_domain))):
+            raise UserError(
+                f"--conversations {wanted}: a domain has {most} scripts at most; give that or fewer"
+            )
+        longest = max(sum(m["role"] == "user" for m in one.messages) for own in by_domain for one in own)
+        if self.user == "scripts" and self.turns is not None and self.turns > longest:
+            raise UserError(f"--turns {self.turns}: the longest script has {longest}; give that or fewer")
         return [one for own in by_domain for one in spread(own, self.conversations)]
 
     def scripts_of(self, conversations: Sequence[Conversation]) -> "list[Script]":

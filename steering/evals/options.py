@@ -72,6 +72,9 @@ class EvalOptions:
         _require_least(self, pairs=1, roles=4, prompts=1, answers=2, random=0, max_new_tokens=1)
         if not 0 < self.margin < 1:
             raise UserError(f"--margin {self.margin} is outside 0..1: it is a share")
+        for option in ("column", "templates"):
+            if getattr(self, option) is not None and self.requests is None and self.over_refusal is None:
+                raise UserError(f"--{option} is about a file of requests: give --requests FILE with it")
         self.sampling(self.max_new_tokens)
 
     def sampling(self, max_new_tokens: int) -> "Sampling":

@@ -17,6 +17,7 @@ import zstandard
 from pyarrow import parquet
 
 from personatlas.persona.formats import Exclusions, read_conversations
+from personatlas.persona.logs import append_lines
 from personatlas.persona.roles.bank import load_bank
 from personatlas.steering.drift.options import DriftOptions
 from personatlas.steering.evals.harm.agreement import read_labels
@@ -276,3 +277,14 @@ def test_a_damaged_file_is_refused_in_one_line(name, content, reason, write):
             reader(path)
         assert type(caught.value).__name__ == "UserError"
         assert "\n" not in str(caught.value)
+
+
+def test_what_is_logged_is_read_back_over_all_of_unicode(tmp_path):
+    points = [point for point in range(0x110000) if not 0xD800 <= point < 0xE000]
+    texts = ["".join(map(chr, points[start : start + 4096])) for start in range(0, len(points), 4096)]
+    messages = [{"role": NAMES[index % 2], "content": text} for index, text in enumerate(texts)]
+    append_lines(
+        tmp_path / "conversations.jsonl", [{"id": "s/0/baseline", "domain": "d", "messages": messages}]
+    )
+    (read,) = read_conversations(tmp_path / "conversations.jsonl")
+    assert list(read.messages) == messages

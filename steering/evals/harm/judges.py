@@ -255,10 +255,14 @@ def harm_judge(
     """
     if rubric not in RUBRICS:
         raise UserError(f"rubric {rubric!r} is not one of {', '.join(RUBRICS)}")
+    is_url = text.startswith(("http://", "https://"))
+    for option, value in (("--judge-model", model), ("--judge-tokens", max_tokens)):
+        if not is_url and value is not None:
+            raise UserError(f"{option} is about a model at an address: give --judge URL with it")
     if text == "rules":
         return RuleHarmJudge()
     own = RUBRICS[rubric]
-    if text.startswith(("http://", "https://")):
+    if is_url:
         from personatlas.persona.judges.endpoint import EndpointJudge
 
         if not model:
