@@ -88,7 +88,7 @@ class ChatDataOptions:
 
     data: tuple[str, ...] = ()
     (
-        "conversations (.jsonl or .json, also packed) or the folder of a run with rollouts; again for more. "
+        "conversations (JSON, JSONL, CSV, Parquet, also packed) or a run's folder with rollouts; again for more. "
         "PATH=2x is read twice in an epoch, PATH=30% gives 30% of the answers' tokens"
     )
     columns: str = ""

@@ -15,7 +15,7 @@ class EvalOptions:
     """Sizes, files, sampling and judge of an evaluation."""
 
     requests: Path | None = None
-    "harmful requests: HarmBench, AdvBench, StrongREJECT, JailbreakBench, or any CSV, JSON or JSONL"
+    "harmful requests: HarmBench, AdvBench, StrongREJECT, JailbreakBench, or any CSV, JSON, JSONL or Parquet"
     column: str | None = None
     "the column of the requests, if it has another name than those of these sets"
     templates: Path | None = None
@@ -23,7 +23,7 @@ class EvalOptions:
     over_refusal: Path | None = None
     "requests that only look harmful, in XSTest's form; those labelled unsafe become the suite contrast"
     transcripts: Path | None = None
-    "stored conversations (JSON or JSONL, OpenAI or ShareGPT form) that the suite drift asks again"
+    "stored conversations, in any form that `trace` reads, that the suite drift asks again"
     pairs: int = 300
     "most cases per suite; benign has --answers"
     roles: int = 50

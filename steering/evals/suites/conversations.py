@@ -1,7 +1,7 @@
 """Conversations of several turns: the user turns of stored conversations are asked again, one after the
 other.
 
-Every arm answers into its own conversation. The file holds conversations in OpenAI's or ShareGPT's form;
+Every arm answers into its own conversation. The file holds conversations as `trace` reads them;
 without one, the packaged scripts are asked, except those of everyday help, which are there to calibrate
 alarms and would outnumber the rest.
 """
