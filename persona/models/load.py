@@ -163,7 +163,7 @@ def load_model(
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"device {device!r} cannot be used here ({reason}); try --device cpu") from None
-    with hub_or_cache(name), quiet_transformers(), _one_line(name):
+    with hub_or_cache(name), quiet_transformers(), one_line(name):
         asked, name = name, resolve_model(name)
         if name != asked:
             say(f"{asked} is a training run: the model is {name}")
@@ -208,7 +208,7 @@ def load_tokenizer(name: str, chat_template: Path | None = None) -> "PreTrainedT
     """Only the tokenizer of a model, found as `load_model` finds it."""
     from transformers import AutoTokenizer
 
-    with hub_or_cache(name), quiet_transformers(), _one_line(name):
+    with hub_or_cache(name), quiet_transformers(), one_line(name):
         tokenizer = AutoTokenizer.from_pretrained(_source(resolve_model(name)), trust_remote_code=False)
     if chat_template is not None:
         tokenizer.chat_template = read_text(chat_template).replace("\r\n", "\n")
@@ -333,7 +333,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 @contextmanager
-def _one_line(name: str) -> Iterator[None]:
+def one_line(name: str) -> Iterator[None]:
     """Turns the many errors of loading a checkpoint into one line that names the model."""
     from safetensors import SafetensorError
 

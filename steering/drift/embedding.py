@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from personatlas.analysis.next_message import Embedding
-from personatlas.persona.errors import UserError
 
 BATCH = 64
 MAX_TOKENS = 512  # of a text
@@ -25,17 +24,23 @@ def load_embedding(name: str, device: str) -> Embedding:
     """
     from transformers import AutoModel, AutoTokenizer
 
+    from personatlas.persona.models.checkpoint import require_finite, require_rows, require_whole
     from personatlas.persona.models.hub import hub_or_cache
-    from personatlas.persona.models.load import quiet_transformers
+    from personatlas.persona.models.load import one_line, quiet_transformers
 
-    try:
-        with hub_or_cache(name), quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(name)
-            model: Any = AutoModel.from_pretrained(name).to(device).eval()
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--embedding {name} cannot be loaded: {' '.join(str(error).split())[:200]}"
-        ) from None
+    with hub_or_cache(name), quiet_transformers(), one_line(f"--embedding {name}"):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        loaded: Any = AutoModel.from_pretrained(
+            name, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        model, info = loaded
+        heads = {key for key in info["missing_keys"] if key.startswith("pooler.")}  # not read here
+        require_whole(
+            name, model, info | {"missing_keys": info["missing_keys"] - heads, "unexpected_keys": ()}
+        )
+        require_finite(name, model)
+        require_rows(name, model, tokenizer)
+        model = model.to(device).eval()
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     longest = min(MAX_TOKENS, getattr(model.config, "max_position_embeddings", MAX_TOKENS))

@@ -96,7 +96,7 @@ def load_hf_tokenizer(folder: Path, shape: Shape) -> "PreTrainedTokenizerBase":
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # noqa: BLE001 (`tokenizers` raises Exception itself for a damaged file)
         reason = " ".join(str(error).split())
         raise UserError(f"{folder} does not hold a tokenizer that can be read ({reason})") from None
     if len(tokenizer) > shape.vocabulary:
@@ -148,6 +148,8 @@ def load_exported(folder: Path) -> GPT:
     for exported, (_, wanted) in parameters.items():
         if (found := weights[exported].shape) != wanted:
             raise UserError(f"{path}: {exported} is {tuple(found)}, which its config does not say")
+        if not torch.isfinite(weights[exported]).all():
+            raise UserError(f"{path}: {exported} holds NaN or infinity; take an earlier checkpoint")
     model.load_state_dict({parameters[name][0]: value for name, value in weights.items()}, assign=True)
     return model.requires_grad_(True)
 

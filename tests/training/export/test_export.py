@@ -1,12 +1,14 @@
 """What is exported is the model: the same logits and tokens in transformers, and a model of everything else here."""
 
 import json
+import shutil
 
 import gguf
 import pytest
 import torch
 from corpora import write_corpus
 from families import tokenizer
+from safetensors.torch import load_file, save_file
 from tiny_gpt import lively
 from transformers import AutoModelForCausalLM
 
@@ -16,7 +18,12 @@ from personatlas.persona.models.chat_template import chat_format
 from personatlas.persona.models.load import load_model, model_from_bridge
 from personatlas.training.data.corpus import Corpus
 from personatlas.training.data.tokenizer import BOS, END, make_tokenizer
-from personatlas.training.export.huggingface import end_token_ids, export_model, load_exported
+from personatlas.training.export.huggingface import (
+    end_token_ids,
+    export_model,
+    load_exported,
+    load_hf_tokenizer,
+)
 from personatlas.training.model.config import Shape
 
 SHAPE = Shape(vocabulary=320, depth=3, width=32, heads=4, kv_heads=2, head_width=8, inner=48, context=64)
@@ -182,3 +189,16 @@ def test_a_checkpoint_cut_short_is_one_line(exported, tmp_path):
     (tmp_path / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes()[:-100])
     with pytest.raises(UserError, match="damaged or cut short"):
         load_exported(tmp_path)
+
+
+def test_weights_that_are_no_numbers_and_a_damaged_tokenizer_are_refused(exported, tmp_path):
+    folder = shutil.copytree(exported[1] / "model", tmp_path / "model")
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"model\.norm\.weight holds NaN or infinity; take an earlier"):
+        load_exported(folder)
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="does not hold a tokenizer that can be read"):
+        load_hf_tokenizer(folder, SHAPE)
