@@ -228,7 +228,7 @@ def test_an_axis_of_another_model_is_refused_by_the_verb(place, tmp_path, capsys
 @pytest.mark.parametrize(("place", "said"), [("", "this is a folder"), ("none/x.html", "does not exist")])
 def test_a_page_that_cannot_be_written_is_refused_before_anything_is_loaded(tmp_path, capsys, place, said):
     with pytest.raises(SystemExit) as stopped:
-        main(["generate", "no-such-model", "Hello", "--axis", "none", "--html", str(tmp_path / place)])
+        main(["generate", str(tmp_path), "Hello", "--axis", "none", "--html", str(tmp_path / place)])
     assert stopped.value.code == 2
     assert said in capsys.readouterr().err
 
