@@ -105,14 +105,16 @@ def test_the_python_of_a_page_runs(page, stand_ins, monkeypatch, tmp_path, capsy
     import torch
 
     import personatlas as pa
-    from personatlas.steering import arms
+    from personatlas.steering import arm_kinds, arms
     from personatlas.steering.evals import suites
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
         suites, "_SUITES", suites.registered_suites()
     )  # what a page registers is gone after it
-    monkeypatch.setattr(arms, "ARM_KINDS", dict(arms.ARM_KINDS))
+    kinds = dict(arms.ARM_KINDS)
+    for module in (arms, arm_kinds):
+        monkeypatch.setattr(module, "ARM_KINDS", kinds)
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(pa, name, stand_in)
     messages = [
