@@ -36,6 +36,7 @@ from personatlas.persona.models.checkpoint import (
 from personatlas.persona.models.hooks import capture
 from personatlas.persona.models.hub import cached_revision, describe_name, hub_or_cache, is_hub_id
 from personatlas.persona.models.packaged import PACKAGED, gguf_folder, packaged_folder, weight_format
+from personatlas.persona.models.positions import limit_reading, scale_switch
 from personatlas.persona.progress import say
 from personatlas.persona.records import JsonObject
 from personatlas.persona.runs import hub_snapshot, locate, model_name, resolve_model
@@ -89,8 +90,10 @@ class Model:
 
     @property
     def context(self) -> int | None:
-        """Tokens that the model holds, where its config says so."""
-        return getattr(self.hf.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        """Tokens that the model holds, where its config says so; positions have one scale up to there."""
+        config = self.hf.config.get_text_config(decoder=True)
+        longest, switch = getattr(config, "max_position_embeddings", None), scale_switch(config)
+        return longest if switch is None else min(longest or switch, switch)
 
     @cached_property
     def chat(self) -> ChatFormat:
@@ -253,6 +256,8 @@ def build_model(
         hf, base, tokenizer, blocks, config.hidden_size, id, revision, weights, model_name(Path(id))
     )
     _check(model)
+    if (switch := scale_switch(config)) is not None:
+        limit_reading(base, switch, id)
     return model
 
 

@@ -132,10 +132,9 @@ def record(
             stop = batch_end(lengths, first, tokens)
             chosen = order[first:stop]
             batch = [rollouts[i] for i in chosen]
-            on_gpu = model.device.type == "cuda"
-            ids = pad(
-                [r.prompt_ids + r.answer_ids for r in batch], model.device, GPU_MULTIPLE if on_gpu else 1
-            )
+            multiple = GPU_MULTIPLE if model.device.type == "cuda" else 1
+            texts = [rollout.prompt_ids + rollout.answer_ids for rollout in batch]
+            ids = pad(texts, model.device, multiple, model.context)
             means.begin(torch.tensor([len(r.prompt_ids) for r in batch]), torch.tensor(lengths[first:stop]))
             model.base(input_ids=ids, use_cache=False)
             now = chosen, reader.start(means.read())

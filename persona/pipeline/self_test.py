@@ -13,6 +13,7 @@ from torch import Tensor
 from personatlas.persona.models.hooks import capture
 from personatlas.persona.models.load import Model
 from personatlas.persona.models.parity import count_changed
+from personatlas.persona.models.positions import far_neighbour_error
 from personatlas.persona.pipeline.record import record
 from personatlas.persona.rollout import Rollout
 from personatlas.persona.sampling.sampler import (
@@ -26,6 +27,7 @@ from personatlas.persona.sampling.sampler import (
 )
 
 LENGTHS = ((5, 3), (9, 14), (30, 1), (2, 21), (17, 6))  # (prompt, answer) tokens, uneven on purpose
+LONGEST_WINDOW = 8192  # of attention that is crossed: reading once past a longer one would take minutes
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def run_self_test(model: Model) -> list[Check]:
     decoder = Decoder if decodes_from_cache(model) else PlainDecoder
     by_hand = torch.stack([_mean_by_hand(model, rollout) for rollout in rollouts])
     errors = (recorded.double() - by_hand).norm(dim=-1) / by_hand.norm(dim=-1)
-    return [
+    checks = [
         Check(
             "recorded means against a float64 mean, one text at a time",
             float(errors.max()),
@@ -80,7 +82,24 @@ def run_self_test(model: Model) -> list[Check]:
         Check(
             "a seed gives another answer in another batch", _batch_dependence(model), 0.0 if exact else 1.0
         ),
+        Check(
+            "a text changed by another one at the end of the context",
+            far_neighbour_error(model),
+            1e-5 if exact else 2e-2,
+        ),
     ]
+    for window in _windows(model):
+        error = decoding_error(model, decoder, (window + 7, 9, window + 2))
+        checks.append(Check(f"the same across {window} tokens of attention", error, 1e-4 if exact else 5e-2))
+    return checks
+
+
+def _windows(model: Model) -> list[int]:
+    """Lengths after which a token no longer sees the first one, where reading that much is feasible."""
+    config = model.hf.config.get_text_config(decoder=True)
+    found = {getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")}
+    most = min(LONGEST_WINDOW, (model.context or LONGEST_WINDOW) - 7)
+    return sorted(window for window in found if window and window <= most)
 
 
 def _made_up(model: Model, number: int, prompt: int, answer: int) -> Rollout:

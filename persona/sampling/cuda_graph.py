@@ -108,6 +108,7 @@ class GraphSampler(Sampler):
         if self.decoder is not Decoder:
             yield from super().answers(prompts, callback)
             return
+        self._require_room(prompts)
         longest = max(self.longest, *(len(prompt.ids) for prompt in prompts))
         length = -(-(longest + self.sampling.max_new_tokens) // 64) * 64
         with use_slot_attention(self.model):

@@ -246,10 +246,20 @@ class Sampler:
         self.end_ids = torch.tensor(sorted(end_ids), dtype=torch.long, device=model.device)
         self.decoder: type[Any] = Decoder if decodes_from_cache(model) else PlainDecoder
 
+    def _require_room(self, prompts: Sequence[Prompt]) -> None:
+        """`UserError` for answers that may grow beyond the context, where positions are not what they were."""
+        longest, most = max(len(prompt.ids) for prompt in prompts), self.sampling.max_new_tokens
+        if self.model.context is not None and longest + most > self.model.context:
+            raise UserError(
+                f"a prompt of {longest} tokens and an answer of up to {most} do not fit into the "
+                f"{self.model.context} that {self.model.id} holds; shorten the prompt or --max-new-tokens"
+            )
+
     @torch.no_grad()
     def answers(self, prompts: Sequence[Prompt], callback: SamplerCallback | None = None) -> Iterator[Answer]:
         """Answers one chunk; answers come as they end. `callback` is told what every forward is about."""
         limit, device = self.sampling.max_new_tokens, self.model.device
+        self._require_room(prompts)
         callback = callback or SamplerCallback()
         length = max(len(prompt.ids) for prompt in prompts) + limit
         decoder = self.decoder(self.model, len(prompts), length, callback)
@@ -297,12 +307,15 @@ def decodes_from_cache(model: Model) -> bool:
 
 
 @torch.no_grad()
-def decoding_error(model: Model, decoder_type: type[Decoder] | type[PlainDecoder]) -> float:
-    """Relative error of a decoder's logits against reading one whole text at a time, over three uneven rows.
+def decoding_error(
+    model: Model, decoder_type: type[Decoder] | type[PlainDecoder], lengths: Sequence[int] = (9, 12, 6)
+) -> float:
+    """Relative error of a decoder's logits against reading one whole text at a time, over rows of uneven
+    lengths.
 
     Infinite when the model does not take the decoder's cache at all (recurrent state, say).
     """
-    lengths, n_fed, device = (9, 12, 6), 3, model.device  # tokens of the texts, and decoded after the prompt
+    n_fed, device = 3, model.device  # tokens that are decoded after the prompt
     texts = [
         [(i * 37 + row * 11 + 5) % model.vocab_size for i in range(length)]
         for row, length in enumerate(lengths)
@@ -323,11 +336,15 @@ def decoding_error(model: Model, decoder_type: type[Decoder] | type[PlainDecoder
     return float(torch.tensor(errors).max())  # NaN, which Python's max would drop, stays
 
 
-def pad(rows: Sequence[Sequence[int]], device: torch.device, multiple: int = 1) -> Tensor:
-    """Right-padded ids (B, T) with T a multiple of `multiple`; the padding is token 0 and nothing ever looks
-    at it.
+def pad(
+    rows: Sequence[Sequence[int]], device: torch.device, multiple: int = 1, most: int | None = None
+) -> Tensor:
+    """Right-padded ids (B, T) with T a multiple of `multiple`, but at most `most`; the padding is token 0 and
+    nothing ever looks at it.
     """
-    length = -(-max(map(len, rows)) // multiple) * multiple
+    longest = max(map(len, rows))
+    length = -(-longest // multiple) * multiple
+    length = length if most is None else max(longest, min(length, most))
     batch = torch.zeros(len(rows), length, dtype=torch.long)
     for row, ids in enumerate(rows):
         batch[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)

@@ -113,9 +113,7 @@ class PersonatlasLM(TemplateLM):
     @property
     def max_length(self) -> int:
         """Most tokens that the model reads at once."""
-        config = self.model.hf.config.get_text_config(decoder=True)
-        longest = getattr(config, "max_position_embeddings", None) or self.tokenizer.model_max_length
-        return int(min(longest, 1 << 20))
+        return int(min(self.model.context or self.tokenizer.model_max_length, 1 << 20))
 
     @property
     def tokenizer_name(self) -> str:
