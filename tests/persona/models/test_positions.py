@@ -95,7 +95,7 @@ def test_every_check_of_the_self_test_passes(model: Model) -> None:
 
 
 def test_answers_are_the_same_alone_and_beside_rows_that_reach_the_end(model: Model) -> None:
-    new = 12
+    new = 6
     longest = min(model.context or 100, 100) - new
     prompts = [Prompt(text(i, length), seed=i) for i, length in enumerate((3, longest, 20, longest - 9, 7))]
     for sampler in (
