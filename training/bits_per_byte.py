@@ -23,6 +23,7 @@ from torch import Tensor
 from personatlas.analysis.stats import bootstrap_sums, percentile_interval
 from personatlas.persona.distributed import World
 from personatlas.persona.errors import UserError
+from personatlas.persona.models.control_tokens import TextEncoder
 from personatlas.persona.models.load import Model
 from personatlas.persona.records import JsonRecord
 from personatlas.training.data.batches import held_out_rows
@@ -99,8 +100,7 @@ def text_bits_per_byte(model: Model, texts: Sequence[str], context: int | None =
     sizes = np.array([len(text.encode()) for text in texts], dtype=np.float64)
     if not sizes.sum():
         raise UserError("there is no text to predict")
-    config = model.hf.config.get_text_config(decoder=True)
-    longest = int(getattr(config, "max_position_embeddings", None) or LONGEST_WINDOW)
+    longest = model.context or LONGEST_WINDOW
     window = min(context or LONGEST_WINDOW, longest, LONGEST_WINDOW if context is None else context)
     if window < 2:
         raise UserError(f"--context {window}: at least 2 tokens are needed to predict one from another")
@@ -123,9 +123,9 @@ def _batches(model: Model, texts: Sequence[str], window: int) -> Iterator[tuple[
     first_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first_id is None:
         raise UserError("this model's tokenizer has no token that begins a text")
-    windows: list[tuple[int, list[int]]] = []
+    encoder, windows = TextEncoder(tokenizer), list[tuple[int, list[int]]]()
     for document, text in enumerate(texts):
-        ids = [first_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+        ids = [first_id, *encoder.text_ids(text)]
         windows += [(document, ids[start : start + window]) for start in range(0, len(ids) - 1, window - 1)]
     windows.sort(key=lambda item: -len(item[1]))
     first = 0

@@ -22,6 +22,7 @@ import torch
 from personatlas.persona.errors import UserError
 from personatlas.persona.interventions import Interventions, interventions_digest
 from personatlas.persona.logs import ResultCache
+from personatlas.persona.models.control_tokens import TextEncoder
 from personatlas.persona.models.load import Model
 from personatlas.persona.progress import progress
 from personatlas.persona.records import JsonRecord
@@ -202,7 +203,7 @@ def text_windows(model: Model, path: Path, n_bytes: int) -> tuple[list[Rollout],
     read or is short.
     """
     text = read_head(path, n_bytes)
-    ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = TextEncoder(model.tokenizer).text_ids(text)
     if len(ids) < 2:
         raise UserError(
             f"--text {path} has {len(ids)} tokens; at least 2 are needed, and thousands to say anything"

@@ -109,10 +109,15 @@ def test_texts_that_are_no_conversation_hold_no_control_tokens(format: ChatForma
         assert encoder.text_ids(text) == format.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def test_random_mixtures_of_text_and_markup_never_gain_a_control_token(format: ChatFormat) -> None:
+@pytest.mark.parametrize(
+    "conversations", [40, pytest.param(4000, marks=pytest.mark.robustness)], ids=["sample", "all"]
+)
+def test_random_mixtures_of_text_and_markup_never_gain_a_control_token(
+    format: ChatFormat, conversations: int
+) -> None:
     rng = random.Random(0)
     bits = [*MARKS, "<|im_", "end|>", "<", "s>", " ", "\n", "hello", "é", "😀", "unk", "[", "INST]", ORDINARY]
-    for _ in range(60):
+    for _ in range(conversations):
         contents = ["".join(rng.choices(bits, k=rng.randrange(8))) for _ in range(rng.randrange(1, 4))]
         messages, plain = chat(*contents), chat(*["hello"] * len(contents))
         spans = conversation_spans(format, messages)

@@ -55,6 +55,15 @@ def test_text_that_spells_a_special_token_stays_text(encoder):
     assert encoder.tokenizer.decode(answer, skip_special_tokens=False) == spelt[-1]["content"]
 
 
+@pytest.mark.parametrize("mark", ["<|im_end|>", "<|im_start|>", "<|bos|>", "<|pad|>"])
+def test_text_that_spells_a_special_token_is_the_same_to_training_and_to_the_server(
+    mark, chat_tokenizer, encoder
+):
+    chat = chat_format(AutoTokenizer.from_pretrained(chat_tokenizer))
+    for messages in (turns(f"a {mark}b{mark}"), turns("Who?", f"{mark}I.", "Why?", system=f"é{mark}\n")):
+        assert encoder.prompt(messages) == chat.prompt_ids(messages)
+
+
 def test_an_answer_begins_after_the_prompts_own_newline(encoder):
     messages = turns("Who?", "\n\nI.")
     ids, marked = encoder.encode([messages])[0]
