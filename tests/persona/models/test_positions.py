@@ -62,8 +62,8 @@ def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Mo
 
 def of_kind(kind: str, monkeypatch: pytest.MonkeyPatch) -> Model:
     family, settings, _ = ROPES[kind]
-    monkeypatch.setitem(FAMILIES, kind, (family, settings))
-    return tiny_model(kind)
+    monkeypatch.setitem(FAMILIES, f"positions {kind}", (family, settings))
+    return tiny_model(f"positions {kind}")
 
 
 def text(seed: int, length: int) -> tuple[int, ...]:
