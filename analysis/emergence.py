@@ -27,7 +27,7 @@ from personatlas.persona.errors import UserError
 from personatlas.persona.options import FitOptions, JudgeOptions, ModelOptions, PlanOptions
 from personatlas.persona.progress import say
 from personatlas.persona.records import JsonRecord
-from personatlas.persona.runs import checkpoint_folders, is_training_run, model_name, spread_steps
+from personatlas.persona.runs import checkpoint_folders, is_training_run, model_name, open_run, spread_steps
 
 SETTLED = 0.8  # rank correlation with the last checkpoint from which on the roles count as ordered
 
@@ -125,20 +125,21 @@ def compute_emergence(
     folders = select_checkpoints(run, checkpoints)
     if get_world().size > 1:
         raise UserError("emergence works with one process: start it without torchrun")
-    fits = {}
-    for step in sorted(folders, reverse=True):
-        folder = out / folders[step].name
-        say(f"step {step:,}: {folder}")
-        result = compute_axis(str(folders[step]), folder, load=load, plan=plan, judge=judge, fit=fit)
-        assert result is not None  # None on further processes only
-        fits[step] = result, load_axis(folder / "axis")
-        fit = replace(fit, layer=result.layer)
-    names = {str(step): folder.name for step, folder in folders.items()}
-    emergence = replace(compare_checkpoints(fits), run=str(run), folders=names)
-    write_json(out / "emergence.json", emergence.to_json())
-    from personatlas.analysis.emergence_page import write_emergence_page  # with plotly
+    with open_run(out, create=True):
+        fits = {}
+        for step in sorted(folders, reverse=True):
+            folder = out / folders[step].name
+            say(f"step {step:,}: {folder}")
+            result = compute_axis(str(folders[step]), folder, load=load, plan=plan, judge=judge, fit=fit)
+            assert result is not None  # None on further processes only
+            fits[step] = result, load_axis(folder / "axis")
+            fit = replace(fit, layer=result.layer)
+        names = {str(step): folder.name for step, folder in folders.items()}
+        emergence = replace(compare_checkpoints(fits), run=str(run), folders=names)
+        write_json(out / "emergence.json", emergence.to_json())
+        from personatlas.analysis.emergence_page import write_emergence_page  # with plotly
 
-    write_emergence_page(out / "emergence.html", model_name(run), emergence)
+        write_emergence_page(out / "emergence.html", model_name(run), emergence)
     return emergence
 
 

@@ -39,6 +39,7 @@ from personatlas.persona.logs import ResultCache
 from personatlas.persona.models.load import Model
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.records import JsonObject
+from personatlas.persona.runs import open_run
 from personatlas.steering.evals.harnesses.lm_eval_result import (
     LmEvalResult,
     MetricValue,
@@ -101,14 +102,15 @@ def run_lm_eval(
     options.check()
     check_tasks(tasks, parse_task_data(options.data or []), options.tasks_folder)
     by_name: Mapping[str, Interventions] = {BASELINE: []}
-    if axis is None:
-        if arms:
-            raise UserError(f"the arm {next(iter(arms))} needs --axis: along which axis?")
-        model = load_named(model, load)
-    else:
-        steered = load_steered_model(model, axis, arms, load, force=force)
-        model, by_name = steered.model, steered.arms
-    return compare_tasks(model, by_name, tasks, out, options)
+    if axis is None and arms:
+        raise UserError(f"the arm {next(iter(arms))} needs --axis: along which axis?")
+    with contextlib.nullcontext() if out is None else open_run(out, create=True):
+        if axis is None:
+            model = load_named(model, load)
+        else:
+            steered = load_steered_model(model, axis, arms, load, force=force)
+            model, by_name = steered.model, steered.arms
+        return compare_tasks(model, by_name, tasks, out, options)
 
 
 def compare_tasks(
