@@ -89,7 +89,7 @@ class EndpointJudge:
                 batch.jobs.put(next(waiting, None))
                 if outcome is None:
                     raise RuntimeError("a judge thread died of a bug; its traceback was printed")
-                if isinstance(outcome, UserError):
+                if isinstance(outcome, UserError | OSError):
                     raise outcome
                 yield outcome
         finally:
@@ -103,10 +103,10 @@ class EndpointJudge:
         """One thread: a client of its own, which it closes, and items until there are none."""
         with client:
             while (item := batch.jobs.get()) is not None and not batch.stop.is_set():
-                outcome: Verdict | UserError | None = None
+                outcome: Verdict | UserError | OSError | None = None
                 try:
                     outcome = self._judge(client, item, batch)
-                except UserError as error:
+                except (UserError, OSError) as error:
                     outcome = error
                 finally:
                     batch.outcomes.put(outcome)  # None after a bug, so that the reader does not wait for ever
@@ -146,7 +146,9 @@ class _Batch:
     max_unanswered: int
     max_failed: int
     jobs: queue.SimpleQueue[Item | None] = field(default_factory=queue.SimpleQueue)
-    outcomes: queue.SimpleQueue[Verdict | UserError | None] = field(default_factory=queue.SimpleQueue)
+    outcomes: queue.SimpleQueue[Verdict | UserError | OSError | None] = field(
+        default_factory=queue.SimpleQueue
+    )
     stop: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
     ever_reached: bool = False

@@ -13,6 +13,7 @@ import io
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
@@ -109,6 +110,8 @@ STDOUT = "standard output"
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command and exits with its status."""
     _prepare_streams()
+    if threading.excepthook is threading.__excepthook__:
+        threading.excepthook = _explain_in_thread
     try:
         app(arguments, exit_on_error=False, print_error=False)
         sys.stdout.flush()
@@ -147,6 +150,17 @@ def _fail(text: str) -> NoReturn:
             said.write(text + "\n")
         print(f"personatlas: {text}", file=sys.stderr, flush=True)  # noqa: T201
     sys.exit(2)
+
+
+def _explain_in_thread(failed: threading.ExceptHookArgs) -> None:
+    """Says in one line what the system refused a library's thread; the command goes on without it."""
+    found = None if failed.exc_value is None else find_os_error(failed.exc_value)
+    if found is None:
+        threading.__excepthook__(failed)
+    else:
+        from personatlas.persona.progress import say
+
+        say(f"note: {explain_os_error(found)}")
 
 
 class _StandardOutput(io.FileIO):

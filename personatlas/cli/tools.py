@@ -129,7 +129,7 @@ def show(path: Path, /) -> None:
     if not record_path.is_file():
         raise UserError(f"{path} is neither a run folder nor an artefact (there is no {record_path.name})")
     content = read_json(record_path)
-    if tensor_path.is_file() and content.get("sha256") != digest(tensor_path):
+    if tensor_path.exists() and content.get("sha256") != digest(tensor_path):
         raise UserError(
             f"{tensor_path} does not match the hash in {record_path.name}: damaged; make it again"
         )

@@ -69,7 +69,6 @@ INPUTS = {
     "trace": ("chats.jsonl",),
     "drift": ("scripts.jsonl",),
     "train tokenizer": ("corpus/0.txt",),
-    "train base": ("corpus/0.txt",),
     "train chat": ("chats.jsonl", "base/model/model.safetensors"),
     "train eval": ("text.txt",),
     "train export": ("base/model/model.safetensors", "base/model/tokenizer.json"),
@@ -145,7 +144,10 @@ def results(folder: Path) -> dict[str, bytes | str]:
         if path.is_file():
             name = str(path.relative_to(folder))
             if path.suffix in (".json", ".jsonl"):
-                found[name] = TIMES.sub("", path.read_text())
+                lines = path.read_text().splitlines(keepends=True)
+                # a run that resumes says so in an event of its log
+                text = "".join(line for line in lines if '"kind": "event"' not in line)
+                found[name] = TIMES.sub("", text)
             else:
                 found[name] = "" if path.name in UNEQUAL else path.read_bytes()
     return found

@@ -87,7 +87,9 @@ class TensorBoardMirror(MetricsMirror):
         if self._writer is None:
             from tensorboardX import SummaryWriter
 
-            self._writer = SummaryWriter(str(self._folder), purge_step=self._purge, flush_secs=10)
+            # its thread ends at a full disk, and nobody would make room in a queue with an end
+            options = {"purge_step": self._purge, "flush_secs": 10, "max_queue": 1 << 30}
+            self._writer = SummaryWriter(str(self._folder), **options)
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, step)
 

@@ -21,7 +21,8 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from starlette.exceptions import HTTPException
 
 from personatlas.analysis.html import PALETTE
-from personatlas.persona.errors import UserError
+from personatlas.persona.errors import UserError, explain_os_error
+from personatlas.persona.progress import say
 from personatlas.persona.records import JsonObject
 from personatlas.steering.serve.engine.scheduler import ServerBusy
 from personatlas.steering.serve.http.completions import ChatCompletion, TextCompletion
@@ -283,6 +284,11 @@ def _add_error_handlers(app: FastAPI, service: PersonaService) -> None:
     async def closed(_request: Request, _error: ClientDisconnected) -> Response:
         service.metrics.cancelled.inc()
         return Response(status_code=CLIENT_CLOSED)
+
+    @app.exception_handler(OSError)
+    async def system_error(_request: Request, error: OSError) -> Response:
+        say(explain_os_error(error))  # with its path, which is not for the client
+        return reply(500, f"the server cannot do this now: {error.strerror or error}", "server_error")
 
     @app.exception_handler(RuntimeError)
     async def failed(_request: Request, error: RuntimeError) -> Response:
