@@ -94,7 +94,8 @@ def generate_arms(
     generations = {}
     for row, (name, answer) in enumerate(zip(arms, answers, strict=True)):
         trace = None if axis is None else trace_answer(model, ids, answer.ids, arms[name], axis)
-        own_tally = tally.rows([row]) if tally is not None and arms[name] else None
+        layers = {layer for own in arms[name] for layer in own.layers}
+        own_tally = tally.rows([row], layers) if tally is not None and layers else None
         generations[name] = Generation(model.decode(answer.ids), answer.stopped, trace, own_tally)
     return generations
 

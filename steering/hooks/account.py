@@ -5,7 +5,7 @@ account = Account.empty(layers=6, rows=32, device)
 accumulate(account, None, [(0, result), (1, result), ...])     # after a forward, all layers at once
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -145,8 +145,10 @@ class SteeringTally:
         seen = int(self.seen.sum())
         return float(self.total.sum()) / seen if seen else float("nan")
 
-    def rows(self, rows: Sequence[int]) -> "SteeringTally":
-        """The tally of some rows only."""
+    def rows(self, rows: Sequence[int], layers: Collection[int] | None = None) -> "SteeringTally":
+        """The tally of some rows only, and of some layers: an arm's, where other arms act at more."""
+        kept = [i for i, layer in enumerate(self.layers) if layers is None or layer in layers]
         index = torch.tensor(list(rows), dtype=torch.long)
         columns = (self.seen, self.fired, self.total, self.largest)
-        return SteeringTally(self.layers, *(column[:, index] for column in columns))
+        own = tuple(self.layers[i] for i in kept)
+        return SteeringTally(own, *(column[kept][:, index] for column in columns))

@@ -91,6 +91,11 @@ def test_a_kind_that_is_registered_is_taken_by_every_command_that_compares_arms(
     answers = found(capsys, "generate", tiny_run, "Who are you?", *arms, *SHORT, "--html", page)
     assert list(answers) == names
     assert sum(answers[band]["account"]["fired"]) > 0
+    steered = found(capsys, "generate", tiny_run, "Hi", "--arm", "add:3@2", "--arm", "cap:p50@0,1", *SHORT)
+    assert {name: own["steered_layers"] for name, own in steered.items()} == {"baseline": [], "add:3@2": [2], "p50@0,1": [0, 1]}  # fmt: skip
+    assert all(
+        len(own["account"]["seen"]) == len(own["steered_layers"]) for own in list(steered.values())[1:]
+    )
     assert f"{band}: band, layers 1, prompt and answer" in page.read_text()
     out = tmp_path / "eval"
     bank = tiny_run / "bank"
