@@ -46,6 +46,7 @@ def test_a_second_process_on_the_same_output_is_refused_and_changes_nothing(name
     assert not [path for path in temporary_files(folder) if path.name.endswith(LOCK)]
 
 
+@pytest.mark.robustness
 @pytest.mark.parametrize(
     ("name", "path"),
     [(name, path) for name, paths in INPUTS.items() for path in paths if "corpus" not in path],
@@ -60,6 +61,7 @@ def test_a_folder_where_an_input_should_be_a_file_is_one_line(name, path, workbe
     assert not temporary_files(folder)
 
 
+@pytest.mark.robustness
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_a_file_where_an_output_folder_should_be_or_the_reverse_is_one_line(name, workbench, capsys):
     folder = workbench()
@@ -79,6 +81,7 @@ def test_a_file_where_an_output_folder_should_be_or_the_reverse_is_one_line(name
     assert results(folder) == before
 
 
+@pytest.mark.robustness
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_a_name_that_is_too_long_is_one_line(name, workbench, capsys, monkeypatch):
     folder = workbench()
@@ -106,6 +109,7 @@ def mounted(tmp_path):
         subprocess.run(["umount", "-l", str(point)], check=True)
 
 
+@pytest.mark.robustness
 @needs_mount
 @pytest.mark.parametrize("name", QUICK)
 def test_a_read_only_file_system_is_one_line(name, workbench, capsys, mounted):
@@ -116,6 +120,7 @@ def test_a_read_only_file_system_is_one_line(name, workbench, capsys, mounted):
     refused(name, capsys, "read-only")
 
 
+@pytest.mark.robustness
 @needs_mount
 @pytest.mark.parametrize("name", QUICK)
 def test_a_full_disk_is_one_line_and_the_command_resumes_when_there_is_room(
@@ -136,6 +141,7 @@ def test_a_full_disk_is_one_line_and_the_command_resumes_when_there_is_room(
     os.chdir(folder)
 
 
+@pytest.mark.robustness
 @pytest.mark.skipif(not is_root or shutil.which("setpriv") is None, reason="only root may be another user")
 @pytest.mark.parametrize("name", ["tools show", "roles --check", "train tokenizer"])
 def test_another_user_who_may_not_read_or_write_gets_one_line(name, workbench):

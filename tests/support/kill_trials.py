@@ -103,7 +103,8 @@ def killed_command(folder: Path, name: str, number: int) -> None:
 
 def trials(root: Path, count: int, names: list[str]):
     """Facts of every trial."""
-    assert finished(in_fork(root, make_workbench, root / "whole")) == 0, (Path(f"{root}.log")).read_text()
+    if not (root / "whole").exists():
+        assert finished(in_fork(root, make_workbench, root / "whole")) == 0, (Path(f"{root}.log")).read_text()
     drawn, references = random.Random(count), {}
     for number in range(count):
         name = names[number % len(names)]
