@@ -1,55 +1,77 @@
 """Alarms for persona drift: rules over the projections of a conversation's turns, with their rate of false
 alarms.
 
-    reference = fit_reference(projections_of_reference_turns)             # mean and std of an answer's
-    projection rule = calibrate_rule(Cusum(), conversations, reference, rate=0.05)   # at most 5% of reference
-    conversations [state.alarm for state in alarm_states(rule, reference, projections)]
+    reference = fit_reference(conversations)            # mean by turn and std of an answer's projection
+    rule = calibrate_rule(Cusum(), conversations, scripts, reference, rate=0.05)
+    [state.alarm for state in alarm_states(rule, reference, projections)]
 
-A turn is its answer's mean projection p; z = (p - mean) / std against the model's own reference
-conversations, so a falling persona is a falling z. There are two rules: `MOfN` (z below -limit in m of the
-last n turns) and `Cusum` (Page 1954: S = max(0, S - z - slack) above a limit), which detects a small drift
-that lasts. An alarm ends only when z has been above `recovery` for as many turns as it took (hysteresis): a
-monitor that flickers is switched off.
+A turn is its answer's mean projection p; z = (p - mean) / std against the model's own reference conversations
+at the same turn (their mean falls as conversations go on), so a falling persona is a falling z. There are two
+rules: `MOfN` (z below -limit in m of the last n turns) and `Cusum` (Page 1954: S = max(0, S - z - slack)
+above a limit), which detects a small drift that lasts. An alarm ends only when z has been above `recovery`
+for as many turns as it took (hysteresis): a monitor that flickers is switched off.
 
-The rate of false alarms is the share of reference conversations in which the alarm is raised at all (Wilson
-interval)."""
+The limit is the lowest with (Σ_s f_s + 1) / (S + 1) <= rate, where f_s is the share of script s's samples
+that raise the alarm: the expected rate in a conversation of a new script is then at most `rate` (conformal
+risk control, Angelopoulos et al. 2024). The rate is of conversations as long as these; by turn it is the
+number of first alarms over the turns until then.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from personatlas.analysis.stats import wilson_interval
+from personatlas.analysis.stats import share_interval
 from personatlas.persona.errors import UserError
 
 GAUGE_LIMIT = 3.0  # z at either end of a gauge
-MIN_CONVERSATIONS = 20  # below it a rate of one in twenty cannot be told from none
 
 
 @dataclass(frozen=True)
 class ReferenceDistribution:
-    """Mean and standard deviation of the projections of n reference answers (residual units)."""
+    """Mean and standard deviation of the projections of n reference answers (residual units).
+
+    `by_turn` holds the mean at each turn, where it is known; the standard deviation is then around those.
+    """
 
     mean: float
     std: float
     n: int
+    by_turn: tuple[float, ...] = ()
 
-    def z(self, projection: float) -> float:
-        """Standard deviations above the reference mean; below zero is away from the Assistant."""
-        return (projection - self.mean) / self.std
+    def z(self, projection: float, turn: int | None = None) -> float:
+        """Standard deviations above the reference mean at a turn (from 0; the last known one for later
+        turns), or above the mean of all turns; below zero is away from the Assistant."""
+        at_turn = turn is not None and self.by_turn
+        mean = self.by_turn[min(turn, len(self.by_turn) - 1)] if at_turn and turn is not None else self.mean
+        return (projection - mean) / self.std
 
 
-def fit_reference(projections: Sequence[float]) -> ReferenceDistribution:
-    """Fits the distribution of reference turns.
+def fit_reference(conversations: Sequence[Sequence[float]]) -> ReferenceDistribution:
+    """Fits the distribution of reference conversations, each the projections of its turns.
 
-    Raises `UserError` for fewer than two, or turns that are all the same.
+    A turn has a mean of its own where half of the conversations reach it. Raises `UserError` for fewer than
+    two turns, or turns that are all the same.
     """
-    values = np.asarray(projections, dtype=float)
-    if len(values) < 2 or not np.isfinite(values).all() or values.std() == 0:
+    values = np.array([value for turns in conversations for value in turns], dtype=float)
+    longest = max(map(len, conversations), default=0)
+    columns = [[turns[turn] for turns in conversations if len(turns) > turn] for turn in range(longest)]
+    enough = [column for column in columns if len(column) >= max(2, len(conversations) / 2)]
+    by_turn = tuple(float(np.mean(column)) for column in enough)
+    last = len(by_turn) - 1
+    around = [
+        value - (by_turn[min(turn, last)] if by_turn else values.mean())
+        for turns in conversations
+        for turn, value in enumerate(turns)
+    ]
+    degrees = len(values) - max(len(by_turn), 1)
+    std = float(np.sqrt(np.square(around).sum() / degrees)) if degrees > 0 else 0.0
+    if not np.isfinite(values).all() or not std > 0:
         raise UserError(
-            f"{len(values)} reference turns give no standard deviation; at least 2 that differ are needed"
+            f"{len(values)} reference turns give no standard deviation; more conversations that differ are needed"
         )
-    return ReferenceDistribution(float(values.mean()), float(values.std(ddof=1)), len(values))
+    return ReferenceDistribution(float(values.mean()), std, len(values), by_turn)
 
 
 @dataclass(frozen=True)
@@ -132,10 +154,12 @@ class ConversationAlarm:
     alarm: bool = False
     _since: list[float] = field(default_factory=list)
     _recovered: int = 0
+    _turn: int = 0
 
     def update(self, projection: float) -> AlarmState:
         """Returns the state after a turn whose answer has this mean projection."""
-        z = self.reference.z(projection)
+        z = self.reference.z(projection, self._turn)
+        self._turn += 1
         if self.alarm:
             self._recovered = self._recovered + 1 if z > self.recovery else 0
             if self._recovered >= self.rule.patience:
@@ -154,51 +178,75 @@ def alarm_states(
     return [alarm.update(projection) for projection in projections]
 
 
+def first_alarm(rule: Rule, reference: ReferenceDistribution, projections: Sequence[float]) -> int | None:
+    """Returns the turn (from 1) that first raises the alarm in a conversation, None where none does."""
+    states = alarm_states(rule, reference, projections)
+    return next((turn for turn, state in enumerate(states, 1) if state.raised), None)
+
+
 @dataclass(frozen=True)
 class FalseAlarms:
-    """Share of n reference conversations that raise an alarm, with its 95% interval."""
+    """Share of n reference conversations that raise an alarm, with its 95% interval over scripts.
+
+    `per_turn` is the number of first alarms over the turns until then: 1 / `per_turn` is the mean number of
+    turns to a false alarm.
+    """
 
     share: float
     interval: tuple[float, float]
     n: int
+    per_turn: float
 
 
-def count_false_alarms(
-    rule: Rule, reference: ReferenceDistribution, conversations: Sequence[Sequence[float]]
-) -> FalseAlarms:
-    """Counts the reference conversations (each the projections of its turns) that raise the alarm.
+def false_alarms(firsts: Sequence[int | None], lengths: Sequence[int], scripts: Sequence[str]) -> FalseAlarms:
+    """Counts false alarms from each reference conversation's `first_alarm`, length in turns and script.
 
-    `UserError` without any.
+    `UserError` without any conversation.
     """
-    if not conversations:
+    if not firsts:
         raise UserError("there are no reference conversations to count false alarms in")
-    raised = sum(
-        any(state.raised for state in alarm_states(rule, reference, projections))
-        for projections in conversations
-    )
-    n = len(conversations)
-    return FalseAlarms(raised / n, wilson_interval(raised, n), n)
+    raised = np.array([first is not None for first in firsts], dtype=float)
+    turns = sum(length if first is None else first for first, length in zip(firsts, lengths, strict=True))
+    per_turn = float(raised.sum() / turns) if turns else 0.0
+    return FalseAlarms(float(raised.mean()), share_interval(raised, scripts), len(firsts), per_turn)
+
+
+def fewest_scripts(rate: float) -> int:
+    """Returns the fewest scripts whose limit can be shown to raise at most a share `rate` of conversations."""
+    return int(np.ceil(1 / rate - 1e-9)) - 1
 
 
 def calibrate_rule(
-    rule: Rule, conversations: Sequence[Sequence[float]], reference: ReferenceDistribution, rate: float
+    rule: Rule,
+    conversations: Sequence[Sequence[float]],
+    scripts: Sequence[str],
+    reference: ReferenceDistribution,
+    rate: float,
 ) -> Rule:
-    """Returns the rule with the lowest limit that at most a share `rate` of reference conversations raises.
+    """Returns the rule with the lowest limit that raises at most a share `rate` of conversations of new scripts.
 
-    Raises `UserError` for fewer than 20 conversations or a rate outside (0, 1).
+    Raises `UserError` for a rate outside (0, 1), or fewer than 1 / rate - 1 scripts.
     """
     if not 0 < rate < 1:
         raise UserError(f"a rate of false alarms of {rate} is outside 0..1")
-    if len(conversations) < MIN_CONVERSATIONS:
+    names, counts = np.unique(np.asarray(scripts), return_counts=True)
+    if len(names) < fewest_scripts(rate):
         raise UserError(
-            f"{len(conversations)} reference conversations; an alarm needs {MIN_CONVERSATIONS} or more"
+            f"reference conversations of {len(names)} scripts; a rate of {rate:g} needs "
+            f"{fewest_scripts(rate)} or more"
         )
-    limits = sorted(
-        rule.highest_statistic([reference.z(projection) for projection in projections])
+    weight = dict(zip(names.tolist(), (1 / counts).tolist(), strict=True))
+    highest = [
+        rule.highest_statistic([reference.z(value, turn) for turn, value in enumerate(projections)])
         for projections in conversations
-    )
-    allowed = int(np.floor(rate * len(conversations) + 1e-9))
-    return replace(rule, limit=float(limits[len(limits) - 1 - allowed]))
+    ]
+    allowed, limit, above = rate * (len(names) + 1) - 1 + 1e-9, -np.inf, 0.0
+    for statistic, script in sorted(zip(highest, scripts, strict=True), reverse=True):
+        above += weight[script]  # raised if the limit were below this conversation's statistic
+        if above > allowed:
+            limit = statistic
+            break
+    return replace(rule, limit=float(limit))
 
 
 def z_gauge(z: float, width: int = 24) -> str:

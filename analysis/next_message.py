@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from personatlas.analysis.stats import Array, cluster_weights, percentile_interval
+from personatlas.analysis.stats import Array, ratio_interval
 from personatlas.persona.records import JsonRecord
 
 FOLDS, INNER_FOLDS = 5, 4
@@ -104,9 +104,10 @@ class _Messages:
         """The same for the true targets, with its interval."""
         residual = self.weights * (self.targets - predictions) ** 2 + self.within
         total = self.weights * (self.targets - baseline) ** 2 + self.within
-        draws = cluster_weights(self.scripts)
-        interval = percentile_interval(1 - (draws @ residual) / (draws @ total))
-        return R2(self.r2_value(self.targets, predictions, baseline), *interval)
+        unexplained = ratio_interval(residual, total, self.scripts)
+        assert unexplained.low is not None  # MIN_SCRIPTS or more
+        assert unexplained.high is not None
+        return R2(1 - unexplained.value, 1 - unexplained.high, 1 - unexplained.low)
 
     def ceiling(self) -> float | None:
         """The share of variance between messages; None where no message has two answers."""

@@ -1,12 +1,13 @@
-"""Bootstrap intervals, and tests of two arms that answered the same prompts with the same seeds.
+"""Intervals and tests that respect clusters: answers of one role, request or script are not independent.
 
-    change = paired_change(before, after, roles, requests)  # difference, interval, exact test
+    mean_interval(values, scripts)                          # mean, low, high, n
+    change = paired_change(before, after, roles, requests)  # difference, interval, test, smallest detectable
     change.value, change.low, change.high, change.p, change.smallest
 
-Intervals are 95% percentile intervals of bootstrap draws. Pairs of one role, or of one request, are not
-independent: the bootstrap resamples roles and requests, both at once (Owen 2007, "The pigeonhole bootstrap").
-A difference is tested by McNemar's exact test on the discordant pairs, equivalence by two one-sided tests
-against a margin (Schuirmann 1987).
+Intervals are estimate ± t × standard error, 95%. The standard error of a sum of independent parts u_i is
+cluster-robust: V = Σ_g (Σ_{i in g} u_i)² G / (G - 1), summed over the clusterings less the overlap (Cameron,
+Gelbach and Miller 2011), and never below that of independent units. t has G - 1 degrees of freedom for the
+smallest G among the clusterings that add variance. Measured coverage is in docs/methods.md.
 """
 
 from collections.abc import Hashable, Sequence
@@ -21,12 +22,11 @@ from scipy import stats
 from personatlas.persona.records import JsonRecord
 
 Array = NDArray[np.float64]
+Labels = Sequence[Hashable]
 
-SAMPLES = 4000  # bootstrap draws
 LEVEL = 0.95
-TAILS = (0.025, 0.975)
-# Of paired and clustered intervals: the first is 0.025 + 2e-17, which keeps the last bit of stored results
-LEVEL_TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
+TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
+POWER = 0.8  # of the smallest detectable change
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,9 @@ class Interval(JsonRecord):
     omit_none: ClassVar[tuple[str, ...]] = ("n",)
 
 
-def percentile_interval(
-    draws: Sequence[float] | Array, tails: tuple[float, float] = TAILS
-) -> tuple[float, float]:
+def percentile_interval(draws: Sequence[float] | Array) -> tuple[float, float]:
     """Returns the quantiles of bootstrap draws that bound a 95% interval (linear interpolation)."""
-    low, high = np.quantile(np.asarray(draws), tails)
+    low, high = np.quantile(np.asarray(draws), TAILS)
     return float(low), float(high)
 
 
@@ -63,63 +61,116 @@ def resample(n: int, generator: Generator, samples: int | None = None) -> NDArra
     return generator.integers(0, n, n if samples is None else (samples, n))
 
 
-def bootstrap_means(values: Array, samples: int, generator: Generator) -> Array:
-    """Returns the means (samples,) of values (N,) that are resampled with replacement."""
-    rows = max(1, 10**6 // len(values))  # at a time: samples x N indices may not fit into memory
-    sizes = [min(rows, samples - start) for start in range(0, samples, rows)]
-    return np.concatenate([values[resample(len(values), generator, size)].mean(1) for size in sizes])
+@dataclass(frozen=True)
+class StandardError:
+    """The standard error of an estimate, and the degrees of freedom of its t."""
+
+    value: float
+    df: int
+
+    @property
+    def margin(self) -> float:
+        """Half the width of the 95% interval."""
+        return float(stats.t.ppf(TAILS[1], self.df)) * self.value
 
 
-def bootstrap_sums(*columns: Array, samples: int, seed: int = 0) -> list[Array]:
-    """Returns each column's sums (samples,) over rows (N,) that are resampled alike in all columns."""
-    drawn = resample(len(columns[0]), np.random.default_rng(seed), samples)
-    return [column[drawn].sum(1) for column in columns]
+def clustered_error(parts: Array, *clusterings: Labels) -> StandardError | None:
+    """Returns the standard error of the sum of parts (N,) whose expectation is 0.
 
-
-def cluster_weights(labels: Sequence[Hashable], seed: int = 0, samples: int = SAMPLES) -> Array:
-    """Returns how often each of N values counts in each draw (samples, N) of whole clusters."""
-    n, index = _cluster_index(labels)
-    return _draw_counts(n, samples, np.random.default_rng(seed))[:, index].astype(float)
-
-
-def weighted_means(weights: Array, values: Array) -> Array:
-    """Returns the mean of values (N,) under each row of weights (S, N); rows without weight are left out."""
-    total = weights.sum(1)
-    return np.asarray((weights @ values)[total > 0] / total[total > 0])
-
-
-def ratio_interval(
-    numerator: Array, denominator: Array, groups: Sequence[Hashable], samples: int
-) -> tuple[float, float] | None:
-    """Returns the interval of Σ numerator / Σ denominator over resampled groups; None for a single group."""
-    n, index = _cluster_index(groups)
+    Each of at most two clusterings names the cluster of every part. Two are crossed: the units are then the
+    cells of both, else the parts themselves. A clustering of a single cluster says nothing and is left out.
+    None for fewer than two units.
+    """
+    grouped = [(n, index) for n, index in map(_cluster_index, clusterings) if n > 1]
+    n, unit = len(parts), np.arange(len(parts))
+    if len(grouped) > 1:
+        n, unit = _cluster_index(list(zip(*(index.tolist() for _, index in grouped), strict=True)))
     if n < 2:
         return None
-    sums = np.stack([np.bincount(index, values, n) for values in (numerator, denominator)], axis=1)
-    drawn = _draw_counts(n, samples, np.random.default_rng(0)) @ sums  # (samples, 2)
-    drawn = drawn[drawn[:, 1] > 0]
-    return percentile_interval(drawn[:, 0] / drawn[:, 1])
+    independent = _cluster_variance(parts, n, unit)
+    variance, df = independent, n - 1
+    for size, index in grouped:
+        own = _cluster_variance(parts, size, index)
+        variance += own - independent
+        if own > independent * (1 + 1e-9):
+            df = min(df, size - 1)
+    return StandardError(float(np.sqrt(max(variance, independent))), df)
 
 
-def _cluster_index(labels: Sequence[Hashable]) -> tuple[int, NDArray[np.intp]]:
-    """Number of distinct labels, and each value's label as an index into them in sorted order."""
-    names, index = np.unique(np.array(labels, dtype=object), return_inverse=True)
-    return len(names), index.ravel()
+def _cluster_variance(parts: Array, n: int, index: NDArray[np.intp]) -> float:
+    sums = np.bincount(index, parts, n)
+    return float(sums @ sums) * n / (n - 1)
 
 
-def _draw_counts(n: int, samples: int, generator: Generator) -> NDArray[np.int64]:
-    """How often each of n clusters is drawn in each of the samples (samples, n)."""
-    return generator.multinomial(n, np.full(n, 1 / n), size=samples)
+def _cluster_index(labels: Labels) -> tuple[int, NDArray[np.intp]]:
+    """Number of distinct labels, and each value's label as an index into them."""
+    number = {label: index for index, label in enumerate(dict.fromkeys(labels))}
+    return len(number), np.array([number[label] for label in labels], dtype=np.intp)
+
+
+def mean_interval(values: Array, *clusterings: Labels) -> Interval:
+    """Returns the mean of values (N,), N at least 1, with its interval. No bounds for a single cluster."""
+    return ratio_interval(values, np.ones(len(values)), *clusterings)
+
+
+def ratio_interval(numerator: Array, denominator: Array, *clusterings: Labels) -> Interval:
+    """Returns Σ numerator / Σ denominator over N rows, with its interval; `n` is N.
+
+    The parts are the linearised ones, (numerator - ratio × denominator) / Σ denominator. No bounds for a
+    single row or cluster.
+    """
+    ratio, n = float(numerator.sum() / denominator.sum()), len(numerator)
+    error = None
+    if all(len(set(labels)) > 1 for labels in clusterings):
+        error = clustered_error((numerator - ratio * denominator) / denominator.sum(), *clusterings)
+    if error is None:
+        return Interval(ratio, None, None, n)
+    return Interval(ratio, ratio - error.margin, ratio + error.margin, n)
+
+
+def share_interval(outcomes: Array, *clusterings: Labels) -> tuple[float, float]:
+    """Returns the interval of the share of outcomes (N,), 0 or 1: Wilson's, on N over the design effect.
+
+    The design effect is the clustered variance over the binomial one, at least 1. Where all outcomes are
+    alike it cannot be seen, and the number of clusters (of the finer clustering) counts instead of N. Raises ValueError for N = 0.
+    """
+    n = len(outcomes)
+    if not n:
+        raise ValueError("there is no outcome to take a share of")
+    share = float(outcomes.mean())
+    grouped = [labels for labels in clusterings if len(set(labels)) > 1]
+    if 0 < share < 1:
+        error = clustered_error((outcomes - share) / n, *grouped)
+        assert error is not None  # two outcomes differ
+        effective, df = min(share * (1 - share) / error.value**2, n), error.df
+    else:
+        effective = max((len(set(labels)) for labels in grouped), default=n)
+        df = effective - 1
+    return wilson_interval(share * effective, effective, max(df, 1))
+
+
+def wilson_interval(successes: float | int, n: float | int, df: float | int = np.inf) -> tuple[float, float]:
+    """Returns the 95% Wilson score interval of a share of n independent outcomes, n > 0.
+
+    With degrees of freedom the quantile is that of t instead of the normal one.
+    """
+    share, z = successes / n, float(stats.t.ppf(TAILS[1], df))
+    centre, scale = share + z * z / (2 * n), 1 + z * z / n
+    reach = z * float(np.sqrt(share * (1 - share) / n + z * z / (4 * n * n)))
+    return max((centre - reach) / scale, 0.0), min((centre + reach) / scale, 1.0)
 
 
 @dataclass(frozen=True)
 class Change(JsonRecord):
     """A mean difference over n pairs, after less before, with its 95% interval.
 
-    `p` is of McNemar's exact test for outcomes that are 0 or 1, NaN for others. `smallest` is the difference
-    that so many pairs detect with a power of 80%. `clusters` is the smaller number of roles and requests, of
-    those above one.
+    `p` is of the t test with the interval's standard error, and `no_loss` of two one-sided such tests that
+    the change lies within ±`margin`. `smallest` is the difference that such pairs detect with a power of
+    80%. `clusters` is the smaller number of roles and requests, of those above one. `p_holm` is p adjusted
+    for the number of arms.
     """
+
+    omit_none: ClassVar[tuple[str, ...]] = ("no_loss", "margin", "p_holm")
 
     value: float
     low: float
@@ -128,67 +179,72 @@ class Change(JsonRecord):
     smallest: float
     n: int
     clusters: int
+    no_loss: float | None = None
+    margin: float | None = None
+    p_holm: float | None = None
+
+    @property
+    def adjusted_p(self) -> float:
+        """`p_holm` where there is one, else `p`."""
+        return self.p if self.p_holm is None else self.p_holm
 
 
 def paired_change(
-    before: Sequence[float],
-    after: Sequence[float],
-    roles: Sequence[str],
-    requests: Sequence[str],
-    seed: int = 0,
+    before: Sequence[float] | Array,
+    after: Sequence[float] | Array,
+    roles: Labels,
+    requests: Labels,
+    margin: float | None = None,
 ) -> Change:
     """Returns the mean change of outcomes over pairs (n each), clustered by role and by request.
 
-    Raises ValueError when the lengths differ, there is no pair, or an outcome is not finite.
+    Outcomes that are 0 or 1 get half a pair more of either change and one without (Agresti and Min 2005):
+    few discordant pairs have no normal mean. Where no such pair is discordant, the bound is the share of
+    which none of n shows with a probability of 95%. A single pair of other outcomes has neither bounds nor p
+    (NaN). Raises ValueError when the lengths differ, there is no pair, or an outcome is not finite.
     """
     first, second = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
-    if not len(first) == len(second) == len(roles) == len(requests) or not len(first):
+    n = len(first)
+    if not n == len(second) == len(roles) == len(requests) or not n:
         raise ValueError(
-            f"{len(first)} and {len(second)} outcomes of {len(roles)} roles and {len(requests)} requests: "
+            f"{n} and {len(second)} outcomes of {len(roles)} roles and {len(requests)} requests: "
             "one of each a pair, and at least one pair"
         )
     change = second - first
     if not np.isfinite(change).all():
         raise ValueError("an outcome is not finite: leave pairs out that were not judged, in both arms")
-    clusters = min((n for n in (len(set(roles)), len(set(requests))) if n > 1), default=1)
-    is_binary = bool(np.isin(np.concatenate([first, second]), (0.0, 1.0)).all())
-    if is_binary and not change.any():  # no scatter to resample, yet n equal pairs do not prove equality
-        bound = zero_count_bound(len(change))
-        return Change(0.0, -bound, bound, 1.0, bound, len(change), clusters)
-    low, high = percentile_interval(cluster_bootstrap(change, roles, requests, seed), LEVEL_TAILS)
-    p = mcnemar_p(int((change < 0).sum()), int((change > 0).sum())) if is_binary else float("nan")
-    smallest = minimum_detectable_change(change)
-    return Change(float(change.mean()), low, high, p, smallest, len(change), clusters)
+    clusters = min((size for size in (len(set(roles)), len(set(requests))) if size > 1), default=1)
+    value, is_binary = float(change.mean()), bool(np.isin(np.concatenate([first, second]), (0.0, 1.0)).all())
+    if is_binary and not change.any():  # no scatter, yet n equal pairs do not prove equality
+        bound = zero_count_bound(n)
+        no_loss = None if margin is None else float((1 - margin) ** n)
+        return Change(0.0, -bound, bound, 1.0, bound, n, clusters, no_loss, margin)
+    error, centre = clustered_error((change - value) / n, roles, requests), value
+    if is_binary:
+        variance = 0.0 if error is None else (error.value * n) ** 2
+        error = StandardError(float(np.sqrt(variance + 1)) / (n + 2), 1 if error is None else error.df)
+        centre = value * n / (n + 2)
+    if error is None:
+        nan = float("nan")
+        return Change(value, nan, nan, nan, nan, n, clusters, None if margin is None else 1.0, margin)
+    p, no_loss = _t_p(centre, error), None
+    if margin is not None:
+        no_loss = max(_tail_p(centre + margin, error), _tail_p(margin - centre, error))
+    smallest = float(stats.t.ppf(TAILS[1], error.df) + stats.t.ppf(POWER, error.df)) * error.value
+    low, high = centre - error.margin, centre + error.margin
+    return Change(value, low, high, p, smallest, n, clusters, no_loss, margin)
 
 
-def cluster_bootstrap(
-    values: Array, roles: Sequence[Hashable], requests: Sequence[Hashable], seed: int = 0
-) -> Array:
-    """Returns means (SAMPLES,) of values (N,) when roles and requests are resampled, each with as many as
-    there are.
-
-    A clustering in which every value is a cluster of its own, or all are one, is not resampled.
-    """
-    generator = np.random.default_rng(seed)
-    clusterings = [(n, index) for n, index in map(_cluster_index, (roles, requests)) if 1 < n < len(values)]
-    if not clusterings:
-        return bootstrap_means(values, SAMPLES, generator)
-    weights = np.ones((SAMPLES, len(values)))
-    for n, index in clusterings:
-        weights *= _draw_counts(n, SAMPLES, generator)[:, index]
-    return weighted_means(weights[weights.any(1)], values)
+def _t_p(value: float, error: StandardError) -> float:
+    """Two-sided p of a mean of 0."""
+    return min(2 * _tail_p(abs(value), error), 1.0)
 
 
-def mcnemar_p(worse: int, better: int) -> float:
-    """Returns the two-sided p of McNemar's exact test from the discordant pairs; 1 where there are none."""
-    discordant = worse + better
-    return float(stats.binomtest(worse, discordant, 0.5).pvalue) if discordant else 1.0
-
-
-def wilson_interval(successes: int, n: int) -> tuple[float, float]:
-    """Returns the 95% Wilson score interval of a share. Raises ValueError for n = 0."""
-    interval = stats.binomtest(successes, n).proportion_ci(LEVEL, method="wilson")
-    return float(interval.low), float(interval.high)
+def _tail_p(value: float, error: StandardError) -> float:
+    """Probability of at least this value when the mean is 0; a mean without scatter is certain."""
+    if error.value == 0:
+        return float(value <= 0)
+    return float(stats.t.sf(value / error.value, error.df))
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -206,24 +262,3 @@ def zero_count_bound(n: int) -> float:
     """Returns the 95% upper bound of a share of which none of n was seen: at a share d that has probability
     (1 - d)^n."""
     return float(1 - (1 - LEVEL) ** (1 / n))
-
-
-def equivalence_p(draws: Array, value: float, margin: float, n: int) -> float:
-    """Returns the p of two one-sided tests that a mean change lies within ±margin.
-
-    `draws` are the `cluster_bootstrap` of the change of n pairs and `value` its mean; their standard
-    deviation is the standard error. Where no pair differs, p is the probability of that if a share of
-    `margin` did.
-    """
-    error = float(draws.std(ddof=1))
-    if error == 0:
-        return float((1 - margin) ** n) if abs(value) < margin else 1.0
-    return float(max(stats.norm.sf((value + margin) / error), stats.norm.cdf((value - margin) / error)))
-
-
-def minimum_detectable_change(change: Array, power: float = 0.8) -> float:
-    """Returns the mean change that as many pairs, as scattered as these, detect with that power (5%,
-    two-sided)."""
-    scatter = float(np.sqrt((change**2).mean()))
-    reach = stats.norm.ppf((1 + LEVEL) / 2) + stats.norm.ppf(power)
-    return float(reach * scatter / np.sqrt(len(change)))

@@ -4,28 +4,19 @@ alarms.
     turn_means(values, scripts)                # mean, interval, n per turn; values (N, T), NaN past the end
     slope(values, scripts).value               # residual units per turn
     turn_means(capped - baseline, scripts)     # the same conversations, one arm less the other
-    alarm_rate(rule, reference, projections)    # share of conversations with an alarm, first turn
+    alarm_rate(states, scripts)                # share of conversations with an alarm, first turn
 
-Samples of one script are not independent: the bootstrap resamples scripts with all of their samples. The null
-of a slope comes from the same conversations with their turns in random order.
+Samples of one script are not independent: standard errors are clustered by script. The null of a slope comes
+from the same conversations with their turns in random order.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from personatlas.analysis.drift_alarm import ReferenceDistribution, Rule, alarm_states
-from personatlas.analysis.stats import (
-    LEVEL,
-    LEVEL_TAILS,
-    Array,
-    Interval,
-    cluster_weights,
-    percentile_interval,
-    weighted_means,
-    wilson_interval,
-)
+from personatlas.analysis.drift_alarm import AlarmState
+from personatlas.analysis.stats import LEVEL, Array, Interval, mean_interval, ratio_interval, share_interval
 from personatlas.persona.records import JsonRecord
 
 SHUFFLES = 400  # orders of turns
@@ -47,7 +38,7 @@ class TurnMean(JsonRecord):
 class Slope(JsonRecord):
     """Mean of n conversations' least-squares slopes (residual units per turn) with its 95% interval.
 
-    `scripts` is the number of scripts, which are resampled (no interval for a single one); 95% of the mean
+    `scripts` is the number of scripts, the clusters (no interval for a single one); 95% of the mean
     slopes of shuffled turns are at most `chance` in size.
     """
 
@@ -61,7 +52,7 @@ class Slope(JsonRecord):
 
 @dataclass(frozen=True)
 class AlarmRate(JsonRecord):
-    """How many of n conversations raise an alarm: share with Wilson interval, None without conversations.
+    """How many of n conversations raise an alarm: share with interval over scripts, None without conversations.
 
     `first` is the median turn (from 1) of their first alarms. `on` holds, by turn, the share of the
     conversations that reach it in which the alarm is on.
@@ -75,32 +66,26 @@ class AlarmRate(JsonRecord):
     on: tuple[float, ...]
 
 
-def turn_means(values: Array, scripts: Sequence[str], seed: int = 0) -> list[TurnMean]:
+def turn_means(values: Array, scripts: Sequence[str]) -> list[TurnMean]:
     """Returns the mean of values (N, T) at each turn that a conversation reaches."""
-    weights, rows = cluster_weights(scripts, seed), []
+    rows = []
     for turn, column in enumerate(values.T):
         reached = np.isfinite(column)
         if reached.any():
-            names = np.asarray(scripts)[reached].tolist()
-            low, high = _interval(column[reached], weights[:, reached], names)
-            rows.append(TurnMean(turn + 1, float(column[reached].mean()), low, high, int(reached.sum())))
+            mean = mean_interval(column[reached], np.asarray(scripts)[reached].tolist())
+            rows.append(TurnMean(turn + 1, mean.value, mean.low, mean.high, int(reached.sum())))
     return rows
 
 
-def clustered_mean(values: Array, scripts: Sequence[str], seed: int = 0) -> Interval:
+def clustered_mean(values: Array, scripts: Sequence[str]) -> Interval:
     """Returns the mean of all n finite values (N, T), every turn weighing the same; NaN without any."""
     finite = np.isfinite(values)
     sums, counts = np.where(finite, values, 0).sum(1), finite.sum(1)
     if not counts.any():
         return Interval(float("nan"), None, None, 0)
-    value, n = float(sums.sum() / counts.sum()), int(counts.sum())
-    if len(set(np.asarray(scripts)[counts > 0])) < 2:
-        return Interval(value, None, None, n)
-    weights = cluster_weights(scripts, seed)
-    total = weights @ counts
-    return Interval(
-        value, *percentile_interval((weights @ sums)[total > 0] / total[total > 0], LEVEL_TAILS), n
-    )
+    some = counts > 0
+    mean = ratio_interval(sums[some], counts[some].astype(float), np.asarray(scripts)[some].tolist())
+    return replace(mean, n=int(counts.sum()))
 
 
 def slope(values: Array, scripts: Sequence[str], seed: int = 0) -> Slope | None:
@@ -110,7 +95,7 @@ def slope(values: Array, scripts: Sequence[str], seed: int = 0) -> Slope | None:
         return None
     values, names = values[long], np.asarray(scripts)[long].tolist()
     slopes = _slopes(values)
-    low, high = _interval(slopes, cluster_weights(names, seed), names)
+    mean = mean_interval(slopes, names)
     generator, chance = np.random.default_rng(seed), []
     for _ in range(SHUFFLES):
         shuffled = values.copy()
@@ -119,24 +104,20 @@ def slope(values: Array, scripts: Sequence[str], seed: int = 0) -> Slope | None:
             row[finite] = generator.permutation(row[finite])
         chance.append(abs(_slopes(shuffled).mean()))
     limit = float(np.quantile(chance, LEVEL))
-    return Slope(float(slopes.mean()), low, high, limit, len(slopes), len(set(names)))
+    return Slope(mean.value, mean.low, mean.high, limit, len(slopes), len(set(names)))
 
 
-def alarm_rate(
-    rule: Rule, reference: ReferenceDistribution, projections: Sequence[Sequence[float]]
-) -> AlarmRate:
-    """Returns the rate of alarms over conversations, each the projections of its answers."""
-    states = [alarm_states(rule, reference, conversation) for conversation in projections]
-    firsts = [
-        first
-        for conversation in states
-        if (first := next((turn for turn, state in enumerate(conversation, 1) if state.raised), None))
-    ]
+def alarm_rate(states: Sequence[Sequence[AlarmState]], scripts: Sequence[str]) -> AlarmRate:
+    """Returns the rate of alarms over conversations, each the states after its answers."""
+    raised = [next((n for n, state in enumerate(turns, 1) if state.raised), None) for turns in states]
+    firsts = [turn for turn in raised if turn is not None]
     n, longest = len(states), max(map(len, states), default=0)
     on = [[turns[turn].alarm for turns in states if len(turns) > turn] for turn in range(longest)]
     return AlarmRate(
         share=len(firsts) / n if n else None,
-        interval=wilson_interval(len(firsts), n) if n else None,
+        interval=share_interval(np.array([turn is not None for turn in raised], float), scripts)
+        if n
+        else None,
         raised=len(firsts),
         n=n,
         first=float(np.median(firsts)) if firsts else None,
@@ -150,9 +131,3 @@ def _slopes(values: Array) -> Array:
     turns = np.where(finite, np.arange(values.shape[1], dtype=float), 0)
     centred = np.where(finite, turns - (turns.sum(1) / finite.sum(1))[:, None], 0)
     return np.asarray((centred * np.where(finite, values, 0)).sum(1) / (centred**2).sum(1))
-
-
-def _interval(values: Array, weights: Array, scripts: Sequence[str]) -> tuple[float | None, float | None]:
-    if len(set(scripts)) < 2:
-        return None, None
-    return percentile_interval(weighted_means(weights, values), LEVEL_TAILS)

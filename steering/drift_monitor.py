@@ -6,11 +6,11 @@ on them.
     alarm = monitor.start() alarm.update(projection).alarm                           # one call an answer; see
     analysis/drift_alarm.py
 
-The file holds the mean projection of every answer, uncapped, in conversations that do not drift. They are
-split into two halves by script, so that two samples of one script are never in both: reference distribution
-and limit come from one half, and the rate of false alarms is counted in the other, since a rate counted where
-the limit was fitted flatters. A rate is of conversations as long as these: twice as many turns are twice the
-chances of a false alarm."""
+The file holds the mean projection of every answer, uncapped, in conversations that do not drift. Reference
+distribution and limit come from all of them, and the rate of false alarms from cross-validation over scripts:
+each script's conversations are tried with a limit that the others set, since a rate counted where the limit
+was fitted flatters. A rate is of conversations as long as these: twice as many turns are twice the chances of
+a false alarm."""
 
 import hashlib
 import math
@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from personatlas.analysis.drift_alarm import (
-    MIN_CONVERSATIONS,
     ConversationAlarm,
     Cusum,
     FalseAlarms,
@@ -28,7 +27,9 @@ from personatlas.analysis.drift_alarm import (
     ReferenceDistribution,
     Rule,
     calibrate_rule,
-    count_false_alarms,
+    false_alarms,
+    fewest_scripts,
+    first_alarm,
     fit_reference,
 )
 from personatlas.persona.artifacts import read_json, write_json
@@ -39,6 +40,7 @@ from personatlas.persona.records import JsonObject
 
 REFERENCE_FILE, OLD_REFERENCE_FILE = "reference.json", "calm.json"
 KIND = "calm"  # of the file's content, as in earlier versions
+FOLDS = 10  # of the scripts, in cross-validation
 RULES: dict[str, Callable[[], Rule]] = {"cusum": Cusum, "two_of_three": MOfN}
 
 
@@ -48,11 +50,21 @@ def direction_digest(axis: Axis) -> str:
 
 
 @dataclass(frozen=True)
+class HeldOutRule:
+    """What reference conversations without some scripts calibrate."""
+
+    scripts: frozenset[str]
+    reference: ReferenceDistribution
+    rule: Rule
+
+
+@dataclass(frozen=True)
 class DriftMonitor:
     """A reference distribution for z and, where one is calibrated, an alarm rule with its rate of false
     alarms.
 
-    `population` says what the distribution is of, `rule_name` is the rule's name in `RULES`.
+    `population` says what the distribution is of, `rule_name` is the rule's name in `RULES`. `folds` are the
+    rules for the reference conversations' own scripts.
     """
 
     reference: ReferenceDistribution
@@ -60,19 +72,33 @@ class DriftMonitor:
     rule_name: str = ""
     rule: Rule | None = None
     false_alarms: FalseAlarms | None = None
+    folds: tuple[HeldOutRule, ...] = ()
 
-    def start(self) -> ConversationAlarm | None:
-        """An alarm for one conversation; None without a calibrated rule."""
-        return None if self.rule is None else ConversationAlarm(self.rule, self.reference)
+    def start(self, script: str | None = None) -> ConversationAlarm | None:
+        """An alarm for one conversation; None without a calibrated rule.
+
+        A script of the reference conversations gets the rule that the others calibrate.
+        """
+        if self.rule is None:
+            return None
+        fold = next((fold for fold in self.folds if script in fold.scripts), None)
+        if fold is not None:
+            return ConversationAlarm(fold.rule, fold.reference)
+        return ConversationAlarm(self.rule, self.reference)
 
     def describe(self) -> JsonObject:
         """Reference distribution ("baseline") and alarm (None without a calibrated rule) as JSON."""
-        mean, std = self.reference.mean, self.reference.std
-        baseline = {"mean": mean, "spread": std, "of": self.population}
+        mean, std, by_turn = self.reference.mean, self.reference.std, list(self.reference.by_turn)
+        baseline = {"mean": mean, "spread": std, "of": self.population, "by_turn": by_turn}
         if self.rule is None or self.false_alarms is None:
             return {"baseline": baseline, "alarm": None}
         counted = self.false_alarms
-        rate = {"false_alarms": counted.share, "interval": list(counted.interval), "n": counted.n}
+        rate = {
+            "false_alarms": counted.share,
+            "interval": list(counted.interval),
+            "n": counted.n,
+            "per_turn": counted.per_turn,
+        }
         return {"baseline": baseline, "alarm": {"rule": self.rule_name, "limit": self.rule.limit, **rate}}
 
 
@@ -99,48 +125,60 @@ class ReferenceConversations:
     conversations: tuple[ReferenceConversation, ...]
     provenance: JsonObject
 
-    def split(self) -> tuple[list[ReferenceConversation], list[ReferenceConversation]]:
-        """Conversations to calibrate on, and to count false alarms in.
-
-        Within each domain scripts alternate, in an order that only their names make.
-        """
+    @property
+    def scripts(self) -> list[str]:
+        """The scripts, in an order that only their names make, domain by domain."""
         digests = {
-            one.script: hashlib.sha256(one.script.encode("utf-8", "surrogatepass")).hexdigest()
+            (one.domain, hashlib.sha256(one.script.encode("utf-8", "surrogatepass")).hexdigest(), one.script)
             for one in self.conversations
         }
-        scripts = sorted({(one.domain, digests[one.script], one.script) for one in self.conversations})
-        number = {script: index for index, (_, _, script) in enumerate(scripts)}
-        fitted = [one for one in self.conversations if number[one.script] % 2 == 0]
-        return fitted, [one for one in self.conversations if number[one.script] % 2]
+        return list(dict.fromkeys(script for _, _, script in sorted(digests)))
 
-    @property
-    def fitted_scripts(self) -> frozenset[str]:
-        """The scripts that an alarm is calibrated on."""
-        return frozenset(conversation.script for conversation in self.split()[0])
-
-    def require_enough(self) -> None:
-        """Raises `UserError` for fewer than 20 conversations in either half."""
-        fitted, held_out = self.split()
-        if min(len(fitted), len(held_out)) < MIN_CONVERSATIONS:
+    def require_enough(self, rate: float) -> None:
+        """Raises `UserError` for fewer scripts than cross-validated limits at that rate need."""
+        n, needed = len(self.scripts), fewest_scripts(rate)
+        fewest = math.ceil(needed * FOLDS / (FOLDS - 1))
+        if n < fewest:
             raise UserError(
-                f"{len(self.conversations)} reference conversations: {len(fitted)} to calibrate an alarm on "
-                f"and {len(held_out)} with other scripts to count its false alarms in; "
-                f"{MIN_CONVERSATIONS} of each are the fewest"
+                f"reference conversations of {n} scripts; to set an alarm's limit at a rate of {rate:g} and to "
+                f"count its false alarms in other scripts {fewest} are the fewest"
             )
 
     def monitor(self, rule: str = "cusum", rate: float = 0.05) -> DriftMonitor:
         """Calibrates a monitor to at most a share `rate` of false alarms.
 
-        Raises `UserError` for an unknown rule, a rate outside (0, 1), or fewer than 20 conversations a half.
+        Raises `UserError` for an unknown rule, a rate outside (0, 1), or too few scripts.
         """
         if rule not in RULES:
             raise UserError(f"rule {rule!r} is not one of {', '.join(RULES)}")
-        self.require_enough()
-        fitted, held_out = ([one.projections for one in half] for half in self.split())
-        reference = fit_reference([value for projections in fitted for value in projections])
-        calibrated = calibrate_rule(RULES[rule](), fitted, reference, rate)
-        false_alarms = count_false_alarms(calibrated, reference, held_out)
-        return DriftMonitor(reference, "reference conversations", rule, calibrated, false_alarms)
+        if not 0 < rate < 1:
+            raise UserError(f"a rate of false alarms of {rate} is outside 0..1")
+        self.require_enough(rate)
+        scripts, folds, firsts = self.scripts, [], []
+        for fold in range(FOLDS):
+            left_out = frozenset(scripts[fold::FOLDS])
+            kept = [one for one in self.conversations if one.script not in left_out]
+            folds.append(HeldOutRule(left_out, *_calibrate(kept, rule, rate)))
+        of_script = {script: fold for fold in folds for script in fold.scripts}
+        for one in self.conversations:
+            own = of_script[one.script]
+            firsts.append(first_alarm(own.rule, own.reference, one.projections))
+        counted = false_alarms(
+            firsts,
+            [len(one.projections) for one in self.conversations],
+            [one.script for one in self.conversations],
+        )
+        reference, calibrated = _calibrate(self.conversations, rule, rate)
+        return DriftMonitor(reference, "reference conversations", rule, calibrated, counted, tuple(folds))
+
+
+def _calibrate(
+    conversations: Sequence[ReferenceConversation], rule: str, rate: float
+) -> tuple[ReferenceDistribution, Rule]:
+    projections = [one.projections for one in conversations]
+    reference = fit_reference(projections)
+    scripts = [one.script for one in conversations]
+    return reference, calibrate_rule(RULES[rule](), projections, scripts, reference, rate)
 
 
 def save_reference(

@@ -20,12 +20,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from personatlas.analysis.stats import bootstrap_sums, percentile_interval
+from personatlas.analysis.stats import Array, Change, paired_change, share_interval
 from personatlas.persona.axis import Axis, PersonaSpace
 from personatlas.persona.errors import UserError
 from personatlas.persona.records import JsonRecord
 from personatlas.persona.roles.bank import Bank
-from personatlas.persona.rollout import Request, role_messages, seed_of
+from personatlas.persona.rollout import Request, RolloutKey, role_messages, seed_of
 from personatlas.steering.arms import ArmAnswers
 
 QUESTIONS = (
@@ -141,9 +141,6 @@ def identity_class(answer: str) -> str:
     return "human" if _LIFE.search(text) or _HAS_NAME.search(text) or _I.search(text) else UNCLEAR
 
 
-SAMPLES = 2000  # of a bootstrap
-
-
 def lowest_roles(
     axis: Axis, space: PersonaSpace, bank: Bank, count: int, tags: Sequence[str] = ()
 ) -> list[str]:
@@ -186,14 +183,12 @@ def identity_requests(
 class IdentityShares(JsonRecord):
     """How one arm's answers were classed.
 
-    `by_role` counts answers per role (in the order of `roles`) and class (`CLASSES`, then unclear); `classes`
-    has one entry an answer. `fired` is the share of tokens that the arm changed, `distinct` that of distinct
-    tokens in an answer.
+    `keys` are those of the requests and `classes` what their answers are (`CLASSES` or unclear). `fired` is
+    the share of tokens that the arm changed, `distinct` that of distinct tokens in an answer.
     """
 
     arm: str
-    roles: tuple[str, ...]
-    by_role: tuple[tuple[float, ...], ...]
+    keys: tuple[str, ...]
     classes: tuple[str, ...]
     fired: float
     distinct: float
@@ -201,26 +196,28 @@ class IdentityShares(JsonRecord):
     @property
     def n(self) -> int:
         """Number of answers."""
-        return int(np.sum(self.by_role))
+        return len(self.classes)
 
     @property
     def shares(self) -> dict[str, float]:
         """Share of each class, "unclear" included."""
-        total = np.sum(self.by_role, axis=0) / max(self.n, 1)
-        return dict(zip((*CLASSES, UNCLEAR), map(float, total), strict=True))
+        return {name: float(self._is(name).mean()) for name in (*CLASSES, UNCLEAR)}
 
     def interval(self, name: str = "assistant") -> tuple[float, float]:
-        """95% interval of a class's share: bootstrap over roles, whose answers are not independent."""
-        return _share_interval(self._counts(name), np.sum(self.by_role, axis=1))
+        """95% interval of a class's share, clustered by role and by question."""
+        return share_interval(self._is(name), *self._clusters)
 
-    def difference(self, other: "IdentityShares", name: str = "assistant") -> tuple[float, float, float]:
-        """Share of a class less that in `other`, with its 95% interval: paired bootstrap over roles."""
-        change = self._counts(name) - other._counts(name)
-        interval = _share_interval(change, np.sum(self.by_role, axis=1))
-        return float(change.sum() / max(self.n, 1)), *interval
+    def change(self, baseline: "IdentityShares", name: str = "assistant") -> Change:
+        """Share of a class less that in `baseline`, paired by request, clustered by role and by question."""
+        return paired_change(baseline._is(name).tolist(), self._is(name).tolist(), *self._clusters)
 
-    def _counts(self, name: str) -> np.ndarray:
-        return np.array(self.by_role)[:, (*CLASSES, UNCLEAR).index(name)]
+    def _is(self, name: str) -> Array:
+        return np.array([own == name for own in self.classes], dtype=float)
+
+    @property
+    def _clusters(self) -> tuple[list[str], list[str]]:
+        keys = [RolloutKey.parse(key) for key in self.keys]
+        return [key.role for key in keys], [key.question for key in keys]
 
 
 def measure_identity(
@@ -228,16 +225,7 @@ def measure_identity(
 ) -> IdentityShares:
     """Classes an arm's answers by the rules, or counts the `classes` that another judge gave."""
     found = tuple(classes if classes is not None else map(identity_class, answers.texts))
-    names = [request.key.split("/", 1)[0] for request in requests]
-    roles = tuple(dict.fromkeys(names))
-    counts = np.zeros((len(roles), len(CLASSES) + 1))
-    for role, name in zip(names, found, strict=True):
-        counts[roles.index(role), (*CLASSES, UNCLEAR).index(name)] += 1
-    by_role = tuple(map(tuple, counts.tolist()))
     fired = 0.0 if answers.tally is None else answers.tally.share
-    return IdentityShares(answers.name, roles, by_role, found, fired, answers.distinct)
-
-
-def _share_interval(part: np.ndarray, whole: np.ndarray) -> tuple[float, float]:
-    parts, wholes = bootstrap_sums(part, whole, samples=SAMPLES)
-    return percentile_interval(parts / np.maximum(wholes, 1))
+    return IdentityShares(
+        answers.name, tuple(request.key for request in requests), found, fired, answers.distinct
+    )

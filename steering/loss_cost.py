@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from personatlas.analysis.stats import bootstrap_sums, percentile_interval
+from personatlas.analysis.stats import ratio_interval
 from personatlas.persona.errors import UserError
 from personatlas.persona.interventions import Interventions
 from personatlas.persona.models.load import Model
@@ -23,8 +23,6 @@ from personatlas.persona.rollout import Rollout
 from personatlas.steering.hooks.account import SteeringTally
 from personatlas.steering.hooks.steering import steer
 from personatlas.steering.teacher_forcing import CPU_LOGIT_TOKENS, GPU_LOGIT_TOKENS, text_batches
-
-BOOTSTRAP_SAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -64,9 +62,9 @@ class Cost:
 
     @property
     def more_interval(self) -> tuple[float, float]:
-        """95% interval of `more`: bootstrap over texts."""
-        after, before = bootstrap_sums(self.after, self.before, samples=BOOTSTRAP_SAMPLES)
-        return percentile_interval(after / before - 1)
+        """95% interval of `more` over texts; both bounds are `more` for a single one."""
+        ratio = ratio_interval(self.after, self.before)
+        return (ratio.low or ratio.value) - 1, (ratio.high or ratio.value) - 1
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists."""

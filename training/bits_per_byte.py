@@ -20,7 +20,7 @@ from jaxtyping import Float64
 from numpy import ndarray as Array
 from torch import Tensor
 
-from personatlas.analysis.stats import bootstrap_sums, percentile_interval
+from personatlas.analysis.stats import ratio_interval
 from personatlas.persona.distributed import World
 from personatlas.persona.errors import UserError
 from personatlas.persona.models.control_tokens import TextEncoder
@@ -33,7 +33,6 @@ from personatlas.training.model.cross_entropy import IGNORED
 
 LONGEST_WINDOW = 2048  # tokens, whatever longer context a model has
 BATCH_TOKENS = 8192
-DRAWS = 1000
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class TextLoss(JsonRecord):
 
     bits_per_byte: float
     interval: tuple[float, float] | None
-    "95%, documents drawn again; None for a single one"
+    "95% over documents; None for a single one"
     loss: float
     "nats a token"
     documents: int
@@ -108,13 +107,10 @@ def text_bits_per_byte(model: Model, texts: Sequence[str], context: int | None =
     for ids, documents in _batches(model, texts, window):
         np.add.at(nats, documents, _summed_losses(model, ids))
         tokens += int((ids[:, 1:] >= 0).sum())
-    interval = None
-    if len(nats) > 1:
-        drawn_nats, drawn_sizes = bootstrap_sums(nats, sizes, samples=DRAWS)
-        interval = percentile_interval(drawn_nats / np.maximum(drawn_sizes, 1) / math.log(2))
-    total = float(nats.sum() / math.log(2) / sizes.sum())
+    bits = ratio_interval(nats / math.log(2), sizes)
+    interval = None if bits.low is None or bits.high is None else (bits.low, bits.high)
     loss = float(nats.sum() / max(tokens, 1))
-    return TextLoss(total, interval, loss, len(texts), tokens, int(sizes.sum()))
+    return TextLoss(bits.value, interval, loss, len(texts), tokens, int(sizes.sum()))
 
 
 def _batches(model: Model, texts: Sequence[str], window: int) -> Iterator[tuple[Tensor, Array]]:

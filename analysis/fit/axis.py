@@ -30,6 +30,8 @@ from personatlas.analysis.fit.result import AnswerProjections, FitResult, LayerF
 from personatlas.analysis.fit.uncertainty import (
     learning_curve,
     pc1_agreement,
+    pole_gap,
+    pole_null,
     role_intervals,
     shuffled_null,
     split_half,
@@ -103,21 +105,25 @@ def fit_axis(
     axis = _axis(data, layer, positive, default)
     space = _space(data, layer)
     vector, x = axis.vectors[layer].double().numpy(), data.rollout_means(layer)
-    curve = None
+    curve, null, gap = None, None, None
     if x is not None and replicates:
         curve = learning_curve(x, data.groups, np.random.default_rng([seed, 8]))
+        null = pole_null(x, data.groups, np.random.default_rng([seed, 7]), replicates)
+        gap = pole_gap(x @ vector, data.groups)
     result = FitResult(
         layers=tuple(layers),
         layer=layer,
         layer_reason=reason,
         poles=axis.poles,
         positive=positive,
-        roles=_role_projections(data, x, vector, space, seed),
+        roles=_role_projections(data, x, vector, space),
         variance_ratio=tuple(space.variance_ratio.tolist()[:50]),
         components_for=components_for_shares(space.variance_ratio.double().numpy()),
         projections=_answer_projections(data, x, vector),
         n_rollouts=len(data.rows),
         curve=curve,
+        pole_null=null,
+        gap=gap,
         default=default,
         model=activations.model,
     )
@@ -202,6 +208,8 @@ def _fit_layer(
         cos_pc1_by_questions=agreement.by_questions,
         cos_pc1_by_roles=agreement.by_roles,
         angle_resampled=agreement.angle_resampled,
+        axis_share=agreement.axis_share,
+        swapped=agreement.swapped,
         split_half=split_half(x, groups, generators[1], replicates),
         split_roles=split_roles(x, groups, generators[2], replicates),
         split_questions=split_questions(x, groups, generators[4], replicates),
@@ -283,12 +291,12 @@ def _space(data: _Data, layer: int) -> PersonaSpace:
 
 
 def _role_projections(
-    data: _Data, x: Array | None, vector: Array, space: PersonaSpace, seed: int
+    data: _Data, x: Array | None, vector: Array, space: PersonaSpace
 ) -> tuple[RoleProjection, ...]:
     """The roles by projection, lowest first, with intervals where rollout means x (N, D) were kept."""
     groups, intervals = data.groups, None
     if x is not None:
-        intervals = role_intervals(x @ vector, groups, np.random.default_rng([seed, 9]))
+        intervals = role_intervals(x @ vector, groups)
     counts, means = np.bincount(groups.index), data.means[:, space.layer]
     rows = [
         RoleProjection(

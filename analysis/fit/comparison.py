@@ -7,19 +7,18 @@ compared by rank (Spearman), between any two axes: two models may rank their rol
 differ.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import spearmanr
+from scipy.stats import norm, spearmanr
 
 from personatlas.analysis.fit.result import AxisComparison, RoleCorrelation
-from personatlas.analysis.stats import Interval, percentile_interval, resample
+from personatlas.analysis.stats import TAILS, Interval
 from personatlas.persona.artifacts import read_json
 from personatlas.persona.axis import Axis, load_axis, load_space
 from personatlas.persona.runs import resolve_axis
-
-SAMPLES = 1000  # bootstrap draws
 
 
 def compare_axes(axis: Axis, projections: Mapping[str, float], path: Path) -> AxisComparison:
@@ -56,16 +55,16 @@ def _projections_of(stem: Path, axis: Axis) -> dict[str, float]:
 
 
 def rank_correlation(first: Mapping[str, float], second: Mapping[str, float]) -> Interval | None:
-    """Returns Spearman's correlation over the n roles that both have, with its bootstrap interval over roles.
+    """Returns Spearman's correlation over the n roles that both have, with its interval.
 
-    None for fewer than three roles, and where all projections of either are equal.
+    On the Fisher scale with the variance (1 + r² / 2) / (n - 3) of Bonett and Wright (2000). None for fewer
+    than three roles, and where all projections of either are equal.
     """
     pairs = np.array([(first[name], second[name]) for name in first if name in second])
     if len(pairs) < 3 or (pairs == pairs[0]).all(axis=0).any():
         return None
-    generator, draws = np.random.default_rng(0), []
-    for _ in range(SAMPLES):
-        drawn = pairs[resample(len(pairs), generator)]
-        if all(len(np.unique(column)) > 1 for column in drawn.T):
-            draws.append(float(spearmanr(*drawn.T).statistic))
-    return Interval(float(spearmanr(*pairs.T).statistic), *percentile_interval(draws), len(pairs))
+    r, n = float(spearmanr(*pairs.T).statistic), len(pairs)
+    if n == 3 or abs(r) == 1:
+        return Interval(r, None, None, n)
+    reach = norm.ppf(TAILS[1]) * math.sqrt((1 + r * r / 2) / (n - 3))
+    return Interval(r, math.tanh(math.atanh(r) - reach), math.tanh(math.atanh(r) + reach), n)

@@ -15,14 +15,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from personatlas.analysis.fit.axis import fit_axis
 from personatlas.analysis.fit.comparison import compare_axes
 from personatlas.analysis.fit.result import FIT_VERSION, DroppedRollouts, FitResult, RolePlay, TraitResult
 from personatlas.analysis.fit.traits import fit_traits
+from personatlas.analysis.stats import share_interval
 from personatlas.persona.artifacts import digest, read_json, write_json
 from personatlas.persona.axis import Axis, load_axis
 from personatlas.persona.errors import UserError
-from personatlas.persona.judges.base import SCORE_FILTERS, filter_by_score, read_scores, role_play_share
+from personatlas.persona.judges.base import SCORE_FILTERS, filter_by_score, read_scores
 from personatlas.persona.models.load import Model
 from personatlas.persona.options import FitOptions, JudgeOptions, ModelOptions, PlanOptions, option_values
 from personatlas.persona.pipeline.activations import Activations, load_activations
@@ -158,13 +161,20 @@ def _fit_recorded(
         options=asked,
         artefacts={name: digest(folder / f"{name}.safetensors") for name in names},
         dropped=DroppedRollouts.from_json(dropped.to_json()),
-        role_play=RolePlay(*role_play_share(rollouts)) if is_judged else None,
+        role_play=_role_play(rollouts) if is_judged else None,
         traits=trait_result,
         trait_problem=trait_problem,
         comparison=None if options.compare is None else compare_axes(fit.axis, projections, options.compare),
     )
     write_json(folder / "fit.json", result.to_json())
     return result
+
+
+def _role_play(rollouts: Sequence[Rollout]) -> RolePlay:
+    judged = [rollout for rollout in rollouts if rollout.score is not None]
+    shows = np.array([rollout.score in (2, 3) for rollout in judged], dtype=float)
+    clusters = [rollout.role for rollout in judged], [rollout.question for rollout in judged]
+    return RolePlay(float(shows.mean()), len(judged), share_interval(shows, *clusters))
 
 
 def _stored_fit(folder: Path, asked: JsonObject) -> FitResult | None:

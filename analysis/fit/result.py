@@ -17,7 +17,7 @@ from personatlas.persona.artifacts import read_json
 from personatlas.persona.errors import UserError
 from personatlas.persona.records import JsonObject, JsonRecord
 
-FIT_VERSION = 6  # raise it when fitting changes: stored fits of another version are computed again
+FIT_VERSION = 7  # raise it when fitting changes: stored fits of another version are computed again
 SIGNIFICANCE = 0.05  # a p-value above this is called chance
 LOW_ROLE_PLAY = 0.25  # a share of answers in their role below this is warned of
 
@@ -37,13 +37,32 @@ class ShuffledNull(JsonRecord):
 
 
 @dataclass(frozen=True)
+class PoleNull(JsonRecord):
+    """The positive pole beside each of n other roles as the pole.
+
+    `cos_pc1` and `cos_pc1_90` are the mean and the 90th percentile of cos(PC1, axis) with another role as the
+    pole, `percentile` the share of those that the pole's own exceeds. `z` and `rank` (1 is the highest) are
+    the pole's projection among the roles on questions that its axis was not fitted on; None without two
+    questions.
+    """
+
+    cos_pc1: float
+    cos_pc1_90: float
+    percentile: float
+    z: float | None
+    rank: float | None
+    n: int
+
+
+@dataclass(frozen=True)
 class LayerFit(JsonRecord):
     """The fit at one layer. What needs rollout means is None at layers that kept none, or without replicates.
 
     `norm` is |axis| (residual units), `angle_pc1` the angle between PC1 and axis (degrees), `variance_pc1`
     PC1's share of the variance between roles. cos(PC1, axis) has an interval over resampled questions and one
     over resampled roles; `angle_resampled` is the median angle (degrees) between the axis and those of
-    resampled questions. The split cosines are between the axes of two halves of the answers, of the roles,
+    resampled questions. `axis_share` is the roles' variance along the axis over that along PC1, and `swapped`
+    the share of resampled roles whose PC1 is another component. The split cosines are between the axes of two halves of the answers, of the roles,
     and of the questions.
     """
 
@@ -55,6 +74,8 @@ class LayerFit(JsonRecord):
     cos_pc1_by_questions: Interval | None = None
     cos_pc1_by_roles: Interval | None = None
     angle_resampled: float | None = None
+    axis_share: Interval | None = None
+    swapped: float | None = None
     split_half: Interval | None = None
     split_roles: Interval | None = None
     split_questions: Interval | None = None
@@ -65,6 +86,8 @@ class LayerFit(JsonRecord):
         "cos_pc1_by_questions",
         "cos_pc1_by_roles",
         "angle_resampled",
+        "axis_share",
+        "swapped",
         "split_half",
         "split_roles",
         "split_questions",
@@ -74,7 +97,7 @@ class LayerFit(JsonRecord):
 
 @dataclass(frozen=True)
 class RoleProjection(JsonRecord):
-    """A role's mean projection on the axis (residual units) with its 95% interval over its n answers.
+    """A role's mean projection on the axis (residual units) of n answers, with its 95% interval over questions.
 
     `coordinates` are those of its mean in persona space (the first three); `positive` marks the positive
     pole.
@@ -121,8 +144,8 @@ class LearningCurve(JsonRecord):
 
 @dataclass(frozen=True)
 class TraitProjection(JsonRecord):
-    """A trait's cosine with the axis and its 95% interval; `along` is its length along the axis, `norm` its
-    length.
+    """A trait's cosine with the axis and its 95% interval, both without the noise that lengthens its vector
+    where three or more questions let it be told; `along` is its length along the axis, `norm` its length.
 
     `n` counts the answers at its positive and its negative pole; `coordinates` are those in trait space
     (three).
@@ -190,7 +213,7 @@ class AxisComparison(JsonRecord):
 
 @dataclass(frozen=True)
 class RolePlay(JsonRecord):
-    """Share of n judged answers that show their role (score 2 or 3), with its 95% Wilson interval."""
+    """Share of n judged answers that show their role (score 2 or 3), with its 95% interval, clustered by role and question."""
 
     share: float
     n: int
@@ -228,6 +251,9 @@ class FitResult(JsonRecord):
         projections of single answers; how many answers were fitted
     curve
         how many answers an axis needs; None without replicates or rollout means
+    pole_null, gap
+        the positive pole beside other roles as the pole; the positive pole less the mean role, paired by
+        question (residual units); None like the curve
     default, model
         the default role's name; `Model.describe()` of the model
     options
@@ -259,6 +285,8 @@ class FitResult(JsonRecord):
     artefacts: dict[str, str] = field(default_factory=dict)
     dropped: DroppedRollouts = field(default_factory=DroppedRollouts)
     role_play: RolePlay | None = None
+    pole_null: PoleNull | None = None
+    gap: Interval | None = None
     traits: TraitResult | None = None
     trait_problem: str | None = None
     comparison: AxisComparison | None = None
@@ -268,6 +296,7 @@ class FitResult(JsonRecord):
         "options": "asked",
         "comparison": "compared",
     }
+    omit_none: ClassVar[tuple[str, ...]] = ("pole_null", "gap")
 
     @classmethod
     def load(cls, folder: Path) -> "FitResult":

@@ -13,6 +13,7 @@ from personatlas.analysis.fit.result import AxisComparison, FitResult, LayerFit,
 from personatlas.analysis.stats import Interval
 
 NumberFormat = Callable[[float], str]
+SWAPPED = 0.1  # a share of resamples with another PC1 that is worth saying
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Ranking:
     mark: float
 
 
+SWAPPED = 0.1  # a share of resamples with another PC1 that is worth saying
 Entry = tuple[str, str, str, Interval]  # name, kind, n, value with its interval
 
 
@@ -163,6 +165,27 @@ def stability_text(row: LayerFit) -> str:
         f"runs of this size about {full:.2f}{questions}; |axis| is {row.norm:.3g}, with shuffled labels {null.norm:.3g} "
         f"(95% below {null.norm_95:.3g}; p = {null.p_norm:.3g})"
     )
+
+
+def pole_text(fit: FitResult) -> str:
+    """Returns a sentence on how the positive pole differs from any other role; "" where it is not known."""
+    null, gap, at, parts = fit.pole_null, fit.gap, fit.at_layer, []
+    if gap is not None:
+        parts.append(f"it lies {interval_text(gap)} above the mean role, paired over {gap.n} questions")
+    if null is not None and null.z is not None and null.rank is not None:
+        rank, of = f"{null.rank:.0f}", null.n + 1
+        parts.append(f"on questions that the axis was not fitted on z = {null.z:.1f}, rank {rank} of {of}")
+    if null is not None:
+        parts.append(
+            f"as the pole it gives cos(PC1, axis) {at.cos_pc1:.2f}, other roles {null.cos_pc1:.2f} on average "
+            f"(90% below {null.cos_pc1_90:.2f}); it exceeds {null.percentile:.0%} of them"
+        )
+    if at.swapped is not None and at.axis_share is not None and at.swapped > SWAPPED:
+        parts.append(
+            f"PC1 is another component in {at.swapped:.0%} of resampled roles, so read the variance along the "
+            f"axis over PC1's, {interval_text(at.axis_share)}, instead of the cosine"
+        )
+    return "; ".join(parts)
 
 
 def comparison_text(comparison: AxisComparison | None, layer: int) -> str:

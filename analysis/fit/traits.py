@@ -4,11 +4,12 @@
     fit.space.save(folder / "traits"); fit.result.traits[0].cosine
 
 A trait's vector is the mean of the answers at its positive pole less that at its negative pole. Its position
-is the cosine with the axis at the axis's layer: +1 is the axis itself, 0 unrelated. The interval is a
-bootstrap over both poles' answers of the vector's length along the axis, over the norm of the vector itself:
-resampling lengthens every vector by noise, so cosines of resampled vectors are too small. The null is the
-same ratio when a trait's answers are assigned to its poles at random. PC1 of trait space points along the
-axis (arXiv 2601.10387, appendix on traits).
+is the cosine with the axis at the axis's layer: +1 is the axis itself, 0 unrelated. Noise lengthens a mean of
+few questions, so its own norm makes the cosine too small: with the differences d_q of the poles' answers to
+each question that both answer, |v|² is estimated by the mean of d_q · d_r over pairs of different questions,
+which noise does not enter. The interval is a jackknife over questions on the Fisher scale. The null is the
+length along the axis over the norm when a trait's answers are assigned to its poles at random. PC1 of trait
+space points along the axis (arXiv 2601.10387, appendix on traits).
 """
 
 from collections import Counter
@@ -17,10 +18,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from scipy.stats import t
 
 from personatlas.analysis.fit.geometry import components, components_for_shares, cosine, turned_toward
 from personatlas.analysis.fit.result import TraitProjection, TraitResult
-from personatlas.analysis.stats import Array, bootstrap_means, percentile_interval
+from personatlas.analysis.stats import TAILS, Array
 from personatlas.persona.axis import Axis
 from personatlas.persona.errors import UserError
 from personatlas.persona.pipeline.activations import Activations
@@ -72,11 +74,10 @@ def fit_traits(activations: Activations, axis: Axis, *, replicates: int = 100, s
     if layer in activations.layers and replicates:
         x = activations.rollout_means[:, activations.layers.index(layer)].double().numpy()
         counted = [scores is None or score in scores for score in activations.scores]
-        poles = [
-            RolloutKey.parse(key).role if use else ""
-            for key, use in zip(activations.keys, counted, strict=True)
+        keys = [
+            RolloutKey.parse(key) if use else None for key, use in zip(activations.keys, counted, strict=True)
         ]
-        rows, chance = _with_intervals(rows, x, poles, unit, replicates, seed)
+        rows, chance = _with_intervals(rows, x, keys, unit, replicates, seed)
     space = TraitSpace(
         traits=tuple(names),
         vectors=torch.from_numpy(vectors / norms[:, :, None]).float(),
@@ -126,21 +127,54 @@ def _trait_vectors(
 
 
 def _with_intervals(
-    rows: list[TraitProjection], x: Array, poles: Sequence[str], unit: Array, replicates: int, seed: int
+    rows: list[TraitProjection], x: Array, keys: Sequence[RolloutKey | None], unit: Array, n: int, seed: int
 ) -> tuple[list[TraitProjection], float]:
-    """The rows with intervals from rollout means x (N, D) of the named poles (N,).
+    """The rows with corrected cosines and intervals from rollout means x (N, D), whose keys are None where an
+    answer does not count.
 
     Also the 95th percentile of the cosines' size over all traits when answers are assigned to the poles at
-    random.
+    random, n times.
     """
-    with_intervals, shuffled, pole = [], [], np.array(poles)
+    with_intervals, shuffled = [], []
+    pole = np.array(["" if key is None else key.role for key in keys])
+    question = np.array(["" if key is None else key.question for key in keys])
     for number, row in enumerate(rows):
+        sides = [pole == sign + row.trait for sign in (POSITIVE, NEGATIVE)]
+        common = sorted(set(question[sides[0]]) & set(question[sides[1]]))
+        differences = np.array(
+            [np.subtract(*(x[side & (question == own)].mean(0) for side in sides)) for own in common]
+        )
+        with_intervals.append(replace(row, **_corrected_cosine(differences, unit)))
+        positive, negative = (x[side] @ unit for side in sides)
+        both, count = np.concatenate([positive, negative]), len(positive)
         generator = np.random.default_rng([seed, 11, number])
-        positive, negative = (x[pole == sign + row.trait] @ unit for sign in (POSITIVE, NEGATIVE))
-        first, second = (bootstrap_means(side, replicates, generator) for side in (positive, negative))
-        low, high = percentile_interval((first - second) / row.norm)
-        with_intervals.append(replace(row, low=max(low, -1.0), high=min(high, 1.0)))  # a cosine is at most 1
-        both, n = np.concatenate([positive, negative]), len(positive)
-        assigned = generator.permuted(np.tile(both, (replicates, 1)), axis=1)
-        shuffled.append((assigned[:, :n].mean(1) - assigned[:, n:].mean(1)) / row.norm)
+        assigned = generator.permuted(np.tile(both, (n, 1)), axis=1)
+        shuffled.append((assigned[:, :count].mean(1) - assigned[:, count:].mean(1)) / row.norm)
     return with_intervals, min(float(np.quantile(np.abs(np.concatenate(shuffled)), 0.95)), 1.0)
+
+
+def _corrected_cosine(differences: Array, unit: Array) -> dict[str, float]:
+    """The cosine of a mean difference (Q, D) with the axis without the noise in its norm, and its interval.
+
+    Empty where questions are too few, or noise is all that the norm can be told to hold.
+    """
+    n = len(differences)
+    if n < 3:
+        return {}
+    along, products = differences @ unit, differences @ differences.T
+
+    def cosine_without(left_out: int | None) -> float:
+        kept = np.arange(n) != left_out
+        own, size = products[np.ix_(kept, kept)], kept.sum()
+        squared = (own.sum() - np.trace(own)) / (size * (size - 1))
+        return float(along[kept].mean() / np.sqrt(squared)) if squared > 0 else float("nan")
+
+    value, *others = np.arctanh(np.clip([cosine_without(one) for one in (None, *range(n))], -0.999, 0.999))
+    if not np.isfinite([value, *others]).all():
+        return {}
+    error = float(np.sqrt((n - 1) / n * np.square(others - np.mean(others)).sum()))
+    reach = float(t.ppf(TAILS[1], n - 1)) * error
+    return {
+        name: float(np.tanh(end))
+        for name, end in {"cosine": value, "low": value - reach, "high": value + reach}.items()
+    }

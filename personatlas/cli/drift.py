@@ -89,7 +89,7 @@ def trace(
         as JSON, JSONL, CSV or Parquet, also packed, or one as plain text (.txt: "User: ...", "Assistant: ...")
     reference
         a reference.json of `personatlas drift`, or at least 40 conversations of this model that do not drift:
-        the alarm is calibrated on one half and its false alarms are counted in the other. Unless given, the
+        the alarm is calibrated on all of them and its false alarms are cross-validated. Unless given, the
         reference.json beside the axis; without one there are z but no alarms
     rule
         what raises an alarm: cusum (a small drift that lasts) or two_of_three (two of three turns far below)

@@ -129,7 +129,9 @@ def print_trace(study: TraceStudy) -> None:
     if alarm is not None:
         low, high = alarm["interval"]
         share = with_interval(alarm["false_alarms"], low, high, ".0%")
-        population = f"{alarm['n']} reference conversations that it was not calibrated on"
+        every = f", once in {1 / alarm['per_turn']:.0f} turns" if alarm["per_turn"] else ""
         print_line(
-            f"{alarm['rule']} above {alarm['limit']:.2f}: raised in {share} of {population}", style="dim"
+            f"{alarm['rule']} above {alarm['limit']:.2f}: raised in {share} of {alarm['n']} reference "
+            f"conversations, each with a limit that other scripts set{every}",
+            style="dim",
         )

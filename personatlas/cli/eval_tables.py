@@ -89,7 +89,7 @@ def print_lm_eval(result: LmEvalResult, folder: Path) -> None:
     """Prints a table per task of lm-eval."""
     _print_tasks(result.tasks, list(result.arms))
     print_line(
-        "intervals are bootstraps over samples; p is adjusted over all rows (Holm); could show: the least "
+        "intervals and p are of a t test over samples; p is adjusted over all rows (Holm); could show: the least "
         "change that so many samples would have shown; no loss: p of two one-sided tests against "
         f"±{result.asked['margin']:g}"
     )

@@ -6,7 +6,13 @@ from rich.text import Text
 
 from personatlas.analysis.emergence import EmergenceResult
 from personatlas.analysis.fit.result import FitResult, RoleProjection
-from personatlas.analysis.fit.tables import comparison_text, interval_text, number_text, stability_text
+from personatlas.analysis.fit.tables import (
+    comparison_text,
+    interval_text,
+    number_text,
+    pole_text,
+    stability_text,
+)
 from personatlas.cli.output import print_line, print_path, print_table, with_interval
 
 ENDS, TRAITS = 10, 5  # at either end of the axis
@@ -45,6 +51,8 @@ def print_fit(fit: FitResult, page: Path) -> None:
         left=(0, 2),
     )
     print_line(f"Stability: {stability_text(fit.at_layer)}")
+    if text := pole_text(fit):
+        print_line(f"{pole.role}: {text}")
     if fit.curve is not None and fit.curve.needed is not None:
         needed, goal = fit.curve.needed, fit.curve.goal
         print_line(f"About {needed:,.0f} answers per role would make the cosine of two such halves {goal}")

@@ -255,8 +255,12 @@ def _report(
     baseline_loss = next(iter(costs.values())).baseline_loss
     report = {}
     for name, gain in gains.items():
-        change, low, high = gain.difference(gains[BASELINE])
-        row = {**vars(IdentityRow.of(gain)), "change": change, "change_interval": (low, high)}
+        change = gain.change(gains[BASELINE])
+        row = {
+            **vars(IdentityRow.of(gain)),
+            "change": change.value,
+            "change_interval": (change.low, change.high),
+        }
         if name not in costs:
             report[name] = ArmRow(**row, more_loss=0.0, loss=baseline_loss, kl=0.0)
             continue

@@ -298,7 +298,7 @@ class _Log:
 
 def alarm_after(monitor: DriftMonitor, history: Sequence[TurnRecord]) -> bool:
     """Whether the alarm is on after these turns, by their projections without interventions."""
-    alarm = monitor.start()
+    alarm = monitor.start(history[0].script if history else None)
     assert alarm is not None
     for turn in history:
         if turn.uncapped is not None:

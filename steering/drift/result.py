@@ -14,8 +14,9 @@ from typing import ClassVar
 
 import numpy as np
 
+from personatlas.analysis.drift_alarm import AlarmState
 from personatlas.analysis.next_message import Embedding, Prediction, UserMessage, predict_from_messages
-from personatlas.analysis.stats import Array, Interval, cluster_weights, percentile_interval, wilson_interval
+from personatlas.analysis.stats import Array, Interval, ratio_interval, share_interval
 from personatlas.analysis.trajectories import (
     AlarmRate,
     Slope,
@@ -62,7 +63,7 @@ class ArmMean(Interval):
 
 @dataclass(frozen=True)
 class Share(JsonRecord):
-    """A share of answers with its Wilson interval."""
+    """A share of answers with its interval over scripts."""
 
     share: float
     interval: tuple[float, float]
@@ -195,23 +196,19 @@ class DriftResult(JsonRecord):
 
 @dataclass(frozen=True)
 class StudyMonitor:
-    """The monitor of a study, where its reference conversations are from, and the scripts that set its limit.
-
-    Those scripts count no alarms in the study's own conversations.
-    """
+    """The monitor of a study, and where its reference conversations are from."""
 
     monitor: DriftMonitor
     source: str
-    fitted_on: frozenset[str] = frozenset()
 
     def example_turns(
-        self, turns: Iterable[tuple[str, str, float | None, bool, float | None]]
+        self, turns: Iterable[tuple[str, str, float | None, bool, float | None]], script: str | None = None
     ) -> tuple[ExampleTurn, ...]:
         """Turns (user, text, projection, acted, uncapped projection) with z and the alarm's state."""
-        alarm, rows = self.monitor.start(), []
-        for user, text, projection, acted, uncapped in turns:
+        alarm, rows = self.monitor.start(script), []
+        for number, (user, text, projection, acted, uncapped) in enumerate(turns):
             state = None if alarm is None or uncapped is None else alarm.update(uncapped)
-            z = None if projection is None else self.monitor.reference.z(projection)
+            z = None if projection is None else self.monitor.reference.z(projection, number)
             on, raised = (None, False) if state is None else (state.alarm, state.raised)
             rows.append(ExampleTurn(user, text, projection, acted, z, on, raised))
         return tuple(rows)
@@ -232,6 +229,16 @@ class StudyData:
         """Names of the domains' conversations."""
         turns = self.transcripts.turns.values()
         return list(dict.fromkeys(turn.conversation for turn in turns if turn.domain in domains))
+
+    def alarm_states(self, arm: str, names: Sequence[str]) -> list[list[AlarmState]]:
+        """The alarm's states over each conversation's answers, as the model reads them without the step."""
+        rows = []
+        for name in names:
+            alarm = self.monitor.monitor.start(name.rpartition("/")[0])
+            assert alarm is not None
+            read = [turn.uncapped for turn in self.turns(arm, [name]) if turn.uncapped is not None]
+            rows.append([alarm.update(projection) for projection in read])
+        return rows
 
     def turns(self, arm: str, names: Sequence[str]) -> list[TurnRecord]:
         """All turns of some conversations in an arm."""
@@ -255,8 +262,11 @@ class StudyData:
     def example(self, arm: str, name: str) -> tuple[ExampleTurn, ...]:
         """A conversation's turns in an arm."""
         return self.monitor.example_turns(
-            (turn.user, turn.text, turn.projection, turn.acted, turn.uncapped)
-            for turn in self.turns(arm, [name])
+            (
+                (turn.user, turn.text, turn.projection, turn.acted, turn.uncapped)
+                for turn in self.turns(arm, [name])
+            ),
+            name.rpartition("/")[0],
         )
 
 
@@ -270,7 +280,7 @@ def summarise(
 ) -> DriftResult:
     """Computes all figures of a study. `record` holds the fields of `DriftResult` up to `versions`."""
     arms, turns = list(data.arms), data.transcripts.turns.values()
-    monitor, fitted_on = data.monitor.monitor, data.monitor.fitted_on
+    monitor = data.monitor.monitor
     domains = list(dict.fromkeys(turn.domain for turn in turns))
     every = {domain: data.names((domain,)) for domain in domains} | {ALL: data.names(domains)}
     trajectories: dict[str, dict[str, tuple[TurnMean, ...]]] = {}
@@ -291,15 +301,7 @@ def summarise(
             arm: data.mean(values[arm], names, None if arm == BASELINE else baseline) for arm in arms
         }
         if monitor.rule is not None:  # from answers as the model itself reads them
-            counted = [name for name, own in zip(names, scripts, strict=True) if own not in fitted_on]
-            uncapped = {
-                arm: [
-                    [turn.uncapped for turn in data.turns(arm, [name]) if turn.uncapped is not None]
-                    for name in counted
-                ]
-                for arm in arms
-            }
-            alarms[domain] = {arm: alarm_rate(monitor.rule, monitor.reference, uncapped[arm]) for arm in arms}
+            alarms[domain] = {arm: alarm_rate(data.alarm_states(arm, names), scripts) for arm in arms}
     wrote = {arm: _summary(data, arm, every[ALL]) for arm in arms}
     n_scripts = len({turn.script for turn in turns})
     return DriftResult(
@@ -325,15 +327,19 @@ def summarise(
 def _summary(data: StudyData, arm: str, names: Sequence[str]) -> ArmSummary:
     turns = data.turns(arm, names)
     n, answered = len(turns), [turn for turn in turns if turn.ids]
-    degenerate = sum(refusal_of(turn.text) == "degenerate" for turn in turns)
-    looping = sum(loops(turn.ids) for turn in turns)
+    scripts = [turn.script for turn in turns]
+
+    def share(outcomes: list[bool]) -> Share:
+        values = np.array(outcomes, dtype=float)
+        return Share(float(values.mean()), share_interval(values, scripts))
+
     return ArmSummary(
         answers=n,
         empty=n - len(answered),
         acted=sum(turn.acted for turn in turns) / n,
         fired=float(np.mean([turn.fired or 0.0 for turn in turns])),
-        degenerate=Share(degenerate / n, wilson_interval(degenerate, n)),
-        loops=Share(looping / n, wilson_interval(looping, n)),
+        degenerate=share([refusal_of(turn.text) == "degenerate" for turn in turns]),
+        loops=share([loops(turn.ids) for turn in turns]),
         distinct=float(np.mean([distinct_ngrams(turn.ids) for turn in answered])) if answered else None,
         tokens=float(np.mean([len(turn.ids) for turn in turns])),
         ended_by_context=sum(truncated == arm for truncated, _ in data.transcripts.truncated),
@@ -357,7 +363,7 @@ def _cost(data: StudyData) -> DriftCost | None:
             )
         )
     costs = benign_costs(data.config.model, texts, acting)
-    weights, increases = cluster_weights([turn.script for turn in turns]), dict[str, Interval]()
+    increases, own_scripts = dict[str, Interval](), [turn.script for turn in turns]
     for arm in data.arms:
         cost = costs.get(arm.removesuffix(ADAPTIVE))
         if cost is None:
@@ -365,8 +371,9 @@ def _cost(data: StudyData) -> DriftCost | None:
         same = [data.transcripts.turns.get((arm, turn.conversation, turn.turn)) for turn in turns]
         was_on = np.array([turn is not None and turn.acted for turn in same])
         after = np.where(was_on, cost.after, cost.before) if arm.endswith(ADAPTIVE) else cost.after
-        low, high = percentile_interval((weights @ after) / (weights @ cost.before) - 1)
-        increases[arm] = Interval(float(after.sum() / cost.before.sum() - 1), low, high)
+        ratio = ratio_interval(after, cost.before, own_scripts)
+        low, high = (None if bound is None else bound - 1 for bound in (ratio.low, ratio.high))
+        increases[arm] = Interval(ratio.value - 1, low, high)
     return DriftCost(len(texts), increases)
 
 
@@ -404,8 +411,6 @@ def _warnings(data: StudyData, scripts: int, wrote: Mapping[str, ArmSummary]) ->
         warnings.append(
             f"no alarm is calibrated ({monitor.source}), so there is no adaptive arm and no count of alarms"
         )
-    elif monitor.fitted_on:
-        warnings.append(f"{len(monitor.fitted_on)} scripts set the alarm's limit: their alarms are left out")
     counted = monitor.monitor.false_alarms
     if counted is not None and counted.interval[0] > rate:
         low, high = counted.interval

@@ -60,7 +60,6 @@ from personatlas.steering.drift_monitor import (
     find_reference,
     is_reference_file,
     load_monitor,
-    load_reference,
     save_reference,
 )
 from personatlas.steering.random_caps import random_arms
@@ -197,7 +196,7 @@ def _saved_monitor(axis: Axis, reference: Path | None, options: DriftOptions) ->
     if reference is not None and not is_reference_file(reference):
         raise UserError(f"--reference {reference} is no {REFERENCE_FILE} of an earlier `personatlas drift`")
     monitor = load_monitor(axis, reference, options.rule, options.false_alarms)
-    return StudyMonitor(monitor, str(path), load_reference(path, axis).fitted_scripts)
+    return StudyMonitor(monitor, str(path))
 
 
 def _save_reference(
@@ -236,11 +235,13 @@ def _own_monitor(axis: Axis, reference: ReferenceConversations | None, options: 
         monitor = reference.monitor(options.rule, options.false_alarms)
     except UserError as error:
         say(f"no alarm: {error}")
-        values = [value for one in reference.conversations for value in one.projections]
-        if len(set(values)) < 2:
+        projections = [one.projections for one in reference.conversations]
+        try:
+            distribution = fit_reference(projections)
+        except UserError:
             return StudyMonitor(load_monitor(axis), str(error))
-        return StudyMonitor(DriftMonitor(fit_reference(values), "reference conversations"), str(error))
-    return StudyMonitor(monitor, "this study's own reference conversations", reference.fitted_scripts)
+        return StudyMonitor(DriftMonitor(distribution, "reference conversations"), str(error))
+    return StudyMonitor(monitor, "this study's own reference conversations")
 
 
 def _record(steered: SteeredModel, options: DriftOptions) -> JsonObject:

@@ -99,7 +99,7 @@ def run_trace(
     quiet = read_conversations(reference) if reference is not None and is_stored else []
     if is_stored:
         rows = tuple(ReferenceConversation(one.name, one.domain, ()) for one in quiet)
-        ReferenceConversations(rows, {}).require_enough()
+        ReferenceConversations(rows, {}).require_enough(false_alarms)
     else:
         monitor = load_monitor(load_axis(resolve_axis(axis)), reference, rule, false_alarms)
     steered, left_out = load_steered_model(model, axis, [], load, force=force), Exclusions()
@@ -121,10 +121,10 @@ def run_trace(
     by_name, traced = {one.name: one for one in stored}, []
     for trace in traces:
         alarm, turns = monitor.start(), []
-        for turn in trace.turns:
+        for number, turn in enumerate(trace.turns):
             state = None if alarm is None else alarm.update(turn.projection)
             flags = (None, None) if state is None else (state.alarm, state.raised)
-            z = monitor.reference.z(turn.projection)
+            z = monitor.reference.z(turn.projection, number)
             turns.append(TracedTurn(turn.message, (turn.start, turn.stop), turn.projection, z, *flags))
         projection = tuple(trace.projection.tolist())
         traced.append(TracedConversation(trace.name, tuple(turns), trace.left_out, trace.ids, projection))

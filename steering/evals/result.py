@@ -5,9 +5,9 @@
 
 A judge of harm gets request and answer and nothing else, so it cannot know the arm; what it could not judge
 is None, and the pair is left out of that outcome in both arms. Everything is paired by case (and turn) and
-clustered by role and by request. `p` is of McNemar's exact test, `p_holm` the same adjusted for the number of
-arms (random controls do not count), `no_loss` of two one-sided tests that the change lies within the margin,
-`smallest` what so many pairs would have shown.
+clustered by role and by request. Interval, `p`, `no_loss` (two one-sided tests that the change lies within the
+margin) and `smallest` (what such pairs would have shown) rest on one standard error; `p_holm` is adjusted for
+the number of arms, random controls not counted.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,14 +17,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from personatlas.analysis.stats import (
-    Change,
-    cluster_bootstrap,
-    equivalence_p,
-    holm,
-    paired_change,
-    wilson_interval,
-)
+from personatlas.analysis.stats import Change, holm, paired_change, share_interval
 from personatlas.persona.artifacts import read_json
 from personatlas.persona.formats import Message
 from personatlas.persona.interventions import BASELINE
@@ -40,24 +33,8 @@ Scores = dict[tuple[str, str, int], dict[str, float | None]]  # outcomes by arm,
 
 
 @dataclass(frozen=True)
-class PairedChange(Change):
-    """A mean change over pairs; `no_loss` (against `margin`) and `p_holm` are None where they were not
-    computed."""
-
-    omit_none = ("no_loss", "margin", "p_holm")
-    no_loss: float | None = None
-    margin: float | None = None
-    p_holm: float | None = None
-
-    @property
-    def adjusted_p(self) -> float:
-        """`p_holm` where there is one, else `p`."""
-        return self.p if self.p_holm is None else self.p_holm
-
-
-@dataclass(frozen=True)
 class OutcomeShare(JsonRecord):
-    """Share of an arm's judged answers with an outcome, its Wilson interval, and the change against the
+    """Share of an arm's judged answers with an outcome, its interval (clustered like the change), and the change against the
     baseline."""
 
     omit_none = ("change",)
@@ -65,7 +42,7 @@ class OutcomeShare(JsonRecord):
     interval: tuple[float, float] | None
     n: int
     unjudged: int
-    change: PairedChange | None = None
+    change: Change | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +77,7 @@ class ArmSummary(JsonRecord):
     distinct_3: float | None
     loops: float | None
     tokens: float
-    projection_change: PairedChange | None = None
+    projection_change: Change | None = None
 
 
 @dataclass(frozen=True)
@@ -242,7 +219,7 @@ def suite_result(
     if len(categories) > 1:
         for category, keys in sorted(categories.items()):
             part = {position: own for position, own in scores.items() if position[1] in keys}
-            by_category[category] = {arm: _share(part, arm, main) for arm in arms}
+            by_category[category] = {arm: _share(suite, part, arm, main) for arm in arms}
     trajectories: dict[str, dict[str, tuple[TurnMean, ...]]] = {}
     if suite.turns > 1:
         for domain, keys in categories.items():
@@ -294,8 +271,8 @@ def _outcome_by_arm(
 ) -> dict[str, OutcomeShare]:
     """Shares by arm, with changes from the first one; p is adjusted for the number of arms that are no random
     controls."""
-    rows = {arm: _share(scores, arm, name) for arm in arms}
-    changes: dict[str, PairedChange] = {}
+    rows = {arm: _share(suite, scores, arm, name) for arm in arms}
+    changes: dict[str, Change] = {}
     for arm in arms[1:]:
         pairs = []
         for case in suite.cases:
@@ -316,27 +293,25 @@ def _present(values: Iterable[float | None]) -> list[float]:
     return [value for value in values if value is not None]
 
 
-def _share(scores: Scores, arm: str, name: str) -> OutcomeShare:
-    values = [own[name] for (own_arm, _, _), own in scores.items() if own_arm == arm]
-    judged = _present(values)
+def _share(suite: Suite, scores: Scores, arm: str, name: str) -> OutcomeShare:
+    cases = {case.key: case for case in suite.cases}
+    values = [(own[name], cases[key]) for (own_arm, key, _), own in scores.items() if own_arm == arm]
+    judged = [(value, case) for value, case in values if value is not None]
     if not judged:
         return OutcomeShare(None, None, 0, len(values))
-    interval = wilson_interval(int(sum(judged)), len(judged))
-    return OutcomeShare(sum(judged) / len(judged), interval, len(judged), len(values) - len(judged))
+    outcomes, own_cases = zip(*judged, strict=True)
+    clusters = [case.role for case in own_cases], [case.request for case in own_cases]
+    interval = share_interval(np.array(outcomes), *clusters)
+    return OutcomeShare(sum(outcomes) / len(outcomes), interval, len(judged), len(values) - len(judged))
 
 
-def compare_pairs(pairs: Sequence[tuple[float, float, Case]], margin: float | None = None) -> PairedChange:
+def compare_pairs(pairs: Sequence[tuple[float, float, Case]], margin: float | None = None) -> Change:
     """The change over pairs (before, after, case), clustered by role and request; with a margin, the test of
     no loss."""
     before, after, cases = zip(*pairs, strict=True)
-    roles, requests = [case.role for case in cases], [case.request for case in cases]
-    change = PairedChange(**vars(paired_change(before, after, roles, requests)))
-    if margin is None:
-        return change
-    differences = np.array(after) - np.array(before)
-    draws = cluster_bootstrap(differences, roles, requests)
-    tost = equivalence_p(draws, float(differences.mean()), margin, len(pairs))
-    return replace(change, no_loss=tost, margin=margin)
+    return paired_change(
+        before, after, [case.role for case in cases], [case.request for case in cases], margin
+    )
 
 
 def _summary(suite: Suite, answers: Answers, arm: str, baseline: str) -> ArmSummary:

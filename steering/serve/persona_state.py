@@ -60,11 +60,16 @@ class DriftState(JsonRecord):
 
 @dataclass(frozen=True)
 class BaselineState(JsonRecord):
-    """What z = (projection - mean) / spread is relative to, and what it was measured on."""
+    """What z = (projection - mean) / spread is relative to, and what it was measured on.
+
+    `by_turn` holds the means at each answer of a conversation, used instead of `mean`; the last one for later
+    answers, and `mean` where it is empty.
+    """
 
     mean: float
     spread: float
     of: str
+    by_turn: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +118,7 @@ class PersonaTracker:
     def baseline(self) -> BaselineState:
         """What z is relative to."""
         reference = self.monitor.reference
-        return BaselineState(reference.mean, reference.std, self.monitor.population)
+        return BaselineState(reference.mean, reference.std, self.monitor.population, reference.by_turn)
 
     def turns(self, spans: Sequence[Span], projections: Sequence[float]) -> list[AnswerTurn]:
         """The answers in a prompt that were read whole, from the projections of its tokens."""
@@ -133,7 +138,10 @@ class PersonaTracker:
         """The state after each turn."""
         rule, reference = self.monitor.rule, self.monitor.reference
         if rule is None:
-            return [TurnState(*turn, reference.z(turn.projection), None, None) for turn in turns]
+            return [
+                TurnState(*turn, reference.z(turn.projection, number), None, None)
+                for number, turn in enumerate(turns)
+            ]
         states = alarm_states(rule, reference, [turn.projection for turn in turns])
         return [
             TurnState(*turn, state.z, state.alarm, state.raised)
@@ -169,7 +177,7 @@ class PersonaTracker:
             layer=self.axis.layer,
             poles=tuple(self.axis.poles),
             projection=projection,
-            z=None if projection is None else monitor.reference.z(projection),
+            z=None if projection is None else monitor.reference.z(projection, max(len(turns) - 1, 0)),
             tokens=len(answer.ids),
             arm=None if arm is None else arm.name,
             cap=arm.name if arm is not None and arm.caps else None,

@@ -10,7 +10,8 @@ from personatlas.analysis.drift_alarm import (
     ReferenceDistribution,
     alarm_states,
     calibrate_rule,
-    count_false_alarms,
+    false_alarms,
+    first_alarm,
     fit_reference,
 )
 from personatlas.persona.errors import UserError
@@ -26,12 +27,24 @@ def raised(rule, z):
     return [state.raised for state in alarm_states(rule, PLAIN, z)]
 
 
-def test_a_baseline_is_mean_and_spread_of_default_turns():
-    found = fit_reference([1.0, 2.0, 3.0, 4.0])
-    assert (found.mean, found.n) == (2.5, 4)
-    assert found.std == pytest.approx(np.std([1, 2, 3, 4], ddof=1))
-    assert found.z(2.5 - found.std) == pytest.approx(-1)
-    for turns in ([1.0], [2.0, 2.0], [1.0, float("nan")]):
+def scripts_of(conversations, samples=1):
+    return [f"s{number // samples}" for number in range(len(conversations))]
+
+
+def share_of_alarms(rule, reference, conversations):
+    return np.mean([first_alarm(rule, reference, one) is not None for one in conversations])
+
+
+def test_a_reference_has_a_mean_by_turn_and_a_spread_around_them():
+    found = fit_reference([[1.0, 11.0], [2.0, 12.0], [3.0, 13.0]])
+    assert (found.mean, found.n, found.by_turn) == (7.0, 6, (2.0, 12.0))
+    assert found.std == pytest.approx(1.0)  # and not the 5.5 of all turns
+    assert found.z(12.0 - found.std, 1) == pytest.approx(-1)
+    assert found.z(12.0 - found.std, 9) == pytest.approx(-1)  # turns beyond are like the last
+    assert found.z(7.0) == 0
+    late = fit_reference([[1.0, 2.0], [2.0], [3.0], [4.0]])  # one of four says nothing about a second turn
+    assert len(late.by_turn) == 1
+    for turns in ([[1.0]], [[2.0, 2.0]] * 3, [[1.0, float("nan")]] * 3):
         with pytest.raises(UserError, match="give no standard deviation"):
             fit_reference(turns)
 
@@ -67,29 +80,55 @@ def test_a_conversation_watched_turn_by_turn_is_the_same():
 
 @pytest.mark.parametrize("rule", [MOfN(), MOfN(m=1, n=1), Cusum()])
 def test_a_calibrated_rule_keeps_its_rate_on_conversations_that_it_has_not_seen(rule):
-    found = calibrate_rule(rule, reference_conversations(2000), PLAIN, 0.05)
-    seen = count_false_alarms(found, PLAIN, reference_conversations(2000))
-    assert seen.share <= 0.05
-    fresh = count_false_alarms(found, PLAIN, reference_conversations(2000, seed=1))
-    assert 0.03 < fresh.share < 0.07
-    assert fresh.interval[0] < fresh.share < fresh.interval[1]
+    conversations = reference_conversations(2000)
+    found = calibrate_rule(rule, conversations, scripts_of(conversations), PLAIN, 0.05)
+    assert share_of_alarms(found, PLAIN, conversations) <= 0.05
+    assert 0.03 < share_of_alarms(found, PLAIN, reference_conversations(2000, seed=1)) < 0.07
     drifting = (np.array(reference_conversations(200, seed=2)) - np.linspace(0, 4, 8)).tolist()
-    assert count_false_alarms(found, PLAIN, drifting).share > 0.8
+    assert share_of_alarms(found, PLAIN, drifting) > 0.8
+
+
+@pytest.mark.parametrize(("n_scripts", "rate"), [(20, 0.05), (40, 0.05), (50, 0.05), (20, 0.2)])
+def test_the_expected_rate_in_new_scripts_is_at_most_the_one_asked_for(n_scripts, rate):
+    """Scripts differ, and five samples of one are alike: counting samples gave 9.5% at 20 scripts and 7.3% at 40."""
+    generator = np.random.default_rng(0)
+
+    def sample(n):
+        return (generator.normal(0, 1, (n, 1, 1)) + generator.normal(0, 1, (n, 5, 8))).reshape(n * 5, 8)
+
+    highest = np.array([Cusum().highest_statistic(one) for one in sample(80).tolist()])
+    rates = []
+    for _ in range(25):
+        conversations = sample(n_scripts).tolist()
+        scripts = scripts_of(conversations, 5)
+        found = calibrate_rule(Cusum(), conversations, scripts, PLAIN, rate)
+        rates.append((highest > found.limit).mean())
+    assert np.mean(rates) <= rate + 2 * np.std(rates) / 25**0.5
+    assert np.mean(rates) > rate / 4
 
 
 def test_a_lower_limit_would_raise_more_than_the_rate():
     conversations = reference_conversations(200)
     for rule in (MOfN(), Cusum()):
-        found = calibrate_rule(rule, conversations, PLAIN, 0.05)
+        found = calibrate_rule(rule, conversations, scripts_of(conversations), PLAIN, 0.05)
         lower = type(found)(limit=found.limit - 1e-6)
-        assert count_false_alarms(found, PLAIN, conversations).share <= 0.05
-        assert count_false_alarms(lower, PLAIN, conversations).share > 0.05
+        allowed = (0.05 * 201 - 1) / 200
+        assert share_of_alarms(found, PLAIN, conversations) <= allowed
+        assert share_of_alarms(lower, PLAIN, conversations) > allowed
 
 
-def test_too_few_conversations_and_rates_that_cannot_be_are_refused():
-    with pytest.raises(UserError, match="19 reference conversations; an alarm needs 20"):
-        calibrate_rule(Cusum(), reference_conversations(19), PLAIN, 0.05)
+def test_false_alarms_are_counted_by_conversation_and_by_turn():
+    found = false_alarms([None, 3, None, 5], [8, 8, 6, 8], list("abcd"))
+    assert (found.share, found.n) == (0.5, 4)
+    assert found.per_turn == 2 / (8 + 3 + 6 + 5)
+    assert found.interval[0] < 0.5 < found.interval[1]
+
+
+def test_too_few_scripts_and_rates_that_cannot_be_are_refused():
+    conversations = reference_conversations(90)
+    with pytest.raises(UserError, match=r"of 18 scripts; a rate of 0\.05 needs 19"):
+        calibrate_rule(Cusum(), conversations, scripts_of(conversations, 5), PLAIN, 0.05)
     with pytest.raises(UserError, match="outside"):
-        calibrate_rule(Cusum(), reference_conversations(30), PLAIN, 1.5)
+        calibrate_rule(Cusum(), conversations, scripts_of(conversations), PLAIN, 1.5)
     with pytest.raises(UserError, match="no reference conversations"):
-        count_false_alarms(Cusum(), PLAIN, [])
+        false_alarms([], [], [])

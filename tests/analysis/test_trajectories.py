@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from personatlas.analysis.drift_alarm import MOfN, ReferenceDistribution
+from personatlas.analysis.drift_alarm import MOfN, ReferenceDistribution, alarm_states
 from personatlas.analysis.next_message import FOLDS, UserMessage, fold_numbers, predict_from_messages
-from personatlas.analysis.stats import cluster_weights
 from personatlas.analysis.trajectories import alarm_rate, clustered_mean, slope, turn_means
 
 SCRIPTS = [f"s{n // 3}" for n in range(30)]  # ten scripts, three samples each
@@ -16,13 +15,6 @@ def falling(rate=-2.0, turns=8, seed=0):
     draw = np.random.default_rng(seed)
     level = np.repeat(draw.normal(0, 5, 10), 3)[:, None]
     return level + rate * np.arange(turns) + draw.normal(0, 1, (30, turns))
-
-
-def test_a_script_is_drawn_with_all_of_its_samples():
-    weights = cluster_weights(SCRIPTS)
-    assert weights.sum(1).tolist() == [30.0] * len(weights)
-    assert (weights[:, 0] == weights[:, 1]).all()
-    assert weights.mean() == pytest.approx(1, abs=0.02)
 
 
 def test_a_band_is_wide_for_few_scripts_however_many_samples_they_have():
@@ -65,11 +57,13 @@ def test_a_slope_is_the_mean_of_least_squares_slopes_and_chance_is_small_beside_
 
 def test_alarms_are_counted_with_their_first_turn_and_how_long_they_stay_on():
     rule, plain = MOfN(2.0, 1, 1), ReferenceDistribution(0.0, 1.0, 9)
-    found = alarm_rate(rule, plain, [[0.0, -3.0, -3.0], [0.0, 0.0], [-3.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    conversations = [[0.0, -3.0, -3.0], [0.0, 0.0], [-3.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+    states = [alarm_states(rule, plain, one) for one in conversations]
+    found = alarm_rate(states, list("aabb"))
     assert (found.share, found.raised, found.n, found.first) == (0.5, 2, 4, 1.5)
     assert found.on == (0.25, 0.25, pytest.approx(1 / 3))
     assert found.interval[0] < 0.5 < found.interval[1]
-    assert alarm_rate(rule, plain, []).share is None
+    assert alarm_rate([], []).share is None
 
 
 def said(signal, scripts=24, samples=3, seed=0):

@@ -9,7 +9,7 @@ import torch
 from families import tiny_model
 from tiny_axis import axis_of
 
-from personatlas.analysis.drift_alarm import calibrate_rule, count_false_alarms, fit_reference
+from personatlas.analysis.drift_alarm import calibrate_rule, false_alarms, first_alarm, fit_reference
 from personatlas.persona.errors import UserError
 from personatlas.steering.drift_monitor import (
     RULES,
@@ -22,7 +22,7 @@ from personatlas.steering.drift_monitor import (
 )
 
 
-def reference_conversations(axis, scripts=20, samples=2, seed=0):
+def reference_conversations(axis, scripts=40, samples=2, seed=0):
     """Two samples each of so many scripts in two domains, around where the axis begins."""
     draw = np.random.default_rng(seed)
     return [
@@ -39,29 +39,40 @@ def quartiled(axis):
     return replace(axis, levels=levels, default_quantiles=rows, role_quantiles=rows)
 
 
-def test_a_script_is_in_one_half_only_and_both_halves_hold_every_domain():
+def test_scripts_have_an_order_that_only_their_names_make():
     rows = reference_conversations(None)
-    fit, held = ReferenceConversations(tuple(rows), {}).split()
-    assert len(fit) == len(held) == 20
-    assert not {one.script for one in fit} & {one.script for one in held}
-    assert {one.domain for one in fit} == {one.domain for one in held} == {"coding", "writing"}
-    again, _ = ReferenceConversations(tuple(rows[::-1]), {}).split()
-    assert {one.name for one in again} == {one.name for one in fit}
+    scripts = ReferenceConversations(tuple(rows), {}).scripts
+    assert len(scripts) == 40
+    assert ReferenceConversations(tuple(rows[::-1]), {}).scripts == scripts
 
 
 @pytest.mark.parametrize("name", ["cusum", "two_of_three"])
-def test_false_alarms_are_counted_in_conversations_that_did_not_set_the_limit(name):
-    calm = ReferenceConversations(tuple(reference_conversations(None, samples=6)), {})
+def test_false_alarms_are_counted_with_limits_that_other_scripts_set(name):
+    calm = ReferenceConversations(tuple(reference_conversations(None, samples=3)), {})
     monitor = calm.monitor(name, 0.05)
-    fit, held = ([one.projections for one in half] for half in calm.split())
-    baseline = fit_reference([value for one in fit for value in one])
-    assert monitor.reference == baseline
-    assert monitor.rule == calibrate_rule(RULES[name](), fit, baseline, 0.05)
-    assert monitor.false_alarms == count_false_alarms(monitor.rule, baseline, held)
-    told = monitor.describe()["alarm"]
-    assert (told["rule"], told["limit"], told["n"]) == (name, monitor.rule.limit, 60)
+    every = [one.projections for one in calm.conversations]
+    assert monitor.reference == fit_reference(every)
+    scripts = [one.script for one in calm.conversations]
+    assert monitor.rule == calibrate_rule(RULES[name](), every, scripts, monitor.reference, 0.05)
+    assert sorted(script for fold in monitor.folds for script in fold.scripts) == sorted(set(scripts))
+    firsts = []
+    for one in calm.conversations:
+        others = [own for own in calm.conversations if own.script not in fold_of(monitor, one.script).scripts]
+        projections = [own.projections for own in others]
+        reference = fit_reference(projections)
+        rule = calibrate_rule(RULES[name](), projections, [own.script for own in others], reference, 0.05)
+        alarm = monitor.start(one.script)
+        assert (alarm.rule, alarm.reference) == (rule, reference)
+        firsts.append(first_alarm(rule, reference, one.projections))
+    assert monitor.false_alarms == false_alarms(firsts, [8] * len(firsts), scripts)
+    described = monitor.describe()["alarm"]
+    assert (described["rule"], described["limit"], described["n"]) == (name, monitor.rule.limit, 120)
     alarm = monitor.start()
     assert [alarm.update(-100.0).alarm for _ in range(2)] == [name == "cusum", True]
+
+
+def fold_of(monitor, script):
+    return next(fold for fold in monitor.folds if script in fold.scripts)
 
 
 def test_what_was_saved_is_loaded_and_anything_else_is_refused(tmp_path):
@@ -110,8 +121,8 @@ def test_a_monitor_comes_from_what_is_given_else_from_beside_the_axis_else_from_
 
 
 def test_too_few_reference_conversations_and_unknown_rules_are_refused():
-    few = ReferenceConversations(tuple(reference_conversations(None, samples=1)), {})
-    with pytest.raises(UserError, match="20 reference conversations: 10 to calibrate an alarm on and 10"):
+    few = ReferenceConversations(tuple(reference_conversations(None, scripts=20)), {})
+    with pytest.raises(UserError, match=r"of 20 scripts; .* in other scripts 22 are the fewest"):
         few.monitor()
     with pytest.raises(UserError, match="'mean' is not one of cusum, two_of_three"):
         few.monitor("mean")

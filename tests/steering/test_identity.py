@@ -30,7 +30,7 @@ def test_shares_and_differences_count_roles_as_clusters():
     other = measure_identity(arms[1], requests, ["assistant"] * 8 + ["human"] * 4)
     assert one.shares["assistant"] == pytest.approx(1 / 3)
     assert one.distinct == pytest.approx(2 / 3)
-    change, low, high = other.difference(one)
-    assert change == pytest.approx(1 / 3)
-    assert (low, high) == (0, 1)  # one role of three changed whole: any share of it may be drawn
+    change = other.change(one)
+    assert change.value == pytest.approx(1 / 3)
+    assert change.high - change.low > 1.5  # one role of three changed whole, and the others not at all
     assert IdentityShares.from_json(one.to_json()) == one

@@ -31,7 +31,6 @@ from personatlas.training.loop.distributed import all_sum
 from personatlas.training.model.cross_entropy import IGNORED
 from personatlas.training.model.gpt import GPT
 
-DRAWS = 1000
 BATCH_TOKENS = 16384  # padded tokens read at once
 PIECE = 2048  # answers' tokens whose logits are held at once
 MIN_EXAMPLES = 50  # that an evaluation reads, if there are so many
@@ -96,8 +95,8 @@ class HeldOutAnswers:
             part = self._tuned_roles if source == "all" else np.flatnonzero(groups == source)
             questions = [self.examples[number].question for number in part.tolist()]
             tokens = self.encoded.counted[part]
-            loss = float(nats[part].sum() / tokens.sum())
-            low, high = ratio_interval(nats[part], tokens.astype(float), questions, DRAWS) or (None, None)
+            found = ratio_interval(nats[part], tokens.astype(float), questions)
+            loss, low, high = found.value, found.low, found.high
             perplexity, met = math.exp(min(loss, 700.0)), int(self.met[part].sum())
             losses[source] = AnswerLoss(loss, low, high, perplexity, int(tokens.sum()), len(part), met)
         return losses

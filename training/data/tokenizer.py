@@ -214,10 +214,10 @@ def compression(
     table = np.array(list(sizes.values()))  # (documents, 2)
     total = table.sum(0)
     byte_counts, token_counts = table.T.astype(float)
-    ends = ratio_interval(byte_counts, token_counts, range(len(table)), samples=1000)
-    interval = None if ends is None else (round(ends[0], 4), round(ends[1], 4))
-    rate = round(float(total[0] / total[1]), 4)
-    return Compression(len(table), int(total[0]), int(total[1]), rate, interval)
+    found, interval = ratio_interval(byte_counts, token_counts), None
+    if found.low is not None and found.high is not None:
+        interval = (round(found.low, 4), round(found.high, 4))
+    return Compression(len(table), int(total[0]), int(total[1]), round(found.value, 4), interval)
 
 
 def chunked(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from personatlas.analysis.stats import LEVEL_TAILS, percentile_interval, resample, wilson_interval
+from personatlas.analysis.stats import percentile_interval, resample, wilson_interval
 from personatlas.persona.artifacts import digest
 from personatlas.persona.errors import UserError
 from personatlas.persona.formats import NotUsable, Placed, find_column, read_table, row_messages
@@ -133,7 +133,7 @@ def _bootstrap(
     names = ("auc", "kappa", "brier", "calibration_error")
     for name, value, column in zip(names, figures(np.ones(len(y))), draws.T, strict=True):
         finite = column[np.isfinite(column)]
-        low, high = percentile_interval(finite, LEVEL_TAILS) if len(finite) else (None, None)
+        low, high = percentile_interval(finite) if len(finite) else (None, None)
         estimates[name] = Estimate(value if np.isfinite(value) else None, low, high)
     return estimates
 

@@ -7,9 +7,8 @@ of a text scored whole over its words or bytes. With S samples and N counts in a
 mean is its sum * S / N, so changes are changes of `mean`, the sum of all over N (in nats a word or byte for
 perplexities, whose `value` is an exponential), and samples are their own clusters.
 
-`p` is of McNemar's exact test where parts are 0 or 1, else of random sign flips, adjusted (Holm) over tasks,
-metrics and arms in `p_holm`; `tost_p` is of two one-sided tests against the margin; `smallest` is the change
-that so many samples show with a power of 80%. Where no sample of a metric between 0 and 1 differs there is no
+Interval, `p`, `tost_p` (two one-sided tests against the margin) and `smallest` (the change that such samples
+show with a power of 80%) are those of `paired_change`; `p_holm` is adjusted over tasks, metrics and arms. Where no sample of a metric between 0 and 1 differs there is no
 scatter to go by: with a share d of samples that differ, n samples show none with probability (1 - d)^n, which
 at d = margin is `tost_p`, and at 5% gives the interval and `smallest`.
 """
@@ -22,12 +21,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from personatlas.analysis.stats import cluster_bootstrap, equivalence_p, holm, paired_change, zero_count_bound
+from personatlas.analysis.stats import holm, paired_change, zero_count_bound
 from personatlas.persona.errors import UserError
 from personatlas.persona.records import JsonRecord
 
 SampleOutcome = tuple[float, float]  # sum, count
-FLIPS = 10_000
 
 
 @dataclass(frozen=True)
@@ -200,32 +198,16 @@ def _with_change(
     row: MetricValue, before: NDArray[np.float64], after: NDArray[np.float64], margin: float, is_share: bool
 ) -> MetricValue:
     n = len(after)
-    if is_share and (after == before).all():
-        least = zero_count_bound(n)
-        interval = (-least, least)
-        return replace(
-            row, change=0.0, interval=interval, p=1.0, tost_p=float((1 - margin) ** n), smallest=least
-        )
     samples = [str(index) for index in range(n)]
-    found, change = paired_change(before.tolist(), after.tolist(), samples, samples), after - before
-    draws = cluster_bootstrap(change, samples, samples)
+    found = paired_change(before.tolist(), after.tolist(), samples, samples, margin)
+    if is_share and (after == before).all():
+        bound = zero_count_bound(n)
+        found = replace(found, low=-bound, high=bound, p=1.0, no_loss=(1 - margin) ** n, smallest=bound)
     return replace(
         row,
         change=found.value,
         interval=(found.low, found.high),
-        p=flip_p(change) if found.p != found.p else found.p,
-        tost_p=equivalence_p(draws, found.value, margin, n),
+        p=found.p,
+        tost_p=found.no_loss,
         smallest=found.smallest,
     )
-
-
-def flip_p(change: NDArray[np.float64], seed: int = 0) -> float:
-    """Two-sided p that the mean of changes (S,) is 0, when each might as well have had the other sign."""
-    differing = change[change != 0]
-    if not len(differing):
-        return 1.0
-    generator, observed, reached = np.random.default_rng(seed), abs(differing.sum()) * (1 - 1e-12), 0
-    for _ in range(FLIPS // 500):
-        signs = generator.integers(0, 2, (500, len(differing))) * 2 - 1
-        reached += int((abs(signs @ differing) >= observed).sum())
-    return (reached + 1) / (FLIPS + 1)

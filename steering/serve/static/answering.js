@@ -19,6 +19,7 @@ export const requestOf = (model, messages, answer, sampling) => ({
 export const stream = async (conversation, turn, answer, side, { axis, sampling, signal, changed }) => {
   const { messages, answers } = historyOf(conversation, side, conversation.turns.indexOf(turn));
   if (turn.user !== null) messages.push({ role: "user", content: turn.user });
+  answer.turn = answers.size; // of the answers that this side has read
   answers.set(messages.length, answer);
   answer.live = true;
   answer.problem = null;
@@ -38,7 +39,7 @@ export const stream = async (conversation, turn, answer, side, { axis, sampling,
   } finally {
     answer.live = false;
     answer.projection ??= runningMean(answer.tokens); // stopped before the server sent its persona object
-    answer.z ??= zOf(axis, answer.projection);
+    answer.z ??= zOf(axis, answer.projection, answer.turn);
     answer.acted ||= answer.tokens.some((token) => token.fired > 0);
     changed(answer);
   }

@@ -4,7 +4,7 @@
 //   chart.draw(trajectories(conversation), axis, floor);
 
 import { el, fixed, hideTip, percent, showTip, signed, svg } from "./dom.js";
-import { CAPPED } from "./conversation.js";
+import { CAPPED, meanAt } from "./conversation.js";
 
 const BAND = 2; // spreads on either side of the baseline's mean
 const MIN_TURNS = 6; // answers that an empty chart has room for
@@ -44,8 +44,10 @@ export const newChart = (box, { onpick }) => {
 // What the y axis spans: the band, most answers under roles and of the default, and every point.
 const domain = ({ series, axis, floor }) => {
   const values = series.flatMap((one) => one.points.map((point) => point.value));
-  const { mean, spread } = axis.baseline ?? {};
-  if (Number.isFinite(mean)) values.push(mean - BAND * spread, mean + BAND * spread);
+  if (axis.baseline) {
+    const { mean, spread, by_turn: byTurn } = axis.baseline;
+    for (const one of byTurn?.length ? byTurn : [mean]) values.push(one - BAND * spread, one + BAND * spread);
+  }
   for (const name of ["roles", "default"]) if (hasQuantiles(axis, name)) values.push(quantileAt(axis, name, 0.05), quantileAt(axis, name, 0.95));
   let [low, high] = [Math.min(...values), Math.max(...values)];
   if (!Number.isFinite(low)) [low, high] = [-1, 1];
@@ -91,7 +93,7 @@ const picture = (box, drawn, onpick) => {
     "aria-label": "Projection of each answer; the arrow keys go from answer to answer, Enter to its text",
   });
   root.append(...grid(axis, { left, right, top, bottom, low, high, y, x, turns }));
-  if (axis.baseline) root.append(...band(axis.baseline, left, right, y));
+  if (axis.baseline) root.append(...band(axis.baseline, { left, right, x, y, turns }));
   if (floor !== null) root.append(...floorLine(floor, series, { left, right, bottom, y, x, low, high }));
   if (strips) root.append(...reference(axis, right, bottom, y));
   for (const one of series) root.append(...alarmBars(one, x, bottom, (right - left) / turns));
@@ -121,16 +123,17 @@ const grid = (axis, { left, right, top, bottom, low, high, y, x, turns }) => {
   ];
 };
 
-const band = ({ mean, spread }, left, right, y) => [
-  svg("rect", {
-    class: "band",
-    x: left,
-    width: right - left,
-    y: y(mean + BAND * spread),
-    height: y(mean - BAND * spread) - y(mean + BAND * spread),
-  }),
-  svg("line", { class: "mean", x1: left, x2: right, y1: y(mean), y2: y(mean) }),
-];
+// The band follows the baseline's mean from answer to answer.
+const band = (baseline, { left, right, x, y, turns }) => {
+  const places = [...Array(turns).keys()].map((turn) => [x(turn), meanAt(baseline, turn)]);
+  const all = [[left, meanAt(baseline, 0)], ...places, [right, meanAt(baseline, turns - 1)]];
+  const edge = (shift) => all.map(([px, mean]) => `${px},${y(mean + shift)}`);
+  const reach = BAND * baseline.spread;
+  return [
+    svg("polygon", { class: "band", points: [...edge(reach), ...edge(-reach).reverse()].join(" ") }),
+    svg("polyline", { class: "mean", points: edge(0).join(" "), fill: "none" }),
+  ];
+};
 
 const floorLine = (floor, series, { left, right, bottom, y, x, low, high }) => {
   if (floor < low || floor > high)

@@ -89,4 +89,9 @@ export const runningMean = (tokens) => {
   return values.length ? values.reduce((sum, value) => sum + value, 0) / values.length : null;
 };
 
-export const zOf = ({ baseline }, value) => (baseline && value !== null ? (value - baseline.mean) / baseline.spread : null);
+// The baseline's mean at an answer (from 0) of a conversation: reference conversations do not stay where they begin.
+export const meanAt = ({ mean, by_turn: byTurn }, turn) =>
+  byTurn?.length && turn !== null && turn >= 0 ? byTurn[Math.min(turn, byTurn.length - 1)] : mean;
+
+export const zOf = ({ baseline }, value, turn) =>
+  baseline && value !== null ? (value - meanAt(baseline, turn)) / baseline.spread : null;

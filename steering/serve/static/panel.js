@@ -29,7 +29,7 @@ const explanation = ({ layer, poles, model, baseline, alarm }) =>
   (baseline
     ? ` The band is where ${baseline.of} lie (mean ± 2 spreads); z counts spreads from their mean, so an answer far below zero has left the model’s default character.`
     : "") +
-  (alarm ? ` The alarm is raised in ${percent(alarm.false_alarms)} of reference conversations.` : " No alarm is calibrated on this server.");
+  (alarm ? ` The alarm is raised in ${percent(alarm.false_alarms)} of reference conversations${alarm.per_turn ? `, once in ${Math.round(1 / alarm.per_turn)} answers` : ""}.` : " No alarm is calibrated on this server.");
 
 const floorOf = (conversation, axis, arm) => {
   if (arm) return axis.arms[arm]?.floor ?? null;
@@ -79,8 +79,8 @@ const stateOn = (conversation, axis, side) => {
 const shortState = (conversation, axis) => {
   const lasts = sidesOf(conversation).map((side) => answersOn(conversation, side).at(-1));
   if (!lasts.every(Boolean)) return "";
-  const values = lasts.map((last) => {
-    const z = zOf(axis, last.live ? runningMean(last.tokens) : last.projection);
+  const values = lasts.map((last, side) => {
+    const z = zOf(axis, last.live ? runningMean(last.tokens) : last.projection, answersOn(conversation, side).length - 1);
     return z === null ? "–" : signed(z);
   });
   return `z ${values.join(", steered ")}${lasts[0].alarm ? ", drifting" : ""}`;
@@ -102,13 +102,13 @@ const legend = (conversation, axis, arm, floor) => {
 const readouts = (conversation, axis, arm) => {
   const sides = sidesOf(conversation);
   const lasts = sides.map((side) => answersOn(conversation, side).at(-1));
-  const value = (show) => lasts.map((last) => el("td", {}, last ? show(last) : "–"));
+  const value = (show) => lasts.map((last, side) => el("td", {}, last ? show(last, side) : "–"));
   const place = (last) => (last.live ? runningMean(last.tokens) : last.projection);
-  const z = (last) => zOf(axis, place(last));
+  const z = (last, side) => zOf(axis, place(last), answersOn(conversation, side).length - 1);
   const capped = lasts.some((last) => last?.acted) || arm !== null;
   const rows = [
     ["Projection", (last) => fixed(place(last))],
-    ["z", (last) => (z(last) === null ? "–" : signed(z(last)))],
+    ["z", (last, side) => (z(last, side) === null ? "–" : signed(z(last, side)))],
     ...(capped
       ? [
           ["Floor", (last) => fixed(last.floor ?? (last.live && last.arm ? axis.arms[last.arm]?.floor : null))],

@@ -54,7 +54,7 @@ const describeToken = (box, span, layersOf, scale) => {
   const place = [...box.children].indexOf(span);
   const token = box.answer?.tokens[place];
   if (!token) return null;
-  const z = zOf(scale.axis, token.projection);
+  const z = zOf(scale.axis, token.projection, box.answer.turn ?? null);
   const lines = [
     token.projection === null
       ? "not measured: the answer was cut here"

@@ -97,14 +97,17 @@ class ChatRenderer:
     def tokens(self, answer: ChatAnswer) -> None:
         """Writes an answer's tokens, coloured by projection, underlined where the arm changed them."""
         tokens = (answer.persona.per_token if answer.persona is not None else None) or ()
-        reference = self.tracker.monitor.reference
+        reference, turn = (
+            self.tracker.monitor.reference,
+            len(answer.persona.turns) - 1 if answer.persona else None,
+        )
         positive, negative = self.tracker.axis.poles
         if not any(token.projection is not None for token in tokens):
             self.line("the projections of this answer's tokens are not known (it was loaded, or empty)")
         elif self.out.is_terminal:
             text = Text()
             for token in tokens:
-                style = "dim" if token.projection is None else _colour(reference.z(token.projection))
+                style = "dim" if token.projection is None else _colour(reference.z(token.projection, turn))
                 text.append(clean(token.text), style + (" underline" if token.fired else ""))
             self.out.print(text)
             scale = Text.assemble(
@@ -118,7 +121,7 @@ class ChatRenderer:
             self.line("projection\tz\tlayers changed\ttoken")
             for token in tokens:
                 value = token.projection
-                numbers = "\t" if value is None else f"{value:.2f}\t{reference.z(value):+.2f}"
+                numbers = "\t" if value is None else f"{value:.2f}\t{reference.z(value, turn):+.2f}"
                 self.line(f"{numbers}\t{token.fired}\t{clean(token.text)!r}")
 
 

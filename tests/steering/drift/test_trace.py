@@ -108,7 +108,7 @@ def test_the_command_says_z_of_every_turn_and_alarms_only_where_they_are_calibra
         assert 0 <= content["alarm"]["interval"][0] <= content["alarm"]["false_alarms"] <= 0.5
         assert all(isinstance(turn["alarm"], bool) for turn in content["conversations"][0]["turns"])
     main(told(tiny_run, files, "--reference", str(files / "reference.jsonl")))
-    assert "of 24 reference conversations that it was not calibrated on" in " ".join(
+    assert "of 48 reference conversations, each with a limit that other scripts set" in " ".join(
         capsys.readouterr().out.split()
     )
 
