@@ -22,7 +22,7 @@ from scipy.stats import t
 
 from personatlas.analysis.fit.geometry import components, components_for_shares, cosine, turned_toward
 from personatlas.analysis.fit.result import TraitProjection, TraitResult
-from personatlas.analysis.stats import TAILS, Array
+from personatlas.analysis.stats import TAILS, Array, Interval
 from personatlas.persona.axis import Axis
 from personatlas.persona.errors import UserError
 from personatlas.persona.pipeline.activations import Activations
@@ -144,7 +144,9 @@ def _with_intervals(
         differences = np.array(
             [np.subtract(*(x[side & (question == own)].mean(0) for side in sides)) for own in common]
         )
-        with_intervals.append(replace(row, **_corrected_cosine(differences, unit)))
+        if (corrected := _corrected_cosine(differences, unit)) is not None:
+            row = replace(row, cosine=corrected.value, low=corrected.low, high=corrected.high)
+        with_intervals.append(row)
         positive, negative = (x[side] @ unit for side in sides)
         both, count = np.concatenate([positive, negative]), len(positive)
         generator = np.random.default_rng([seed, 11, number])
@@ -153,14 +155,14 @@ def _with_intervals(
     return with_intervals, min(float(np.quantile(np.abs(np.concatenate(shuffled)), 0.95)), 1.0)
 
 
-def _corrected_cosine(differences: Array, unit: Array) -> dict[str, float]:
-    """The cosine of a mean difference (Q, D) with the axis without the noise in its norm, and its interval.
+def _corrected_cosine(differences: Array, unit: Array) -> Interval | None:
+    """The cosine of a mean difference (Q, D) with the axis without the noise in its norm, with its interval.
 
-    Empty where questions are too few, or noise is all that the norm can be told to hold.
+    None where questions are too few, or noise is all that the norm can be told to hold.
     """
     n = len(differences)
     if n < 3:
-        return {}
+        return None
     along, products = differences @ unit, differences @ differences.T
 
     def cosine_without(left_out: int | None) -> float:
@@ -171,10 +173,8 @@ def _corrected_cosine(differences: Array, unit: Array) -> dict[str, float]:
 
     value, *others = np.arctanh(np.clip([cosine_without(one) for one in (None, *range(n))], -0.999, 0.999))
     if not np.isfinite([value, *others]).all():
-        return {}
+        return None
     error = float(np.sqrt((n - 1) / n * np.square(others - np.mean(others)).sum()))
     reach = float(t.ppf(TAILS[1], n - 1)) * error
-    return {
-        name: float(np.tanh(end))
-        for name, end in {"cosine": value, "low": value - reach, "high": value + reach}.items()
-    }
+    low, high = np.tanh([value - reach, value + reach]).tolist()
+    return Interval(float(np.tanh(value)), low, high, n)

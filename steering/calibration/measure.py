@@ -64,7 +64,8 @@ class Measurements:
             for answers in run_arms(self.model, requests, missing, self.sampling, advance):
                 row = {**measure_identity(answers, requests).to_json(), "texts": list(answers.texts)}
                 self.cache.add([{"key": keys[answers.name], "half": half, **row}])
-        return {name: IdentityShares.from_json(self.cache[keys[name]] | {"arm": name}) for name in arms}
+        own = {"keys": [request.key for request in requests]}  # not in rows of earlier versions
+        return {name: IdentityShares.from_json(self.cache[keys[name]] | own | {"arm": name}) for name in arms}
 
     def answers(self, interventions: Interventions, half: str) -> list[str]:
         """The answers that `identity` measured."""

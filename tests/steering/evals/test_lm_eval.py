@@ -10,6 +10,7 @@ import torch
 from families import save_tiny, tiny_model
 from tiny_axis import axis_of
 
+from personatlas.analysis.stats import paired_change
 from personatlas.cli.app import main
 from personatlas.persona.errors import UserError
 from personatlas.persona.logs import read_lines
@@ -21,7 +22,6 @@ from personatlas.steering.evals.harnesses.lm_eval_result import (
     TaskMetric,
     TaskResult,
     compare_arms,
-    flip_p,
     sample_outcome,
 )
 from personatlas.steering.evals.harnesses.lm_eval_run import compare_tasks
@@ -315,7 +315,12 @@ def test_changes_are_paired_over_samples_and_adjusted_over_metrics():
     metrics = compare_arms({"t": task}, "plain", {"t": outcomes}, 0.02)["t"].metrics
     capped = metrics["acc"].arms["capped"]
     assert capped.change == pytest.approx(-0.45)
-    assert capped.p == capped.p_holm == pytest.approx(2 * 0.5**9)
+    assert (
+        capped.p
+        == capped.p_holm
+        == pytest.approx(paired_change(before, after, list(range(20)), list(range(20))).p)
+    )
+    assert 1e-4 < capped.p < 0.01  # McNemar's is 0.004
     assert capped.tost_p > 0.99
     assert metrics["f1"].arms["capped"].mean is None
     assert sample_outcome([True, False, True]) == (2.0, 3.0)
@@ -328,14 +333,6 @@ def test_samples_that_never_differ_prove_no_more_than_their_number():
     capped = compare_arms({"t": task}, "plain", {"t": outcomes}, 0.02)["t"].metrics["acc"].arms["capped"]
     assert (capped.p, capped.tost_p) == (1.0, pytest.approx(0.98**3))
     assert capped.interval == pytest.approx((-0.632, 0.632), abs=1e-3)
-
-
-def test_sign_flips_find_a_shift_and_none_where_there_is_none():
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(60, generator=generator).double().numpy()
-    assert flip_p(noise - noise.mean()) > 0.9
-    assert flip_p(noise + 1.0) < 1e-3
-    assert flip_p(noise * 0) == 1.0
 
 
 def told(place, *more, tasks="tiny_choice"):
