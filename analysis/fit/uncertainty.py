@@ -174,9 +174,10 @@ def pc1_agreement(x: Array, groups: Groups, generator: Generator, replicates: in
         while (drawn == drawn[0]).all():  # a single role has no directions; of three, one draw in nine
             drawn = resample(groups.n_roles, for_roles)
         weight = np.bincount(drawn, minlength=groups.n_roles).astype(float)
-        component, replicate = first_component(means, weight)[0], direction(means, weight)
+        weight *= present[1:]
+        component, replicate = first_component(resampled, weight)[0], direction(resampled, weight)
         by_roles.append(cosine(component, replicate))
-        shares.append(_axis_share(means, replicate, component, weight))
+        shares.append(_axis_share(resampled, replicate, component, weight))
         n_swapped += abs(cosine(component, pc1)) < np.sqrt(0.5)
     value, n_questions = cosine(pc1, axis), max(groups.n_questions, 2)
     share = _axis_share(means, axis, pc1, np.ones(groups.n_roles))
