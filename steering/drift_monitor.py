@@ -140,7 +140,7 @@ class ReferenceConversations:
         fewest = math.ceil(needed * FOLDS / (FOLDS - 1))
         if n < fewest:
             raise UserError(
-                f"reference conversations of {n} scripts; to set an alarm's limit at a rate of {rate:g} and to "
+                f"reference conversations of {n} script{'s' * (n != 1)}; to set an alarm's limit at a rate of {rate:g} and to "
                 f"count its false alarms in other scripts {fewest} are the fewest"
             )
 

@@ -201,12 +201,12 @@ def _corrected_interval(
     value: float, draws: Sequence[float], n: int, scale: Callable[..., Array], back: Callable[..., Array]
 ) -> Interval:
     """Value less the bootstrap's bias ± t × the bootstrap's standard error, on a scale without bounds; n units
-    were resampled."""
+    were resampled. It holds the value itself, which the bias may put beyond an end."""
     # a cosine that rounds to 1 has no place on the scale
     estimate, *drawn = scale(np.clip([value, *draws], -1 + 1e-9 if scale is np.arctanh else 1e-9, 1 - 1e-9))
     centre, reach = 2 * estimate - np.mean(drawn), t.ppf(TAILS[1], n - 1) * np.std(drawn, ddof=1)
     low, high = back(np.array([centre - reach, centre + reach])).tolist()
-    return Interval(value, low, high, len(drawn))
+    return Interval(value, min(low, value), max(high, value), len(drawn))
 
 
 def shuffled_null(x: Array, groups: Groups, generator: Generator, replicates: int = 100) -> ShuffledNull:

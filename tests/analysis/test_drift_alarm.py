@@ -104,7 +104,7 @@ def test_the_expected_rate_in_new_scripts_is_at_most_the_one_asked_for(n_scripts
         found = calibrate_rule(Cusum(), conversations, scripts, PLAIN, rate)
         rates.append((highest > found.limit).mean())
     assert np.mean(rates) <= rate + 2 * np.std(rates) / 25**0.5
-    assert np.mean(rates) > rate / 4
+    assert np.mean(rates) > rate / 8
 
 
 def test_a_lower_limit_would_raise_more_than_the_rate():

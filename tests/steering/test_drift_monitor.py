@@ -116,6 +116,7 @@ def test_a_monitor_comes_from_what_is_given_else_from_beside_the_axis_else_from_
         assert beside.population == "reference conversations"
         assert beside == load_monitor(replace(axis, stem=None), tmp_path / name)
         (tmp_path / name).unlink()
+    (tmp_path / "chats.jsonl").write_text("{}")
     with pytest.raises(UserError, match=r"is no reference\.json"):
         load_monitor(axis, tmp_path / "chats.jsonl")
 

@@ -63,7 +63,7 @@ def monitor(limit, mean=0.0):
         "tests",
         "two_of_three",
         MOfN(limit, 1, 1),
-        FalseAlarms(0.0, (0.0, 0.1), 20),
+        FalseAlarms(0.0, (0.0, 0.1), 20, 0.0),
     )
 
 

@@ -99,12 +99,14 @@ def test_the_command_says_z_of_every_turn_and_alarms_only_where_they_are_calibra
     assert all("alarm" not in turn for turn in one["turns"])
     assert len(one["projection"]) == len(one["ids"])
     baseline = content["baseline"]
-    for turn in one["turns"]:
-        assert turn["z"] == pytest.approx((turn["projection"] - baseline["mean"]) / baseline["spread"])
+    means = baseline["by_turn"] or [baseline["mean"]]
+    for number, turn in enumerate(one["turns"]):
+        mean = means[min(number, len(means) - 1)]
+        assert turn["z"] == pytest.approx((turn["projection"] - mean) / baseline["spread"])
     for rule in ("cusum", "two_of_three"):
         main(told(tiny_run, files, "--reference", str(files / "reference.jsonl"), "--rule", rule, "--json"))
         content = json.loads(capsys.readouterr().out)
-        assert content["alarm"]["n"] == 24
+        assert content["alarm"]["n"] == 48
         assert 0 <= content["alarm"]["interval"][0] <= content["alarm"]["false_alarms"] <= 0.5
         assert all(isinstance(turn["alarm"], bool) for turn in content["conversations"][0]["turns"])
     main(told(tiny_run, files, "--reference", str(files / "reference.jsonl")))
@@ -115,7 +117,7 @@ def test_the_command_says_z_of_every_turn_and_alarms_only_where_they_are_calibra
 
 def test_what_cannot_be_traced_is_refused_in_one_line(tiny_run, files, capsys):
     (files / "few.jsonl").write_text(json.dumps(chat("Hi.", "Ho.")) + "\n")
-    assert "1 reference conversations: 1 to calibrate" in refused(
+    assert "reference conversations of 1 script" in refused(
         capsys, told(tiny_run, files, "--reference", str(files / "few.jsonl"))
     )
     assert "outside 0..1" in refused(capsys, told(tiny_run, files, "--false-alarms", "2"))
@@ -134,7 +136,7 @@ def test_a_reference_json_beside_the_axis_is_found_and_one_of_another_axis_is_re
     asked[asked.index("--axis") + 1] = str(run)
     main(asked)
     beside = json.loads(capsys.readouterr().out)
-    assert (beside["alarm"]["n"], beside["baseline"]["of"]) == (20, "reference conversations")
+    assert (beside["alarm"]["n"], beside["baseline"]["of"]) == (80, "reference conversations")
     main([*told(tiny_run, files, "--reference", str(run / "reference.json")), "--json"])
     assert json.loads(capsys.readouterr().out) == beside
     other = replace(axis, vectors=-axis.vectors)
