@@ -69,7 +69,7 @@ def fit_reference(conversations: Sequence[Sequence[float]]) -> ReferenceDistribu
     std = float(np.sqrt(np.square(around).sum() / degrees)) if degrees > 0 else 0.0
     if not np.isfinite(values).all() or not std > 0:
         raise UserError(
-            f"{len(values)} reference turns give no standard deviation; more conversations that differ are needed"
+            f"{len(values)} reference turns give no standard deviation; more that differ are needed"
         )
     return ReferenceDistribution(float(values.mean()), std, len(values), by_turn)
 
@@ -212,7 +212,7 @@ def false_alarms(firsts: Sequence[int | None], lengths: Sequence[int], scripts: 
 
 
 def fewest_scripts(rate: float) -> int:
-    """Returns the fewest scripts whose limit can be shown to raise at most a share `rate` of conversations."""
+    """Returns the fewest scripts that can set a limit for a share `rate` of conversations."""
     return int(np.ceil(1 / rate - 1e-9)) - 1
 
 
@@ -223,7 +223,7 @@ def calibrate_rule(
     reference: ReferenceDistribution,
     rate: float,
 ) -> Rule:
-    """Returns the rule with the lowest limit that raises at most a share `rate` of conversations of new scripts.
+    """Returns the rule with the lowest limit for a share `rate` of conversations of new scripts.
 
     Raises `UserError` for a rate outside (0, 1), or fewer than 1 / rate - 1 scripts.
     """

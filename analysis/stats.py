@@ -132,7 +132,8 @@ def share_interval(outcomes: Array, *clusterings: Labels) -> tuple[float, float]
     """Returns the interval of the share of outcomes (N,), 0 or 1: Wilson's, on N over the design effect.
 
     The design effect is the clustered variance over the binomial one, at least 1. Where all outcomes are
-    alike it cannot be seen, and the number of clusters (of the finer clustering) counts instead of N. Raises ValueError for N = 0.
+    alike it cannot be seen, and the number of clusters (of the finer clustering) counts instead of N. Raises
+    ValueError for N = 0.
     """
     n = len(outcomes)
     if not n:
@@ -227,17 +228,12 @@ def paired_change(
     if error is None:
         nan = float("nan")
         return Change(value, nan, nan, nan, nan, n, clusters, None if margin is None else 1.0, margin)
-    p, no_loss = _t_p(centre, error), None
+    p, no_loss = min(2 * _tail_p(abs(centre), error), 1.0), None
     if margin is not None:
         no_loss = max(_tail_p(centre + margin, error), _tail_p(margin - centre, error))
     smallest = float(stats.t.ppf(TAILS[1], error.df) + stats.t.ppf(POWER, error.df)) * error.value
     low, high = centre - error.margin, centre + error.margin
     return Change(value, low, high, p, smallest, n, clusters, no_loss, margin)
-
-
-def _t_p(value: float, error: StandardError) -> float:
-    """Two-sided p of a mean of 0."""
-    return min(2 * _tail_p(abs(value), error), 1.0)
 
 
 def _tail_p(value: float, error: StandardError) -> float:

@@ -155,26 +155,23 @@ def _fit_recorded(
     trait_result, trait_problem = _fit_traits(folder, traits, fit.axis, options)
     names = ("axis", "space") if trait_result is None else ("axis", "space", "traits")
     projections = {role.role: role.projection for role in fit.result.roles}
-    is_judged = any(rollout.score is not None for rollout in rollouts)
+    role_play = None
+    if judged := [rollout for rollout in rollouts if rollout.score is not None]:
+        shows = np.array([rollout.score in (2, 3) for rollout in judged], dtype=float)
+        clusters = [rollout.role for rollout in judged], [rollout.question for rollout in judged]
+        role_play = RolePlay(float(shows.mean()), len(judged), share_interval(shows, *clusters))
     result = replace(
         fit.result,
         options=asked,
         artefacts={name: digest(folder / f"{name}.safetensors") for name in names},
         dropped=DroppedRollouts.from_json(dropped.to_json()),
-        role_play=_role_play(rollouts) if is_judged else None,
+        role_play=role_play,
         traits=trait_result,
         trait_problem=trait_problem,
         comparison=None if options.compare is None else compare_axes(fit.axis, projections, options.compare),
     )
     write_json(folder / "fit.json", result.to_json())
     return result
-
-
-def _role_play(rollouts: Sequence[Rollout]) -> RolePlay:
-    judged = [rollout for rollout in rollouts if rollout.score is not None]
-    shows = np.array([rollout.score in (2, 3) for rollout in judged], dtype=float)
-    clusters = [rollout.role for rollout in judged], [rollout.question for rollout in judged]
-    return RolePlay(float(shows.mean()), len(judged), share_interval(shows, *clusters))
 
 
 def _stored_fit(folder: Path, asked: JsonObject) -> FitResult | None:

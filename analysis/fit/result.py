@@ -62,8 +62,8 @@ class LayerFit(JsonRecord):
     PC1's share of the variance between roles. cos(PC1, axis) has an interval over resampled questions and one
     over resampled roles; `angle_resampled` is the median angle (degrees) between the axis and those of
     resampled questions. `axis_share` is the roles' variance along the axis over that along PC1, and `swapped`
-    the share of resampled roles whose PC1 is another component. The split cosines are between the axes of two halves of the answers, of the roles,
-    and of the questions.
+    the share of resampled roles whose PC1 is another component. The split cosines are between the axes of two
+    halves of the answers, of the roles, and of the questions.
     """
 
     layer: int
