@@ -6,7 +6,7 @@ from pathlib import Path
 from personatlas.cli.output import count_of, print_line, print_path, print_table, print_warning, with_interval
 from personatlas.steering.evals.harnesses.inspect_compare import InspectComparison
 from personatlas.steering.evals.harnesses.lm_eval_result import LmEvalResult, TaskMetric, TaskResult
-from personatlas.steering.evals.result import EvalResult, Outcome, SuiteResult
+from personatlas.steering.evals.result import EvalResult, Outcome
 
 SIGNIFICANT = 0.05  # of an adjusted p
 
@@ -17,7 +17,11 @@ def print_evaluation(result: EvalResult, folder: Path) -> None:
     for name, suite in result.suites.items():
         roles = f"{suite.roles} roles, " if suite.roles > 1 else ""
         title = f"{name}: {count_of(suite.n, 'case')}, {roles}{count_of(suite.requests, 'request')}"
-        print_table(["", *arms], _suite_rows(suite, arms), title=title)
+        rows = [row for own, outcome in suite.outcomes.items() for row in _outcome_rows(own, outcome, arms)]
+        projections = [suite.arms[arm].projection for arm in arms]
+        rows.append(["projection", *("" if value is None else f"{value:.1f}" for value in projections)])
+        rows.append(["fired", *(f"{suite.arms[arm].fired:.0%}" for arm in arms)])
+        print_table(["", *arms], rows, title=title)
     print_table(["", *arms], _cost_rows(result, arms), title="cost")
     if result.capability.tasks is not None:
         _print_tasks(result.capability.tasks.tasks, arms)
@@ -28,14 +32,6 @@ def print_evaluation(result: EvalResult, folder: Path) -> None:
         print_warning(warning)
     print_path("every answer", folder / "eval.json")
     print_path("page", folder / "eval.html")
-
-
-def _suite_rows(suite: SuiteResult, arms: Sequence[str]) -> list[list[str]]:
-    rows = [row for name, outcome in suite.outcomes.items() for row in _outcome_rows(name, outcome, arms)]
-    projections = [suite.arms[arm].projection for arm in arms]
-    rows.append(["projection", *("" if value is None else f"{value:.1f}" for value in projections)])
-    rows.append(["fired", *(f"{suite.arms[arm].fired:.0%}" for arm in arms)])
-    return rows
 
 
 def _outcome_rows(name: str, outcome: Outcome, arms: Sequence[str]) -> list[list[str]]:
