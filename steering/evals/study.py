@@ -19,7 +19,7 @@ from personatlas.persona.interventions import BASELINE, Cap, Interventions
 from personatlas.persona.models.load import Model
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.pipeline.run_context import local_device
-from personatlas.persona.progress import progress
+from personatlas.persona.progress import progress, say
 from personatlas.persona.records import JsonObject, json_object
 from personatlas.persona.roles.bank import Bank, load_bank
 from personatlas.persona.rollout import Rollout, spread
@@ -125,11 +125,19 @@ def _check(
     unknown = sorted(set(options.tag or ()) - tags)
     if unknown:
         raise UserError(f"--tag {unknown[0]!r} is not one of {', '.join(sorted(tags))}")
+    if options.prompts > (most := max(len(role.prompts) for role in bank.roles if not role.is_default)):
+        raise UserError(
+            f"--prompts {options.prompts}: this bank has {most} prompts a role; give that or fewer"
+        )
     if options.text is not None:
         read_head(options.text, options.text_bytes)
     if options.judge.startswith("http") and not get_world().rank:
         # a dead endpoint is met now, not after all is answered
-        list(judge.harm_verdicts([("Say hello.", "Hello.")]))
+        for _, verdict in judge.harm_verdicts([("Say hello.", "Hello.")]):
+            if verdict.problem is not None and verdict.problem not in ("unparsable", "refused"):
+                raise UserError(
+                    f"the judge {judge.id} gives no score: {verdict.problem}: {verdict.reply[:160]}"
+                )
     if options.tasks:
         require_lm_eval()
         parse_task_data(options.data or [])
@@ -147,6 +155,12 @@ def _prepare(
     name = run.as_recorded(model).name
     inputs = SuiteInputs(options, bank, tuple(roles), name)
     prepared = [fit_to_context(bench, suite) for whole in selected for suite in whole.prepare(inputs)]
+    if not bench.world.rank:
+        sizes = [("roles", len(roles))] if roles else []
+        sizes += [("answers" if own.name == "benign" else "pairs", len(own.cases)) for own, _ in prepared]
+        for option, n in sizes:
+            if getattr(EvalOptions, option) != (wanted := getattr(options, option)) and wanted > n:
+                say(f"--{'limit' if option == 'pairs' else option} {wanted}: there are {n}, and all are used")
     known, sampling = versions(), {name: getattr(options, name) for name in ("temperature", "top_p", "seed")}
     engine = {"device": model.device.type, **{name: known[name] for name in ("torch", "transformers")}}
     dtype = str(model.dtype).removeprefix("torch.")

@@ -130,7 +130,7 @@ def letters(rendered):
         (["axis", "tiny", "--keep", "all", "--layer", "3"], ["--layer 3", "0..2"]),
         (["axis", "tiny", "--keep", "all", "--replicates", "-1"], ["--replicates -1"]),
         (["axis", "tiny", "--chat-template", "nowhere.jinja"], ["nowhere.jinja"]),
-        (["axis", "tiny", "--out", "tiny/config.json"], ["is a file, not a run folder"]),
+        (["axis", "tiny", "--out", "tiny/config.json"], ["is a file, not a folder"]),
         (["run", "judge", "nowhere"], ["nowhere does not exist"]),
         (["run", "record", "nowhere"], ["nowhere does not exist"]),
         (["run", "fit", "nowhere"], ["nowhere does not exist"]),

@@ -305,6 +305,7 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line(tiny_run, tmp_path, cap
         (["--text", "nowhere.txt"], "--text nowhere.txt cannot be read"),
         (["--tag", "purple"], "--tag 'purple' is not one of"),
         (["--top-p", "3"], "top_p 3.0 is outside"),
+        (["--prompts", "9"], "--prompts 9: this bank has"),
         (["--judge", "http://127.0.0.1:9/v1", "--judge-model", "m"], "nobody answers at"),
     ],
 )
