@@ -7,9 +7,9 @@ named.
     left_out.lines()                            # ["2 with two user turns running (chats.jsonl.xz:7, ...)"]
     read_rollout_examples(Path("runs/smollm2-135m"), left_out, RolloutFilter(score=2, per_role=40))
 
-Files are read as by every command (`personatlas.persona.formats.conversations`); of a row's other fields `persona`
-(one word means "You are a witty assistant.") is the role, `weight` how many times it is read in an epoch, and
-`source` names where it comes from, the file unless given. Nothing is repaired.
+Files are read as by every command (`personatlas.persona.formats.conversations`); of a row's other fields
+`persona` (one word means "You are a witty assistant.") is the role, `weight` how many times it is read in an
+epoch, and `source` names where it comes from, the file unless given. Nothing is repaired.
 
 Of a run the messages are those that its model read: the role's prompt as the system message, then the
 question. Answers that the token limit cut are left out, since a model tuned on them would learn to stop in

@@ -27,7 +27,6 @@ from personatlas.analysis.stats import percentile_interval, resample, wilson_int
 from personatlas.persona.artifacts import digest
 from personatlas.persona.errors import UserError
 from personatlas.persona.formats import NotUsable, Placed, find_column, read_table, row_messages
-from personatlas.persona.formats.tables import Row
 from personatlas.persona.records import JsonRecord
 
 BINS = 10
@@ -205,7 +204,14 @@ def read_labels(
     class only."""
     rows = read_table(path)
     if text_column is None and not {str(name).lower() for name in rows[0][1]} & {*TEXTS}:
-        rows = [_last_exchange(place, row) for place, row in rows]
+        for index, (place, row) in enumerate(
+            rows
+        ):  # stored conversations: the last answer, and what it answers
+            try:
+                said = {message["role"]: message["content"] for message in row_messages(row)[0]}
+            except NotUsable as error:
+                raise UserError(f"{place} is a row {error}, and has no column {', '.join(TEXTS)}") from None
+            rows[index] = place, row | {TEXTS[0]: said.get("assistant"), REQUESTS[0]: said.get("user", "")}
     text_name = _find_one(rows, TEXTS, "text", "--text-column", text_column)
     label_name = _find_one(rows, LABELS, "label", "--label-column", label_column)
     known = {str(name).lower(): name for name in rows[0][1]}
@@ -231,16 +237,6 @@ def read_labels(
         every = "harmful" if labels[0] else "harmless"
         raise UserError(f"{path}: all {len(labels)} rows are {every}; both classes are needed")
     return LabelledAnswers(texts, labels, requests, path.name, digest(path))
-
-
-def _last_exchange(place: str, row: Row) -> Placed:
-    """The row of a stored conversation with its last answer and the request before it as columns."""
-    try:
-        messages = row_messages(row)[0]
-    except NotUsable as error:
-        raise UserError(f"{place} is a row {error}, and has no column {', '.join(TEXTS)}") from None
-    said = {message["role"]: message["content"] for message in messages}
-    return place, {**row, TEXTS[0]: said.get("assistant"), REQUESTS[0]: said.get("user", "")}
 
 
 def _find_one(

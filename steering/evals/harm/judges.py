@@ -250,8 +250,8 @@ def harm_judge(
 ) -> HarmJudge:
     """The judge that a user names: rules, a URL with its `model`, local:MODEL, or a fitted classifier's path.
 
-    `rubric` is what a model is asked, "yes-no" or "scale"; `max_tokens` the longest reply of an endpoint, with
-    its thoughts. Raises `UserError` for what is none of these or goes with none.
+    `rubric` is what a model is asked, "yes-no" or "scale"; `max_tokens` the longest reply of an endpoint,
+    thoughts included. Raises `UserError` for what is none of these or goes with none.
     """
     if rubric not in RUBRICS:
         raise UserError(f"rubric {rubric!r} is not one of {', '.join(RUBRICS)}")
@@ -344,8 +344,8 @@ def judge_harm(
     if missing and all(verdict.score is None for verdict in verdicts):
         problem, reply = verdicts[0].problem, " ".join(verdicts[0].reply.split())[:160]
         raise UserError(
-            f"the judge {judge.id} gave a score to none of {len(pairs)} answers ({problem}: {reply}); its replies "
-            f"are in {log}, and are asked for again when you run this again"
+            f"the judge {judge.id} gave a score to none of {len(pairs)} answers ({problem}: {reply}); its "
+            f"replies are in {log}, and are asked for again when you run this again"
         )
     return verdicts
 
