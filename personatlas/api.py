@@ -270,6 +270,7 @@ def serve(
     *,
     host: str = "127.0.0.1",
     port: int = 8377,
+    allow_origins: Sequence[str] = (),
     options: ServeOptions = ServeOptions(),
     capacity: CapacityOptions = CapacityOptions(),
 ) -> None:
@@ -282,7 +283,9 @@ def serve(
 
     if axis is None:
         axis = find_axis(model.id if isinstance(model, Model) else model)
-    startup.serve(model, axis, host=host, port=port, options=options, capacity=capacity)
+    startup.serve(
+        model, axis, host=host, port=port, allow_origins=allow_origins, options=options, capacity=capacity
+    )
 
 
 def train_base(

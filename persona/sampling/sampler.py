@@ -163,8 +163,8 @@ class Decoder:
             first = stop
         state.prefill, self.steps = False, 0
 
-    def read_on(self, ids: Sequence[int], slot: int, start: int) -> None:
-        """Goes on reading into a slot that holds `start` tokens already."""
+    def read_on(self, ids: Sequence[int], slot: int, start: int, *, logits: bool = False) -> Tensor | None:
+        """Goes on reading into a slot that holds `start` tokens already; returns logits (T, V) where wanted."""
         state, device = self.cache.state, self.model.device
         positions = torch.arange(start, start + len(ids), device=device)[None]
         mask = decoding_mask(self.config, positions, start + len(ids), self.model.dtype)
@@ -172,13 +172,14 @@ class Decoder:
         slots, lengths = torch.tensor([slot], device=device), torch.tensor([len(ids)], device=device)
         self.callback.before_prefill(slots, lengths, opening=start == 0)
         try:
-            self.model.base(
+            output = (self.model.hf if logits else self.model.base)(
                 input_ids=pad([ids], device),
                 position_ids=positions,
                 attention_mask=mask,
                 past_key_values=self.cache,
                 use_cache=True,
             )
+            return output.logits[0] if logits else None
         finally:
             state.prefill, state.resumed = False, None
 

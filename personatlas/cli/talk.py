@@ -220,6 +220,7 @@ def serve(
     *,
     host: str = "127.0.0.1",
     port: int = 8377,
+    allow_origin: tuple[str, ...] = (),
     steering: Annotated[SteeringOptions, STEERING] = SteeringOptions(),
     options: Annotated[TalkOptions, OPTIONS] = TalkOptions(),
     capacity: Annotated[CapacityOptions, SIZE] = CapacityOptions(),
@@ -235,6 +236,8 @@ def serve(
         the address to listen on; another than this machine's own needs a key
     port
         the port to listen on
+    allow_origin
+        the origin of web pages that may use the server, as https://chat.example; once for each
     """
     from personatlas.steering.serve.service import PersonaService
     from personatlas.steering.serve.startup import serve as serve_model
@@ -258,6 +261,7 @@ def serve(
         find_axis(model, steering.axis),
         host=host,
         port=port,
+        allow_origins=allow_origin,
         options=_with_arm(options, steering),
         capacity=capacity,
         load=load,

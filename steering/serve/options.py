@@ -7,6 +7,7 @@ from typing import Literal
 from personatlas.persona.errors import UserError
 from personatlas.steering.arm_kinds import as_arm
 
+API_KEY = "PERSONATLAS_API_KEY"  # the environment variable with the key that clients must give
 ArmMode = Literal["always", "adaptive"]  # an arm acts in every answer, or only while the drift alarm is on
 ALWAYS: ArmMode = "always"
 ADAPTIVE: ArmMode = "adaptive"

@@ -98,8 +98,10 @@ class PersonaState(JsonRecord):
     baseline: BaselineState
     per_token: tuple[TokenState, ...] | None = None
     "the answer's tokens, where a request asks for them"
+    max_tokens: int | None = None
+    "the longest answer that fitted, where a request asked for a longer one"
 
-    omit_none: ClassVar[tuple[str, ...]] = ("per_token",)
+    omit_none: ClassVar[tuple[str, ...]] = ("per_token", "max_tokens")
 
     @property
     def turn(self) -> TurnState | None:

@@ -17,7 +17,7 @@ SEEDS = 2**62
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
-Count = Annotated[int, Field(ge=1, le=2**31)]
+FITTING = -1  # as `max_tokens`: as long an answer as fits
 
 
 def _refuse(value: object) -> object:
@@ -26,7 +26,24 @@ def _refuse(value: object) -> object:
     return value
 
 
+def _refuse_tool_choice(value: object) -> object:
+    return value if value in ("none", "auto") else _refuse(value)
+
+
+def _refuse_format(value: dict[str, Any] | None) -> dict[str, Any] | None:
+    if value is not None and value.get("type", "text") != "text":
+        raise ValueError("only text is supported; leave it out")
+    return value
+
+
+def _require_length(value: int) -> int:
+    if value == 0:
+        raise ValueError(f"it is at least 1 token, or {FITTING} for as many as fit")
+    return value
+
+
 Refused = AfterValidator(_refuse)
+Count = Annotated[int, Field(ge=FITTING, le=2**31), AfterValidator(_require_length)]
 
 
 class TextPart(BaseModel):
@@ -154,22 +171,14 @@ class ChatRequest(SamplingRequest):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    tools: list[Any] | None = None
-    tool_choice: Any = None
-    functions: list[Any] | None = None
-    response_format: dict[str, Any] | None = None
-
-    @model_validator(mode="after")
-    def _plain_text(self) -> "ChatRequest":
-        if self.tools or self.functions or self.tool_choice not in (None, "none", "auto"):
-            raise ValueError("tools are not supported; leave them out")
-        if self.response_format is not None and self.response_format.get("type", "text") != "text":
-            raise ValueError("response_format other than text is not supported; leave it out")
-        return self
+    tools: Annotated[list[Any] | None, Refused] = None
+    tool_choice: Annotated[Any, AfterValidator(_refuse_tool_choice)] = None
+    functions: Annotated[list[Any] | None, Refused] = None
+    response_format: Annotated[dict[str, Any] | None, AfterValidator(_refuse_format)] = None
 
     @property
     def max_new_tokens(self) -> int | None:
-        """Longest answer in tokens, None for the server's default."""
+        """Longest answer in tokens, -1 for what fits, None for the server's default."""
         return self.max_completion_tokens or self.max_tokens
 
     @property
@@ -185,7 +194,7 @@ class CompletionRequest(SamplingRequest):
     """POST /v1/completions. `max_tokens` 0 with `echo` and `logprobs` scores the prompt."""
 
     prompt: str | Ids | Annotated[list[str | Ids], Field(min_length=1, max_length=256)]
-    max_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
+    max_tokens: Annotated[int, Field(ge=FITTING, le=2**31)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     suffix: Annotated[str | None, Refused] = None
@@ -203,7 +212,7 @@ class CompletionRequest(SamplingRequest):
 
     @property
     def max_new_tokens(self) -> int | None:
-        """Longest answer in tokens; OpenAI's default is 16."""
+        """Longest answer in tokens, -1 for what fits; OpenAI's default is 16."""
         return 16 if self.max_tokens is None else self.max_tokens
 
     @property

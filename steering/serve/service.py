@@ -10,9 +10,10 @@ service.measure(prompt, answer)                          # a `PersonaState`
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from personatlas.persona.errors import UserError
 from personatlas.persona.models.token_spans import Span, SpanError, prompt_spans
@@ -27,22 +28,36 @@ from personatlas.steering.serve.engine.scheduler import (
     GenerationRequest,
     RequestHandle,
 )
+from personatlas.steering.serve.memory import return_memory
 from personatlas.steering.serve.metrics import Metrics
 from personatlas.steering.serve.options import ADAPTIVE, ArmMode, ServeOptions
 from personatlas.steering.serve.persona_state import AnswerTurn, PersonaState, PersonaTracker
-from personatlas.steering.serve.schema import SEEDS, ChatRequest, CompletionRequest, SamplingRequest
+from personatlas.steering.serve.schema import FITTING, SEEDS, ChatRequest, CompletionRequest, SamplingRequest
 from personatlas.steering.session import SteeredModel
 
 MIN_TEMPERATURE = 1e-5  # a lower one is 0: logits divided by it would overflow
 LONG_TEXT, MANY_MESSAGES = 20_000, 20  # a longer prompt (characters) is tokenized outside the event loop
+HEAD = 16  # characters for each token of the context: so much of a long text is tokenized first
+MAX_LOGPROBS = 2**20  # log-probabilities of prompts in one answer
+
+
+T = TypeVar("T")
 
 
 class UnknownModel(UserError):
     """A request for a model that is not served."""
 
 
-class ContextOverflow(UserError):
-    """A prompt, or a prompt with its answer, that is longer than the context."""
+class InvalidField(UserError):
+    """A field of a request that is well formed and cannot be served; `param` names it."""
+
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ContextOverflow(InvalidField):
+    """A prompt that is longer than the context."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +65,13 @@ class PreparedPrompt:
     """A prompt that is ready to be answered, with the arm that acts (None while an adaptive one rests).
 
     `message` is the index of the answer's message, None where the prompt is no conversation. `spans` are
-    those of the prompt's answers, `turns` what is already known of them.
+    those of the prompt's answers, `turns` what is already known of them. `is_clipped`: a longer answer than
+    `max_tokens` was asked for, and does not fit.
     """
 
     ids: tuple[int, ...]
     max_tokens: int
+    is_clipped: bool
     arm: Arm | None
     mode: ArmMode
     message: int | None = None
@@ -85,6 +102,7 @@ class PersonaService:
         self.arms = self.engine.arms
         self.default_arm = self.arms.resolve(options.arm)
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._long_work = asyncio.Semaphore(1)
 
     async def start(self) -> None:
         """Starts the engine, whose events go to the running event loop."""
@@ -119,12 +137,16 @@ class PersonaService:
             arm = self.arms.resolve(alias) if alias else arm
         for field in ("cap", "arm"):
             if persona is not None and field in persona.model_fields_set:
-                arm = self.arms.resolve(getattr(persona, field))
+                try:
+                    arm = self.arms.resolve(getattr(persona, field))
+                except UserError as error:
+                    raise InvalidField(str(error), f"persona.{field}") from None
         mode = (persona.mode if persona is not None else None) or self.options.mode
         if mode == ADAPTIVE and arm is not None and self.tracker.monitor.rule is None:
-            raise UserError(
+            raise InvalidField(
                 "an adaptive arm needs a calibrated alarm, and this server has none: "
-                "`personatlas drift` makes the reference.json for `serve --reference`"
+                "`personatlas drift` makes the reference.json for `serve --reference`",
+                "persona.mode",
             )
         return arm, mode
 
@@ -136,26 +158,42 @@ class PersonaService:
         """
         arm, mode = self.resolve_arm(request)
         messages = [message.plain for message in request.messages]
-        is_long = len(messages) > MANY_MESSAGES or sum(len(m["content"]) for m in messages) > LONG_TEXT
-        ids, spans = (
-            await asyncio.to_thread(self._tokenize, messages) if is_long else self._tokenize(messages)
-        )
-        max_tokens = self._max_tokens(len(ids), request.max_new_tokens)
+        length = sum(len(m["content"]) for m in messages)
+        is_long = len(messages) > MANY_MESSAGES or length > LONG_TEXT
+        try:
+            ids, spans = await self.outside_loop(is_long, lambda: self._tokenize(messages))
+        except InvalidField:
+            raise
+        except UserError as error:
+            raise InvalidField(str(error), "messages") from None
+        max_tokens, is_clipped = self._max_tokens(len(ids), request.max_new_tokens, "messages")
         turns = None
         if mode == ADAPTIVE and arm is not None:
             turns = tuple(await self.read_turns(ids, spans))
             has_answers = any(m["role"] == "assistant" and m["content"].strip() for m in messages)
             is_unread = has_answers and not any(span.speaker == "assistant" for span in spans)
             arm = arm if is_unread or self.tracker.drifting(turns) else None
-        return PreparedPrompt(ids, max_tokens, arm, mode, len(messages), spans, turns)
+        return PreparedPrompt(ids, max_tokens, is_clipped, arm, mode, len(messages), spans, turns)
 
-    async def prepare_text(self, request: CompletionRequest, prompt: str | list[int]) -> PreparedPrompt:
-        """Makes the prompt of a text to continue. Raises `UserError` for one that cannot be."""
+    async def prepare_texts(self, request: CompletionRequest) -> list[PreparedPrompt]:
+        """Makes the prompts of texts to continue. Raises `UserError` for those that cannot be."""
         arm, mode = self.resolve_arm(request)
-        is_long = len(prompt) > LONG_TEXT
-        ids = await asyncio.to_thread(self._text_ids, prompt) if is_long else self._text_ids(prompt)
-        max_tokens = self._max_tokens(len(ids), request.max_new_tokens)
-        return PreparedPrompt(ids, max_tokens, None if mode == ADAPTIVE else arm, mode)
+        prompts = request.prompts
+        is_long = sum(map(len, prompts)) > LONG_TEXT
+        all_ids = await self.outside_loop(is_long, lambda: [self._text_ids(prompt) for prompt in prompts])
+        if request.echo and request.n_logprobs is not None:
+            n_logprobs = sum(map(len, all_ids)) * request.choices * (request.n_logprobs + 1)
+            if n_logprobs > MAX_LOGPROBS:
+                raise InvalidField(
+                    f"{n_logprobs} log-probabilities of prompts are more than the {MAX_LOGPROBS} of one answer; "
+                    "send fewer prompts at once",
+                    "logprobs",
+                )
+        prepared = []
+        for ids in all_ids:
+            limits = self._max_tokens(len(ids), request.max_new_tokens, "prompt")
+            prepared.append(PreparedPrompt(ids, *limits, None if mode == ADAPTIVE else arm, mode))
+        return prepared
 
     def generation_requests(
         self, prompt: PreparedPrompt, request: SamplingRequest
@@ -210,10 +248,42 @@ class PersonaService:
         turns = prompt.turns
         if turns is None:
             turns = tuple(self.tracker.turns(prompt.spans, answer.prompt_projections))
-        return self.tracker.measure(answer, turns, prompt.message, prompt.mode, per_token=per_token)
+        state = self.tracker.measure(answer, turns, prompt.message, prompt.mode, per_token=per_token)
+        return replace(state, max_tokens=prompt.max_tokens if prompt.is_clipped else None)
+
+    async def outside_loop(self, is_long: bool, work: Callable[[], T]) -> T:
+        """The result of `work`; long work is done in a thread, one at a time, and its memory given back."""
+        if not is_long:
+            return work()
+        async with self._long_work:
+            try:
+                return await asyncio.to_thread(work)
+            finally:
+                await asyncio.to_thread(return_memory)
+
+    def _require_fits(self, text: str, param: str) -> None:
+        """Refuses a text whose first part alone is too long, without tokenizing the rest.
+
+        How a text goes on changes the tokens at its end only, so a part of twice the context is enough.
+        """
+        context = self.limits.context
+        size = HEAD * context
+        while size < len(text):
+            n_tokens = len(
+                self.model.tokenizer(text[:size], add_special_tokens=False, verbose=False)["input_ids"]
+            )
+            if n_tokens > 2 * context:
+                raise ContextOverflow(
+                    f"this model's context is {context} tokens here (--context), and the first {size} of the "
+                    f"prompt's {len(text)} characters are {n_tokens}; shorten it",
+                    param,
+                )
+            size *= 4
 
     def _tokenize(self, messages: list[dict[str, str]]) -> tuple[tuple[int, ...], tuple[Span, ...]]:
         """Ids of a prompt and spans of its messages, none where they cannot be located exactly."""
+        if sum(len(message["content"]) for message in messages) > HEAD * self.limits.context:
+            self._require_fits(self.chat.prompt_text(messages), "messages")
         ids = tuple(self.chat.prompt_ids(messages))
         # a prompt that is too long is refused, and finding its spans takes longer than reading it
         fits = len(ids) < self.limits.context
@@ -232,32 +302,33 @@ class PersonaService:
                 prompt.encode()
             except UnicodeEncodeError as error:
                 reason = f"{error.reason} at {error.start}"
-                raise UserError(f"the prompt is not valid Unicode text: {reason}") from None
+                raise InvalidField(f"the prompt is not valid Unicode text: {reason}", "prompt") from None
+            self._require_fits(prompt, "prompt")
             ids = tuple(self.model.tokenizer(prompt, verbose=False)["input_ids"])
         else:
             size = self.model.vocab_size
             unknown = next((token for token in prompt if token >= size), None)
             if unknown is not None:
-                raise UserError(f"token {unknown} is not in the vocabulary of {size}")
+                raise InvalidField(f"token {unknown} is not in the vocabulary of {size}", "prompt")
             ids = tuple(prompt)
         if not ids:
-            raise UserError("the prompt is empty: there is nothing to continue")
+            raise InvalidField("the prompt is empty: there is nothing to continue", "prompt")
         return ids
 
-    def _max_tokens(self, n_prompt: int, requested: int | None) -> int:
-        """The longest answer to a prompt of so many tokens."""
+    def _max_tokens(self, n_prompt: int, requested: int | None, param: str) -> tuple[int, bool]:
+        """The longest answer to a prompt of so many tokens, and whether a longer one was asked for."""
         context = self.limits.context
         if n_prompt > context or (n_prompt == context and requested != 0):
             raise ContextOverflow(
-                f"this model's context is {context} tokens here and the prompt has {n_prompt}; shorten it"
+                f"this model's context is {context} tokens here (--context) and the prompt has {n_prompt}; "
+                "shorten it",
+                param,
             )
-        if requested is None:
-            return min(self.options.max_new_tokens, context - n_prompt)
-        if n_prompt + requested > context:
-            raise ContextOverflow(
-                f"this model's context is {context} tokens; the prompt has {n_prompt}, the answer {requested}"
-            )
-        return requested
+        wanted = self.options.max_new_tokens if requested is None else requested
+        fitting = context - n_prompt
+        return (
+            fitting if wanted == FITTING else min(wanted, fitting)
+        ), requested is not None and wanted > fitting
 
     def _deliver(self, events: Sequence[tuple[RequestHandle, EngineEvent]]) -> None:
         """Hands events from the engine's thread over to the event loop."""

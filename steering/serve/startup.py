@@ -7,7 +7,7 @@
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,11 +21,10 @@ from personatlas.persona.sampling.kv_cache import fitting_tokens
 from personatlas.steering.arms import Arm, parse_arm, require_no_controls
 from personatlas.steering.drift_monitor import load_monitor
 from personatlas.steering.serve.engine.scheduler import EngineLimits
-from personatlas.steering.serve.options import ADAPTIVE, CapacityOptions, ServeOptions, require_valid
+from personatlas.steering.serve.options import ADAPTIVE, API_KEY, CapacityOptions, ServeOptions, require_valid
 from personatlas.steering.serve.service import PersonaService
 from personatlas.steering.session import load_steered_model
 
-API_KEY = "PERSONATLAS_API_KEY"
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 CACHE_GPU = 0.5  # share of what the weights leave, for keys and values
 MAX_CONTEXT = 8192  # tokens, unless more are asked for
@@ -37,6 +36,7 @@ def serve(
     *,
     host: str = "127.0.0.1",
     port: int = 8377,
+    allow_origins: Sequence[str] = (),
     options: ServeOptions = ServeOptions(),
     capacity: CapacityOptions = CapacityOptions(),
     load: ModelOptions = ModelOptions(),
@@ -51,19 +51,22 @@ def serve(
         model: a model, or what `load_model` loads.
         axis: an axis that was loaded from a folder, or a run folder, an axis file, or a packaged name.
         host: the address to listen on; one that other machines reach needs a key.
+        allow_origins: origins of web pages that may use the server ("*", with a key: all).
         force: whether to accept an axis of the same model in another weight format.
         on_ready: called with the service when all is loaded, before the server listens.
 
     Raises `UserError` for options out of range, a taken address, and what does not belong together.
     """
     from personatlas.steering.serve.http.app import make_app
+    from personatlas.steering.serve.http.security import require_origins
     from personatlas.steering.serve.http.uvicorn_server import listen
 
     key = _api_key(host)
+    require_origins(allow_origins, key)
     _require_free(host, port)
     service = make_service(model, axis, options, capacity, load=load, force=force)
     on_ready(service)
-    listen(make_app(service, key), service, host, port)
+    listen(make_app(service, key, allow_origins), service, host, port)
 
 
 def make_service(

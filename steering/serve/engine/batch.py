@@ -11,7 +11,7 @@ rounding. On a GPU a step is captured at first use, for some numbers of rows and
 steered.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -31,7 +31,7 @@ from personatlas.steering.serve.engine.prefix_cache import CachedPrefix
 from personatlas.steering.serve.engine.projection_hook import ProjectionHook
 
 CPU_TOKENS, GPU_TOKENS = 2048, 32768  # most padded tokens of one prefill
-SCORED_AT_ONCE = 256  # positions whose logits become log-probabilities together
+SCORED_AT_ONCE = 256  # tokens of a text that are scored between two decoding steps
 
 TokenLogprobs = tuple[float | None, dict[int, float]]  # of a token, and of the likeliest ones by id
 
@@ -84,8 +84,8 @@ class DecodeBatch:
         self.model, self.slots, self.length = model, slots, length
         self.projection_hook, self.steering = projection_hook, steering
         self.callbacks = SamplerCallbacks(steering, projection_hook)
-        self.decoder: Any = self.decoder_type(model, slots + 1, length, self.callbacks)
-        self.callbacks.resize(slots + 2)  # one more for prompts read in chunks, one for texts that are scored
+        self.decoder: Any = self.decoder_type(model, slots + 2, length, self.callbacks)
+        self.callbacks.resize(slots + 2)  # one for prompts read in chunks, one for texts that are scored
         self.rows: list[BatchRow] = []
         self.tokens, self.positions, self.seeds, self.steps = (
             torch.zeros(slots, dtype=torch.long, device=model.device) for _ in range(4)
@@ -181,25 +181,30 @@ class DecodeBatch:
             row.generated.append(token)
         return events
 
-    def score(self, prompt: Prompt, n_likeliest: int) -> list[TokenLogprobs]:
-        """Log-probabilities of a text's own tokens (the first has none) and of the likeliest ones."""
-        slot, device = self.slots + 1, self.model.device
-        self.callbacks.assign_slots([slot], [prompt])
-        self.steering.restrict_layers(self._steered_layers([prompt]))
-        ids = torch.tensor([prompt.ids], device=device)
-        self.callbacks.before_prefill(
-            torch.tensor([slot], device=device), torch.tensor([len(prompt.ids)], device=device)
-        )
-        logits = self.model.hf(input_ids=ids, use_cache=False).logits[0, :-1]
-        self.projection_hook.take()
-        scores: list[TokenLogprobs] = [(None, {})]
-        for first in range(0, len(logits), SCORED_AT_ONCE):
-            logprobs = bounded_log_probs(logits[first : first + SCORED_AT_ONCE])
-            following = ids[0, first + 1 : first + 1 + len(logprobs), None]
+    def score(self, prompt: Prompt, n_likeliest: int) -> Iterator[list[TokenLogprobs]]:
+        """Log-probabilities of a text's own tokens (the first has none) and of the likeliest ones, some at a time.
+
+        One text at a time: others wait until it is scored.
+        """
+        yield [(None, {})]
+        start = 1
+        for logits in self._text_logits(prompt, self.slots + 1):
+            logprobs = bounded_log_probs(logits)
+            following = torch.tensor(prompt.ids[start : start + len(logits)], device=logits.device)[:, None]
+            start += len(logits)
             own = logprobs.gather(1, following)[:, 0].tolist()
             values, tokens = (tensor.tolist() for tensor in logprobs.topk(n_likeliest))
-            scores += [(a, dict(zip(b, c, strict=True))) for a, b, c in zip(own, tokens, values, strict=True)]
-        return scores
+            yield [(a, dict(zip(b, c, strict=True))) for a, b, c in zip(own, tokens, values, strict=True)]
+
+    def _text_logits(self, prompt: Prompt, slot: int) -> Iterator[Tensor]:
+        """Logits (T, V) of a text's tokens but the last, some tokens at a time."""
+        self.callbacks.assign_slots([slot], [prompt])
+        for start in range(0, len(prompt.ids) - 1, SCORED_AT_ONCE):
+            self.steering.restrict_layers(self._steered_layers([prompt]))
+            part = prompt.ids[start : min(start + SCORED_AT_ONCE, len(prompt.ids) - 1)]
+            logits = self.decoder.read_on(part, slot, start, logits=True)
+            self.projection_hook.take()
+            yield logits
 
     def remove(self, row: BatchRow) -> None:
         """Ends a row, whose slot the last one takes; does nothing for one that is still being read."""

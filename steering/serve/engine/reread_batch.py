@@ -3,13 +3,14 @@
 prefixes and graphs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from personatlas.persona.sampling.next_token import draw
-from personatlas.persona.sampling.sampler import PlainDecoder, batch_end, pad
-from personatlas.steering.serve.engine.batch import BatchRow, DecodeBatch
+from personatlas.persona.sampling.sampler import PlainDecoder, Prompt, batch_end, pad
+from personatlas.steering.serve.engine.batch import SCORED_AT_ONCE, BatchRow, DecodeBatch
 from personatlas.steering.serve.engine.prefix_cache import CachedPrefix
 
 
@@ -48,6 +49,17 @@ class RereadBatch(DecodeBatch):
                 input_ids=pad([ids[:-1] or ids for ids in prompts[first:stop]], device), use_cache=False
             )
             first = stop
+
+    def _text_logits(self, prompt: Prompt, slot: int) -> Iterator[Tensor]:
+        """Logits (T, V) of a text's tokens but the last, all from one forward."""
+        device = self.model.device
+        self.callbacks.assign_slots([slot], [prompt])
+        self.steering.restrict_layers(self._steered_layers([prompt]))
+        length = torch.tensor([len(prompt.ids)], device=device)
+        self.callbacks.before_prefill(torch.tensor([slot], device=device), length)
+        logits = self.model.hf(input_ids=pad([prompt.ids], device), use_cache=False).logits[0, :-1]
+        self.projection_hook.take()
+        yield from logits.split(SCORED_AT_ONCE)
 
     def _advance(self, n: int, visible: int) -> None:
         self.logits = self.decoder.step(self.tokens[:n], self.positions[:n])

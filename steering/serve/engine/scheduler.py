@@ -16,11 +16,11 @@ checked for every row.
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 import torch
 
@@ -48,7 +48,6 @@ FORWARD_ERRORS = (
     ValueError,
     IndexError,
 )  # out of memory is a RuntimeError, UserError a ValueError
-T = TypeVar("T")
 
 
 class ServerBusy(UserError):
@@ -154,7 +153,8 @@ class Engine:
         self.waiting: deque[RequestHandle] = deque()
         self._reading: RequestHandle | None = None  # its prompt is read in chunks
         self._running: dict[BatchRow, RequestHandle] = {}
-        self._inbox: SimpleQueue[RequestHandle | _Work | None] = SimpleQueue()
+        self._inbox: SimpleQueue[RequestHandle | _Scoring | None] = SimpleQueue()
+        self._scoring: deque[_Scoring] = deque()
         self._outbox: list[tuple[RequestHandle, EngineEvent]] = []
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -172,7 +172,7 @@ class Engine:
     @property
     def queued(self) -> int:
         """Requests that wait for a slot or are being read."""
-        return len(self.waiting) + self._inbox.qsize() + (self._reading is not None)
+        return len(self.waiting) + len(self._scoring) + self._inbox.qsize() + (self._reading is not None)
 
     def start(self) -> None:
         """Starts the thread."""
@@ -191,39 +191,14 @@ class Engine:
         self._put(handle)
         return handle
 
-    def between_steps(self, work: Callable[[], T]) -> Future[T]:
-        """Runs `work` in the engine's thread between two steps; the future has its result or its error.
+    def score(self, request: GenerationRequest) -> "Future[list[TokenLogprobs]]":
+        """Log-probabilities of a prompt's own tokens in its arm, read in pieces between steps.
 
         Raises `ServerBusy` as `submit` does; the future fails with it when the engine closes before.
         """
-        future: Future[T] = Future()
-
-        def run() -> None:
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(work())
-                except FORWARD_ERRORS as error:
-                    future.set_exception(error)
-
-        self._put(_Work(run, future))
-        return future
-
-    def score(self, request: GenerationRequest) -> Future[list[TokenLogprobs]]:
-        """Log-probabilities of a prompt's own tokens in its arm, read between two steps."""
-
-        def work() -> list[TokenLogprobs]:
-            plan = self.arms.acquire(request.arm)
-            if plan is None:
-                raise ServerBusy("too many different arms are in use; try again later")
-            try:
-                return self.batch.score(Prompt(request.ids, 0, plan), request.logprobs or 0)
-            except FORWARD_ERRORS:
-                self.batch.reset()
-                raise
-            finally:
-                self.arms.release(request.arm)
-
-        return self.between_steps(work)
+        scoring = _Scoring(request, Future())
+        self._put(scoring)
+        return scoring.future
 
     def close(self, wait: float = 10.0) -> None:
         """Ends all requests with an error and the thread; `wait` is how many seconds to wait for it."""
@@ -232,7 +207,7 @@ class Engine:
         if self._thread.is_alive():
             self._thread.join(wait)
 
-    def _put(self, item: "RequestHandle | _Work") -> None:
+    def _put(self, item: "RequestHandle | _Scoring") -> None:
         if not self.alive:
             raise ServerBusy("the engine is not running")
         if self.queued >= self.limits.queue:
@@ -253,13 +228,14 @@ class Engine:
                     self._receive()
                     self._guarded(self._read)
                     self._guarded(self._step)
+                    self._score()
                     self._flush()
         finally:
             self._closing.set()
             ending = "the server is ending"
             late = [self._inbox.get() for _ in range(self._inbox.qsize())]
-            for item in late:
-                if isinstance(item, _Work) and item.future.set_running_or_notify_cancel():
+            for item in [*self._scoring, *late]:
+                if isinstance(item, _Scoring) and item.future.set_running_or_notify_cancel():
                     item.future.set_exception(ServerBusy(ending))
             handles = [item for item in late if isinstance(item, RequestHandle)]
             for handle in [*handles, *self.waiting, *self._active()]:
@@ -285,14 +261,14 @@ class Engine:
 
     def _receive(self) -> None:
         """Takes in what was submitted, waiting while there is nothing else to do; ends what was cancelled."""
-        idle = not (self.waiting or self._running or self._reading)
+        idle = not (self.waiting or self._running or self._reading or self._scoring)
         try:
             item = self._inbox.get(block=idle)
             while True:
                 if isinstance(item, RequestHandle):
                     self.waiting.append(item)
                 elif item is not None:
-                    item.run()
+                    self._scoring.append(item)
                 item = self._inbox.get(block=False)
         except Empty:
             pass
@@ -387,6 +363,36 @@ class Engine:
             elif len(row.generated) >= handle.request.max_tokens:
                 self._finish(handle, FinishEvent("length"))
 
+    def _score(self) -> None:
+        """Scores some tokens of the first text that waits for it."""
+        if not self._scoring:
+            return
+        scoring, future = self._scoring[0], self._scoring[0].future
+        request, error = scoring.request, None
+        try:
+            if scoring.parts is None and not future.cancelled():
+                plan = self.arms.acquire(request.arm)
+                if plan is None:
+                    raise ServerBusy("too many different arms are in use; try again later")
+                scoring.parts = self.batch.score(Prompt(request.ids, 0, plan), request.logprobs or 0)
+            part = None if scoring.parts is None or future.cancelled() else next(scoring.parts, None)
+            if part is not None:
+                scoring.scores += part
+                return
+        except FORWARD_ERRORS as failure:
+            error = failure
+            if scoring.parts is not None:
+                self.batch.reset()
+        self._scoring.popleft()
+        if scoring.parts is not None:
+            self.arms.release(request.arm)
+        if not future.set_running_or_notify_cancel():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(scoring.scores)
+
     def _finish(self, handle: RequestHandle, event: FinishEvent, *, cache: bool = True) -> None:
         row = handle.row
         if row is not None:
@@ -431,9 +437,11 @@ class Engine:
         return small if len(self.waiting) <= len(self._running) else CROWDED_CHUNKS * small
 
 
-@dataclass(frozen=True)
-class _Work:
-    """Something to do between two steps, and the future to fail when the engine closes before."""
+@dataclass(eq=False)
+class _Scoring:
+    """A text to score, and the future of its scores, which fails when the engine closes before."""
 
-    run: Callable[[], None]
-    future: Future[Any]
+    request: GenerationRequest
+    future: Future[list[TokenLogprobs]]
+    parts: Iterator[list[TokenLogprobs]] | None = None
+    scores: list[TokenLogprobs] = field(default_factory=list)

@@ -7,6 +7,7 @@ path: the page's files are read once, at the start, and found by name.
 """
 
 import asyncio
+import logging
 import math
 import mimetypes
 import re
@@ -26,11 +27,12 @@ from personatlas.persona.progress import say
 from personatlas.persona.records import JsonObject
 from personatlas.steering.serve.engine.scheduler import ServerBusy
 from personatlas.steering.serve.http.completions import ChatCompletion, TextCompletion
-from personatlas.steering.serve.http.responses import error_object
+from personatlas.steering.serve.http.responses import error_object, stream_line
 from personatlas.steering.serve.http.security import SecurityMiddleware
 from personatlas.steering.serve.schema import ChatRequest, CompletionRequest, ErrorReply
-from personatlas.steering.serve.service import ContextOverflow, PersonaService, UnknownModel
+from personatlas.steering.serve.service import ContextOverflow, InvalidField, PersonaService, UnknownModel
 
+log = logging.getLogger(__name__)
 STATIC = Path(__file__).parent.parent / "static"
 MEDIA_TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -58,6 +60,7 @@ STREAMED: dict[int | str, dict[str, Any]] = {
 }
 UNION_BRANCH = re.compile(r"str|constrained-str|list\[.*|CapBy\w+")  # in the location of a validation error
 WRONG_BRANCH = re.compile(r".*_type|missing|extra_forbidden")  # errors that say that another branch was meant
+BUG = "an error of the server itself; its log says more"
 CLIENT_CLOSED = 499  # the status that is logged for a client who left
 
 
@@ -65,8 +68,12 @@ class ClientDisconnected(Exception):
     """The client left before its answer was there."""
 
 
-def make_app(service: PersonaService, key: str | None) -> SecurityMiddleware:
-    """The application behind its security checks; `key` is the API key of clients, None for none."""
+def make_app(service: PersonaService, key: str | None, origins: Sequence[str] = ()) -> SecurityMiddleware:
+    """The application behind its security checks.
+
+    `key` is the API key of clients, None for none; pages of the `origins` may use it. Raises `UserError` like
+    `require_origins`.
+    """
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -92,7 +99,7 @@ def make_app(service: PersonaService, key: str | None) -> SecurityMiddleware:
         return schema
 
     app.openapi = openapi  # type: ignore[method-assign]
-    return SecurityMiddleware(app, key)
+    return SecurityMiddleware(app, key, origins)
 
 
 def _add_completions(app: FastAPI, service: PersonaService) -> None:
@@ -105,8 +112,7 @@ def _add_completions(app: FastAPI, service: PersonaService) -> None:
     @app.post("/v1/completions", response_model=None, responses={**REFUSALS, **STREAMED})
     async def complete(body: CompletionRequest, request: Request) -> Response:
         """Go on with texts."""
-        prompts = [await service.prepare_text(body, prompt) for prompt in body.prompts]
-        completion = TextCompletion(service, body, prompts)
+        completion = TextCompletion(service, body, await service.prepare_texts(body))
         return await _respond(service, "completions", completion, bool(body.stream), request)
 
 
@@ -205,9 +211,9 @@ async def _respond(
     """The whole answer or a stream. A client who leaves early is counted, and its work cancelled."""
     count = service.metrics.requests.labels(route, "200").inc
     if not as_stream:
-        content = await _unless_disconnected(completion.respond(), request)
+        response = await _unless_disconnected(completion.respond(), request)
         count()
-        return JSONResponse(content)
+        return response
     lines = completion.stream()
     first = await anext(lines)  # it submits the requests: a refusal can still have its status
     count()
@@ -220,6 +226,9 @@ async def _respond(
             async for line in lines:
                 yield line
             complete = True
+        except Exception:
+            log.exception("a stream failed")
+            yield stream_line(error_object(BUG, "server_error"))
         finally:
             if not complete:
                 service.metrics.cancelled.inc()
@@ -228,7 +237,7 @@ async def _respond(
     return StreamingResponse(body(), media_type="text/event-stream", headers={"x-accel-buffering": "no"})
 
 
-async def _unless_disconnected(work: Awaitable[JsonObject], request: Request) -> JsonObject:
+async def _unless_disconnected(work: Awaitable[Response], request: Request) -> Response:
     """The result of `work`. Cancels it and raises `ClientDisconnected` when the client leaves."""
 
     async def disconnected() -> None:
@@ -272,8 +281,9 @@ def _add_error_handlers(app: FastAPI, service: PersonaService) -> None:
             return reply(503, str(error), "server_error", code="overloaded")
         if isinstance(error, UnknownModel):
             return reply(404, str(error), code="model_not_found", param="model")
-        if isinstance(error, ContextOverflow):
-            return reply(400, str(error), code="context_length_exceeded", param="messages")
+        if isinstance(error, InvalidField):
+            code = "context_length_exceeded" if isinstance(error, ContextOverflow) else None
+            return reply(400, str(error), param=error.param, code=code)
         return reply(400, str(error))
 
     @app.exception_handler(HTTPException)
@@ -297,7 +307,7 @@ def _add_error_handlers(app: FastAPI, service: PersonaService) -> None:
 
     @app.exception_handler(Exception)
     async def bug(_request: Request, _error: Exception) -> Response:
-        return reply(500, "an error of the server itself; its log says more", "server_error")
+        return reply(500, BUG, "server_error")
 
 
 def _explain(errors: Sequence[Any]) -> tuple[str, str]:

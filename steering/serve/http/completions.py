@@ -1,7 +1,7 @@
 """POST /v1/chat/completions and /v1/completions: requests that are answered whole or as a stream.
 
     completion = ChatCompletion(service, request, await service.prepare_chat(request))
-    await completion.respond()                      # the response object
+    await completion.respond()                      # the response
     async for line in completion.stream(): ...      # the lines of a stream, the first once all is submitted
 
 With `echo` and `logprobs` a text completion has the log-probabilities of its prompt too.
@@ -11,6 +11,8 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Generic, TypeVar
+
+from fastapi.responses import JSONResponse, Response
 
 from personatlas.persona.records import JsonObject
 from personatlas.steering.serve.answer_stream import AnswerStream, StreamedAnswer
@@ -29,6 +31,7 @@ from personatlas.steering.serve.metrics import RequestTimer
 from personatlas.steering.serve.schema import ChatRequest, CompletionRequest
 from personatlas.steering.serve.service import PersonaService, PreparedPrompt
 
+MANY_LOGPROBS = 10_000  # more are written outside the event loop
 Request = TypeVar("Request", ChatRequest, CompletionRequest)
 
 
@@ -46,8 +49,8 @@ class _Completion(Generic[Request]):
         prefix, kind = self.kind
         self.fields = response_fields(prefix, kind, request.model or service.name, service.fingerprint)
 
-    async def respond(self) -> JsonObject:
-        """The response object. Raises the error of an answer that failed."""
+    async def respond(self) -> Response:
+        """The response. Raises the error of an answer that failed."""
         scores = await self._scores()
         async with self._submit() as stream:
             async for answer, _ in stream:
@@ -57,8 +60,14 @@ class _Completion(Generic[Request]):
         for answer in answers:
             answer.raise_error()
         self.timer.end()
-        choices = [self._choice(answer, scores) for answer in answers]
-        return {**self.fields, "choices": choices, **self._usage(answers)}
+
+        def response() -> Response:
+            choices = [self._choice(answer, scores) for answer in answers]
+            return JSONResponse({**self.fields, "choices": choices, **self._usage(answers)})
+
+        n_logprobs = (self.request.n_logprobs or 0) + 1 if self.request.n_logprobs is not None else 0
+        n_tokens = sum(len(answer.ids) for answer in answers) + sum(map(len, scores))
+        return await self.service.outside_loop(n_tokens * n_logprobs > MANY_LOGPROBS, response)
 
     async def stream(self) -> AsyncIterator[bytes]:
         """The lines of the stream, ending with `data: [DONE]` or an error object."""

@@ -226,7 +226,7 @@ def test_errors_are_the_clients_own_exceptions(client):
         client.models.retrieve("gpt-4o")
     for wrong in (
         {"temperature": 3},
-        {"max_tokens": -1},
+        {"max_tokens": -2},
         {"messages": []},
         {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]},
         {"extra_body": {"persona": {"cap": "nobody"}}},
@@ -235,9 +235,26 @@ def test_errors_are_the_clients_own_exceptions(client):
         with pytest.raises(openai.BadRequestError) as refused:
             asked(client, **wrong)
         assert refused.value.type == "invalid_request_error", wrong
+    with pytest.raises(openai.BadRequestError, match=r"--context") as long:
+        asked(client, [{"role": "user", "content": "x" * 300}])
+    assert (long.value.code, long.value.param) == ("context_length_exceeded", "messages")
     with pytest.raises(openai.BadRequestError) as long:
-        asked(client, max_tokens=300)
-    assert long.value.code == "context_length_exceeded"
+        client.completions.create(model="tiny", prompt=["x", "x" * 300])
+    assert (long.value.code, long.value.param) == ("context_length_exceeded", "prompt")
+
+
+@pytest.mark.parametrize("wanted", [4096, -1, 2**31])
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_a_longer_answer_than_fits_is_as_long_as_fits_and_says_so(client, wanted, name):
+    """Clients send such numbers for every model."""
+    prompt = "x" * 180
+    whole = asked(client, [{"role": "user", "content": prompt}], **{name: wanted})
+    fitting = 256 - whole.usage.prompt_tokens
+    assert (whole.usage.completion_tokens, whole.choices[0].finish_reason) == (fitting, "length")
+    assert whole.persona.get("max_tokens") == (fitting if wanted > 0 else None)
+    chunks = list(asked(client, [{"role": "user", "content": prompt}], stream=True, **{name: wanted}))
+    assert chunks[-1].model_extra["persona"].get("max_tokens") == whole.persona.get("max_tokens")
+    assert "max_tokens" not in asked(client, **{name: 3}).persona
 
 
 def test_a_wrong_key_is_an_authentication_error(tiny_server):

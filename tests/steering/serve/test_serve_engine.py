@@ -13,10 +13,10 @@ from tiny_axis import axis_of
 from personatlas.persona.errors import UserError
 from personatlas.persona.models.detokenizer import Detokenizer
 from personatlas.persona.sampling import kv_cache
-from personatlas.persona.sampling.sampler import Prompt
 from personatlas.steering.arms import Arm
 from personatlas.steering.hooks.steering import steer
 from personatlas.steering.serve.answer_stream import StreamedAnswer
+from personatlas.steering.serve.engine import batch as batch_module
 from personatlas.steering.serve.engine import scheduler as engine_module
 from personatlas.steering.serve.engine.arm_slots import SPARE_PLANS, ArmSlots
 from personatlas.steering.serve.engine.batch import TokenEvent
@@ -278,18 +278,20 @@ def test_log_probabilities_are_those_of_the_model(served):
     assert all(event.logprobs is None for event in listener.events[plain] if isinstance(event, TokenEvent))
 
 
-def test_a_text_is_scored_with_its_plan_between_the_steps_of_others(served):
+def test_a_text_is_scored_with_its_plan_between_the_steps_of_others(served, monkeypatch):
+    monkeypatch.setattr(batch_module, "SCORED_AT_ONCE", 16)
     engine, listener = served(ends=frozenset())
-    cap, found = engine.arms.resolve("mild"), []
+    cap = engine.arms.resolve("mild")
     talking = engine.submit(
         GenerationRequest(PROMPTS[1], seed=5, max_tokens=60, arm=engine.arms.resolve("firm"))
     )
     listener.first(talking, TokenEvent)
-    engine.between_steps(
-        lambda: found.append(engine.batch.score(Prompt(LONG, 0, engine.arms.acquire(cap)), 2))
-    )
+    gone, scored = (engine.score(GenerationRequest(LONG, arm=cap, logprobs=2)) for _ in range(2))
+    assert gone.cancel()
+    found = [scored.result(20)]
     listener.ended([talking])
     engine.close()
+    assert engine.arms.rows_in_use == 0
     with steer(engine.model, cap.interventions) as held:
         held.describe(torch.tensor([len(LONG)]), torch.tensor([len(LONG)]))
         scores = engine.model.hf(input_ids=torch.tensor([LONG]), use_cache=False).logits[0].log_softmax(-1)

@@ -109,7 +109,16 @@ def test_when_one_of_several_cannot_be_read_each_ends_once(served, monkeypatch):
 
     monkeypatch.setattr(engine.batch, "open", open_)
     cap = engine.arms.resolve("mild")
-    engine.between_steps(lambda: time.sleep(0.2))  # so that all of them are found waiting together
+    read = engine._read
+
+    def read_all_at_once():
+        while engine.queued < 3 and next(late, False):
+            time.sleep(0.01)
+            engine._receive()
+        read()
+
+    late = iter([True] * 100)
+    monkeypatch.setattr(engine, "_read", read_all_at_once)
     asks = [
         GenerationRequest(PROMPTS[2], seed=1, max_tokens=4, arm=cap),
         GenerationRequest(LONG, max_tokens=0, arm=cap),

@@ -159,7 +159,7 @@ def test_a_taken_port_is_found_before_the_model_is_loaded(tiny_run, capsys):
             main(
                 [
                     "serve",
-                    "nosuch/model",
+                    str(tiny_run / "tiny"),
                     "--axis",
                     str(tiny_run / "run"),
                     "--port",
