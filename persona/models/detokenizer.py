@@ -48,7 +48,11 @@ class Detokenizer:
         self.text, self.stopped = "", False
         self.pieces: list[str] = []
         self._skip_special, self._special = skip_special, _special_ids(tokenizer)
-        self._cleans_up = _cleans_up(tokenizer)
+        forced = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+        kind = type(getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)).__name__
+        self._cleans_up = bool(tokenizer.clean_up_tokenization_spaces)
+        if kind == "BPE":  # for which `transformers` ignores the setting
+            self._cleans_up &= bool(getattr(tokenizer, forced, False))
         self._ids = [token for token in prefix if not self._is_skipped(token)]
         end = len(self._ids)
         while end and is_byte_token(tokenizer, self._ids[end - 1]):
@@ -201,15 +205,6 @@ def _visible_token(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
         if text.strip() and INCOMPLETE not in text and not is_byte_token(tokenizer, token):
             return [token]
     return []
-
-
-def _cleans_up(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether a tokenizer removes blanks from what it decodes; `transformers` ignores the setting for BPE."""
-    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
-    forced = getattr(
-        tokenizer, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False
-    )
-    return bool(tokenizer.clean_up_tokenization_spaces) and (forced or type(model).__name__ != "BPE")
 
 
 def _common(a: str, b: str) -> str:

@@ -211,9 +211,9 @@ async def _respond(
     """The whole answer or a stream. A client who leaves early is counted, and its work cancelled."""
     count = service.metrics.requests.labels(route, "200").inc
     if not as_stream:
-        response = await _unless_disconnected(completion.respond(), request)
+        content = await _unless_disconnected(completion.respond(), request)
         count()
-        return response
+        return Response(content, media_type="application/json")
     lines = completion.stream()
     first = await anext(lines)  # it submits the requests: a refusal can still have its status
     count()
@@ -237,7 +237,7 @@ async def _respond(
     return StreamingResponse(body(), media_type="text/event-stream", headers={"x-accel-buffering": "no"})
 
 
-async def _unless_disconnected(work: Awaitable[Response], request: Request) -> Response:
+async def _unless_disconnected(work: Awaitable[bytes], request: Request) -> bytes:
     """The result of `work`. Cancels it and raises `ClientDisconnected` when the client leaves."""
 
     async def disconnected() -> None:

@@ -1,18 +1,17 @@
 """POST /v1/chat/completions and /v1/completions: requests that are answered whole or as a stream.
 
     completion = ChatCompletion(service, request, await service.prepare_chat(request))
-    await completion.respond()                      # the response
+    await completion.respond()                      # the response object as JSON
     async for line in completion.stream(): ...      # the lines of a stream, the first once all is submitted
 
 With `echo` and `logprobs` a text completion has the log-probabilities of its prompt too.
 """
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Generic, TypeVar
-
-from fastapi.responses import JSONResponse, Response
 
 from personatlas.persona.records import JsonObject
 from personatlas.steering.serve.answer_stream import AnswerStream, StreamedAnswer
@@ -49,8 +48,8 @@ class _Completion(Generic[Request]):
         prefix, kind = self.kind
         self.fields = response_fields(prefix, kind, request.model or service.name, service.fingerprint)
 
-    async def respond(self) -> Response:
-        """The response. Raises the error of an answer that failed."""
+    async def respond(self) -> bytes:
+        """The response object as JSON. Raises the error of an answer that failed."""
         scores = await self._scores()
         async with self._submit() as stream:
             async for answer, _ in stream:
@@ -61,9 +60,11 @@ class _Completion(Generic[Request]):
             answer.raise_error()
         self.timer.end()
 
-        def response() -> Response:
+        def response() -> bytes:
             choices = [self._choice(answer, scores) for answer in answers]
-            return JSONResponse({**self.fields, "choices": choices, **self._usage(answers)})
+            return json.dumps(
+                {**self.fields, "choices": choices, **self._usage(answers)}, allow_nan=False
+            ).encode()
 
         n_logprobs = (self.request.n_logprobs or 0) + 1 if self.request.n_logprobs is not None else 0
         n_tokens = sum(len(answer.ids) for answer in answers) + sum(map(len, scores))

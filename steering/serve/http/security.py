@@ -167,9 +167,9 @@ class SecurityMiddleware:
             return False
 
     def _refusal(self, scope: Scope, headers: dict[bytes, str]) -> Refusal | None:
-        for name in SINGLE_HEADERS:
-            if sum(own == name for own, _ in scope["headers"]) > 1:
-                return Refusal(400, f"more than one {name.decode()} header")
+        for header in SINGLE_HEADERS:
+            if sum(own == header for own, _ in scope["headers"]) > 1:
+                return Refusal(400, f"more than one {header.decode()} header")
         host = headers.get(b"host", "")
         try:
             name, port = parse_authority(host)

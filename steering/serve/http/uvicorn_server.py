@@ -7,6 +7,7 @@ with an error that says so.
 import asyncio
 import json
 import socket
+from functools import partial
 
 import h11
 import uvicorn
@@ -73,8 +74,8 @@ class TimeoutProtocol(H11Protocol):
         )
         if is_incomplete and self._request_timer is None:
             message = f"the request did not arrive within {REQUEST_SECONDS:g} seconds"
-            late = REQUEST_SECONDS, self._refuse, b"408 Request Timeout", message
-            self._request_timer = self.loop.call_later(*late)
+            refuse = partial(self._refuse, b"408 Request Timeout", message)
+            self._request_timer = self.loop.call_later(REQUEST_SECONDS, refuse)
         elif not is_incomplete and self._request_timer is not None:
             self._request_timer.cancel()
             self._request_timer = None
