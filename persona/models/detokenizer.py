@@ -6,8 +6,8 @@
 
 Text is held back while a later token can still change it:
 - a token of a byte-level vocabulary ends inside a character, which the next ones complete;
-- a run of byte tokens (`<0xE4>` in SentencePiece's vocabularies) is text if all of it is UTF-8, and one replacement
-  character for each byte otherwise, so it is held until another token ends it;
+- a run of byte tokens (`<0xE4>` in SentencePiece's vocabularies) is text if all of it is UTF-8, and one
+  replacement character for each byte otherwise, so it is held until another token ends it;
 - a tokenizer that cleans up removes the blank in "do n't" and "end .", so its last word is held;
 - the last characters may be the beginning of a stop text.
 """
@@ -113,7 +113,7 @@ class Detokenizer:
         return new
 
     def _release(self, new: str, pending: str = "", *, last: bool = False) -> str:
-        """What may be shown of final text; a stop text may reach into `pending`, which is final if it does."""
+        """What may be shown of final text; a stop text may reach into `pending`, final if it does."""
         if self.stopped:
             return ""
         if self._cleans_up:
@@ -150,7 +150,7 @@ def token_pieces(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> tu
 
 
 def is_byte_token(tokenizer: "PreTrainedTokenizerBase", token: int) -> bool:
-    """Whether a token stands for one byte of a character, as `<0xE4>` does in SentencePiece's vocabularies."""
+    """Whether a token is one byte of a character, as `<0xE4>` in SentencePiece's vocabularies."""
     name = tokenizer.convert_ids_to_tokens(token)
     return (
         isinstance(name, str) and BYTE_TOKEN.fullmatch(name) is not None and tokenizer.decode([token]) != name

@@ -26,24 +26,8 @@ def _refuse(value: object) -> object:
     return value
 
 
-def _refuse_tool_choice(value: object) -> object:
-    return value if value in ("none", "auto") else _refuse(value)
-
-
-def _refuse_format(value: dict[str, Any] | None) -> dict[str, Any] | None:
-    if value is not None and value.get("type", "text") != "text":
-        raise ValueError("only text is supported; leave it out")
-    return value
-
-
-def _require_length(value: int) -> int:
-    if value == 0:
-        raise ValueError(f"it is at least 1 token, or {FITTING} for as many as fit")
-    return value
-
-
 Refused = AfterValidator(_refuse)
-Count = Annotated[int, Field(ge=FITTING, le=2**31), AfterValidator(_require_length)]
+Count = Literal[-1] | Annotated[int, Field(ge=1, le=2**31)]
 
 
 class TextPart(BaseModel):
@@ -172,9 +156,14 @@ class ChatRequest(SamplingRequest):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tools: Annotated[list[Any] | None, Refused] = None
-    tool_choice: Annotated[Any, AfterValidator(_refuse_tool_choice)] = None
+    tool_choice: Annotated[Any, Refused] = None
     functions: Annotated[list[Any] | None, Refused] = None
-    response_format: Annotated[dict[str, Any] | None, AfterValidator(_refuse_format)] = None
+    response_format: Annotated[dict[str, Any] | None, Refused] = None
+
+    @field_validator("tool_choice", "response_format", mode="before")
+    @classmethod
+    def _nothing_asked(cls, value: Any) -> Any:
+        return None if value in ("none", "auto", {"type": "text"}, {}) else value
 
     @property
     def max_new_tokens(self) -> int | None:

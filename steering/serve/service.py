@@ -185,8 +185,8 @@ class PersonaService:
             n_logprobs = sum(map(len, all_ids)) * request.choices * (request.n_logprobs + 1)
             if n_logprobs > MAX_LOGPROBS:
                 raise InvalidField(
-                    f"{n_logprobs} log-probabilities of prompts are more than the {MAX_LOGPROBS} of one answer; "
-                    "send fewer prompts at once",
+                    f"{n_logprobs} log-probabilities of prompts are more than the {MAX_LOGPROBS} of one "
+                    "answer; send fewer prompts at once",
                     "logprobs",
                 )
         prepared = []

@@ -46,9 +46,9 @@ class Served:
 
 
 @contextmanager
-def served(service, key=None):
+def served(service, key=None, origins=()):
     """The server in a thread; it ends, and its engine with it, on the way out."""
-    server = make_server(make_app(service, key), service, "127.0.0.1", 0)
+    server = make_server(make_app(service, key, origins), service, "127.0.0.1", 0)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     deadline = time.monotonic() + 30

@@ -182,7 +182,7 @@ class DecodeBatch:
         return events
 
     def score(self, prompt: Prompt, n_likeliest: int) -> Iterator[list[TokenLogprobs]]:
-        """Log-probabilities of a text's own tokens (the first has none) and of the likeliest ones, some at a time.
+        """Log-probabilities of a text's tokens (the first has none) and of the likeliest ones, in pieces.
 
         One text at a time: others wait until it is scored.
         """

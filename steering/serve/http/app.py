@@ -20,6 +20,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from personatlas.analysis.html import PALETTE
 from personatlas.persona.errors import UserError, explain_os_error
@@ -58,10 +59,24 @@ STREAMED: dict[int | str, dict[str, Any]] = {
         "content": {"text/event-stream": {}},
     }
 }
-UNION_BRANCH = re.compile(r"str|constrained-str|list\[.*|CapBy\w+")  # in the location of a validation error
-WRONG_BRANCH = re.compile(r".*_type|missing|extra_forbidden")  # errors that say that another branch was meant
+# in the location of a validation error, and errors that say that another branch was meant
+UNION_BRANCH = re.compile(r"str|constrained-(?:str|int)|literal\[.*|list\[.*|CapBy\w+")
+WRONG_BRANCH = re.compile(r".*_type|missing|extra_forbidden|literal_error")
 BUG = "an error of the server itself; its log says more"
 CLIENT_CLOSED = 499  # the status that is logged for a client who left
+
+
+class EventStream(StreamingResponse):
+    """A stream that ends with its connection, also where it waits for a client who does not read."""
+
+    media_type = "text/event-stream"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends the lines."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self.body_iterator.aclose()  # type: ignore[attr-defined]
 
 
 class ClientDisconnected(Exception):
@@ -234,7 +249,7 @@ async def _respond(
                 service.metrics.cancelled.inc()
             await lines.aclose()  # type: ignore[attr-defined]
 
-    return StreamingResponse(body(), media_type="text/event-stream", headers={"x-accel-buffering": "no"})
+    return EventStream(body(), headers={"x-accel-buffering": "no"})
 
 
 async def _unless_disconnected(work: Awaitable[bytes], request: Request) -> bytes:

@@ -93,7 +93,7 @@ def text_logprobs(
     offset: int = 0,
     begins: bool = False,
 ) -> JsonObject:
-    """Log-probabilities as in text completions. `begins`: the first token is that of a text, which is at `offset`."""
+    """Log-probabilities as in text completions, of tokens at `offset`; `begins`: a text begins with them."""
     own_bytes = [token_bytes(tokenizer, token, first=begins and i == 0) for i, token in enumerate(ids)]
     top: list[dict[str, float] | None] = []
     for i, (own, likeliest) in enumerate(logprobs):

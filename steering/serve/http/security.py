@@ -1,8 +1,8 @@
 """The checks before every route (host, origin, size, API key) and the headers of every response.
 
 Pure ASGI: nothing is buffered, so streams stay streams. Without a key the server listens on this machine only
-and takes only requests that name it as such. A web page elsewhere can neither read it nor make it work, unless
-its origin is allowed by name: other origins are refused, and so are host names that merely resolve to this
+and takes only requests that name it as such. A web page elsewhere can neither read it nor make it work,
+unless its origin is allowed: other origins are refused, and so are host names that merely resolve to this
 machine.
 """
 
@@ -91,14 +91,14 @@ def require_origins(origins: Sequence[str], key: str | None) -> None:
         if origin == ANY_ORIGIN:
             if key is None:
                 raise UserError(
-                    f"--allow-origin * lets every web page use this server: set {API_KEY} to a key, or name origins"
+                    f"--allow-origin * lets every web page in: set {API_KEY} to a key, or name origins"
                 )
             continue
         try:
             parse_origin(origin)
         except ValueError:
             raise UserError(
-                f"--allow-origin {origin!r} is no origin: give scheme, host and port alone, as https://chat.example:8443"
+                f"--allow-origin {origin!r} is no origin: give scheme, host and port, as https://chat.example:8443"
             ) from None
 
 
@@ -178,8 +178,8 @@ class SecurityMiddleware:
         if self.key is None and name not in LOCAL_NAMES:
             return Refusal(
                 403,
-                f"this server answers to 127.0.0.1 and localhost only, not to {host[:80]!r}: to reach it by other "
-                f"names, start it with a key in {API_KEY}",
+                f"this server answers to 127.0.0.1 and localhost only, not to {host[:80]!r}: to reach it by "
+                f"other names, start it with a key in {API_KEY}",
                 "permission_error",
             )
         if not name:
@@ -215,7 +215,7 @@ class SecurityMiddleware:
 
 
 def _origin_form(scope: Scope, headers: dict[bytes, str]) -> Scope:
-    """A request to a whole URL (`GET http://host/path`) as one to its path; the URL's host replaces the header."""
+    """A request to a whole URL (`GET http://host/path`) as one to its path, at the URL's host."""
     found = ABSOLUTE_TARGET.fullmatch(scope["path"])
     if found is None:
         return scope

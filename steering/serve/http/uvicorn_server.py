@@ -29,7 +29,7 @@ READER_SECONDS, READER_BYTES = (
 
 
 class TimeoutProtocol(H11Protocol):
-    """HTTP/1.1 that closes connections whose requests do not arrive, or whose answers are not read, in time."""
+    """HTTP/1.1 that closes connections whose requests do not arrive, or answers are not read, in time."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Starts the time of the first request."""
