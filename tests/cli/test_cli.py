@@ -204,11 +204,11 @@ def test_a_gguf_that_is_cut_short_is_no_whole_gguf(tmp_path, monkeypatch, capsys
 
 
 def test_an_encoder_is_refused(tmp_path, capsys):
-    from transformers import BertConfig, BertModel
+    from transformers import BertConfig, BertForMaskedLM
 
     size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     torch.manual_seed(0)
-    BertModel(BertConfig(vocab_size=320, **size)).save_pretrained(tmp_path / "bert")
+    BertForMaskedLM(BertConfig(vocab_size=320, **size)).save_pretrained(tmp_path / "bert")
     tokenizer().save_pretrained(tmp_path / "bert")
     refused(capsys, ["axis", tmp_path / "bert", "--out", tmp_path / "run", *SMALL], "not a causal decoder")
 
