@@ -264,7 +264,7 @@ def export(
     from personatlas.persona.artifacts import locked, make_folder, require_writable
     from personatlas.persona.runs import resolve_model
     from personatlas.training.export.gguf import write_gguf
-    from personatlas.training.export.huggingface import export_model, load_exported
+    from personatlas.training.export.huggingface import export_model, is_exported, load_exported
 
     if out is None and gguf is None:
         raise UserError("give --out FOLDER, --gguf FILE or both")
@@ -279,9 +279,9 @@ def export(
     with ExitStack() as locks:
         for path in written:
             locks.enter_context(locked(path))
-        found = load_exported(source)
-        if out is not None:
-            export_model(found, source, out, torch.bfloat16 if dtype == "bf16" else torch.float32)
+        found, kind = load_exported(source), torch.bfloat16 if dtype == "bf16" else torch.float32
+        if out is not None and not (gguf is not None and is_exported(found, source, out, kind)):
+            export_model(found, source, out, kind)
         if gguf is not None:
             write_gguf(source, gguf, "bf16" if dtype == "bf16" else "f32")
     if json:

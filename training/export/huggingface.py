@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from personatlas.persona.artifacts import atomic_folder, make_folder, read_json, write_json
+from personatlas.persona.artifacts import atomic_folder, digest, make_folder, read_json, write_json
 from personatlas.persona.errors import UserError
 from personatlas.persona.models.chat_template import chat_format
 from personatlas.persona.models.load import quiet_transformers
@@ -87,6 +87,17 @@ def export_model(model: GPT, tokenizer_folder: Path, out: Path, dtype: torch.dty
         write_json(temporary / "generation_config.json", ends)
         write_json(temporary / "config.json", config)
     return out
+
+
+def is_exported(model: GPT, tokenizer_folder: Path, out: Path, dtype: torch.dtype) -> bool:
+    """Whether `out` is what `export_model` makes of a model: a killed command goes on behind it."""
+    files = [folder / "tokenizer.json" for folder in (tokenizer_folder, out)]
+    if not all(file.is_file() for file in (*files, out / "model.safetensors", out / "config.json")):
+        return False
+    there = load_exported(out)
+    pairs = zip(model.parameters(), there.parameters(), strict=False)
+    is_same = there.shape == model.shape and digest(files[0]) == digest(files[1])
+    return is_same and all(b.dtype == dtype and torch.equal(a.to(dtype), b) for a, b in pairs)
 
 
 def load_hf_tokenizer(folder: Path, shape: Shape) -> "PreTrainedTokenizerBase":

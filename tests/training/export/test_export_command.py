@@ -53,6 +53,20 @@ def test_a_run_becomes_a_folder_and_a_file_of_its_newest_checkpoint(run, tmp_pat
     assert torch.equal(torch.tensor(tensors["token_embd.weight"].data), first.embed_tokens.weight.data)
 
 
+def test_a_command_that_was_killed_behind_the_folder_goes_on_with_the_file(run, tmp_path, capsys):
+    folder, file = tmp_path / "folder", tmp_path / "a.gguf"
+    main(["train", "export", str(run), "--out", str(folder)])
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    main(["train", "export", str(run), "--out", str(folder), "--gguf", str(file)])
+    assert file.is_file()
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+    file.unlink()
+    with pytest.raises(SystemExit):  # another model than the one that is there
+        main(["train", "export", str(run), "--out", str(folder), "--gguf", str(file), "--dtype", "fp32"])
+    assert "is already there" in capsys.readouterr().err
+    assert not file.exists()
+
+
 def test_bf16_unless_asked_otherwise_and_it_is_the_rounded_model(run, tmp_path):
     main(["train", "export", str(run / "checkpoints" / "step-000008"), "--out", str(tmp_path / "half")])
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto")
