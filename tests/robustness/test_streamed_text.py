@@ -9,7 +9,7 @@ from tokenizers_of_kinds import KINDS, blocks
 
 from personatlas.persona.models.detokenizer import Detokenizer, token_bytes, token_pieces
 
-SAMPLE, FULL = 100, pytest.param(20000, marks=pytest.mark.robustness)  # texts
+SAMPLE, FULL = 100, pytest.param(2000, marks=pytest.mark.robustness)  # texts
 SEED = int(os.environ.get("PERSONATLAS_TEST_SEED", "0"))
 PHRASES = (
     "👩‍👩‍👧 👍🏽 🏳️‍🌈",

@@ -31,7 +31,7 @@ from personatlas.steering.serve.engine.prefix_cache import CachedPrefix
 from personatlas.steering.serve.engine.projection_hook import ProjectionHook
 
 CPU_TOKENS, GPU_TOKENS = 2048, 32768  # most padded tokens of one prefill
-SCORED_AT_ONCE = 256  # tokens of a text that are scored between two decoding steps
+SCORED_CPU, SCORED_GPU = 64, 512  # tokens of a text that are scored between two decoding steps
 
 TokenLogprobs = tuple[float | None, dict[int, float]]  # of a token, and of the likeliest ones by id
 
@@ -86,6 +86,7 @@ class DecodeBatch:
         self.callbacks = SamplerCallbacks(steering, projection_hook)
         self.decoder: Any = self.decoder_type(model, slots + 2, length, self.callbacks)
         self.callbacks.resize(slots + 2)  # one for prompts read in chunks, one for texts that are scored
+        self.scored_at_once = SCORED_CPU if model.device.type == "cpu" else SCORED_GPU
         self.rows: list[BatchRow] = []
         self.tokens, self.positions, self.seeds, self.steps = (
             torch.zeros(slots, dtype=torch.long, device=model.device) for _ in range(4)
@@ -199,9 +200,9 @@ class DecodeBatch:
     def _text_logits(self, prompt: Prompt, slot: int) -> Iterator[Tensor]:
         """Logits (T, V) of a text's tokens but the last, some tokens at a time."""
         self.callbacks.assign_slots([slot], [prompt])
-        for start in range(0, len(prompt.ids) - 1, SCORED_AT_ONCE):
+        for start in range(0, len(prompt.ids) - 1, self.scored_at_once):
             self.steering.restrict_layers(self._steered_layers([prompt]))
-            part = prompt.ids[start : min(start + SCORED_AT_ONCE, len(prompt.ids) - 1)]
+            part = prompt.ids[start : min(start + self.scored_at_once, len(prompt.ids) - 1)]
             logits = self.decoder.read_on(part, slot, start, logits=True)
             self.projection_hook.take()
             yield logits

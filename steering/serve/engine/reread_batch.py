@@ -10,7 +10,7 @@ from torch import Tensor
 
 from personatlas.persona.sampling.next_token import draw
 from personatlas.persona.sampling.sampler import PlainDecoder, Prompt, batch_end, pad
-from personatlas.steering.serve.engine.batch import SCORED_AT_ONCE, BatchRow, DecodeBatch
+from personatlas.steering.serve.engine.batch import BatchRow, DecodeBatch
 from personatlas.steering.serve.engine.prefix_cache import CachedPrefix
 
 
@@ -59,7 +59,7 @@ class RereadBatch(DecodeBatch):
         self.callbacks.before_prefill(torch.tensor([slot], device=device), length)
         logits = self.model.hf(input_ids=pad([prompt.ids], device), use_cache=False).logits[0, :-1]
         self.projection_hook.take()
-        yield from logits.split(SCORED_AT_ONCE)
+        yield from logits.split(self.scored_at_once)
 
     def _advance(self, n: int, visible: int) -> None:
         self.logits = self.decoder.step(self.tokens[:n], self.positions[:n])

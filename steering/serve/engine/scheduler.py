@@ -430,11 +430,12 @@ class Engine:
             self.listener(events)
 
     def _chunk_size(self) -> int:
-        """Prompt tokens to read in a round: few while rows decode, more while most requests wait."""
+        """Prompt tokens to read in a round: few while rows decode, more while more wait to decode than do."""
         if not self._running:
             return self.batch.max_prefill_tokens
         small = CHUNK_CPU if self.model.device.type == "cpu" else CHUNK_GPU
-        return small if len(self.waiting) <= len(self._running) else CROWDED_CHUNKS * small
+        to_decode = sum(handle.request.max_tokens > 0 for handle in self.waiting)
+        return small if to_decode <= len(self._running) else CROWDED_CHUNKS * small
 
 
 @dataclass(eq=False)

@@ -279,7 +279,7 @@ def test_log_probabilities_are_those_of_the_model(served):
 
 
 def test_a_text_is_scored_with_its_plan_between_the_steps_of_others(served, monkeypatch):
-    monkeypatch.setattr(batch_module, "SCORED_AT_ONCE", 16)
+    monkeypatch.setattr(batch_module, "SCORED_CPU", 16)
     engine, listener = served(ends=frozenset())
     cap = engine.arms.resolve("mild")
     talking = engine.submit(
