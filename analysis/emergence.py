@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -26,7 +26,15 @@ from personatlas.persona.distributed import get_world
 from personatlas.persona.errors import UserError
 from personatlas.persona.options import FitOptions, JudgeOptions, ModelOptions, PlanOptions
 from personatlas.persona.progress import say
-from personatlas.persona.records import JsonRecord
+from personatlas.persona.records import (
+    CosineOrNaN,
+    Count,
+    FractionOrNaN,
+    JsonRecord,
+    NonNegative,
+    Number,
+    check_ascending,
+)
 from personatlas.persona.runs import checkpoint_folders, is_training_run, model_name, open_run, spread_steps
 
 SETTLED = 0.8  # rank correlation with the last checkpoint from which on the roles count as ordered
@@ -36,9 +44,9 @@ SETTLED = 0.8  # rank correlation with the last checkpoint from which on the rol
 class PoleRank(JsonRecord):
     """The positive pole's z-score among the roles, and its rank from the top among n with it."""
 
-    z: float
-    rank: int
-    n: int
+    z: Number
+    rank: Count
+    n: Count
 
     json_names: ClassVar[Mapping[str, str]] = {"rank": "place", "n": "of"}
 
@@ -52,17 +60,17 @@ class CheckpointFit(JsonRecord):
     these are all equal. `role_play` is the share of judged answers that show their role.
     """
 
-    step: int
+    step: Count
     cos_pc1: Interval
-    cos_pc1_shuffled: float | None
+    cos_pc1_shuffled: CosineOrNaN | None
     split_half: Interval | None
-    norm: float
-    norm_shuffled: float | None
-    p_norm: float | None
-    role_play: float | None
+    norm: NonNegative
+    norm_shuffled: NonNegative | None
+    p_norm: FractionOrNaN | None
+    role_play: FractionOrNaN | None
     pole: PoleRank
     rank_correlation: Interval | None
-    cosine: float
+    cosine: CosineOrNaN
 
     json_names: ClassVar[Mapping[str, str]] = {
         "norm": "length",
@@ -77,13 +85,22 @@ class EmergenceResult(JsonRecord):
     """The checkpoints by step, and every role's z-scores over them, in the order of the last one
     (emergence.json)."""
 
-    layer: int
+    layer: Count
     positive: str
     checkpoints: tuple[CheckpointFit, ...]
-    roles: dict[str, tuple[float, ...]]
+    roles: dict[str, tuple[Number, ...]]
     run: str = ""
     folders: dict[str, str] | None = None
-    kind: str = "emergence"
+    kind: Literal["emergence"] = "emergence"
+
+    def __post_init__(self) -> None:
+        check_ascending([row.step for row in self.checkpoints])
+        if len(self.checkpoints) < 2 or self.positive not in self.roles:
+            raise ValueError(
+                "there are fewer than two checkpoints, or the positive pole is not among the roles"
+            )
+        if any(len(course) != len(self.checkpoints) for course in self.roles.values()):
+            raise ValueError("a role's course is not as long as the checkpoints are many")
 
     def ends(self, count: int) -> tuple[list[str], list[str]]:
         """Returns the lowest and the highest roles at the last checkpoint, without the positive pole."""

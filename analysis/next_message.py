@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from personatlas.analysis.stats import Array, ratio_interval
-from personatlas.persona.records import JsonRecord
+from personatlas.persona.records import Count, JsonRecord
 
 FOLDS, INNER_FOLDS = 5, 4
 ALPHAS = tuple(float(alpha) for alpha in 10.0 ** np.arange(-3, 5))
@@ -58,7 +58,7 @@ class ShuffledR2(JsonRecord):
 
     mean: float
     highest: float
-    n: int
+    n: Count
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,10 @@ class Prediction(R2):
     shuffled: ShuffledR2
     ceiling: float | None
     alphas: tuple[float, ...]
-    answers: int
-    messages: int
-    scripts: int
-    folds: int
+    answers: Count
+    messages: Count
+    scripts: Count
+    folds: Count
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from scipy import stats
 
-from personatlas.persona.records import JsonRecord
+from personatlas.persona.records import Count, FractionOrNaN, JsonRecord, NonNegativeOrNaN
 
 Array = NDArray[np.float64]
 Labels = Sequence[Hashable]
@@ -40,7 +40,7 @@ class Interval(JsonRecord):
     value: float
     low: float | None
     high: float | None
-    n: int | None = None
+    n: Count | None = None
 
     omit_none: ClassVar[tuple[str, ...]] = ("n",)
 
@@ -176,13 +176,13 @@ class Change(JsonRecord):
     value: float
     low: float
     high: float
-    p: float
-    smallest: float
-    n: int
-    clusters: int
-    no_loss: float | None = None
+    p: FractionOrNaN
+    smallest: NonNegativeOrNaN
+    n: Count
+    clusters: Count
+    no_loss: FractionOrNaN | None = None
     margin: float | None = None
-    p_holm: float | None = None
+    p_holm: FractionOrNaN | None = None
 
     @property
     def adjusted_p(self) -> float:

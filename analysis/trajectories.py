@@ -17,7 +17,7 @@ import numpy as np
 
 from personatlas.analysis.drift_alarm import AlarmState
 from personatlas.analysis.stats import LEVEL, Array, Interval, mean_interval, ratio_interval, share_interval
-from personatlas.persona.records import JsonRecord
+from personatlas.persona.records import Count, Ends, Fraction, FractionOrNaN, JsonRecord
 
 SHUFFLES = 400  # orders of turns
 
@@ -27,11 +27,11 @@ class TurnMean(JsonRecord):
     """Mean projection at a turn (from 1) over n conversations, with its 95% interval (None for a single
     script)."""
 
-    turn: int
+    turn: Count
     mean: float
     low: float | None
     high: float | None
-    n: int
+    n: Count
 
 
 @dataclass(frozen=True)
@@ -46,24 +46,25 @@ class Slope(JsonRecord):
     low: float | None
     high: float | None
     chance: float
-    n: int
-    scripts: int
+    n: Count
+    scripts: Count
 
 
 @dataclass(frozen=True)
 class AlarmRate(JsonRecord):
-    """How many of n conversations raise an alarm: share with interval over scripts, None without conversations.
+    """How many of n conversations raise an alarm: share with interval over scripts, None without
+    conversations.
 
     `first` is the median turn (from 1) of their first alarms. `on` holds, by turn, the share of the
     conversations that reach it in which the alarm is on.
     """
 
-    share: float | None
-    interval: tuple[float, float] | None
-    raised: int
-    n: int
+    share: FractionOrNaN | None
+    interval: Ends | None
+    raised: Count
+    n: Count
     first: float | None
-    on: tuple[float, ...]
+    on: tuple[Fraction, ...]
 
 
 def turn_means(values: Array, scripts: Sequence[str]) -> list[TurnMean]:

@@ -8,8 +8,11 @@ was interrupted. Nothing is ever unpickled.
 A temporary file or folder is `.NAME.HEX` beside NAME, and its process holds a lock on it. One that nobody
 locks was left by a killed process: the next writer of NAME removes it, `remove_leftovers` all in a folder.
 
-    save_tensors(folder / "axis", {"vectors": v}, {"kind": "axis"})
-    tensors, meta = load_tensors(folder / "axis", kind="axis")
+    save_tensors(folder / "thing", {"vectors": v}, {"kind": "thing"})
+    tensors, meta = load_tensors(folder / "thing", kind="thing")
+
+A dataclass that is such an artefact derives from `TensorRecord`; its annotations are the schema, checked in
+`load`.
 """
 
 import contextlib
@@ -17,16 +20,27 @@ import errno
 import fcntl
 import glob
 import hashlib
+import itertools
 import json
 import os
 import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from personatlas.persona.errors import UserError, explain_os_error, find_os_error
+from personatlas.persona.errors import UserError, describe_value, explain_os_error, find_os_error
+from personatlas.persona.records import (
+    FieldError,
+    JsonObject,
+    JsonRecord,
+    Record,
+    decode_json,
+    decode_object,
+    type_hints,
+)
 
 if TYPE_CHECKING:  # torch is slow to import, and JSON needs none
     from torch import Tensor
@@ -34,6 +48,10 @@ if TYPE_CHECKING:  # torch is slow to import, and JSON needs none
 FORMAT = 1
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}")
 LOCK = "0" * 12  # the HEX of a lock file: one that a killed process left is removed as any leftover
+LONGEST_NAME = 200  # bytes, which leaves room for endings
+RESERVED = re.compile(r"(con|prn|aux|nul|(com|lpt)\d)", re.IGNORECASE)  # on Windows
+REMAKE = "delete it and run the command that made it again"
+Stored = TypeVar("Stored", bound="TensorRecord")
 
 
 @contextlib.contextmanager
@@ -100,6 +118,26 @@ def locked(path: Path, *, lock: Path | None = None, wait: bool = False) -> Itera
             finally:
                 lock.unlink(missing_ok=True)
             return
+
+
+def require_file_names(names: Iterable[str], where: str) -> None:
+    """`UserError` for names of which one cannot be a file's name on every system, or two would be one file's."""
+    seen: dict[str, str] = {}
+    for name in names:
+        printable = name.isprintable() and not set(name) & {"/", "\\"}
+        plain = bool(name) and name[0] != "." and name[-1] not in ". "
+        reserved = RESERVED.fullmatch(name.partition(".")[0].strip()) is not None
+        if not printable or not plain or reserved or len(name.encode(errors="replace")) > LONGEST_NAME:
+            raise UserError(f"{where}: {name[:60]!r} cannot be a file's name; rename it")
+        if (other := seen.setdefault(name.casefold(), name)) is not name:
+            raise UserError(f"{where}: {other[:60]!r} and {name[:60]!r} would be one file; rename one")
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged file so that another can be written in its place; returns where it is now."""
+    names = (path.with_name(f"{path.name}.damaged{number or ''}") for number in itertools.count())
+    aside = next(name for name in names if not name.exists())
+    return path.replace(aside)
 
 
 def require_writable(path: Path, option: str) -> None:
@@ -207,7 +245,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: object) -> None:
     """Write `content` as sorted, indented JSON, atomically. NaN and infinity are refused: JSON has none."""
     text = _json_text(content)
     with atomic(path) as temporary:
@@ -221,11 +259,26 @@ def _json_text(content: Any) -> str:
 def read_json(path: Path) -> Any:
     """Parse a JSON file; `UserError` names the file and the line of a mistake."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return decode_json(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
+
+
+def read_object(path: Path) -> JsonObject:
+    """Parse a JSON file that holds an object; `UserError` for anything else."""
+    if not isinstance(content := read_json(path), dict):
+        raise UserError(f"{path} is {describe_value(content)}, not an object")
+    return content
+
+
+def read_record(path: Path, kind: type[Record], remedy: str = REMAKE) -> Record:
+    """Read a record from a JSON file; `UserError` for a file that holds none, ending with the remedy."""
+    try:
+        return kind.from_json(read_object(path))
+    except FieldError as error:
+        raise UserError(f"{path} is damaged: {error}; {remedy}") from None
 
 
 def digest(path: Path) -> str:
@@ -234,7 +287,7 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save_tensors(stem: Path, tensors: "dict[str, Tensor]", meta: dict[str, Any]) -> None:
+def save_tensors(stem: Path, tensors: "dict[str, Tensor]", meta: JsonObject) -> None:
     """Write `stem.safetensors` and then `stem.json`. `meta` must hold `kind`; equal content gives equal
     bytes.
     """
@@ -245,8 +298,7 @@ def save_tensors(stem: Path, tensors: "dict[str, Tensor]", meta: dict[str, Any])
     content = save(
         {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata={"meta": header}
     )
-    shapes = {name: [str(t.dtype).removeprefix("torch."), *t.shape] for name, t in sorted(tensors.items())}
-    record = {**meta, "tensors": shapes, "sha256": hashlib.sha256(content).hexdigest()}
+    record = {**meta, "tensors": _shapes(tensors), "sha256": hashlib.sha256(content).hexdigest()}
     tensor_path, json_path = stem.with_name(stem.name + ".safetensors"), stem.with_name(stem.name + ".json")
     # both are written before either is renamed, so that a disk too full for the JSON leaves the earlier
     # artefact whole
@@ -255,7 +307,7 @@ def save_tensors(stem: Path, tensors: "dict[str, Tensor]", meta: dict[str, Any])
         json_temporary.write_text(_json_text(record), encoding="utf-8")
 
 
-def load_tensors(stem: Path, kind: str) -> "tuple[dict[str, Tensor], dict[str, Any]]":
+def load_tensors(stem: Path, kind: str) -> "tuple[dict[str, Tensor], JsonObject]":
     """Read an artefact written by `save_tensors`, checking its hash, its kind and its format.
 
     Raises `UserError` for a missing, unfinished, damaged or foreign artefact.
@@ -268,20 +320,92 @@ def load_tensors(stem: Path, kind: str) -> "tuple[dict[str, Tensor], dict[str, A
             raise UserError(
                 f"{path} does not exist: the artefact was never finished; run the step that makes it again"
             )
-    record = read_json(json_path)
-    if not isinstance(record, dict):
-        raise UserError(f"{json_path} is not the JSON of an artefact, but a {type(record).__name__}")
+    record = read_object(json_path)
     if record.get("kind") != kind:
         raise UserError(f"{json_path} is of kind {record.get('kind')!r}, not {kind!r}")
     if record.get("format") != FORMAT:
         raise UserError(f"{json_path} has format {record.get('format')}; this version reads {FORMAT}")
     if record.get("sha256") != digest(tensor_path):
         raise UserError(
-            f"{tensor_path} does not match the hash in {json_path.name}: damaged or half replaced; make it again"
+            f"{tensor_path} does not match the hash in {json_path.name}: damaged or half replaced; {REMAKE}"
         )
     try:
         with safe_open(tensor_path, framework="pt") as file:
-            meta = json.loads(file.metadata()["meta"])
-            return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118 (not a dict)
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise UserError(f"{tensor_path} is not a readable artefact: {error}") from None
+            meta = decode_object(file.metadata()["meta"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{tensor_path} is not a readable artefact: {error}; {REMAKE}") from None
+    if {**meta, "tensors": _shapes(tensors), "sha256": record["sha256"]} != record:
+        raise UserError(f"{json_path} does not say what is in {tensor_path.name}: one was changed; {REMAKE}")
+    return tensors, meta
+
+
+def _shapes(tensors: "dict[str, Tensor]") -> dict[str, list[str | int]]:
+    return {name: [str(t.dtype).removeprefix("torch."), *t.shape] for name, t in sorted(tensors.items())}
+
+
+@dataclass(frozen=True)
+class TensorRecord(JsonRecord):
+    """Base of the dataclasses that are stored as artefacts: jaxtyped fields are its tensors, all others its
+    meta.
+
+    `kind` is the artefact's; `nonfinite` names tensors that may hold NaN and infinity. `optional` tensors are
+    left out while they are None or empty. Floating-point tensors are fp32, others int64. A field `stem` is
+    not stored: it is the path that the record was loaded from.
+    """
+
+    kind: ClassVar[str]
+    nonfinite: ClassVar[tuple[str, ...]] = ()
+
+    def save(self, stem: Path) -> None:
+        """Write `stem.safetensors` and `stem.json`."""
+        tensors, hints = {}, self._tensor_hints()
+        meta = {key: value for key, value in self.to_json().items() if key not in (*hints, "stem")}
+        for name in hints:
+            value = getattr(self, name)
+            if value is not None and (value.numel() or name not in self.optional):
+                tensors[name] = value
+        save_tensors(stem, tensors, {"kind": self.kind, **meta})
+
+    @classmethod
+    def load(cls: type[Stored], stem: Path) -> Stored:
+        """Read what `save` wrote; `UserError` when it is missing, damaged, or holds what this record cannot."""
+        tensors, meta = load_tensors(stem, cls.kind)
+        try:
+            cls._check_tensors(tensors)
+            return cls.from_json({**meta, **tensors, "stem": stem})
+        except FieldError as error:
+            raise UserError(f"{stem}.json is damaged: {error}; {REMAKE}") from None
+
+    @classmethod
+    def _tensor_hints(cls) -> dict[str, Any]:
+        """The jaxtyping annotation of each field that is a tensor."""
+        found = {}
+        for name, hint in type_hints(cls).items():
+            for kind in (hint, *getattr(hint, "__args__", ())):
+                if hasattr(kind, "dim_str"):
+                    found[name] = kind
+        return found
+
+    @classmethod
+    def _check_tensors(cls, tensors: "dict[str, Tensor]") -> None:
+        import torch
+
+        hints, sizes = cls._tensor_hints(), dict[str, int]()
+        if extra := sorted(set(tensors) - set(hints)):
+            raise FieldError(" is a tensor that does not belong there", extra[0][:60])
+        for name, hint in hints.items():
+            if (value := tensors.get(name)) is None:
+                if name in cls.optional:
+                    continue
+                raise FieldError(" is a missing tensor", name)
+            dtype = torch.float32 if "float32" in hint.dtypes else torch.int64
+            dims = hint.dim_str.split()
+            if value.dtype != dtype or value.ndim != len(dims):
+                wanted = f"{str(dtype).removeprefix('torch.')} ({', '.join(dims)})"
+                raise FieldError(f" is {describe_value(value)}, not {wanted}", name)
+            for dim, size in zip(dims, value.shape, strict=True):
+                if sizes.setdefault(dim, int(dim) if dim.isdigit() else size) != size:
+                    raise FieldError(f" is {describe_value(value)} where {dim} is {sizes[dim]}", name)
+            if name not in cls.nonfinite and not torch.isfinite(value).all():
+                raise FieldError(" holds NaN or infinity", name)

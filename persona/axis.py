@@ -1,6 +1,7 @@
 """`Axis` and `PersonaSpace`, their files, and the interventions that an axis makes along itself.
 
-    axis[l] = mean(default)[l] - mean over roles of their mean[l],   scaled to length 1   (2601.10387, section 3)
+    axis[l] = mean(default)[l] - mean over roles of their mean[l],   scaled to length 1   (2601.10387, section
+    3)
 
 so a positive projection <h, v> lies toward the first pole ("assistant") and a negative one toward the second
 ("role-play"). A direction never travels without its layers, its sign, its poles and the model that it came
@@ -13,16 +14,34 @@ from.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from personatlas.persona.artifacts import load_tensors, save_tensors
+from personatlas.persona.artifacts import TensorRecord
 from personatlas.persona.caps import CapSpec, parse_cap_spec
 from personatlas.persona.errors import UserError
-from personatlas.persona.interventions import Ablate, Add, Cap, MeanAblate, load_cap, require_unit_rows
+from personatlas.persona.interventions import (
+    Ablate,
+    Add,
+    Cap,
+    MeanAblate,
+    load_cap,
+    require_model_facts,
+    require_shares,
+    require_unit_rows,
+)
+from personatlas.persona.records import (
+    Count,
+    Fraction,
+    JsonObject,
+    Layers,
+    ModelFacts,
+    Names,
+    check_ascending,
+)
 
 POLES = ("assistant", "role-play")
 POPULATIONS = ("default", "roles")
@@ -32,7 +51,7 @@ ENDINGS = (".json", ".safetensors")
 
 
 @dataclass(frozen=True)
-class Axis:
+class Axis(TensorRecord):
     """A direction at every layer of a model.
 
     `vectors` are unit rows, + toward `poles[0]`; `norms` are the lengths before scaling (projection units);
@@ -43,15 +62,19 @@ class Axis:
 
     vectors: Float[Tensor, "L D"]
     norms: Float[Tensor, " L"]
-    layers: tuple[int, ...]
-    layer: int
-    model: dict[str, Any]
-    levels: tuple[float, ...] = ()
+    layers: Layers
+    layer: Count
+    model: ModelFacts
+    levels: Annotated[tuple[Fraction, ...], check_ascending] = ()
     default_quantiles: Float[Tensor, "L Q"] = field(default_factory=lambda: torch.empty(0, 0))
     role_quantiles: Float[Tensor, "L Q"] = field(default_factory=lambda: torch.empty(0, 0))
     poles: tuple[str, str] = POLES
     fit: dict[str, Any] = field(default_factory=dict)
     stem: Path | None = field(default=None, compare=False)
+
+    kind: ClassVar[str] = "axis"
+    nonfinite: ClassVar[tuple[str, ...]] = ("default_quantiles", "role_quantiles")
+    optional: ClassVar[tuple[str, ...]] = ("stem", *nonfinite)
 
     def __post_init__(self) -> None:
         n_layers, _ = self.vectors.shape
@@ -62,6 +85,18 @@ class Axis:
         if self.layer not in self.layers:
             raise ValueError(f"the layer to use, {self.layer}, is not one of the axis ({self.layers})")
         require_unit_rows(self.vectors)
+        require_model_facts(self.model, self.layers, self.vectors.shape[1])
+        if not (self.norms > 0).all():
+            raise ValueError("a norm is not above 0")
+        for name in self.nonfinite:
+            table = getattr(self, name)
+            if table.shape != (n_layers if self.levels else 0, len(self.levels)):
+                raise ValueError(
+                    f"{name} {tuple(table.shape)} are not for {n_layers} layers and {len(self.levels)} levels"
+                )
+            known = table[~table.isnan().all(dim=1)] if table.numel() else table
+            if not (torch.isfinite(known).all() and (known.diff(dim=1) >= 0).all()):
+                raise ValueError(f"{name} are not finite, or fall with the level")
 
     def at(self, layer: int) -> Float[Tensor, " D"]:
         """The unit vector at a layer; `UserError` when the axis does not have it."""
@@ -69,7 +104,7 @@ class Axis:
             raise UserError(f"layer {layer} is not in this axis ({self.layers[0]}..{self.layers[-1]})")
         return self.vectors[self.layers.index(layer)]
 
-    def require_model(self, model: dict[str, Any]) -> None:
+    def require_model(self, model: JsonObject) -> None:
         """Raises `UserError` for a model that this axis was not fitted on: other weights, another depth or
         width.
         """
@@ -223,19 +258,6 @@ class Axis:
             layers, self._vectors(layers), mean, phase=phase, spare_first=spare_first, model=self.model
         )
 
-    def save(self, stem: Path) -> None:
-        """Writes `stem.safetensors` and `stem.json`."""
-        tensors = {"vectors": self.vectors, "norms": self.norms}
-        if self.levels:
-            tensors |= {"default_quantiles": self.default_quantiles, "role_quantiles": self.role_quantiles}
-        meta = {
-            "layers": list(self.layers),
-            "layer": self.layer,
-            "model": self.model,
-            "levels": list(self.levels),
-        }
-        save_tensors(stem, tensors, {"kind": "axis", **meta, "poles": list(self.poles), "fit": self.fit})
-
     def _vectors(self, layers: tuple[int, ...]) -> Float[Tensor, "C D"]:
         if not layers:
             raise UserError("an intervention needs at least one layer")
@@ -265,7 +287,7 @@ def _cap_file(text: str) -> Path | None:
     return path if any(file.is_file() for file in files) else None
 
 
-def require_origin(what: str, origin: dict[str, Any], model: dict[str, Any], *, force: bool = False) -> None:
+def require_origin(what: str, origin: JsonObject, model: JsonObject, *, force: bool = False) -> None:
     """Refuse an artefact whose `origin` is not `model` (both `Model.describe()`); an unknown origin has to
     fit in size.
 
@@ -288,60 +310,37 @@ def require_origin(what: str, origin: dict[str, Any], model: dict[str, Any], *, 
 
 def load_axis(stem: Path) -> Axis:
     """Read an axis written by `Axis.save`; `UserError` when it is missing, damaged or something else."""
-    tensors, meta = load_tensors(stem, "axis")
-    quantiles = {name: tensors[name] for name in ("default_quantiles", "role_quantiles") if name in tensors}
-    return Axis(
-        vectors=tensors["vectors"],
-        norms=tensors["norms"],
-        layers=tuple(meta["layers"]),
-        layer=meta["layer"],
-        model=meta["model"],
-        levels=tuple(meta["levels"]),
-        poles=(meta["poles"][0], meta["poles"][1]),
-        fit=meta["fit"],
-        stem=stem,
-        **quantiles,
-    )
+    return Axis.load(stem)
 
 
 @dataclass(frozen=True)
-class PersonaSpace:
+class PersonaSpace(TensorRecord):
     """Principal components of the role vectors at one layer.
 
     A role with vector x lies at `(x - mean) @ components.T`. Components are unit rows; PC1 points to the
     default.
     """
 
-    layer: int
+    layer: Count
     mean: Float[Tensor, " D"]
     components: Float[Tensor, "K D"]
     variance_ratio: Float[Tensor, " K"]
     coordinates: Float[Tensor, "R K"]
-    roles: tuple[str, ...]
-    model: dict[str, Any]
+    roles: Names
+    model: ModelFacts
+
+    kind: ClassVar[str] = "space"
 
     def __post_init__(self) -> None:
         if self.coordinates.shape != (len(self.roles), len(self.components)):
             raise ValueError(
                 f"coordinates {tuple(self.coordinates.shape)} do not match {len(self.roles)} roles"
             )
-
-    def save(self, stem: Path) -> None:
-        """Write `stem.safetensors` and `stem.json`."""
-        tensors = {
-            "mean": self.mean,
-            "components": self.components,
-            "variance_ratio": self.variance_ratio,
-            "coordinates": self.coordinates,
-        }
-        save_tensors(
-            stem,
-            tensors,
-            {"kind": "space", "layer": self.layer, "roles": list(self.roles), "model": self.model},
-        )
+        require_unit_rows(self.components)
+        require_model_facts(self.model, (self.layer,), self.components.shape[1])
+        require_shares(self.variance_ratio)
 
 
 def load_space(stem: Path) -> PersonaSpace:
     """Read a space written by `PersonaSpace.save`."""
-    tensors, meta = load_tensors(stem, "space")
-    return PersonaSpace(layer=meta["layer"], roles=tuple(meta["roles"]), model=meta["model"], **tensors)
+    return PersonaSpace.load(stem)

@@ -8,6 +8,8 @@ import errno
 import os
 import re
 
+LONGEST_INT = 10**20  # that is written out
+
 
 class UserError(ValueError):
     """A foreseen failure. The message is one line: what was given, what is allowed, what to do."""
@@ -18,10 +20,15 @@ def describe_value(value: object) -> str:
     if hasattr(value, "dtype") and hasattr(value, "shape"):
         return f"a tensor {str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
     if isinstance(value, dict):
-        names = [repr(name) for name in list(value)[:6]] + ["..."] * (len(value) > 6)
+        names = [
+            repr(name[:60]) if isinstance(name, str) else describe_value(name) for name in list(value)[:6]
+        ]
+        names += ["..."] * (len(value) > 6)
         return f"a dict of {', '.join(names) or 'nothing'}"
     if isinstance(value, (list, tuple)):
         return f"a {type(value).__name__} of {len(value)}"
+    if isinstance(value, int) and abs(value) > LONGEST_INT:
+        return "a number of more than 20 digits"
     if value is None or isinstance(value, (bool, int, float)):
         return repr(value)
     return f"a {type(value).__name__}"

@@ -5,10 +5,10 @@ Each of them is a sequence of steps of one form, with p = <h, v> for a unit vect
 
     h' = h + v * (clamp(p, floor, ceiling) - p + add)
 
-    Cap         floor (and maybe a ceiling), add 0     holds the projection above the floor (2601.10387, section 5)
-    Ablate      floor = ceiling = 0                    takes the direction out
-    MeanAblate  floor = ceiling = mean                 sets the projection to a mean
-    Add         no floor, no ceiling, add = amount     moves along the direction, whatever p is
+    Cap         floor (and maybe a ceiling), add 0     holds the projection above the floor (2601.10387,
+    section 5) Ablate      floor = ceiling = 0                    takes the direction out MeanAblate  floor =
+    ceiling = mean                 sets the projection to a mean Add         no floor, no ceiling, add =
+    amount     moves along the direction, whatever p is
 
 so an engine implements one step, and a new intervention is one class here. `apply_steps` is the reference
 with which engines are compared. An axis makes interventions along itself (`axis.cap("p50@18-23")`,
@@ -19,17 +19,17 @@ with which engines are compared. An axis makes interventions along itself (`axis
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from personatlas.persona.artifacts import load_tensors, save_tensors
-from personatlas.persona.errors import UserError
+from personatlas.persona.artifacts import TensorRecord
+from personatlas.persona.records import Count, Fraction, JsonObject, ModelFacts
 
 BASELINE = "baseline"  # the name of the arm without interventions
 PHASES = ("prompt", "answer", "both")
@@ -48,6 +48,21 @@ class Step:
     spare_first: bool = False
 
 
+def require_model_facts(model: JsonObject, layers: Sequence[int], width: int) -> None:
+    """Raises `ValueError` for layers or a width of vectors that the model they are said to come from does not have."""
+    depth, wanted = model.get("n_layers"), model.get("d_model")
+    if wanted is not None and wanted != width:
+        raise ValueError(f"vectors of width {width} are not of a model of width {wanted}")
+    if any(layer < 0 or (depth is not None and layer >= depth) for layer in layers):
+        raise ValueError(f"layers {layers} are not all in the model's, 0..{depth - 1 if depth else ''}")
+
+
+def require_shares(ratio: Float[Tensor, " K"]) -> None:
+    """Raises `ValueError` unless these are shares of a variance, the largest first."""
+    if not (ratio >= 0).all() or float(ratio.sum()) > 1 + 1e-4 or not (ratio.diff() <= 1e-6).all():
+        raise ValueError("variance_ratio are not shares of a whole, the largest first")
+
+
 @dataclass(frozen=True)
 class Intervention:
     """Something done along unit vectors (C, D) at C layers.
@@ -57,11 +72,11 @@ class Intervention:
     that is unknown.
     """
 
-    layers: tuple[int, ...]
+    layers: tuple[Count, ...]
     vectors: Float[Tensor, "C D"]
     phase: str = field(default="both", kw_only=True)
     spare_first: bool = field(default=False, kw_only=True)
-    model: dict[str, Any] = field(default_factory=dict, kw_only=True)
+    model: ModelFacts = field(default_factory=dict, kw_only=True)
 
     def steps(self, row: int) -> list[Step]:
         """The steps at layer number `row` of this intervention, in order."""
@@ -75,6 +90,7 @@ class Intervention:
         if len(set(self.layers)) != len(self.layers):
             raise ValueError(f"a layer is named twice ({', '.join(map(str, self.layers))})")
         require_unit_rows(self.vectors)  # the step lifts by |v|^2, so another length is another floor
+        require_model_facts(self.model, self.layers, self.vectors.shape[1])
         if self.phase not in PHASES:
             raise ValueError(f"phase {self.phase!r} is not one of {', '.join(PHASES)}")
 
@@ -97,7 +113,7 @@ def require_unit_rows(vectors: Float[Tensor, "C D"]) -> None:
 
 
 @dataclass(frozen=True)
-class Cap(Intervention):
+class Cap(Intervention, TensorRecord):
     """A floor (and maybe a ceiling) on the projection: h + v * clamp(floor - <h, v>, min=0).
 
     `prompt_floor` holds floors for the tokens of prompts, where they differ from those of answers. `level`
@@ -108,9 +124,14 @@ class Cap(Intervention):
     floor: Float[Tensor, " C"]
     ceiling: Float[Tensor, " C"] | None = None
     prompt_floor: Float[Tensor, " C"] | None = None
-    level: float | None = field(default=None, kw_only=True)
+    level: Fraction | None = field(default=None, kw_only=True)
     population: str = field(default="unknown", kw_only=True)
     calibration: dict[str, Any] = field(default_factory=dict, kw_only=True)
+
+    kind: ClassVar[str] = "cap"
+    json_names: ClassVar[Mapping[str, str]] = {"calibration": "found"}
+    optional: ClassVar[tuple[str, ...]] = ("ceiling", "prompt_floor", "spare_first", "calibration")
+    nonfinite: ClassVar[tuple[str, ...]] = ("floor", "ceiling", "prompt_floor")  # a layer's may be open
 
     def __post_init__(self) -> None:
         self._check(self.floor)
@@ -137,41 +158,12 @@ class Cap(Intervention):
         sides = (self.phase,) if self.prompt_floor is None else ("prompt", "answer")
         return [self._step(row, self.floor_of(row, side), ceiling, phase=side) for side in sides]
 
-    def save(self, stem: Path) -> None:
-        """Writes `stem.safetensors` and `stem.json`."""
-        tensors = {name: getattr(self, name) for name in ("vectors", "floor", "ceiling", "prompt_floor")}
-        meta = {
-            name: getattr(self, name) for name in ("level", "population", "phase", "spare_first", "model")
-        }
-        save_tensors(
-            stem,
-            {name: tensor for name, tensor in tensors.items() if tensor is not None},
-            {"kind": "cap", "layers": list(self.layers), **meta, "found": self.calibration},
-        )
-
 
 def load_cap(stem: Path) -> Cap:
     """Reads a cap written by `Cap.save`. Raises `UserError` when it is missing, damaged, or holds what no cap
     can.
     """
-    tensors, meta = load_tensors(stem, "cap")
-    try:
-        return Cap(
-            tuple(int(layer) for layer in meta["layers"]),
-            tensors["vectors"],
-            tensors["floor"],
-            tensors.get("ceiling"),
-            tensors.get("prompt_floor"),
-            level=meta["level"],
-            population=meta["population"],
-            phase=meta["phase"],
-            spare_first=bool(meta.get("spare_first", False)),
-            model=meta["model"],
-            calibration=meta.get("found", {}),
-        )
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise UserError(f"{stem}.json is no cap that could be used: {reason}") from None
+    return Cap.load(stem)
 
 
 @dataclass(frozen=True)

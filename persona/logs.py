@@ -14,41 +14,72 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from personatlas.persona.errors import UserError
+from personatlas.persona.artifacts import atomic, set_aside
+from personatlas.persona.errors import UserError, describe_value
+from personatlas.persona.progress import say
+from personatlas.persona.records import decode_object
 
 Row = dict[str, Any]
+Schema = Callable[[Row], object]  # such as a record's from_json: raises ValueError for what is no row
+REMADE = "what it held is made again"
 BATCH_ROWS, BATCH_SECONDS = (
     64,
     0.5,
 )  # one fsync a row would hold a fast judge to a few hundred answers a second
 
 
-def read_lines(path: Path) -> list[Row]:
+def read_lines(path: Path, schema: Schema | None = None) -> list[Row]:
     """All whole lines of a JSONL log; a missing file is an empty log.
 
     A last line without its newline is one that a crash cut short: it is left out (and cut off by
-    `append_lines`). Anything else that does not parse is damage and raises `UserError` with its line number.
+    `append_lines`). Anything else that does not parse, or that the schema refuses with a `ValueError`, is
+    damage and raises `UserError` with its line number.
     """
-    if not path.exists():
-        return []
     rows = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}:{number} is not valid JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{path}:{number} is not a JSON object")
-            rows.append(row)
+    for number, line in _whole_lines(path):
+        try:
+            rows.append(_parse_row(line, schema))
+        except ValueError as error:
+            raise UserError(f"{path}:{number} is damaged: {error}; delete that line, {REMADE}") from None
     return rows
+
+
+def mend_log(path: Path, schema: Schema | None = None) -> list[Row]:
+    """The same for a log whose rows are made again where they are missing: damaged lines are taken out.
+
+    The log as it was is kept beside it, and stderr says how many lines were damaged.
+    """
+    rows, whole, problems = list[Row](), list[bytes](), list[str]()
+    for number, line in _whole_lines(path):
+        try:
+            rows.append(_parse_row(line, schema))
+            whole.append(line)
+        except ValueError as error:
+            problems.append(f"line {number}: {error}")
+    if problems:
+        aside = set_aside(path)
+        with atomic(path) as temporary:
+            temporary.write_bytes(b"".join(whole))
+        say(f"{path}: {len(problems)} damaged lines left out ({problems[0]}), kept in {aside}; {REMADE}")
+    return rows
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    if path.exists():
+        with path.open("rb") as file:
+            yield from ((number, line) for number, line in enumerate(file, 1) if line.endswith(b"\n"))
+
+
+def _parse_row(line: bytes, schema: Schema | None) -> Row:
+    row = decode_object(line)
+    if schema is not None:
+        schema(row)
+    return row
 
 
 def append_lines(path: Path, rows: Iterable[Row], *, sync: bool = True) -> None:
@@ -98,14 +129,17 @@ class ResultCache:
         the field that identifies a row, or several fields, whose values are then a key as a tuple
     also
         further logs to read, such as those of other processes; nothing is written to them
-    check
-        says what is wrong with a row ("a score: ... are needed", after "is not"), None if nothing is
+    schema
+        raises `ValueError` for what is no row of this log, such as a record's `from_json`
+    mend
+        leave damaged lines of the log out, which are then made again; else they raise `UserError`
     keep
         which rows count; the others stay in the log and out of the cache
     sync
         whether `add` waits for the disk
     batched
-        write 64 rows, or those of half a second, together; the context manager's exit (or `flush`) writes the rest
+        write 64 rows, or those of half a second, together; the context manager's exit (or `flush`) writes the
+        rest
     """
 
     def __init__(
@@ -114,7 +148,8 @@ class ResultCache:
         key: str | tuple[str, ...] = "id",
         *,
         also: Iterable[Path] = (),
-        check: Callable[[Row], str | None] | None = None,
+        schema: Schema | None = None,
+        mend: bool = True,
         keep: Callable[[Row], bool] | None = None,
         sync: bool = True,
         batched: bool = False,
@@ -123,10 +158,16 @@ class ResultCache:
         self._lock, self._waiting, self._written = threading.Lock(), list[Row](), time.monotonic()
         self._rows: dict[Hashable, Row] = {}
         self.newest: Row | None = None
+
+        def check(row: Row) -> None:
+            if schema is not None:
+                schema(row)
+            for name in (key,) if isinstance(key, str) else key:
+                if not isinstance(row.get(name), str | int):
+                    raise ValueError(f"{name} is {describe_value(row.get(name))}, not a key")
+
         for log in dict.fromkeys((*also, *(() if path is None else (path,)))):
-            for number, row in enumerate(read_lines(log), 1):
-                if check is not None and (problem := check(row)) is not None:
-                    raise UserError(f"{log}:{number} is not {problem}")
+            for row in mend_log(log, check) if mend and log == path else read_lines(log, check):
                 self._remember(row)
 
     def key_of(self, row: Row) -> Hashable:

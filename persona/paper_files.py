@@ -31,6 +31,9 @@ from personatlas.persona.axis import Axis
 from personatlas.persona.errors import UserError, describe_value
 from personatlas.persona.formats import require_file
 from personatlas.persona.interventions import Cap
+from personatlas.persona.records import LARGEST
+
+MOST_LAYERS = 10_000  # of any model: more is damage
 
 # what torch raises for archives and pickles that it cannot make sense of
 UNREADABLE = (
@@ -64,8 +67,8 @@ def import_axis(path: Path, model: dict[str, Any], layer: int | None = None) -> 
     n_layers, d_model = rows.shape
     _require_shape(model, n_layers, d_model, path)
     layer = n_layers // 2 if layer is None else layer
-    if not 0 <= layer < n_layers:
-        raise UserError(f"layer {layer} is not in {path} (0..{n_layers - 1})")
+    if n_layers > MOST_LAYERS or not 0 <= layer < n_layers:
+        raise UserError(f"layer {layer} is not in {path} (0..{min(n_layers, MOST_LAYERS) - 1})")
     units, norms = _unit_rows(rows, str(path))
     return Axis(
         vectors=units,
@@ -115,8 +118,9 @@ def _role_vector(held: Any, path: Path) -> Tensor:
             raise UserError(
                 f"{path} holds {describe_value(held)}, not a tensor or a dict with one, under 'vector' or 'mean'"
             )
-        if held.get("role", path.stem) != path.stem:
-            raise UserError(f"{path} says that it is role {held['role']!r}: a file must be named by its role")
+        if not isinstance(role := held.get("role", path.stem), str) or role != path.stem:
+            said = repr(role[:60]) if isinstance(role, str) else describe_value(role)
+            raise UserError(f"{path} says that it is role {said}: a file must be named by its role")
         held = held[names[0]]
     return _floats(held, 2, str(path))
 
@@ -148,6 +152,8 @@ def import_caps(path: Path, model: dict[str, Any], d_model: int | None = None) -
     width = model.get("d_model") if d_model is None else d_model
     vectors = {}
     for name, entry in named.items():
+        if not isinstance(name, str):
+            raise UserError(f"{path}: a vector is named {describe_value(name)}, not by a text")
         vectors[name] = _, vector = _cap_vector(entry, f"{path}: vector {name!r}", model.get("n_layers"))
         width = len(vector) if width is None else width
         if len(vector) != width:
@@ -157,7 +163,7 @@ def import_caps(path: Path, model: dict[str, Any], d_model: int | None = None) -
         id = experiment.get("id") if isinstance(experiment, dict) else None
         if not isinstance(id, str) or id in caps or not isinstance(experiment.get("interventions"), list):
             raise UserError(
-                f"{path}: experiment {number} ({id!r}) needs an id of its own and a list 'interventions'"
+                f"{path}: experiment {number} ({repr(id[:60]) if isinstance(id, str) else describe_value(id)}) needs an id of its own and a list 'interventions'"
             )
         steps = experiment["interventions"]
         if any(isinstance(step, dict) and "cap" in step for step in steps):
@@ -176,8 +182,10 @@ def _cap_vector(entry: Any, where: str, n_layers: int | None) -> tuple[int, Tens
         raise UserError(
             f"{where} is {describe_value(entry)}, not a dict with 'layer', a number from 0, and 'vector'"
         )
-    if n_layers is not None and layer >= n_layers:
-        raise UserError(f"{where} is at layer {layer}, the model has layers 0..{n_layers - 1}")
+    if layer >= (n_layers or MOST_LAYERS):
+        raise UserError(
+            f"{where} is at layer {describe_value(layer)}, the model has layers 0..{(n_layers or MOST_LAYERS) - 1}"
+        )
     units, _ = _unit_rows(_floats(entry.get("vector"), 1, where)[None], where)
     return layer, units[0]
 
@@ -185,22 +193,19 @@ def _cap_vector(entry: Any, where: str, n_layers: int | None) -> tuple[int, Tens
 def _cap(id: str, steps: list[Any], vectors: dict[Any, tuple[int, Tensor]], where: str) -> Cap:
     rows: dict[int, tuple[Tensor, float]] = {}
     for number, step in enumerate(steps, 1):
-        if not isinstance(step, dict) or step.get("vector") not in list(vectors):
+        name = step.get("vector") if isinstance(step, dict) else None
+        if not isinstance(name, str) or name not in vectors:
             raise UserError(
                 f"{where}: intervention {number} is {describe_value(step)} and names no vector of the file"
             )
         ceiling = step.get("cap")
         if isinstance(ceiling, Tensor) and ceiling.numel() == 1:
             ceiling = ceiling.item()
-        if (
-            not isinstance(ceiling, (int, float))
-            or isinstance(ceiling, bool)
-            or not abs(ceiling) < float("inf")
-        ):
+        if not isinstance(ceiling, (int, float)) or isinstance(ceiling, bool) or not abs(ceiling) < LARGEST:
             raise UserError(
                 f"{where}: intervention {number} has cap {describe_value(ceiling)}, not a finite number"
             )
-        layer, vector = vectors[step["vector"]]
+        layer, vector = vectors[name]
         if layer in rows:  # one after the other, two at a layer are not one floor
             raise UserError(f"{where}: two interventions are at layer {layer}; a cap has one a layer")
         rows[layer] = -vector, -float(ceiling)
@@ -237,6 +242,8 @@ def _load_pt(path: Path) -> Any:
         raise UserError(f"{path} is not a file of `torch.save` (torch 1.6 or newer)")
     try:
         with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise UserError(f"{path} is compressed, not as `torch.save` writes it; save it again")
             damaged = archive.testzip()  # torch.load does not look at the checksums
         if damaged is not None:
             raise UserError(f"{path} is damaged (checksum of {damaged}); fetch it again")
@@ -245,7 +252,9 @@ def _load_pt(path: Path) -> Any:
             raise UserError(
                 f"{path} holds {', '.join(beyond)}: more than tensors and plain values. It was not loaded"
             )
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        _require_whole_tensors(content, path)
+        return content
     except UserError:
         raise
     except (zipfile.BadZipFile, zlib.error) as error:
@@ -253,6 +262,28 @@ def _load_pt(path: Path) -> Any:
     except UNREADABLE as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:120]
         raise UserError(f"{path} is not a file of tensors and plain values; not loaded ({reason})") from None
+
+
+def _require_whole_tensors(content: Any, path: Path) -> None:
+    """`UserError` for a tensor that says to be larger than what it stores: computing with it could take all memory."""
+    waiting, seen = [content], set[int]()
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:  # a list may hold itself
+            continue
+        seen.add(id(value))
+        if isinstance(value, dict):
+            waiting += [*value, *value.values()]
+        elif isinstance(value, (list, tuple, set)):
+            waiting += value
+        elif isinstance(value, Tensor) and value.is_nested:
+            raise UserError(f"{path} holds a nested tensor; save dense ones")
+        elif isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta:
+            stored = value.untyped_storage().nbytes() // value.element_size()
+            if value.numel() > stored:
+                raise UserError(
+                    f"{path} holds {describe_value(value)} that stores {stored:,} values; save it with .contiguous()"
+                )
 
 
 def _floats(value: Any, ndim: int, where: str) -> Tensor:

@@ -9,14 +9,15 @@ so the same key has the same prompt and the same random numbers whatever else is
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, ClassVar, Literal, NamedTuple, TypeVar
 
 from personatlas.persona.errors import UserError
 from personatlas.persona.formats import Message
-from personatlas.persona.logs import read_lines
+from personatlas.persona.logs import mend_log, read_lines
+from personatlas.persona.records import Count, JsonObject, JsonRecord
 from personatlas.persona.roles.bank import Bank, Role, Trait, is_pole
 
 T = TypeVar("T")
@@ -56,22 +57,38 @@ class Request:
         return RolloutKey.parse(self.key)
 
 
+def _check_message(message: Message) -> None:
+    if set(message) != {"role", "content"}:
+        raise ValueError(f"a message has role and content, not {', '.join(message) or 'nothing'}")
+
+
+def check_token_ids(ids: Sequence[int]) -> None:
+    """Raises `ValueError` for what no tokenizer has as an id."""
+    if ids and not 0 <= min(ids) <= max(ids) < 1 << 31:
+        raise ValueError("a token id is below 0 or above 2^31")
+
+
+TokenIds = Annotated[tuple[int, ...], check_token_ids]
+
+
 @dataclass(frozen=True)
-class Rollout:
+class Rollout(JsonRecord):
     """An answer. `answer_ids` end before the end token; `score` is a judge's 0-3, or None where none has
     judged.
 
     `stopped` is "end" when the model ended its answer and "length" when the token limit did.
     """
 
-    key: str
-    messages: tuple[Message, ...]
-    prompt_ids: tuple[int, ...]
-    answer_ids: tuple[int, ...]
+    key: Annotated[str, RolloutKey.parse]
+    messages: tuple[Annotated[Message, _check_message], ...]
+    prompt_ids: TokenIds
+    answer_ids: TokenIds
     answer: str
-    seed: int
+    seed: Count
     stopped: Literal["end", "length"]
-    score: int | None = None
+    score: Count | None = None
+
+    optional: ClassVar[tuple[str, ...]] = ("score",)
 
     @property
     def role(self) -> str:
@@ -93,18 +110,11 @@ class Rollout:
         """Whether there are no tokens, or white space alone: such answers are not recorded."""
         return not self.answer_ids or not self.answer.strip()
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """The row of `rollouts.jsonl`; the score lives in `scores.jsonl`."""
-        row = asdict(self)
+        row = super().to_json()
         del row["score"]
         return row
-
-    @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> "Rollout":
-        """What `to_json` gave. Raises `KeyError` or `TypeError` for a row of another form."""
-        values = {name: row[name] for name in ("key", "answer", "seed", "stopped")}
-        values |= {name: tuple(row[name]) for name in ("messages", "prompt_ids", "answer_ids")}
-        return cls(**values)
 
 
 def seed_of(key: str, run_seed: int) -> int:
@@ -192,19 +202,17 @@ def only_poles(rollouts: Iterable[Rollout]) -> list[Rollout]:
     return [rollout for rollout in rollouts if is_pole(rollout.role)]
 
 
-def read_rollouts(folder: Path) -> list[Rollout]:
+def read_rollouts(folder: Path, *, mend: bool = False) -> list[Rollout]:
     """Every rollout of a run folder, from the log and from logs that parallel ranks have not merged yet, each
     key once.
 
-    A key that stands twice with different answers is two runs mixed into one folder: `UserError`.
+    With `mend` damaged lines are taken out of the logs, else they raise `UserError`. A key that stands twice
+    with different answers is two runs mixed into one folder: `UserError`.
     """
     rollouts: dict[str, Rollout] = {}
     for path in sorted(folder.glob("rollouts*.jsonl")):
-        for row in read_lines(path):
-            try:
-                rollout = Rollout.from_json(row)
-            except (KeyError, TypeError) as error:
-                raise UserError(f"{path}: a line lacks a rollout's fields ({error})") from None
+        rows = (mend_log if mend else read_lines)(path, Rollout.from_json)
+        for rollout in map(Rollout.from_json, rows):
             if rollouts.setdefault(rollout.key, rollout) != rollout:
                 raise UserError(
                     f"{path}: {rollout.key} is there twice with different answers: two runs were mixed"

@@ -25,9 +25,20 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from personatlas.persona.artifacts import locked, read_json, remove_leftovers, write_json
+from personatlas.persona.artifacts import REMAKE, locked, read_object, remove_leftovers, write_json
 from personatlas.persona.errors import UserError, explain_os_error
-from personatlas.persona.records import JsonObject
+from personatlas.persona.records import (
+    Count,
+    FieldError,
+    Fraction,
+    JsonObject,
+    ModelFacts,
+    Names,
+    NonNegative,
+    Positive,
+    check_fields,
+    read_field,
+)
 
 if TYPE_CHECKING:
     from personatlas.persona.models.load import Model
@@ -49,6 +60,35 @@ FIXED: tuple[str, ...] = (
     "engine",
 )
 FIXED += ("chat_template", "chunk")
+ROLLOUT_SETTINGS = ("model", "bank", "seed", "max_new_tokens", "temperature", "top_p", "roles")
+JUDGED = {"id": str, "counts": dict[str, Count], "unscored": Count}
+MANIFEST = {
+    "kind": str,
+    "created": str,
+    "versions": dict[str, str],
+    "steps": Count,
+    "threads": Positive,
+    "gate": {"share": Fraction, "low": Fraction, "high": Fraction, "n": Count, "judge": str},
+    "judge": JUDGED,
+    "trait_judge": JUDGED,
+    "plan": JsonObject,
+    "result": JsonObject,
+    "asked": {
+        "model_name": str,
+        "model": ModelFacts,
+        "chat_template": str,
+        "traits_bank": str,
+        "seed": int,
+        "max_new_tokens": Positive,
+        "temperature": NonNegative,
+        "top_p": Fraction,
+        "roles": Names,
+        "traits": Names,
+        "stage": str,
+        **dict.fromkeys(("chunk", "prompts", "questions", "samples", "depth", "context", "batch"), Positive),
+        **dict.fromkeys(("minutes", "rate_scale", "epochs", "tokens"), NonNegative),
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -61,13 +101,7 @@ class RunFolder:
     @property
     def manifest(self) -> JsonObject:
         """The content of run.json, {} before the first step."""
-        path = self.folder / "run.json"
-        content = read_json(path) if path.exists() else {}
-        if not isinstance(content, dict):
-            raise UserError(
-                f"{path} is not the record of a run, but a {type(content).__name__}; choose another folder"
-            )
-        return content
+        return read_manifest(self.folder) if (self.folder / "run.json").exists() else {}
 
     def date(self, model: "Model") -> "Model":
         """The model with the date of this run's prompts, so that a resumed run holds one date.
@@ -164,11 +198,23 @@ def versions() -> dict[str, str]:
     return found
 
 
+def read_manifest(folder: Path) -> JsonObject:
+    """The content of run.json. `UserError` for a missing one, and for one that no run has written."""
+    path = folder / "run.json"
+    content = read_object(path)
+    try:
+        check_fields(content, MANIFEST)
+        if (asked := content.get("asked")) and content.get("kind") != TRAINING and "model_name" in asked:
+            for name in ROLLOUT_SETTINGS:
+                read_field(asked, name, object)
+    except FieldError as error:
+        raise UserError(f"{path} is damaged: {error}; {REMAKE}") from None
+    return content
+
+
 def is_training_run(folder: Path) -> bool:
     """Whether a folder is what `personatlas train` writes."""
-    path = folder / "run.json"
-    content = read_json(path) if path.is_file() else None
-    return isinstance(content, dict) and content.get("kind") == TRAINING
+    return (folder / "run.json").is_file() and read_manifest(folder).get("kind") == TRAINING
 
 
 def checkpoint_folders(run: Path) -> dict[int, Path]:
@@ -219,7 +265,7 @@ def resolve_model(name: str) -> str:
             f"{name} holds {len(steps)} checkpoints; give one of them, such as {steps[max(steps)]}"
         )
     if (folder / "run.json").is_file():
-        model = read_json(folder / "run.json").get("asked", {}).get("model_name")
+        model = read_manifest(folder).get("asked", {}).get("model_name")
         hint = f" of {model}: give that" if model else ": give its model"
         raise UserError(f"{name} is a run folder{hint} as the model, and the run with --axis {name}")
     return name

@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal
 
 from personatlas.analysis.drift_alarm import (
     ConversationAlarm,
@@ -32,14 +32,14 @@ from personatlas.analysis.drift_alarm import (
     first_alarm,
     fit_reference,
 )
-from personatlas.persona.artifacts import read_json, write_json
+from personatlas.persona.artifacts import read_record, write_json
 from personatlas.persona.axis import Axis, require_origin
 from personatlas.persona.errors import UserError
 from personatlas.persona.formats import read_json_value, require_file
-from personatlas.persona.records import JsonObject
+from personatlas.persona.records import Count, JsonObject, JsonRecord, ModelFacts, Number, check_distinct
 
 REFERENCE_FILE, OLD_REFERENCE_FILE = "reference.json", "calm.json"
-KIND = "calm"  # of the file's content, as in earlier versions
+KIND: Literal["calm"] = "calm"  # of the file's content, as in earlier versions
 FOLDS = 10  # of the scripts, in cross-validation
 RULES: dict[str, Callable[[], Rule]] = {"cusum": Cusum, "two_of_three": MOfN}
 
@@ -102,7 +102,8 @@ class DriftMonitor:
         return {"baseline": baseline, "alarm": {"rule": self.rule_name, "limit": self.rule.limit, **rate}}
 
 
-class ReferenceConversation(NamedTuple):
+@dataclass(frozen=True)
+class ReferenceConversation(JsonRecord):
     """The mean projections of a conversation's answers in order (residual units).
 
     `name` is SCRIPT or SCRIPT/SAMPLE.
@@ -110,7 +111,7 @@ class ReferenceConversation(NamedTuple):
 
     name: str
     domain: str
-    projections: tuple[float, ...]
+    projections: tuple[Number, ...]
 
     @property
     def script(self) -> str:
@@ -181,6 +182,23 @@ def _calibrate(
     return reference, calibrate_rule(RULES[rule](), projections, scripts, reference, rate)
 
 
+@dataclass(frozen=True)
+class StoredReference(JsonRecord):
+    """The content of reference.json: the conversations, the line that they were measured on, and how they were made."""
+
+    model: ModelFacts
+    layer: Count
+    direction: str
+    conversations: tuple[ReferenceConversation, ...]
+    made: JsonObject
+    kind: Literal["calm"] = KIND
+
+    def __post_init__(self) -> None:
+        check_distinct([one.name for one in self.conversations])
+        if empty := [one.name for one in self.conversations if not one.projections]:
+            raise ValueError(f"conversation {empty[0]!r} has no projections")
+
+
 def save_reference(
     path: Path,
     axis: Axis,
@@ -192,12 +210,8 @@ def save_reference(
 
     `model` is `Model.describe()`; `provenance` says how: sampling, seeds, domains.
     """
-    rows = [
-        {"name": one.name, "domain": one.domain, "projections": list(one.projections)}
-        for one in conversations
-    ]
-    origin = {"kind": KIND, "model": model, "layer": axis.layer, "direction": direction_digest(axis)}
-    write_json(path, {**origin, "conversations": rows, "made": provenance})
+    content = StoredReference(model, axis.layer, direction_digest(axis), tuple(conversations), provenance)
+    write_json(path, content.to_json())
 
 
 def is_reference_file(path: Path) -> bool:
@@ -225,30 +239,16 @@ def load_reference(path: Path, axis: Axis, model: JsonObject | None = None) -> R
 
     Raises `UserError` for another model (the axis's unless given), another layer or direction, or a damaged
     file."""
-    content = read_json(path)
-    if not isinstance(content, dict) or content.get("kind") != KIND:
+    if not is_reference_file(path):
         raise UserError(f"{path} is no record of reference conversations; `personatlas drift` makes one")
-    try:
-        origin, layer, direction = content["model"], int(content["layer"]), content["direction"]
-        conversations = tuple(
-            ReferenceConversation(str(row["name"]), str(row["domain"]), tuple(map(float, row["projections"])))
-            for row in content["conversations"]
-        )
-        for one in conversations:
-            if not one.projections or not all(map(math.isfinite, one.projections)):
-                raise ValueError(f"conversation {one.name!r} has no projections, or one that is not finite")
-        provenance = dict(content["made"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    stored = read_record(path, StoredReference, "delete it and `personatlas drift` makes a new one")
+    require_origin("record of reference conversations", stored.model, model or axis.model)
+    if (stored.layer, stored.direction) != (axis.layer, direction_digest(axis)):
         raise UserError(
-            f"{path} is damaged ({type(error).__name__}: {error}); `personatlas drift` makes a new one"
-        ) from None
-    require_origin("record of reference conversations", origin, model or axis.model)
-    if (layer, direction) != (axis.layer, direction_digest(axis)):
-        raise UserError(
-            f"{path} was measured along another direction (layer {layer}, {direction}) than this axis (layer "
-            f"{axis.layer}, {direction_digest(axis)}); `personatlas drift --axis` makes one for it"
+            f"{path} was measured along another direction (layer {stored.layer}, {stored.direction}) than this "
+            f"axis (layer {axis.layer}, {direction_digest(axis)}); `personatlas drift --axis` makes one for it"
         )
-    return ReferenceConversations(conversations, provenance)
+    return ReferenceConversations(stored.conversations, stored.made)
 
 
 def load_monitor(
@@ -270,5 +270,9 @@ def load_monitor(
     # median, and interquartile range as a standard deviation
     row = axis.default_quantiles[axis.layers.index(axis.layer)]
     low, middle, high = (float(row[axis.levels.index(level)]) for level in (0.25, 0.5, 0.75))
+    if not high > low:
+        raise UserError(
+            f"the axis's quartiles at layer {axis.layer} are unknown or equal; give --reference conversations"
+        )
     distribution = ReferenceDistribution(middle, (high - low) / 1.349, 0)
     return DriftMonitor(distribution, "the axis's default answers")

@@ -23,7 +23,7 @@ import numpy as np
 from personatlas.analysis.stats import Array, Change, paired_change, share_interval
 from personatlas.persona.axis import Axis, PersonaSpace
 from personatlas.persona.errors import UserError
-from personatlas.persona.records import JsonRecord
+from personatlas.persona.records import FractionOrNaN, JsonRecord
 from personatlas.persona.roles.bank import Bank
 from personatlas.persona.rollout import Request, RolloutKey, role_messages, seed_of
 from personatlas.steering.arms import ArmAnswers
@@ -190,8 +190,12 @@ class IdentityShares(JsonRecord):
     arm: str
     keys: tuple[str, ...]
     classes: tuple[str, ...]
-    fired: float
-    distinct: float
+    fired: FractionOrNaN
+    distinct: FractionOrNaN
+
+    def __post_init__(self) -> None:
+        if len(self.keys) != len(self.classes) or not set(self.classes) <= {*CLASSES, UNCLEAR}:
+            raise ValueError("classes are not those of its answers")
 
     @property
     def n(self) -> int:

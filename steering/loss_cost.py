@@ -19,6 +19,7 @@ from personatlas.analysis.stats import ratio_interval
 from personatlas.persona.errors import UserError
 from personatlas.persona.interventions import Interventions
 from personatlas.persona.models.load import Model
+from personatlas.persona.records import Fraction, NonNegative, Number, read_field
 from personatlas.persona.rollout import Rollout
 from personatlas.steering.hooks.account import SteeringTally
 from personatlas.steering.hooks.steering import steer
@@ -39,6 +40,13 @@ class Cost:
     kl_sums: np.ndarray
     fired: np.ndarray
     moved: np.ndarray
+
+    def __post_init__(self) -> None:
+        texts, layers = (self.tokens, self.before, self.after, self.kl_sums), (self.fired, self.moved)
+        if len({len(part) for part in texts}) > 1 or len({len(part) for part in layers}) > 1:
+            raise ValueError("its sums are not of the same texts, or not of the same layers")
+        if not self.tokens.sum() > 0 or not self.before.sum() > 0:
+            raise ValueError("its texts have no tokens, or no loss")
 
     @property
     def loss(self) -> float:
@@ -72,8 +80,11 @@ class Cost:
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> "Cost":
-        """What `to_json` wrote."""
-        return cls(**{field.name: np.array(row[field.name], dtype=float) for field in fields(cls)})
+        """What `to_json` wrote. Raises `FieldError` for anything else."""
+        sums = {name: read_field(row, name, tuple[Number, ...]) for name in ("before", "after", "kl_sums")}
+        sums |= {name: read_field(row, name, tuple[NonNegative, ...]) for name in ("tokens", "moved")}
+        sums["fired"] = read_field(row, "fired", tuple[Fraction, ...])
+        return cls(**{name: np.array(values, dtype=float) for name, values in sums.items()})
 
 
 @torch.no_grad()

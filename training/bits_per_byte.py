@@ -25,7 +25,7 @@ from personatlas.persona.distributed import World
 from personatlas.persona.errors import UserError
 from personatlas.persona.models.control_tokens import TextEncoder
 from personatlas.persona.models.load import Model
-from personatlas.persona.records import JsonRecord
+from personatlas.persona.records import Count, Ends, JsonRecord, NonNegative
 from personatlas.training.data.batches import held_out_rows
 from personatlas.training.data.token_shards import Stream
 from personatlas.training.loop.distributed import all_sum
@@ -39,11 +39,11 @@ BATCH_TOKENS = 8192
 class HeldOutLoss(JsonRecord):
     """How well a GPT predicts its held-out stream; as in metrics.jsonl."""
 
-    bits_per_byte: float | None
-    loss: float | None
+    bits_per_byte: NonNegative | None
+    loss: NonNegative | None
     "nats a token"
-    tokens: int
-    bytes: int
+    tokens: Count
+    bytes: Count
 
 
 @torch.no_grad()
@@ -80,14 +80,14 @@ def held_out_bits_per_byte(
 class TextLoss(JsonRecord):
     """How well a model predicts some documents."""
 
-    bits_per_byte: float
-    interval: tuple[float, float] | None
+    bits_per_byte: NonNegative
+    interval: Ends | None
     "95% over documents; None for a single one"
-    loss: float
+    loss: NonNegative
     "nats a token"
-    documents: int
-    tokens: int
-    bytes: int
+    documents: Count
+    tokens: Count
+    bytes: Count
 
 
 def text_bits_per_byte(model: Model, texts: Sequence[str], context: int | None = None) -> TextLoss:

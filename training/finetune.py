@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from personatlas.persona.artifacts import digest, read_json
+from personatlas.persona.artifacts import REMAKE, digest
 from personatlas.persona.distributed import get_world
 from personatlas.persona.errors import UserError
 from personatlas.persona.progress import say
-from personatlas.persona.records import JsonObject
-from personatlas.persona.runs import is_training_run
+from personatlas.persona.records import FieldError, JsonObject, NonNegative, read_field
+from personatlas.persona.runs import is_training_run, read_manifest
 from personatlas.training.chat.heldout_loss import AnswerLoss
 from personatlas.training.chat.mixture import ChatData, prepare_chat_data
 from personatlas.training.chat.packing import ChatBatches, ChatEncoder
@@ -29,10 +29,9 @@ from personatlas.training.model.config import Shape
 from personatlas.training.model.gpt import GPT
 from personatlas.training.optim.schedule import PeakRates, peak_rates
 from personatlas.training.options import ChatDataOptions, FinetuneOptions
-from personatlas.training.plan import Plan, batch_for, detect_chip, optimal_tokens
+from personatlas.training.plan import STORED_RATES, Plan, batch_for, detect_chip, optimal_tokens
 from personatlas.training.run import TrainingJob, TrainResult, open_training_run, run_training
 
-STORED_RATES = ("matrix_rate", "embedding_rate", "head_rate", "gain_rate")  # in run.json
 MANY_EPOCHS = 4.0  # after which held-out loss mostly rises
 
 
@@ -73,10 +72,13 @@ def find_base_model(path: Path) -> BaseModel:
     rates = peak_rates(batch_for(optimal_tokens(shape), shape.context), shape.width)
     for parent in (path, path.resolve().parent, path.resolve().parent.parent):
         if (parent / "run.json").is_file():
-            record = read_json(parent / "run.json")
+            record = read_manifest(parent)
             plan = record.get("plan") if record.get("asked", {}).get("stage") == "base" else None
             if isinstance(plan, dict):  # of whatever version
-                rates = PeakRates(*(float(plan[name]) for name in STORED_RATES))
+                try:
+                    rates = PeakRates(*(read_field(plan, name, NonNegative) for name in STORED_RATES))
+                except FieldError as error:
+                    raise UserError(f"{parent / 'run.json'} is damaged: plan {error}; {REMAKE}") from None
             break
     return BaseModel(folder, shape, digest(weights), rates)
 

@@ -10,11 +10,12 @@ attention, causal or not.
 """
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
 
 from personatlas.persona.errors import UserError
-from personatlas.persona.records import JsonObject
+from personatlas.persona.records import Fraction, JsonObject, JsonRecord, NonNegative, Positive
 from personatlas.training.model.config import Shape, tokens_per_piece
 from personatlas.training.optim.schedule import (
     Rates,
@@ -31,20 +32,21 @@ if TYPE_CHECKING:  # a plan is arithmetic
 
 DEPTHS = range(1, 49)  # 5 B parameters at 48: more than fits where every GPU holds all weights
 # Keys of run.json that differ from the plan's fields
+STORED_RATES = ("matrix_rate", "embedding_rate", "head_rate", "gain_rate")  # in run.json
 STORED = {"norm_rate": "gain_rate", "adam_beta2": "second"}
 TOKENS_A_PARAMETER = 20  # Hoffmann et al. 2022 ("Chinchilla"), here on matrix parameters
 BYTES_A_TOKEN = 4.3  # of English at a vocabulary of 32,768: 443 MB of 19th-century books are 103 M tokens
 
 
 @dataclass(frozen=True)
-class Chip:
+class Chip(JsonRecord):
     """A processor: dense peak in FLOP/s of its training dtype, memory in bytes, rent in dollars an hour."""
 
     name: str
-    peak: float
-    memory: float
-    price: float
-    bytes: int = 2
+    peak: NonNegative
+    memory: NonNegative
+    price: NonNegative
+    bytes: Positive = 2
     "of a number in products"
 
 
@@ -173,37 +175,34 @@ def micro_batch_for(shape: Shape, share: int, chip: Chip, gpus: int) -> tuple[in
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(JsonRecord):
     """A run, made by `make_plan` or `make_chat_plan`: whole batches, and the schedule's highest rates."""
 
     shape: Shape
     horizon: str
-    tokens: int
-    batch: int
-    steps: int
-    warmup: int
-    decay: int
-    matrix_rate: float
-    embedding_rate: float
-    head_rate: float
-    norm_rate: float
-    weight_decay: float
-    adam_beta2: float
+    tokens: Positive
+    batch: Positive
+    steps: Positive
+    warmup: Positive
+    decay: Positive
+    matrix_rate: NonNegative
+    embedding_rate: NonNegative
+    head_rate: NonNegative
+    norm_rate: NonNegative
+    weight_decay: NonNegative
+    adam_beta2: Fraction
     chip: Chip
-    gpus: int
-    tokens_a_second: float
-    micro_batch: int
+    gpus: Positive
+    tokens_a_second: NonNegative
+    micro_batch: Positive
     checkpointing: bool
     fits: bool
 
-    @staticmethod
-    def from_json(record: JsonObject) -> "Plan":
-        """The plan that `to_json` wrote. Raises `UserError` for a record of another version."""
-        keys = {field.name: STORED.get(field.name, field.name) for field in fields(Plan)}
-        if missing := [key for key in keys.values() if key not in record]:
-            raise UserError(f"the run's plan does not say {missing[0]}: another version wrote it; start anew")
-        values = {name: record[key] for name, key in keys.items()}
-        return Plan(**{**values, "shape": Shape(**values["shape"]), "chip": Chip(**values["chip"])})
+    json_names: ClassVar[Mapping[str, str]] = STORED
+
+    def __post_init__(self) -> None:
+        if self.batch % self.shape.context or not self.tokens_a_second > 0:
+            raise ValueError(f"{self.batch} tokens are no whole rows, or no speed is known")
 
     def scaled(self, factor: float) -> "Plan":
         """All rates times a factor."""
@@ -252,7 +251,7 @@ class Plan:
 
     def to_json(self) -> JsonObject:
         """Plain values, derived ones too."""
-        values = {STORED.get(name, name): value for name, value in asdict(self).items()}
+        values = super().to_json()
         counts = {
             "matrix": self.shape.matrix_parameters,
             "embedding": self.shape.embedding_parameters,

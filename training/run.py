@@ -21,16 +21,16 @@ from pathlib import Path
 
 import torch
 
-from personatlas.persona.artifacts import atomic_folder, digest, read_json
+from personatlas.persona.artifacts import REMAKE, atomic_folder, digest
 from personatlas.persona.distributed import World
 from personatlas.persona.errors import UserError
 from personatlas.persona.progress import say
-from personatlas.persona.records import JsonObject, JsonRecord
-from personatlas.persona.runs import RunFolder, open_run, versions
+from personatlas.persona.records import Count, FieldError, JsonObject, JsonRecord, NonNegative, check_fields
+from personatlas.persona.runs import RunFolder, open_run, read_manifest, versions
 from personatlas.training.bits_per_byte import HeldOutLoss
 from personatlas.training.chat.heldout_loss import AnswerLoss
 from personatlas.training.data.batches import BatchSource
-from personatlas.training.loop.checkpoints import checkpoints_in
+from personatlas.training.loop.checkpoints import checkpoints_in, newest_resumable
 from personatlas.training.loop.run_log import METRICS, RunLog, SampleWriter, open_run_log, read_metrics
 from personatlas.training.loop.step import Stepper
 from personatlas.training.loop.trainer import Trainer
@@ -52,13 +52,13 @@ class TrainResult(JsonRecord):
     """
 
     folder: Path
-    steps: int
-    tokens: int
-    seconds: float
-    tokens_a_second: float
-    utilisation: float | None
-    epochs: float
-    held_out: HeldOutLoss | AnswerLoss
+    steps: Count
+    tokens: Count
+    seconds: NonNegative
+    tokens_a_second: NonNegative
+    utilisation: NonNegative | None
+    epochs: NonNegative
+    held_out: AnswerLoss | HeldOutLoss
     before: Mapping[str, AnswerLoss] = field(default_factory=dict)
     after: Mapping[str, AnswerLoss] = field(default_factory=dict)
 
@@ -77,12 +77,15 @@ class TrainResult(JsonRecord):
     @staticmethod
     def load(folder: Path) -> "TrainResult":
         """The result of a finished run. Raises `UserError` where there is none."""
-        result = read_json(folder / "run.json").get("result")
+        result = read_manifest(folder).get("result")
         if result is None:
             raise UserError(f"{folder} is no finished training run")
-        kind = AnswerLoss if "perplexity" in result["held_out"] else HeldOutLoss
-        row = {"folder": folder, "before": {}, "after": {}, **result, **result.get("sources", {})}
-        return TrainResult.from_json({**row, "held_out": kind.from_json(result["held_out"])})
+        try:
+            check_fields(result, {"sources": dict[str, dict[str, AnswerLoss]]})
+            row = {"before": {}, "after": {}, **result, **result.get("sources", {})}
+            return TrainResult.from_json({**row, "folder": folder})
+        except FieldError as error:
+            raise UserError(f"{folder / 'run.json'} has a result whose {error}: damaged; {REMAKE}") from None
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,18 @@ def _run(job: TrainingJob, run: RunFolder) -> TrainResult | None:
     settings, known, options = job.settings(), run.manifest, job.options
     require_same(job.out, known.get("asked", {}), settings)
     is_new = "plan" not in known
-    plan = job.plan() if is_new else Plan.from_json(known["plan"])
+    if is_new and (orphan := newest_resumable(job.out)) is not None:
+        raise UserError(
+            f"{job.out / 'run.json'} has no plan, though {orphan.path} was made by one: remove "
+            f"{orphan.path.parent} to begin again, or choose another folder"
+        )
+    try:
+        plan = job.plan() if is_new else Plan.from_json(known["plan"])
+    except FieldError as error:
+        raise UserError(
+            f"{job.out / 'run.json'} has a plan whose {error}: damaged, or of another version; start anew in "
+            "another folder"
+        ) from None
     plan = replace(
         plan,
         micro_batch=options.micro_batch or plan.micro_batch,

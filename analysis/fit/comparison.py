@@ -9,6 +9,7 @@ differ.
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,23 @@ from scipy.stats import norm, spearmanr
 
 from personatlas.analysis.fit.result import AxisComparison, RoleCorrelation
 from personatlas.analysis.stats import TAILS, Interval
-from personatlas.persona.artifacts import read_json
+from personatlas.persona.artifacts import read_record
 from personatlas.persona.axis import Axis, load_axis, load_space
+from personatlas.persona.records import JsonRecord, Number
 from personatlas.persona.runs import resolve_axis
+
+
+@dataclass(frozen=True)
+class _RoleRow(JsonRecord):
+    role: str
+    projection: Number
+
+
+@dataclass(frozen=True)
+class _Roles(JsonRecord):
+    """The roles of fit.json, which earlier versions have too."""
+
+    roles: tuple[_RoleRow, ...]
 
 
 def compare_axes(axis: Axis, projections: Mapping[str, float], path: Path) -> AxisComparison:
@@ -46,7 +61,7 @@ def compare_axes(axis: Axis, projections: Mapping[str, float], path: Path) -> Ax
 def _projections_of(stem: Path, axis: Axis) -> dict[str, float]:
     """The roles' projections on an axis from the fit beside it, else from the persona space, else none."""
     if (fit := stem.with_name("fit.json")).is_file():
-        return {row["role"]: row["projection"] for row in read_json(fit)["roles"]}
+        return {row.role: row.projection for row in read_record(fit, _Roles).roles}
     if not stem.with_name("space.json").is_file():
         return {}
     space = load_space(stem.with_name("space"))

@@ -22,8 +22,8 @@ from personatlas.analysis.fit.comparison import compare_axes
 from personatlas.analysis.fit.result import FIT_VERSION, DroppedRollouts, FitResult, RolePlay, TraitResult
 from personatlas.analysis.fit.traits import fit_traits
 from personatlas.analysis.stats import share_interval
-from personatlas.persona.artifacts import digest, read_json, write_json
-from personatlas.persona.axis import Axis, load_axis
+from personatlas.persona.artifacts import digest, write_json
+from personatlas.persona.axis import Axis, load_axis, load_space
 from personatlas.persona.errors import UserError
 from personatlas.persona.judges.base import SCORE_FILTERS, filter_by_score, read_scores
 from personatlas.persona.models.load import Model
@@ -37,10 +37,12 @@ from personatlas.persona.pipeline.run_context import (
     sample,
 )
 from personatlas.persona.pipeline.stages import content_of
+from personatlas.persona.progress import say
 from personatlas.persona.records import JsonObject
 from personatlas.persona.roles.bank import is_pole
+from personatlas.persona.roles.traits import load_traits
 from personatlas.persona.rollout import Rollout, RolloutKey, read_rollouts, with_scores, without_poles
-from personatlas.persona.runs import open_run, resolve_axis
+from personatlas.persona.runs import open_run, read_manifest, resolve_axis
 
 
 def compute_axis(
@@ -107,7 +109,7 @@ def fit_run(run: Path, options: FitOptions = FitOptions()) -> FitResult:
             raise UserError(
                 f"{run}: rollouts changed after they were recorded; run `personatlas run record {run}` again"
             )
-        roles = read_json(run / "run.json").get("asked", {}).get("roles")
+        roles = read_manifest(run).get("asked", {}).get("roles")
         if not roles:
             raise UserError(f"{run / 'run.json'} does not say which roles were asked for")
         result = _fit_recorded(run, activations, _load_traits(run), rollouts, str(roles[0]), options)
@@ -178,10 +180,16 @@ def _stored_fit(folder: Path, asked: JsonObject) -> FitResult | None:
     """The fit in the folder, if it was made with the same options and its artefacts are whole."""
     if not (folder / "fit.json").exists():
         return None
-    content = read_json(folder / "fit.json")
-    files = {folder / f"{name}.safetensors": value for name, value in content.get("artefacts", {}).items()}
-    is_whole = bool(files) and all(path.exists() and digest(path) == value for path, value in files.items())
-    return FitResult.from_json(content) if is_whole and content.get("asked") == asked else None
+    try:
+        stored = FitResult.load(folder)
+        load_axis(folder / "axis")
+        load_space(folder / "space")
+        if stored.traits is not None:
+            load_traits(folder / "traits")
+    except UserError as error:
+        say(f"{error.args[0].partition(';')[0]}: fitted again")
+        return None
+    return stored if stored.artefacts and stored.options == asked else None
 
 
 def _fit_traits(
@@ -214,7 +222,7 @@ def _write_report(folder: Path, fit: FitResult, *, force: bool = False) -> Path:
 
     if force or not path.exists() or stamp not in path.read_text(encoding="utf-8")[:4000]:
         rollouts = with_scores(without_poles(read_rollouts(folder)), read_scores(folder / "scores.jsonl"))
-        write_report(path, fit, rollouts, read_json(folder / "run.json"), stamp)
+        write_report(path, fit, rollouts, read_manifest(folder), stamp)
     return path
 
 

@@ -9,13 +9,26 @@ The keys of fit.json are the attributes' names, but for those in `json_names`.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
 
 from personatlas.analysis.stats import Interval
-from personatlas.persona.artifacts import read_json
+from personatlas.persona.artifacts import digest, read_object, read_record
 from personatlas.persona.errors import UserError
-from personatlas.persona.records import JsonObject, JsonRecord
+from personatlas.persona.records import (
+    CosineOrNaN,
+    Count,
+    Ends,
+    Fraction,
+    FractionOrNaN,
+    JsonObject,
+    JsonRecord,
+    NonNegative,
+    Number,
+    check_ascending,
+    check_distinct,
+)
 
 FIT_VERSION = 7  # raise it when fitting changes: stored fits of another version are computed again
 SIGNIFICANCE = 0.05  # a p-value above this is called chance
@@ -27,13 +40,13 @@ class ShuffledNull(JsonRecord):
     """|axis| and cos(PC1, axis) of n fits with shuffled role labels: mean, 95th percentile, and p-value of
     the fit."""
 
-    norm: float
-    norm_95: float
-    p_norm: float
-    cos_pc1: float
-    cos_pc1_95: float
-    p_cos_pc1: float
-    n: int
+    norm: NonNegative
+    norm_95: NonNegative
+    p_norm: FractionOrNaN
+    cos_pc1: CosineOrNaN
+    cos_pc1_95: CosineOrNaN
+    p_cos_pc1: FractionOrNaN
+    n: Count
 
 
 @dataclass(frozen=True)
@@ -46,12 +59,12 @@ class PoleNull(JsonRecord):
     questions.
     """
 
-    cos_pc1: float
+    cos_pc1: CosineOrNaN
     cos_pc1_90: float
     percentile: float
     z: float | None
     rank: float | None
-    n: int
+    n: Count
 
 
 @dataclass(frozen=True)
@@ -66,16 +79,16 @@ class LayerFit(JsonRecord):
     halves of the answers, of the roles, and of the questions.
     """
 
-    layer: int
-    norm: float
-    cos_pc1: float
-    angle_pc1: float
-    variance_pc1: float
+    layer: Count
+    norm: NonNegative
+    cos_pc1: CosineOrNaN
+    angle_pc1: NonNegative
+    variance_pc1: FractionOrNaN
     cos_pc1_by_questions: Interval | None = None
     cos_pc1_by_roles: Interval | None = None
-    angle_resampled: float | None = None
+    angle_resampled: NonNegative | None = None
     axis_share: Interval | None = None
-    swapped: float | None = None
+    swapped: FractionOrNaN | None = None
     split_half: Interval | None = None
     split_roles: Interval | None = None
     split_questions: Interval | None = None
@@ -97,16 +110,17 @@ class LayerFit(JsonRecord):
 
 @dataclass(frozen=True)
 class RoleProjection(JsonRecord):
-    """A role's mean projection on the axis (residual units) of n answers, with its 95% interval over questions.
+    """A role's mean projection on the axis (residual units) of n answers, with its 95% interval over
+    questions.
 
     `coordinates` are those of its mean in persona space (the first three); `positive` marks the positive
     pole.
     """
 
     role: str
-    projection: float
-    n: int
-    coordinates: tuple[float, ...]
+    projection: Number
+    n: Count
+    coordinates: tuple[Number, ...]
     positive: bool
     low: float | None = None
     high: float | None = None
@@ -121,8 +135,8 @@ class AnswerProjections(JsonRecord):
     `keys` are the keys of their rollouts, in the same order, by "positive" and "others".
     """
 
-    positive: tuple[float, ...] = ()
-    others: tuple[float, ...] = ()
+    positive: tuple[Number, ...] = ()
+    others: tuple[Number, ...] = ()
     keys: dict[str, tuple[str, ...]] | None = None
 
     omit_none: ClassVar[tuple[str, ...]] = ("keys",)
@@ -138,8 +152,8 @@ class LearningCurve(JsonRecord):
 
     answers: tuple[float, ...]
     cosines: tuple[Interval, ...]
-    goal: float
-    needed: float | None
+    goal: NonNegative
+    needed: NonNegative | None
 
 
 @dataclass(frozen=True)
@@ -152,11 +166,11 @@ class TraitProjection(JsonRecord):
     """
 
     trait: str
-    cosine: float
-    along: float
-    norm: float
-    n: tuple[int, int]
-    coordinates: tuple[float, ...]
+    cosine: CosineOrNaN
+    along: Number
+    norm: NonNegative
+    n: tuple[Count, Count]
+    coordinates: tuple[Number, ...]
     low: float | None = None
     high: float | None = None
 
@@ -171,16 +185,16 @@ class TraitResult(JsonRecord):
     that did not show their pole, `left_out` names traits without an answer at a pole.
     """
 
-    layer: int
+    layer: Count
     traits: tuple[TraitProjection, ...]
     chance: float | None
-    cos_pc1_axis: float
-    variance_ratio: tuple[float, ...]
-    components_for: dict[str, int]
-    n_rollouts: int
+    cos_pc1_axis: CosineOrNaN
+    variance_ratio: tuple[Fraction, ...]
+    components_for: dict[str, Count]
+    n_rollouts: Count
     judged: bool
-    other_side: int
-    unjudged: int
+    other_side: Count
+    unjudged: Count
     left_out: tuple[str, ...]
 
     @property
@@ -205,7 +219,7 @@ class AxisComparison(JsonRecord):
     model: str | None
     poles: tuple[str, ...]
     same_model: bool
-    cosines: dict[str, float] | None
+    cosines: dict[str, CosineOrNaN] | None
     roles: RoleCorrelation | None = None
 
     omit_none: ClassVar[tuple[str, ...]] = ("roles",)
@@ -215,9 +229,9 @@ class AxisComparison(JsonRecord):
 class RolePlay(JsonRecord):
     """Share of n judged answers that show their role (score 2 or 3), with its 95% interval, clustered by role and question."""
 
-    share: float
-    n: int
-    interval: tuple[float, float]
+    share: FractionOrNaN
+    n: Count
+    interval: Ends
 
 
 @dataclass(frozen=True)
@@ -225,8 +239,8 @@ class DroppedRollouts(JsonRecord):
     """Answers left out: by role and score ("unjudged" without one), empty ones by role, whole roles with the
     reason."""
 
-    by_score: dict[str, dict[str, int]] = field(default_factory=dict)
-    empty: dict[str, int] = field(default_factory=dict)
+    by_score: dict[str, dict[str, Count]] = field(default_factory=dict)
+    empty: dict[str, Count] = field(default_factory=dict)
     roles: dict[str, str] = field(default_factory=dict)
 
 
@@ -269,15 +283,15 @@ class FitResult(JsonRecord):
     """
 
     layers: tuple[LayerFit, ...]
-    layer: int
+    layer: Count
     layer_reason: str
     poles: tuple[str, str]
     positive: str
     roles: tuple[RoleProjection, ...]
-    variance_ratio: tuple[float, ...]
-    components_for: dict[str, int]
+    variance_ratio: tuple[Fraction, ...]
+    components_for: dict[str, Count]
     projections: AnswerProjections
-    n_rollouts: int
+    n_rollouts: Count
     curve: LearningCurve | None
     default: str
     model: JsonObject
@@ -301,12 +315,28 @@ class FitResult(JsonRecord):
     @classmethod
     def load(cls, folder: Path) -> "FitResult":
         """Reads fit.json of a run folder. Raises `UserError` for none, or one of another version."""
-        content = read_json(folder / "fit.json")
-        if content["asked"].get("version") != FIT_VERSION:
-            raise UserError(
-                f"{folder} was fitted by another version of personatlas; run `personatlas run fit {folder}`"
-            )
-        return cls.from_json(content)
+        remedy = f"run `personatlas run fit {folder}`"
+        asked = read_object(folder / "fit.json").get("asked")
+        if isinstance(asked, dict) and asked.get("version") != FIT_VERSION:
+            raise UserError(f"{folder} was fitted by another version of personatlas; {remedy}")
+        result = read_record(folder / "fit.json", cls, remedy)
+        for name, sha in result.artefacts.items():
+            path = folder / f"{name}.safetensors"
+            if not path.is_file() or digest(path) != sha:
+                raise UserError(
+                    f"{path} is missing or not the one of fit.json: it was changed since; {remedy}"
+                )
+        return result
+
+    def __post_init__(self) -> None:
+        check_ascending([row.layer for row in self.layers])
+        check_distinct([row.role for row in self.roles])
+        if self.layer not in [row.layer for row in self.layers]:
+            raise ValueError(f"the layer to use, {self.layer}, is not among those fitted")
+        if [row.role for row in self.roles if row.positive] != [self.positive]:
+            raise ValueError(f"{self.positive!r} is not the one role at the positive pole")
+        if any(before.projection > after.projection for before, after in pairwise(self.roles)):
+            raise ValueError("its roles are not sorted by their projection")
 
     @property
     def at_layer(self) -> LayerFit:

@@ -17,16 +17,16 @@ import contextlib
 import csv
 import io
 import itertools
-import json
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 from personatlas.persona.errors import UserError, describe_value
 from personatlas.persona.formats.compression import open_unpacked, require_package, unpacked_name
+from personatlas.persona.records import DECODER
 
 LINES, PROSE = (".jsonl", ".ndjson"), (".txt", ".md")
 LONGEST_LINE = 1 << 28  # bytes of one line, which json must hold whole
@@ -212,7 +212,7 @@ def _values(place: str, text: str, line: int) -> Iterator[tuple[int, Any]]:
     while (at := _BLANK.match(text, at).end()) < len(text):  # type: ignore[union-attr]
         line, counted = line + text.count("\n", counted, at), at
         try:
-            value, at = _DECODER.raw_decode(text, at)
+            value, at = DECODER.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
             if not place:
                 raise _NotWhole from None
@@ -223,30 +223,6 @@ def _values(place: str, text: str, line: int) -> Iterator[tuple[int, Any]]:
             where = f" at line {line + text.count(chr(10), at, end)}" if "\n" in text[at:end] else ""
             raise UserError(f"{place}:{line} is not valid JSON: {str(reason)[:120]}{where}") from None
         yield line, value
-
-
-class _StrictDecoder(json.JSONDecoder):
-    """Refuses what JSON has not: NaN, and a key that stands twice, of which one value would be lost."""
-
-    def __init__(self) -> None:
-        super().__init__(object_pairs_hook=self.to_dict, parse_constant=self.refuse_constant)
-
-    @staticmethod
-    def to_dict(pairs: list[tuple[str, Any]]) -> Row:
-        """An object, by its pairs."""
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} stands there twice")
-        return found
-
-    @staticmethod
-    def refuse_constant(text: str) -> NoReturn:
-        """NaN, Infinity or -Infinity."""
-        raise ValueError(f"{text} is no number of JSON")
-
-
-_DECODER = _StrictDecoder()
 
 
 def parquet_rows(path: Path, column: str | None = None) -> Iterator[Row]:

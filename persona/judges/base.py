@@ -1,7 +1,8 @@
 """Does an answer play the role? Scores by a judge, the log that they are kept in, and which answers they let
 through.
 
-    0 refuses as itself   1 answers as itself   2 says that it is an AI, yet shows the role   3 fully in the role
+    0 refuses as itself   1 answers as itself   2 says that it is an AI, yet shows the role   3 fully in the
+    role
 
 (arXiv 2601.10387, appendix on data.) The default role plays nobody and is never judged: its score stays None.
 What a judge could not decide is a `problem`, counted and asked again on the next run, never guessed.
@@ -18,12 +19,13 @@ from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Annotated, Any, NamedTuple, Protocol, runtime_checkable
 
 from personatlas.persona.errors import UserError
-from personatlas.persona.logs import ResultCache, Row
+from personatlas.persona.logs import ResultCache
+from personatlas.persona.records import Count, JsonRecord
 from personatlas.persona.roles.bank import POSITIVE, Bank, Role, is_pole
-from personatlas.persona.rollout import Rollout
+from personatlas.persona.rollout import Rollout, RolloutKey
 
 SCORES = (0, 1, 2, 3)  # of roles
 HIGHEST_PERCENT, NEUTRAL_PERCENT = 100, 50  # of traits, which are scored from 0
@@ -135,7 +137,7 @@ def judge_rollouts(
     those from the log; their sum is `len(items_to_judge(...))`.
     """
     items = {item.key: item for item in items_to_judge(rollouts, bank)}
-    log = _score_log(path, batched=True)
+    log = ResultCache(path, ("judge", "key"), schema=ScoreRow.from_json, batched=True)
     done: dict[str, int] = {}
     for key, item in items.items():
         row = log.get((judge.id, key))
@@ -172,7 +174,7 @@ def read_scores(path: Path, judge_id: str | None = None) -> dict[str, int | None
 
     None stands for an item whose last attempt was a problem. A missing log gives {}.
     """
-    log = _score_log(path)
+    log = ResultCache(path, ("judge", "key"), schema=ScoreRow.from_json, mend=False)
     if judge_id is None and log.newest is not None:
         judge_id = log.newest["judge"]
     return {row["key"]: row["score"] for row in log.rows() if row["judge"] == judge_id}
@@ -318,14 +320,15 @@ def role_play_share(rollouts: Sequence[Rollout]) -> RolePlayShare:
     return RolePlayShare(share, n, (max(low, 0.0), min(high, 1.0)))
 
 
-def _score_log(path: Path, *, batched: bool = False) -> ResultCache:
-    """The log's rows by judge and rollout key; `UserError` for a row that is no score."""
+@dataclass(frozen=True)
+class ScoreRow(JsonRecord):
+    """A row of a score log: 0-3 for a role's answer, 0-100 for a trait's; null with a problem."""
 
-    def check(row: Row) -> str | None:
-        whole = {"key", "judge", "score"} <= row.keys()
-        highest = HIGHEST_PERCENT if whole and is_pole(str(row["key"])) else SCORES[-1]
-        if whole and row["score"] in (None, *range(highest + 1)):
-            return None
-        return f"a score: key, judge and a score of 0-{highest} or null are needed"
+    key: Annotated[str, RolloutKey.parse]
+    judge: str
+    score: Count | None
 
-    return ResultCache(path, ("judge", "key"), check=check, batched=batched)
+    def __post_init__(self) -> None:
+        highest = HIGHEST_PERCENT if is_pole(self.key) else SCORES[-1]
+        if self.score is not None and self.score > highest:
+            raise ValueError(f"a score of 0-{highest} or null is needed, not {self.score}")

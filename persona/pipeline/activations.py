@@ -7,38 +7,62 @@ scores, and their sampling noise, can be had without the rollouts. C cells, N ro
 layers, D d_model.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from personatlas.persona.artifacts import load_tensors, save_tensors
+from personatlas.persona.artifacts import TensorRecord
+from personatlas.persona.interventions import require_model_facts
+from personatlas.persona.records import Bounds, Layers, ModelFacts, Names, check_distinct
+from personatlas.persona.rollout import RolloutKey
 
+Score = Annotated[int, Bounds(0, 3)]
 KEPT_BYTES = 2 << 30  # rollout means beyond this are kept at fewer layers
 
 
 @dataclass(frozen=True)
-class Activations:
+class Activations(TensorRecord):
     """Recorded means of a run. `cells` are (role, score), score None where nobody judged; `keys` name the
     rollouts.
 
     `square` is the sum over a cell's rollouts of the elementwise squared distance from the cell's mean.
     """
 
-    cells: tuple[tuple[str, int | None], ...]
+    cells: Annotated[tuple[tuple[str, Score | None], ...], check_distinct]
     count: Int[Tensor, " C"]
     mean: Float[Tensor, "C L D"]
     square: Float[Tensor, "C L D"]
-    keys: tuple[str, ...]
-    scores: tuple[int | None, ...]
-    layers: tuple[int, ...]
+    keys: Names
+    scores: tuple[Score | None, ...]
+    layers: Layers
     rollout_means: Float[Tensor, "N K D"]
-    model: dict[str, Any]
+    model: ModelFacts
     content: str
+
+    kind: ClassVar[str] = "activations"
+
+    def __post_init__(self) -> None:
+        try:
+            roles = [RolloutKey.parse(key).role for key in self.keys]
+            found = Counter(zip(roles, self.scores, strict=True))
+        except ValueError as error:
+            raise ValueError(f"its rollouts: {error}") from None
+        counts = self.count.tolist()
+        if found != dict(zip(self.cells, counts, strict=False)) or len(counts) != len(self.cells):
+            raise ValueError("its cells are not those of its rollouts")
+        if self.rollout_means.shape[:2] != (len(self.keys), len(self.layers)):
+            raise ValueError(
+                f"{len(self.keys)} rollouts at {len(self.layers)} layers do not match their means"
+            )
+        require_model_facts(self.model, (*self.layers, self.n_layers - 1), self.mean.shape[2])
+        if not (self.square >= 0).all():
+            raise ValueError("a sum of squares is below 0")
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -67,32 +91,10 @@ class Activations:
             n += int(self.count[row])
         return total / max(n, 1), n
 
-    def save(self, stem: Path) -> None:
-        """Write `stem.safetensors` and `stem.json`."""
-        tensors = {name: getattr(self, name) for name in ("count", "mean", "square", "rollout_means")}
-        meta = {
-            "cells": [list(cell) for cell in self.cells],
-            "keys": list(self.keys),
-            "scores": list(self.scores),
-            "layers": list(self.layers),
-            "model": self.model,
-            "content": self.content,
-        }
-        save_tensors(stem, tensors, {"kind": "activations", **meta})
-
 
 def load_activations(stem: Path) -> Activations:
     """Read what `Activations.save` wrote; `UserError` when it is missing or damaged."""
-    tensors, meta = load_tensors(stem, "activations")
-    return Activations(
-        cells=tuple((role, score) for role, score in meta["cells"]),
-        keys=tuple(meta["keys"]),
-        scores=tuple(meta["scores"]),
-        layers=tuple(meta["layers"]),
-        model=meta["model"],
-        content=meta["content"],
-        **tensors,
-    )
+    return Activations.load(stem)
 
 
 def cell_sums(

@@ -117,10 +117,11 @@ class RunContext:
 def open_context(
     model: str | Model, folder: Path, load: ModelOptions, plan: PlanOptions
 ) -> Iterator[RunContext]:
-    """Opens the run folder, loads the model unless a loaded one is given, and checks that both belong together.
+    """Opens the run folder, loads the model unless a loaded one is given, and checks that both belong
+    together.
 
-    A resumed run keeps the dtype and chunk that it was begun with; other values are refused. A loaded `Model` is used as
-    it is, without `load`. Under torchrun every process does this; the first one leads.
+    A resumed run keeps the dtype and chunk that it was begun with; other values are refused. A loaded `Model`
+    is used as it is, without `load`. Under torchrun every process does this; the first one leads.
     """
     world = get_world()
     selection, max_new_tokens = selection_of(plan)
@@ -156,6 +157,7 @@ def open_context(
 def sample(context: RunContext) -> list[Rollout]:
     """Makes all rollouts of the plan that are not there yet. A long run first tries a few roles and says what came."""
     plan, log, world, model = context.plan, context.log, context.world, context.model
+    log.require_plan(plan)
     # traits, which may be added later, must not change how the roles' chunks are decoded
     longest = max(len(ids) for key, ids in plan.prompt_ids.items() if not is_pole(key))
     sampler = fastest_sampler(model, model.chat.end_ids, context.sampling, longest)
@@ -194,8 +196,8 @@ def judge_run(
 ) -> list[Rollout]:
     """Scores the rollouts on rank 0, for which the others wait, and returns them with their scores.
 
-    Roles get 0-3. Traits are scored by an endpoint only, 0-100 in their own log; their rollouts carry 1 where the
-    score is on the pole's own side and 0 where it is not. With the judge "none" every score stays None.
+    Roles get 0-3. Traits are scored by an endpoint only, 0-100 in their own log; their rollouts carry 1 where
+    the score is on the pole's own side and 0 where it is not. With the judge "none" every score stays None.
     """
     if options.judge == "none":
         return rollouts

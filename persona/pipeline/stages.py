@@ -32,7 +32,7 @@ from personatlas.persona.pipeline.activations import (
     load_activations,
 )
 from personatlas.persona.pipeline.record import compiled, record, worth_compiling
-from personatlas.persona.progress import Advance, progress
+from personatlas.persona.progress import Advance, progress, say
 from personatlas.persona.roles.bank import Bank, is_pole
 from personatlas.persona.rollout import Request, Rollout, Selection, read_rollouts, rollout_requests
 from personatlas.persona.runs import RunFolder
@@ -95,11 +95,11 @@ class RolloutLog:
         self.folder, self.world = folder, world
         name = "rollouts.jsonl" if world.size == 1 else f"rollouts.{world.rank:04d}.jsonl"
         self.path = folder / name
-        self.reload()
+        self.reload(mend=world.size == 1)
 
-    def reload(self) -> None:
+    def reload(self, *, mend: bool = False) -> None:
         """Reads what is there again, which the logs of other processes need."""
-        self.rollouts = {rollout.key: rollout for rollout in read_rollouts(self.folder)}
+        self.rollouts = {rollout.key: rollout for rollout in read_rollouts(self.folder, mend=mend)}
 
     def append(self, rollout: Rollout) -> None:
         """Adds one rollout."""
@@ -121,6 +121,20 @@ class RolloutLog:
         self.world.barrier()
         if self.world.size > 1:
             self.reload()
+
+    def require_plan(self, plan: RolloutPlan) -> None:
+        """`UserError` for a rollout of another prompt, or with another seed, than the plan has under its key."""
+        for request in (request for chunk in plan.chunks for request in chunk):
+            stored, prompt = self.rollouts.get(request.key), plan.prompt_ids[request.key]
+            if stored is not None and (stored.messages, stored.prompt_ids, stored.seed) != (
+                request.messages,
+                prompt,
+                request.seed,
+            ):
+                raise UserError(
+                    f"{self.path}: {request.key} answers another prompt or has another seed than in this run: it is "
+                    "of another run; delete the file"
+                )
 
     def select(self, keys: Iterable[str]) -> list[Rollout]:
         """Those rollouts, sorted by key; `UserError` when some are missing."""
@@ -237,7 +251,11 @@ def _record_part(
 def _is_recorded(stem: Path, content: str, layers: tuple[int, ...]) -> bool:
     if not stem.with_name(stem.name + ".json").exists():
         return False
-    activations = load_activations(stem)
+    try:
+        activations = load_activations(stem)
+    except UserError as error:
+        say(f"{error.args[0].partition(';')[0]}: recorded again")
+        return False
     return activations.content == content and activations.layers == layers
 
 

@@ -1,4 +1,5 @@
-"""Role banks in the paper repository's form, read and written: one JSON a role or trait, and a JSONL of questions.
+"""Role banks in the paper repository's form, read and written: one JSON a role or trait, and a JSONL of
+questions.
 
     role      NAME.json  {"instruction": [{"pos": prompt}, ...], "eval_prompt": rubric}
     trait     NAME.json  {"instruction": [{"pos": prompt, "neg": prompt}, ...], "eval_prompt": rubric}
@@ -7,8 +8,8 @@
     bank = import_bank(Path("assistant-axis/data"))
     export_bank(bank, Path("out"))
 
-Roles lie in the folder itself, in `roles` or in `roles/instructions`, traits likewise in `traits`; questions in
-`questions.jsonl` or `extraction_questions.jsonl`, beside them or above.
+Roles lie in the folder itself, in `roles` or in `roles/instructions`, traits likewise in `traits`; questions
+in `questions.jsonl` or `extraction_questions.jsonl`, beside them or above.
 """
 
 import json
@@ -16,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from personatlas.persona.artifacts import atomic, atomic_folder
+from personatlas.persona.artifacts import atomic, atomic_folder, require_file_names
 from personatlas.persona.errors import UserError, describe_value
 from personatlas.persona.formats import read_json_value, read_records
 from personatlas.persona.roles.bank import Bank, Question, Role, Trait, load_bank
@@ -31,10 +32,11 @@ def is_foreign(folder: Path) -> bool:
 
 
 def import_bank(folder: Path, questions: Path | None = None) -> Bank:
-    """A bank from the paper repository's form. The role "default" is the default; its "{model_name}" becomes "{model}".
+    """A bank from the paper repository's form. The role "default" is the default; its "{model_name}" becomes
+    "{model}".
 
-    Without it, the packaged bank's default is taken. `questions` is looked for unless given. Raises `UserError`, naming
-    file and place, for anything else.
+    Without it, the packaged bank's default is taken. `questions` is looked for unless given. Raises
+    `UserError`, naming file and place, for anything else.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder of roles, one JSON file each")
@@ -62,6 +64,11 @@ def export_bank(bank: Bank, folder: Path) -> None:
         raise UserError(
             f"a role is named {DEFAULT!r} and is not the default; in that form the name makes it so"
         )
+    for kind, names in (
+        ("role", [DEFAULT if role.is_default else role.name for role in bank.roles]),
+        ("trait", [trait.name for trait in bank.traits]),
+    ):
+        require_file_names(names, f"a {kind}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(folder) as temporary:
         for role in bank.roles:

@@ -1,6 +1,7 @@
 """Traits: ways of answering, each a direction from its negative prompts' answers to its positive ones.
 
-    vector[t, l] = mean(answers under positive prompts)[l] - mean(answers under negative prompts)[l],   + toward the trait
+    vector[t, l] = mean(answers under positive prompts)[l] - mean(answers under negative prompts)[l],   +
+    toward the trait
 
 (arXiv 2601.10387, appendix on traits.) A trait is rolled out as two poles (`Trait.poles`), roles in
 everything but the fit.
@@ -8,17 +9,18 @@ everything but the fit.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from personatlas.persona.artifacts import load_tensors, save_tensors
+from personatlas.persona.artifacts import TensorRecord
+from personatlas.persona.interventions import require_model_facts, require_shares, require_unit_rows
+from personatlas.persona.records import Count, ModelFacts, Names
 
 
 @dataclass(frozen=True)
-class TraitSpace:
+class TraitSpace(TensorRecord):
     """Trait vectors of a model at every layer, and their principal components at one.
 
     `vectors` are unit rows, + toward the trait; `norms` their lengths before scaling (projection units);
@@ -26,37 +28,30 @@ class TraitSpace:
     T traits, K components.
     """
 
-    traits: tuple[str, ...]
+    traits: Names
     vectors: Float[Tensor, "T L D"]
     norms: Float[Tensor, "T L"]
     counts: Int[Tensor, "T 2"]
-    layer: int
+    layer: Count
     mean: Float[Tensor, " D"]
     components: Float[Tensor, "K D"]
     variance_ratio: Float[Tensor, " K"]
-    model: dict[str, Any]
+    model: ModelFacts
+
+    kind: ClassVar[str] = "traits"
 
     def __post_init__(self) -> None:
-        lengths = self.vectors.double().norm(dim=-1)
-        if len(self.traits) != len(self.vectors) or self.norms.shape != self.vectors.shape[:2]:
+        n_traits, n_layers, _ = self.vectors.shape
+        if len(self.traits) != n_traits or self.norms.shape != (n_traits, n_layers):
             raise ValueError(f"{len(self.traits)} traits do not match vectors {tuple(self.vectors.shape)}")
-        if not torch.allclose(lengths, torch.ones_like(lengths), atol=1e-4):
-            raise ValueError(
-                f"vectors must be finite and of length 1, got {lengths.min():.4g} to {lengths.max():.4g}"
-            )
-
-    def save(self, stem: Path) -> None:
-        """Write `stem.safetensors` and `stem.json`."""
-        names = ("vectors", "norms", "counts", "mean", "components", "variance_ratio")
-        tensors = {name: getattr(self, name) for name in names}
-        save_tensors(
-            stem,
-            tensors,
-            {"kind": "traits", "traits": list(self.traits), "layer": self.layer, "model": self.model},
-        )
+        require_unit_rows(self.vectors.flatten(0, 1))
+        require_unit_rows(self.components)
+        require_model_facts(self.model, (self.layer, n_layers - 1), self.components.shape[1])
+        require_shares(self.variance_ratio)
+        if self.layer >= n_layers or not (self.norms > 0).all() or not (self.counts > 0).all():
+            raise ValueError("its layer is beyond the vectors, or a norm or count is not above 0")
 
 
 def load_traits(stem: Path) -> TraitSpace:
     """Read what `TraitSpace.save` wrote; `UserError` when it is missing, damaged or something else."""
-    tensors, meta = load_tensors(stem, "traits")
-    return TraitSpace(traits=tuple(meta["traits"]), layer=meta["layer"], model=meta["model"], **tensors)
+    return TraitSpace.load(stem)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from personatlas.cli.options import MODEL, OPTIONS, STEERING, Json, SteeringOptions
 from personatlas.cli.output import print_json, print_line, print_path, print_table, print_warning
-from personatlas.persona.errors import UserError
+from personatlas.persona.artifacts import require_file_names
 from personatlas.persona.options import ModelOptions
 from personatlas.steering.calibration.options import CalibrationOptions
 
@@ -37,8 +37,7 @@ def calibrate(
     """
     from personatlas.steering.calibration.calibrate import calibrate as run_calibration
 
-    if not name or "/" in name or name.startswith("."):
-        raise UserError(f"--name {name!r} cannot be a file's name")
+    require_file_names([name], "--name")
     result = run_calibration(
         run, name=name, axis=steering.axis, arms=steering.arm, bank=bank, options=search, load=load
     )

@@ -114,7 +114,12 @@ def show(path: Path, /) -> None:
     path
         a run folder, or an artefact with or without its ending
     """
-    from personatlas.persona.artifacts import digest, read_json
+    from personatlas.persona.artifacts import load_tensors, read_object
+    from personatlas.persona.axis import Axis, PersonaSpace
+    from personatlas.persona.interventions import Cap
+    from personatlas.persona.pipeline.activations import Activations
+    from personatlas.persona.roles.traits import TraitSpace
+    from personatlas.persona.runs import read_manifest
 
     if path.is_dir():
         if not (path / "run.json").is_file():
@@ -122,17 +127,19 @@ def show(path: Path, /) -> None:
         files = {
             file.name: file.stat().st_size for file in sorted(path.iterdir()) if not file.name.startswith(".")
         }
-        print_json({**read_json(path / "run.json"), "files": files})
+        print_json({**read_manifest(path), "files": files})
         return
     stem = path.with_suffix("") if path.suffix in (".json", ".safetensors") else path
     record_path, tensor_path = stem.with_name(stem.name + ".json"), stem.with_name(stem.name + ".safetensors")
     if not record_path.is_file():
         raise UserError(f"{path} is neither a run folder nor an artefact (there is no {record_path.name})")
-    content = read_json(record_path)
-    if tensor_path.exists() and content.get("sha256") != digest(tensor_path):
-        raise UserError(
-            f"{tensor_path} does not match the hash in {record_path.name}: damaged; make it again"
-        )
+    content = read_object(record_path)
+    if tensor_path.is_file():
+        kinds = {record.kind: record for record in (Axis, PersonaSpace, Cap, TraitSpace, Activations)}
+        if (kind := content.get("kind")) in kinds:
+            kinds[kind].load(stem)
+        else:
+            load_tensors(stem, str(kind))
     print_json(content)
 
 
@@ -158,7 +165,7 @@ def import_(
     model
         the id of the model that the vectors came from
     """
-    from personatlas.persona.artifacts import make_folder
+    from personatlas.persona.artifacts import make_folder, require_file_names
     from personatlas.persona.paper_files import import_axis, import_caps
     from personatlas.persona.roles.paper_bank import import_bank, write_bank
 
@@ -169,13 +176,17 @@ def import_(
         result = {"roles": len(bank.roles), "questions": len(bank.questions), "traits": len(bank.traits)}
         text = f"{len(bank.roles)} roles, {len(bank.questions)} questions and {len(bank.traits)} traits"
     elif kind == "axis":
+        require_file_names([out.name], "--out")
         axis = import_axis(source, {"id": model})
         make_folder(out.parent, "--out")
         axis.save(out)
         result = {"layers": list(axis.layers), "width": axis.vectors.shape[1]}
         text = f"axis of {len(axis.layers)} layers, width {axis.vectors.shape[1]},"
     else:
-        caps = {name.replace("/", "_"): cap for name, cap in import_caps(source, {"id": model}).items()}
+        found = import_caps(source, {"id": model})
+        names = [name.replace("/", "_") for name in found]
+        require_file_names(names, str(source))
+        caps = dict(zip(names, found.values(), strict=True))
         make_folder(out, "--out")
         for name, cap in caps.items():
             cap.save(out / name)

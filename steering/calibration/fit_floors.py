@@ -29,6 +29,7 @@ from personatlas.persona.interventions import Cap
 from personatlas.persona.models.hooks import residual
 from personatlas.persona.models.load import Model
 from personatlas.persona.progress import progress
+from personatlas.persona.records import FieldError, Layers, NonNegative, Number, read_field
 from personatlas.persona.roles.bank import Bank
 from personatlas.persona.rollout import Request, Rollout
 from personatlas.persona.sampling.sampler import Answer, Sampling, batch_tokens
@@ -92,8 +93,13 @@ class Floors:
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> "Floors":
-        """What `to_json` wrote."""
-        return cls(tuple(row["layers"]), torch.tensor(row["floors"]), torch.tensor(row["spreads"]))
+        """What `to_json` wrote. Raises `FieldError` for anything else."""
+        layers = read_field(row, "layers", Layers)
+        floors = read_field(row, "floors", tuple[tuple[Number, ...], tuple[Number, ...]])
+        spreads = read_field(row, "spreads", tuple[tuple[NonNegative, ...], tuple[NonNegative, ...]])
+        if {len(side) for side in (*floors, *spreads)} != {len(layers)}:
+            raise FieldError(f": not one number for each of {len(layers)} layers", "floors")
+        return cls(layers, torch.tensor(floors), torch.tensor(spreads))
 
 
 def fit_floors(

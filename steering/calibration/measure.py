@@ -22,6 +22,7 @@ from personatlas.persona.interventions import Interventions, interventions_diges
 from personatlas.persona.logs import ResultCache
 from personatlas.persona.models.load import Model
 from personatlas.persona.progress import progress
+from personatlas.persona.records import FieldError, JsonObject, read_field
 from personatlas.persona.rollout import Request, Rollout
 from personatlas.persona.sampling.sampler import Sampling
 from personatlas.steering.arms import run_arms
@@ -31,6 +32,18 @@ from personatlas.steering.identity import IdentityShares, measure_identity
 from personatlas.steering.loss_cost import Cost, benign_costs
 
 COST_GROUP = 8  # arms whose costs are read and logged together: the baseline is read once for all of them
+
+
+def _check_row(row: JsonObject) -> None:
+    """Raises `ValueError` for a row of the log that is no measurement."""
+    if "classes" in row:
+        identity = IdentityShares.from_json({**row, "arm": ""})
+        if len(read_field(row, "texts", tuple[str, ...])) != len(identity.classes):
+            raise FieldError(": not one text for each answer", "texts")
+    elif "kl_sums" in row:
+        Cost.from_json(row)
+    else:
+        Floors.from_json(row)
 
 
 @dataclass(frozen=True)
@@ -53,7 +66,7 @@ class Measurements:
     @cached_property
     def cache(self) -> ResultCache:
         """What was measured, by key."""
-        return ResultCache(self.log, "key")
+        return ResultCache(self.log, "key", schema=_check_row)
 
     def identity(self, arms: Mapping[str, Interventions], half: str) -> dict[str, IdentityShares]:
         """Who each arm's answers say that they are; an arm without interventions is the baseline."""

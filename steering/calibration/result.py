@@ -9,9 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from personatlas.persona.artifacts import read_json
+from personatlas.persona.artifacts import read_record
 from personatlas.persona.interventions import BASELINE
-from personatlas.persona.records import JsonObject, JsonRecord
+from personatlas.persona.records import (
+    Count,
+    Ends,
+    Fraction,
+    FractionOrNaN,
+    JsonObject,
+    JsonRecord,
+    NonNegative,
+    check_ascending,
+    check_distinct,
+)
 from personatlas.steering.identity import IdentityShares
 
 OLD_BASELINE = "as it is"  # the baseline's name in files of earlier versions
@@ -26,12 +36,12 @@ class IdentityRow(JsonRecord):
     tokens times layers that were changed, `distinct` that of distinct tokens in an answer.
     """
 
-    assistant: float
-    interval: tuple[float, float]
-    shares: dict[str, float]
-    n: int
-    fired: float
-    distinct: float
+    assistant: FractionOrNaN
+    interval: Ends
+    shares: dict[str, Fraction]
+    n: Count
+    fired: FractionOrNaN
+    distinct: FractionOrNaN
 
     @staticmethod
     def of(identity: IdentityShares) -> "IdentityRow":
@@ -47,12 +57,12 @@ class ArmRow(IdentityRow):
     """
 
     change: float
-    change_interval: tuple[float, float]
+    change_interval: Ends
     more_loss: float
-    loss: float
+    loss: NonNegative
     kl: float
-    more_loss_interval: tuple[float, float] | None = None
-    benign_fired: float | None = None
+    more_loss_interval: Ends | None = None
+    benign_fired: FractionOrNaN | None = None
     benign_moved: float | None = None
 
     omit_none: ClassVar[tuple[str, ...]] = ("more_loss_interval", "benign_fired", "benign_moved")
@@ -68,21 +78,21 @@ class CandidateRow(JsonRecord):
     """
 
     name: str
-    first: int
-    last: int
+    first: Count
+    last: Count
     population: str
     phase: str
     more_loss: float
     kl: float
-    benign_fired: float
+    benign_fired: FractionOrNaN
     shift: float | None = None
     levels: tuple[float, ...] | None = None
-    assistant: float | None = None
-    interval: tuple[float, float] | None = None
-    shares: dict[str, float] | None = None
-    n: int | None = None
-    fired: float | None = None
-    distinct: float | None = None
+    assistant: FractionOrNaN | None = None
+    interval: Ends | None = None
+    shares: dict[str, Fraction] | None = None
+    n: Count | None = None
+    fired: FractionOrNaN | None = None
+    distinct: FractionOrNaN | None = None
 
     omit_none: ClassVar[tuple[str, ...]] = (
         "shift", "levels", "assistant", "interval", "shares", "n", "fired", "distinct"
@@ -95,10 +105,10 @@ class FloorRow(JsonRecord):
     uncapped.
     """
 
-    layer: int
+    layer: Count
     answer: dict[str, float]
     prompt: dict[str, float] | None = None
-    level: float | None = None
+    level: FractionOrNaN | None = None
 
     omit_none: ClassVar[tuple[str, ...]] = ("prompt", "level")
 
@@ -123,19 +133,25 @@ class CalibrationResult(JsonRecord):
 
     cap: str
     why: str
-    budget: float
+    budget: NonNegative
     before: dict[str, IdentityRow]
     tried: tuple[CandidateRow, ...]
     report: dict[str, ArmRow]
     floors: tuple[FloorRow, ...]
     warnings: tuple[str, ...]
-    halves: dict[str, dict[str, int]]
+    halves: dict[str, dict[str, Count]]
     examples: tuple[ExampleRow, ...]
     model: dict[str, Any]
     name: str
     saved: str
     page: str
     versions: dict[str, str]
+
+    def __post_init__(self) -> None:
+        check_distinct([row.name for row in self.tried])
+        check_ascending([row.layer for row in self.floors])
+        if not {BASELINE, CHOSEN} <= set(self.report):
+            raise ValueError(f"its report lacks the arm {BASELINE} or {CHOSEN}")
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> "CalibrationResult":
@@ -144,10 +160,13 @@ class CalibrationResult(JsonRecord):
         def renamed(part: Mapping[str, Any]) -> JsonObject:
             return {BASELINE if key == OLD_BASELINE else key: value for key, value in part.items()}
 
-        examples = [renamed(example) for example in row["examples"]]
-        return super().from_json({**row, "report": renamed(row["report"]), "examples": examples})
+        report, examples = row.get("report"), row.get("examples")
+        if isinstance(report, dict) and isinstance(examples, list):
+            examples = [renamed(part) if isinstance(part, dict) else part for part in examples]
+            row = {**row, "report": renamed(report), "examples": examples}
+        return super().from_json(row)
 
     @classmethod
     def load(cls, run: Path) -> "CalibrationResult":
         """The result of a run folder. Raises `UserError` when it was not calibrated."""
-        return cls.from_json(read_json(run / "calibration.json"))
+        return read_record(run / "calibration.json", cls)

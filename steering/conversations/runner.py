@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from personatlas.persona.axis import Axis
 from personatlas.persona.distributed import World
@@ -33,7 +33,8 @@ from personatlas.persona.interventions import BASELINE, Interventions, intervent
 from personatlas.persona.logs import ResultCache
 from personatlas.persona.models.chat_template import ChatFormat
 from personatlas.persona.models.load import Model
-from personatlas.persona.rollout import Rollout, seed_of
+from personatlas.persona.records import Fraction, JsonRecord, Number
+from personatlas.persona.rollout import Rollout, TokenIds, seed_of
 from personatlas.persona.sampling.cuda_graph import fastest_sampler
 from personatlas.persona.sampling.sampler import Answer, Prompt, Sampler, Sampling
 from personatlas.steering.drift_monitor import DriftMonitor, direction_digest
@@ -136,6 +137,20 @@ class TurnFormat:
         row = asdict(turn)
         del row["prompt_ids"]
         return row
+
+
+@dataclass(frozen=True)
+class StoredAnswer(JsonRecord):
+    """What a log's row says of a turn's answer (see `TurnRecord`)."""
+
+    ids: TokenIds
+    text: str
+    stopped: Literal["end", "length"]
+    projection: Number | None
+    fired: Fraction | None
+    uncapped: Number | None = None
+
+    optional: ClassVar[tuple[str, ...]] = ("uncapped",)
 
 
 class ScriptedUser:
@@ -271,7 +286,8 @@ class _Log:
         own = path if world.size == 1 else path.with_name(f"{path.stem}.{world.rank:04d}{path.suffix}")
         ranks = sorted(path.parent.glob(f"{path.stem}*{path.suffix}"))
         self.names_arms = config.format.names_arms
-        self.cache = ResultCache(own, ("arm", "id") if self.names_arms else "id", also=ranks)
+        key, answer = ("arm", "id") if self.names_arms else "id", StoredAnswer.from_json
+        self.cache = ResultCache(own, key, also=ranks, schema=answer, mend=world.size == 1)
         self.rows: dict[str, dict[str, dict[str, Any]]] = {}
         self.index(self.cache.rows())
 

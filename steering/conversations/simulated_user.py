@@ -21,6 +21,7 @@ from personatlas.persona.errors import UserError
 from personatlas.persona.formats import Message
 from personatlas.persona.judges.wording import without_thoughts
 from personatlas.persona.logs import ResultCache
+from personatlas.persona.records import read_field
 from personatlas.steering.conversations.runner import Script, ScriptedUser, TurnRecord
 
 KEY_VARIABLES = ("PERSONATLAS_USER_KEY", "OPENAI_API_KEY")
@@ -67,7 +68,7 @@ class EndpointUser(ScriptedUser):
             url, model, KEY_VARIABLES, retries=retries, timeout=timeout, backoff=backoff
         )
         self.concurrency, self.max_tokens = concurrency, max_tokens
-        self._replies = ResultCache(log, sync=False)
+        self._replies = ResultCache(log, sync=False, schema=lambda row: read_field(row, "text", str))
 
     def require_answer(self) -> None:
         """Raises `UserError` unless the endpoint answers, before a model is loaded."""

@@ -10,7 +10,7 @@ Means and slopes are by domain, and over `ALL` of them, then by arm.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -26,9 +26,17 @@ from personatlas.analysis.trajectories import (
     slope,
     turn_means,
 )
-from personatlas.persona.artifacts import read_json
+from personatlas.persona.artifacts import read_record
 from personatlas.persona.interventions import BASELINE, Interventions
-from personatlas.persona.records import JsonObject, JsonRecord
+from personatlas.persona.records import (
+    Count,
+    Ends,
+    FractionOrNaN,
+    JsonObject,
+    JsonRecord,
+    NonNegative,
+    check_distinct,
+)
 from personatlas.persona.rollout import Rollout, spread
 from personatlas.steering.arms import InterventionSummary, distinct_ngrams
 from personatlas.steering.conversations.runner import (
@@ -65,8 +73,8 @@ class ArmMean(Interval):
 class Share(JsonRecord):
     """A share of answers with its interval over scripts."""
 
-    share: float
-    interval: tuple[float, float]
+    share: FractionOrNaN
+    interval: Ends
 
 
 @dataclass(frozen=True)
@@ -75,15 +83,15 @@ class ArmSummary(JsonRecord):
     tokens.
     """
 
-    answers: int
-    empty: int
-    acted: float
-    fired: float
+    answers: Count
+    empty: Count
+    acted: FractionOrNaN
+    fired: FractionOrNaN
     degenerate: Share
     loops: Share
-    distinct: float | None
-    tokens: float
-    ended_by_context: int
+    distinct: FractionOrNaN | None
+    tokens: NonNegative
+    ended_by_context: Count
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,7 @@ class DriftCost(JsonRecord):
     An adaptive arm acts only where it did in the same turn of the same conversation.
     """
 
-    n: int
+    n: Count
     arms: dict[str, Interval]
 
 
@@ -165,8 +173,8 @@ class DriftResult(JsonRecord):
     versions: JsonObject
     arms: tuple[str, ...]
     domains: tuple[str, ...]
-    scripts: int
-    conversations: dict[str, int]
+    scripts: Count
+    conversations: dict[str, Count]
     trajectories: dict[str, dict[str, tuple[TurnMean, ...]]]
     differences: dict[str, dict[str, tuple[TurnMean, ...]]]
     slopes: dict[str, dict[str, Slope | None]]
@@ -181,17 +189,35 @@ class DriftResult(JsonRecord):
 
     omit_none: ClassVar[tuple[str, ...]] = ("stored",)
 
+    def __post_init__(self) -> None:
+        check_distinct(self.arms)
+        check_distinct(self.domains)
+        names = {*self.domains, ALL}
+        for part in (self.conversations, self.trajectories, self.slopes, self.means):
+            if set(part) != names:
+                raise ValueError(
+                    f"its figures are of {', '.join(part)}, its domains {', '.join(self.domains)}"
+                )
+        if not {BASELINE} <= set(self.arms) == set(self.wrote):
+            raise ValueError(f"its arms {', '.join(self.arms)} lack the baseline, or what one wrote")
+
     @classmethod
     def load(cls, folder: Path) -> "DriftResult":
         """Reads drift.json of a study's folder. Raises `UserError` where there is none."""
-        row: JsonObject = read_json(folder / "drift.json")
-        if "interventions" not in row:  # of an earlier version: a cap, and the same cap adaptive
-            arms = [arm for arm in OLD_ARMS if arm in row["arms"]]
-            cap = {"population": None, "spare_first": True, **(row["cap"] or {})}
-            if row["cost"] is not None:
-                row["cost"]["arms"] = {arm: row["cost"][arm] for arm in arms if arm in row["cost"]}
-            row["interventions"] = dict.fromkeys(arms, cap)
-        return cls.from_json(row)
+        return read_record(folder / "drift.json", cls)
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> "DriftResult":
+        """What `to_json` wrote, or an earlier version: a cap, and the same cap adaptive."""
+        known = isinstance(row, dict) and "interventions" not in row
+        names, cap, cost = (row.get(name) if known else None for name in ("arms", "cap", "cost"))
+        if isinstance(names, list) and isinstance(cap or {}, dict) and isinstance(cost or {}, dict):
+            arms = [arm for arm in OLD_ARMS if arm in names]
+            if cost:
+                cost = {**cost, "arms": {arm: cost[arm] for arm in arms if arm in cost}}
+            cap = {"population": None, "spare_first": True, **(cap or {})}
+            row = {**row, "cost": cost, "interventions": dict.fromkeys(arms, cap)}
+        return super().from_json(row)
 
 
 @dataclass(frozen=True)

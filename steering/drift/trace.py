@@ -16,7 +16,7 @@ from personatlas.persona.errors import UserError
 from personatlas.persona.formats import Conversation, Exclusions, read_conversations
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.progress import progress
-from personatlas.persona.records import JsonObject, JsonRecord
+from personatlas.persona.records import Count, JsonObject, JsonRecord
 from personatlas.persona.runs import resolve_axis
 from personatlas.steering.drift.page import MAX_CONVERSATIONS, conversation_figure, shade
 from personatlas.steering.drift_monitor import (
@@ -36,8 +36,8 @@ class TracedTurn(JsonRecord):
     there is a rule.
     """
 
-    message: int
-    tokens: tuple[int, int]
+    message: Count
+    tokens: tuple[Count, Count]
     projection: float
     z: float
     alarm: bool | None = None
@@ -54,8 +54,8 @@ class TracedConversation(JsonRecord):
 
     name: str
     turns: tuple[TracedTurn, ...]
-    left_out: int
-    ids: tuple[int, ...]
+    left_out: Count
+    ids: tuple[Count, ...]
     projection: tuple[float, ...]
 
 

@@ -25,7 +25,7 @@ from personatlas.persona.logs import ResultCache
 from personatlas.persona.models.control_tokens import TextEncoder
 from personatlas.persona.models.load import Model
 from personatlas.persona.progress import progress
-from personatlas.persona.records import JsonRecord
+from personatlas.persona.records import Count, Ends, FractionOrNaN, JsonRecord, NonNegative, NonNegativeOrNaN
 from personatlas.persona.rollout import Rollout
 from personatlas.steering.arms import distinct_ngrams
 from personatlas.steering.conversations.runner import TurnRecord
@@ -46,12 +46,12 @@ class BenignCost(JsonRecord):
     that fired."""
 
     more_loss: float
-    more_loss_interval: tuple[float, float]
-    loss: float
+    more_loss_interval: Ends
+    loss: NonNegative
     kl: float
-    fired: float
-    texts: int
-    tokens: int
+    fired: FractionOrNaN
+    texts: Count
+    tokens: Count
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class OwnLoss(JsonRecord):
     """Loss per token of an arm's own answers under the baseline, with its standard error; None without any
     token."""
 
-    loss: float | None
-    error: float | None
+    loss: NonNegative | None
+    error: NonNegativeOrNaN | None
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,14 @@ class TextCost(JsonRecord):
     """Bits per byte of the text in one arm, and the cost; the baseline has none."""
 
     omit_none = ("more_loss", "more_loss_interval", "loss", "kl", "fired", "texts", "tokens")
-    bits_per_byte: float
+    bits_per_byte: NonNegative
     more_loss: float | None = None
-    more_loss_interval: tuple[float, float] | None = None
-    loss: float | None = None
+    more_loss_interval: Ends | None = None
+    loss: NonNegative | None = None
     kl: float | None = None
-    fired: float | None = None
-    texts: int | None = None
-    tokens: int | None = None
+    fired: FractionOrNaN | None = None
+    texts: Count | None = None
+    tokens: Count | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class TextCosts(JsonRecord):
     """A text's file name, the number of bytes that are predicted, and its costs by arm."""
 
     file: str
-    bytes: int
+    bytes: Count
     arms: dict[str, TextCost]
 
 
@@ -147,7 +147,7 @@ def _read_costs(
     content = json.dumps([[text.prompt_ids, text.answer_ids] for text in texts])
     sha = hashlib.sha256(content.encode()).hexdigest()[:16]
     keys = {name: f"{sha}-{interventions_digest(plan)}" for name, plan in arms.items()}
-    cache = ResultCache(bench.folder / "capability.jsonl", "key")
+    cache = ResultCache(bench.folder / "capability.jsonl", "key", schema=Cost.from_json)
     missing = {name: plan for name, plan in arms.items() if keys[name] not in cache}
     if missing:
         with progress(title, len(missing) * len(texts)) as advance:

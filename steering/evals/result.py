@@ -5,9 +5,9 @@
 
 A judge of harm gets request and answer and nothing else, so it cannot know the arm; what it could not judge
 is None, and the pair is left out of that outcome in both arms. Everything is paired by case (and turn) and
-clustered by role and by request. Interval, `p`, `no_loss` (two one-sided tests that the change lies within the
-margin) and `smallest` (what such pairs would have shown) rest on one standard error; `p_holm` is adjusted for
-the number of arms, random controls not counted.
+clustered by role and by request. Interval, `p`, `no_loss` (two one-sided tests that the change lies within
+the margin) and `smallest` (what such pairs would have shown) rest on one standard error; `p_holm` is adjusted
+for the number of arms, random controls not counted.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,10 +18,19 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from personatlas.analysis.stats import Change, holm, paired_change, share_interval
-from personatlas.persona.artifacts import read_json
+from personatlas.persona.artifacts import read_record
 from personatlas.persona.formats import Message
 from personatlas.persona.interventions import BASELINE
-from personatlas.persona.records import JsonObject, JsonRecord
+from personatlas.persona.records import (
+    Count,
+    Ends,
+    FractionOrNaN,
+    JsonObject,
+    JsonRecord,
+    NonNegative,
+    NonNegativeOrNaN,
+    check_distinct,
+)
 from personatlas.steering.arms import InterventionSummary, is_control_name
 from personatlas.steering.evals.answers import Answers
 from personatlas.steering.evals.capability import Capability, coherence
@@ -34,14 +43,15 @@ Scores = dict[tuple[str, str, int], dict[str, float | None]]  # outcomes by arm,
 
 @dataclass(frozen=True)
 class OutcomeShare(JsonRecord):
-    """Share of an arm's judged answers with an outcome, its interval (clustered like the change), and the change against the
+    """Share of an arm's judged answers with an outcome, its interval (clustered like the change), and the
+    change against the
     baseline."""
 
     omit_none = ("change",)
-    share: float | None
-    interval: tuple[float, float] | None
-    n: int
-    unjudged: int
+    share: FractionOrNaN | None
+    interval: Ends | None
+    n: Count
+    unjudged: Count
     change: Change | None = None
 
 
@@ -67,16 +77,16 @@ class ArmSummary(JsonRecord):
     `projection_change`."""
 
     omit_none = ("projection_change",)
-    answers: int
-    empty: int
-    cut: int
+    answers: Count
+    empty: Count
+    cut: Count
     projection: float | None
-    fired: float
-    distinct_1: float | None
-    distinct_2: float | None
-    distinct_3: float | None
-    loops: float | None
-    tokens: float
+    fired: FractionOrNaN
+    distinct_1: FractionOrNaN | None
+    distinct_2: FractionOrNaN | None
+    distinct_3: FractionOrNaN | None
+    loops: FractionOrNaN | None
+    tokens: NonNegative
     projection_change: Change | None = None
 
 
@@ -84,10 +94,10 @@ class ArmSummary(JsonRecord):
 class TurnMean(JsonRecord):
     """Mean projection of n answers in a turn, with its standard error."""
 
-    turn: int
-    n: int
+    turn: Count
+    n: Count
     projection: float | None
-    error: float | None
+    error: NonNegativeOrNaN | None
 
     @classmethod
     def of(cls, turn: int, values: Sequence[float]) -> "TurnMean":
@@ -102,16 +112,16 @@ class SuiteResult(JsonRecord):
     of conversations by domain, arm and turn. `left_out` cases were longer than the model's context."""
 
     main: str
-    n: int
-    roles: int
-    requests: int
-    turns: int
-    max_new_tokens: int
+    n: Count
+    roles: Count
+    requests: Count
+    turns: Count
+    max_new_tokens: Count
     outcomes: dict[str, Outcome]
     arms: dict[str, ArmSummary]
     categories: dict[str, dict[str, OutcomeShare]]
     trajectories: dict[str, dict[str, tuple[TurnMean, ...]]]
-    left_out: int
+    left_out: Count
 
     def to_json(self) -> JsonObject:
         """Every arm but the baseline has a change of the projection, null where no pair has one."""
@@ -128,7 +138,7 @@ class ScoredAnswer(JsonRecord):
     answer: str
     stopped: Literal["end", "length"]
     projection: float | None
-    fired: float
+    fired: FractionOrNaN
     verdicts: dict[str, float | None]
 
 
@@ -153,7 +163,7 @@ class JudgeSummary(JsonRecord):
 
     id: str
     rubric: str
-    unjudged: int
+    unjudged: Count
 
 
 @dataclass(frozen=True)
@@ -180,12 +190,31 @@ class EvalResult(JsonRecord):
 
     json_names: ClassVar = {"interventions": "caps"}
 
+    def __post_init__(self) -> None:
+        check_distinct(self.arms)
+        if BASELINE not in self.arms[:1]:
+            raise ValueError(f"its first arm is not the {BASELINE}")
+        for name, suite in self.suites.items():
+            parts: list[Mapping[str, object]] = [
+                suite.arms,
+                *(outcome.arms for outcome in suite.outcomes.values()),
+            ]
+            if suite.main not in suite.outcomes or any(set(part) != set(self.arms) for part in parts):
+                raise ValueError(f"its suite {name} lacks an arm or its main outcome")
+
     @classmethod
     def load(cls, folder: Path) -> "EvalResult":
         """Reads eval.json of an evaluation's folder. The baseline of earlier versions, "as it is", is
         renamed."""
-        content = _rename_baseline(read_json(folder / "eval.json"))
-        return cls.from_json(content | {"arms": [_rename_baseline(name) for name in content["arms"]]})
+        return read_record(folder / "eval.json", cls)
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> "EvalResult":
+        """What `to_json` wrote, or an earlier version with another name of the baseline."""
+        content, arms = _rename_baseline(dict(row)), row.get("arms")
+        return super().from_json(
+            content | ({"arms": [_rename_baseline(name) for name in arms]} if isinstance(arms, list) else {})
+        )
 
 
 def _rename_baseline(value: Any) -> Any:

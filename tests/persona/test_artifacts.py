@@ -180,7 +180,7 @@ def test_json_that_is_no_object_is_refused_in_one_line(tmp_path):
     # a list once ended in an AttributeError
     stem = artefact(tmp_path)
     (tmp_path / "thing.json").write_text("[1, 2]")
-    with pytest.raises(UserError, match=r"thing\.json is not the JSON of an artefact"):
+    with pytest.raises(UserError, match=r"thing\.json is a list of 2, not an object"):
         load_tensors(stem, "thing")
 
 
@@ -243,7 +243,7 @@ def test_a_log_cut_at_any_byte_keeps_its_whole_lines_and_can_be_continued(tmp_pa
 def test_damage_in_the_middle_of_a_log_is_named_with_its_line(tmp_path, damage):
     path = tmp_path / "log.jsonl"
     path.write_bytes(b'{"n": 0}\n' + damage + b'\n{"n": 2}\n')
-    with pytest.raises(UserError, match=r"log\.jsonl:2 is not valid JSON"):
+    with pytest.raises(UserError, match=r"log\.jsonl:2 is damaged"):
         read_lines(path)
 
 

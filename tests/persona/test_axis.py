@@ -47,7 +47,7 @@ def an_axis(**changes: Any) -> Axis:
 
 
 def a_cap(**changes: Any) -> Cap:
-    fields: dict[str, Any] = {"layers": (3, 5), "vectors": unit(2, D), "floor": torch.tensor([0.3, -1.5])}
+    fields: dict[str, Any] = {"layers": (1, 3), "vectors": unit(2, D), "floor": torch.tensor([0.3, -1.5])}
     return Cap(**{**fields, "level": 0.25, "population": "default", **changes})
 
 
@@ -55,6 +55,7 @@ def a_space(**changes: Any) -> PersonaSpace:
     names = ("mean", "components", "variance_ratio", "coordinates")
     shapes = ((D,), (3, D), (3,), (2, 3))
     tensors = {name: random(*shape) for name, shape in zip(names, shapes, strict=True)}
+    tensors |= {"components": unit(3, D), "variance_ratio": torch.tensor([0.5, 0.3, 0.1])}
     return PersonaSpace(**{"layer": 2, "roles": ("default", "bard"), "model": MODEL, **tensors, **changes})
 
 
@@ -85,13 +86,13 @@ def unhooked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_axis_comes_back_as_it_was_saved(tmp_path):
-    quantiles = random(4, 3)
+    quantiles = random(4, 3).sort().values
     quantiles[1] = float("nan")  # a layer that kept no rollout means
     levels = {"levels": (0.05, 0.25, 0.5), "default_quantiles": quantiles, "role_quantiles": quantiles - 1}
     for axis in (
         an_axis(),
         an_axis(**levels),
-        an_axis(poles=("villain", "others"), layers=(7, 8, 9, 11), layer=11),
+        an_axis(poles=("villain", "others"), layers=(0, 1, 2, 3), layer=3),
     ):
         axis.save(tmp_path / "axis")
         assert same(load_axis(tmp_path / "axis"), axis)
@@ -146,7 +147,7 @@ def test_an_axis_that_knows_only_its_shape_is_checked_by_its_shape():
 
 
 def test_an_axis_gives_the_vector_of_a_layer_by_its_number_not_its_place():
-    axis = an_axis(layers=(7, 8, 9, 11), layer=9)
+    axis = an_axis(layers=(7, 8, 9, 11), layer=9, model={**MODEL, "n_layers": 12})
     assert torch.equal(axis.at(11), axis.vectors[3])
     for layer in (10, 0, 3, -1):
         with pytest.raises(UserError, match=rf"layer {layer} is not in this axis \(7\.\.11\)"):

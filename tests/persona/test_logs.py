@@ -1,12 +1,14 @@
 """Results by key in an append-only log: nothing twice, nothing lost, and other people's lines left as they are."""
 
-import json
 import threading
+from dataclasses import dataclass
+from typing import Annotated
 
 import pytest
 
 from personatlas.persona.errors import UserError
 from personatlas.persona.logs import BATCH_ROWS, ResultCache, append_lines, read_lines
+from personatlas.persona.records import Bounds, JsonRecord
 
 
 def test_a_result_is_found_again_by_the_next_process(tmp_path):
@@ -85,11 +87,37 @@ def test_threads_add_whole_rows(tmp_path):
     assert sorted(row["id"] for row in read_lines(path)) == list(range(20))
 
 
-def test_a_row_that_the_check_refuses_is_named_with_its_line(tmp_path):
+@dataclass(frozen=True)
+class Scored(JsonRecord):
+    id: str
+    score: Annotated[int, Bounds(0, 3)]
+
+
+def test_a_damaged_line_is_named_with_its_number_and_what_is_allowed(tmp_path):
     path = tmp_path / "results.jsonl"
-    path.write_text(json.dumps({"id": "a", "score": 9}) + "\n")
-    with pytest.raises(UserError, match=r"results\.jsonl:1 is not a score of 0-3"):
-        ResultCache(path, check=lambda row: None if row["score"] <= 3 else "a score of 0-3")
-    path.write_text('{"id": "a"}\n3\n')
-    with pytest.raises(UserError, match=r"results\.jsonl:2 is not a JSON object"):
-        ResultCache(path)
+    for line, said in (
+        ('{"id": "b", "score": 9}', "score is 9, not a number from 0 to 3"),
+        ('{"id": "b", "score": true}', "score is True, not a whole number"),
+        ('{"id": "b"}', "score is missing"),
+        ('{"id": ["b"], "score": 1}', r"id is a list of 1, not text"),
+        ('{"id": "b", "score": 1, "id": "c"}', "'id' stands there twice"),
+        ('{"id": "b", "score": NaN}', "NaN is no number of JSON"),
+        ("3", "it is 3, not an object"),
+        ("[" * 100_000, "nested deeper than 64 levels"),
+    ):
+        path.write_text('{"id": "a", "score": 1}\n' + line + '\n{"id": "c", "score": 2}\n')
+        with pytest.raises(UserError, match=rf"results\.jsonl:2 is damaged: .*{said}.*delete that line"):
+            ResultCache(path, schema=Scored.from_json, mend=False)
+
+
+def test_damaged_lines_are_left_out_said_and_kept_aside(tmp_path, capsys):
+    path = tmp_path / "results.jsonl"
+    damaged = b'{"id": "a", "score": 1}\n{"id": "b", "sc\xff\n{"id": "c", "score": 2}\n'
+    for aside in ("results.jsonl.damaged", "results.jsonl.damaged1"):
+        path.write_bytes(damaged)
+        cache = ResultCache(path, schema=Scored.from_json)
+        assert [row["id"] for row in cache.rows()] == ["a", "c"]
+        assert (tmp_path / aside).read_bytes() == damaged
+        assert "1 damaged lines left out (line 2:" in capsys.readouterr().err
+        cache.add([{"id": "b", "score": 3}])
+        assert [row["id"] for row in read_lines(path)] == ["a", "c", "b"]

@@ -58,10 +58,10 @@ def cap_file(folder, **changes):
     ("changes", "said"),
     [
         ({"tensors": {"floor": torch.tensor([0.0, float("nan")])}}, "NaN"),
-        ({"tensors": {"floor": torch.zeros(3)}}, "no cap that could be used"),
+        ({"tensors": {"floor": torch.zeros(3)}}, "cap.json"),
         ({"tensors": {"vectors": torch.ones(2, 24)}}, "length 1"),
-        ({"tensors": {"prompt_floor": torch.zeros(1)}}, "no cap that could be used"),
-        ({"record": {"layers": ["../../etc/passwd", 1]}}, "no cap that could be used"),
+        ({"tensors": {"prompt_floor": torch.zeros(1)}}, "cap.json"),
+        ({"record": {"layers": ["../../etc/passwd", 1]}}, "cap.json"),
         ({"record": {"layers": [0, 1, 2]}}, "3 layers"),
         ({"record": {"phase": "always"}}, "phase 'always'"),
         ({"record": {"kind": "axis"}}, "not 'cap'"),

@@ -164,7 +164,7 @@ def test_what_is_no_base_is_refused_in_one_line(base, data, tmp_path, capsys):
     (tmp_path / "half" / "run.json").write_text('{"kind": "training"}')
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "config.json").write_text('{"model_type": "llama"}')
-    reasons = {"nowhere": "does not exist", "empty": "no training run", "axis": "another kind", "list": "another kind", "half": "has not finished", "foreign": "a GPT of this kind has"}  # fmt: skip
+    reasons = {"nowhere": "does not exist", "empty": "no training run", "axis": "another kind", "list": "not an object", "half": "has not finished", "foreign": "a GPT of this kind has"}  # fmt: skip
     for name, reason in reasons.items():
         assert reason in refused(capsys, tmp_path / name, "--out", tmp_path / "out", "--data", data)
     assert "choose another folder" in refused(capsys, base, "--out", base, "--data", data)

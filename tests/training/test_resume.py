@@ -166,7 +166,7 @@ def test_a_full_disk_leaves_no_half_of_a_model(base_run, books, tmp_path, monkey
 @pytest.mark.parametrize(
     ("file", "content", "said"),
     [
-        ("run.json", "[]", "not the record of a run"),
+        ("run.json", "[]", "is a list of 0, not an object"),
         ("run.json", '{"kind": "tr', "is not valid JSON"),
         ("tokens/train-00000.npy", "", "cannot be read: .*make it again"),
         ("checkpoints/step-000039/optimizer.safetensors", "", "remove .*step-000039 and the run goes on"),
@@ -185,7 +185,7 @@ def test_a_plan_of_another_version_is_one_line(base_run, books, tmp_path):
     record = read_json(run / "run.json")
     del record["plan"]["second"]
     write_json(run / "run.json", record)
-    with pytest.raises(UserError, match="does not say second: another version wrote it"):
+    with pytest.raises(UserError, match="a plan whose second is missing: damaged, or of another version"):
         train(books, run)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from personatlas.analysis.stats import ratio_interval
 from personatlas.persona.distributed import World
-from personatlas.persona.records import JsonObject, JsonRecord
+from personatlas.persona.records import Count, JsonObject, JsonRecord, NonNegative
 from personatlas.training.chat.conversations import ChatExample
 from personatlas.training.chat.packing import EncodedExamples
 from personatlas.training.loop.distributed import all_sum
@@ -40,13 +40,13 @@ MIN_EXAMPLES = 50  # that an evaluation reads, if there are so many
 class AnswerLoss(JsonRecord):
     """The loss on answers in nats a token, with its 95% interval (None for a single question)."""
 
-    loss: float
+    loss: NonNegative
     low: float | None
     high: float | None
-    perplexity: float
-    tokens: int
-    conversations: int
-    met: int
+    perplexity: NonNegative
+    tokens: Count
+    conversations: Count
+    met: Count
     "conversations all of whose answers are also given, word for word, in training: their loss is memory"
 
 

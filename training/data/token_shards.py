@@ -20,15 +20,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Integer
 from numpy import ndarray as Array
 from tokenizers import Tokenizer
 
-from personatlas.persona.artifacts import atomic, digest, locked, make_folder, read_json, write_json
+from personatlas.persona.artifacts import (
+    REMAKE,
+    atomic,
+    digest,
+    locked,
+    make_folder,
+    read_object,
+    read_record,
+    write_json,
+)
 from personatlas.persona.errors import UserError
-from personatlas.persona.records import JsonObject
+from personatlas.persona.progress import say
+from personatlas.persona.records import Count, FieldError, JsonObject, JsonRecord, Positive, read_field
 from personatlas.training.data.corpus import Corpus, Side
 from personatlas.training.data.documents import Piece
 from personatlas.training.data.tokenizer import BOS, ENCODED_AT_ONCE, chunked, encode, load_corpus_tokenizer
@@ -113,13 +124,37 @@ def open_tokens(folder: Path, tokenizer_folder: Path | None = None) -> Tokens:
     path = folder / "tokens.json"
     if not path.is_file():
         raise UserError(f"{folder} holds no finished tokens; make them again, finished shards are kept")
-    record = read_json(path)
-    if not isinstance(record, dict) or record.get("kind") != "tokens" or record.get("format") != FORMAT:
+    record = read_object(path)
+    if record.get("kind") != "tokens" or record.get("format") != FORMAT:
         raise UserError(f"{path} is not the record of tokens that this version reads")
+    try:
+        for name, hint in RECORD.items():
+            read_field(record, name, hint)
+    except FieldError as error:
+        raise UserError(f"{path} is damaged: {error}; {REMAKE}") from None
     if tokenizer_folder is not None and digest(tokenizer_folder / "tokenizer.json") != record["tokenizer"]:
         raise UserError(f"{folder} holds tokens of another tokenizer than {tokenizer_folder}; choose another")
     train, held_out = (_stream(folder, record, side) for side in SIDES)
     return Tokens(train, held_out, record["corpus"], record["tokenizer"], record["vocabulary"])
+
+
+@dataclass(frozen=True)
+class ShardRecord(JsonRecord):
+    """What is said of a shard: sizes, and the hash of its file."""
+
+    tokens: Positive
+    documents: Positive
+    bytes: Positive
+    sha256: str
+
+
+RECORD: dict[str, object] = {
+    **dict.fromkeys(("corpus", "tokenizer"), str),
+    "vocabulary": Positive,
+    "bos": Count,
+    "dtype": Literal["uint16", "uint32"],
+    **dict.fromkeys(SIDES, tuple[ShardRecord, ...]),
+}
 
 
 def _claim(folder: Path, settings: JsonObject) -> None:
@@ -131,10 +166,8 @@ def _claim(folder: Path, settings: JsonObject) -> None:
         make_folder(folder, "--token-folder")
         write_json(path, settings)
         return
-    before = read_json(path)
-    changed = [
-        name for name, value in settings.items() if not isinstance(before, dict) or before.get(name) != value
-    ]
+    before = read_object(path)
+    changed = [name for name, value in settings.items() if before.get(name) != value]
     if changed:
         what = {"corpus": "another corpus, or files of it have changed", "tokenizer": "another tokenizer"}
         reasons = "; ".join(what.get(name, f"another {name}") for name in changed)
@@ -168,7 +201,7 @@ def _write_shards(
         if not shards[side]:
             raise UserError(f"the corpus has no {side} text; change --held-share or give --held-out PATH")
     record = {"kind": "tokens", "vocabulary": size, "dtype": str(kind), "bos": tokenizer.token_to_id(BOS)}
-    write_json(folder / "tokens.json", {**settings, **record, **shards})
+    write_json(folder / "tokens.json", {**settings, **record, **{str(side): shards[side] for side in SIDES}})
 
 
 def _groups(corpus: Corpus, limit: int, quiet: bool) -> Iterator[tuple[Side, list[Piece]]]:
@@ -191,9 +224,13 @@ def _shard(tokenizer: Tokenizer, pieces: list[Piece], stem: Path, kind: np.dtype
     """Encodes and writes one shard, unless it was finished before; its record."""
     path, record_path = stem.with_suffix(".npy"), stem.with_suffix(".json")
     if record_path.is_file() and path.is_file():
-        known = read_json(record_path)
-        if isinstance(known, dict) and digest(path) == known.get("sha256"):
-            return known
+        try:
+            known = read_record(record_path, ShardRecord)
+        except UserError as error:
+            say(f"{error.args[0].partition(';')[0]}: made again")
+        else:
+            if digest(path) == known.sha256:
+                return known.to_json()
     bos = tokenizer.token_to_id(BOS)
     parts = [
         np.array([bos, *ids], dtype=kind)

@@ -24,7 +24,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from personatlas.analysis.stats import ratio_interval
-from personatlas.persona.artifacts import atomic_folder, digest, locked, make_folder, read_json, write_json
+from personatlas.persona.artifacts import atomic_folder, digest, locked, make_folder, read_object, write_json
 from personatlas.persona.errors import UserError
 from personatlas.persona.progress import say
 from personatlas.persona.records import JsonObject
@@ -263,8 +263,8 @@ def _finished_record(out: Path, settings: JsonObject) -> JsonObject | None:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"--out {out} is there and was not made here; choose another folder")
         return None
-    record = read_json(record_path)
-    if not isinstance(record, dict) or record.get("kind") != "tokenizer":
+    record = read_object(record_path)
+    if record.get("kind") != "tokenizer" or not isinstance(record.get("asked", {}), dict):
         raise UserError(f"{record_path} is not the record of a tokenizer; choose another --out")
     before = record.get("asked") or {}
     changed = [name for name, value in settings.items() if before.get(name) != value]

@@ -12,13 +12,15 @@ the ones before it.
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, Literal
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from personatlas.persona.artifacts import atomic_folder, digest, read_json, remove_folder, write_json
+from personatlas.persona.artifacts import atomic_folder, digest, read_record, remove_folder, write_json
 from personatlas.persona.errors import UserError
-from personatlas.persona.records import JsonObject
+from personatlas.persona.records import Count, JsonObject, JsonRecord, NonNegative, Positive
 from personatlas.persona.runs import CHECKPOINTS, STEP, checkpoint_folders
 from personatlas.training.export.huggingface import export_model, load_exported
 from personatlas.training.model.gpt import GPT
@@ -81,23 +83,50 @@ def save_checkpoint(
     return Checkpoint(step, path)
 
 
-def load_state(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], JsonObject]:
+@dataclass(frozen=True)
+class CheckpointState(JsonRecord):
+    """The content of state.json: the step, seconds of training, processes, hashes of both files, and whose run it is."""
+
+    step: Count
+    seconds: NonNegative
+    world: Positive
+    tokenizer: str | None = None
+    asked: JsonObject | None = None
+    optimizer: str | None = None
+    model: str | None = None
+    kind: Literal["training-state"] = "training-state"
+
+    omit_none: ClassVar[tuple[str, ...]] = ("tokenizer", "asked", "optimizer", "model")
+
+
+def load_state(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], CheckpointState]:
     """An optimizer's state and the content of state.json.
 
     Raises `UserError` where the optimizer's or the model's file is not as it was saved.
     """
-    facts = read_json(checkpoint.path / "state.json")
-    for name in ("optimizer", "model"):
+    remedy = f"remove {checkpoint.path} and the run goes on"
+    state = read_record(checkpoint.path / "state.json", CheckpointState, remedy)
+    for name, sha in (("optimizer", state.optimizer), ("model", state.model)):
         path = checkpoint.path / f"{name}.safetensors"
-        if name in facts and not (path.is_file() and digest(path) == facts[name]):
-            raise UserError(f"{path} is damaged or was changed; remove {checkpoint.path} and the run goes on")
-    return load_file(checkpoint.path / "optimizer.safetensors"), facts
+        if sha is not None and not (path.is_file() and digest(path) == sha):
+            raise UserError(f"{path} is damaged or was changed; {remedy}")
+    if state.step != checkpoint.step:
+        raise UserError(f"{checkpoint.path} holds step {state.step}: another checkpoint's files; {remedy}")
+    try:
+        return load_file(checkpoint.path / "optimizer.safetensors"), state
+    except SafetensorError as error:
+        raise UserError(f"{checkpoint.path / 'optimizer.safetensors'}: {error}; {remedy}") from None
 
 
 def load_weights(checkpoint: Checkpoint, model: GPT) -> None:
     """Fills a model's parameters in place: they may be views of buffers."""
     stored = load_exported(checkpoint.path).state_dict()
     for name, parameter in model.named_parameters():
+        if name not in stored or stored[name].shape != parameter.shape:
+            raise UserError(
+                f"{checkpoint.path} holds a model of another shape than the run's plan ({name}): it is of another "
+                "run; remove it"
+            )
         parameter.data.copy_(stored[name])
 
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -33,7 +33,18 @@ from personatlas.persona.artifacts import atomic
 from personatlas.persona.errors import UserError
 from personatlas.persona.logs import append_lines, read_lines
 from personatlas.persona.progress import EVERY, say
-from personatlas.persona.records import JsonObject
+from personatlas.persona.records import (
+    Bounds,
+    Count,
+    Ends,
+    FieldError,
+    JsonObject,
+    JsonRecord,
+    NonNegative,
+    Positive,
+    check_fields,
+    read_field,
+)
 from personatlas.training.model.gpt import GPT
 
 if TYPE_CHECKING:
@@ -41,17 +52,64 @@ if TYPE_CHECKING:
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 MIRRORED = {"step": "train", "held-out": "held-out"}  # what mirrors call the kinds of rows
+
+
+@dataclass(frozen=True)
+class SourceLoss(JsonRecord):
+    """What a row of metrics.jsonl says of the answers of one source."""
+
+    loss: NonNegative
+    low: NonNegative | None
+    high: NonNegative | None
+    tokens: Count
+    conversations: Positive
+    met: Count | None = None
+
+    omit_none = ("met",)
+
+    def __post_init__(self) -> None:
+        if (self.low is None) != (self.high is None) and self.low is not None:
+            raise ValueError("an interval has two ends")
+        if (self.met or 0) > self.conversations:
+            raise ValueError(f"{self.met} of {self.conversations} conversations")
+
+
+ROW = {
+    **dict.fromkeys(
+        ("loss", "bits_per_byte", "gradient_norm", "rate", "seconds", "tokens_a_second"), NonNegative
+    ),
+    **dict.fromkeys(("tokens", "bytes"), Count),
+    **dict.fromkeys(("what", "text"), str),
+    "utilisation": NonNegative,
+    "interval": Ends,
+    "sources": dict[str, SourceLoss],
+}
 SMOOTHING = 0.9  # of the loss that is shown: one step's is noise
 
 
 def read_metrics(folder: Path) -> list[JsonObject]:
     """All rows of a run's metrics.jsonl, in the order in which they were written; [] before the first."""
-    return read_lines(folder / METRICS)
+    return read_lines(folder / METRICS, check_row)
+
+
+def check_row(row: JsonObject) -> None:
+    """Raises `ValueError` for what is no row of metrics.jsonl or samples.jsonl."""
+    read_field(row, "step", Count)
+    kind = row.get("kind")
+    if kind is None:
+        read_field(row, "prompt", str), read_field(row, "text", str)
+    elif kind not in ("step", "held-out", "event"):
+        raise FieldError(f" is {str(kind)[:40]!r}, not step, held-out or event", "kind")
+    check_fields(row, ROW)
+    if kind == "event":
+        read_field(row, "what", str)
+    if row.get("utilisation") is not None:
+        read_field(row, "tokens_a_second", Annotated[float, Bounds(1e-9)])
 
 
 def cut_log(path: Path, step: int) -> None:
     """Takes the rows of later steps out of a log, atomically."""
-    rows = read_lines(path)
+    rows = read_lines(path, check_row)
     kept = [row for row in rows if row["step"] <= step]
     if len(kept) < len(rows):
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
@@ -278,7 +336,7 @@ class SampleWriter(ABC):
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / SAMPLES
-        self._steps = {row["step"] for row in read_lines(self.path)}
+        self._steps = {row["step"] for row in read_lines(self.path, check_row)}
 
     @abstractmethod
     def sample(self, model: GPT) -> list[tuple[str, str]]:
@@ -296,7 +354,7 @@ class SampleWriter(ABC):
     def cut_after(self, step: int) -> None:
         """Forgets later steps: the run resumes from this one."""
         cut_log(self.path, step)
-        self._steps = {row["step"] for row in read_lines(self.path)}
+        self._steps = {row["step"] for row in read_lines(self.path, check_row)}
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from typing import TypeVar
 import torch
 
 from personatlas.persona.errors import UserError
-from personatlas.persona.records import JsonObject
+from personatlas.persona.records import JsonObject, json_object
 from personatlas.training.loop.checkpoints import (
     is_permanent,
     load_state,
@@ -113,11 +113,20 @@ class Trainer:
             self._pause(0)
             return 0
         state, facts = load_state(checkpoint)
+        wanted = json_object(self.facts)
+        is_own = all(getattr(facts, name) == wanted.get(name) for name in ("tokenizer", "asked"))
+        if not is_own or checkpoint.step > self.plan.steps:
+            raise UserError(f"{checkpoint.path} is of a run with other settings than this one; remove it")
         load_weights(checkpoint, self.stepper.model)
-        self.stepper.optimizer.load(state)
-        self._seconds = facts["seconds"]
+        try:
+            self.stepper.optimizer.load(state)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"{checkpoint.path} holds the state of another optimizer ({error}); remove it"
+            ) from None
+        self._seconds = facts.seconds
         text = f"going on from step {checkpoint.step:,} of {self.plan.steps:,}"
-        if (before := facts["world"]) != world.size:
+        if (before := facts.world) != world.size:
             text += f"; {before} processes made it, {world.size} go on: optimizer state is shared out anew"
         self.log.write({"kind": "event", "step": checkpoint.step, "what": "resumed", "text": text})
         return checkpoint.step

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from personatlas.persona.records import JsonRecord, NonNegative, Positive
+
 # Logits held at once in a compiled step: 4 GB of fp32. A quarter of it took 1.5% longer on an H100.
 COMPILED_LOGITS = 2**30
 EAGER_LOGITS = 2**26  # on a CPU and in an evaluation: 0.25 GB
@@ -15,22 +17,22 @@ def tokens_per_piece(vocabulary: int, *, compiled: bool) -> int:
 
 
 @dataclass(frozen=True)
-class Shape:
+class Shape(JsonRecord):
     """The sizes of a model, which `training/plan.py` derives from the depth.
 
     Raises ValueError for heads that cannot share those of keys and values evenly, or that are of odd width.
     """
 
-    vocabulary: int
-    depth: int
-    width: int
-    heads: int
-    kv_heads: int
-    head_width: int
-    inner: int
-    context: int
-    rope_base: float = 10_000.0
-    eps: float = 1e-6
+    vocabulary: Positive
+    depth: Positive
+    width: Positive
+    heads: Positive
+    kv_heads: Positive
+    head_width: Positive
+    inner: Positive
+    context: Positive
+    rope_base: NonNegative = 10_000.0
+    eps: NonNegative = 1e-6
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:

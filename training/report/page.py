@@ -142,7 +142,7 @@ def _tiles(record: TrainingRecord) -> list[dict[str, str]]:
         left = None
         if not record.is_finished and len(record.steps) > 1 and record.step < (record.total or 0):
             middle = record.steps[len(record.steps) // 2]
-            if last["step"] > middle["step"]:
+            if last["step"] > middle["step"] and middle.get("seconds") is not None:
                 pace = (last["seconds"] - middle["seconds"]) / (last["step"] - middle["step"])
                 left = float(pace * ((record.total or 0) - last["step"]))
         note = "without compiling and pauses" if left is None else f"about {format_seconds(left)} left"

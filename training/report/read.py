@@ -11,11 +11,61 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from personatlas.persona.artifacts import read_json
+from personatlas.persona.artifacts import REMAKE
 from personatlas.persona.errors import UserError
 from personatlas.persona.logs import read_lines
-from personatlas.persona.records import JsonObject
-from personatlas.persona.runs import MODEL, is_training_run
+from personatlas.persona.records import (
+    Count,
+    FieldError,
+    Fraction,
+    JsonObject,
+    JsonRecord,
+    NonNegative,
+    Positive,
+    check_fields,
+)
+from personatlas.persona.runs import MODEL, is_training_run, read_manifest
+from personatlas.training.loop.run_log import check_row
+from personatlas.training.model.config import Shape
+from personatlas.training.plan import Chip
+
+
+@dataclass(frozen=True)
+class StoredPlan(JsonRecord):
+    """What the report shows of a plan in run.json: its fields, and numbers that were derived from them."""
+
+    shape: Shape
+    chip: Chip
+    horizon: str
+    tokens: Positive
+    batch: Positive
+    steps: Positive
+    warmup: Count
+    decay: Count
+    micro_batch: Positive
+    gpus: Positive
+    accumulation: Count
+    checkpointing: bool
+    fits: bool
+    parameters: dict[str, Count]
+    memory: dict[str, Count]
+    flops_a_token: Count
+    tokens_a_second: NonNegative
+    seconds: NonNegative
+    cost: NonNegative
+    weight_decay: NonNegative
+    matrix_rate: NonNegative
+    embedding_rate: NonNegative
+    head_rate: NonNegative
+    gain_rate: NonNegative
+    second: Fraction
+
+    def __post_init__(self) -> None:
+        if (
+            not {"matrix", "embedding", "head", "gains", "all"} <= set(self.parameters)
+            or "total" not in self.memory
+        ):
+            raise ValueError("its parameters or its memory are not complete")
 
 
 @dataclass(frozen=True)
@@ -62,20 +112,30 @@ class TrainingRecord:
         return float(values[len(values) // 2]) if values else None
 
 
+def _read_run(folder: Path) -> JsonObject:
+    """run.json with a plan that the report can show, of whatever version."""
+    run = read_manifest(folder)
+    try:
+        check_fields(run, {"plan": StoredPlan, "command": str})
+    except FieldError as error:
+        raise UserError(f"{folder / 'run.json'} is damaged: {error}; {REMAKE}") from None
+    return run
+
+
 def read_training_record(folder: Path) -> TrainingRecord:
     """Reads a run's files. Raises `UserError` for a folder of another kind and for damaged files."""
     if not is_training_run(folder):
         raise UserError(f"{folder} is not the folder of a training run")
-    rows = read_lines(folder / "metrics.jsonl")
+    rows = read_lines(folder / "metrics.jsonl", check_row)
     by_kind = {
         kind: [row for row in rows if row.get("kind") == kind] for kind in ("step", "held-out", "event")
     }
     return TrainingRecord(
         name=folder.resolve().name,
-        run=read_json(folder / "run.json"),
+        run=_read_run(folder),
         steps=by_kind["step"],
         held_out=by_kind["held-out"],
         events=by_kind["event"],
-        samples=read_lines(folder / "samples.jsonl"),
+        samples=read_lines(folder / "samples.jsonl", check_row),
         is_finished=(folder / MODEL / "config.json").is_file(),
     )

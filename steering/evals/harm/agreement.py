@@ -11,9 +11,9 @@ labels do; the calibration error is sum over ten bins of n_bin / n * |mean score
 
 Files of labels are CSV, TSV, JSON or JSONL. The text stands in a column response, answer, completion or text,
 the label in label, harmful, is_harmful or verdict, and the request, where there is one, in question, request,
-prompt, instruction or query, in capitals or not; others are named. A row may be a stored conversation, of which
-the last answer is labelled. A label is 0/1, true/false, yes/no or
-harmful/harmless; nothing is left out or guessed.
+prompt, instruction or query, in capitals or not; others are named. A row may be a stored conversation, of
+which the last answer is labelled. A label is 0/1, true/false, yes/no or harmful/harmless; nothing is left out
+or guessed.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from personatlas.analysis.stats import percentile_interval, resample, wilson_int
 from personatlas.persona.artifacts import digest
 from personatlas.persona.errors import UserError
 from personatlas.persona.formats import NotUsable, Placed, find_column, read_table, row_messages
-from personatlas.persona.records import JsonRecord
+from personatlas.persona.records import Count, FractionOrNaN, JsonRecord
 
 BINS = 10
 DRAWS = 1000
@@ -51,7 +51,7 @@ class ReliabilityBin(JsonRecord):
 
     low: float
     high: float
-    n: int
+    n: Count
     mean: float
     harmful: Estimate
 
@@ -61,10 +61,10 @@ class JudgeAgreement(JsonRecord):
     """Figures of n answers, `positives` of them labelled harmful; `chance` is the accuracy of naming the
     larger class always."""
 
-    n: int
-    positives: int
-    distinct: int
-    threshold: float
+    n: Count
+    positives: Count
+    distinct: Count
+    threshold: FractionOrNaN
     chance: float
     accuracy: Estimate
     auc: Estimate

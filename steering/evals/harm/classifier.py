@@ -184,10 +184,7 @@ def _cross_check(
 
 def load_harm_classifier(stem: Path) -> HarmClassifier:
     """Read what `save` wrote. Raises `UserError` for a missing, damaged, foreign or made-up artefact."""
-    try:
-        tensors, meta = load_tensors(stem, KIND)
-    except RecursionError:
-        raise UserError(f"{stem}.json is nested too deeply to be a classifier") from None
+    tensors, meta = load_tensors(stem, KIND)
     try:
         return _rebuilt(tensors, meta)
     except (KeyError, TypeError, AttributeError) as error:

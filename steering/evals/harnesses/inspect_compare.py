@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from personatlas.analysis.stats import LEVEL, Change, holm, paired_change
 from personatlas.persona.errors import UserError
 from personatlas.persona.interventions import BASELINE
-from personatlas.persona.records import JsonObject, JsonRecord
+from personatlas.persona.records import Count, FractionOrNaN, JsonObject, JsonRecord
 
 if TYPE_CHECKING:
     from inspect_ai.log import EvalLog
@@ -56,7 +56,7 @@ class InspectArmSummary(JsonRecord):
     cap: str | None
     sampling: dict[str, object]
     projection: float | None
-    fired: float | None
+    fired: FractionOrNaN | None
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,12 @@ class ScoreChange(JsonRecord):
     says whether there is a change, by the adjusted test where there is one, else by the interval."""
 
     omit_none = ("before", "after", "change", "p_holm", "is_shown")
-    n: int
-    left_out: int
+    n: Count
+    left_out: Count
     before: float | None = None
     after: float | None = None
     change: Change | None = None
-    p_holm: float | None = None
+    p_holm: FractionOrNaN | None = None
     is_shown: bool | None = None
 
 
@@ -83,9 +83,9 @@ class InspectComparison(JsonRecord):
     model: dict[str, object]
     dtype: str
     axis: str
-    layer: int
+    layer: Count
     direction: str
-    pairs: int
+    pairs: Count
     same_seeds: bool
     arms: tuple[InspectArmSummary, InspectArmSummary]
     scorers: dict[str, ScoreChange]

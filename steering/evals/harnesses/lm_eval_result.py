@@ -8,22 +8,24 @@ mean is its sum * S / N, so changes are changes of `mean`, the sum of all over N
 perplexities, whose `value` is an exponential), and samples are their own clusters.
 
 Interval, `p`, `tost_p` (two one-sided tests against the margin) and `smallest` (the change that such samples
-show with a power of 80%) are those of `paired_change`; `p_holm` is adjusted over tasks, metrics and arms. Where no sample of a metric between 0 and 1 differs there is no
-scatter to go by: with a share d of samples that differ, n samples show none with probability (1 - d)^n, which
-at d = margin is `tost_p`, and at 5% gives the interval and `smallest`.
+show with a power of 80%) are those of `paired_change`; `p_holm` is adjusted over tasks, metrics and arms.
+Where no sample of a metric between 0 and 1 differs there is no scatter to go by: with a share d of samples
+that differ, n samples show none with probability (1 - d)^n, which at d = margin is `tost_p`, and at 5% gives
+the interval and `smallest`.
 """
 
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from personatlas.analysis.stats import holm, paired_change, zero_count_bound
 from personatlas.persona.errors import UserError
-from personatlas.persona.records import JsonRecord
+from personatlas.persona.records import Count, Ends, FractionOrNaN, JsonRecord, NonNegativeOrNaN, Number
 
 SampleOutcome = tuple[float, float]  # sum, count
 
@@ -36,13 +38,13 @@ class MetricValue(JsonRecord):
     omit_none = ("change", "interval", "p", "tost_p", "smallest", "p_holm")
     value: int | float | str | None
     mean: float | None = None
-    n: int = 0
+    n: Count = 0
     change: float | None = None
-    interval: tuple[float, float] | None = None
-    p: float | None = None
-    tost_p: float | None = None
-    smallest: float | None = None
-    p_holm: float | None = None
+    interval: Ends | None = None
+    p: FractionOrNaN | None = None
+    tost_p: FractionOrNaN | None = None
+    smallest: NonNegativeOrNaN | None = None
+    p_holm: FractionOrNaN | None = None
 
 
 @dataclass(frozen=True)
@@ -54,17 +56,37 @@ class TaskMetric(JsonRecord):
 
 
 @dataclass(frozen=True)
+class CachedAnswer(JsonRecord):
+    """A row of the log of answers: a text, or a log-likelihood with whether greedy decoding gives it."""
+
+    seen: Count
+    fired: Count
+    text: str | None = None
+    stopped: Literal["end", "length"] | None = None
+    value: Number | None = None
+    greedy: bool | None = None
+
+    omit_none = ("text", "stopped", "value", "greedy")
+
+    def __post_init__(self) -> None:
+        if (self.text is None) == (self.value is None) or (self.value is None) != (self.greedy is None):
+            raise ValueError("it is neither a text nor a log-likelihood")
+        if self.fired > self.seen:
+            raise ValueError(f"fired {self.fired} of {self.seen}")
+
+
+@dataclass(frozen=True)
 class RequestCounts(JsonRecord):
     """What one arm was asked: distinct `requests`, how many of them had been answered before (`reused`) or
     were cut on the left to fit (`cut`), tokens times layers `seen` and `fired`, those of reused answers
     included, and their `share`, None without interventions."""
 
-    requests: int
-    reused: int
-    cut: int
-    seen: int
-    fired: int
-    share: float | None
+    requests: Count
+    reused: Count
+    cut: Count
+    seen: Count
+    fired: Count
+    share: FractionOrNaN | None
 
 
 @dataclass(frozen=True)
@@ -79,7 +101,7 @@ class SampleAnswer(JsonRecord):
 class TaskSample(JsonRecord):
     """A sample in every arm."""
 
-    doc_id: int
+    doc_id: Count
     arms: dict[str, SampleAnswer]
 
 
@@ -88,9 +110,9 @@ class TaskResult(JsonRecord):
     """A task of n samples: metrics, request counts by arm, and the samples, which a summary leaves out."""
 
     omit_none = ("samples",)
-    n: int
+    n: Count
     output_type: str
-    fewshot: int | None
+    fewshot: Count | None
     version: int | float | str | None
     metrics: dict[str, TaskMetric]
     account: dict[str, RequestCounts]

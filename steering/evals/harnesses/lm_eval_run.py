@@ -41,6 +41,7 @@ from personatlas.persona.options import ModelOptions
 from personatlas.persona.records import JsonObject
 from personatlas.persona.runs import open_run
 from personatlas.steering.evals.harnesses.lm_eval_result import (
+    CachedAnswer,
     LmEvalResult,
     MetricValue,
     RequestCounts,
@@ -130,7 +131,9 @@ def compare_tasks(
     notes, cuts = list[str](), list[str]()
     with _checkers_ready(tasks) as has_short_list, _quiet():
         loaded = load_tasks(tasks, data, options.tasks_folder)
-        cache = ResultCache(None if out is None else out / "answers.jsonl", "key", sync=False)
+        cache = ResultCache(
+            None if out is None else out / "answers.jsonl", "key", sync=False, schema=CachedAnswer.from_json
+        )
         for name, task in loaded.items():
             runs = {arm: _run(model, plan, name, task, arm, options, cache) for arm, plan in arms.items()}
             results[name], outcomes[name] = _task_result(task, runs)

@@ -352,7 +352,7 @@ def test_a_score_log_with_foreign_rows_names_the_line(tmp_path: Path) -> None:
     path.write_text(
         '{"key": "a/0/q/0", "judge": "x", "score": 3}\n{"key": "a/0/q/1", "judge": "x", "score": 7}\n'
     )
-    with pytest.raises(UserError, match=r"scores\.jsonl:2 is not a score"):
+    with pytest.raises(UserError, match=r"scores\.jsonl:2 is damaged: a score of 0-3"):
         read_scores(path)
 
 

@@ -106,5 +106,5 @@ def test_rules_leave_traits_unjudged(tmp_path):
 def test_a_score_off_its_scale_is_damage(tmp_path, key, score):
     path = tmp_path / "scores.jsonl"
     path.write_text(json.dumps({"key": key, "judge": "j", "score": score}) + "\n")
-    with pytest.raises(UserError, match=r"scores\.jsonl:1 is not a score"):
+    with pytest.raises(UserError, match=r"scores\.jsonl:1 is damaged: a score of 0-"):
         read_scores(path)

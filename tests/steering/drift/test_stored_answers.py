@@ -1,6 +1,7 @@
 """Stored conversations run again: their answers beside the new ones; and the page of traces."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from commands import refused
@@ -72,7 +73,7 @@ def test_users_are_asked_again_and_stored_answers_stand_at_the_turn_that_they_fo
 def test_with_a_calibrated_alarm_there_is_an_arm_whose_cap_acts_while_it_is_on(tiny_run, chats, capsys):
     axis = load_axis(tiny_run / "run" / "axis")
     high = [
-        one._replace(projections=tuple(1e4 + p for p in one.projections))
+        replace(one, projections=tuple(1e4 + p for p in one.projections))
         for one in reference_conversations(axis)
     ]
     save_reference(chats.parent / "reference.json", axis, axis.model, high, {})

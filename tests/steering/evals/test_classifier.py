@@ -152,7 +152,7 @@ def test_a_damaged_or_foreign_artefact_is_refused_in_one_line(fitted, tmp_path):
         load_harm_classifier(tmp_path / "axis")
     (tmp_path / "deep.safetensors").write_bytes(b"")
     (tmp_path / "deep.json").write_text("[" * 100_000)
-    with pytest.raises(UserError, match="nested too deeply"):
+    with pytest.raises(UserError, match="nested deeper"):
         load_harm_classifier(tmp_path / "deep")
     with pytest.raises(UserError, match="never finished"):
         load_harm_classifier(tmp_path / "absent")

@@ -275,7 +275,7 @@ def test_a_slow_server_is_a_problem_and_an_interruption_keeps_what_came(serve, t
     assert threading.active_count() <= threads + 12
 
 
-def test_a_log_that_is_something_else_is_refused_with_its_line(tmp_path):
+def test_a_log_that_is_something_else_is_kept_aside_and_judged_anew(tmp_path, capsys):
     log = tmp_path / "harm.jsonl"
     for row in (
         '{"key": "a", "score": 3}',
@@ -283,8 +283,9 @@ def test_a_log_that_is_something_else_is_refused_with_its_line(tmp_path):
         "{}",
     ):
         log.write_text(row + "\n")
-        with pytest.raises(UserError, match=r"harm.jsonl:1 is not a verdict of harm"):
-            judge_harm(RuleHarmJudge(), PAIRS, log)
+        assert len(judge_harm(RuleHarmJudge(), PAIRS, log)) == len(PAIRS)
+        assert "harm.jsonl: 1 damaged lines left out" in capsys.readouterr().err
+    assert (tmp_path / "harm.jsonl.damaged2").read_text() == "{}\n"
 
 
 class Forgetful:

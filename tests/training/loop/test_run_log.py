@@ -183,7 +183,9 @@ def test_on_a_terminal_one_line_moves(monkeypatch, capsys):
 
 def test_samples_and_metrics_are_cut_by_the_same_rule(tmp_path):
     path = tmp_path / "samples.jsonl"
-    path.write_text("".join(json.dumps({"step": step, "text": "¿"}) + "\n" for step in (0, 5, 5, 9)))
+    path.write_text(
+        "".join(json.dumps({"step": step, "prompt": "", "text": "¿"}) + "\n" for step in (0, 5, 5, 9))
+    )
     cut_log(path, 5)
     assert [row["step"] for row in read_lines(path)] == [0, 5, 5]
     assert "¿" in Path(path).read_text(encoding="utf-8")

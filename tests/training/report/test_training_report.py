@@ -158,7 +158,7 @@ def test_evaluations_on_a_part_are_marked_and_not_compared_with_those_on_all(fin
 
 def test_nobodys_text_can_run(tmp_path):
     run = a_training_run(tmp_path / "foreign", done=0.1, command=f"personatlas train base {XSS}", parent=XSS)
-    (run / "samples.jsonl").write_text(json.dumps({"step": 0, "prompt": XSS, "text": XSS + "\ud800"}) + "\n")
+    (run / "samples.jsonl").write_text(json.dumps({"step": 0, "prompt": XSS, "text": XSS}) + "\n")
     rows = [*rows_in(run), {"kind": "event", "step": 96, "what": XSS, "text": XSS}]
     write_rows(run, rows)
     html = page_of(run)
