@@ -22,6 +22,7 @@ from personatlas.persona.records import (
     JsonRecord,
     NonNegative,
     Positive,
+    check_ascending,
     check_fields,
 )
 from personatlas.persona.runs import MODEL, is_training_run, read_manifest
@@ -130,6 +131,13 @@ def read_training_record(folder: Path) -> TrainingRecord:
     by_kind = {
         kind: [row for row in rows if row.get("kind") == kind] for kind in ("step", "held-out", "event")
     }
+    try:
+        check_ascending([row["step"] for row in by_kind["step"]])
+    except ValueError:
+        path = folder / "metrics.jsonl"
+        raise UserError(
+            f"{path} is damaged: its steps do not ascend; delete the lines out of order"
+        ) from None
     return TrainingRecord(
         name=folder.resolve().name,
         run=_read_run(folder),
