@@ -15,7 +15,7 @@ import sys
 
 import pytest
 import torch
-from banks import write_bank
+from banks import TRAITS, write_bank
 from families import TEMPLATE, save_tiny, tiny_model
 
 from personatlas.cli.app import main
