@@ -7,6 +7,7 @@ and it is dequantised once, in fp32, into `$PERSONATLAS_CACHE` (else `$XDG_CACHE
 `~/.cache/personatlas`). A folder there whose files are not as they were written is made again.
 """
 
+import json
 import logging
 import os
 import re
@@ -219,7 +220,8 @@ def _drop_invented_tokens(folder: Path, rows: int) -> None:
     defaults ("<|endoftext|>" in Qwen 2's) behind those of the file. The plain class adds none.
     """
     stored, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
-    content, config = read_json(stored), read_json(settings)
+    # not ours: transformers writes 10^30 as the longest text, which read_json refuses
+    content, config = (json.loads(path.read_text(encoding="utf-8")) for path in (stored, settings))
     beyond = {token["content"] for token in content["added_tokens"] if token["id"] >= rows}
     if beyond:
         content["added_tokens"] = [own for own in content["added_tokens"] if own["content"] not in beyond]

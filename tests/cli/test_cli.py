@@ -263,8 +263,8 @@ def test_a_damaged_log_is_named_with_its_line(run, tmp_path, capsys):
     folder = shutil.copytree(run, tmp_path / "run")
     rows = (folder / "rollouts.jsonl").read_text().splitlines(keepends=True)
     (folder / "rollouts.jsonl").write_text(rows[0] + rows[1][:20] + "\n" + "".join(rows[2:]))
-    refused(capsys, ["run", "judge", folder], "rollouts.jsonl:2 is not valid JSON")
-    refused(capsys, ["run", "record", folder, "--device", "cpu"], "rollouts.jsonl:2 is not valid JSON")
+    refused(capsys, ["run", "judge", folder], "rollouts.jsonl:2 is damaged")
+    refused(capsys, ["run", "record", folder, "--device", "cpu"], "rollouts.jsonl:2 is damaged")
 
 
 def test_the_packaged_model_without_a_registry_names_the_command_that_fetches_it(

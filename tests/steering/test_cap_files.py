@@ -121,7 +121,7 @@ def test_the_papers_own_caps_are_used_by_name_once_they_lie_beside_the_axis(tiny
         "cap:layers_0:2-p0.25",
     ]
     main([*argv, "--dtype", "float32", "--max-new-tokens", "4", "--json"])
-    assert '"capped_layers": [ 0, 1 ]' in " ".join(capsys.readouterr().out.split())
+    assert '"steered_layers": [ 0, 1 ]' in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_cap_that_points_away_from_the_axis_is_refused(tiny_run):
@@ -148,7 +148,7 @@ def test_another_weight_format_needs_force_and_another_model_cannot_be_forced(tm
     argv += ["--dtype", "float32", "--max-new-tokens", "4"]
     assert "--force it across formats" in refused(capsys, argv)
     main([*argv, "--force"])
-    assert "capped" in capsys.readouterr().out
+    assert "p75@0-2" in capsys.readouterr().out
     replace(axis, model=axis.model | {"weights": "float32"}).save(tmp_path / "axis")
     assert "fingerprint" in refused(capsys, [*argv, "--force"])
 

@@ -291,7 +291,7 @@ def test_what_cannot_be_trained_on_is_one_line(books, tmp_path, capsys, options,
 
 
 def test_a_folder_that_holds_something_else_is_refused(tmp_path, books):
-    (tmp_path / "run.json").write_text(json.dumps({"asked": {"model": "smollm2-135m"}}))
+    (tmp_path / "run.json").write_text(json.dumps({"asked": {"model": {"id": "smollm2-135m"}}}))
     with pytest.raises(UserError, match="holds a run of another kind"):
         train(books, tmp_path)
 

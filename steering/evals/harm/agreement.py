@@ -204,13 +204,15 @@ def read_labels(
     class only."""
     rows = read_table(path)
     if text_column is None and not {str(name).lower() for name in rows[0][1]} & {*TEXTS}:
-        for index, (place, row) in enumerate(
-            rows
-        ):  # stored conversations: the last answer, and what it answers
+        # stored conversations: the last answer, and what it answers
+        for index, (place, row) in enumerate(rows):
             try:
                 said = {message["role"]: message["content"] for message in row_messages(row)[0]}
             except NotUsable as error:
-                raise UserError(f"{place} is a row {error}, and has no column {', '.join(TEXTS)}") from None
+                raise UserError(
+                    f"{place} has no text column ({', '.join(TEXTS)}) and is a row {error}; its columns: "
+                    f"{', '.join(map(str, row))}; name one with --text-column"
+                ) from None
             rows[index] = place, row | {TEXTS[0]: said.get("assistant"), REQUESTS[0]: said.get("user", "")}
     text_name = _find_one(rows, TEXTS, "text", "--text-column", text_column)
     label_name = _find_one(rows, LABELS, "label", "--label-column", label_column)

@@ -239,7 +239,7 @@ GOOD = "text,label\n" + "a,1\nb,0\n" * 10
 BAD = {
     b"": "is empty",
     b" \n\n": "is empty",
-    b"[1]": "item 1 is a int; an object",
+    b"[1]": "item 1 is 1; an object",
     b"words,label\na,1\n": r":2 has no text column .* its columns: words, label; name one with --text-column",
     b"text,marks\na,1\n": r":2 has no label column .*--label-column",
     b"text,answer,label\na,b,1\n": r":2 has several text columns: text, answer",

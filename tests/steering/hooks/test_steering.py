@@ -225,7 +225,7 @@ def test_what_does_not_fit_the_model_is_refused_in_one_line():
         (lambda: cap_of(axis, (0,), 0.3), "level 0.3 is not kept in this axis"),
         (lambda: cap_of(axis, (0,), 0.5, "pooled"), "population 'pooled' is not one of default, roles"),
         (lambda: cap_of(axis, (), 0.5), "needs at least one layer"),
-        (lambda: enter(model, [replace(cap, layers=(7,))]), "layer 7 is not in tiny-llama-0"),
+        (lambda: enter(model, [replace(cap, layers=(7,), model={})]), "layer 7 is not in tiny-llama-0"),
         (lambda: enter(model, [Ablate((0,), torch.eye(5)[:1])]), "is 5 wide and tiny-llama-0 is"),
         (lambda: enter(tiny_model(seed=1), [cap]), "came from tiny-llama-0"),
         (lambda: enter(model, []), "nothing to steer with"),

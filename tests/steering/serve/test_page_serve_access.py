@@ -121,7 +121,7 @@ def test_text_is_never_markup(visit, fake):
             {"messages": told, "personatlas": {**place, "turns": [{"user": PAYLOAD, "answers": [answer]}]}}
         ),
     )
-    expect(page.locator(".who")).to_have_text(f"Cap “{PAYLOAD}”")
+    expect(page.locator(".who")).to_have_text(f"Arm “{PAYLOAD}”")
     expect(page.locator("#turns .t")).to_have_text([PAYLOAD])
     page.set_input_files(
         "#file", file_of({"messages": [{"role": PAYLOAD, "content": "x"}], "__proto__": {"hit": 1}})
