@@ -162,11 +162,11 @@ def eval_(
 
 def _require_together(suite: str | None, options: SuiteOptions, tasks: TaskOptions) -> None:
     """Raises `UserError` for options of suites, lm-eval or Inspect where that is not what runs."""
-    runs_suites = suite is not None or not (tasks.lm_eval or tasks.inspect)
+    runs_suites = suite is not None or (tasks.lm_eval is None and tasks.inspect is None)
     groups = [
         (runs_suites, "suites: give --suite", options, [own.name for own in fields(EvalOptions)]),
-        (bool(tasks.lm_eval), "tasks of lm-eval: give --lm-eval", tasks, LM_EVAL),
-        (bool(tasks.inspect), "a task of Inspect: give --inspect", tasks, INSPECT),
+        (tasks.lm_eval is not None, "tasks of lm-eval: give --lm-eval", tasks, LM_EVAL),
+        (tasks.inspect is not None, "a task of Inspect: give --inspect", tasks, INSPECT),
     ]
     for runs, what, given, names in groups:
         changed = [name for name in names if getattr(given, name) != getattr(type(given)(), name)]

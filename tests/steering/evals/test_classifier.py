@@ -254,7 +254,7 @@ BAD = {
     b'{"text": "a", "label": 1}\n{"text": "a"}\n': r":2 has no 'label'",
     b'{"text": "a", "label": 1}\n{"text": 3, "label": 1}\n': r":2: 'text' is a int, not text",
     b'{"text": "a", "label": 1}\n{"text"\n': ":2 is not valid JSON",
-    b'{"text": "a", "label": 1}\n[]\n': ":2 is a list; an object is",
+    b'{"text": "a", "label": 1}\n[1]\n': ":2, item 1 is 1; an object is",
 }  # fmt: skip
 
 
