@@ -236,8 +236,11 @@ def abuses():
 def test_long_requests_are_refused_early_and_leave_no_memory_behind(server, rounds):
     for route, body in list(abuses())[:3]:
         ask(server, route, **body)
-    before = resident()
-    for route, body in list(abuses()) * rounds:
+    before, bodies = resident(), list(abuses())
+    for i, (route, body) in enumerate(bodies * rounds):
+        if i == 2 * len(bodies):
+            assert resident() - before < 100
+            before = resident()  # from here on it stays where it is
         began = time.monotonic()
         answer = ask(server, route, **body)
         assert answer.status_code == (200 if "junk" in body else 400), answer.text[:300]
