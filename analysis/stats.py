@@ -233,6 +233,8 @@ def paired_change(
         no_loss = max(_tail_p(centre + margin, error), _tail_p(margin - centre, error))
     smallest = float(stats.t.ppf(TAILS[1], error.df) + stats.t.ppf(POWER, error.df)) * error.value
     low, high = centre - error.margin, centre + error.margin
+    if is_binary:  # a share changes by no more than itself
+        low, high, smallest = max(low, -1.0), min(high, 1.0), min(smallest, 1.0)
     return Change(value, low, high, p, smallest, n, clusters, no_loss, margin)
 
 

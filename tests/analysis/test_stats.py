@@ -215,6 +215,11 @@ def test_a_change_of_scores_is_tested_with_its_own_error_and_one_pair_is_not():
     assert one.no_loss == 1
 
 
+def test_a_share_changes_by_no_more_than_one():
+    found = paired_change([1.0, 0.0, 0.0], [0.0, 1.0, 1.0], list("aab"), list("xyx"))
+    assert (found.low, found.high, found.smallest) == (-1, 1, 1)
+
+
 def test_pairs_of_which_none_differs_do_not_prove_that_none_would():
     labels = [str(n) for n in range(60)]
     found = paired_change([1.0] * 60, [1.0] * 60, labels, labels)

@@ -3,19 +3,8 @@
 import shutil
 
 import pytest
+from base_runs import short_samples  # noqa: F401 (a fixture)
 from every_command import make_workbench
-
-from personatlas.training.chat import samples as reply_samples
-from personatlas.training.loop import samples
-
-
-@pytest.fixture(scope="session", autouse=True)
-def short_samples():
-    """Samples of few tokens: they are more than half of the time that so small a run takes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(samples, "LENGTH", 4)
-        patch.setattr(reply_samples, "LENGTH", 4)
-        yield
 
 
 @pytest.fixture(scope="session")

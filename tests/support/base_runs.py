@@ -2,11 +2,24 @@
 
 import os
 
+import pytest
 import torch
 
+from personatlas.training.chat import samples as reply_samples
+from personatlas.training.loop import samples
 from personatlas.training.loop.run_log import read_metrics
 from personatlas.training.options import CorpusOptions, PretrainOptions
 from personatlas.training.pretrain import train_base
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_samples():
+    """Samples of few tokens: they are more than half of the time that so small a run takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(samples, "LENGTH", 4)
+        patch.setattr(reply_samples, "LENGTH", 4)
+        yield
+
 
 WORDS = "the old clock in the hall struck seven and nobody in the house was awake to hear it but the cat"
 STEPS = 39  # of a run of 20,000 tokens

@@ -1,23 +1,12 @@
 """What several files' tests of training need."""
 
 import pytest
-from base_runs import book, train
+from base_runs import book, short_samples, train  # noqa: F401 (a fixture)
 from corpora import write_corpus
 
-from personatlas.training.chat import samples as reply_samples
 from personatlas.training.chat.packing import ChatEncoder
 from personatlas.training.data.corpus import Corpus
 from personatlas.training.data.tokenizer import make_tokenizer
-from personatlas.training.loop import samples
-
-
-@pytest.fixture(scope="session", autouse=True)
-def short_samples():
-    """Samples of few tokens: they are more than half of the time that so small a run takes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(samples, "LENGTH", 4)
-        patch.setattr(reply_samples, "LENGTH", 4)
-        yield
 
 
 @pytest.fixture(scope="session")
