@@ -19,6 +19,7 @@ number of first alarms over the turns until then.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from personatlas.analysis.stats import share_interval
 from personatlas.persona.errors import UserError
 
 GAUGE_LIMIT = 3.0  # z at either end of a gauge
+CALM_BAND = 2.0  # z on either side of the reference mean
 
 
 @dataclass(frozen=True)
@@ -91,14 +93,10 @@ class MOfN:
         """Turns above `recovery` that end the alarm: as many as raise it."""
         return self.m
 
-    def is_raised(self, z: Sequence[float]) -> bool:
-        """Whether the turns since the last alarm, the newest last, raise one."""
-        return sum(value < -self.limit for value in z[-self.n :]) >= self.m
-
-    def highest_statistic(self, z: Sequence[float]) -> float:
-        """The lowest limit that a conversation does not exceed."""
-        windows = [sorted(z[max(0, end - self.n) : end])[: self.m] for end in range(1, len(z) + 1)]
-        return max((-window[-1] for window in windows if len(window) == self.m), default=-np.inf)
+    def statistic(self, z: Sequence[float]) -> float:
+        """By how much the m-th lowest of the last n turns is below zero."""
+        window = sorted(z[-self.n :])
+        return -window[self.m - 1] if len(window) >= self.m else -np.inf
 
 
 @dataclass(frozen=True)
@@ -115,31 +113,28 @@ class Cusum:
         """Turns above `recovery` that end the alarm."""
         return 2
 
-    def is_raised(self, z: Sequence[float]) -> bool:
-        """Whether the turns since the last alarm, the newest last, raise one."""
-        return self._sums(z)[-1] > self.limit
-
-    def highest_statistic(self, z: Sequence[float]) -> float:
-        """The lowest limit that a conversation does not exceed."""
-        return max(self._sums(z))
-
-    def _sums(self, z: Sequence[float]) -> list[float]:
-        sums = [0.0]
-        for value in z:
-            sums.append(max(0.0, sums[-1] - value - self.slack))
-        return sums
+    def statistic(self, z: Sequence[float]) -> float:
+        """The sum of shortfalls after the last turn."""
+        return reduce(lambda total, value: max(0.0, total - value - self.slack), z, 0.0)
 
 
-Rule = MOfN | Cusum  # `limit` is what calibration moves: a higher one is raised more rarely
+# A rule's `statistic` is of the turns since the last alarm, the newest last; above `limit` it raises an alarm.
+# Calibration moves the limit: a higher one is exceeded more rarely.
+Rule = MOfN | Cusum
 
 
 @dataclass(frozen=True)
 class AlarmState:
-    """After a turn: its z, whether the alarm is on, and whether this turn raised it."""
+    """After a turn: its z, whether the alarm is on, and whether this turn raised it.
+
+    `statistic` is the rule's (0 where it is below): above the rule's limit it raises the alarm. None while
+    an earlier turn's alarm is on.
+    """
 
     z: float
     alarm: bool
     raised: bool
+    statistic: float | None = None
 
 
 @dataclass
@@ -166,8 +161,9 @@ class ConversationAlarm:
                 self.alarm, self._since, self._recovered = False, [], 0
             return AlarmState(z, self.alarm, False)
         self._since.append(z)
-        self.alarm = self.rule.is_raised(self._since)
-        return AlarmState(z, self.alarm, self.alarm)
+        statistic = self.rule.statistic(self._since)
+        self.alarm = statistic > self.rule.limit
+        return AlarmState(z, self.alarm, self.alarm, max(0.0, statistic))
 
 
 def alarm_states(
@@ -211,6 +207,12 @@ def false_alarms(firsts: Sequence[int | None], lengths: Sequence[int], scripts: 
     return FalseAlarms(float(raised.mean()), share_interval(raised, scripts), len(firsts), per_turn)
 
 
+def highest_statistic(rule: Rule, reference: ReferenceDistribution, projections: Sequence[float]) -> float:
+    """Returns the lowest limit of the rule that a conversation does not exceed."""
+    z = [reference.z(value, turn) for turn, value in enumerate(projections)]
+    return max((rule.statistic(z[:turn]) for turn in range(1, len(z) + 1)), default=-np.inf)
+
+
 def fewest_scripts(rate: float) -> int:
     """Returns the fewest scripts that can set a limit for a share `rate` of conversations."""
     return int(np.ceil(1 / rate - 1e-9)) - 1
@@ -236,10 +238,7 @@ def calibrate_rule(
             f"{fewest_scripts(rate)} or more"
         )
     weight = dict(zip(names.tolist(), (1 / counts).tolist(), strict=True))
-    highest = [
-        rule.highest_statistic([reference.z(value, turn) for turn, value in enumerate(projections)])
-        for projections in conversations
-    ]
+    highest = [highest_statistic(rule, reference, projections) for projections in conversations]
     allowed, limit, above = rate * (len(names) + 1) - 1 + 1e-9, -np.inf, 0.0
     for statistic, script in sorted(zip(highest, scripts, strict=True), reverse=True):
         above += weight[script]  # raised if the limit were below this conversation's statistic

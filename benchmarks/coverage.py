@@ -17,7 +17,7 @@ from joblib import Parallel, delayed
 from numpy.random import Generator
 from scipy.special import expit, logit
 
-from personatlas.analysis.drift_alarm import Cusum, ReferenceDistribution, calibrate_rule
+from personatlas.analysis.drift_alarm import Cusum, ReferenceDistribution, calibrate_rule, highest_statistic
 from personatlas.analysis.fit.geometry import Groups
 from personatlas.analysis.fit.traits import _corrected_cosine
 from personatlas.analysis.fit.uncertainty import pc1_agreement, pole_gap, shuffled_null
@@ -168,8 +168,9 @@ def alarm(n_scripts: int) -> Trial:
         z = generator.normal(0, 1, (n_scripts + 1, 1, 1)) + generator.normal(0, 1, (n_scripts + 1, 5, 8))
         known, new = z[:-1].reshape(-1, 8).tolist(), z[-1, 0].tolist()
         scripts = [str(number // 5) for number in range(len(known))]
-        rule = calibrate_rule(Cusum(), known, scripts, ReferenceDistribution(0.0, 1.0, 9), 0.05)
-        return True, rule.highest_statistic(new) > rule.limit
+        reference = ReferenceDistribution(0.0, 1.0, 9)
+        rule = calibrate_rule(Cusum(), known, scripts, reference, 0.05)
+        return True, highest_statistic(rule, reference, new) > rule.limit
 
     return trial
 

@@ -37,7 +37,10 @@ class AnswerTurn(NamedTuple):
 
 @dataclass(frozen=True)
 class TurnState(JsonRecord):
-    """An answer with its z, and whether the alarm is on after it and raised by it (None: no alarm)."""
+    """An answer with its z, and whether the alarm is on after it and raised by it (None: no alarm).
+
+    `statistic` is the alarm rule's after it, None without a rule and while the alarm is on.
+    """
 
     message: int
     tokens: int
@@ -45,15 +48,20 @@ class TurnState(JsonRecord):
     z: float
     alarm: bool | None
     raised: bool | None
+    statistic: float | None = None
 
 
 @dataclass(frozen=True)
 class DriftState(JsonRecord):
-    """The alarm after an answer and its calibration; all None where none is calibrated."""
+    """The alarm after an answer and its calibration; all None where none is calibrated.
+
+    A `statistic` above `limit` raises the alarm; it is None while an earlier answer's alarm is on.
+    """
 
     state: Literal["calm", "drifting"] | None = None
     raised: bool | None = None
     rule: str | None = None
+    statistic: float | None = None
     limit: float | None = None
     false_alarms: float | None = None
 
@@ -146,7 +154,7 @@ class PersonaTracker:
             ]
         states = alarm_states(rule, reference, [turn.projection for turn in turns])
         return [
-            TurnState(*turn, state.z, state.alarm, state.raised)
+            TurnState(*turn, state.z, state.alarm, state.raised, state.statistic)
             for turn, state in zip(turns, states, strict=True)
         ]
 
@@ -168,13 +176,19 @@ class PersonaTracker:
             turns = [*turns, AnswerTurn(message, len(answer.measured), projection)]
         states = self.watch(turns)
         if mode == ADAPTIVE and arm is not None and states and states[-1].alarm is False:
-            states[-1] = replace(states[-1], alarm=True, raised=False)
+            states[-1] = replace(states[-1], alarm=True, raised=False, statistic=None)
         monitor, drift = self.monitor, DriftState()
         if monitor.rule is not None and monitor.false_alarms is not None:
             last = states[-1] if states else None
             state: Literal["calm", "drifting"] = "drifting" if last and last.alarm else "calm"
-            limit, share = monitor.rule.limit, monitor.false_alarms.share
-            drift = DriftState(state, bool(last and last.raised), monitor.rule_name, limit, share)
+            drift = DriftState(
+                state,
+                raised=bool(last and last.raised),
+                rule=monitor.rule_name,
+                statistic=last.statistic if last else 0.0,
+                limit=monitor.rule.limit,
+                false_alarms=monitor.false_alarms.share,
+            )
         return PersonaState(
             layer=self.axis.layer,
             poles=tuple(self.axis.poles),

@@ -13,6 +13,7 @@ from personatlas.analysis.drift_alarm import (
     false_alarms,
     first_alarm,
     fit_reference,
+    highest_statistic,
 )
 from personatlas.persona.errors import UserError
 
@@ -96,7 +97,7 @@ def test_the_expected_rate_in_new_scripts_is_at_most_the_one_asked_for(n_scripts
     def sample(n):
         return (generator.normal(0, 1, (n, 1, 1)) + generator.normal(0, 1, (n, 5, 8))).reshape(n * 5, 8)
 
-    highest = np.array([Cusum().highest_statistic(one) for one in sample(80).tolist()])
+    highest = np.array([highest_statistic(Cusum(), PLAIN, one) for one in sample(80).tolist()])
     rates = []
     for _ in range(25):
         conversations = sample(n_scripts).tolist()

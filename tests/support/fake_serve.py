@@ -68,14 +68,14 @@ class Behaviour:
     axis: dict[str, Any] = field(default_factory=lambda: json.loads(json.dumps(AXIS)))
 
 
-def alarms(z: list[float]) -> list[tuple[bool, bool]]:
-    """(on, raised) after every turn, by the sum of what falls short."""
+def alarms(z: list[float]) -> list[tuple[bool, bool, float | None]]:
+    """(on, raised, sum) after every turn, by the sum of what falls short; no sum while the alarm is on."""
     total, on, found = 0.0, False, []
     for value in z:
         total = max(0.0, total - value - SLACK)
         raised = not on and total > LIMIT
+        found.append((on or raised, raised, None if on else total))
         on = on or raised
-        found.append((on, raised))
     return found
 
 
@@ -119,7 +119,7 @@ def answer_to(request: dict[str, Any], text: str | None) -> tuple[list[dict[str,
         tokens = [*tokens[: most - 1], {**tokens[most - 1], "projection": None, "fired": 0}]
     zs[-1] = (mean - BASELINE["mean"]) / BASELINE["spread"] if mean is not None else 0.0
     turns = []
-    for place, z, (on, raised) in zip([*before, len(messages)], zs, alarms(zs), strict=True):
+    for place, z, (on, raised, total) in zip([*before, len(messages)], zs, alarms(zs), strict=True):
         turns.append(
             {
                 "message": place,
@@ -128,13 +128,14 @@ def answer_to(request: dict[str, Any], text: str | None) -> tuple[list[dict[str,
                 "z": z,
                 "alarm": on,
                 "raised": raised,
+                "statistic": total,
             }
         )
     persona = {
         "layer": AXIS["layer"], "poles": AXIS["poles"], "projection": mean, "z": zs[-1] if tokens else None, "tokens": len(tokens),
         "arm": acts, "mode": mode, "floor": floor,
         "fired": None if acts is None else sum(token["fired"] for token in tokens) / max(19 * len(tokens), 1),
-        "turns": turns, "drift": {"state": "drifting" if turns[-1]["alarm"] else "calm", "raised": turns[-1]["raised"], "rule": "cusum", "limit": LIMIT, "false_alarms": 0.05},
+        "turns": turns, "drift": {"state": "drifting" if turns[-1]["alarm"] else "calm", "raised": turns[-1]["raised"], "rule": "cusum", "statistic": turns[-1]["statistic"], "limit": LIMIT, "false_alarms": 0.05},
         "baseline": BASELINE, "per_token": tokens,
     }  # fmt: skip
     return tokens, persona

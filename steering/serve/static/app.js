@@ -201,6 +201,7 @@ const replaceConversation = (next, message) => {
   stop();
   controller = null;
   setBusy(false);
+  byId("notice").hidden = true; // it was about the conversation before
   const before = conversation;
   conversation = next;
   byId("system").value = next.system;

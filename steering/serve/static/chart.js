@@ -6,7 +6,7 @@
 import { el, fixed, hideTip, percent, showTip, signed, svg } from "./dom.js";
 import { CAPPED, meanAt } from "./conversation.js";
 
-const BAND = 2; // spreads on either side of the baseline's mean
+export const BAND = 2; // spreads on either side of the baseline's mean
 const MIN_TURNS = 6; // answers that an empty chart has room for
 
 export const newChart = (box, { onpick }) => {

@@ -1,6 +1,6 @@
 // The panel beside the chat: the conversation's position on the axis as a chart, in words and in numbers.
 
-import { chartTable, newChart } from "./chart.js";
+import { BAND, chartTable, newChart } from "./chart.js";
 import { answerOn, CAPPED, runningMean, sidesOf, trajectories, zOf } from "./conversation.js";
 import { byId, el, fixed, percent, signed } from "./dom.js";
 import { scaleLegend } from "./tokens.js";
@@ -29,6 +29,7 @@ const explanation = ({ layer, poles, model, baseline, alarm }) =>
   (baseline
     ? ` The band is where ${baseline.of} lie (mean ± 2 spreads); z counts spreads from their mean, so an answer far below zero has left the model’s default character.`
     : "") +
+  (alarm?.rule === "cusum" ? " The alarm’s sum grows with answers that lie low and shrinks with others; beyond its limit the alarm is on." : "") +
   (alarm ? ` The alarm is raised in ${percent(alarm.false_alarms)} of reference conversations${alarm.per_turn ? `, once in ${Math.round(1 / alarm.per_turn)} answers` : ""}.` : " No alarm is calibrated on this server.");
 
 const floorOf = (conversation, axis, arm) => {
@@ -53,7 +54,7 @@ const stateOf = (conversation, axis) => {
 const stateOn = (conversation, axis, side) => {
   const answers = answersOn(conversation, side);
   const last = answers.at(-1);
-  if (!last) return { text: "No answer yet." };
+  if (!last) return { text: conversation.turns.some(({ answers }) => answers.length) ? "These answers are measured with the next one." : "No answer yet." };
   if (last.live) {
     const mean = runningMean(last.tokens);
     return { text: mean === null ? "Answering." : `Answering: ${fixed(mean)} so far.` };
@@ -69,11 +70,16 @@ const stateOn = (conversation, axis, side) => {
       alarm: true,
     };
   }
-  if (judged) return { text: "Calm." };
   if (last.z === null) return { text: `Last answer at ${fixed(last.projection)}.` };
-  const place = last.z < -2 ? "Below" : last.z > 2 ? "Above" : "Within";
-  return { text: `${place} the band.`, long: `The last answer lies ${place.toLowerCase()} the band.` };
+  const place = last.z < -BAND ? "Below" : last.z > BAND ? "Above" : "Within";
+  const sum = alarmSum(judged, axis);
+  if (sum === null) return { text: `${place} the band.`, long: `The last answer lies ${place.toLowerCase()} the band.` };
+  return { text: `${place} the calm band, the alarm’s ${axis.alarm.rule === "cusum" ? "sum" : "statistic"} at ${sum}.` };
 };
+
+// Where the alarm stands: "6.1 of 8.3".
+const alarmSum = (answer, { alarm }) =>
+  alarm && Number.isFinite(answer?.statistic) ? `${fixed(answer.statistic)} of ${fixed(alarm.limit)}` : null;
 
 // Beside the name of the closed panel.
 const shortState = (conversation, axis) => {
@@ -115,7 +121,7 @@ const readouts = (conversation, axis, arm) => {
           ["Changed by the arm", (last) => percent(last.fired), "share of tokens times steered layers"],
         ]
       : []),
-    ...(axis.alarm ? [["Drift", (last) => last.drift ?? "–"]] : []),
+    ...(axis.alarm ? [["Alarm", (last) => (last.drift === "drifting" ? "on" : (alarmSum(last, axis) ?? "–")), "the rule’s statistic and the limit that raises the alarm"]] : []),
   ];
   const head =
     sides.length > 1 && el("thead", {}, el("tr", {}, el("td"), ...sides.map((side) => el("th", { scope: "col" }, sideName(side)))));

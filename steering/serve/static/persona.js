@@ -20,6 +20,7 @@ export const PERSONA_FIELDS = {
     from: (persona) => persona.drift?.state ?? null,
     check: (value) => (["calm", "drifting"].includes(value) ? value : null),
   },
+  statistic: { empty: null, from: (persona) => persona.drift?.statistic ?? null, check: finite },
 };
 
 const entries = Object.entries(PERSONA_FIELDS);

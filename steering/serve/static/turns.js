@@ -4,7 +4,10 @@ import { el, fixed, percent, signed } from "./dom.js";
 import { CAPPED, isLeftOut, BASELINE } from "./conversation.js";
 import { fillTokens } from "./tokens.js";
 
-const ENDS = { length: "cut short", you: "stopped by you" };
+const ENDS = {
+  length: ({ tokens }) => (tokens.length ? `cut at ${tokens.length} tokens, the longest answer allowed` : "cut short"),
+  you: () => "stopped by you",
+};
 
 export const newLog = (box, scale, actions) => {
   const boxes = new Map(); // answer -> its elements, filled while it streams
@@ -27,7 +30,7 @@ export const newLog = (box, scale, actions) => {
         ),
       );
     own.facts.replaceChildren(
-      ...factsOf(answer).map((fact) => el("span", { class: fact.alarm ? "alarmed" : null, title: fact.title }, fact.text)),
+      ...factsOf(answer).map((fact) => el("span", { class: fact.alarm ? "alarmed" : null }, fact.text)),
     );
     own.problem.hidden = !answer.problem;
     own.problem.firstChild.textContent = answer.problem ? `${answer.problem} ` : "";
@@ -44,7 +47,7 @@ const turnOf = (conversation, turn, number, context) => {
       : el(
           "div",
           { class: "user" },
-          el("p", { class: "text" }, turn.user),
+          el("p", { class: "text", dir: "auto" }, turn.user),
           last && el("div", { class: "acts" }, el("button", { type: "button", class: "quiet", onclick: actions.edit }, "Edit")),
         );
   const answers = turn.answers.map((answer, side) => answerOf(turn, answer, side, last, context));
@@ -81,7 +84,7 @@ const answerOf = (turn, answer, side, last, { actions, boxes }) => {
   const aside = turn.kept !== null && turn.answers.length > 1 && turn.kept !== side;
   const pair = turn.answers.length > 1;
   const name = answer.arm === null ? "Baseline" : `Arm “${answer.arm}”${answer.mode === "adaptive" ? ", only while drifting" : ""}`;
-  const text = el("p", { class: "tokens", tabindex: 0, "aria-label": `${name}, answer` });
+  const text = el("div", { class: "tokens", tabindex: 0, "aria-label": `${name}, answer` });
   const facts = el("p", { class: "facts" });
   const problem = el(
     "p",
@@ -122,7 +125,6 @@ const factsOf = (answer) => {
   if (answer.acted) facts.push({ text: answer.fired === null ? "arm acted" : `arm acted on ${percent(answer.fired)}` });
   else if (answer.arm !== null && answer.z !== null && answer.drift !== null) facts.push({ text: "arm at rest" });
   if (answer.raised) facts.push({ text: "drift alarm", alarm: true });
-  if (ENDS[answer.ended])
-    facts.push({ text: ENDS[answer.ended], title: answer.ended === "length" ? "The answer reached the most tokens allowed" : null });
+  if (ENDS[answer.ended]) facts.push({ text: ENDS[answer.ended](answer) });
   return facts;
 };

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.text import Text
 
-from personatlas.analysis.drift_alarm import GAUGE_LIMIT, z_gauge
+from personatlas.analysis.drift_alarm import CALM_BAND, GAUGE_LIMIT, z_gauge
 from personatlas.steering.arm_kinds import arm_words
 from personatlas.steering.serve.distress_notice import distress_phrases
 from personatlas.steering.serve.persona_state import PersonaTracker
@@ -63,7 +63,7 @@ class ChatRenderer:
                 Text(z_gauge(persona.z), _colour(persona.z)),
                 Text(f"z {persona.z:+.1f}  projection {persona.projection:.1f}", "dim"),
                 Text(clean(_arm_words(answer)), "dim"),
-                _alarm(answer),
+                self._alarm(answer),
                 ending,
             )
         self.out.print(text, soft_wrap=True)
@@ -77,7 +77,7 @@ class ChatRenderer:
         rows = [[Text(title, "dim") for title in ("", "you", "projection", "z", gauge_title, "arm", "")]]
         for number, (user, answer) in enumerate(transcript.exchanges, 1):
             message = clean(" ".join((user or "(the model began)").split()))
-            rows.append([Text(str(number)), Text(message), *_cells(answer)])
+            rows.append([Text(str(number)), Text(message), *self._cells(answer)])
         self.rows(rows, right=(2, 3), flexible=1)
 
     def rows(self, rows: Sequence[Sequence[Text]], right: Sequence[int] = (), flexible: int = -1) -> None:
@@ -124,6 +124,39 @@ class ChatRenderer:
                 numbers = "\t" if value is None else f"{value:.2f}\t{reference.z(value, turn):+.2f}"
                 self.line(f"{numbers}\t{token.fired}\t{clean(token.text)!r}")
 
+    def _alarm(self, answer: ChatAnswer) -> Text:
+        """The alarm after an answer, and where a calm one stands: "below the calm band, 6.1 of 8.3"."""
+        turn, rule = answer.persona.turn if answer.persona is not None else None, self.tracker.monitor.rule
+        if turn is None or turn.alarm is None or rule is None:
+            return Text("")
+        if turn.raised:
+            return Text(" DRIFT BEGINS ", "bold reverse yellow")
+        if turn.alarm:
+            return Text("drifting", "bold yellow")
+        stands = "" if turn.statistic is None else f", {turn.statistic:.1f} of {rule.limit:.1f}"
+        is_below = turn.z < -CALM_BAND
+        return Text(
+            f"{'below the calm band' if is_below else 'calm'}{stands}", "yellow" if is_below else "green"
+        )
+
+    def _cells(self, answer: ChatAnswer | None) -> list[Text]:
+        """Projection, z, gauge, arm and alarm of a table's row."""
+        if answer is None:
+            return [Text("") for _ in range(4)] + [Text("no answer", "dim")]
+        persona = answer.persona
+        name = answer.arm or ("" if answer.ended is None else "none")  # that of a loaded answer is not known
+        fired = "" if persona is None or persona.fired is None else f" {persona.fired:.0%}"
+        arm = Text(clean(name) + fired)
+        if persona is None or persona.z is None:
+            return [Text(""), Text(""), Text(""), arm, Text("not read", "dim")]
+        return [
+            Text(f"{persona.projection:.1f}"),
+            Text(f"{persona.z:+.1f}"),
+            Text(z_gauge(persona.z, NARROW), _colour(persona.z)),
+            arm,
+            _join(self._alarm(answer), Text(ENDINGS.get(answer.ended or "", ""), "dim")),
+        ]
+
 
 def _arm_words(answer: ChatAnswer) -> str:
     """What the arm did, in words."""
@@ -135,34 +168,6 @@ def _arm_words(answer: ChatAnswer) -> str:
     floor = "" if persona.floor is None else f", floor {persona.floor:.1f}"
     fired = "acts on prompts alone" if persona.fired is None else f"fired {persona.fired:.0%}"
     return f"{arm_words(answer.arm)} {fired}{floor}"
-
-
-def _alarm(answer: ChatAnswer) -> Text:
-    turn = answer.persona.turn if answer.persona is not None else None
-    if turn is None or turn.alarm is None:
-        return Text("")
-    if turn.raised:
-        return Text(" DRIFT BEGINS ", "bold reverse yellow")
-    return Text("drifting", "bold yellow") if turn.alarm else Text("calm", "green")
-
-
-def _cells(answer: ChatAnswer | None) -> list[Text]:
-    """Projection, z, gauge, arm and alarm of a table's row."""
-    if answer is None:
-        return [Text("") for _ in range(4)] + [Text("no answer", "dim")]
-    persona = answer.persona
-    name = answer.arm or ("" if answer.ended is None else "none")  # that of a loaded answer is not known
-    fired = "" if persona is None or persona.fired is None else f" {persona.fired:.0%}"
-    arm = Text(clean(name) + fired)
-    if persona is None or persona.z is None:
-        return [Text(""), Text(""), Text(""), arm, Text("not read", "dim")]
-    return [
-        Text(f"{persona.projection:.1f}"),
-        Text(f"{persona.z:+.1f}"),
-        Text(z_gauge(persona.z, NARROW), _colour(persona.z)),
-        arm,
-        _join(_alarm(answer), Text(ENDINGS.get(answer.ended or "", ""), "dim")),
-    ]
 
 
 def _join(*parts: Text) -> Text:

@@ -47,6 +47,69 @@ def test_a_conversation_that_drifts_shows_its_alarm_where_it_was_raised(visit):
     expect(page.locator("#turn-0")).to_be_focused()
 
 
+def test_an_answer_below_the_band_is_not_called_calm_and_the_alarm_says_how_near_it_is(visit, fake):
+    page = visit()
+    page.click("#how summary")
+    page.fill("#system", "You are a ghost.")
+    page.fill("#seed", "1")
+    say(page, "one")
+    expect(page.locator("#state")).to_have_text(
+        re.compile(r"^Within the calm band, the alarm’s sum at [01]\.\d of 4\.0\.$")
+    )
+    say(page, "two")
+    expect(page.locator("#state")).to_have_text(
+        re.compile(r"^Below the calm band, the alarm’s sum at [23]\.\d of 4\.0\.$")
+    )
+    expect(page.locator("#readouts")).to_contain_text("of 4.0")
+
+
+MARKDOWN = """# A *first* try
+
+Use `sum(x)` on **each _line_** of snake_case_name, 2*x*y and
+<b onclick="alert(1)">this</b> [link](javascript:alert(1)).
+
+- open it
+  - then read
+1. close
+
+> said before
+
+```py
+with open("x") as file:
+    print("**not bold**")
+```
+| a | b |
+Done \\*."""
+
+
+def test_markdown_is_laid_out_and_nothing_of_it_becomes_markup_or_is_lost(visit, fake):
+    page = visit()
+    fake.behaviour.text = MARKDOWN
+    say(page, "Show me")
+    box = page.locator(".tokens")
+    assert box.text_content() == MARKDOWN
+    assert "".join(box.locator(".t").all_text_contents()) == MARKDOWN
+    expect(box.get_by_role("heading")).to_contain_text("A first try", use_inner_text=True)
+    expect(box.locator("strong")).to_have_text(["each ", "line"])
+    expect(box.locator("strong em")).to_have_text(["line"])
+    expect(box.locator("code")).to_have_text(["sum(x)"])
+    expect(box.locator(".item")).to_have_text(
+        [re.compile("open"), re.compile("then"), re.compile("1. close")]
+    )
+    expect(box.locator("pre").first).to_have_text(
+        'with open("x") as file:\n    print("**not bold**")\n', use_inner_text=True
+    )
+    assert box.locator("a, b[onclick], script").count() == 0
+    expect(box).to_contain_text(
+        '<b onclick="alert(1)">this</b> [link](javascript:alert(1))', use_inner_text=True
+    )
+    assert "**each" not in box.inner_text()
+    page.click("#colours")  # marks are tokens too
+    assert "**each" in box.inner_text()
+    page.reload()
+    assert box.text_content() == MARKDOWN
+
+
 def test_the_cap_and_the_sampling_that_are_chosen_are_asked_for(visit, fake):
     page = visit()
     page.select_option("#arm", "firm")
@@ -239,6 +302,7 @@ def test_conversations_of_other_forms_are_read_and_traced_with_the_next_answer(v
     page.set_input_files("#file", file_of(share))
     expect(page.locator(".tokens")).to_have_text(["Hello"])
     expect(page.locator("#chart .point")).to_have_count(0)
+    expect(page.locator("#state")).to_have_text("These answers are measured with the next one.")
     say(page, "Go on")
     expect(page.locator("#chart .point")).to_have_count(2)
     page.set_input_files("#file", file_of([{"role": "user", "content": "Open question"}]))

@@ -75,9 +75,11 @@ def test_tokens_are_coloured_by_projection_and_underlined_where_the_cap_acted(vi
     page.click("#how summary")
     page.fill("#max_tokens", "3")
     say(page, "Briefly")
-    expect(page.locator(".facts").last).to_contain_text("cut short")
+    expect(page.locator(".facts").last).to_contain_text("cut at 3 tokens, the longest answer allowed")
     page.locator("#turns .tokens").last.locator(".t").last.hover()
-    expect(page.locator("#tip")).to_have_text("not measured: the answer was cut here")
+    expect(page.locator("#tip")).to_have_text(
+        "no projection: the answer reached its longest length here, and the model never read this token"
+    )
 
 
 def test_text_is_never_markup(visit, fake):
@@ -210,6 +212,10 @@ def test_a_message_that_speaks_of_distress_brings_a_notice_that_blocks_nothing(v
             [{"role": "user", "content": "I keep cutting myself"}, {"role": "assistant", "content": "Oh."}]
         ),
     )
+    expect(page.locator("#notice")).to_be_visible()
+    page.click("#new")  # the notice was about the conversation before
+    expect(page.locator("#notice")).to_be_hidden()
+    page.get_by_role("button", name="Undo").click()
     expect(page.locator("#notice")).to_be_visible()
 
 

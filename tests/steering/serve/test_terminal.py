@@ -12,15 +12,17 @@ import pytest
 from rich.console import Console
 from serving import ROOM, axis_folder, tiny_service
 
+from personatlas.analysis.drift_alarm import Cusum, FalseAlarms, ReferenceDistribution
 from personatlas.cli.app import main
 from personatlas.persona.artifacts import read_json, write_json
 from personatlas.persona.axis import load_axis
 from personatlas.persona.formats import read_conversations
-from personatlas.steering.drift_monitor import ReferenceConversation, save_reference
+from personatlas.steering.drift_monitor import DriftMonitor, ReferenceConversation, save_reference
 from personatlas.steering.serve.distress_notice import shows_distress
-from personatlas.steering.serve.terminal.render import CONTROL, clean
+from personatlas.steering.serve.persona_state import AnswerTurn, PersonaTracker
+from personatlas.steering.serve.terminal.render import CONTROL, ChatRenderer, clean
 from personatlas.steering.serve.terminal.repl import ChatRepl
-from personatlas.steering.serve.terminal.session import ChatExchange, Transcript
+from personatlas.steering.serve.terminal.session import ChatAnswer, ChatExchange, Transcript
 from personatlas.steering.traces import trace_conversations
 
 HOLD = {"temperature": 0.0, "max_new_tokens": 10}
@@ -332,6 +334,22 @@ def test_at_the_prompt_ctrl_c_clears_the_line_and_twice_or_ctrl_d_leaves(running
     assert (len(repl.session.transcript.exchanges), left) == (1, ["unread"])
 
 
+@pytest.mark.parametrize(
+    ("z", "words"), [(-3.0, "below the calm band, 2.5 of 8.3"), (-1.0, "calm, 0.5 of 8.3")]
+)
+def test_an_answer_below_the_band_is_not_called_calm_and_the_alarm_says_how_near_it_is(
+    running, capsys, z, words
+):
+    counted = FalseAlarms(0.05, (0.0, 0.1), 40, 0.01)
+    monitor = DriftMonitor(
+        ReferenceDistribution(5.0, 2.0, 40), "reference conversations", "cusum", Cusum(8.3), counted
+    )
+    tracker = PersonaTracker(running[1].tracker.axis, monitor)
+    persona = tracker.measure_loaded(tracker.watch([AnswerTurn(1, 4, 5.0 + 2.0 * z)]))
+    ChatRenderer(Console(), tracker).summary(ChatAnswer("Hello", persona))
+    assert words in capsys.readouterr().out
+
+
 def test_an_alarm_stands_out_and_an_adaptive_cap_acts_after_it(tiny_run, tmp_path, capsys):
     folder = axis_folder(tiny_run, tmp_path / "run")
     axis = load_axis(folder / "axis")
@@ -352,6 +370,8 @@ def test_an_alarm_stands_out_and_an_adaptive_cap_acts_after_it(tiny_run, tmp_pat
         second.persona.turn.alarm,
         second.persona.turn.raised,
     ) == (False, True, True, True, False)
+    assert first.persona.drift.statistic > first.persona.drift.limit
+    assert second.persona.drift.statistic is None
     assert "cap held rested   DRIFT BEGINS" in out
     assert "  drifting  cut" in out
     assert "cap held, while the conversation drifts" in out
