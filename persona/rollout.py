@@ -18,13 +18,13 @@ from personatlas.persona.errors import UserError
 from personatlas.persona.formats import Message
 from personatlas.persona.logs import mend_log, read_lines
 from personatlas.persona.records import Count, JsonObject, JsonRecord
-from personatlas.persona.roles.bank import Bank, Role, Trait, is_pole
+from personatlas.persona.roles.bank import Bank, Question, Role, RoleKind, Trait, role_kind
 
 T = TypeVar("T")
 
 
 class RolloutKey(NamedTuple):
-    """The parts of a rollout's key: role or trait pole, prompt (0-based), question id, sample (0-based)."""
+    """The parts of a rollout's key: role, trait pole or control, prompt (0-based), question id, sample (0-based)."""
 
     role: str
     prompt: int
@@ -38,6 +38,11 @@ class RolloutKey(NamedTuple):
         if len(parts) != 4 or not parts[1].isdigit() or not parts[3].isdigit():
             raise ValueError(f"{key!r} is not a rollout key: role/prompt/question/sample")
         return cls(parts[0], int(parts[1]), parts[2], int(parts[3]))
+
+    @property
+    def kind(self) -> RoleKind:
+        """Whether the role is one of the bank, a trait's pole, or a control."""
+        return role_kind(self.role)
 
     def __str__(self) -> str:
         return f"{self.role}/{self.prompt}/{self.question}/{self.sample}"
@@ -92,7 +97,7 @@ class Rollout(JsonRecord):
 
     @property
     def role(self) -> str:
-        """The role's name, or that of the trait's pole."""
+        """The name of the role, of the trait's pole, or of the control."""
         return RolloutKey.parse(self.key).role
 
     @property
@@ -123,15 +128,16 @@ def seed_of(key: str, run_seed: int) -> int:
 
 
 def rollout_requests(bank: Bank, model_name: str, selection: "Selection", run_seed: int) -> list[Request]:
-    """All rollouts of a selection, ordered by role, prompt, question and sample; the traits' poles come last."""
+    """All rollouts of a selection, ordered by role, prompt, question and sample; behind the roles come the
+    traits' poles and the controls.
+    """
     requests = []
-    for role in (*selection.roles(bank), *selection.poles(bank)):
-        for prompt in selection.prompt_indices(role):
-            for question in bank.questions[: selection.questions]:
-                messages = role_messages(role, prompt, question.question, model_name)
-                for sample in range(selection.samples):
-                    key = str(RolloutKey(role.name, prompt, question.id, sample))
-                    requests.append(Request(key, messages, seed_of(key, run_seed)))
+    for role in (*selection.roles(bank), *selection.poles(bank), *selection.control_roles(bank)):
+        for prompt, question in selection.cells(role, bank.questions[: selection.questions]):
+            messages = role_messages(role, prompt, question.question, model_name)
+            for sample in range(selection.samples):
+                key = str(RolloutKey(role.name, prompt, question.id, sample))
+                requests.append(Request(key, messages, seed_of(key, run_seed)))
     return requests
 
 
@@ -149,7 +155,7 @@ class Selection:
     """Which part of a bank to roll out. None means all; the default role is always in, with all of its
     prompts.
 
-    Traits are left out unless `with_traits`.
+    Traits are left out unless `with_traits`, controls are in if the bank has some.
     """
 
     role_names: tuple[str, ...] | None = None
@@ -160,6 +166,7 @@ class Selection:
     with_traits: bool = False
     trait_names: tuple[str, ...] | None = None
     n_traits: int | None = None
+    with_controls: bool = True
 
     def roles(self, bank: Bank) -> list[Role]:
         """The default role and then the chosen ones: by name, or the first `n_roles` of an even spread over
@@ -186,20 +193,31 @@ class Selection:
         """The chosen traits' poles, positive and negative in turn."""
         return [pole for trait in self.traits(bank) for pole in trait.poles]
 
-    def prompt_indices(self, role: Role) -> range:
-        """Which prompts of a role. The default keeps all of its own: they are its whole population."""
+    def control_roles(self, bank: Bank) -> list[Role]:
+        """The bank's controls as roles."""
+        return [control.role for control in bank.controls] if self.with_controls else []
+
+    def cells(self, role: Role, questions: Sequence[Question]) -> list[tuple[int, Question]]:
+        """Which prompt of a role meets which question: each of its prompts every one.
+
+        The default keeps all of its prompts: they are its whole population. A control takes its prompts in turn,
+        as many for each question as a role has prompts, so that all of them are asked.
+        """
         n = len(role.prompts)
-        return range(n if role.is_default or self.prompts is None else min(self.prompts, n))
+        used = n if role.is_default or self.prompts is None else min(self.prompts, n)
+        if role_kind(role.name) != "control":
+            return [(prompt, question) for prompt in range(used) for question in questions]
+        cells = [
+            ((used * place + turn) % n, question)
+            for place, question in enumerate(questions)
+            for turn in range(used)
+        ]
+        return sorted(cells, key=lambda cell: cell[0])
 
 
-def without_poles(rollouts: Iterable[Rollout]) -> list[Rollout]:
-    """The rollouts of roles."""
-    return [rollout for rollout in rollouts if not is_pole(rollout.role)]
-
-
-def only_poles(rollouts: Iterable[Rollout]) -> list[Rollout]:
-    """The rollouts of traits."""
-    return [rollout for rollout in rollouts if is_pole(rollout.role)]
+def of_kind(rollouts: Iterable[Rollout], kind: RoleKind) -> list[Rollout]:
+    """The rollouts of roles, of traits, or of controls."""
+    return [rollout for rollout in rollouts if role_kind(rollout.role) == kind]
 
 
 def read_rollouts(folder: Path, *, mend: bool = False) -> list[Rollout]:

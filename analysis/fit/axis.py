@@ -17,6 +17,7 @@ import torch
 from joblib import Parallel, delayed
 from numpy.typing import NDArray
 
+from personatlas.analysis.fit.controls import axes_by_score, place_controls
 from personatlas.analysis.fit.geometry import (
     Groups,
     components,
@@ -62,11 +63,14 @@ class AxisFit:
 
 @dataclass(frozen=True)
 class _Data:
-    """The rollouts of a fit: their rows in the activations, their groups, and the group means (R+1, L, D)."""
+    """The rollouts of a fit: their rows in the activations, their groups by role and question, the
+    questions, and the group means (R+1, L, D).
+    """
 
     activations: Activations
     rows: list[int]
     groups: Groups
+    questions: tuple[str, ...]
     means: Array
 
     def rollout_means(self, layer: int) -> Array | None:
@@ -87,13 +91,15 @@ def fit_axis(
     layer: int | None = None,
     replicates: int = 100,
     seed: int = 0,
+    controls: Activations | None = None,
 ) -> AxisFit:
     """Fits the axis at every layer and the persona space at the layer to use.
 
     `keys` are the rollouts to fit and `scores` the judge's scores that these have (None: all); the `default`
     role is never filtered by score. `positive` is the role at the positive pole, the default unless given;
     every other role is on the other side. `layer` (0-based) replaces the automatic choice. `replicates` is
-    the number of bootstrap draws, random splits and shuffles, 0 for none, and `seed` their seed.
+    the number of bootstrap draws, random splits and shuffles, 0 for none, and `seed` their seed. `controls` are
+    placed on the axis.
 
     Raises `UserError` when a pole has no rollouts, fewer than three roles are left, or the layer does not
     exist.
@@ -124,6 +130,10 @@ def fit_axis(
         curve=curve,
         pole_null=null,
         gap=gap,
+        controls=()
+        if controls is None or x is None
+        else place_controls(controls, layer, vector, x @ vector, data.groups, data.questions),
+        by_score=axes_by_score(activations, layer, positive, vector),
         default=default,
         model=activations.model,
     )
@@ -150,7 +160,8 @@ def _select(
             f"only {len(names) - 1} other roles are left: a persona space needs at least {MIN_ROLES}"
         )
     role_index = {name: index for index, name in enumerate(names)}
-    question_index = {name: index for index, name in enumerate(sorted({part.question for part in parts}))}
+    questions = tuple(sorted({part.question for part in parts}))
+    question_index = {name: index for index, name in enumerate(questions)}
     groups = Groups(
         np.array([role_index[role] for role in roles]),
         names,
@@ -164,7 +175,7 @@ def _select(
                 f"role {name!r}: the sums hold {n} rollouts, {count} were selected; record the run again"
             )
         means.append(mean)
-    return _Data(activations, rows, groups, torch.stack(means).numpy())
+    return _Data(activations, rows, groups, questions, torch.stack(means).numpy())
 
 
 def _fit_layers(data: _Data, replicates: int, seed: int) -> list[LayerFit]:

@@ -27,10 +27,12 @@ from personatlas.analysis.fit.result import (
 from personatlas.analysis.fit.tables import (
     NumberFormat,
     comparison_text,
+    control_ranking,
     interval_text,
     number_format,
     pole_text,
     role_ranking,
+    score_text,
     stability_text,
     trait_ranking,
 )
@@ -82,6 +84,8 @@ def write_report(
         "significance": SIGNIFICANCE,
         "stability": stability_text(fit.at_layer),
         "pole_text": pole_text(fit),
+        "score_text": score_text(fit),
+        "controls": control_ranking(fit.controls) if fit.controls else None,
         "comparison": comparison_text(fit.comparison, fit.layer),
         "tiles": _tiles(fit),
         "gate": manifest.get("gate"),
@@ -247,6 +251,8 @@ def _command(fit: FitResult, manifest: JsonObject) -> str:
     ):
         options[f"--{name.replace('_', '-')}"] = asked.get(name)
     options["--dtype"] = asked.get("dtype")
+    if "controls_bank" not in asked:
+        options["--no-controls"] = ""
     judge, *rest = str(manifest.get("judge", {}).get("id", "none")).split(":")
     if judge == "local":
         options["--judge"] = f"local:{':'.join(rest[:-2])}"  # name:weights:wording
@@ -259,7 +265,11 @@ def _command(fit: FitResult, manifest: JsonObject) -> str:
         options[f"--{name}"] = fit.options.get(name)
     options["--out"] = "again"
     model = asked.get("model_name") or fit.model.get("id", "MODEL")
-    lines = [shlex.join([name, str(value)]) for name, value in options.items() if value is not None]
+    lines = [
+        shlex.join([name, *([str(value)] if value != "" else [])])
+        for name, value in options.items()
+        if value is not None
+    ]
     return " \\\n  ".join([shlex.join(["personatlas", "axis", str(model)]), *lines])
 
 

@@ -11,7 +11,7 @@ steps on a run that was made before.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,20 +28,20 @@ from personatlas.persona.errors import UserError
 from personatlas.persona.judges.base import SCORE_FILTERS, filter_by_score, read_scores
 from personatlas.persona.models.load import Model
 from personatlas.persona.options import FitOptions, JudgeOptions, ModelOptions, PlanOptions, option_values
-from personatlas.persona.pipeline.activations import Activations, load_activations
+from personatlas.persona.pipeline.activations import Activations, load_recorded
 from personatlas.persona.pipeline.run_context import (
     judge_run,
     open_context,
-    record_run,
+    record_rollouts,
     require_judge,
     sample,
 )
 from personatlas.persona.pipeline.stages import content_of
 from personatlas.persona.progress import say
 from personatlas.persona.records import JsonObject
-from personatlas.persona.roles.bank import is_pole
+from personatlas.persona.roles.bank import RoleKind, role_kind
 from personatlas.persona.roles.traits import load_traits
-from personatlas.persona.rollout import Rollout, RolloutKey, read_rollouts, with_scores, without_poles
+from personatlas.persona.rollout import Rollout, RolloutKey, of_kind, read_rollouts, with_scores
 from personatlas.persona.runs import open_run, read_manifest, resolve_axis
 
 
@@ -85,11 +85,10 @@ def compute_axis(
         _require_enough_answers(context.plan.keys, fit, context.model.n_layers)
         rollouts = sample(context)
         rollouts = judge_run(context.run, context.bank, rollouts, judge, context.world)
-        activations, traits = record_run(context, rollouts)
+        record_rollouts(context.run, context.model, rollouts, context.world)
         if context.world.rank:
             return None
-        traits = traits or _load_traits(out)
-        result = _fit_recorded(out, activations, traits, rollouts, context.bank.default.name, fit)
+        result = _fit_recorded(out, load_recorded(out), rollouts, context.bank.default.name, fit)
         _write_report(out, result)
         return result
 
@@ -101,9 +100,10 @@ def fit_run(run: Path, options: FitOptions = FitOptions()) -> FitResult:
     """
     _require_options(options)
     with open_run(run):
-        activations = load_activations(run / "activations")
+        of_kinds = load_recorded(run)
+        activations = of_kinds["role"]
         recorded = dict(zip(activations.keys, activations.scores, strict=True))
-        rollouts = without_poles(read_rollouts(run))
+        rollouts = of_kind(read_rollouts(run), "role")
         rollouts = with_scores([r for r in rollouts if r.key in recorded or r.is_empty], recorded)
         if content_of([rollout for rollout in rollouts if not rollout.is_empty]) != activations.content:
             raise UserError(
@@ -112,7 +112,7 @@ def fit_run(run: Path, options: FitOptions = FitOptions()) -> FitResult:
         roles = read_manifest(run).get("asked", {}).get("roles")
         if not roles:
             raise UserError(f"{run / 'run.json'} does not say which roles were asked for")
-        result = _fit_recorded(run, activations, _load_traits(run), rollouts, str(roles[0]), options)
+        result = _fit_recorded(run, of_kinds, rollouts, str(roles[0]), options)
         _write_report(run, result)
         return result
 
@@ -126,21 +126,23 @@ def report_run(run: Path) -> Path:
 
 def _fit_recorded(
     folder: Path,
-    activations: Activations,
-    traits: Activations | None,
+    recorded: Mapping[RoleKind, Activations],
     rollouts: Sequence[Rollout],
     default: str,
     options: FitOptions,
 ) -> FitResult:
     """Fits and writes the artefacts and fit.json; reads it where options and data are the same."""
+    activations, traits, controls = (recorded.get(kind) for kind in ("role", "trait", "control"))
+    assert activations is not None
     asked = {"content": activations.content, "version": FIT_VERSION, **option_values(options)}
-    if traits is not None:
-        asked["traits"] = traits.content
+    for name, beside in (("traits", traits), ("controls", controls)):
+        if beside is not None:
+            asked[name] = beside.content
     if options.compare is not None:
         asked["compared_with"] = digest(resolve_axis(str(options.compare)).with_suffix(".safetensors"))
     if (stored := _stored_fit(folder, asked)) is not None:
         return stored
-    rollouts = without_poles(rollouts)
+    rollouts = of_kind(rollouts, "role")
     score_filter = SCORE_FILTERS[options.keep]
     passed, dropped = filter_by_score(rollouts, score_filter, default)
     fit = fit_axis(
@@ -151,6 +153,7 @@ def _fit_recorded(
         positive=options.positive,
         layer=options.layer,
         replicates=options.replicates,
+        controls=controls,
     )
     fit.axis.save(folder / "axis")
     fit.space.save(folder / "space")
@@ -208,12 +211,6 @@ def _fit_traits(
     return fit.result, None
 
 
-def _load_traits(folder: Path) -> Activations | None:
-    """The traits' activations, where they were recorded."""
-    stem = folder / "trait_activations"
-    return load_activations(stem) if stem.with_suffix(".json").exists() else None
-
-
 def _write_report(folder: Path, fit: FitResult, *, force: bool = False) -> Path:
     """Writes report.html unless it is that of this fit."""
     path = folder / "report.html"
@@ -221,7 +218,7 @@ def _write_report(folder: Path, fit: FitResult, *, force: bool = False) -> Path:
     from personatlas.analysis.fit.page import write_report  # with plotly
 
     if force or not path.exists() or stamp not in path.read_text(encoding="utf-8")[:4000]:
-        rollouts = with_scores(without_poles(read_rollouts(folder)), read_scores(folder / "scores.jsonl"))
+        rollouts = with_scores(of_kind(read_rollouts(folder), "role"), read_scores(folder / "scores.jsonl"))
         write_report(path, fit, rollouts, read_manifest(folder), stamp)
     return path
 
@@ -240,7 +237,7 @@ def _require_options(options: FitOptions) -> None:
 
 def _require_enough_answers(keys: Sequence[str], options: FitOptions, n_layers: int) -> None:
     """Raises `UserError`, before the long steps, for what could only fail after them."""
-    counts = Counter(RolloutKey.parse(key).role for key in keys if not is_pole(key))
+    counts = Counter(RolloutKey.parse(key).role for key in keys if role_kind(key) == "role")
     score_filter, fewest = SCORE_FILTERS[options.keep], min(counts.values())
     if fewest < score_filter.minimum:
         raise UserError(

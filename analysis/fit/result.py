@@ -30,7 +30,7 @@ from personatlas.persona.records import (
     check_distinct,
 )
 
-FIT_VERSION = 7  # raise it when fitting changes: stored fits of another version are computed again
+FIT_VERSION = 8  # raise it when fitting changes: stored fits of another version are computed again
 SIGNIFICANCE = 0.05  # a p-value above this is called chance
 LOW_ROLE_PLAY = 0.25  # a share of answers in their role below this is warned of
 
@@ -65,6 +65,27 @@ class PoleNull(JsonRecord):
     z: float | None
     rank: float | None
     n: Count
+
+
+@dataclass(frozen=True)
+class ControlPlace(JsonRecord):
+    """A control: its mean projection (residual units), and where it lies between the mean role (0) and the
+    positive pole (1), with its 95% interval over questions and prompts.
+    """
+
+    name: str
+    projection: Number
+    place: Interval
+
+
+@dataclass(frozen=True)
+class ScoreAxis(JsonRecord):
+    """The axis from the n answers of some roles with one score alone: its cosine with the axis of all."""
+
+    score: Count
+    n: Count
+    roles: Count
+    cosine: CosineOrNaN
 
 
 @dataclass(frozen=True)
@@ -268,6 +289,8 @@ class FitResult(JsonRecord):
     pole_null, gap
         the positive pole beside other roles as the pole; the positive pole less the mean role, paired by
         question (residual units); None like the curve
+    controls, by_score
+        prompts that ask for no character, lowest first; the axis from answers of one score alone
     default, model
         the default role's name; `Model.describe()` of the model
     options
@@ -301,6 +324,8 @@ class FitResult(JsonRecord):
     role_play: RolePlay | None = None
     pole_null: PoleNull | None = None
     gap: Interval | None = None
+    controls: tuple[ControlPlace, ...] = ()
+    by_score: tuple[ScoreAxis, ...] = ()
     traits: TraitResult | None = None
     trait_problem: str | None = None
     comparison: AxisComparison | None = None

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from personatlas.analysis.fit.figures import neutral_projection
-from personatlas.analysis.fit.result import AxisComparison, FitResult, LayerFit, TraitResult
+from personatlas.analysis.fit.result import AxisComparison, ControlPlace, FitResult, LayerFit, TraitResult
 from personatlas.analysis.stats import Interval
 
 NumberFormat = Callable[[float], str]
@@ -45,7 +45,6 @@ class Ranking:
     mark: float
 
 
-SWAPPED = 0.1  # a share of resamples with another PC1 that is worth saying
 Entry = tuple[str, str, str, Interval]  # name, kind, n, value with its interval
 
 
@@ -70,6 +69,27 @@ def trait_ranking(traits: TraitResult) -> Ranking:
     ]
     limit = max(map(abs, _ends(entries)))
     return _ranking(entries, scale_ticks([-limit, limit]), 0.0, (-limit, limit), 0.0, _signed)
+
+
+def control_ranking(controls: Sequence[ControlPlace]) -> Ranking:
+    """Returns the controls by their place, on a scale with the mean role (0) and the marked positive pole (1)."""
+    entries = [(row.name.replace("_", " "), "", str(row.place.n), row.place) for row in controls]
+    ticks = scale_ticks([0.0, 1.0, *_ends(entries)])
+    return _ranking(entries, ticks, 0.0, (ticks[0] or -1.0, ticks[-1]), 1.0, _signed)
+
+
+def control_text(fit: FitResult) -> str:
+    """Returns a sentence on where prompts that ask for no character lie; "" without controls."""
+    if not fit.controls:
+        return ""
+    places = (f"{row.name.replace('_', ' ')} {interval_text(row.place)}" for row in fit.controls[::-1])
+    return f"prompts that ask for no character, where the mean role is 0 and {fit.positive} is 1: {', '.join(places)}"
+
+
+def score_text(fit: FitResult) -> str:
+    """Returns a sentence on the axes of answers with one score; "" where there is none."""
+    found = (f"{row.cosine:.2f} from {row.n:,} answers with score {row.score}" for row in fit.by_score)
+    return f"cosine with the axes of one score alone: {', '.join(found)}" if fit.by_score else ""
 
 
 def _ends(entries: Sequence[Entry]) -> list[float]:

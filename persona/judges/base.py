@@ -24,7 +24,7 @@ from typing import Annotated, Any, NamedTuple, Protocol, runtime_checkable
 from personatlas.persona.errors import UserError
 from personatlas.persona.logs import ResultCache
 from personatlas.persona.records import Count, JsonRecord
-from personatlas.persona.roles.bank import POSITIVE, Bank, Role, is_pole
+from personatlas.persona.roles.bank import POSITIVE, Bank, Role, role_kind
 from personatlas.persona.rollout import Rollout, RolloutKey
 
 SCORES = (0, 1, 2, 3)  # of roles
@@ -114,7 +114,7 @@ def items_to_judge(rollouts: Sequence[Rollout], bank: Bank) -> list[Item]:
         if name == bank.default.name or rollout.is_empty:
             continue
         if name not in roles:
-            named = bank.trait(name[1:]).poles if is_pole(name) else (bank.role(name),)
+            named = bank.trait(name[1:]).poles if role_kind(name) == "trait" else (bank.role(name),)
             roles |= {role.name: role for role in named}
         contents = {message["role"]: message["content"] for message in rollout.messages}
         system, question = contents.get("system", ""), contents.get("user", "")
@@ -329,6 +329,6 @@ class ScoreRow(JsonRecord):
     score: Count | None
 
     def __post_init__(self) -> None:
-        highest = HIGHEST_PERCENT if is_pole(self.key) else SCORES[-1]
+        highest = HIGHEST_PERCENT if role_kind(self.key) == "trait" else SCORES[-1]
         if self.score is not None and self.score > highest:
             raise ValueError(f"a score of 0-{highest} or null is needed, not {self.score}")

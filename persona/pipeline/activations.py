@@ -20,9 +20,15 @@ from torch import Tensor
 from personatlas.persona.artifacts import TensorRecord
 from personatlas.persona.interventions import require_model_facts
 from personatlas.persona.records import Bounds, Layers, ModelFacts, Names, check_distinct
+from personatlas.persona.roles.bank import RoleKind
 from personatlas.persona.rollout import RolloutKey
 
 Score = Annotated[int, Bounds(0, 3)]
+ACTIVATIONS: dict[RoleKind, str] = {  # a run's artefacts
+    "role": "activations",
+    "trait": "trait_activations",
+    "control": "control_activations",
+}
 KEPT_BYTES = 2 << 30  # rollout means beyond this are kept at fewer layers
 
 
@@ -90,6 +96,16 @@ class Activations(TensorRecord):
             total += self.count[row].double() * self.mean[row].double()
             n += int(self.count[row])
         return total / max(n, 1), n
+
+
+def load_recorded(run: Path) -> dict[RoleKind, Activations]:
+    """What is recorded in a run folder: of roles, which must be there, of traits and of controls."""
+    there = {
+        kind: run / name
+        for kind, name in ACTIVATIONS.items()
+        if kind == "role" or (run / f"{name}.json").exists()
+    }
+    return {kind: load_activations(stem) for kind, stem in there.items()}
 
 
 def load_activations(stem: Path) -> Activations:

@@ -2,7 +2,7 @@
 
 with open_context("smollm2-135m", folder, ModelOptions(), PlanOptions()) as context:
     rollouts = judge_run(context.run, context.bank, sample(context), JudgeOptions(), context.world)
-    activations, trait_activations = record_run(context, rollouts)
+    recorded = record_rollouts(context.run, context.model, rollouts, context.world)
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from personatlas.persona.judges.rules import RuleJudge
 from personatlas.persona.models.hub import require_model_name
 from personatlas.persona.models.load import Model, load_model
 from personatlas.persona.options import JudgeOptions, ModelOptions, PlanOptions, require_in_bank, selection_of
-from personatlas.persona.pipeline.activations import Activations
+from personatlas.persona.pipeline.activations import ACTIVATIONS, Activations
 from personatlas.persona.pipeline.stages import (
     CPU_CHUNK,
     GPU_CHUNK,
@@ -41,8 +41,8 @@ from personatlas.persona.pipeline.stages import (
     plan_rollouts,
 )
 from personatlas.persona.progress import progress, say
-from personatlas.persona.roles.bank import Bank, Role, is_pole, load_bank
-from personatlas.persona.rollout import Rollout, Selection, only_poles, with_scores, without_poles
+from personatlas.persona.roles.bank import Bank, Role, RoleKind, load_bank, role_kind
+from personatlas.persona.rollout import Rollout, Selection, of_kind, with_scores
 from personatlas.persona.runs import RunFolder, is_training_run, open_run
 from personatlas.persona.sampling.cuda_graph import fastest_sampler
 from personatlas.persona.sampling.sampler import SLOW, Sampling
@@ -91,7 +91,8 @@ class RunContext:
     def asked(self) -> dict[str, Any]:
         """What run.json records of the request."""
         chat, traits = self.model.chat, [trait.name for trait in self.selection.traits(self.bank)]
-        return {
+        controls = self.selection.control_roles(self.bank)
+        asked = {
             "model_name": self.model_name,
             "model": self.model.describe(),
             "name": self.model.name,
@@ -110,7 +111,10 @@ class RunContext:
             "prompts": self.selection.prompts,
             "questions": self.selection.questions,
             "samples": self.selection.samples,
-        } | ({"traits": traits, "traits_bank": self.bank.traits_digest} if traits else {})
+        }
+        if traits:
+            asked |= {"traits": traits, "traits_bank": self.bank.traits_digest}
+        return asked | ({"controls_bank": self.bank.controls_digest} if controls else {})
 
 
 @contextmanager
@@ -158,8 +162,8 @@ def sample(context: RunContext) -> list[Rollout]:
     """Makes all rollouts of the plan that are not there yet. A long run first tries a few roles and says what came."""
     plan, log, world, model = context.plan, context.log, context.world, context.model
     log.require_plan(plan)
-    # traits, which may be added later, must not change how the roles' chunks are decoded
-    longest = max(len(ids) for key, ids in plan.prompt_ids.items() if not is_pole(key))
+    # traits and controls, which may be added later, must not change how the roles' chunks are decoded
+    longest = max(len(ids) for key, ids in plan.prompt_ids.items() if role_kind(key) == "role")
     sampler = fastest_sampler(model, model.chat.end_ids, context.sampling, longest)
     if sampler.decoder.name != "slots" and world.rank == 0:
         say(SLOW)
@@ -197,11 +201,12 @@ def judge_run(
     """Scores the rollouts on rank 0, for which the others wait, and returns them with their scores.
 
     Roles get 0-3. Traits are scored by an endpoint only, 0-100 in their own log; their rollouts carry 1 where
-    the score is on the pole's own side and 0 where it is not. With the judge "none" every score stays None.
+    the score is on the pole's own side and 0 where it is not. Controls ask for no role, and are not judged.
+    With the judge "none" every score stays None.
     """
     if options.judge == "none":
         return rollouts
-    of_roles, of_traits = without_poles(rollouts), only_poles(rollouts)
+    of_roles, of_traits = of_kind(rollouts, "role"), of_kind(rollouts, "trait")
     judge, trait_judge = load_judge(options, run), None
     if of_traits and _is_url(options.judge):
         trait_judge = _endpoint_judge(options, of_traits=True)
@@ -216,7 +221,7 @@ def judge_run(
     of_roles = with_scores(of_roles, read_scores(log, judge.id))
     if trait_judge is not None:
         of_traits = with_scores(of_traits, read_sides(trait_log, trait_judge.id))
-    return [*of_roles, *of_traits]
+    return [*of_roles, *of_traits, *of_kind(rollouts, "control")]
 
 
 def _judge(
@@ -293,20 +298,18 @@ def _is_url(judge: str) -> bool:
     return judge.startswith(("http://", "https://"))
 
 
-def record_run(context: RunContext, rollouts: list[Rollout]) -> tuple[Activations, Activations | None]:
-    """Records the scored rollouts: those of roles, and those of traits where there are any."""
-    return record_rollouts(context.run, context.model, rollouts, context.world)
-
-
 def record_rollouts(
     run: RunFolder, model: Model, rollouts: list[Rollout], world: World
-) -> tuple[Activations, Activations | None]:
-    """Two artefacts, `activations` and `trait_activations`, so that adding traits leaves the roles' as they are."""
-    of_traits = [
-        rollout for rollout in only_poles(rollouts) if rollout.answer.strip()
-    ]  # as blank ones of roles
-    roles = make_activations(run, model, without_poles(rollouts), world)
-    return roles, make_activations(run, model, of_traits, world, "trait_activations") if of_traits else None
+) -> dict[RoleKind, Activations]:
+    """Records the scored rollouts, an artefact for each kind of role: adding traits or controls to a run leaves
+    what is there as it is.
+    """
+    recorded: dict[RoleKind, Activations] = {}
+    for kind in ACTIVATIONS:
+        own = of_kind(rollouts, kind)
+        if kind == "role" or not all(rollout.is_empty for rollout in own):
+            recorded[kind] = make_activations(run, model, own, world, kind)
+    return recorded
 
 
 def local_device(world: World) -> str | None:

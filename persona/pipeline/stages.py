@@ -25,6 +25,7 @@ from personatlas.persona.errors import UserError
 from personatlas.persona.logs import append_lines, read_lines
 from personatlas.persona.models.load import Model
 from personatlas.persona.pipeline.activations import (
+    ACTIVATIONS,
     Activations,
     cell_sums,
     join_activations,
@@ -33,7 +34,7 @@ from personatlas.persona.pipeline.activations import (
 )
 from personatlas.persona.pipeline.record import compiled, record, worth_compiling
 from personatlas.persona.progress import Advance, progress, say
-from personatlas.persona.roles.bank import Bank, is_pole
+from personatlas.persona.roles.bank import Bank, RoleKind, role_kind
 from personatlas.persona.rollout import Request, Rollout, Selection, read_rollouts, rollout_requests
 from personatlas.persona.runs import RunFolder
 from personatlas.persona.sampling.sampler import Prompt, Sampler
@@ -61,15 +62,19 @@ def plan_rollouts(bank: Bank, model: Model, selection: Selection, seed: int, chu
     """Cuts a selection into chunks: first a few roles that show whether the model plays roles, then all by
     length.
 
-    Traits have chunks of their own, after the roles': adding them to a run changes nothing of what is there.
+    Traits and controls have chunks of their own, after the roles': adding them to a run changes nothing of what
+    is there.
     """
     requests = rollout_requests(bank, model.name, selection, seed)
     prompt_ids = {request.key: tuple(model.chat.prompt_ids(request.messages)) for request in requests}
-    of_roles = [request for request in requests if not is_pole(request.key)]
+    by_kind: dict[RoleKind, list[Request]] = {"role": [], "trait": [], "control": []}
+    for request in requests:
+        by_kind[role_kind(request.key)].append(request)
+    of_roles = by_kind["role"]
     gate = _gate(of_roles) if len(of_roles) >= GATE_FROM else []
     in_gate = {request.key for request in gate}
     chunks = [tuple(gate)] if gate else []
-    for part in ([r for r in of_roles if r.key not in in_gate], [r for r in requests if is_pole(r.key)]):
+    for part in ([r for r in of_roles if r.key not in in_gate], by_kind["trait"], by_kind["control"]):
         rest = sorted(part, key=lambda r: (len(prompt_ids[r.key]), r.key))
         chunks += [tuple(rest[i : i + chunk]) for i in range(0, len(rest), chunk)]
     return RolloutPlan(tuple(chunks), prompt_ids, int(bool(gate)))
@@ -181,11 +186,10 @@ def content_of(rollouts: Sequence[Rollout]) -> str:
 
 
 def make_activations(
-    run: RunFolder, model: Model, rollouts: Sequence[Rollout], world: World, name: str = "activations"
+    run: RunFolder, model: Model, rollouts: Sequence[Rollout], world: World, kind: RoleKind = "role"
 ) -> Activations:
-    """Records those rollouts (empty answers left out) and writes the artefact `name`, unless it is there
-    already.
-    """
+    """Records those rollouts (empty answers left out) and writes the kind's artefact, unless it is there already."""
+    name = ACTIVATIONS[kind]
     stem = run.folder / name
     rollouts = [rollout for rollout in rollouts if not rollout.is_empty]
     if not rollouts:
@@ -201,7 +205,7 @@ def make_activations(
     folder.mkdir(exist_ok=True)
     own = [rollout for i, part in enumerate(parts) if world.owns(i) for rollout in part]
     compile = worth_compiling(model, sum(rollout.n_tokens for rollout in own))
-    title = "recording" if name == "activations" else "recording traits"
+    title = "recording" if kind == "role" else f"recording {kind}s"
     with (
         progress(title, len(own), "tokens", quiet=world.rank > 0) as advance,
         compiled(model, enabled=compile),

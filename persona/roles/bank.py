@@ -1,11 +1,12 @@
 """The role bank: which characters a model is asked to play, and the questions that it answers as each of
 them.
 
-A bank is a folder (or the packaged one) with JSON-lines files, of which the last may be missing:
+A bank is a folder (or the packaged one) with JSON-lines files, of which the last two may be missing:
 
     roles.jsonl      {"name", "prompts": [...], "is_default", "rubric", "tags": [...]}
     questions.jsonl  {"id", "question", "tags": [...]}
     traits.jsonl     {"name", "positive": [...], "negative": [...], "rubric", "tags": [...]}
+    controls.jsonl   {"name", "prompts": [...], "about"}
 
 A folder in the paper repository's form (one JSON a role, a JSONL of questions) is read as well. Exactly one
 role is the default: the model as it speaks when nobody asks it to be someone. An empty prompt means that no
@@ -17,13 +18,15 @@ import json
 from collections.abc import Callable, Sized
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from personatlas.persona.errors import UserError
 from personatlas.persona.formats import Placed, read_records
 
 PACKAGED = Path(__file__).parent
 POSITIVE, NEGATIVE = "+", "-"  # how the names of poles begin; no role may have such a name
+CONTROL = "="  # how the names of controls begin
+RoleKind = Literal["role", "trait", "control"]
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,27 @@ class Trait:
         )
 
 
-def is_pole(role: str) -> bool:
-    """Whether a rollout's role is a trait's pole."""
-    return role[:1] in (POSITIVE, NEGATIVE)
+@dataclass(frozen=True)
+class Control:
+    """Prompts that ask for no character, as long as a role's, and what they are about.
+
+    Where they lie between the mean role and the default says what the axis measures besides characters.
+    """
+
+    name: str
+    prompts: tuple[str, ...]
+    about: str = ""
+
+    @property
+    def role(self) -> Role:
+        """The control as a role that can be rolled out."""
+        return Role(CONTROL + self.name, self.prompts)
+
+
+def role_kind(role: str) -> RoleKind:
+    """What a rollout's role is: a role of the bank, a trait's pole, or a control."""
+    first = role[:1]
+    return "trait" if first in (POSITIVE, NEGATIVE) else "control" if first == CONTROL else "role"
 
 
 @dataclass(frozen=True)
@@ -74,13 +95,14 @@ class Question:
 
 @dataclass(frozen=True)
 class Bank:
-    """Roles, questions and traits, in file order. The digests are hashes of content, independent of file
-    layout.
+    """Roles, questions, traits and controls, in file order. The digests are hashes of content, independent of
+    file layout.
     """
 
     roles: tuple[Role, ...]
     questions: tuple[Question, ...]
     traits: tuple[Trait, ...] = ()
+    controls: tuple[Control, ...] = ()
 
     @property
     def default(self) -> Role:
@@ -100,6 +122,11 @@ class Bank:
         roles.
         """
         return _digest([asdict(trait) for trait in self.traits])
+
+    @property
+    def controls_digest(self) -> str:
+        """SHA-256 of the canonical JSON of all controls, which may be added to a run as well."""
+        return _digest([asdict(control) for control in self.controls])
 
     def trait(self, name: str) -> Trait:
         """The trait of that name, or `UserError` with the closest names."""
@@ -136,7 +163,8 @@ def load_bank(folder: Path | None = None) -> Bank:
     if not questions:
         raise UserError(f"{folder / 'questions.jsonl'} holds no question")
     traits = tuple(_traits(folder / "traits.jsonl")) if (folder / "traits.jsonl").exists() else ()
-    return Bank(roles, questions, traits)
+    path = folder / "controls.jsonl"
+    return Bank(roles, questions, traits, tuple(_controls(path)) if path.exists() else ())
 
 
 def check_file(path: Path) -> int:
@@ -147,10 +175,11 @@ def check_file(path: Path) -> int:
         "roles": _roles,
         "questions": _questions,
         "traits": _traits,
+        "controls": _controls,
     }
     if path.stem not in readers or path.suffix != ".jsonl":
         raise UserError(
-            f"{path} is not named roles.jsonl, questions.jsonl or traits.jsonl: what it holds is not known"
+            f"{path} is not named roles.jsonl, questions.jsonl, traits.jsonl or controls.jsonl: what it holds is not known"
         )
     return len(readers[path.stem](path))
 
@@ -191,10 +220,26 @@ def _traits(path: Path) -> list[Trait]:
     return list(traits.values())
 
 
+def _controls(path: Path) -> list[Control]:
+    controls: dict[str, Control] = {}
+    for where, row in _rows(path):
+        name, about = _text(row, "name", where), row.get("about", "")
+        _require_name(name, where, "control")
+        if name in controls:
+            raise UserError(f"{where}: control {name!r} is in the bank twice; rename or remove one")
+        prompts = _prompts(row, "prompts", f"{where}: control {name!r}")
+        if not all(prompt.strip() for prompt in prompts) or not isinstance(about, str):
+            raise UserError(
+                f"{where}: control {name!r} needs prompts that are not empty, a string as `about`"
+            )
+        controls[name] = Control(name, prompts, about)
+    return list(controls.values())
+
+
 def _require_name(name: str, where: str, kind: str) -> None:
-    if "/" in name or name != name.strip() or name[0] in "+-":
+    if "/" in name or name != name.strip() or role_kind(name) != "role":
         raise UserError(
-            f"{where}: {kind} name {name!r} may not hold '/' or outer spaces, or begin with + or -: "
+            f"{where}: {kind} name {name!r} may not hold '/' or outer spaces, or begin with +, - or =: "
             "it is part of rollout keys"
         )
 

@@ -52,7 +52,7 @@ def import_bank(folder: Path, questions: Path | None = None) -> Bank:
 
 def export_bank(bank: Bank, folder: Path) -> None:
     """Writes the paper repository's form, whole or not at all: `roles/NAME.json`, `traits/NAME.json` and
-    `questions.jsonl`, into a folder that does not exist or is empty.
+    `questions.jsonl`, into a folder that does not exist or is empty. Controls have no place in it.
     """
     unlike = next((trait for trait in bank.traits if len(trait.positive) != len(trait.negative)), None)
     if unlike is not None:
@@ -94,9 +94,9 @@ def export_bank(bank: Bank, folder: Path) -> None:
 def write_bank(bank: Bank, folder: Path) -> None:
     """Write this project's files, so that `load_bank(folder)` is `bank`; the folder is made if need be."""
     files: dict[str, Any] = {"roles": bank.roles, "questions": bank.questions, "traits": bank.traits}
-    for name, rows in files.items():
-        if name == "traits" and not rows:
-            (folder / "traits.jsonl").unlink(missing_ok=True)
+    for name, rows in {**files, "controls": bank.controls}.items():
+        if not rows:
+            (folder / f"{name}.jsonl").unlink(missing_ok=True)
         else:
             text = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
             _write_text(folder / f"{name}.jsonl", text)

@@ -89,7 +89,7 @@ def judge(
     """
     from personatlas.persona.pipeline.run_context import judge_run, require_judge
     from personatlas.persona.roles.bank import load_bank
-    from personatlas.persona.rollout import read_rollouts, without_poles
+    from personatlas.persona.rollout import of_kind, read_rollouts
 
     if judge.judge == "none":
         raise UserError("--judge none scores nothing: give rules, local:MODEL or a URL")
@@ -99,6 +99,7 @@ def judge(
         for title, key, digest in (
             ("bank", "bank", roles.digest),
             ("traits", "traits_bank", roles.traits_digest),
+            ("controls", "controls_bank", roles.controls_digest),
         ):
             if made_with.get(key) and made_with[key] != digest:
                 used = f"{title} {made_with[key][:12]}, not {digest[:12]}"
@@ -106,7 +107,7 @@ def judge(
         rollouts = read_rollouts(run)
         if not rollouts:
             raise UserError(f"{run} has no rollouts; make them first with `personatlas run rollout`")
-        scored = without_poles(judge_run(folder, roles, rollouts, judge))
+        scored = of_kind(judge_run(folder, roles, rollouts, judge), "role")
     names = {0: "0", 1: "1", 2: "2", 3: "3", None: "unjudged"}
     counts = {name: sum(rollout.score == score for rollout in scored) for score, name in names.items()}
     if json:
@@ -140,16 +141,21 @@ def record(
         model = load_model(name, device=load.device, dtype=load.dtype, chat_template=load.chat_template)
         folder.claim({"model": model.describe(), "dtype": str(model.dtype).removeprefix("torch.")})
         rollouts = with_scores(read_rollouts(run), stored_scores(folder))
-        recorded = [found for found in record_rollouts(folder, model, rollouts, world) if found is not None]
+        recorded = record_rollouts(folder, model, rollouts, world)
     if world.rank == 0:
-        counts = [
-            {"rollouts": int(found.count.sum()), "roles": len(found.roles), "layers": found.n_layers}
-            for found in recorded
-        ]
+        counts = {
+            f"{kind}s": {
+                "rollouts": int(found.count.sum()),
+                "roles": len(found.roles),
+                "layers": found.n_layers,
+            }
+            for kind, found in recorded.items()
+        }
         if json:
-            print_json(dict(zip(("roles", "traits"), counts, strict=False)))
-        for row in [] if json else counts:
-            print_line(f"{row['rollouts']} rollouts of {row['roles']} roles or poles, {row['layers']} layers")
+            print_json(counts)
+        for kind, row in {} if json else counts.items():
+            names = "trait poles" if kind == "traits" else kind
+            print_line(f"{row['rollouts']} rollouts of {row['roles']} {names}, {row['layers']} layers")
     world.close()
 
 

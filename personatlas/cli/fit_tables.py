@@ -8,9 +8,11 @@ from personatlas.analysis.emergence import EmergenceResult
 from personatlas.analysis.fit.result import FitResult, RoleProjection
 from personatlas.analysis.fit.tables import (
     comparison_text,
+    control_text,
     interval_text,
     number_text,
     pole_text,
+    score_text,
     stability_text,
 )
 from personatlas.cli.output import print_line, print_path, print_table, with_interval
@@ -53,6 +55,8 @@ def print_fit(fit: FitResult, page: Path) -> None:
     print_line(f"Stability: {stability_text(fit.at_layer)}")
     if text := pole_text(fit):
         print_line(f"{pole.role}: {text}")
+    for text in filter(None, (control_text(fit), score_text(fit))):
+        print_line(text[0].upper() + text[1:])
     if fit.curve is not None and fit.curve.needed is not None:
         needed, goal = fit.curve.needed, fit.curve.goal
         print_line(f"About {needed:,.0f} answers per role would make the cosine of two such halves {goal}")

@@ -23,7 +23,7 @@ from personatlas.persona.models.load import Model
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.progress import progress, say
 from personatlas.persona.roles.bank import Bank, load_bank
-from personatlas.persona.rollout import Rollout, read_rollouts, spread, without_poles
+from personatlas.persona.rollout import Rollout, of_kind, read_rollouts, spread
 from personatlas.persona.runs import open_run, resolve_axis, versions
 from personatlas.steering.arms import is_control_name
 from personatlas.steering.calibration.fit_floors import DescentOptions, Floors, target_texts
@@ -141,7 +141,7 @@ def calibrate(
 
 def _populations(rollouts: Sequence[Rollout], bank: Bank, run: Path) -> tuple[list[Rollout], list[Rollout]]:
     """The default's answers and the roles', without empty ones."""
-    answers = [rollout for rollout in without_poles(rollouts) if not rollout.is_empty]
+    answers = [rollout for rollout in of_kind(rollouts, "role") if not rollout.is_empty]
     default = [rollout for rollout in answers if rollout.role == bank.default.name]
     roles = [rollout for rollout in answers if rollout.role != bank.default.name]
     if not default or not roles:

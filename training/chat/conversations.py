@@ -28,7 +28,7 @@ from personatlas.persona.formats import Columns, Exclusions, Message, find_conve
 from personatlas.persona.formats.compression import without_packing
 from personatlas.persona.formats.tables import LINES, PROSE, Row
 from personatlas.persona.judges.base import read_scores
-from personatlas.persona.roles.bank import is_pole
+from personatlas.persona.roles.bank import role_kind
 from personatlas.persona.rollout import Rollout, read_rollouts, spread
 
 LONGEST_NAME = 60  # characters; a longer persona is a description, not a name
@@ -178,7 +178,7 @@ def read_rollout_examples(
     scores, unjudged = {}, ""
     if selection.score is not None:
         scores = read_scores(folder / "scores.jsonl")
-        roles = {rollout.role for rollout in rollouts if not is_pole(rollout.role)}
+        roles = {rollout.role for rollout in rollouts if role_kind(rollout.role) == "role"}
         without = sorted(roles - {key.split("/", 1)[0] for key in scores})
         if len(without) > 1:
             raise UserError(
@@ -207,8 +207,8 @@ def read_rollout_examples(
 
 
 def _rollout_fault(rollout: Rollout, selection: RolloutFilter, score: int | None) -> str | None:
-    if is_pole(rollout.role):
-        return "of a trait's pole, not of a role"
+    if (kind := role_kind(rollout.role)) != "role":
+        return f"of a {kind}, not of a role"
     if rollout.stopped != "end" and not selection.cut:
         return "cut at the token limit"
     if score is None:

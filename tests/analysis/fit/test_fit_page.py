@@ -93,6 +93,14 @@ def a_fit(
         },
         "n_rollouts": 6,
         "curve": None,
+        "controls": [
+            {
+                "name": "neutral_facts",
+                "projection": -3.0,
+                "place": {"value": 0.7, "low": 0.6, "high": 0.8, "n": 4},
+            }
+        ],
+        "by_score": [{"score": 1, "n": 3, "roles": 3, "cosine": 0.97}],
         "traits": None,
         "trait_problem": None,
         "compared": None,

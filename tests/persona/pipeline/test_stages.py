@@ -343,6 +343,28 @@ def test_traits_added_to_a_run_leave_what_is_there_and_are_fitted_beside_it(plac
         assert (place / "at-once" / name).read_bytes() == (place / "traits" / name).read_bytes(), name
 
 
+def test_controls_added_to_a_run_leave_what_is_there_and_are_placed_on_its_axis(place):
+    bank = place / "bank-with-controls"
+    shutil.copytree(place / "bank", bank)
+    rows = [
+        {"name": "facts", "prompts": ["Water is wet.", "Rain falls."]},
+        {"name": "style", "prompts": ["Be brief."]},
+    ]
+    (bank / "controls.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copytree(place / "reference", place / "controls")
+    before = snapshot(place / "controls")
+    arguments = axis(place, "controls")
+    arguments[arguments.index("--bank") + 1] = str(bank)
+    main(arguments)
+    after = snapshot(place / "controls")
+    for name in ("activations.safetensors", "axis.safetensors", "space.safetensors"):
+        assert after[name][0] == before[name][0], name
+    assert lines(place / "reference") < lines(place / "controls")
+    fit = json.loads((place / "controls" / "fit.json").read_bytes())
+    assert {row["name"] for row in fit["controls"]} == {"facts", "style"}
+    assert "1 is “default”" in (place / "controls" / "report.html").read_text()
+
+
 def test_other_traits_in_the_same_folder_are_refused(place, capsys):
     shutil.copytree(place / "bank", place / "other-traits")
     rows = (place / "bank" / "traits.jsonl").read_text().replace("Be calm.", "Be quite calm.")

@@ -117,7 +117,7 @@ def test_a_mistake_in_a_question_is_named_with_file_and_line(tmp_path, row, mess
         ({**CALM, "name": "c", "negative": ["Be calm."]}, "trait 'c' has the same prompt on both sides"),
         (
             {**CALM, "name": "-calm"},
-            "trait name '-calm' may not hold '/' or outer spaces, or begin with + or -",
+            "trait name '-calm' may not hold '/' or outer spaces, or begin with +, - or =",
         ),
         ({**CALM, "name": "c", "rubric": 7}, "trait 'c' needs a string as `rubric`"),
     ],
@@ -146,13 +146,15 @@ def test_one_file_can_be_checked_by_its_name(tmp_path):
     written(tmp_path, [DEFAULT, BARD])
     assert check_file(tmp_path / "roles.jsonl") == 2
     assert check_file(tmp_path / "questions.jsonl") == 1
-    with pytest.raises(UserError, match=r"is not named roles\.jsonl, questions\.jsonl or traits\.jsonl"):
+    with pytest.raises(
+        UserError, match=r"is not named roles\.jsonl, questions\.jsonl, traits\.jsonl or controls\.jsonl"
+    ):
         check_file(tmp_path / "other.jsonl")
 
 
-@pytest.mark.parametrize("name", ["+calm", "-calm"])
+@pytest.mark.parametrize("name", ["+calm", "-calm", "=calm"])
 def test_no_role_may_have_the_name_of_a_traits_pole(tmp_path, name):
-    with pytest.raises(UserError, match=r"roles\.jsonl:2.* begin with \+ or -"):
+    with pytest.raises(UserError, match=r"roles\.jsonl:2.* begin with \+, - or ="):
         load_bank(written(tmp_path, [DEFAULT, {**BARD, "name": name}]))
 
 
@@ -335,6 +337,7 @@ def test_near_duplicates_are_found_when_there_are_any():
 def test_no_two_packaged_prompts_or_questions_are_near_duplicates(packaged):
     prompts = [prompt for role in packaged.roles if not role.is_default for prompt in role.prompts]
     prompts += [prompt for trait in packaged.traits for prompt in (*trait.positive, *trait.negative)]
+    prompts += [prompt for control in packaged.controls for prompt in control.prompts]
     assert near_duplicates(prompts) == []
     assert near_duplicates([question.question for question in packaged.questions]) == []
     assert near_duplicates([role.rubric for role in packaged.roles]) == []

@@ -50,6 +50,7 @@ def test_a_bank_that_was_written_is_read_as_it_was(folder):
     for bank in (imported(folder), load_bank(), odd):
         write_bank(bank, folder / "new" / "bank")
         names = ["questions.jsonl", "roles.jsonl", *["traits.jsonl"] * bool(bank.traits)]
+        names = ["controls.jsonl"] * bool(bank.controls) + names
         assert sorted(path.name for path in (folder / "new" / "bank").iterdir()) == names
         assert load_bank(folder / "new" / "bank") == bank
         shutil.rmtree(folder / "new")

@@ -5,7 +5,7 @@ import torch
 
 from personatlas.persona.axis import load_axis
 from personatlas.persona.errors import UserError
-from personatlas.persona.roles.bank import Bank, Question, Role, Trait, is_pole
+from personatlas.persona.roles.bank import Bank, Question, Role, Trait, role_kind
 from personatlas.persona.rollout import Selection, rollout_requests
 from personatlas.persona.runs import packaged_axes, packaged_axis_folder, resolve_axis
 
@@ -23,11 +23,14 @@ BANK = Bank(
 
 def test_poles_are_rolled_out_after_the_roles_and_only_when_asked_for():
     assert [role.name for role in CALM.poles] == ["+calm", "-calm"]
-    assert is_pole("+calm")
-    assert is_pole("-calm/0/q0/0")
-    assert not is_pole("calm")
+    assert [role_kind(name) for name in ("+calm", "-calm/0/q0/0", "calm", "=facts/0/q0/0")] == [
+        "trait",
+        "trait",
+        "role",
+        "control",
+    ]
     plain = [request.key for request in rollout_requests(BANK, "m", Selection(), 0)]
-    assert not any(is_pole(key) for key in plain)
+    assert {role_kind(key) for key in plain} == {"role"}
     both = [request.key for request in rollout_requests(BANK, "m", Selection(with_traits=True), 0)]
     assert both[: len(plain)] == plain
     assert both[len(plain) :][:5] == [

@@ -165,7 +165,7 @@ def test_a_runs_rollouts_are_conversations_with_the_role_as_style(tmp_path):
     spoken = next(one for one in found if one.role == "default")
     assert list(spoken.messages) == turns("Question q1?", "Arr.")
     assert faults.counts == {
-        "of a trait's pole, not of a role": 1,
+        "of a trait, not of a role": 1,
         "cut at the token limit": 1,
         "with an empty answer": 1,
     }
