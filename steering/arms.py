@@ -11,7 +11,7 @@ capture; on a CPU, where every hooked layer costs, arms run one after the other.
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +30,7 @@ from personatlas.persona.interventions import (
 )
 from personatlas.persona.models.load import Model
 from personatlas.persona.pipeline.stages import CPU_CHUNK, GPU_CHUNK
+from personatlas.persona.progress import Advance, no_advance
 from personatlas.persona.records import JsonRecord
 from personatlas.persona.rollout import Request
 from personatlas.persona.sampling.cuda_graph import fastest_sampler
@@ -199,9 +200,9 @@ def run_arms(
     requests: Sequence[Request],
     arms: Mapping[str, Interventions],
     sampling: Sampling,
-    advance: Callable[[int], None] = lambda _: None,
+    advance: Advance = no_advance,
 ) -> Iterator[ArmAnswers]:
-    """Answers all requests in all arms; `advance` is told how many answers more there are."""
+    """Answers all requests in all arms; `advance` counts answers, also while they are written."""
     ids = [tuple(model.chat.prompt_ids(list(request.messages))) for request in requests]
     sampler = fastest_sampler(model, model.chat.end_ids, sampling, max(map(len, ids)))
     on_gpu = model.device.type == "cuda"
@@ -228,7 +229,7 @@ def _answer_all(
     prompts: Sequence[Prompt],
     plans: Sequence[Interventions],
     chunk: int,
-    advance: Callable[[int], None],
+    advance: Advance,
 ) -> tuple[list[Answer], SteeringTally | None]:
     """Answers to the prompts in their order, and the tally of all of them."""
     answers: list[Answer] = []
@@ -237,9 +238,8 @@ def _answer_all(
         callback = None if steering is None else steering.callback
         for first in range(0, len(prompts), chunk):
             part: dict[int, Answer] = {}
-            for answer in sampler.answers(prompts[first : first + chunk], callback):
+            for answer in sampler.answers(prompts[first : first + chunk], callback, advance):
                 part[answer.index] = answer
-                advance(1)
             answers += [part[index] for index in sorted(part)]
             if callback is not None:
                 tallies.append(callback.tally)

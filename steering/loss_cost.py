@@ -8,7 +8,7 @@ Loss is the mean negative log-likelihood of the answers' tokens (nats), KL is KL
 next token's distribution at the same positions. Both are teacher-forced, so no sampling noise is in them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -19,6 +19,7 @@ from personatlas.analysis.stats import ratio_interval
 from personatlas.persona.errors import UserError
 from personatlas.persona.interventions import Interventions
 from personatlas.persona.models.load import Model
+from personatlas.persona.progress import Advance, no_advance
 from personatlas.persona.records import Fraction, NonNegative, Number, read_field
 from personatlas.persona.rollout import Rollout
 from personatlas.steering.hooks.account import SteeringTally
@@ -89,10 +90,7 @@ class Cost:
 
 @torch.no_grad()
 def benign_costs(
-    model: Model,
-    texts: Sequence[Rollout],
-    arms: Mapping[str, Interventions],
-    advance: Callable[[int], None] = lambda _: None,
+    model: Model, texts: Sequence[Rollout], arms: Mapping[str, Interventions], advance: Advance = no_advance
 ) -> dict[str, Cost]:
     """Reads all texts as the baseline and in every arm, each of which has an intervention.
 

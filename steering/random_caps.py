@@ -11,6 +11,7 @@ prompts and of answers apart where the cap has a floor for each.
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,10 +22,13 @@ from torch.nn.functional import normalize
 
 from personatlas.persona.errors import UserError
 from personatlas.persona.interventions import Cap, Interventions, interventions_digest, load_cap
+from personatlas.persona.models.hooks import BlockOutput, residual, run_to
 from personatlas.persona.models.load import Model
+from personatlas.persona.progress import Advance, no_advance, progress
 from personatlas.persona.rollout import Rollout
 from personatlas.steering.arms import RANDOM
-from personatlas.steering.teacher_forcing import project_batches, reading_batches
+from personatlas.steering.hooks.steering import steer
+from personatlas.steering.teacher_forcing import project_layers, reading_batches
 
 
 def random_arms(
@@ -39,31 +43,39 @@ def random_arms(
         raise UserError(
             "random controls are matched on answers of the baseline, and all are empty: choose another --seed"
         )
-    if folder is None:
-        shares = fired_shares(model, cap, texts) if count else torch.empty(0)
-        return {
-            f"{RANDOM} {seed}": [random_cap(model, cap, shares, texts, seed)] for seed in range(1, count + 1)
-        }
-    content = interventions_digest([cap]), [(text.prompt_ids, text.answer_ids) for text in texts]
-    name = f"{RANDOM}-{hashlib.sha256(repr(content).encode()).hexdigest()[:8]}"
-    files = {seed: folder / f"{name}-{seed}" for seed in range(1, count + 1)}
-    missing = [seed for seed, file in files.items() if not file.with_suffix(".json").exists()]
+    seeds = range(1, count + 1)
+    files = dict[int, Path]()
+    if folder is not None:
+        content = interventions_digest([cap]), [(text.prompt_ids, text.answer_ids) for text in texts]
+        name = f"{RANDOM}-{hashlib.sha256(repr(content).encode()).hexdigest()[:8]}"
+        files = {seed: folder / f"{name}-{seed}" for seed in seeds}
+    caps = {seed: load_cap(file) for seed, file in files.items() if file.with_suffix(".json").exists()}
+    missing = [seed for seed in seeds if seed not in caps]
     if missing:
-        folder.mkdir(exist_ok=True)
-        shares = fired_shares(model, cap, texts)
-        for seed in missing:
-            random_cap(model, cap, shares, texts, seed).save(files[seed])
-    return {f"{RANDOM} {seed}": [load_cap(file)] for seed, file in files.items()}
+        with progress("matching random controls", len(texts) * (1 + len(missing))) as advance:
+            shares = fired_shares(model, cap, texts, advance)
+            for seed in missing:
+                caps[seed] = random_cap(model, cap, shares, texts, seed, advance)
+                if folder is not None:
+                    folder.mkdir(exist_ok=True)
+                    caps[seed].save(files[seed])
+    return {f"{RANDOM} {seed}": [caps[seed]] for seed in seeds}
 
 
-@torch.no_grad()
-def fired_shares(model: Model, cap: Cap, texts: Sequence[Rollout]) -> Float[Tensor, "C S"]:
+def fired_shares(
+    model: Model, cap: Cap, texts: Sequence[Rollout], advance: Advance = no_advance
+) -> Float[Tensor, "C S"]:
     """Share of the texts' tokens that the cap changes at each layer, for each side that has floors of its
     own.
     """
-    sides, shares = _side_masks(model, cap, texts), []
-    for row, layer in enumerate(cap.layers):
-        values = _projections(model, texts, [_first_layers(cap, row)] if row else [], layer, cap.vectors[row])
+    sides, vectors = _side_masks(model, cap, texts), dict(zip(cap.layers, cap.vectors, strict=True))
+    read: dict[int, list[Tensor]] = {layer: [] for layer in cap.layers}
+    for batch, projections in project_layers(model, texts, [cap], vectors):
+        for layer, values in projections.items():
+            read[layer].append(values[batch.real])
+        advance(len(batch.texts))
+    shares = []
+    for row, values in enumerate(map(torch.cat, read.values())):
         below = {side: values[mask] < cap.floor_of(row, side) for side, mask in sides.items()}
         shares.append([float(own.float().mean()) for own in below.values()])
     return torch.tensor(shares)
@@ -71,21 +83,41 @@ def fired_shares(model: Model, cap: Cap, texts: Sequence[Rollout]) -> Float[Tens
 
 @torch.no_grad()
 def random_cap(
-    model: Model, cap: Cap, shares: Float[Tensor, "C S"], texts: Sequence[Rollout], seed: int
+    model: Model,
+    cap: Cap,
+    shares: Float[Tensor, "C S"],
+    texts: Sequence[Rollout],
+    seed: int,
+    advance: Advance = no_advance,
 ) -> Cap:
     """A cap of random unit directions at the same layers and phases that fires on such shares of the texts'
     tokens.
+
+    A floor is known when all texts have come to its layer: they wait there for one another, so each is read
+    once.
     """
     generator = torch.Generator().manual_seed(seed)
     vectors = normalize(torch.randn(cap.vectors.shape, generator=generator), dim=1)
     blank = replace(cap, vectors=vectors, ceiling=None, level=None, population="random", calibration={})
-    sides = _side_masks(model, cap, texts)
-    floors: dict[str, list[float]] = {side: [] for side in sides}
-    for row, layer in enumerate(cap.layers):
-        before = [_with_floors(_first_layers(blank, row), floors)] if row else []
-        values = _projections(model, texts, before, layer, vectors[row])
+    sides, batches = _side_masks(model, cap, texts), list(reading_batches(model, texts))
+    floors = {side: [0.0] * len(cap.layers) for side in sides}
+    outputs: list[BlockOutput | None] = [None] * len(batches)
+    last: int | None = None  # the row of the layer before
+    for row in sorted(range(len(cap.layers)), key=cap.layers.__getitem__):
+        layer, values = cap.layers[row], []
+        known = [] if last is None else [_with_floors(blank, floors, slice(last, last + 1))]
+        resume = None if last is None else cap.layers[last]
+        for number, batch in enumerate(batches):
+            with steer(model, known) if known else nullcontext() as steering:
+                if steering is not None:
+                    steering.describe(batch.lengths, batch.starts)
+                output = run_to(model, batch.ids, layer, resume=resume, output=outputs[number])
+            outputs[number], h = output, residual(output)
+            values.append((h.float() @ vectors[row].to(h.device)).cpu()[batch.real])
+            advance(len(batch.texts) / len(cap.layers))
         for (side, mask), share in zip(sides.items(), shares[row].tolist(), strict=True):
-            floors[side].append(float(values[mask].quantile(share)))
+            floors[side][row] = float(torch.cat(values)[mask].quantile(share))
+        last = row
     return _with_floors(blank, floors)
 
 
@@ -103,23 +135,9 @@ def _side_masks(model: Model, cap: Cap, texts: Sequence[Rollout]) -> dict[str, B
     return {side: masks[side] for side in sides}
 
 
-def _with_floors(cap: Cap, floors: Mapping[str, Sequence[float]]) -> Cap:
-    *prompt, answer = (torch.tensor(own) for own in floors.values())
-    return replace(cap, floor=answer, prompt_floor=prompt[0] if prompt else None)
-
-
-def _first_layers(cap: Cap, n: int) -> Cap:
-    prompt_floor = None if cap.prompt_floor is None else cap.prompt_floor[:n]
-    ceiling = None if cap.ceiling is None else cap.ceiling[:n]
-    layers, vectors, floor = cap.layers[:n], cap.vectors[:n], cap.floor[:n]
-    return replace(
-        cap, layers=layers, vectors=vectors, floor=floor, prompt_floor=prompt_floor, ceiling=ceiling
-    )
-
-
-def _projections(
-    model: Model, texts: Sequence[Rollout], interventions: Interventions, layer: int, vector: Tensor
-) -> Float[Tensor, " M"]:
-    """Projections of all tokens at a layer, batch after batch, with the interventions on."""
-    batches = project_batches(model, texts, interventions, layer, vector)
-    return torch.cat([values[batch.real] for batch, values in batches])
+def _with_floors(cap: Cap, floors: Mapping[str, Sequence[float]], rows: slice = slice(None)) -> Cap:
+    """The cap at some of its layers, with floors by side."""
+    *prompt, answer = (torch.tensor(own[rows]) for own in floors.values())
+    prompt_floor = prompt[0] if prompt else None
+    layers, vectors = cap.layers[rows], cap.vectors[rows]
+    return replace(cap, layers=layers, vectors=vectors, floor=answer, prompt_floor=prompt_floor)

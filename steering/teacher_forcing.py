@@ -9,7 +9,7 @@ Projections of such texts with interventions on, one value a token, before any s
         projections[batch.real]                      # (B, T) masked: all tokens
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 
@@ -104,6 +104,31 @@ def reading_batches(model: Model, texts: Sequence[Rollout]) -> Iterator[TextBatc
 
 
 @torch.no_grad()
+def project_layers(
+    model: Model,
+    texts: Sequence[Rollout],
+    interventions: Interventions,
+    vectors: Mapping[int, Float[Tensor, " D"]],
+) -> Iterator[tuple[TextBatch, dict[int, Float[Tensor, "B T"]]]]:
+    """Batch after batch with <h, v> at each layer of `vectors`, fp32 on the CPU; those of padding mean
+    nothing.
+    """
+
+    def to_projection(layer: int, h: Tensor) -> Tensor:
+        return (h.float() @ vectors[layer].to(h.device)).cpu()
+
+    for batch in reading_batches(model, texts):
+        with (
+            # before the steering's hooks, and so its step
+            capture(model, vectors, to_projection) as captured,
+            steer(model, interventions) if interventions else nullcontext() as steering,
+        ):
+            if steering is not None:
+                steering.describe(batch.lengths, batch.starts)
+            model.base(input_ids=batch.ids, use_cache=False)
+        yield batch, captured
+
+
 def project_batches(
     model: Model,
     texts: Sequence[Rollout],
@@ -111,22 +136,9 @@ def project_batches(
     layer: int,
     vector: Float[Tensor, " D"],
 ) -> Iterator[tuple[TextBatch, Float[Tensor, "B T"]]]:
-    """Batch after batch with <h, v> at a layer, fp32 on the CPU; those of padding mean nothing."""
-
-    def to_projection(_layer: int, h: Tensor) -> Tensor:
-        return (h.float() @ vector.to(h.device)).cpu()
-
-    for batch in reading_batches(model, texts):
-        with (
-            capture(
-                model, [layer], to_projection
-            ) as captured,  # before the steering's hooks, and so its step
-            steer(model, interventions) if interventions else nullcontext() as steering,
-        ):
-            if steering is not None:
-                steering.describe(batch.lengths, batch.starts)
-            model.base(input_ids=batch.ids, use_cache=False)
-        yield batch, captured[layer]
+    """The same at one layer."""
+    for batch, projections in project_layers(model, texts, interventions, {layer: vector}):
+        yield batch, projections[layer]
 
 
 def mean_projections(

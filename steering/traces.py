@@ -8,7 +8,7 @@ own spans. What does not fit into the model's context is left out from the end: 
 `trace_answer` reads one answer with interventions on, and what they did to each token.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TypedDict
@@ -26,6 +26,7 @@ from personatlas.persona.models.detokenizer import token_pieces
 from personatlas.persona.models.hooks import capture
 from personatlas.persona.models.load import Model
 from personatlas.persona.models.token_spans import conversation_spans
+from personatlas.persona.progress import Advance, no_advance
 from personatlas.persona.rollout import Rollout
 from personatlas.steering.hooks.steering import steer
 from personatlas.steering.teacher_forcing import project_batches
@@ -90,7 +91,7 @@ def trace_conversations(
     model: Model,
     axis: Axis,
     conversations: Sequence[Conversation],
-    advance: Callable[[int], None] = lambda _: None,
+    advance: Advance = no_advance,
     left_out: Exclusions | None = None,
 ) -> tuple[Trace, ...]:
     """Traces of stored conversations, in their order; `advance` counts them.

@@ -11,8 +11,9 @@ with capture(model, axis.layers, project) as projections:  # nothing wider than 
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from torch import Tensor, nn
 
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
     from personatlas.persona.models.load import Model
 
 
-def residual(output: Any) -> Tensor:
+BlockOutput = Tensor | tuple[Any, ...]
+
+
+def residual(output: BlockOutput) -> Tensor:
     """The residual stream (B, T, D) in a block's output: older `transformers` wrap it in a tuple."""
     return output if isinstance(output, Tensor) else output[0]
 
@@ -64,6 +68,35 @@ def capture(
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _Reached(Exception):
+    """A forward has come as far as it was to go."""
+
+
+def run_to(
+    model: "Model", ids: Tensor, layer: int, *, resume: int | None = None, output: BlockOutput | None = None
+) -> BlockOutput:
+    """Returns what block `layer` gives for ids (B, T), and runs no block after it.
+
+    With `resume`, blocks up to that one are not run: `output`, which `run_to` returned for it, is what they
+    give. So a text that is read layer by layer costs one forward, not one a layer. Hooks on the blocks before
+    `layer` fire, also on those that are not run.
+    """
+    reached: list[BlockOutput] = []
+
+    def stop(_module: nn.Module, _args: Any, own: BlockOutput) -> None:
+        reached.append(own)
+        raise _Reached
+
+    skipped = [] if resume is None else model.blocks[: resume + 1]
+    with ExitStack() as stack:
+        for block in skipped:
+            stack.enter_context(patch.object(block, "forward", lambda *_args, **_kwargs: output))
+        stack.callback(model.blocks[layer].register_forward_hook(stop, prepend=True).remove)
+        with suppress(_Reached):
+            model.base(input_ids=ids, use_cache=False)
+    return reached[0]
 
 
 @contextmanager

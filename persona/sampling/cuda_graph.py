@@ -22,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from personatlas.persona.models.load import Model
+from personatlas.persona.progress import Advance, no_advance
 from personatlas.persona.sampling.kv_cache import decoding_mask, fitting_tokens
 from personatlas.persona.sampling.next_token import draw
 from personatlas.persona.sampling.sampler import Answer, Decoder, Prompt, Sampler, SamplerCallback, Sampling
@@ -103,10 +104,15 @@ class GraphSampler(Sampler):
         self._no_callback = SamplerCallback()
 
     @torch.no_grad()
-    def answers(self, prompts: Sequence[Prompt], callback: SamplerCallback | None = None) -> Iterator[Answer]:
+    def answers(
+        self,
+        prompts: Sequence[Prompt],
+        callback: SamplerCallback | None = None,
+        advance: Advance = no_advance,
+    ) -> Iterator[Answer]:
         """Answers one chunk; answers come as they end. Another callback than the last one's is another capture."""
         if self.decoder is not Decoder:
-            yield from super().answers(prompts, callback)
+            yield from super().answers(prompts, callback, advance)
             return
         self._require_room(prompts)
         longest = max(self.longest, *(len(prompt.ids) for prompt in prompts))
@@ -121,7 +127,7 @@ class GraphSampler(Sampler):
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
                 self._steps = Steps(self, slots, length, callback)
-            yield from self._steps.run(prompts)
+            yield from self._steps.run(prompts, advance)
 
 
 class Steps:
@@ -149,10 +155,11 @@ class Steps:
         )
         return same and self.slots == slots and self.length >= length
 
-    def run(self, prompts: Sequence[Prompt]) -> Iterator[Answer]:
+    def run(self, prompts: Sequence[Prompt], advance: Advance = no_advance) -> Iterator[Answer]:
         """Answers the prompts, refilling slots in order of the prompts."""
         waiting = list(range(len(prompts)))[::-1]
         rows: list[int | None] = [None] * self.slots
+        told = [0] * self.slots  # tokens of each slot's answer that `advance` was told of
         done: list[Answer] = []
         self.running.zero_()
         while waiting or any(row is not None for row in rows):
@@ -160,12 +167,12 @@ class Steps:
             if waiting and len(free) >= min(max(self.slots // REFILL, 1), len(waiting)):
                 filled = {slot: waiting.pop() for slot in free[: len(waiting)]}
                 for slot, row in filled.items():
-                    rows[slot] = row
+                    rows[slot], told[slot] = row, 0
                 self._fill(list(filled), [prompts[row] for row in filled.values()])
             for _ in range(POLL):
                 self._step()
             yield from done  # of the round before: the GPU is busy with this one
-            done = self._finished(prompts, rows)
+            done = self._finished(prompts, rows, told, advance)
         yield from done
 
     def _fill(self, slots: list[int], prompts: list[Prompt]) -> None:
@@ -182,9 +189,15 @@ class Steps:
         ):
             target[index] = torch.tensor(values, device=target.device, dtype=target.dtype)
 
-    def _finished(self, prompts: Sequence[Prompt], rows: list[int | None]) -> list[Answer]:
+    def _finished(
+        self, prompts: Sequence[Prompt], rows: list[int | None], told: list[int], advance: Advance
+    ) -> list[Answer]:
         """Takes the answers out of the slots that came to rest; this waits for the GPU."""
         running, ended, steps = self.running.tolist(), self.ended.tolist(), self.steps.tolist()
+        now = [count if on else self.limit for count, on in zip(steps, running, strict=True)]
+        busy = [slot for slot, row in enumerate(rows) if row is not None]
+        advance(sum(now[slot] - told[slot] for slot in busy) / self.limit)
+        told[:] = now
         done = {slot: row for slot, row in enumerate(rows) if row is not None and not running[slot]}
         written = self.written[
             torch.tensor(list(done), dtype=torch.long, device=self.written.device)

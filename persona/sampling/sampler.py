@@ -21,6 +21,7 @@ from personatlas.persona.errors import UserError
 from personatlas.persona.models.hooks import without_hooks
 from personatlas.persona.models.load import Model
 from personatlas.persona.models.parity import relative_error
+from personatlas.persona.progress import Advance, no_advance
 from personatlas.persona.sampling.kv_cache import SlotCache, decoding_mask
 from personatlas.persona.sampling.next_token import draw
 
@@ -257,8 +258,15 @@ class Sampler:
             )
 
     @torch.no_grad()
-    def answers(self, prompts: Sequence[Prompt], callback: SamplerCallback | None = None) -> Iterator[Answer]:
-        """Answers one chunk; answers come as they end. `callback` is told what every forward is about."""
+    def answers(
+        self,
+        prompts: Sequence[Prompt],
+        callback: SamplerCallback | None = None,
+        advance: Advance = no_advance,
+    ) -> Iterator[Answer]:
+        """Answers one chunk; answers come as they end. `callback` is told what every forward is about,
+        `advance` of every token, as a part of the longest answer: all prompts are `len(prompts)`.
+        """
         limit, device = self.sampling.max_new_tokens, self.model.device
         self._require_room(prompts)
         callback = callback or SamplerCallback()
@@ -278,6 +286,7 @@ class Sampler:
             tokens = draw(logits, seeds, steps, self.sampling.temperature, self.sampling.top_p)
             written[: len(rows), step] = tokens
             ended = torch.isin(tokens, self.end_ids).nonzero()[:, 0].tolist()
+            advance((len(rows) - len(ended)) / limit + len(ended) * (limit - step) / limit)
             for slot in reversed(ended):  # from the back: the row that moves in has not ended
                 answer = Answer(rows[slot], tuple(written[slot, :step].tolist()), "end")
                 callback.finish([slot], prompts, [answer])

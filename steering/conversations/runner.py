@@ -17,10 +17,10 @@ their own form."""
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
@@ -33,6 +33,7 @@ from personatlas.persona.interventions import BASELINE, Interventions, intervent
 from personatlas.persona.logs import ResultCache
 from personatlas.persona.models.chat_template import ChatFormat
 from personatlas.persona.models.load import Model
+from personatlas.persona.progress import Advance, no_advance
 from personatlas.persona.records import Fraction, JsonRecord, Number
 from personatlas.persona.rollout import Rollout, TokenIds, seed_of
 from personatlas.persona.sampling.cuda_graph import fastest_sampler
@@ -42,6 +43,7 @@ from personatlas.steering.hooks.steering import steer
 from personatlas.steering.teacher_forcing import mean_projections
 
 ANSWER_FIELDS = ("ids", "text", "stopped", "projection", "uncapped", "fired")  # of a TurnRecord
+WRITING = 0.85  # of an answer's time, about; the rest is reading it again
 CPU_CHUNK, GPU_CHUNK = 8, 1024  # scripts; what an interruption can cost of one turn
 OLD_ARM_NAMES = {"as it is": BASELINE}  # in logs of earlier versions
 
@@ -236,13 +238,13 @@ def run_conversations(
     scripts: Sequence[Script],
     arms: Mapping[str, Interventions],
     turns: int,
-    advance: Callable[[int], None] = lambda _: None,
+    advance: Advance = no_advance,
     monitors: Mapping[str, DriftMonitor] = MappingProxyType({}),
 ) -> Transcripts:
     """Runs all scripts in all arms, up to `turns` turns each; `monitors` are those of adaptive arms.
 
-    `advance` counts turns. A conversation ends where its user says nothing more, or where its next prompt
-    leaves no room for an answer (then it is in `truncated`). Raises `UserError` where a first prompt leaves
+    `advance` counts turns, also while they are written. A conversation ends where its user says nothing more,
+    or where its next prompt leaves no room for an answer (then it is in `truncated`). Raises `UserError` where a first prompt leaves
     no room, and `ValueError` for a monitor without a rule."""
     for name, monitor in monitors.items():
         if monitor.rule is None:
@@ -376,14 +378,14 @@ def _units(config: RunnerConfig, requests: Sequence[TurnRequest], log: _Log) -> 
     return [[request for unit in missing for request in unit]]
 
 
-def _complete(
-    config: RunnerConfig, unit: Sequence[TurnRequest], log: _Log, advance: Callable[[int], None]
-) -> None:
+def _complete(config: RunnerConfig, unit: Sequence[TurnRequest], log: _Log, advance: Advance) -> None:
     """Answer and log a unit as a whole, unless the log holds all of it."""
     new: dict[str, TurnRequest] = {}
+    arms = list(dict.fromkeys(request.record.arm for request in unit))
+    advance = partial(advance, note=f"arm {arms[0]}" if len(arms) == 1 else f"{len(arms)} arms")
     if not all(map(log.has, unit)):
-        arms = set(map(log.arm, unit))
-        answers = {request.key: log.answer(request, other_than=arms) for request in unit}
+        own = set(map(log.arm, unit))
+        answers = {request.key: log.answer(request, other_than=own) for request in unit}
         for request in unit:
             if not answers[request.key]:
                 new.setdefault(request.key, request)
@@ -396,12 +398,10 @@ def _complete(
         ]
         log.cache.add(rows)
         log.index(rows)
-    advance(len(unit) - len(new))
+    advance(len(unit) - len(new), known=True)
 
 
-def _answer(
-    config: RunnerConfig, requests: Sequence[TurnRequest], advance: Callable[[int], None]
-) -> list[dict[str, Any]]:
+def _answer(config: RunnerConfig, requests: Sequence[TurnRequest], advance: Advance) -> list[dict[str, Any]]:
     """Sample the answers and measure them."""
     answers, fired = _sample(config, requests, advance)
     texts = [
@@ -431,6 +431,7 @@ def _answer(
         )
         for i, value in zip(rows, values, strict=True):
             projections[i] = value
+    advance((1 - WRITING) * len(requests))
     return [
         {
             "ids": text.answer_ids,
@@ -445,9 +446,13 @@ def _answer(
 
 
 def _sample(
-    config: RunnerConfig, requests: Sequence[TurnRequest], advance: Callable[[int], None]
+    config: RunnerConfig, requests: Sequence[TurnRequest], advance: Advance
 ) -> tuple[list[Answer], list[float | None]]:
     """Answers in the requests' order, and the fired share of each (None without interventions)."""
+
+    def write(done: float | int, units: int = 0, *, note: str = "", known: bool = False) -> None:
+        advance(done * WRITING)
+
     plans = {request.digest: request.acting for request in requests if request.acting}
     batches = [list(range(len(requests)))]
     if not config.on_gpu:
@@ -467,9 +472,9 @@ def _sample(
         ]
         context = steer(config.model, *(plans[digest] for digest in acting)) if acting else nullcontext()
         with context as steering:
-            for answer in config.sampler.answers(prompts, None if steering is None else steering.callback):
+            callback = None if steering is None else steering.callback
+            for answer in config.sampler.answers(prompts, callback, write):
                 answers[batch[answer.index]] = answer
-                advance(1)
             if steering is not None:
                 tally = steering.callback.tally
                 for row, i in enumerate(batch):

@@ -27,7 +27,7 @@ from personatlas.persona.formats import Conversation, Exclusions, Message
 from personatlas.persona.interventions import BASELINE, Interventions
 from personatlas.persona.logs import append_lines
 from personatlas.persona.options import ModelOptions
-from personatlas.persona.progress import progress, say
+from personatlas.persona.progress import Stage, Study, progress, say, stages
 from personatlas.persona.records import JsonObject
 from personatlas.persona.rollout import Rollout, spread
 from personatlas.persona.runs import open_run, resolve_axis, versions
@@ -69,6 +69,8 @@ from personatlas.steering.traces import trace_conversations
 DEFAULT_CAP = "assistant"
 RESERVED = rf"{STORED}|.*{ADAPTIVE}"  # names of the study's own arms
 MATCHED = 48  # answers that random controls are matched on
+CONTROL_ANSWERS, CONTROLS = "answers to match controls on", "random controls"  # the stages of a study
+ARM_TURNS, ADAPTIVE_TURNS = "conversations", "conversations of adaptive arms"
 
 
 def run_drift_study(
@@ -149,8 +151,33 @@ def _run_arms(
 ) -> StudyData:
     """Baseline and arms; then, with an alarm of an earlier study or calibrated on this one, adaptive arms."""
     turns = options.turns or 0
-    arms = steered.arms | _random_arms(config, scripts, steered)
     n_turns = sum(min(len(script.users), turns) for script in scripts)
+    n_arms, n_random = len(steered.arms), (steered.n_random or 0) if steered.control_cap else 0
+    named = (ARM_TURNS, n_arms + n_random), (ADAPTIVE_TURNS, n_arms - 1)
+    planned = [Stage(name, n * n_turns, "turns") for name, n in named if n]
+    if n_random:  # read once for the cap and once a control: a tenth of an answer's time, each
+        n_matched = min(len(scripts), MATCHED)
+        controls = (
+            Stage(CONTROL_ANSWERS, n_matched, "turns"),
+            Stage(CONTROLS, n_matched * (1 + n_random) / 10),
+        )
+        planned = [*controls, *planned]
+    with stages(planned) as study:
+        return _run_stages(config, scripts, steered, monitor, options, n_turns, study)
+
+
+def _run_stages(
+    config: RunnerConfig,
+    scripts: Sequence[Script],
+    steered: SteeredModel,
+    monitor: StudyMonitor | None,
+    options: DriftOptions,
+    n_turns: int,
+    study: Study,
+) -> StudyData:
+    turns = options.turns or 0
+    arms = steered.arms | _random_arms(config, scripts, steered, study)
+    study.start(ARM_TURNS)
     with progress("turns", n_turns * len(arms)) as advance:
         transcripts = run_conversations(config, scripts, arms, turns, advance)
     own = _save_reference(config, transcripts, options)
@@ -159,19 +186,23 @@ def _run_arms(
         adaptive = {f"{name}{ADAPTIVE}": plan for name, plan in steered.steered_arms.items()}
         arms |= adaptive
         monitors = dict.fromkeys(adaptive, monitor.monitor)
+        study.start(ADAPTIVE_TURNS)
         with progress("turns, adaptive", n_turns * len(adaptive)) as advance:
             transcripts |= run_conversations(config, scripts, adaptive, turns, advance, monitors)
     return StudyData(config, scripts, transcripts, arms, monitor, options)
 
 
 def _random_arms(
-    config: RunnerConfig, scripts: Sequence[Script], steered: SteeredModel
+    config: RunnerConfig, scripts: Sequence[Script], steered: SteeredModel, study: Study
 ) -> dict[str, Interventions]:
     """Random controls, matched to the first cap on the baseline's first answers; kept in the folder."""
     cap, some = steered.control_cap, spread(scripts, MATCHED)
     if cap is None or not steered.n_random:
         return {}
-    turns = run_conversations(config, some, {BASELINE: []}, 1).turns.values()
+    study.start(CONTROL_ANSWERS)
+    with progress("answers", len(some)) as advance:
+        turns = run_conversations(config, some, {BASELINE: []}, 1, advance).turns.values()
+    study.start(CONTROLS)
     texts = [
         Rollout(
             turn.conversation,

@@ -1,7 +1,7 @@
 """What an intervention costs a model that does nothing wrong: loss and KL on its own everyday answers, bits
 per byte of a text.
 
-    capability = measure_capability(bench, suites, answers, arms, EvalOptions(text=Path("book.txt")), None)
+    capability = measure_capability(bench, suites, answers, arms, EvalOptions(text=Path("book.txt")), study)
     capability.benign["assistant"].more_loss             # teacher-forced on the baseline's answers
     capability.text.arms["assistant"].bits_per_byte      # nats / ln 2 / bytes, windows of 512 tokens
 
@@ -24,7 +24,7 @@ from personatlas.persona.interventions import Interventions, interventions_diges
 from personatlas.persona.logs import ResultCache
 from personatlas.persona.models.control_tokens import TextEncoder
 from personatlas.persona.models.load import Model
-from personatlas.persona.progress import progress
+from personatlas.persona.progress import Study, progress
 from personatlas.persona.records import Count, Ends, FractionOrNaN, JsonRecord, NonNegative, NonNegativeOrNaN
 from personatlas.persona.rollout import Rollout
 from personatlas.steering.arms import distinct_ngrams
@@ -36,6 +36,7 @@ from personatlas.steering.evals.suites import Suite
 from personatlas.steering.loss_cost import Cost, benign_costs
 from personatlas.steering.teacher_forcing import CPU_LOGIT_TOKENS, GPU_LOGIT_TOKENS, text_batches
 
+BENIGN_LOSS, OWN_LOSS, TEXT_LOSS = "loss on everyday answers", "loss of the arms' answers", "bits per byte"
 WINDOW = 512  # tokens of a text that are read together
 LOOP = 4  # an answer loops when a run of so many tokens stands in it so often
 
@@ -105,7 +106,7 @@ def measure_capability(
     answers: Mapping[str, Answers],
     arms: Mapping[str, Interventions],
     options: EvalOptions,
-    tasks: LmEvalResult | None,
+    study: Study,
 ) -> Capability:
     """Measures loss and KL on the answers of the suite benign, the loss of what each arm wrote there, and
     bits per byte of a text. What was read once is kept in capability.jsonl."""
@@ -117,22 +118,27 @@ def measure_capability(
             own = answers[suite.name]
             texts = [answer_rollout(own[baseline, case.key, 0]) for case in suite.cases]
             texts = [one for one in texts if one.answer_ids]
-            costs = _read_costs(bench, texts, acting, "reading benign answers")
+            study.start(BENIGN_LOSS)
+            costs = _read_costs(bench, texts, acting)
             benign = {name: _benign_cost(cost) for name, cost in costs.items()}
-            own_loss = {
-                name: own_losses(bench.model, [own[name, case.key, 0] for case in suite.cases])
-                for name in arms
-            }
+            study.start(OWN_LOSS)
+            own_loss = {}
+            with progress(OWN_LOSS, len(arms)) as advance:
+                for name in arms:
+                    answered = [own[name, case.key, 0] for case in suite.cases]
+                    own_loss[name] = own_losses(bench.model, answered)
+                    advance(1, note=f"arm {name}")
     if options.text is not None and acting:
         windows, n_bytes = text_windows(bench.model, options.text, options.text_bytes)
-        costs = _read_costs(bench, windows, acting, "reading the text")
+        study.start(TEXT_LOSS)
+        costs = _read_costs(bench, windows, acting)
         before = float(next(iter(costs.values())).before.sum()) / math.log(2) / n_bytes
         rows = {baseline: TextCost(before)}
         for name, cost in costs.items():
             after = float(cost.after.sum()) / math.log(2) / n_bytes
             rows[name] = TextCost(after, **vars(_benign_cost(cost)))
         text_costs = TextCosts(options.text.name, n_bytes, rows)
-    return Capability(benign, own_loss, text_costs, tasks)
+    return Capability(benign, own_loss, text_costs)
 
 
 def _benign_cost(cost: Cost) -> BenignCost:
@@ -140,9 +146,7 @@ def _benign_cost(cost: Cost) -> BenignCost:
     return BenignCost(cost.more, cost.more_interval, cost.loss, cost.kl, fired, *counts)
 
 
-def _read_costs(
-    bench: Bench, texts: Sequence[Rollout], arms: Mapping[str, Interventions], title: str
-) -> dict[str, Cost]:
+def _read_costs(bench: Bench, texts: Sequence[Rollout], arms: Mapping[str, Interventions]) -> dict[str, Cost]:
     """The costs of all arms on the texts, those that were read before from the log."""
     content = json.dumps([[text.prompt_ids, text.answer_ids] for text in texts])
     sha = hashlib.sha256(content.encode()).hexdigest()[:16]
@@ -150,7 +154,7 @@ def _read_costs(
     cache = ResultCache(bench.folder / "capability.jsonl", "key", schema=Cost.from_json)
     missing = {name: plan for name, plan in arms.items() if keys[name] not in cache}
     if missing:
-        with progress(title, len(missing) * len(texts)) as advance:
+        with progress("reading", len(missing) * len(texts)) as advance:
             costs = benign_costs(bench.model, texts, missing, advance)
         rows = {keys[name]: {"key": keys[name], **cost.to_json()} for name, cost in costs.items()}
         cache.add(rows.values())

@@ -8,7 +8,7 @@ is a row of the same batches (on a GPU) or answers in turn (on a CPU), with the 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from personatlas.persona.artifacts import write_json
@@ -19,14 +19,21 @@ from personatlas.persona.interventions import BASELINE, Cap, Interventions
 from personatlas.persona.models.load import Model
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.pipeline.run_context import local_device
-from personatlas.persona.progress import progress, say
+from personatlas.persona.progress import Stage, Study, progress, say, stages
 from personatlas.persona.records import JsonObject, json_object
 from personatlas.persona.roles.bank import Bank, load_bank
 from personatlas.persona.rollout import Rollout, spread
 from personatlas.persona.runs import RunFolder, open_run, versions
 from personatlas.steering.arms import summarise_arms
-from personatlas.steering.evals.answers import Bench, answer_rollout, answer_suite, fit_to_context
-from personatlas.steering.evals.capability import measure_capability, read_head
+from personatlas.steering.evals.answers import Answers, Bench, answer_rollout, answer_suite, fit_to_context
+from personatlas.steering.evals.capability import (
+    BENIGN_LOSS,
+    OWN_LOSS,
+    TEXT_LOSS,
+    Capability,
+    measure_capability,
+    read_head,
+)
 from personatlas.steering.evals.harm.judges import HarmJudge, harm_judge, judge_harm
 from personatlas.steering.evals.harnesses.lm_eval_result import (
     parse_task_data,
@@ -50,6 +57,9 @@ from personatlas.steering.random_caps import random_arms
 from personatlas.steering.session import Arms, load_steered_model
 
 MATCHED = 48  # answers that random caps are matched on
+CONTROL_ANSWERS, CONTROLS = "answers to match controls on", "random controls"  # stages, beside the suites
+JUDGING = "judging"
+PROMPT, WRITTEN, LOGITS = 64, 7.0, 2.0  # tokens of a prompt; a token's time, written or with its logits
 
 
 def evaluate(
@@ -103,13 +113,20 @@ def evaluate(
                 options = replace(options, random=steered.n_random)
             bench = Bench(steered.model, steered.chat, steered.axis, run.folder, world)
             prepared = _prepare(run, bench, options, selected, roles)
-            if cap is not None and options.random:
-                plans |= _random_arms(bench, [suite for suite, _ in prepared], cap, options.random)
-            if not world.rank:
-                world.barrier()
             named = None if suites is None else ",".join(suite.name for suite in selected)
             asked = {"suite": named, **asdict(options)}
-            return _run(run, bench, options, prepared, plans, judge, json_object(asked))
+            own_suites = [suite for suite, _ in prepared]
+            n_random = options.random if cap is not None else 0
+            planned = plan_stages(own_suites, len(plans), n_random, options, judge)
+            with stages(planned, quiet=world.rank > 0) as study:
+                if cap is not None and n_random:
+                    plans |= _random_arms(bench, own_suites, cap, n_random, study)
+                if not world.rank:
+                    world.barrier()
+                measured = _measure(run, bench, options, own_suites, plans, judge, study)
+            if measured is None:
+                return None
+            return _result(run, bench, options, prepared, plans, judge, json_object(asked), measured)
         finally:
             world.close()
 
@@ -169,13 +186,16 @@ def _prepare(
     return prepared
 
 
-def _random_arms(bench: Bench, suites: Sequence[Suite], cap: Cap, count: int) -> dict[str, Interventions]:
+def _random_arms(
+    bench: Bench, suites: Sequence[Suite], cap: Cap, count: int, study: Study
+) -> dict[str, Interventions]:
     """Arms of random caps, controls for what disturbing a model as often as the cap does would do in any
     direction.
 
     They are matched, layer by layer, to that cap's fired shares on answers of the baseline to first turns of
     the first and the last suite.
     """
+    study.start(CONTROL_ANSWERS)
     texts: list[Rollout] = []
     sources = {suite.name: suite for suite in (suites[0], suites[-1])}.values()
     for suite in sources:
@@ -186,24 +206,68 @@ def _random_arms(bench: Bench, suites: Sequence[Suite], cap: Cap, count: int) ->
         texts += [rollout for rollout in rollouts if rollout.answer_ids]
     if bench.world.rank:
         bench.world.barrier()  # until the first rank has saved them
+    study.start(CONTROLS)
     arms = random_arms(bench.model, cap, texts, count, bench.folder / CAPS)
     if not bench.world.rank:
         bench.world.barrier()
     return arms
 
 
-def _run(
+@dataclass(frozen=True)
+class Measured:
+    """Answers by suite, the judges' scores by judge and pair of request and answer, and what the arms cost."""
+
+    answers: dict[str, Answers]
+    judges: dict[str, HarmJudge]
+    scored: dict[str, dict[tuple[str, str], float | None]]
+    capability: Capability
+
+
+def plan_stages(
+    suites: Sequence[Suite], n_arms: int, n_random: int, options: EvalOptions, judge: HarmJudge
+) -> list[Stage]:
+    """The stages of an evaluation with their work, in tokens that are read: one written takes as long as
+    `WRITTEN`.
+    """
+    planned, n_acting = list[Stage](), n_arms - 1 + n_random
+    if n_random:
+        sources = list({suite.name: suite for suite in (suites[0], suites[-1])}.values())
+        counts = [(suite, min(len(suite.cases), MATCHED // len(sources))) for suite in sources]
+        written = sum(n * (PROMPT + WRITTEN * suite.max_new_tokens) for suite, n in counts)
+        read = sum(n * (PROMPT + suite.max_new_tokens) for suite, n in counts)
+        planned.append(Stage(CONTROL_ANSWERS, written, "writing"))
+        planned.append(Stage(CONTROLS, read * (1 + n_random), "reading"))
+    for suite in suites:
+        history = (suite.turns - 1) / 2 * (PROMPT + suite.max_new_tokens)
+        n_turns = sum(1 + len(case.later) for case in suite.cases)
+        work = n_turns * (1 + n_acting) * (PROMPT + history + WRITTEN * suite.max_new_tokens)
+        planned.append(Stage(suite.name, work, "writing"))
+    if n_judged := sum(len(suite.cases) for suite in suites if suite.judge(judge) is not None):
+        of_rules = judge.id.startswith("rules")
+        planned.append(Stage(JUDGING, n_judged * (1 + n_acting) * (0.0 if of_rules else 512.0), "judging"))
+    for suite in suites:
+        if suite.name == "benign":
+            work = LOGITS * len(suite.cases) * (1 + n_acting) * (PROMPT + suite.max_new_tokens)
+            planned += [Stage(name, work, "losses") for name in (BENIGN_LOSS, OWN_LOSS)]
+    if options.text is not None:
+        planned.append(Stage(TEXT_LOSS, LOGITS * options.text_bytes / 4 * (1 + n_acting), "losses"))
+    return planned
+
+
+def _measure(
     run: RunFolder,
     bench: Bench,
     options: EvalOptions,
-    prepared: Sequence[tuple[Suite, int]],
+    suites: Sequence[Suite],
     arms: Mapping[str, Interventions],
     judge: HarmJudge,
-    asked: JsonObject,
-) -> EvalResult | None:
-    """Answers, judges, measures, and writes eval.json."""
-    suites = [suite for suite, _ in prepared]
-    answers = {suite.name: answer_suite(bench, suite, arms) for suite in suites}
+    study: Study,
+) -> Measured | None:
+    """Answers, judges, and measures costs; on other ranks than the first only answers."""
+    answers = dict[str, Answers]()
+    for suite in suites:
+        study.start(suite.name)
+        answers[suite.name] = answer_suite(bench, suite, arms)
     if bench.world.rank:
         return None
     judges = {suite.name: own for suite in suites if (own := suite.judge(judge)) is not None}
@@ -215,12 +279,29 @@ def _run(
                 requests, said = {case.key: case.judged_request for case in suite.cases}, answers[suite.name]
                 pairs += sorted({(requests[key], answer.text) for (_, key, _), answer in said.items()})
         pairs = list(dict.fromkeys(pairs))
+        study.start(JUDGING)
         with progress("judging", len(pairs)) as advance:
             verdicts = judge_harm(own, pairs, run.folder / "verdicts.jsonl", advance)
         scored[own.id] = {pair: verdict.score for pair, verdict in zip(pairs, verdicts, strict=True)}
+    capability = measure_capability(bench, suites, answers, arms, options, study)
+    return Measured(answers, judges, scored, capability)
+
+
+def _result(
+    run: RunFolder,
+    bench: Bench,
+    options: EvalOptions,
+    prepared: Sequence[tuple[Suite, int]],
+    arms: Mapping[str, Interventions],
+    judge: HarmJudge,
+    asked: JsonObject,
+    measured: Measured,
+) -> EvalResult:
+    """Counts, runs the tasks of lm-eval, and writes eval.json."""
+    judges, scored = measured.judges, measured.scored
     results, cases = dict[str, SuiteResult](), list[CaseResult]()
     for suite, left_out in prepared:
-        said = answers[suite.name]
+        said = measured.answers[suite.name]
         scores = score_answers(suite, said, scored[judges[suite.name].id] if suite.name in judges else {})
         results[suite.name] = suite_result(suite, said, scores, list(arms), options.margin, left_out)
         cases += case_results(suite, said, scores, list(arms))
@@ -246,7 +327,7 @@ def _run(
         interventions=summarise_arms(arms),
         judge=summary,
         suites=results,
-        capability=measure_capability(bench, suites, answers, arms, options, tasks),
+        capability=replace(measured.capability, tasks=tasks),
         asked=asked,
         versions=versions(),
         pairs=tuple(cases),

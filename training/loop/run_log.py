@@ -32,7 +32,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from personatlas.persona.artifacts import atomic
 from personatlas.persona.errors import UserError
 from personatlas.persona.logs import append_lines, read_lines
-from personatlas.persona.progress import EVERY, say
+from personatlas.persona.progress import EVERY, format_duration, say
 from personatlas.persona.records import (
     Bounds,
     Count,
@@ -322,13 +322,6 @@ class ProgressLine:
             self._bar.stop()
         elif self._row and self._row["step"] != self._said_step:
             self._say_step()
-
-
-def format_duration(seconds: int | float) -> str:
-    """8 s, 12 min, 3.4 h."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 class SampleWriter(ABC):

@@ -22,6 +22,7 @@ from personatlas.steering.calibration.grid_search import Candidate, default_wind
 from personatlas.steering.calibration.quantile_floors import read_projections
 from personatlas.steering.loss_cost import benign_costs
 from personatlas.steering.random_caps import fired_shares, random_cap
+from personatlas.steering.teacher_forcing import project_batches
 
 SEARCH = {
     "--windows": "0-1,1-2", "--levels": "0.1,0.5", "--budget": "5", "--roles": "4", "--prompts": "1", "--answers": "6",
@@ -171,6 +172,31 @@ def test_a_random_cap_fires_as_often_as_the_cap_that_it_controls(apart):
     assert (control.vectors @ cap.vectors.T).diagonal().abs().max() < 0.9
     assert torch.allclose(fired_shares(model, control, material), shares, atol=0.02)
     assert not torch.equal(control.vectors, random_cap(model, cap, shares, material, seed=2).vectors)
+
+
+def test_texts_are_read_once_for_a_random_cap_of_any_number_of_layers():
+    model, material = tiny_model(), texts(40)
+    cap, counts = axis_of(model).quantile_cap((0, 1, 2), 0.25), [0] * model.n_layers
+    for layer, block in enumerate(model.blocks):
+        original = block.mlp.forward
+
+        def counted(*args, _layer=layer, _original=original):
+            counts[_layer] += 1
+            return _original(*args)
+
+        block.mlp.forward = counted
+    shares = fired_shares(model, cap, material)
+    n_batches = counts[0]
+    control = random_cap(model, cap, shares, material, seed=1)
+    assert counts[:3] == [2 * n_batches] * 3
+    # floors are those that reading everything again for each layer gives
+    for row, layer in enumerate(cap.layers):
+        below = replace(
+            control, layers=cap.layers[:row], vectors=control.vectors[:row], floor=control.floor[:row]
+        )
+        batches = project_batches(model, material, [below] if row else [], layer, control.vectors[row])
+        values = torch.cat([own[batch.real] for batch, own in batches])
+        assert float(values.quantile(float(shares[row, 0]))) == float(control.floor[row])
 
 
 def test_a_cap_that_does_nothing_costs_nothing_and_a_hard_one_costs_more():
