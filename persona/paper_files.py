@@ -154,10 +154,10 @@ def import_caps(path: Path, model: dict[str, Any], d_model: int | None = None) -
     for name, entry in named.items():
         if not isinstance(name, str):
             raise UserError(f"{path}: a vector is named {describe_value(name)}, not by a text")
-        vectors[name] = _, vector = _cap_vector(entry, f"{path}: vector {name!r}", model.get("n_layers"))
+        vectors[name] = _, vector = _cap_vector(entry, f"{path}: vector {name[:60]!r}", model.get("n_layers"))
         width = len(vector) if width is None else width
         if len(vector) != width:
-            raise UserError(f"{path}: vector {name!r} has width {len(vector)}, not {width}: another model's")
+            raise UserError(f"{path}: vector {name[:60]!r} has width {len(vector)}, not {width}: another model's")
     caps: dict[str, Cap] = {}
     for number, experiment in enumerate(experiments, 1):
         id = experiment.get("id") if isinstance(experiment, dict) else None
@@ -167,7 +167,7 @@ def import_caps(path: Path, model: dict[str, Any], d_model: int | None = None) -
             )
         steps = experiment["interventions"]
         if any(isinstance(step, dict) and "cap" in step for step in steps):
-            caps[id] = replace(_cap(id, steps, vectors, f"{path}: experiment {id!r}"), model=dict(model))
+            caps[id] = replace(_cap(id, steps, vectors, f"{path}: experiment {id[:60]!r}"), model=dict(model))
     if not caps:
         raise UserError(
             f"{path}: none of its {len(experiments)} experiments has an intervention with a 'cap'"
@@ -211,8 +211,9 @@ def _cap(id: str, steps: list[Any], vectors: dict[Any, tuple[int, Tensor]], wher
         rows[layer] = -vector, -float(ceiling)
     layers = tuple(sorted(rows))
     window = re.search(r"layers_(\d+):(\d+)", id)
-    if window and layers != tuple(range(int(window[1]), int(window[2]))):
-        raise UserError(f"{where} caps layers {list(layers)}, its id says {window[1]}..{int(window[2]) - 1}")
+    first, stop = (int(min(float(number), MOST_LAYERS)) for number in window.groups()) if window else (0, 0)
+    if window and layers != tuple(range(first, stop)):
+        raise UserError(f"{where} caps layers {list(layers)}, its id says {first}..{stop - 1}")
     level = re.search(r"-p(\d+(?:\.\d+)?)$", id)
     if level and float(level[1]) > 1:
         raise UserError(f"{where}: level {level[1]} is not a quantile from 0 to 1")

@@ -274,9 +274,15 @@ def changed(place: str, value: Any) -> dict[str, Any]:
     (changed("experiments", config(range(2, 4), "x")["experiments"] * 2), "experiment 2 ('x') needs an id"),
     (changed("STEP 1", {"vector": "at3"}), "intervention 2 has cap None, not a finite number"),
     (changed("STEP 0 cap", NAN), "intervention 1 has cap nan"),
+    (changed("STEP 0 cap", 10**400), "has cap a number of more than 20 digits, not a finite number"),
+    (changed("STEP 0 cap", torch.tensor(float("inf"))), "has cap inf"),
+    (changed("experiments 0 id", f"layers_2:{10**11}-p0.25"), "caps layers [2, 3], its id says 2..9999"),
+    (changed("experiments 0 id", "layers_2:4-p" + "9" * 5000), "is not a quantile"),
     (changed("STEP 0 vector", "at9"), "names no vector of the file"),
     (changed("STEP 0 vector", "at3"), "two interventions are at layer 3"),
     (changed("vectors at2 layer", L), f"is at layer {L}, the model has layers 0..{L - 1}"),
+    (changed("vectors at2 layer", 10**11), f"is at layer {10**11}, the model has layers 0..{L - 1}"),
+    (changed("vectors at2 layer", 10**400), "is at layer a number of more than 20 digits"),
     (changed("vectors at2 layer", -1), "not a dict with 'layer', a number from 0"),
     (changed("vectors at2 vector", torch.zeros(D)), "zero has no direction"),
     (changed("vectors at2 vector", random(D + 1)), f"has width {D + 1}, not {D}"),
@@ -286,6 +292,35 @@ def changed(place: str, value: Any) -> dict[str, Any]:
 def test_a_capping_file_that_contradicts_itself_is_refused_with_its_place(tmp_path, content, reason):
     with refused(reason):
         import_caps(put(tmp_path / "caps.pt", content), MODEL)
+
+
+HUGE = random(1).expand(10**6, 10**6)
+
+
+@pytest.mark.parametrize(
+    ("read", "content"),
+    [
+        (import_axis, HUGE),
+        (import_axis, {"axis": HUGE}),
+        (import_axis, torch.nn.Parameter(HUGE)),
+        (import_axis, random(1).expand(2**31, 2**31)),
+        (import_axis, [{"unused": HUGE}]),
+        (import_role_vectors, {"mean": HUGE}),
+        (import_caps, changed("vectors at2 vector", random(1).expand(10**12))),
+        (import_caps, changed("STEP 0 cap", random(1).expand(10**12))),
+        (import_caps, changed("vectors at2 vector", random(24).as_strided((D, 10**11), (1, 0)))),
+    ],
+)
+def test_a_tensor_that_says_to_be_larger_than_the_file_is_refused(tmp_path, read, content):
+    path = put(tmp_path / "large.pt", content)
+    with refused("save it with .contiguous()"):
+        read(path) if read is import_role_vectors else read(path, MODEL)
+
+
+def test_a_layer_of_an_axis_that_no_model_has_is_refused(tmp_path):
+    for layer in (L, 10**11, 10**400, -1):
+        with refused(f"is not in {tmp_path / 'axis.pt'} (0..{L - 1})"):
+            import_axis(put(tmp_path / "axis.pt", random(L, D)), MODEL, layer=layer)
 
 
 def test_an_empty_place_is_refused(tmp_path):
