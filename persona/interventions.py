@@ -91,8 +91,7 @@ class Intervention:
             raise ValueError(f"a layer is named twice ({', '.join(map(str, self.layers))})")
         require_unit_rows(self.vectors)  # the step lifts by |v|^2, so another length is another floor
         require_model_facts(self.model, self.layers, self.vectors.shape[1])
-        if self.phase not in PHASES:
-            raise ValueError(f"phase {self.phase!r} is not one of {', '.join(PHASES)}")
+        check_phase(self.phase)
 
     def _step(
         self, row: int, floor: float, ceiling: float, add: float = 0.0, phase: str | None = None
@@ -101,6 +100,12 @@ class Intervention:
 
 
 Interventions = Sequence[Intervention]
+
+
+def check_phase(phase: str) -> None:
+    """Raises `ValueError` for what is no part of a conversation."""
+    if phase not in PHASES:
+        raise ValueError(f"phase {phase!r} is not one of {', '.join(PHASES)}")
 
 
 def require_unit_rows(vectors: Float[Tensor, "C D"]) -> None:

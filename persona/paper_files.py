@@ -157,7 +157,9 @@ def import_caps(path: Path, model: dict[str, Any], d_model: int | None = None) -
         vectors[name] = _, vector = _cap_vector(entry, f"{path}: vector {name[:60]!r}", model.get("n_layers"))
         width = len(vector) if width is None else width
         if len(vector) != width:
-            raise UserError(f"{path}: vector {name[:60]!r} has width {len(vector)}, not {width}: another model's")
+            raise UserError(
+                f"{path}: vector {name[:60]!r} has width {len(vector)}, not {width}: another model's"
+            )
     caps: dict[str, Cap] = {}
     for number, experiment in enumerate(experiments, 1):
         id = experiment.get("id") if isinstance(experiment, dict) else None

@@ -73,6 +73,12 @@ def check_token_ids(ids: Sequence[int]) -> None:
         raise ValueError("a token id is below 0 or above 2^31")
 
 
+def check_vocabulary(ids: Sequence[int], size: int) -> None:
+    """Raises `ValueError` for an id that a vocabulary of that size has not: it is another model's."""
+    if ids and max(ids) >= size:
+        raise ValueError(f"token id {max(ids)} is not in the model's vocabulary of {size}")
+
+
 TokenIds = Annotated[tuple[int, ...], check_token_ids]
 
 

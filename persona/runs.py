@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from personatlas.persona.artifacts import REMAKE, locked, read_object, remove_leftovers, write_json
 from personatlas.persona.errors import UserError, explain_os_error
@@ -62,10 +62,11 @@ FIXED: tuple[str, ...] = (
 )
 FIXED += ("chat_template", "chunk")
 ROLLOUT_SETTINGS = ("model", "bank", "seed", "max_new_tokens", "temperature", "top_p", "roles")
+Moment = Annotated[str, datetime.fromisoformat]
 JUDGED = {"id": str, "counts": dict[str, Count], "unscored": Count}
 MANIFEST = {
     "kind": str,
-    "created": str,
+    "created": Moment,
     "versions": dict[str, str],
     "steps": Count,
     "threads": Positive,
@@ -76,6 +77,8 @@ MANIFEST = {
     "result": JsonObject,
     "asked": {
         "model_name": str,
+        "name": str,
+        "template_date": Moment,
         "model": ModelFacts,
         "chat_template": str,
         "traits_bank": str,
@@ -206,7 +209,10 @@ def read_manifest(folder: Path) -> JsonObject:
     content = read_object(path)
     try:
         check_fields(content, MANIFEST)
-        if (asked := content.get("asked")) and content.get("kind") != TRAINING and "model_name" in asked:
+        asked = read_field(content, "asked", JsonObject) if "asked" in content else {}
+        if content.get("kind") != TRAINING and asked.get("model") is not None:
+            read_field(asked["model"], "id", str)
+        if content.get("kind") != TRAINING and "model_name" in asked:
             for name in ROLLOUT_SETTINGS:
                 read_field(asked, name, object)
     except FieldError as error:

@@ -15,23 +15,24 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from personatlas.persona.axis import Axis
-from personatlas.persona.caps import format_layers
+from personatlas.persona.caps import format_layers, parse_layers
 from personatlas.persona.errors import UserError
 from personatlas.persona.interventions import (
     BASELINE,
     Cap,
     Intervention,
     Interventions,
+    check_phase,
     interventions_digest,
     steps_by_layer,
 )
 from personatlas.persona.models.load import Model
 from personatlas.persona.pipeline.stages import CPU_CHUNK, GPU_CHUNK
 from personatlas.persona.progress import Advance, no_advance
-from personatlas.persona.records import JsonRecord
+from personatlas.persona.records import Fraction, JsonRecord
 from personatlas.persona.rollout import Request
 from personatlas.persona.sampling.cuda_graph import fastest_sampler
 from personatlas.persona.sampling.sampler import Answer, Prompt, Sampler, Sampling
@@ -137,10 +138,10 @@ def is_control_name(name: str) -> bool:
 class InterventionSummary(JsonRecord):
     """What an intervention is, for files and pages; `level` and `population` are a cap's."""
 
-    layers: str
-    level: float | None
+    layers: Annotated[str, parse_layers]
+    level: Fraction | None
     population: str | None
-    phase: str
+    phase: Annotated[str, check_phase]
     spare_first: bool
     kind: str | None = None
     "cap, add, ablate, mean-ablate, ...; None in files of earlier versions, which hold caps"

@@ -20,6 +20,7 @@ from torch import Tensor
 from personatlas.persona.interventions import Interventions
 from personatlas.persona.models.hooks import capture
 from personatlas.persona.models.load import Model
+from personatlas.persona.pipeline.record import require_known_ids
 from personatlas.persona.rollout import Rollout
 from personatlas.persona.sampling.sampler import batch_end, batch_tokens, pad
 from personatlas.steering.hooks.steering import steer
@@ -89,6 +90,7 @@ class TextBatch:
 
 def text_batches(model: Model, texts: Sequence[Rollout], tokens: int) -> Iterator[TextBatch]:
     """All texts, longest first, in batches of at most `tokens` padded tokens (but at least one text)."""
+    require_known_ids(model, texts)
     sizes = [len(text.prompt_ids) + len(text.answer_ids) for text in texts]
     order = sorted(range(len(texts)), key=sizes.__getitem__, reverse=True)
     lengths, first = [sizes[i] for i in order], 0

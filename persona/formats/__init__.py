@@ -22,6 +22,7 @@ from personatlas.persona.formats.tables import (
     read_table,
     read_text,
     require_file,
+    require_unicode,
 )
 
 __all__ = [
@@ -40,5 +41,6 @@ __all__ = [
     "read_table",
     "read_text",
     "require_file",
+    "require_unicode",
     "row_messages",
 ]

@@ -17,6 +17,7 @@ import contextlib
 import csv
 import io
 import itertools
+import json
 import re
 import shutil
 import tempfile
@@ -90,6 +91,7 @@ def read_table(path: Path) -> list[Placed]:
             where = f"{place}, item {number}" if number else place
             if not isinstance(row, dict):
                 raise UserError(f"{where} is {describe_value(row)}; an object is needed")
+            require_unicode(where, row)
             rows.append((where, row))
     if not rows:
         raise UserError(f"{path} is empty; at least one row is needed")
@@ -122,6 +124,14 @@ def require_file(path: Path) -> None:
     """Raises `UserError` unless there is a file at this path."""
     if not path.is_file():
         raise UserError(f"{path} {'is a folder, not a file' if path.is_dir() else 'does not exist'}")
+
+
+def require_unicode(place: str, value: object) -> None:
+    """Raises `UserError` for a JSON value with half a surrogate pair in a text, which no file or tokenizer takes."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{place} holds half a surrogate pair, which is no text; correct it") from None
 
 
 def read_text(path: Path) -> str:

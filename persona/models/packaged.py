@@ -26,13 +26,13 @@ from personatlas.persona.artifacts import (
     atomic_folder,
     digest,
     locked,
-    read_json,
+    read_record,
     remove_leftovers,
     write_json,
 )
 from personatlas.persona.errors import UserError
 from personatlas.persona.progress import say
-from personatlas.persona.records import JsonObject
+from personatlas.persona.records import JsonObject, JsonRecord
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +57,16 @@ PACKAGED = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     )
 }
+
+
+@dataclass(frozen=True)
+class _Source(JsonRecord):
+    """The content of source.json: what a folder was made from, and size and CRC-32 of its files."""
+
+    weights: str
+    sha256: str
+    format: int
+    files: dict[str, str]
 
 
 def cache_folder() -> Path:
@@ -91,8 +101,10 @@ def gguf_folder(path: Path) -> Path:
 
 def weight_format(folder: Path) -> str | None:
     """What a cached folder was dequantised from, such as "gguf Q4_1"; None for any other folder."""
-    source = folder / "source.json"
-    return str(read_json(source)["weights"]) if source.is_file() else None
+    source, cache = folder / "source.json", cache_folder()
+    if not source.is_file() or not (cache.is_dir() and folder.resolve().parent == cache.resolve()):
+        return None  # a file of that name in a folder of somebody else
+    return read_record(source, _Source).weights
 
 
 def _cached(name: str, sha256: str, write: Callable[[Path], JsonObject]) -> Path:
@@ -118,12 +130,10 @@ def _cached(name: str, sha256: str, write: Callable[[Path], JsonObject]) -> Path
 def _is_whole(folder: Path, sha256: str) -> bool:
     """Whether a folder was made of that file and holds exactly the bytes that were written."""
     try:
-        source = read_json(folder / "source.json")
+        source = read_record(folder / "source.json", _Source)
     except UserError:
         return False
-    if not isinstance(source, dict) or (source.get("format"), source.get("sha256")) != (FORMAT, sha256):
-        return False
-    return source.get("files") == _checks(folder)
+    return (source.format, source.sha256, source.files) == (FORMAT, sha256, _checks(folder))
 
 
 def _checks(folder: Path) -> dict[str, str]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from personatlas.persona.errors import UserError
 from personatlas.persona.models.hooks import capture
 from personatlas.persona.models.load import Model
-from personatlas.persona.rollout import Rollout
+from personatlas.persona.rollout import Rollout, check_vocabulary
 from personatlas.persona.sampling.sampler import batch_end, batch_tokens, pad, to_device
 
 CPU_TOKENS, GPU_TOKENS = (
@@ -177,9 +177,22 @@ class Reader:
         return wait
 
 
+def require_known_ids(model: Model, rollouts: Sequence[Rollout]) -> None:
+    """`UserError` for a rollout with a token that the model has not."""
+    for rollout in rollouts:
+        try:
+            check_vocabulary(rollout.prompt_ids, model.vocab_size)
+            check_vocabulary(rollout.answer_ids, model.vocab_size)
+        except ValueError as error:
+            raise UserError(
+                f"rollout {rollout.key}: {error}; the file it is in is damaged or another model's: delete it"
+            ) from None
+
+
 def _lengths(model: Model, rollouts: Sequence[Rollout]) -> list[int]:
     """Tokens of prompt and answer together, checked against what can be recorded."""
     limit = model.context
+    require_known_ids(model, rollouts)
     lengths = [len(rollout.prompt_ids) + len(rollout.answer_ids) for rollout in rollouts]
     for rollout, length in zip(rollouts, lengths, strict=True):
         if not rollout.answer_ids:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from personatlas.persona.errors import UserError
-from personatlas.persona.formats import Placed, read_records
+from personatlas.persona.formats import Placed, read_records, require_unicode
 
 PACKAGED = Path(__file__).parent
 POSITIVE, NEGATIVE = "+", "-"  # how the names of poles begin; no role may have such a name
@@ -270,6 +270,7 @@ def _rows(path: Path) -> list[Placed]:
     for where, row in read_records(path):
         if not isinstance(row, dict):
             raise UserError(f"{where} is not a JSON object")
+        require_unicode(where, row)
         rows.append((where, row))
     return rows
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from personatlas.persona.artifacts import atomic, atomic_folder, require_file_names
 from personatlas.persona.errors import UserError, describe_value
-from personatlas.persona.formats import read_json_value, read_records
+from personatlas.persona.formats import read_json_value, read_records, require_unicode
 from personatlas.persona.roles.bank import Bank, Question, Role, Trait, load_bank
 
 DEFAULT = "default"  # the file name that makes a role the default
@@ -135,6 +135,7 @@ def _questions(path: Path) -> list[Question]:
             raise UserError(f"{where}: a question needs an `id` without '/'")
         if not isinstance(question, str) or not question.strip():
             raise UserError(f"{where}: `question` must be a string that is not empty")
+        require_unicode(where, row)
         if str(id) in questions:
             raise UserError(f"{where}: question id {str(id)!r} is there twice; rename or remove one")
         questions[str(id)] = Question(str(id), question)
@@ -174,6 +175,7 @@ def _steps(path: Path, kind: str) -> tuple[list[Any], str]:
         raise UserError(
             f"{path}: a {kind}'s name may not have outer spaces or begin with + or -: it is part of rollout keys"
         )
+    require_unicode(str(path), held)
     rubric = held.get("eval_prompt", "")
     if not isinstance(rubric, str):
         raise UserError(f"{path}: `eval_prompt` is {describe_value(rubric)}, not text")

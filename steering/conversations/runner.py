@@ -35,7 +35,7 @@ from personatlas.persona.models.chat_template import ChatFormat
 from personatlas.persona.models.load import Model
 from personatlas.persona.progress import Advance, no_advance
 from personatlas.persona.records import Fraction, JsonRecord, Number
-from personatlas.persona.rollout import Rollout, TokenIds, seed_of
+from personatlas.persona.rollout import Rollout, TokenIds, check_vocabulary, seed_of
 from personatlas.persona.sampling.cuda_graph import fastest_sampler
 from personatlas.persona.sampling.sampler import Answer, Prompt, Sampler, Sampling
 from personatlas.steering.drift_monitor import DriftMonitor, direction_digest
@@ -288,8 +288,12 @@ class _Log:
         own = path if world.size == 1 else path.with_name(f"{path.stem}.{world.rank:04d}{path.suffix}")
         ranks = sorted(path.parent.glob(f"{path.stem}*{path.suffix}"))
         self.names_arms = config.format.names_arms
-        key, answer = ("arm", "id") if self.names_arms else "id", StoredAnswer.from_json
-        self.cache = ResultCache(own, key, also=ranks, schema=answer, mend=world.size == 1)
+        key, size = ("arm", "id") if self.names_arms else "id", config.model.vocab_size
+
+        def check(row: dict[str, Any]) -> None:
+            check_vocabulary(StoredAnswer.from_json(row).ids, size)
+
+        self.cache = ResultCache(own, key, also=ranks, schema=check, mend=world.size == 1)
         self.rows: dict[str, dict[str, dict[str, Any]]] = {}
         self.index(self.cache.rows())
 

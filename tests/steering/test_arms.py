@@ -14,7 +14,7 @@ from personatlas.cli.app import main
 from personatlas.persona.errors import UserError
 from personatlas.persona.interventions import Intervention
 from personatlas.steering.arm_kinds import ARM_KINDS, ArmKind, arm_help, arm_words, as_arm, with_default
-from personatlas.steering.arms import parse_arm, parse_arms, summarise_arms
+from personatlas.steering.arms import InterventionSummary, parse_arm, parse_arms, summarise_arms
 from personatlas.steering.conversations import runner
 from personatlas.steering.drift.result import DriftResult
 from personatlas.steering.serve.schema import ChatRequest
@@ -246,6 +246,11 @@ def test_an_arms_text_its_name_and_its_words():
     two = [axis.add(1.0, [1]), axis.ablate([0, 2])]
     summaries = summarise_arms({"baseline": [], "two": two})
     assert {name: (own.kind, own.layers) for name, own in summaries.items()} == {"two": ("add", "1"), "two (2)": ("ablate", "0, 2")}  # fmt: skip
+    good = summaries["two"].to_json()
+    assert InterventionSummary.from_json(good) == summaries["two"]
+    for change in ({"layers": "x"}, {"layers": "9-2"}, {"phase": "all"}, {"level": 1.5}, {"spare_first": 1}):
+        with pytest.raises(ValueError, match=next(iter(change))):
+            InterventionSummary.from_json(good | change)
     arm = parse_arm("ablate@0-2", axis)
     assert (arm.is_uniform, arm.answer_layers, arm.floor_at(1)) == (True, {0, 1, 2}, None)
 

@@ -184,6 +184,8 @@ def _stream(folder: Path, record: JsonObject, side: Side) -> Stream:
             raise UserError(f"{path} cannot be read: {error}; remove {folder} and make it again") from None
         if shard.shape != (known["tokens"],) or str(shard.dtype) != record["dtype"]:
             raise UserError(f"{path} has {shard.shape} {shard.dtype}, not as tokens.json says; make it again")
+        if digest(path) != known["sha256"]:
+            raise UserError(f"{path} is damaged or was changed; remove {folder} and make it again")
         shards.append(shard)
     documents, size = (sum(known[name] for known in record[side]) for name in ("documents", "bytes"))
     return Stream(tuple(shards), record["bos"], documents, size)

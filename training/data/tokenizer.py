@@ -243,6 +243,9 @@ def load_corpus_tokenizer(folder: Path) -> Tokenizer:
         raise UserError(f"{path} cannot be read: {error}") from None
     if tokenizer.token_to_id(BOS) is None:
         raise UserError(f"{path} has no token {BOS}; use one of `personatlas train tokenizer`")
+    ids = set(tokenizer.get_vocab(with_added_tokens=True).values())
+    if gaps := sorted(set(range(max(ids))) - ids):
+        raise UserError(f"{path} has no token with id {gaps[0]}, but ids up to {max(ids)}; make it again")
     tokenizer.encode_special_tokens = True
     return tokenizer
 

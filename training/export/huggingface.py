@@ -23,7 +23,7 @@ from personatlas.persona.artifacts import atomic_folder, digest, make_folder, re
 from personatlas.persona.errors import UserError
 from personatlas.persona.models.chat_template import chat_format
 from personatlas.persona.models.load import quiet_transformers
-from personatlas.persona.records import JsonObject
+from personatlas.persona.records import FieldError, JsonObject, Number, read_field
 from personatlas.training.model.config import Shape
 from personatlas.training.model.gpt import GPT
 
@@ -151,6 +151,9 @@ def load_exported(folder: Path) -> GPT:
         weights = load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path} is damaged or cut short ({error})") from None
+    deepest = f"model.layers.{shape.depth - 1}."
+    if not any(name.startswith(deepest) for name in weights):  # before so many layers are made
+        raise UserError(f"{path} does not hold the weights of its config: it has no layer {shape.depth - 1}")
     with torch.device("meta"):
         model = GPT(shape)
     parameters = {_exported_name(name): (name, value.shape) for name, value in model.named_parameters()}
@@ -174,17 +177,18 @@ def read_shape(folder: Path) -> Shape:
         if config.get(name, value if name != "architectures" else None) != value:
             has = json.dumps(config.get(name))
             raise UserError(f"{folder}: {name} is {has}; a GPT of this kind has {json.dumps(value)}")
-    missing = [name for name in SIZES if name not in config]
-    if missing:
-        raise UserError(f"{folder / 'config.json'} does not say {missing[0]}")
-    rope = config.get("rope_parameters") or {
-        "rope_type": "default",
-        "rope_theta": config.get("rope_theta", 10_000.0),
-    }
-    if rope.get("rope_type", "default") != "default" or config.get("rope_scaling"):
-        raise UserError(f"{folder}: a scaled rotary embedding ({rope.get('rope_type')}) is not known here")
-    sizes = {ours: config[theirs] for theirs, ours in SIZES.items()}
-    return Shape(**sizes, rope_base=float(rope["rope_theta"]))
+    try:
+        rope = {"rope_theta": config.get("rope_theta", 10_000.0)}
+        if config.get("rope_parameters"):
+            rope = read_field(config, "rope_parameters", JsonObject)
+        if rope.get("rope_type", "default") != "default" or config.get("rope_scaling"):
+            raise UserError(
+                f"{folder}: a scaled rotary embedding ({rope.get('rope_type')}) is not known here"
+            )
+        sizes = {ours: read_field(config, theirs, Number) for theirs, ours in SIZES.items()}
+        return Shape.from_json({**sizes, "rope_base": read_field(rope, "rope_theta", Number)})
+    except FieldError as error:
+        raise UserError(f"{folder / 'config.json'} is no model's of this kind: {error}") from None
 
 
 def _exported_name(name: str) -> str:

@@ -120,7 +120,7 @@ class Trainer:
         load_weights(checkpoint, self.stepper.model)
         try:
             self.stepper.optimizer.load(state)
-        except (KeyError, ValueError, RuntimeError) as error:
+        except (KeyError, ValueError, OverflowError, RuntimeError) as error:
             raise UserError(
                 f"{checkpoint.path} holds the state of another optimizer ({error}); remove it"
             ) from None

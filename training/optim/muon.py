@@ -245,8 +245,11 @@ class Optimizer:
         return by_parameter
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over what `state` gave. KeyError for a state of other parameters."""
+        """Takes over what `state` gave. KeyError for a state of other parameters, ValueError for no state."""
         self.count = int(state["count"])
+        odd = next((name for name, value in state.items() if not torch.isfinite(value).all()), None)
+        if odd is not None or self.count < 0:
+            raise ValueError(f"{odd} is not finite" if odd else f"{self.count} steps")
         for name, (buffer, value) in self._state.items():
             kind = name.split("/")[0]
             buffer.scatter_state({key: state[f"{key}/{kind}"] for key in buffer.parameters}, value)

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from personatlas.persona.errors import UserError
 from personatlas.persona.models.load import build_model, load_model, model_from_bridge
+from personatlas.persona.models.packaged import weight_format
 from personatlas.persona.pipeline.record import record
 from personatlas.persona.rollout import Rollout
 
@@ -25,6 +26,15 @@ def test_a_fingerprint_tells_weights_apart_and_not_dtypes():
     assert first.fingerprint == same.fingerprint != other.fingerprint
     half = build_model(tiny_hf("llama").bfloat16(), tokenizer(), id="half")
     assert half.fingerprint == first.fingerprint
+
+
+def test_a_source_json_of_somebody_else_is_not_read_as_the_caches(tmp_path, monkeypatch):
+    for content in ("[]", "{", '{"weights": [1]}', '{"weights": "int4"}'):
+        (tmp_path / "source.json").write_text(content)
+        assert weight_format(tmp_path) is None
+    monkeypatch.setenv("PERSONATLAS_CACHE", str(tmp_path.parent))
+    with pytest.raises(UserError, match=r"source\.json is damaged: sha256 is missing; delete it"):
+        weight_format(tmp_path)
 
 
 def test_a_model_that_looks_ahead_is_refused():

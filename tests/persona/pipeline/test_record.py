@@ -1,5 +1,7 @@
 """Recording is exact: batched, padded span means equal float64 means over plain block outputs, on many families."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from families import FAMILIES, tiny_model
@@ -10,6 +12,7 @@ from personatlas.persona.pipeline.record import record, record_spans, span_sum_p
 from personatlas.persona.pipeline.self_test import run_self_test
 from personatlas.persona.rollout import Rollout
 from personatlas.persona.sampling.sampler import pad
+from personatlas.steering.teacher_forcing import reading_batches
 
 LENGTHS = ((7, 5), (20, 11), (3, 1), (12, 30), (9, 2), (1, 4))
 
@@ -123,6 +126,18 @@ def test_an_empty_answer_and_one_beyond_the_context_are_named():
         recorded(model, made_up([(4, 0)]))
     with pytest.raises(UserError, match=r"r/0/q0/0 has 600 tokens; tiny-llama-0 holds 512"):
         recorded(model, made_up([(500, 100)]))
+
+
+@pytest.mark.parametrize("place", ["prompt_ids", "answer_ids"])
+def test_a_token_that_the_model_has_not_is_refused_with_its_rollout(place):
+    model, (rollout,) = tiny_model(), made_up([(4, 4)])
+    for id in (model.vocab_size, 2**31 - 1):
+        foreign = replace(rollout, **{place: (1, 2, id, 3)})
+        said = rf"rollout r/0/q0/0: token id {id} is not in the model's vocabulary of {model.vocab_size}"
+        with pytest.raises(UserError, match=said):
+            recorded(model, [foreign])
+        with pytest.raises(UserError, match=said):
+            list(reading_batches(model, [foreign]))
 
 
 @pytest.mark.slow

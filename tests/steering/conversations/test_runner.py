@@ -151,6 +151,18 @@ def test_a_study_that_was_killed_goes_on_to_the_same_log(model, tmp_path, monkey
     assert run_conversations(config_of(model, tmp_path), SCRIPTS, arms, 3) == said
 
 
+def test_an_answer_with_a_token_that_the_model_has_not_is_made_again(model, tmp_path):
+    config, arms = config_of(model, tmp_path), {PLAIN: []}
+    said = run_conversations(config, SCRIPTS, arms, 2)
+    whole = config.log.read_bytes()
+    first, *rest = whole.decode().splitlines()
+    row = json.loads(first)
+    row["ids"][-1] = model.vocab_size
+    config.log.write_text("".join(f"{line}\n" for line in (json.dumps(row), *rest)))
+    assert run_conversations(config_of(model, tmp_path), SCRIPTS, arms, 2) == said
+    assert sorted(config.log.read_bytes().splitlines()) == sorted(whole.splitlines())
+
+
 def test_a_conversation_that_fills_the_context_ends_and_is_counted(model, tmp_path):
     config = config_of(model, tmp_path, tokens=8)
     long = Script("long/0", "coding", ("Hello.", "x" * 300, "y" * 300))

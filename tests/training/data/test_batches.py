@@ -127,6 +127,8 @@ def test_damaged_shards_are_found_out(made, tmp_path):
     whole = bytearray(shard.read_bytes())
     whole[-1] ^= 1
     shard.write_bytes(whole)
+    with pytest.raises(UserError, match=r"train-00001\.npy is damaged or was changed; remove"):
+        open_tokens(folder)
     shard.write_bytes(whole[:-2])
     with pytest.raises(UserError, match=r"train-00001\.npy cannot be read"):
         open_tokens(folder)

@@ -219,3 +219,9 @@ def test_a_folder_that_holds_no_tokenizer_of_ours_is_named(made, tmp_path):
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(UserError, match=r"has no token <\|bos\|>"):
         load_corpus_tokenizer(tmp_path)
+    content = json.loads((made / "tokenizer" / "tokenizer.json").read_text())
+    last = max(content["model"]["vocab"], key=content["model"]["vocab"].get)
+    content["model"]["vocab"][last] += 5
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"has no token with id \d+, but ids up to"):
+        load_corpus_tokenizer(tmp_path)

@@ -171,7 +171,14 @@ def test_nothing_is_overwritten_and_nothing_half_written_is_left(exported, tmp_p
         ({"tie_word_embeddings": True}, "tie_word_embeddings is true"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
         ({"num_hidden_layers": 4}, "does not hold the weights of its config"),
+        ({"num_hidden_layers": 10**9}, "does not hold the weights of its config"),
         ({"intermediate_size": 40}, "which its config does not say"),
+        ({"rope_parameters": [1]}, "rope_parameters is a list of 1, not an object"),
+        ({"rope_parameters": {"rope_theta": None}}, "rope_theta is null"),
+        ({"num_attention_heads": [[]]}, "num_attention_heads is a list of 1, not a number"),
+        ({"num_attention_heads": 3}, "cannot share"),
+        ({"hidden_size": -8}, "width is -8"),
+        ({"rms_norm_eps": None}, "rms_norm_eps is null"),
     ],
 )
 def test_checkpoints_of_another_kind_are_refused_by_name(exported, tmp_path, change, message):
