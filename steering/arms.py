@@ -130,8 +130,8 @@ def require_no_controls(arms: Iterable[Arm]) -> None:
 
 
 def is_control_name(name: str) -> bool:
-    """Whether an arm is a random control: "random 1"."""
-    return re.fullmatch(rf"{RANDOM} \d+", name) is not None
+    """Whether an arm is a control: "random 1", or of a calibration such as "PC2, same KL"."""
+    return re.fullmatch(rf"{RANDOM} \d+|.*, same KL|{RANDOM} \d+, fitted", name) is not None
 
 
 @dataclass(frozen=True)

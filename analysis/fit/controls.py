@@ -56,14 +56,14 @@ def place_controls(
 def _pole_and_roles(projections: Array, groups: Groups) -> Array:
     """The positive pole's and the mean role's projection on each question (2, Q); NaN where there is none."""
     assert groups.question is not None
-    cells = np.full((groups.n_roles + 1, groups.n_questions), np.nan)
+    shape = groups.n_roles + 1, groups.n_questions
     flat = groups.index * groups.n_questions + groups.question
-    count = np.bincount(flat, minlength=cells.size)
-    total = np.bincount(flat, projections, minlength=cells.size)
-    cells.flat[count > 0] = total[count > 0] / count[count > 0]
-    there = np.isfinite(cells[1:])
-    sums, n = np.where(there, cells[1:], 0).sum(0), there.sum(0)
-    return np.stack([cells[0], np.divide(sums, n, out=np.full(len(n), np.nan), where=n > 0)])
+    count = np.bincount(flat, minlength=shape[0] * shape[1]).reshape(shape)
+    total = np.bincount(flat, projections, minlength=count.size).reshape(shape)
+    cells = np.divide(total, count, out=np.full(shape, np.nan), where=count > 0)
+    n = (count[1:] > 0).sum(0)
+    roles = np.divide(np.nansum(cells[1:], 0), n, out=np.full(len(n), np.nan), where=n > 0)
+    return np.stack([cells[0], roles])
 
 
 def axes_by_score(

@@ -21,11 +21,13 @@ from personatlas.persona.errors import UserError
 from personatlas.persona.interventions import BASELINE, Cap, Interventions
 from personatlas.persona.models.load import Model
 from personatlas.persona.options import ModelOptions
+from personatlas.persona.pipeline.activations import ACTIVATIONS, load_activations
 from personatlas.persona.progress import progress, say
 from personatlas.persona.roles.bank import Bank, load_bank
 from personatlas.persona.rollout import Rollout, of_kind, read_rollouts, spread
 from personatlas.persona.runs import open_run, resolve_axis, versions
-from personatlas.steering.arms import is_control_name
+from personatlas.steering.arms import RANDOM, is_control_name
+from personatlas.steering.calibration.control_caps import FITTED, SAME_KL, control_axes, match_kl
 from personatlas.steering.calibration.fit_floors import DescentOptions, Floors, target_texts
 from personatlas.steering.calibration.grid_search import Candidate, GridSearch, Trial, default_windows
 from personatlas.steering.calibration.measure import Half, Measurements
@@ -38,11 +40,17 @@ from personatlas.steering.calibration.result import (
     CalibrationResult,
     CandidateRow,
     ExampleRow,
+    FittedOn,
     FloorRow,
     IdentityRow,
 )
 from personatlas.steering.hooks.binding_check import require_binding
-from personatlas.steering.identity import identity_requests, lowest_roles
+from personatlas.steering.identity import (
+    FITTED_QUESTIONS,
+    HELD_OUT_QUESTIONS,
+    identity_requests,
+    lowest_roles,
+)
 from personatlas.steering.random_caps import random_arms
 from personatlas.steering.session import Arms, SteeredModel, load_steered_model
 
@@ -104,7 +112,10 @@ def calibrate(
                 say("no floors by gradient: the default never calls itself an assistant when asked who it is")
         search, cap, best = search_cap(measurements, loaded_axis, projections, target, settings)
         matched = [*spread(default, MATCHED_ANSWERS), *spread(roles, MATCHED_ANSWERS)]
-        report, reported = _report(measurements, steered, cap, matched)
+        controls = _random_arms(steered, cap, matched) | _equal_arms(
+            measurements, steered, search, best, target, settings, default[0].role
+        )
+        report, reported = _report(measurements, steered, cap, controls)
         baseline = measurements.identity({BASELINE: []}, CHOOSE)[BASELINE]
         saved = run / CAPS / name
         result = CalibrationResult(
@@ -123,6 +134,7 @@ def calibrate(
             saved=f"{saved}.safetensors",
             page=str(run / "calibration.html"),
             versions=versions(),
+            control_p=_control_p(report),
         )
         calibration = {
             "name": result.cap,
@@ -131,6 +143,7 @@ def calibrate(
             "assistant": [report[BASELINE].assistant, report[CHOSEN].assistant],
             "more_loss": report[CHOSEN].more_loss,
             "fired": report[CHOSEN].fired,
+            **_fitted_on(halves[CHOOSE]).to_json(),
         }
         saved.parent.mkdir(exist_ok=True)
         replace(cap, calibration=calibration).save(saved)
@@ -159,11 +172,17 @@ def deal_halves(
     model_name: str,
     settings: SearchSettings,
 ) -> dict[str, Half]:
-    """The two halves: every other one of the lowest roles, and every other question of the benign answers."""
+    """The two halves: every other one of the lowest roles, each half with identity questions of its own, and
+    every other question of the benign answers.
+    """
     roles = lowest_roles(axis, space, bank, settings.roles)
-    requests = identity_requests(bank, roles, settings.prompts, model_name, settings.seed)
     answers = spread(sorted(benign, key=lambda text: text.key), settings.answers)
-    by_role = split_groups(requests, lambda request: request.key.split("/", 1)[0])
+    requests = [
+        identity_requests(bank, own, settings.prompts, model_name, settings.seed, questions)
+        for own, questions in zip(
+            split_groups(roles, str), (FITTED_QUESTIONS, HELD_OUT_QUESTIONS), strict=True
+        )
+    ]
     by_question = split_groups(answers, lambda text: text.question)
     if not all(by_question):
         raise UserError(
@@ -171,7 +190,7 @@ def deal_halves(
         )
     return {
         half: Half(tuple(own_requests), tuple(texts))
-        for half, own_requests, texts in zip((CHOOSE, REPORT), by_role, by_question, strict=True)
+        for half, own_requests, texts in zip((CHOOSE, REPORT), requests, by_question, strict=True)
     }
 
 
@@ -240,15 +259,50 @@ def _windows(settings: SearchSettings, axis: Axis, n_layers: int) -> list[tuple[
     return windows
 
 
-def _report(
-    measurements: Measurements, steered: SteeredModel, cap: Cap, matched: Sequence[Rollout]
-) -> tuple[dict[str, ArmRow], dict[str, Interventions]]:
-    """What every arm gains and costs on the reporting half, and the arms. Random caps fire as often on
-    `matched`.
+def _count(steered: SteeredModel) -> int:
+    return N_RANDOM if steered.n_random is None else steered.n_random
+
+
+def _random_arms(steered: SteeredModel, cap: Cap, matched: Sequence[Rollout]) -> dict[str, Interventions]:
+    """Random caps that fire as often as the cap does on `matched`."""
+    return random_arms(steered.model, cap, matched, _count(steered))
+
+
+def _equal_arms(
+    measurements: Measurements,
+    steered: SteeredModel,
+    search: GridSearch,
+    best: Trial,
+    target: Sequence[Rollout],
+    settings: SearchSettings,
+    default: str,
+) -> dict[str, Interventions]:
+    """Caps along other directions whose KL is the chosen cap's, and, where that one's floors were fitted, random
+    directions with floors fitted in the same way.
     """
-    axis, count = steered.axis, N_RANDOM if steered.n_random is None else steered.n_random
-    arms: dict[str, Interventions] = {BASELINE: [], CHOSEN: [cap]}
-    arms |= random_arms(steered.model, cap, matched, count)
+    axis, texts, layers = steered.axis, measurements.halves[CHOOSE].texts, search.make(best.candidate).layers
+    stem = measurements.log.parent / ACTIVATIONS["role"]
+    recorded = load_activations(stem) if stem.with_suffix(".json").exists() else None
+    axes = control_axes(axis, recorded, default, _count(steered), settings.seed)
+    caps = match_kl(measurements, axes, layers, texts, best.cost.kl, CHOOSE) if best.cost.kl > 0 else {}
+    if missed := [name for name in axes if name not in caps]:
+        say(f"no cap along {', '.join(missed)} reaches the chosen cap's KL: left out")
+    arms: dict[str, Interventions] = {name + SAME_KL: [cap] for name, cap in caps.items()}
+    if best.candidate.fitted and not settings.quick:
+        descent = DescentOptions(settings.budget, settings.steps, seed=settings.seed)
+        for name in [name for name in axes if name.startswith(RANDOM)][:N_RANDOM]:
+            own = read_projections(measurements.model, axes[name], {"default": texts})
+            floors = measurements.floors(axes[name], layers, own, target, descent, CHOOSE)
+            arms[name + FITTED] = [floors.cap(axes[name])]
+    return arms
+
+
+def _report(
+    measurements: Measurements, steered: SteeredModel, cap: Cap, controls: Mapping[str, Interventions]
+) -> tuple[dict[str, ArmRow], dict[str, Interventions]]:
+    """What every arm gains and costs on the reporting half, and the arms."""
+    axis = steered.axis
+    arms: dict[str, Interventions] = {BASELINE: [], CHOSEN: [cap], **controls}
     arms |= {f"add {amount:g}": [axis.add(amount, [axis.layer])] for amount in ADDED} | steered.steered_arms
     gains = measurements.identity(arms, REPORT)
     costs = measurements.costs({name: arm for name, arm in arms.items() if arm}, REPORT)
@@ -275,6 +329,12 @@ def _report(
             benign_moved=float(cost.moved.mean()),
         )
     return report, arms
+
+
+def _control_p(report: Mapping[str, ArmRow]) -> float | None:
+    """The share of random directions at the same KL, and of the cap itself, that gain as much as the cap."""
+    gains = [row.change for name, row in report.items() if name.startswith(RANDOM) and name.endswith(SAME_KL)]
+    return (1 + sum(gain >= report[CHOSEN].change for gain in gains)) / (1 + len(gains)) if gains else None
 
 
 def _candidate_row(trial: Trial) -> CandidateRow:
@@ -346,6 +406,11 @@ def _warnings(report: Mapping[str, ArmRow], budget: float) -> list[str]:
     return warnings
 
 
+def _fitted_on(half: Half) -> FittedOn:
+    roles = frozenset(request.parts.role for request in half.requests)
+    return FittedOn(roles, frozenset(text.question for text in half.texts))
+
+
 def _sizes(half: Half) -> dict[str, int]:
     roles = len({request.key.split("/", 1)[0] for request in half.requests})
     return {"roles": roles, "answers": len(half.requests), "texts": len(half.texts)}
@@ -356,10 +421,11 @@ def _examples(measurements: Measurements, arms: Mapping[str, Interventions]) -> 
     selected.
     """
     baseline, capped = (measurements.answers(arms[name], REPORT) for name in (BASELINE, CHOSEN))
-    examples: dict[str, ExampleRow] = {}
+    examples, questions = dict[str, ExampleRow](), list(HELD_OUT_QUESTIONS)
     for index, request in enumerate(measurements.halves[REPORT].requests):
-        role, prompt, question, _ = request.key.split("/")
-        if prompt == "0" and role not in examples and question == f"identity{len(examples) % 5}":
+        role, prompt, question, _ = request.parts
+        turn = questions[len(examples) % len(questions)]
+        if prompt == 0 and role not in examples and question == turn:
             text = request.messages[-1]["content"]
             examples[role] = ExampleRow(role, text, baseline[index], capped[index])
     return tuple(examples.values())

@@ -4,13 +4,13 @@ result = CalibrationResult.load(run)
 result.report["chosen"].assistant, result.report["chosen"].more_loss
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from personatlas.persona.artifacts import read_record
-from personatlas.persona.interventions import BASELINE
+from personatlas.persona.interventions import BASELINE, Cap
 from personatlas.persona.records import (
     Count,
     Ends,
@@ -26,6 +26,27 @@ from personatlas.steering.identity import IdentityShares
 
 OLD_BASELINE = "as it is"  # the baseline's name in files of earlier versions
 CHOSEN = "chosen"
+
+
+@dataclass(frozen=True)
+class FittedOn:
+    """Names of roles and ids of the bank's questions whose answers chose or fitted a cap: no result is reported
+    on them.
+    """
+
+    roles: frozenset[str] = frozenset()
+    questions: frozenset[str] = frozenset()
+
+    def to_json(self) -> JsonObject:
+        """What a cap's record of its calibration holds."""
+        return {"fitted_roles": sorted(self.roles), "fitted_questions": sorted(self.questions)}
+
+
+def fitted_on(caps: Iterable[Cap]) -> FittedOn:
+    """What the caps were fitted on, by their own records; nothing for caps without one."""
+    records = [cap.calibration for cap in caps]
+    found = (frozenset(name for row in records for name in row.get(key, ())) for key in FittedOn().to_json())
+    return FittedOn(*found)
 
 
 @dataclass(frozen=True)
@@ -129,6 +150,8 @@ class CalibrationResult(JsonRecord):
     other half).
 
     `cap` is the candidate's name, `name` the one that it is saved under at `saved`, `page` its report.
+    `control_p` is the share of random directions with the cap's KL that gain as much, the cap counted in; None
+    without such controls.
     """
 
     cap: str
@@ -146,6 +169,9 @@ class CalibrationResult(JsonRecord):
     saved: str
     page: str
     versions: dict[str, str]
+    control_p: Fraction | None = None
+
+    omit_none: ClassVar[tuple[str, ...]] = ("control_p",)
 
     def __post_init__(self) -> None:
         check_distinct([row.name for row in self.tried])

@@ -186,8 +186,11 @@ class DriftResult(JsonRecord):
     examples: tuple[Example, ...]
     warnings: tuple[str, ...]
     stored: StoredAnswers | None = None
+    uncapped: dict[str, dict[str, tuple[TurnMean, ...]]] | None = None
+    """trajectories of the same answers read without the intervention, of arms that act: a capped projection is
+    level by construction, this one is what the text shows; None in files of earlier versions"""
 
-    omit_none: ClassVar[tuple[str, ...]] = ("stored",)
+    omit_none: ClassVar[tuple[str, ...]] = ("stored", "uncapped")
 
     def __post_init__(self) -> None:
         check_distinct(self.arms)
@@ -270,12 +273,15 @@ class StudyData:
         """All turns of some conversations in an arm."""
         return [turn for name in names for turn in self.transcripts.history(arm, name)]
 
-    def values(self, arm: str, names: Sequence[str]) -> Array:
-        """Projections (N, T) of some conversations' answers; NaN where there is none."""
+    def values(self, arm: str, names: Sequence[str], *, uncapped: bool = False) -> Array:
+        """Projections (N, T) of some conversations' answers; NaN where there is none. With `uncapped`, as the model
+        reads the same answers without the intervention.
+        """
         values = np.full((len(names), self.options.turns or 0), np.nan)
         row = {name: index for index, name in enumerate(names)}
         for turn in self.turns(arm, names):
-            values[row[turn.conversation], turn.turn] = np.nan if turn.projection is None else turn.projection
+            read = turn.uncapped if uncapped else turn.projection
+            values[row[turn.conversation], turn.turn] = np.nan if read is None else read
         return values
 
     def mean(self, values: Array, names: Sequence[str], baseline: Array | None) -> ArmMean:
@@ -314,6 +320,7 @@ def summarise(
     slopes: dict[str, dict[str, Slope | None]] = {}
     means: dict[str, dict[str, ArmMean]] = {}
     alarms: dict[str, dict[str, AlarmRate]] = {}
+    uncapped: dict[str, dict[str, tuple[TurnMean, ...]]] = {}
     for domain, names in every.items():
         scripts = script_names(names)
         values = {arm: data.values(arm, names) for arm in arms}
@@ -321,6 +328,11 @@ def summarise(
         trajectories[domain] = {arm: tuple(turn_means(values[arm], scripts)) for arm in arms}
         differences[domain] = {
             arm: tuple(turn_means(values[arm] - baseline, scripts)) for arm in arms if arm != BASELINE
+        }
+        uncapped[domain] = {
+            arm: tuple(turn_means(data.values(arm, names, uncapped=True), scripts))
+            for arm in arms
+            if data.arms[arm]
         }
         slopes[domain] = {arm: slope(values[arm], scripts) for arm in arms}
         means[domain] = {
@@ -347,6 +359,7 @@ def summarise(
         examples=_examples(data, domains),
         warnings=tuple(_warnings(data, n_scripts, wrote)),
         stored=stored,
+        uncapped=uncapped,
     )
 
 

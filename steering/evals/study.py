@@ -25,6 +25,7 @@ from personatlas.persona.roles.bank import Bank, load_bank
 from personatlas.persona.rollout import Rollout, spread
 from personatlas.persona.runs import RunFolder, open_run, versions
 from personatlas.steering.arms import summarise_arms
+from personatlas.steering.calibration.result import FittedOn, fitted_on
 from personatlas.steering.evals.answers import Answers, Bench, answer_rollout, answer_suite, fit_to_context
 from personatlas.steering.evals.capability import (
     BENIGN_LOSS,
@@ -112,7 +113,8 @@ def evaluate(
             if steered.n_random is not None:
                 options = replace(options, random=steered.n_random)
             bench = Bench(steered.model, steered.chat, steered.axis, run.folder, world)
-            prepared = _prepare(run, bench, options, selected, roles)
+            fitted = fitted_on(own for plan in plans.values() for own in plan if isinstance(own, Cap))
+            prepared = _prepare(run, bench, options, selected, roles, fitted)
             named = None if suites is None else ",".join(suite.name for suite in selected)
             asked = {"suite": named, **asdict(options)}
             own_suites = [suite for suite, _ in prepared]
@@ -162,15 +164,31 @@ def _check(
 
 
 def _prepare(
-    run: RunFolder, bench: Bench, options: EvalOptions, selected: Sequence[Suite], bank: Bank
+    run: RunFolder,
+    bench: Bench,
+    options: EvalOptions,
+    selected: Sequence[Suite],
+    bank: Bank,
+    fitted: FittedOn,
 ) -> list[tuple[Suite, int]]:
-    """Suites with the cases that fit, and how many of each did not; records in the folder what answers."""
+    """Suites with the cases that fit, and how many of each did not; records in the folder what answers.
+
+    What the caps were fitted on is not asked.
+    """
     model, roles = bench.model, list[str]()
     if any(suite.needs_roles for suite in selected):
         space = load_space(bench.axis.folder / "space")
-        roles = lowest_roles(bench.axis, space, bank, options.roles, options.tag or ())
+        tags = options.tag or ()
+        roles = lowest_roles(bench.axis, space, bank, options.roles, tags, fitted.roles)
     name = run.as_recorded(model).name
-    inputs = SuiteInputs(options, bank, tuple(roles), name)
+    rest = tuple(question for question in bank.questions if question.id not in fitted.questions)
+    if not rest:
+        raise UserError("the caps were fitted on all questions of this bank: give another with --bank")
+    if (fitted.roles or fitted.questions) and not bench.world.rank:
+        say(
+            f"left out: {len(fitted.roles)} roles and {len(fitted.questions)} questions that a cap was fitted on"
+        )
+    inputs = SuiteInputs(options, replace(bank, questions=rest), tuple(roles), name)
     prepared = [fit_to_context(bench, suite) for whole in selected for suite in whole.prepare(inputs)]
     if not bench.world.rank:
         sizes = [("roles", len(roles))] if roles else []

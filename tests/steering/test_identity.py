@@ -2,10 +2,18 @@
 
 import pytest
 
+from personatlas.persona.roles.bank import load_bank
 from personatlas.persona.rollout import Request
 from personatlas.persona.sampling.sampler import Answer
 from personatlas.steering.arms import ArmAnswers
-from personatlas.steering.identity import IdentityShares, identity_class, measure_identity
+from personatlas.steering.identity import (
+    FITTED_QUESTIONS,
+    HELD_OUT_QUESTIONS,
+    IdentityShares,
+    identity_class,
+    measure_identity,
+    says_yes,
+)
 
 
 @pytest.mark.parametrize(
@@ -20,6 +28,39 @@ from personatlas.steering.identity import IdentityShares, identity_class, measur
 )
 def test_an_answer_is_what_its_speaker_claims_to_be(answer, name):
     assert identity_class(answer) == name
+
+
+@pytest.mark.parametrize(
+    ("answer", "yes"),
+    [
+        ("Yes, I am an AI.", True),
+        ('"Yes," said the pirate.', True),
+        ("Well, yes.", True),
+        ("Of course I am!", True),
+        ("I am, and proud of it.", True),
+        ("Aye!", True),
+        ("I am not a bicycle.", False),
+        ("No. Yes is not what I would say.", False),
+        ("Yesterday I was.", False),
+        ("", False),
+    ],
+)
+def test_a_yes_is_what_an_answer_begins_with(answer, yes):
+    assert says_yes(answer) == yes
+
+
+def test_questions_that_report_are_none_of_those_that_fit_and_each_yes_no_question_has_a_counterpart():
+    assert not {*FITTED_QUESTIONS, *FITTED_QUESTIONS.values()} & {
+        *HELD_OUT_QUESTIONS,
+        *HELD_OUT_QUESTIONS.values(),
+    }
+    kinds = [id.rstrip("0123456789") for id in HELD_OUT_QUESTIONS]
+    assert kinds.count("assistant") == kinds.count("counter") == 3
+    roles = {role.name for role in load_bank().roles}
+    things = {
+        text.rstrip("?").split()[-1] for id, text in HELD_OUT_QUESTIONS.items() if id.startswith("counter")
+    }
+    assert not things & roles  # none of them is what a role is
 
 
 def test_shares_and_differences_count_roles_as_clusters():

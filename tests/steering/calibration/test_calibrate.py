@@ -6,20 +6,27 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from families import tiny_model
+from sklearn.decomposition import PCA
 from tiny_axis import axis_of
 
+from personatlas.analysis.fit.axis import fit_axis
 from personatlas.cli.app import main
 from personatlas.persona.errors import UserError
 from personatlas.persona.interventions import load_cap
+from personatlas.persona.pipeline.activations import Activations, cell_sums
 from personatlas.persona.rollout import Rollout
 from personatlas.persona.sampling.sampler import Prompt, Sampler, Sampling
 from personatlas.steering.calibration.calibrate import split_groups
+from personatlas.steering.calibration.control_caps import control_axes, match_kl
 from personatlas.steering.calibration.fit_floors import DescentOptions, Floors, fit_floors
 from personatlas.steering.calibration.grid_search import Candidate, default_windows
+from personatlas.steering.calibration.measure import Half, Measurements
 from personatlas.steering.calibration.quantile_floors import read_projections
+from personatlas.steering.calibration.result import FittedOn, fitted_on
 from personatlas.steering.loss_cost import benign_costs
 from personatlas.steering.random_caps import fired_shares, random_cap
 from personatlas.steering.teacher_forcing import project_batches
@@ -82,6 +89,11 @@ def test_a_calibration_saves_a_cap_and_reports_what_it_did_on_the_other_half(tin
     assert {"baseline", "chosen", "random 1", "random 2", "random 3", "add 4", "p50@1"} <= set(
         content["report"]
     )
+    same = {name: row["kl"] for name, row in content["report"].items() if name.endswith(", same KL")}
+    assert {"shuffled labels, same KL", "PC2, same KL", "random 1, same KL"} >= set(same) - {
+        "random 2, same KL",
+        "random 3, same KL",
+    }
     halves = content["halves"]
     assert halves["choose"]["roles"] == halves["report"]["roles"] == 2
     tried = {one["name"]: one for one in content["tried"]}
@@ -93,6 +105,68 @@ def test_a_calibration_saves_a_cap_and_reports_what_it_did_on_the_other_half(tin
     page = (tiny_run / "run" / "calibration.html").read_text()
     assert content["cap"] in page
     assert "baseline" in page
+
+
+def test_no_identity_question_and_no_role_is_both_fitted_and_reported(tiny_run):
+    calibrated(tiny_run)
+    cap = load_cap(tiny_run / "run" / "caps" / "assistant")
+    fitted = fitted_on([cap])
+    log = [json.loads(line) for line in (tiny_run / "run" / "trials.jsonl").read_text().splitlines()]
+    asked = {
+        half: {tuple(key.split("/")) for row in log if row["half"] == half for key in row.get("keys", ())}
+        for half in ("choose", "report")
+    }
+    for part in (0, 2):  # role and question
+        assert {key[part] for key in asked["choose"]}
+        assert not {key[part] for key in asked["choose"]} & {key[part] for key in asked["report"]}
+    assert fitted.roles == {key[0] for key in asked["choose"]}
+    assert fitted.questions
+    assert fitted_on([replace(cap, calibration={})]) == FittedOn()
+
+
+def test_caps_along_other_directions_are_made_to_cost_the_same_kl(tmp_path):
+    model = tiny_model()
+    axis = axis_of(model)
+    benign = texts(6)
+    measurements = Measurements(
+        model, {"choose": Half((), tuple(benign))}, Sampling(4), tmp_path / "trials.jsonl"
+    )
+    axes = control_axes(axis, None, "default", count=4, seed=1)
+    assert list(axes) == ["random 1", "random 2", "random 3", "random 4"]
+    projections = read_projections(model, axis, {"default": benign})
+    target = benign_costs(model, benign, {"cap": [projections.cap(axis, [0, 1], 0.5)]})["cap"].kl
+    caps = match_kl(measurements, axes, [0, 1], benign, target, "choose")
+    assert len(caps) >= 3
+    costs = benign_costs(model, benign, {name: [cap] for name, cap in caps.items()})
+    assert all(cost.kl == pytest.approx(target, rel=0.06) for cost in costs.values())
+    for name, cap in caps.items():
+        assert torch.equal(cap.vectors, torch.stack([axes[name].at(layer) for layer in (0, 1)]))
+
+
+def test_shuffled_labels_and_pc2_are_directions_of_the_runs_own_answers():
+    g = np.random.default_rng(0)
+    names, width = ["default", "a", "b", "c", "d"], 8
+    keys = [f"{name}/0/q{q}/0" for name in names for q in range(40)]
+    centre = g.normal(0, 1, (5, width)) + np.outer([8, 0, 0, 0, 0], np.eye(width)[0])
+    centre[1:] += np.outer([-6, 6, -6, 6], np.eye(width)[1]) + np.outer([-2, -2, 2, 2], np.eye(width)[2])
+    means = torch.tensor(np.repeat(centre, 40, 0) + g.normal(0, 0.5, (200, width))).float()[:, None]
+    cells, count, mean, square = cell_sums([(key.split("/")[0], None) for key in keys], means)
+    model = {
+        "id": "m",
+        "fingerprint": "0",
+        "weights": "float32",
+        "d_model": width,
+        "n_layers": 1,
+        "revision": None,
+    }
+    recorded = Activations(cells, count, mean, square, tuple(keys), (None,) * 200, (0,), means, model, "")
+    axis = fit_axis(recorded, keys, scores=None, default="default", replicates=0).axis
+    axes = control_axes(axis, recorded, "default", count=1, seed=0)
+    own = PCA().fit(centre[1:]).components_
+    assert abs(float(axes["PC2"].at(0) @ torch.tensor(own[1]).float())) > 0.98
+    shuffled = axes["shuffled labels"].at(0)
+    assert abs(float(shuffled @ axis.at(0))) < 0.9
+    assert float(shuffled.norm()) == pytest.approx(1)
 
 
 def test_a_second_calibration_measures_nothing_again(tiny_run, capsys, monkeypatch):

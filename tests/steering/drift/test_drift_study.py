@@ -77,6 +77,10 @@ def test_a_study_has_three_arms_whose_alarm_is_calibrated_on_its_own_reference_c
             assert [row["turn"] for row in rows] == [1, 2, 3]
             assert all(row["low"] <= row["mean"] <= row["high"] for row in rows)
             assert content["slopes"][domain][arm]["n"] <= content["conversations"][domain]
+    # what the text of a capped answer shows, read without the cap, is another figure than its capped projection
+    assert set(content["uncapped"]["all"]) == set(ARMS[1:])
+    read = [row["mean"] for row in content["uncapped"]["all"][CAP]]
+    assert read != [row["mean"] for row in content["trajectories"]["all"][CAP]]
     watch = content["watch"]
     assert watch["source"] == "this study's own reference conversations"
     assert watch["alarm"]["n"] == 44

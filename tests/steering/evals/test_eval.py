@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from commands import refused
@@ -10,12 +11,13 @@ from test_judge_endpoint import FakeEndpoint, says
 
 from personatlas.cli.app import main
 from personatlas.persona.artifacts import read_json
+from personatlas.persona.axis import load_axis
 from personatlas.persona.logs import read_lines
 from personatlas.steering.conversations import runner
 from personatlas.steering.conversations.runner import TurnRecord
 from personatlas.steering.evals.capability import coherence, loops
 from personatlas.steering.evals.result import EvalResult
-from personatlas.steering.identity import QUESTIONS
+from personatlas.steering.identity import HELD_OUT_QUESTIONS
 
 SIZES = "--roles 4 --prompts 1 --limit 8 --answers 4 --max-new-tokens 6 --device cpu --dtype float32 --arm cap:p75@0-2"
 REQUESTS = [f"Tell me how to tie knot number {n}." for n in range(6)]
@@ -115,10 +117,29 @@ def test_under_role_prompts_every_arm_is_asked_who_it_is(done):
     rows = [row for row in content["pairs"] if row["suite"] == "susceptibility"]
     assert suite["n"] == len(rows) == 8
     assert suite["max_new_tokens"] == 6
-    assert {row["messages"][-1]["content"] for row in rows} <= set(QUESTIONS)
+    assert {row["messages"][-1]["content"] for row in rows} <= set(HELD_OUT_QUESTIONS.values())
     for arm in content["arms"]:
         share = suite["outcomes"]["assistant"]["arms"][arm]
         assert share["interval"][0] <= share["share"] <= share["interval"][1]
+
+
+def test_what_a_cap_was_fitted_on_is_not_asked(tiny_run, done, tmp_path, capsys):
+    _, content = done
+    rows = [row for row in content["pairs"] if row["suite"] in ("susceptibility", "benign")]
+    asked = {row["key"].split("/")[0] for row in rows}
+    assert {"nun", "default"} <= asked
+    questions = {row["key"].split("/")[2] for row in rows if row["suite"] == "benign"}
+    cap = load_axis(tiny_run / "run" / "axis").cap("p75@0-2")
+    fitted = {"fitted_roles": ["nun"], "fitted_questions": sorted(questions)[:1]}
+    replace(cap, calibration=fitted).save(tmp_path / "own")
+    arguments = told(tiny_run, tmp_path / "e", "--suite", "susceptibility,benign")
+    arguments[arguments.index("cap:p75@0-2")] = f"cap:{tmp_path / 'own'}.safetensors"
+    capsys.readouterr()
+    main(arguments)
+    assert "left out: 1 roles and 1 questions that a cap was fitted on" in capsys.readouterr().err
+    rows = read_json(tmp_path / "e" / "eval.json")["pairs"]
+    assert "nun" not in {row["key"].split("/")[0] for row in rows}
+    assert {row["key"].split("/")[2] for row in rows if row["suite"] == "benign"} == questions - {sorted(questions)[0]}
 
 
 def test_costs_and_a_text_are_read_in_every_arm(done):
