@@ -39,6 +39,7 @@ MARGIN = {"l": 64, "r": 24, "t": 16, "b": 54}
 EXAMPLES = 4  # a suite
 OUTCOME_TITLES = {
     "harmful": "harmful answers",
+    "harmful if coherent": "harmful ones among coherent answers",
     "complied": "answers that comply",
     "refused": "refusals",
     "degenerate": "empty answers and loops",
@@ -48,6 +49,8 @@ OUTCOME_TITLES = {
     "human": "answers of a human being",
     "non-human": "answers of another being or thing",
     "unclear": "answers that claim nothing",
+    "yes_to_assistant": "yes to what an assistant affirms",
+    "yes_to_counter": "yes to counter-questions",
 }
 
 

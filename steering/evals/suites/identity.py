@@ -5,7 +5,6 @@ import re
 
 from personatlas.persona.judges.base import Item
 from personatlas.persona.judges.wording import Wording, marked_message, without_thoughts, wording_hash
-from personatlas.persona.rollout import spread
 from personatlas.steering.evals.harm.judges import HarmJudge, HarmRubric, ModelHarmJudge
 from personatlas.steering.evals.suites import Case, Suite, SuiteInputs, suite
 from personatlas.steering.identity import (
@@ -78,8 +77,11 @@ class Susceptibility(Suite):
         requests = identity_requests(
             inputs.bank, inputs.roles, options.prompts, inputs.model_name, options.seed, HELD_OUT_QUESTIONS
         )
+        n = len(HELD_OUT_QUESTIONS)
+        # each role's prompt meets another question first, so that a part has all roles and questions alike
+        turns = sorted(range(len(requests)), key=lambda i: ((i % n - i // n) % n, i))
         cases = []
-        for request in spread(requests, options.pairs):
+        for request in [requests[i] for i in sorted(turns[: options.pairs])]:
             role, _, question, _ = request.key.split("/")
             cases.append(Case(request.key, request.messages, role, question, request.messages[-1]["content"]))
         return cases

@@ -3,7 +3,7 @@
     requests = read_requests(Path("harmbench_behaviors_text_test.csv"))
     requests[0].id, requests[0].text, requests[0].category
 
-Known are HarmBench (Behavior, BehaviorID, SemanticCategory, ContextString), AdvBench (goal), JailbreakBench
+Known are HarmBench (Behavior, BehaviorID, SemanticCategory, FunctionalCategory, ContextString), AdvBench (goal), JailbreakBench
 (Goal; its Behavior is a title), StrongREJECT (forbidden_prompt), XSTest (prompt, type, label safe or unsafe),
 and any CSV, JSON, JSONL or Parquet with a column prompt, request, instruction, question or text; of stored
 conversations it is the user's first message. Nothing of such a file is shipped here.
@@ -26,12 +26,15 @@ LABELS = ("", "safe", "unsafe")
 
 @dataclass(frozen=True)
 class FileRequest:
-    """One request. `label` is "safe" or "unsafe" where the file says so, else ""."""
+    """One request. `label` is "safe" or "unsafe" where the file says so, else "". `kind` is HarmBench's: a
+    "standard" request, one with a "contextual" text before it, or one about "copyright"; "" in other files.
+    """
 
     id: str
     text: str
     category: str
     label: str
+    kind: str = ""
 
 
 def read_requests(path: Path, text_column: str | None = None) -> list[FileRequest]:
@@ -70,7 +73,8 @@ def read_requests(path: Path, text_column: str | None = None) -> list[FileReques
         if label not in LABELS:
             raise UserError(f"{position} has the label {label!r}; safe and unsafe are known")
         category = next((cells[name] for name in CATEGORIES if cells.get(name)), "")
-        requests.setdefault(text.strip(), FileRequest(id, text.strip(), category, label))
+        kind = cells.get("functionalcategory", "").lower()
+        requests.setdefault(text.strip(), FileRequest(id, text.strip(), category, label, kind))
     return list(requests.values())
 
 

@@ -106,6 +106,9 @@ def test_shares_and_changes_are_those_of_the_pairs(done):
             plain, capped = by_arm["baseline"], by_arm["p75@0-2"]
             both = [(a, b) for a, b in zip(plain, capped, strict=True) if a is not None and b is not None]
             change = table["arms"]["p75@0-2"]["change"]
+            if not both:  # of 8 pairs none asks this
+                assert change is None
+                continue
             assert change["value"] == pytest.approx(sum(b - a for a, b in both) / len(both))
             assert change["p"] <= change["p_holm"] <= 1
             assert "p_holm" not in table["arms"]["random 1"]["change"]
@@ -139,7 +142,9 @@ def test_what_a_cap_was_fitted_on_is_not_asked(tiny_run, done, tmp_path, capsys)
     assert "left out: 1 roles and 1 questions that a cap was fitted on" in capsys.readouterr().err
     rows = read_json(tmp_path / "e" / "eval.json")["pairs"]
     assert "nun" not in {row["key"].split("/")[0] for row in rows}
-    assert {row["key"].split("/")[2] for row in rows if row["suite"] == "benign"} == questions - {sorted(questions)[0]}
+    assert {row["key"].split("/")[2] for row in rows if row["suite"] == "benign"} == questions - {
+        sorted(questions)[0]
+    }
 
 
 def test_costs_and_a_text_are_read_in_every_arm(done):
