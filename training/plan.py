@@ -51,9 +51,12 @@ class Chip(JsonRecord):
 
 
 CHIPS = {
-    # vendors' dense bf16 peaks; rents are rough on-demand figures of 2026, which --price replaces
+    # vendors' dense bf16 peaks, lower for PCIe and NVL parts; rents are rough on-demand figures of 2026, which --price replaces
     "h100": Chip("h100", 989e12, 80e9, 3.0),
+    "h100-pcie": Chip("h100-pcie", 756e12, 80e9, 2.5),
+    "h100-nvl": Chip("h100-nvl", 835e12, 94e9, 2.8),
     "h200": Chip("h200", 989e12, 141e9, 3.8),
+    "h200-nvl": Chip("h200-nvl", 835e12, 141e9, 3.5),
     "a100": Chip("a100", 312e12, 80e9, 1.8),
     "4090": Chip("4090", 165e12, 24e9, 0.45),
     # two cores of an AVX-512 server, fp32: a product of 1024 x 768 x 2048 ran at 83 GFLOP/s a core
@@ -104,10 +107,13 @@ def batch_for(tokens: int, context: int, gpus: int = 1) -> int:
     return max(1, round(critical_batch(tokens) / unit)) * unit
 
 
-def flops_a_token(shape: Shape) -> int:
-    """FLOPs of the forward and backward pass; recomputation does not count."""
+def flops_a_token(shape: Shape, *, causal: bool = False) -> int:
+    """FLOPs of the forward and backward pass; recomputation does not count.
+
+    As is usual, attention counts as if every token saw the whole context; `causal` counts the half that it sees.
+    """
     products = 6 * (shape.matrix_parameters + shape.embedding_parameters)
-    return products + 12 * shape.depth * shape.heads * shape.head_width * shape.context
+    return products + (6 if causal else 12) * shape.depth * shape.heads * shape.head_width * shape.context
 
 
 def utilisation(tokens_a_second: float, shape: Shape, chip: Chip, gpus: int = 1) -> float:
@@ -263,6 +269,7 @@ class Plan(JsonRecord):
             **values,
             "parameters": counts,
             "flops_a_token": flops_a_token(self.shape),
+            "flops_a_token_causal": flops_a_token(self.shape, causal=True),
             "utilisation": utilisation(self.tokens_a_second, self.shape, self.chip, self.gpus),
             "memory": {**asdict(self.memory), "total": self.memory.total},
             "accumulation": self.accumulation,
@@ -354,7 +361,7 @@ def detect_chip(device: "torch.device") -> Chip:
 
     name = torch.cuda.get_device_name(device)
     memory = float(torch.cuda.get_device_properties(device).total_memory)
-    for key, chip in CHIPS.items():
-        if key in name.lower():
-            return replace(chip, memory=memory)
+    for key in sorted(CHIPS, key=len, reverse=True):  # "h100-pcie" before "h100"
+        if all(part in name.lower() for part in key.split("-")):
+            return replace(CHIPS[key], memory=memory)
     return replace(CHIPS["4090"], name=name, memory=memory)

@@ -24,7 +24,7 @@ class Machine:
     """What to train on."""
 
     gpu: str = "h100"
-    "h100, h200, a100, 4090 or cpu (two cores)"
+    "h100, h100-pcie, h100-nvl, h200, h200-nvl, a100, 4090 or cpu (two cores)"
     gpus: int = 1
     "how many of them"
     price: float | None = None

@@ -390,4 +390,8 @@ def eval_warnings(suites: Mapping[str, SuiteResult], judge: JudgeSummary) -> lis
         warnings.append(
             "harm was judged by rules, which call every answer that is no refusal and no nonsense harmful"
         )
+    if judge.id.startswith("classifier") and any("harmful" in suite.outcomes for suite in suites.values()):
+        warnings.append(
+            "harm was judged by a classifier, which sees the answer alone and not what was asked for"
+        )
     return warnings

@@ -2,8 +2,10 @@
 
 import json
 from dataclasses import astuple
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from personatlas.cli.app import main
 from personatlas.persona.errors import UserError
@@ -13,6 +15,7 @@ from personatlas.training.plan import (
     DEPTHS,
     batch_for,
     describe_epochs,
+    detect_chip,
     flops_a_token,
     make_plan,
     memory_for,
@@ -226,3 +229,28 @@ def test_the_verb_refuses_a_corpus_without_text(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["train", "plan", "--depth", "4", "--corpus", str(tmp_path)])
     assert "no text to train on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "chip", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100", 989e12),
+        ("NVIDIA H100 PCIe", "h100-pcie", 756e12),
+        ("NVIDIA H100 NVL", "h100-nvl", 835e12),
+        ("NVIDIA H200", "h200", 989e12),
+        ("NVIDIA H200 NVL", "h200-nvl", 835e12),
+        ("NVIDIA A100-SXM4-80GB", "a100", 312e12),
+    ],
+)
+def test_a_cards_peak_is_that_of_its_own_part(monkeypatch, name, chip, peak):
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: name)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(total_memory=9e10))
+    found = detect_chip(torch.device("cuda"))
+    assert (found.name, found.peak, found.memory) == (chip, peak, 9e10)
+
+
+def test_causal_attention_counts_half_of_the_usual_attention():
+    shape = shape_at(12)
+    usual, causal = flops_a_token(shape), flops_a_token(shape, causal=True)
+    assert usual - causal == 6 * 12 * 768 * 2048
+    assert 0.467 * causal / usual == pytest.approx(0.405, abs=0.005)

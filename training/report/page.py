@@ -91,6 +91,15 @@ def _verdict(record: TrainingRecord) -> str:
     return ". ".join(parts) + "."
 
 
+def _of_peak(share: float, plan: JsonObject) -> str:
+    """Model-FLOPs utilisation with the chip and its peak, and without the attention that a causal mask leaves
+    out."""
+    chip, usual, causal = (plan.get(name) for name in ("chip", "flops_a_token", "flops_a_token_causal"))
+    peak = f"{chip['name']}'s {chip['peak'] / 1e12:,.0f} TFLOP/s" if chip else "peak"
+    masked = f", {share * causal / usual:.1%} without masked attention" if causal and usual else ""
+    return f"{share:.1%} of the {peak} in model FLOPs{masked}"
+
+
 def _describe_loss(record: TrainingRecord) -> str:
     """What the last evaluation, or else the training loss, says."""
     row = record.held_out[-1] if record.held_out else None
@@ -136,7 +145,7 @@ def _tiles(record: TrainingRecord) -> list[dict[str, str]]:
         tiles.append(_tile("read", format_count(last["tokens"]), "tokens", note))
     speed, share = record.median("tokens_a_second"), record.median("utilisation")
     if speed is not None:
-        note = "median over the run" if share is None else f"median; {share:.1%} of the peak in model FLOPs"
+        note = "median over the run" if share is None else f"median; {_of_peak(share, record.plan)}"
         tiles.append(_tile("speed", format_count(speed), "tokens a second", note))
     if last.get("seconds"):
         left = None
