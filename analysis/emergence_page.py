@@ -11,13 +11,14 @@ import plotly.graph_objects as go
 
 from personatlas.analysis.emergence import CheckpointFit, EmergenceResult
 from personatlas.analysis.fit.tables import interval_text, number_text
-from personatlas.analysis.html.canvas import Style, axis_style, empty_figure, line_style, shorten
+from personatlas.analysis.html.canvas import Style, axis_style, empty_figure, line_style, plain
 from personatlas.analysis.html.page import write_page
 from personatlas.analysis.stats import Interval
 
 TEMPLATE = Path(__file__).parent / "emergence.html.jinja"
 MARGIN = {"l": 60, "r": 18, "t": 14, "b": 46}
-LABELS = 38  # that fit under one another in the figure of the roles
+LABELS = 32  # that fit under one another in the figure of the roles
+TICKS = 4  # steps named below an axis: as many as a phone has room for
 ENDS = 6  # roles at either end that are drawn in colour
 Lines = dict[str, tuple[str, list[Interval | None]]]  # by name: colour, and an interval a checkpoint
 LEGEND = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
@@ -86,12 +87,14 @@ def _line_figure(rows: Sequence[CheckpointFit], lines: Lines) -> go.Figure:
 
 
 def _step_axis(steps: list[str]) -> Style:
-    return {"title_text": "step", "type": "category", "categoryarray": steps, **axis_style()}
+    named = steps[:: -(-len(steps) // TICKS)]
+    order = {"type": "category", "categoryarray": steps, "tickvals": named, "tickangle": 0}
+    return {"title_text": "step", **order, **axis_style()}
 
 
 def _role_figure(result: EmergenceResult) -> go.Figure:
     """z-scores of the positive pole and of the roles at the ends in colour; all others in grey."""
-    figure = empty_figure(margin={**MARGIN, "r": 170}, hovermode="closest")
+    figure = empty_figure(margin={**MARGIN, "r": 128}, hovermode="closest")
     steps, positive = _steps(result.checkpoints), result.positive
     lowest, highest = result.ends(ENDS)
     colours = dict.fromkeys(lowest, "--others") | dict.fromkeys(highest, "--positive")
@@ -103,8 +106,8 @@ def _role_figure(result: EmergenceResult) -> go.Figure:
         figure.add_scatter(
             x=steps,
             y=result.roles[name],
-            name=name,
-            hovertemplate=f"{name}, step %{{x}}: %{{y:.2f}}<extra></extra>",
+            name=plain(name),
+            hovertemplate=f"{plain(name)}, step %{{x}}: %{{y:.2f}}<extra></extra>",
             mode="lines",
             line=line_style(colour or "--middle", width),
             opacity=1.0 if colour else 0.45,
@@ -120,7 +123,7 @@ def _role_figure(result: EmergenceResult) -> go.Figure:
                 heights[index - 1] -= overlap / 2
                 heights[index] += overlap / 2
     for height, (_, name) in zip(heights, ends, strict=True):
-        text = f"<b>{name}</b>" if name == positive else shorten(name, 20)
+        text = f"<b>{plain(name, 16)}</b>" if name == positive else plain(name, 16)
         at = {"x": len(steps) - 1, "y": height, "xanchor": "left", "xshift": 8}
         font = {"color": f"var({colours[name]})", "size": 12}
         figure.add_annotation(**at, text=text, showarrow=False, font=font)

@@ -143,6 +143,7 @@ def write_generation_page(
     content = {
         "arms": [_arm(name, one, low, high) for name, one in generations.items()],
         "names": [name for name, plan in arms.items() if plan],
+        "finding": _finding(generations, arms),
         "summaries": summaries,
         "messages": messages,
         "model": model.describe(),
@@ -157,6 +158,25 @@ def write_generation_page(
         ],
     }
     write_page(path, Path(__file__).parent / "generate.html.jinja", content, {}, {})
+
+
+def _finding(generations: Mapping[str, Generation], arms: Mapping[str, Interventions]) -> str:
+    """Where the answer lies in every arm, and how often it was changed there."""
+    means = {
+        name: float(one.trace.answer.mean())
+        for name, one in generations.items()
+        if one.trace is not None and len(one.trace.answer)
+    }
+    steered = [
+        f"{means[name]:.1f} with {name}"
+        + (f" (fired on {tally.share:.0%})" if (tally := generations[name].tally) is not None else "")
+        for name, plan in arms.items()
+        if plan and name in means
+    ]
+    plain = [f"{means[name]:.1f} at baseline" for name, plan in arms.items() if not plan and name in means]
+    if not means:
+        return "No token was answered."
+    return f"The answer's mean projection is {', '.join([*plain, *steered])}.".replace("-", "−")
 
 
 def _arm(name: str, arm: Generation, low: float, high: float) -> JsonObject:

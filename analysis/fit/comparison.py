@@ -3,8 +3,8 @@
     compare_axes(axis, {"pirate": -3.2}, Path("runs/other"))    # a run, an axis artefact, or a packaged model
 
 Cosines are by layer, between axes of one width and depth. The projections of the roles that both have are
-compared by rank (Spearman), between any two axes: two models may rank their roles alike although their spaces
-differ.
+compared by rank (Spearman) and as z-scores, between any two axes: two models may rank their roles alike although
+their spaces differ.
 """
 
 import math
@@ -44,10 +44,12 @@ def compare_axes(axis: Axis, projections: Mapping[str, float], path: Path) -> Ax
     same_size = all(axis.model.get(name) == other.model.get(name) for name in ("n_layers", "d_model"))
     cosines = None
     if same_size:
-        shared = [layer for layer in axis.layers if layer in other.layers]
-        cosines = {str(layer): float(axis.at(layer).double() @ other.at(layer).double()) for layer in shared}
+        layers = [layer for layer in axis.layers if layer in other.layers]
+        cosines = {str(layer): float(axis.at(layer).double() @ other.at(layer).double()) for layer in layers}
     fingerprints = {axis.model.get("fingerprint"), other.model.get("fingerprint")} - {None}
-    ranks = rank_correlation(projections, _projections_of(stem, other))
+    theirs = _projections_of(stem, other)
+    ranks = rank_correlation(projections, theirs)
+    shared = {name: (place, theirs[name]) for name, place in projections.items() if name in theirs}
     return AxisComparison(
         path=str(path),
         model=other.model.get("id"),
@@ -55,6 +57,7 @@ def compare_axes(axis: Axis, projections: Mapping[str, float], path: Path) -> Ax
         same_model=same_size and len(fingerprints) <= 1,
         cosines=cosines,
         roles=None if ranks is None else RoleCorrelation(**vars(ranks)),
+        projections=None if ranks is None else shared,
     )
 
 

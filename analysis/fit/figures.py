@@ -15,7 +15,14 @@ from typing import TypeVar
 import numpy as np
 import plotly.graph_objects as go
 
-from personatlas.analysis.fit.result import FitResult, LayerFit, LearningCurve, RoleProjection, TraitResult
+from personatlas.analysis.fit.result import (
+    AxisComparison,
+    FitResult,
+    LayerFit,
+    LearningCurve,
+    RoleProjection,
+    TraitResult,
+)
 from personatlas.analysis.html.canvas import (
     POINT_GAP,
     TEXT_FONT,
@@ -65,6 +72,10 @@ def figures(fit: FitResult) -> dict[str, go.Figure]:
         drawn["traits"] = trait_figure(fit.traits)
     if fit.projections.positive and fit.projections.others:
         drawn["answers"] = answer_figure(fit)
+    if fit.comparison and fit.comparison.z_scores:
+        drawn["moved"] = moved_figure(fit.comparison)
+    if fit.comparison and fit.comparison.cosines and len(fit.comparison.cosines) > 1:
+        drawn["cosines"] = cosine_figure(fit.comparison)
     return drawn
 
 
@@ -256,6 +267,44 @@ def variance_figure(fit: FitResult) -> go.Figure:
         )
     figure.update_xaxes(title_text="number of components", range=[0, len(total) + 0.8], **axis_style())
     figure.update_yaxes(title_text="variance between roles", range=[0, 104], ticksuffix="%", **axis_style())
+    return figure
+
+
+def moved_figure(comparison: AxisComparison) -> go.Figure:
+    """Draws the roles' z-scores on this axis over those on the other one; those that moved farthest have
+    names."""
+    figure, z = empty_figure(margin=MARGIN), comparison.z_scores
+    ends = [min(min(pair) for pair in z.values()), max(max(pair) for pair in z.values())]
+    figure.add_scatter(x=ends, y=ends, mode="lines", hoverinfo="skip", line=line_style("--muted", 1.0, "dot"))
+    sides: dict[str, list[str]] = {"--positive": [], "--others": []}
+    for name, change in comparison.moved:
+        sides["--positive" if change >= 0 else "--others"].append(name)
+    for colour, names in sides.items():
+        figure.add_scatter(
+            x=[z[name][1] for name in names],
+            y=[z[name][0] for name in names],
+            text=[plain(name) for name in names],
+            mode="markers",
+            marker={"color": f"var({colour})", "size": 6 if len(z) > CROWD else 9, "opacity": 0.75},
+            hovertemplate="%{text}: %{y:.2f} here, %{x:.2f} there<extra></extra>",
+        )
+    named = [name for name, _ in comparison.moved[: 2 * NAMED]]
+    labels = [Label(name, x=z[name][1], y=z[name][0]) for name in named]
+    add_labels(figure, [pair[::-1] for pair in z.values()], labels)
+    figure.update_xaxes(title_text="z-score on the other axis", **axis_style(zero=True))
+    figure.update_yaxes(title_text="z-score on this axis", **axis_style(zero=True), **EQUAL)
+    return figure
+
+
+def cosine_figure(comparison: AxisComparison) -> go.Figure:
+    """Draws the cosine between the two axes over layers."""
+    figure = empty_figure(margin=MARGIN)
+    cosines = {int(layer): cosine for layer, cosine in (comparison.cosines or {}).items()}
+    hover = "layer %{x}: cosine %{y:.2f}<extra></extra>"
+    figure.add_scatter(x=list(cosines), y=list(cosines.values()), hovertemplate=hover, **_line_and_dots(5))
+    figure.update_xaxes(title_text="layer", **axis_style())
+    y_range = [min(0.0, *cosines.values()) * 1.05, 1.04]
+    figure.update_yaxes(title_text="cosine between the axes", range=y_range, **axis_style(zero=True))
     return figure
 
 

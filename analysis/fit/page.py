@@ -165,8 +165,8 @@ def _roc_area(fit: FitResult) -> Interval | None:
 
 
 def _samples(fit: FitResult, rollouts: Sequence[Rollout]) -> list[Row]:
-    """The first answers of the pole, the default and the ends of the axis, to the same questions where
-    possible."""
+    """Answers of the pole, the default and the ends of the axis: those whose projection is nearest their role's
+    mean, and where projections of answers are not known the first ones, to the same questions where possible."""
     others, number = fit.other_roles, number_format(fit)
     marked = [role for role in fit.roles[::-1] if role.positive or role.role == fit.default]
     selected: dict[str, tuple[str, RoleProjection]] = {}
@@ -185,7 +185,9 @@ def _samples(fit: FitResult, rollouts: Sequence[Rollout]) -> list[Row]:
     samples = []
     for name, (end, role) in selected.items():
         first = [by_question[name][question] for question in questions if question in by_question[name]]
-        answers = [_answer(rollout, projections, number) for rollout in first[:ANSWERS]]
+        measured = [rollout for rollout in first if rollout.key in projections]
+        measured.sort(key=lambda rollout: abs(projections[rollout.key] - role.projection))
+        answers = [_answer(rollout, projections, number) for rollout in (measured or first)[:ANSWERS]]
         systems = {answer["system"] for answer in answers}
         row = {"role": name, "end": end, "projection": number(role.projection), "answers": answers}
         samples.append({**row, "system": systems.pop() if len(systems) == 1 else None})

@@ -13,6 +13,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
+
 from personatlas.analysis.stats import Interval
 from personatlas.persona.artifacts import digest, read_object, read_record
 from personatlas.persona.errors import UserError
@@ -233,8 +235,9 @@ class RoleCorrelation(Interval):
 
 @dataclass(frozen=True)
 class AxisComparison(JsonRecord):
-    """This axis beside another: cosine by layer (None for another width or depth) and the roles' rank
-    correlation."""
+    """This axis beside another: cosine by layer (None for another width or depth), the roles' rank correlation,
+    and the projections of the roles that both have (here, there; None for fewer than three, and in fits of
+    earlier versions)."""
 
     path: str
     model: str | None
@@ -242,8 +245,25 @@ class AxisComparison(JsonRecord):
     same_model: bool
     cosines: dict[str, CosineOrNaN] | None
     roles: RoleCorrelation | None = None
+    projections: dict[str, tuple[float, float]] | None = None
 
-    omit_none: ClassVar[tuple[str, ...]] = ("roles",)
+    omit_none: ClassVar[tuple[str, ...]] = ("roles", "projections")
+
+    @property
+    def z_scores(self) -> dict[str, tuple[float, float]]:
+        """The roles' projections (here, there) as z-scores among these roles: two models' residuals differ in
+        scale."""
+        if not self.projections:
+            return {}
+        values = np.array(list(self.projections.values()))
+        z = (values - values.mean(0)) / values.std(0)
+        return {name: (here, there) for name, (here, there) in zip(self.projections, z.tolist(), strict=True)}
+
+    @property
+    def moved(self) -> list[tuple[str, float]]:
+        """The roles with the z-score here less that there, the largest change first."""
+        changes = [(name, here - there) for name, (here, there) in self.z_scores.items()]
+        return sorted(changes, key=lambda change: (-abs(change[1]), change[0]))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from personatlas.analysis.stats import Interval
 
 NumberFormat = Callable[[float], str]
 SWAPPED = 0.1  # a share of resamples with another PC1 that is worth saying
+MOVED = 3  # roles named that moved farthest between two axes
 
 
 @dataclass(frozen=True)
@@ -214,9 +215,14 @@ def comparison_text(comparison: AxisComparison | None, layer: int) -> str:
         return ""
     parts = []
     if comparison.cosines and str(layer) in comparison.cosines:
-        parts.append(f"cosine {comparison.cosines[str(layer)]:.2f} at layer {layer}")
+        low, high = min(comparison.cosines.values()), max(comparison.cosines.values())
+        spread = f" ({low:.2f} to {high:.2f} over all layers)" if len(comparison.cosines) > 1 else ""
+        parts.append(f"cosine {comparison.cosines[str(layer)]:.2f} at layer {layer}{spread}")
     if (roles := comparison.roles) is not None:
         parts.append(f"rank correlation {interval_text(roles)} over {roles.n} roles")
+    if moved := comparison.moved[:MOVED]:
+        names = ", ".join(f"{name} {change:+.1f}" for name, change in moved)
+        parts.append(f"farthest moved, in standard deviations of these roles: {names}")
     model = "" if comparison.same_model else f", another model ({comparison.model})"
     found = "; ".join(parts) or "another width or depth, and no roles in common"
     return f"Compared with {comparison.path}{model}: {found}"

@@ -47,10 +47,20 @@ def write_page(
         "drawn": figures.keys(),
     }
     environment = _environment(template.parent)
-    environment.filters |= filters
+    environment.filters |= {"short_path": short_path, **filters}
     page = environment.get_template(template.name).render(shared | dict(content))
     with atomic(path) as temporary:
         temporary.write_bytes(page.encode("utf-8", "replace"))  # an answer may hold half a surrogate pair
+
+
+def short_path(name: object) -> str:
+    """Returns the end of an absolute path that says what it is ("books", "books/model"); other names as they
+    are."""
+    if not isinstance(name, str) or not Path(name).is_absolute():
+        return str(name)
+    parts = [part for part in Path(name).parts if part != "checkpoints"]
+    is_part = parts[-1] == "model" or parts[-1].startswith("step-")  # of a training run
+    return "/".join(parts[-1 - is_part :])
 
 
 @cache

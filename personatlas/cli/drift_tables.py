@@ -13,6 +13,7 @@ from personatlas.steering.drift.trace import TraceStudy
 DOMAIN_ROWS = ("first turn", "last turn", "slope per turn", "change", "alarms", "first alarm")
 ARM_ROWS = ("answers", "on", "fired", "degenerate", "loops", "tokens", "more loss")
 SHOWN = 10  # stored conversations in the terminal
+RANKED, READ = 20, 5  # traced conversations: rows of the ranking, and those whose turns are printed
 
 
 def print_drift(result: DriftResult, folder: Path) -> None:
@@ -107,21 +108,37 @@ def _print_stored(stored: StoredAnswers, result: DriftResult) -> None:
 
 
 def print_trace(study: TraceStudy) -> None:
-    """Prints a row for each turn of each conversation, and what the alarm was calibrated on."""
-    for conversation in study.conversations:
-        rows = []
+    """Prints what was found, the conversations in their order of rank, a row for each turn of the first ones,
+    and what the alarm was calibrated on."""
+    print_line(study.finding, style="bold")
+    rows, ranked = study.conversations, study.ranked
+    if len(rows) > 1:
+        cells = [
+            (
+                rows[i].name,
+                str(len(rows[i].turns)),
+                f"{rows[i].lowest_z:+.1f}",
+                "" if rows[i].first_alarm is None else f"answer {rows[i].first_alarm}",
+                "" if rows[i].slope is None else f"{rows[i].slope:+.1f}",
+            )
+            for i in ranked[:RANKED]
+        ]
+        names = ("conversation", "answers", "lowest z", "first alarm", "slope per turn")
+        print_table(names, cells, title="Those with an alarm, then by the lowest z")
+    if len(rows) > RANKED:
+        print_line(f"{len(rows) - RANKED:,} more conversations: --json has all, --html the first in full")
+    for index in ranked[:READ]:
+        conversation, turns = rows[index], []
         for number, turn in enumerate(conversation.turns, 1):
             start, stop = turn.tokens
             state = "drift begins" if turn.raised else "drifting" if turn.alarm else ""
             numbers = (str(number), str(stop - start), f"{turn.projection:.1f}", f"{turn.z:+.1f}")
-            rows.append((*numbers, Text(z_gauge(turn.z), style="cyan"), Text(state, style="yellow")))
+            turns.append((*numbers, Text(z_gauge(turn.z), style="cyan"), Text(state, style="yellow")))
         columns = ("turn", "tokens", "projection", "z", f"-{GAUGE_LIMIT:g} to +{GAUGE_LIMIT:g}", "")
-        print_table(columns, rows, title=conversation.name, left=(4, 5))
-        if conversation.left_out:
-            say(
-                f"{conversation.name}: {conversation.left_out} turns are beyond the model's context "
-                "and were not read"
-            )
+        print_table(columns, turns, title=conversation.name, left=(4, 5))
+    if cut := [row for row in rows if row.left_out]:
+        answers = count_of(sum(row.left_out for row in cut), "answer")
+        say(f"{answers} of {count_of(len(cut), 'conversation')} beyond the model's context, not read")
     described = study.monitor.describe()
     baseline, alarm = described["baseline"], described["alarm"]
     spread = f"{baseline['mean']:.1f} ± {baseline['spread']:.1f}"

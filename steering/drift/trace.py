@@ -3,13 +3,20 @@
     study = run_trace("smollm2-135m", "smollm2-135m", Path("chats.jsonl"))
     [turn.z for turn in study.conversations[0].turns]
 
-The page has conversations with their turns and tokens coloured, and their trajectories with alarms.
+The page ranks all conversations, and shows the first ones with their turns and tokens coloured and their
+trajectories with alarms.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
+from scipy.stats import linregress
+
+from personatlas.analysis.drift_alarm import CALM_BAND
+from personatlas.analysis.html.canvas import axis_style, empty_figure
 from personatlas.analysis.html.page import write_page
 from personatlas.persona.axis import Axis, load_axis
 from personatlas.persona.errors import UserError
@@ -18,7 +25,7 @@ from personatlas.persona.options import ModelOptions
 from personatlas.persona.progress import progress
 from personatlas.persona.records import Count, JsonObject, JsonRecord
 from personatlas.persona.runs import resolve_axis
-from personatlas.steering.drift.page import MAX_CONVERSATIONS, conversation_figure, shade
+from personatlas.steering.drift.page import LEGEND, MAX_CONVERSATIONS, conversation_figure, shade
 from personatlas.steering.drift_monitor import (
     DriftMonitor,
     ReferenceConversation,
@@ -28,6 +35,11 @@ from personatlas.steering.drift_monitor import (
 )
 from personatlas.steering.session import load_steered_model
 from personatlas.steering.traces import Trace, colour_range, shade_token, trace_conversations
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+MAX_RANKED = 100  # rows of the page's ranking
 
 
 @dataclass(frozen=True)
@@ -50,10 +62,16 @@ class TracedTurn(JsonRecord):
 class TracedConversation(JsonRecord):
     """A conversation's answers, its token ids, and their projections; `left_out` answers are beyond the
     context.
+
+    `lowest_z` is the lowest of its answers', `first_alarm` the answer (from 1) that first raises the alarm,
+    `slope` the least-squares slope of its answers' projections (residual units per turn; None for one answer).
     """
 
     name: str
     turns: tuple[TracedTurn, ...]
+    lowest_z: float
+    first_alarm: int | None
+    slope: float | None
     left_out: Count
     ids: tuple[Count, ...]
     projection: tuple[float, ...]
@@ -68,6 +86,38 @@ class TraceStudy:
     stored: tuple[Conversation, ...]
     traces: tuple[Trace, ...]
     conversations: tuple[TracedConversation, ...]
+
+    @property
+    def ranked(self) -> list[int]:
+        """Indices of the conversations: those with an alarm first, then by their lowest z."""
+        rows = self.conversations
+        return sorted(range(len(rows)), key=lambda i: (rows[i].first_alarm is None, rows[i].lowest_z))
+
+    @property
+    def finding(self) -> str:
+        """What the traces say, in a sentence or two."""
+        rows = self.conversations
+        worst, n = rows[self.ranked[0]], len(rows)
+        lowest = min(rows, key=lambda row: row.lowest_z)
+        answer = 1 + min(range(len(lowest.turns)), key=lambda i: lowest.turns[i].z)
+        reach = f"z {lowest.lowest_z:+.1f} at answer {answer}".replace("-", "−")
+        if n == 1:
+            alarm = (
+                "raises no alarm"
+                if worst.first_alarm is None
+                else f"raises the alarm at answer {worst.first_alarm}"
+            )
+            if self.monitor.rule is None:
+                return f"Its lowest answer lies at {reach}. No alarm is calibrated."
+            return f"This conversation {alarm}; its lowest answer lies at {reach}."
+        ends = f"The lowest answer lies at {reach} of “{lowest.name}”."
+        if self.monitor.rule is None:
+            below = sum(row.lowest_z < -CALM_BAND for row in rows)
+            return f"{below:,} of {n:,} conversations fall below z −{CALM_BAND:g}. {ends} No alarm is calibrated."
+        raised = sum(row.first_alarm is not None for row in rows)
+        counted = self.monitor.false_alarms
+        chance = "" if counted is None else f"; of conversations that do not drift {counted.share:.0%} do"
+        return f"{raised:,} of {n:,} conversations raise the alarm{chance}. {ends}"
 
     def to_json(self) -> JsonObject:
         """What `personatlas trace --json` prints."""
@@ -126,8 +176,21 @@ def run_trace(
             flags = (None, None) if state is None else (state.alarm, state.raised)
             z = monitor.reference.z(turn.projection, number)
             turns.append(TracedTurn(turn.message, (turn.start, turn.stop), turn.projection, z, *flags))
-        projection = tuple(trace.projection.tolist())
-        traced.append(TracedConversation(trace.name, tuple(turns), trace.left_out, trace.ids, projection))
+        traced.append(
+            TracedConversation(
+                trace.name,
+                tuple(turns),
+                lowest_z=min(turn.z for turn in turns),
+                first_alarm=next((number for number, turn in enumerate(turns, 1) if turn.raised), None),
+                # least squares over the answers' numbers
+                slope=float(linregress(range(len(turns)), [turn.projection for turn in turns]).slope)
+                if len(turns) > 1
+                else None,
+                left_out=trace.left_out,
+                ids=trace.ids,
+                projection=tuple(trace.projection.tolist()),
+            )
+        )
     return TraceStudy(
         steered.axis, monitor, tuple(by_name[trace.name] for trace in traces), traces, tuple(traced)
     )
@@ -138,7 +201,8 @@ def write_trace_page(path: Path, study: TraceStudy) -> None:
 
     Colours run from the lowest to the highest projection of the answers' tokens on the page, 2% at either end
     cut off."""
-    shown = list(zip(study.conversations, study.traces, study.stored, strict=True))[:MAX_CONVERSATIONS]
+    rows, ranked = study.conversations, study.ranked
+    shown = [(rows[i], study.traces[i], study.stored[i]) for i in ranked[:MAX_CONVERSATIONS]]
     low, high = colour_range(trace for _, trace, _ in shown)
     described = study.monitor.describe()
     figures = {
@@ -148,16 +212,48 @@ def write_trace_page(path: Path, study: TraceStudy) -> None:
         )
         for number, (row, *_) in enumerate(shown)
     }
+    for figure in figures.values():  # the page has one key for all of them
+        figure.update_layout(showlegend=False, margin={"t": 16})
+    if len(rows) > 1:
+        figures["lowest"] = _lowest_figure(rows)
     content = {
         "c": {"layer": study.axis.layer, "model": study.axis.model, **described},
-        "n": len(study.conversations),
+        "n": len(rows),
+        "finding": study.finding,
+        "ranking": [
+            {"name": rows[i].name, "domain": study.stored[i].domain, "turns": len(rows[i].turns)}
+            | {"lowest_z": rows[i].lowest_z, "first_alarm": rows[i].first_alarm, "slope": rows[i].slope}
+            for i in ranked[:MAX_RANKED]
+        ],
         "poles": study.axis.poles,
         "low": low,
         "high": high,
         "conversations": [_conversation(*one, low, high) for one in shown],
-        "more": len(study.conversations) - len(shown),
+        "more": len(rows) - len(shown),
     }
-    write_page(path, Path(__file__).parent / "trace.html.jinja", content, figures, {})
+    filters = {"signed": lambda value: f"{value:+.1f}".replace("-", "−")}
+    write_page(path, Path(__file__).parent / "trace.html.jinja", content, figures, filters)
+
+
+def _lowest_figure(rows: Sequence[TracedConversation]) -> "go.Figure":
+    """How many conversations have their lowest z where, with and without an alarm."""
+    lowest = np.array([row.lowest_z for row in rows])
+    alarmed = np.array([row.first_alarm is not None for row in rows])
+    edges = np.histogram_bin_edges(lowest, bins=min(40, max(8, len(rows) // 4)))
+    figure = empty_figure(margin={"l": 60, "r": 16, "t": 30, "b": 48}, showlegend=bool(alarmed.any()))
+    figure.update_layout(barmode="stack", bargap=0.06, legend=LEGEND)
+    for name, chosen, colour in (("no alarm", ~alarmed, "--middle"), ("alarm", alarmed, "--others")):
+        counts, _ = np.histogram(lowest[chosen], edges)
+        figure.add_bar(
+            x=((edges[:-1] + edges[1:]) / 2).tolist(),
+            y=counts.tolist(),
+            name=name,
+            marker={"color": f"var({colour})"},
+            hovertemplate=f"%{{y}} with {name}, lowest z near %{{x:.1f}}<extra></extra>",
+        )
+    figure.update_xaxes(title_text="lowest z of a conversation", **axis_style())
+    figure.update_yaxes(title_text="conversations", rangemode="tozero", **axis_style())
+    return figure
 
 
 def _conversation(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from personatlas.analysis.html.page import write_page
+from personatlas.analysis.html.page import short_path, write_page
 from personatlas.persona.records import JsonObject
 from personatlas.persona.runs import checkpoint_folders, spread_steps
 from personatlas.training.report.figures import smoothed, training_figures
@@ -60,7 +60,9 @@ def _facts(record: TrainingRecord) -> list[str]:
     shape, chip, counts = plan.get("shape") or {}, plan.get("chip") or {}, plan.get("parameters") or {}
     facts = []
     if parent := record.run.get("parent"):
-        facts.append(f"tuned from {parent.get('path', parent) if isinstance(parent, dict) else parent}")
+        facts.append(
+            f"tuned from {short_path(parent.get('path', parent) if isinstance(parent, dict) else parent)}"
+        )
     if shape:
         facts.append(f"depth {shape['depth']}, width {shape['width']}")
     if counts:

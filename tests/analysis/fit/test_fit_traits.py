@@ -1,5 +1,6 @@
 """Traits along a planted axis, and one axis beside another."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from personatlas.analysis.fit.comparison import compare_axes
+from personatlas.analysis.fit.result import AxisComparison
 from personatlas.analysis.fit.tables import comparison_text
 from personatlas.analysis.fit.traits import fit_traits
 from personatlas.persona.artifacts import write_json
@@ -159,6 +161,14 @@ def test_an_axis_is_compared_with_another_layer_by_layer_and_by_the_rank_of_role
     }
     assert (found.roles.n, found.roles.value) == (3, pytest.approx(1.0))
     assert found.same_model is True
+    assert found.projections == {"a": (10.0, 1.0), "b": (50.0, 5.0), "c": (30.0, 3.0)}
+    assert [change for _, change in found.moved] == pytest.approx([0, 0, 0])
+    moved = compare_axes(axis(), {"a": 50.0, "b": 10.0, "c": 30.0}, tmp_path)
+    assert dict(moved.moved) == pytest.approx({"a": 6**0.5, "b": -(6**0.5), "c": 0.0}, abs=1e-9)
+    assert comparison_text(moved, 1).endswith(
+        "over 3 roles; farthest moved, in standard deviations of these roles: a +2.4, b -2.4, c +0.0"
+    )
+    assert AxisComparison.from_json(json.loads(json.dumps(moved.to_json()))) == moved
     named = compare_axes(axis(), {}, tmp_path / "axis.safetensors")
     assert (named.cosines, named.roles) == (found.cosines, None)
     with pytest.raises(UserError, match=r"no axis at .*nothing"):

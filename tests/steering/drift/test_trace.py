@@ -5,18 +5,22 @@ import shutil
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from commands import refused
 from families import tiny_model
+from sample_pages import a_study
 from test_drift_monitor import reference_conversations
 from tiny_axis import axis_of
 
 from personatlas.cli.app import main
+from personatlas.cli.drift_tables import print_trace
 from personatlas.persona.axis import load_axis
 from personatlas.persona.errors import UserError
 from personatlas.persona.formats import Conversation, read_conversations
 from personatlas.steering.conversations.scripts import EVERYDAY, SCRIPTS
+from personatlas.steering.drift.trace import write_trace_page
 from personatlas.steering.drift_monitor import save_reference
 from personatlas.steering.traces import trace_conversations
 
@@ -95,6 +99,10 @@ def test_the_command_says_z_of_every_turn_and_alarms_only_where_they_are_calibra
     content = json.loads(capsys.readouterr().out)
     (one,) = content["conversations"]
     assert content["alarm"] is None
+    assert one["lowest_z"] == min(turn["z"] for turn in one["turns"])
+    assert one["slope"] == pytest.approx(
+        np.polyfit(range(6), [turn["projection"] for turn in one["turns"]], 1)[0]
+    )
     assert len(one["turns"]) == 6
     assert all("alarm" not in turn for turn in one["turns"])
     assert len(one["projection"]) == len(one["ids"])
@@ -113,6 +121,29 @@ def test_the_command_says_z_of_every_turn_and_alarms_only_where_they_are_calibra
     assert "of 48 reference conversations, each with a limit that other scripts set" in " ".join(
         capsys.readouterr().out.split()
     )
+
+
+def test_many_conversations_open_with_those_to_read_first_and_the_page_stays_small(tmp_path, capsys):
+    study = a_study([f"chat-{n}" for n in range(5000)], answers=6, words=4)
+    rows = [study.conversations[index] for index in study.ranked]
+    raised = [row.first_alarm is not None for row in rows]
+    assert raised == sorted(raised, reverse=True)
+    assert 0 < sum(raised) < 5000
+    for group in (rows[: sum(raised)], rows[sum(raised) :]):
+        assert [row.lowest_z for row in group] == sorted(row.lowest_z for row in group)
+    write_trace_page(tmp_path / "trace.html", study)
+    page = (tmp_path / "trace.html").read_text()
+    finding = (
+        f"{sum(raised):,} of 5,000 conversations raise the alarm; of conversations that do not drift 5% do."
+    )
+    assert finding in page
+    assert page.count('<section class="sample"') == 20
+    assert len(page) < 6_000_000  # of which plotly is 4.8
+    print_trace(study)
+    out = capsys.readouterr().out
+    assert out.startswith(finding)
+    assert "4,980 more conversations: --json has all" in " ".join(out.split())
+    assert out.count("turn  tokens") == 5
 
 
 def test_what_cannot_be_traced_is_refused_in_one_line(tiny_run, files, capsys):
