@@ -22,7 +22,7 @@ from torch import Tensor
 
 from personatlas.persona.artifacts import TensorRecord
 from personatlas.persona.caps import CapSpec, parse_cap_spec
-from personatlas.persona.errors import UserError
+from personatlas.persona.errors import UserError, did_you_mean, not_one_of
 from personatlas.persona.interventions import (
     Ablate,
     Add,
@@ -179,7 +179,7 @@ class Axis(TensorRecord):
         """
         layers = tuple(layers)
         if population not in POPULATIONS:
-            raise UserError(f"population {population!r} is not one of {', '.join(POPULATIONS)}")
+            raise UserError(f"population {not_one_of(population, POPULATIONS)}")
         if not 0 <= level <= 1:
             raise UserError(f"level {level} is outside 0..1: it is a quantile")
         columns = [column for column, other in enumerate(self.levels) if abs(other - level) < 1e-9]
@@ -275,7 +275,7 @@ class Axis(TensorRecord):
         example = f"p50@{self.layers[len(self.layers) // 2]}"
         return (
             f"cap {name!r} is not {known}{', a cap file' if files else ''}, or LEVEL@LAYERS such as {example} or "
-            "roles:p75@20,22, each with +0.2 or so behind it for higher floors"
+            f"roles:p75@20,22, each with +0.2 or so behind it for higher floors{did_you_mean(name, names)}"
         )
 
 

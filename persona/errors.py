@@ -4,11 +4,15 @@ Commands print either as one line that says what to do and exit with status 2; a
 a bug and keeps its traceback.
 """
 
+import difflib
 import errno
 import os
 import re
+from collections.abc import Iterable
+from pathlib import Path
 
 LONGEST_INT = 10**20  # that is written out
+FEW_NAMES = 16  # that an error lists
 
 
 class UserError(ValueError):
@@ -32,6 +36,29 @@ def describe_value(value: object) -> str:
     if value is None or isinstance(value, (bool, int, float)):
         return repr(value)
     return f"a {type(value).__name__}"
+
+
+def not_one_of(given: object, names: Iterable[str]) -> str:
+    """What an error says of a name that there is not: the names there are, if few, and the nearest ones."""
+    names = list(names)
+    if not names:
+        return f"{str(given)[:80]!r} is none: there is none"
+    known = ", ".join(names) if len(names) <= FEW_NAMES else f"the {len(names)} there are"
+    return f"{str(given)[:80]!r} is not one of {known}{did_you_mean(given, names)}"
+
+
+def did_you_mean(given: object, names: Iterable[str]) -> str:
+    """The end of an error's line that offers the nearest names, "" where none is near."""
+    near = difflib.get_close_matches(str(given), list(names), n=3)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def did_you_mean_path(path: Path) -> str:
+    """The same for a path that does not exist, from what lies beside it."""
+    try:
+        return did_you_mean(path, (str(other) for other in path.parent.iterdir()))
+    except OSError:
+        return ""
 
 
 _RETRY = "finished work is kept: {} and run the same command again"

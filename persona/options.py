@@ -6,8 +6,9 @@ selection, max_new_tokens = selection_of(PlanOptions(plan="demo", questions=8))
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from personatlas.persona.errors import UserError
+from personatlas.persona.errors import UserError, not_one_of
 from personatlas.persona.progress import say
+from personatlas.persona.records import JsonObject
 from personatlas.persona.roles.bank import Bank
 from personatlas.persona.rollout import Selection
 
@@ -29,8 +30,9 @@ class ModelOptions:
 class PlanOptions:
     """Which rollouts to make; what is not given comes from the plan."""
 
-    plan: str = "standard"
-    """demo (48 roles, 1 prompt, 16 questions, 32 tokens), standard (all, 2, 12, 128) or paper (all, 5, all, 512)"""
+    plan: str | None = None
+    """demo (48 roles, 1 prompt, 16 questions, 32 tokens), standard (all, 2, 12, 128) or paper (all, 5, all, 512);
+    that of the run, else demo on a CPU and standard on a GPU unless given"""
     roles: str | None = None
     "role names with commas between, or a number of roles spread over the bank"
     traits: bool = False
@@ -115,9 +117,9 @@ PLANS: dict[str, tuple[int | None, int | None, int | None, int]] = {
 
 def selection_of(options: PlanOptions) -> tuple[Selection, int]:
     """The selection and the longest answer that the options ask for. `UserError` for values that make no plan."""
-    if options.plan not in PLANS:
-        raise UserError(f"plan {options.plan!r} is not one of {', '.join(PLANS)}")
-    roles, prompts, questions, max_new_tokens = PLANS[options.plan]
+    if (plan := options.plan or "standard") not in PLANS:
+        raise UserError(f"--plan {not_one_of(plan, PLANS)}")
+    roles, prompts, questions, max_new_tokens = PLANS[plan]
     for name in ("prompts", "questions", "samples", "max_new_tokens", "chunk"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -140,6 +142,17 @@ def selection_of(options: PlanOptions) -> tuple[Selection, int]:
         with_controls=options.controls,
     )
     return selection, options.max_new_tokens or max_new_tokens
+
+
+def recorded_plan(asked: JsonObject) -> str | None:
+    """The plan of a run by what its run.json says was asked for; None where it says nothing.
+
+    Runs of earlier versions do not name it: it is the one with their limits, else "paper", which has none.
+    """
+    if "max_new_tokens" not in asked:
+        return None
+    limits = tuple(asked.get(name) for name in ("prompts", "questions", "max_new_tokens"))
+    return str(asked.get("plan") or next((name for name in PLANS if PLANS[name][1:] == limits), "paper"))
 
 
 def require_in_bank(options: PlanOptions, bank: Bank) -> None:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from personatlas.persona.artifacts import REMAKE, locked, read_object, remove_leftovers, write_json
-from personatlas.persona.errors import UserError, explain_os_error
+from personatlas.persona.errors import UserError, did_you_mean, did_you_mean_path, explain_os_error
 from personatlas.persona.records import (
     Count,
     FieldError,
@@ -90,6 +90,7 @@ MANIFEST = {
         "roles": Names,
         "traits": Names,
         "stage": str,
+        "plan": str,
         **dict.fromkeys(("chunk", "prompts", "questions", "samples", "depth", "context", "batch"), Positive),
         **dict.fromkeys(("minutes", "rate_scale", "epochs", "tokens"), NonNegative),
     },
@@ -177,7 +178,7 @@ def open_run(folder: Path, *, create: bool = False, rank: int = 0) -> Iterator[R
     process.
     """
     if not folder.exists() and not create:
-        raise UserError(f"run folder {folder} does not exist")
+        raise UserError(f"run folder {folder} does not exist{did_you_mean_path(folder)}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
@@ -342,21 +343,23 @@ def packaged_axis_folder(name: str) -> Path:
     return PACKAGED_AXES / name
 
 
-def find_axis(model: str, axis: str | None = None) -> str:
-    """The name of an axis: `axis` itself, else the one packaged with the model or in its default run folder.
-
-    Raises `UserError` when there is none.
-    """
-    if axis is not None:
-        return axis
+def own_axis(model: str) -> str | None:
+    """The name of a model's axis: the one packaged with it, or in its default run folder; None without one."""
     if model in packaged_axes():
         return model
     folder = default_folder(model)
-    if not (folder / "axis.json").is_file():
+    return str(folder) if (folder / "axis.json").is_file() else None
+
+
+def find_axis(model: str, axis: str | None = None) -> str:
+    """The name of an axis: `axis` itself, else the model's own. Raises `UserError` when there is none."""
+    found = axis or own_axis(model)
+    if found is None:
         raise UserError(
-            f"{model} has no axis in {folder} yet: make it (personatlas axis {model}), or name another with --axis"
+            f"{model} has no axis in {default_folder(model)} yet: make it (personatlas axis {model}), or name "
+            "another with --axis"
         )
-    return str(folder)
+    return found
 
 
 def resolve_axis(name: str) -> Path:
@@ -373,5 +376,6 @@ def resolve_axis(name: str) -> Path:
     if not stem.with_name(stem.name + ".json").is_file():
         raise UserError(
             f"no axis at {name}: give a run folder with a fit, an axis.safetensors or {packaged_axes()[0]}"
+            + (did_you_mean(name, packaged_axes()) or did_you_mean_path(path))
         )
     return stem

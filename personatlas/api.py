@@ -31,7 +31,7 @@ from personatlas.persona.options import FitOptions, JudgeOptions, ModelOptions, 
 from personatlas.persona.roles import bank as banks
 from personatlas.persona.roles.bank import Bank
 from personatlas.persona.rollout import Rollout, read_rollouts
-from personatlas.persona.runs import find_axis, resolve_axis
+from personatlas.persona.runs import own_axis, resolve_axis
 from personatlas.persona.sampling.sampler import Sampling
 from personatlas.steering.calibration.options import CalibrationOptions
 from personatlas.steering.evals.options import EvalOptions
@@ -125,7 +125,7 @@ def compute_axis(
     model: str | Model,
     *,
     out: str | Path,
-    plan: str | PlanOptions = "standard",
+    plan: str | PlanOptions = PlanOptions(),
     judge: str | JudgeOptions = "rules",
     fit: FitOptions = FitOptions(),
     load: ModelOptions = ModelOptions(),
@@ -139,7 +139,7 @@ def compute_axis(
     out
         the run folder
     plan
-        "demo", "standard" or "paper", or all options of the rollouts
+        "demo" (unless given on a CPU), "standard" (on a GPU) or "paper", or all options of the rollouts
     judge
         "rules", "none" or "local:MODEL", or all options of the judge of role play
     fit
@@ -276,13 +276,13 @@ def serve(
 ) -> None:
     """Serves a page and an OpenAI-compatible API with the persona of every conversation, until interrupted.
 
-    Without an axis the model's own is taken: the packaged one, or that of its run. Raises `UserError` where
-    there is none.
+    Without an axis the model's own is taken: the packaged one, or that of its run; where there is none,
+    conversations are not measured.
     """
     from personatlas.steering.serve import startup
 
     if axis is None:
-        axis = find_axis(model.id if isinstance(model, Model) else model)
+        axis = own_axis(model.id if isinstance(model, Model) else model)
     startup.serve(
         model, axis, host=host, port=port, allow_origins=allow_origins, options=options, capacity=capacity
     )

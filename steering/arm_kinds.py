@@ -73,9 +73,10 @@ def is_control(text: str) -> bool:
     return re.fullmatch(r"random:\d{1,3}", text) is not None
 
 
-def with_default(texts: Sequence[str], *default: str) -> list[str]:
-    """The texts of arms, behind those of `default` where they name nothing but random controls."""
-    return [*(default if all(map(is_control, texts)) else ()), *texts]
+def with_default(texts: Sequence[str], default: Callable[[], str | None]) -> list[str]:
+    """The texts of arms, behind the default one, if any, where they name nothing but random controls."""
+    first = default() if all(map(is_control, texts)) else None
+    return [*([] if first is None else [first]), *texts]
 
 
 def arm_help() -> str:

@@ -19,7 +19,7 @@ from typing import Annotated, ClassVar
 
 from personatlas.persona.axis import Axis
 from personatlas.persona.caps import format_layers, parse_layers
-from personatlas.persona.errors import UserError
+from personatlas.persona.errors import UserError, did_you_mean
 from personatlas.persona.interventions import (
     BASELINE,
     Cap,
@@ -31,7 +31,7 @@ from personatlas.persona.interventions import (
 )
 from personatlas.persona.models.load import Model
 from personatlas.persona.pipeline.stages import CPU_CHUNK, GPU_CHUNK
-from personatlas.persona.progress import Advance, no_advance
+from personatlas.persona.progress import Advance, no_advance, say
 from personatlas.persona.records import Fraction, JsonRecord
 from personatlas.persona.rollout import Request
 from personatlas.persona.sampling.cuda_graph import fastest_sampler
@@ -40,6 +40,8 @@ from personatlas.steering.arm_kinds import ARM_KINDS, is_control
 from personatlas.steering.hooks.account import SteeringTally
 from personatlas.steering.hooks.steering import steer
 
+DEFAULT_CAP = "assistant"
+DEFAULT_REACH = 0.1  # of all layers, on either side of the axis's own
 RANDOM = "random"  # controls are called "random 1", "random 2", ...
 
 
@@ -95,7 +97,8 @@ def parse_arm(text: str, axis: Axis) -> Arm:
     match = re.fullmatch(ARM_KINDS[kind].pattern, rest) if kind in ARM_KINDS else None
     if match is None:
         examples = ", ".join(kind.example for kind in ARM_KINDS.values())
-        raise UserError(f"arm {text[:80]!r} is not {BASELINE}, random:3, or such as {examples}")
+        hint = did_you_mean(kind, [*ARM_KINDS, BASELINE, RANDOM])
+        raise UserError(f"arm {text[:80]!r} is not {BASELINE}, random:3, or such as {examples}{hint}")
     try:
         intervention = ARM_KINDS[kind].make(axis, match)
     except ValueError as error:
@@ -103,6 +106,38 @@ def parse_arm(text: str, axis: Axis) -> Arm:
             raise
         raise UserError(f"arm {text[:80]!r}: {error}") from None
     return Arm(match.groupdict().get("name") or text, (intervention,))
+
+
+def default_arm(axis: Axis) -> str | None:
+    """What acts where nobody says: the cap `assistant` beside the axis, else the first one saved there, else one
+    at the default's median around the axis's layer; None where the axis keeps no quantiles there.
+
+    What is not the cap `assistant` is said.
+    """
+    saved = axis.saved_caps
+    if DEFAULT_CAP in saved:
+        return f"cap:{DEFAULT_CAP}"
+    if saved:
+        say(f"no cap {DEFAULT_CAP} is saved beside this axis: the arm is cap:{saved[0]}")
+        return f"cap:{saved[0]}"
+    reach = max(1, round(len(axis.layers) * DEFAULT_REACH))
+    median = axis.levels.index(0.5) if 0.5 in axis.levels else None
+    layers = [
+        layer
+        for row, layer in enumerate(axis.layers)
+        if median is not None
+        and abs(layer - axis.layer) <= reach
+        and math.isfinite(float(axis.default_quantiles[row, median]))
+    ]
+    calibrate = (
+        f"`personatlas calibrate {axis.folder if axis.stem is not None else 'RUN'}` makes a calibrated one"
+    )
+    if not layers:
+        say(f"no cap is saved beside this axis, and it keeps no quantiles: baseline alone ({calibrate})")
+        return None
+    arm = f"cap:p50@{format_layers(layers).replace(' ', '')}"
+    say(f"no cap is saved beside this axis: the arm is {arm}, the default's median ({calibrate})")
+    return arm
 
 
 def parse_arms(texts: Sequence[str], axis: Axis) -> list[Arm]:

@@ -34,7 +34,7 @@ from personatlas.analysis.drift_alarm import (
 )
 from personatlas.persona.artifacts import read_record, write_json
 from personatlas.persona.axis import Axis, require_origin
-from personatlas.persona.errors import UserError
+from personatlas.persona.errors import UserError, not_one_of
 from personatlas.persona.formats import read_json_value, require_file
 from personatlas.persona.records import Count, JsonObject, JsonRecord, ModelFacts, Number, check_distinct
 
@@ -151,7 +151,7 @@ class ReferenceConversations:
         Raises `UserError` for an unknown rule, a rate outside (0, 1), or too few scripts.
         """
         if rule not in RULES:
-            raise UserError(f"rule {rule!r} is not one of {', '.join(RULES)}")
+            raise UserError(f"rule {not_one_of(rule, RULES)}")
         if not 0 < rate < 1:
             raise UserError(f"a rate of false alarms of {rate} is outside 0..1")
         self.require_enough(rate)

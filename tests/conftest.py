@@ -66,7 +66,7 @@ def whole_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     save_tiny(folder / "tiny")
     bank = write_bank(folder / "bank")
-    how = "--device cpu --dtype float32 --samples 4 --chunk 32 --max-new-tokens 8 --judge none --keep all --replicates 4"
+    how = "--plan standard --device cpu --dtype float32 --samples 4 --chunk 32 --max-new-tokens 8 --judge none --keep all --replicates 4"
     main(["axis", str(folder / "tiny"), "--bank", str(bank), "--out", str(folder / "run"), *how.split()])
     return folder
 

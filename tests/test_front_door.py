@@ -49,7 +49,7 @@ def run(tiny_run):
 
 
 def test_an_axis_is_computed_with_a_loaded_model_and_read_with_its_numbers(model, tiny_run, tmp_path):
-    plan = PlanOptions(bank=tiny_run / "bank", samples=4, max_new_tokens=4)
+    plan = PlanOptions(plan="standard", bank=tiny_run / "bank", samples=4, max_new_tokens=4)
     run = pa.compute_axis(
         model, out=tmp_path / "run", plan=plan, judge="none", fit=FitOptions(keep="all", replicates=4)
     )

@@ -39,6 +39,7 @@ from personatlas.analysis.fit.tables import (
 from personatlas.analysis.html.canvas import shorten
 from personatlas.analysis.html.page import write_page
 from personatlas.analysis.stats import Interval
+from personatlas.persona.options import recorded_plan
 from personatlas.persona.records import JsonObject
 from personatlas.persona.roles.bank import load_bank
 from personatlas.persona.rollout import Rollout
@@ -237,7 +238,7 @@ def _dropped_table(dropped: DroppedRollouts) -> Row:
 def _command(fit: FitResult, manifest: JsonObject) -> str:
     """The command that makes this run again in a folder of its own; what no record holds is in capitals."""
     asked = manifest.get("asked", {})
-    options: dict[str, object] = {"--plan": "paper"}  # the plan without limits of its own; the limits follow
+    options: dict[str, object] = {"--plan": recorded_plan(asked)}
     if asked.get("bank") not in (None, load_bank().digest):
         options["--bank"] = "FOLDER"
     options["--roles"] = ",".join(asked.get("roles", [])[1:]) or None

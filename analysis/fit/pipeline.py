@@ -24,7 +24,7 @@ from personatlas.analysis.fit.traits import fit_traits
 from personatlas.analysis.stats import share_interval
 from personatlas.persona.artifacts import digest, write_json
 from personatlas.persona.axis import Axis, load_axis, load_space
-from personatlas.persona.errors import UserError
+from personatlas.persona.errors import UserError, not_one_of
 from personatlas.persona.judges.base import SCORE_FILTERS, filter_by_score, read_scores
 from personatlas.persona.models.load import Model
 from personatlas.persona.options import FitOptions, JudgeOptions, ModelOptions, PlanOptions, option_values
@@ -226,7 +226,7 @@ def _write_report(folder: Path, fit: FitResult, *, force: bool = False) -> Path:
 def _require_options(options: FitOptions) -> None:
     """Raises `UserError` for options that no run allows."""
     if options.keep not in SCORE_FILTERS:
-        raise UserError(f"--keep {options.keep!r} is not one of {', '.join(SCORE_FILTERS)}")
+        raise UserError(f"--keep {not_one_of(options.keep, SCORE_FILTERS)}")
     if options.replicates < 0:
         raise UserError(f"--replicates {options.replicates} is below 0")
     if options.replicates == 1:
@@ -245,6 +245,6 @@ def _require_enough_answers(keys: Sequence[str], options: FitOptions, n_layers: 
             f"{fewest}; give more --questions, --prompts or --samples, or --keep all"
         )
     if options.positive is not None and options.positive not in counts:
-        raise UserError(f"--positive {options.positive!r} is not among the roles of this run")
+        raise UserError(f"--positive {not_one_of(options.positive, counts)} (the roles of this run)")
     if options.layer is not None and not 0 <= options.layer < n_layers:
         raise UserError(f"--layer {options.layer} is not in this model (0..{n_layers - 1})")

@@ -80,14 +80,18 @@ class Conversation(NamedTuple):
 
 @dataclass
 class Exclusions:
-    """What was left out: how many for each reason, and where the first ones are."""
+    """What was left out: how many for each reason, and where the first ones are. `n_lost` are whole conversations
+    that nobody asked to leave out.
+    """
 
     counts: Counter[str] = field(default_factory=Counter)
     places: dict[str, list[str]] = field(default_factory=dict)
+    n_lost: int = 0
 
-    def add(self, reason: str, place: str) -> None:
-        """Counts one more."""
+    def add(self, reason: str, place: str, *, lost: bool = True) -> None:
+        """Counts one more; not `lost` is a part of a conversation, or one that was not asked for."""
         self.counts[reason] += 1
+        self.n_lost += lost
         places = self.places.setdefault(reason, [])
         if len(places) < MAX_PLACES:
             places.append(place)
@@ -95,6 +99,7 @@ class Exclusions:
     def update(self, others: "Exclusions") -> None:
         """Adds what was left out elsewhere."""
         self.counts.update(others.counts)
+        self.n_lost += others.n_lost
         for reason, places in others.places.items():
             self.places[reason] = [*self.places.get(reason, []), *places][:MAX_PLACES]
 
@@ -223,7 +228,7 @@ def find_conversations(
             left_out.add(str(error), f"{place}, message {error.number}" if error.number else place)
             continue
         for part in parts:
-            left_out.add(part, place)
+            left_out.add(part, place, lost=False)
         yield FoundConversation(place, number, messages, value if isinstance(value, dict) else {})
 
 

@@ -5,12 +5,11 @@ with hub_or_cache("org/name"):              # only the cache is read where the h
     AutoConfig.from_pretrained("org/name")
 """
 
-import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from personatlas.persona.errors import UserError
+from personatlas.persona.errors import UserError, did_you_mean, did_you_mean_path
 from personatlas.persona.models.packaged import PACKAGED
 
 PATIENCE = 2.0  # seconds for a connection, and for an answer
@@ -33,6 +32,7 @@ def require_model_name(name: str) -> bool:
         if name not in PACKAGED and not Path(name).expanduser().exists():
             raise UserError(
                 f"{name} does not exist: give a folder, a .gguf file, a hub id or {', '.join(PACKAGED)}"
+                + (did_you_mean(name, PACKAGED) or did_you_mean_path(Path(name)))
             )
         return True
     from huggingface_hub import constants, errors
@@ -79,9 +79,9 @@ def cached_revision(name: str) -> str | None:
 
 
 def describe_name(name: str) -> str:
-    """What a hub id is not, with the nearest packaged name."""
-    near = difflib.get_close_matches(name.rpartition("/")[2].lower().replace("_", "-"), PACKAGED, 1)
-    hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(PACKAGED)}"
+    """What a hub id is not, with the nearest folder here or packaged name."""
+    packaged = did_you_mean(name.rpartition("/")[2].lower().replace("_", "-"), PACKAGED)
+    hint = (packaged or did_you_mean_path(Path(name))).removeprefix("; ") or f"there is {', '.join(PACKAGED)}"
     return f"no folder, .gguf file or packaged model has this name ({hint})"
 
 

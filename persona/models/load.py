@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from personatlas.persona.errors import UserError
+from personatlas.persona.errors import UserError, not_one_of
 from personatlas.persona.formats import read_text
 from personatlas.persona.models.chat_template import ChatFormat, chat_format, process_date
 from personatlas.persona.models.checkpoint import (
@@ -174,7 +174,7 @@ def load_model(
         config, auto = load_config(name, source)
         if isinstance(dtype, str) and dtype != "auto":
             if dtype not in DTYPES:
-                raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}, auto")
+                raise UserError(f"dtype {not_one_of(dtype, (*DTYPES, 'auto'))}")
             dtype = DTYPES[dtype]
         dtype = _fastest_dtype(target, config) if dtype is None else dtype
         hf, info = auto.from_pretrained(

@@ -8,7 +8,7 @@ with open_context("smollm2-135m", folder, ModelOptions(), PlanOptions()) as cont
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from personatlas.persona.distributed import World, get_world
-from personatlas.persona.errors import UserError
+from personatlas.persona.errors import UserError, did_you_mean
 from personatlas.persona.judges.base import (
     Item,
     Judge,
@@ -29,8 +29,16 @@ from personatlas.persona.judges.base import (
 from personatlas.persona.judges.rules import RuleJudge
 from personatlas.persona.models.hub import require_model_name
 from personatlas.persona.models.load import Model, load_model
-from personatlas.persona.options import JudgeOptions, ModelOptions, PlanOptions, require_in_bank, selection_of
+from personatlas.persona.options import (
+    JudgeOptions,
+    ModelOptions,
+    PlanOptions,
+    recorded_plan,
+    require_in_bank,
+    selection_of,
+)
 from personatlas.persona.pipeline.activations import ACTIVATIONS, Activations
+from personatlas.persona.pipeline.estimate import duration, estimate_seconds
 from personatlas.persona.pipeline.stages import (
     CPU_CHUNK,
     GPU_CHUNK,
@@ -43,10 +51,11 @@ from personatlas.persona.pipeline.stages import (
 from personatlas.persona.progress import progress, say
 from personatlas.persona.roles.bank import Bank, Role, RoleKind, load_bank, role_kind
 from personatlas.persona.rollout import Rollout, Selection, of_kind, with_scores
-from personatlas.persona.runs import RunFolder, is_training_run, open_run
+from personatlas.persona.runs import RunFolder, is_training_run, open_run, read_manifest
 from personatlas.persona.sampling.cuda_graph import fastest_sampler
 from personatlas.persona.sampling.sampler import SLOW, Sampling
 
+WORTH_AN_ESTIMATE = 100  # rollouts
 GATE_WARNING = 0.25  # a share of role-play that is surely below this is said aloud
 
 
@@ -63,6 +72,7 @@ class RunContext:
     sampling: Sampling
     seed: int
     chunk: int
+    plan_name: str
 
     @cached_property
     def plan(self) -> RolloutPlan:
@@ -104,6 +114,7 @@ class RunContext:
             "bank": self.bank.digest,
             "seed": self.seed,
             "chunk": self.chunk,
+            "plan": self.plan_name,
             "max_new_tokens": self.sampling.max_new_tokens,
             "temperature": self.sampling.temperature,
             "top_p": self.sampling.top_p,
@@ -128,6 +139,8 @@ def open_context(
     is used as it is, without `load`. Under torchrun every process does this; the first one leads.
     """
     world = get_world()
+    asked_plan, plan_name = plan.plan, plan.plan or _default_plan(model, folder, load)
+    plan = replace(plan, plan=plan_name)
     selection, max_new_tokens = selection_of(plan)
     sampling = Sampling(max_new_tokens, plan.temperature, plan.top_p)
     bank = load_bank(plan.bank)
@@ -148,14 +161,33 @@ def open_context(
             decoder = run.as_recorded(decoder)
             on_gpu = decoder.device.type == "cuda"
             chunk = plan.chunk or before.get("chunk") or (GPU_CHUNK if on_gpu else CPU_CHUNK)
-            context = RunContext(run, world, decoder, name, bank, selection, sampling, plan.seed, chunk)
+            context = RunContext(
+                run, world, decoder, name, bank, selection, sampling, plan.seed, chunk, plan_name
+            )
             context.require_room()
             run.claim(context.asked())
             if not world.rank:
                 world.barrier()
+                if asked_plan is None and not before and plan_name == "demo":
+                    say(
+                        "plan demo, as on every CPU: --plan standard has all roles and longer answers, over hours"
+                    )
             yield context
         finally:
             world.close()
+
+
+def _default_plan(model: str | Model, folder: Path, load: ModelOptions) -> str:
+    """The plan of the run that is there; else demo on a CPU, where the standard one takes hours."""
+    manifest = read_manifest(folder) if (folder / "run.json").is_file() else {}
+    if (recorded := recorded_plan(manifest.get("asked", {}))) is not None:
+        return recorded
+    on_gpu = (
+        model.device.type == "cuda"
+        if isinstance(model, Model)
+        else (load.device or "cuda").startswith("cuda") and torch.cuda.is_available()
+    )
+    return "standard" if on_gpu else "demo"
 
 
 def sample(context: RunContext) -> list[Rollout]:
@@ -167,6 +199,8 @@ def sample(context: RunContext) -> list[Rollout]:
     sampler = fastest_sampler(model, model.chat.end_ids, context.sampling, longest)
     if sampler.decoder.name != "slots" and world.rank == 0:
         say(SLOW)
+    if world.rank == 0:
+        _say_estimate(context)
     if plan.gate:
         make_rollouts(plan, log, model, sampler, range(plan.gate))
         world.barrier()
@@ -175,6 +209,20 @@ def sample(context: RunContext) -> list[Rollout]:
     make_rollouts(plan, log, model, sampler, range(plan.gate, len(plan.chunks)))
     log.merge()
     return log.select(plan.keys)
+
+
+def _say_estimate(context: RunContext) -> None:
+    """Says how long what is missing of the plan takes, where that is more than a moment."""
+    missing = [key for key in context.plan.keys if key not in context.log.rollouts]
+    if len(missing) < WORTH_AN_ESTIMATE:
+        return
+    most = context.sampling.max_new_tokens
+    prompt = sum(len(context.plan.prompt_ids[key]) for key in missing) / len(missing)
+    seconds = estimate_seconds(context.model, len(missing), prompt + most) / context.world.size
+    say(
+        f"{len(missing):,} rollouts of up to {most} tokens, and their recording: "
+        f"{duration(seconds)} by a short probe of this machine"
+    )
 
 
 def _report_gate(context: RunContext) -> None:
@@ -254,7 +302,8 @@ def require_judge(options: JudgeOptions) -> None:
     """`UserError` for a judge that there is not or that does not answer, before anything long begins."""
     is_url = _is_url(options.judge)
     if options.judge not in ("rules", "none") and not options.judge.startswith("local:") and not is_url:
-        raise UserError(f"--judge {options.judge!r} is not rules, none, local:MODEL or a http(s) URL")
+        hint = did_you_mean(options.judge, ("rules", "none", "local:MODEL"))
+        raise UserError(f"--judge {options.judge!r} is not rules, none, local:MODEL or a http(s) URL{hint}")
     if is_url and not options.judge_model:
         raise UserError(f"--judge {options.judge} needs --judge-model NAME")
     for option in ("judge_model", "judge_tokens"):

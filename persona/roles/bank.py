@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from personatlas.persona.errors import UserError
+from personatlas.persona.errors import UserError, not_one_of
 from personatlas.persona.formats import Placed, read_records, require_unicode
 
 PACKAGED = Path(__file__).parent
@@ -133,16 +133,14 @@ class Bank:
         for trait in self.traits:
             if trait.name == name:
                 return trait
-        raise UserError(
-            f"no trait {name!r} in the bank{_closest(name, [trait.name for trait in self.traits])}"
-        )
+        raise UserError(f"trait {not_one_of(name, [trait.name for trait in self.traits])}")
 
     def role(self, name: str) -> Role:
         """The role of that name, or `UserError` with the closest names."""
         for role in self.roles:
             if role.name == name:
                 return role
-        raise UserError(f"no role {name!r} in the bank{_closest(name, [role.name for role in self.roles])}")
+        raise UserError(f"role {not_one_of(name, [role.name for role in self.roles])}")
 
 
 def load_bank(folder: Path | None = None) -> Bank:
@@ -291,10 +289,3 @@ def _tags(row: dict[str, Any], where: str) -> tuple[str, ...]:
 
 def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _closest(name: str, names: list[str]) -> str:
-    import difflib
-
-    close = difflib.get_close_matches(name, names, n=3)
-    return f"; did you mean {', '.join(close)}?" if close else f" (it has {len(names)})"

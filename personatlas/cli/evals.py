@@ -199,10 +199,11 @@ def _run_suites(
         seed=_or(samples.seed, options.seed),
         margin=_or(samples.margin, options.margin),
     )
+    axis = find_axis(model, steering.axis)
     return evaluate(
         model,
-        find_axis(model, steering.axis),
-        steering.arms("cap:assistant"),
+        axis,
+        steering.arms(axis),
         None if suite is None else [name.strip() for name in suite.split(",") if name.strip()],
         folder,
         options=options,
@@ -241,8 +242,8 @@ def _lm_eval(
         _or(samples.margin, LmEvalOptions.margin),
     )
     names = parse_task_names(tasks.lm_eval or "")
-    arms = steering.arms(*(["cap:assistant"] if steering.axis else []))
-    axis = find_axis(model, steering.axis) if arms else None
+    axis = find_axis(model, steering.axis) if steering.axis or steering.arm else None
+    arms = [] if axis is None else steering.arms(axis)
     result = run_lm_eval(model, names, axis, arms, folder, options=options, load=load, force=steering.force)
     print_json(result.to_json()) if json else print_lm_eval(result, folder)
 
@@ -268,7 +269,8 @@ def _inspect(
         tasks.grader,
         tasks.log_dir,
     )
-    axis, task, arms = find_axis(model, steering.axis), tasks.inspect or "", steering.arms("cap:assistant")
+    axis, task = find_axis(model, steering.axis), tasks.inspect or ""
+    arms = steering.arms(axis)
     _print_inspect(run_inspect(model, task, axis, arms, options, load=load, force=steering.force), json)
 
 

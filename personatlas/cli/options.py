@@ -92,6 +92,14 @@ class SteeringOptions(AxisOptions):
 
     arm: Annotated[tuple[str, ...], Parameter(help=arm_help())] = ()
 
-    def arms(self, *default: str) -> list[str]:
-        """The arms' texts, behind the default where they name nothing but random controls."""
-        return with_default(self.arm, *default)
+    def arms(self, axis: str) -> list[str]:
+        """The arms' texts, behind the default arm of the axis where they name nothing but random controls."""
+
+        def default() -> str | None:
+            from personatlas.persona.axis import load_axis
+            from personatlas.persona.runs import resolve_axis
+            from personatlas.steering.arms import default_arm
+
+            return default_arm(load_axis(resolve_axis(axis)))
+
+        return with_default(self.arm, default)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from personatlas.cli.options import OPTIONS, Json
 from personatlas.cli.output import print_json, print_line, print_table
-from personatlas.persona.errors import UserError
+from personatlas.persona.errors import UserError, not_one_of
 from personatlas.training.plan import (
     BYTES_A_TOKEN,
     CHIPS,
@@ -62,7 +62,7 @@ def plan(
         tokens that the model sees at once; from the depth unless given
     """
     if machine.gpu.lower() not in CHIPS:
-        raise UserError(f"--gpu {machine.gpu!r} is not one of {', '.join(CHIPS)}")
+        raise UserError(f"--gpu {not_one_of(machine.gpu, CHIPS)}")
     chip = CHIPS[machine.gpu.lower()]
     if machine.price is not None:
         if not (isfinite(machine.price) and machine.price >= 0):

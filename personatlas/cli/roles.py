@@ -10,7 +10,7 @@ from rich.text import Text
 
 from personatlas.cli.options import OPTIONS, Json, OutFile
 from personatlas.cli.output import Cell, console, print_fields, print_json, print_line, print_table
-from personatlas.persona.errors import UserError
+from personatlas.persona.errors import UserError, not_one_of
 from personatlas.persona.roles.bank import Bank, Question, Role, Trait, check_file, load_bank
 
 Entry = Role | Trait | Question
@@ -78,7 +78,7 @@ def _list(bank: Bank, view: BankView, json: bool) -> None:
     )
     tags = {tag for entry in entries for tag in entry.tags}
     if unknown := sorted(set(view.tag) - tags):
-        raise UserError(f"nothing has the tag {unknown[0]!r}; there are {', '.join(sorted(tags))}")
+        raise UserError(f"--tag {not_one_of(unknown[0], sorted(tags))}")
     words = (view.search or "").casefold().split()
     entries = [
         entry

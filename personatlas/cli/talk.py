@@ -24,7 +24,7 @@ from personatlas.cli.output import console, print_json, print_line, print_warnin
 from personatlas.persona.errors import UserError
 from personatlas.persona.options import ModelOptions, SamplingOptions
 from personatlas.persona.progress import say
-from personatlas.persona.runs import find_axis
+from personatlas.persona.runs import find_axis, own_axis
 from personatlas.steering.arm_kinds import arm_words
 from personatlas.steering.serve.options import CapacityOptions, ServeOptions
 
@@ -58,7 +58,8 @@ def generate(
 ) -> None:
     """Answer a prompt at baseline and in every arm, with the projection of every token.
 
-    Without --arm the arm is cap:assistant, the cap saved beside the axis.
+    Without --arm the arm is cap:assistant, the cap saved beside the axis, or where there is none a cap at the
+    default's median (p50) around the axis's layer.
 
     Parameters
     ----------
@@ -81,8 +82,8 @@ def generate(
     sampler = Sampling(sampling.max_new_tokens, sampling.temperature, sampling.top_p)
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
-    axis, texts = find_axis(model, steering.axis), steering.arms("cap:assistant")
-    steered = load_steered_model(model, axis, texts, load, controls=True, force=steering.force)
+    axis = find_axis(model, steering.axis)
+    steered = load_steered_model(model, axis, steering.arms(axis), load, controls=True, force=steering.force)
     if steered.chat.injected and not system:
         say(f"the template adds a system message of its own: {steered.chat.injected!r}")
     arms, cap, seed = steered.arms, steered.control_cap, sampling.seed
@@ -191,7 +192,7 @@ def chat(
 
     transcript = load_chat(chat_file) if chat_file is not None else Transcript(system)
     capacity = replace(CHAT_CAPACITY, context=context)
-    axis = find_axis(model, steering.axis)
+    axis = steering.axis or own_axis(model)
     options = _with_arm(options, steering)
     service = make_service(model, axis, options, capacity, load=load, force=steering.force)
     live = not message and sys.stdin.isatty()
@@ -249,16 +250,20 @@ def serve(
             Text(f"http://{address}:{port}", style="bold"),
             Text("the page; /v1 for OpenAI's clients", style="dim"),
         )
-        text = f"{service.name}, layer {service.axis.layer}"
-        text += f"; {arm_words(options.arm)} ({options.mode})" if options.arm else "; no arm unless asked for"
-        if service.tracker.monitor.rule is None:
+        text = service.name
+        if service.axis is None:
+            text += f"; {service.no_axis}"
+        else:
+            text += f", layer {service.axis.layer}; "
+            text += f"{arm_words(options.arm)} ({options.mode})" if options.arm else "no arm unless asked for"
+        if service.axis is not None and not service.has_alarm:
             text += "; no alarm is calibrated (`personatlas drift` makes a reference.json)"
         limits = service.limits
         say(f"{text}; {limits.slots} conversations of {limits.context} tokens at once; Ctrl-C ends it")
 
     serve_model(
         model,
-        find_axis(model, steering.axis),
+        steering.axis or own_axis(model),
         host=host,
         port=port,
         allow_origins=allow_origin,

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from personatlas.persona.axis import Axis
-from personatlas.persona.errors import UserError
+from personatlas.persona.errors import UserError, not_one_of
 from personatlas.persona.interventions import Cap
 from personatlas.persona.models.hooks import capture
 from personatlas.persona.models.load import Model
@@ -56,7 +56,7 @@ class Projections:
             if not 0 <= level <= 1:
                 raise UserError(f"level {level} is outside 0..1: it is a quantile")
         if population not in POPULATIONS:
-            raise UserError(f"population {population!r} is not one of {', '.join(POPULATIONS)}")
+            raise UserError(f"population {not_one_of(population, POPULATIONS)}")
         if population == "pooled":
             size = min(map(len, self.means.values()))
             values = torch.cat([own[:size] for own in self.means.values()])

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from personatlas.persona.errors import UserError
+from personatlas.persona.errors import UserError, not_one_of
 from personatlas.persona.formats import Conversation, read_conversations
 from personatlas.persona.records import JsonRecord
 from personatlas.persona.rollout import spread
@@ -87,7 +87,7 @@ class DriftOptions(JsonRecord):
         known = tuple(dict.fromkeys(conversation.domain for conversation in conversations))
         domains = known if self.domains is None else _names(self.domains)
         if unknown := next((domain for domain in domains if domain not in known), None):
-            raise UserError(f"--domains: {unknown!r} is not one of {', '.join(map(repr, known))}")
+            raise UserError(f"--domains: {not_one_of(unknown, known)}")
         if not domains:
             raise UserError(f"--domains {self.domains!r} names none")
         by_domain = [[one for one in conversations if one.domain == domain] for domain in domains]

@@ -32,7 +32,7 @@ from personatlas.persona.records import JsonObject
 from personatlas.persona.rollout import Rollout, spread
 from personatlas.persona.runs import open_run, resolve_axis, versions
 from personatlas.steering.arm_kinds import with_default
-from personatlas.steering.arms import summarise_arms
+from personatlas.steering.arms import DEFAULT_CAP, summarise_arms
 from personatlas.steering.conversations.runner import (
     RunnerConfig,
     Script,
@@ -66,7 +66,6 @@ from personatlas.steering.random_caps import random_arms
 from personatlas.steering.session import Arms, SteeredModel, load_steered_model
 from personatlas.steering.traces import trace_conversations
 
-DEFAULT_CAP = "assistant"
 RESERVED = rf"{STORED}|.*{ADAPTIVE}"  # names of the study's own arms
 MATCHED = 48  # answers that random controls are matched on
 CONTROL_ANSWERS, CONTROLS = "answers to match controls on", "random controls"  # the stages of a study
@@ -111,7 +110,8 @@ def run_drift_study(
     if monitor is None and not any(script.domain in options.references for script in scripts):
         load_monitor(loaded_axis)  # raises where there is nothing to measure z against
     if not isinstance(arms, Mapping):
-        arms = with_default(arms, *([f"cap:{DEFAULT_CAP}"] if DEFAULT_CAP in loaded_axis.saved_caps else []))
+        is_saved = DEFAULT_CAP in loaded_axis.saved_caps
+        arms = with_default(arms, lambda: f"cap:{DEFAULT_CAP}" if is_saved else None)
     with open_run(out, create=True) as run:
         user, embed = options.make_user(out), None
         if options.embedding is not None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from personatlas.persona.artifacts import write_json
 from personatlas.persona.axis import CAPS, Axis, load_space
 from personatlas.persona.distributed import get_world
-from personatlas.persona.errors import UserError
+from personatlas.persona.errors import UserError, not_one_of
 from personatlas.persona.interventions import BASELINE, Cap, Interventions
 from personatlas.persona.models.load import Model
 from personatlas.persona.options import ModelOptions
@@ -143,7 +143,7 @@ def _check(
     tags = {tag for role in bank.roles for tag in role.tags}
     unknown = sorted(set(options.tag or ()) - tags)
     if unknown:
-        raise UserError(f"--tag {unknown[0]!r} is not one of {', '.join(sorted(tags))}")
+        raise UserError(f"--tag {not_one_of(unknown[0], sorted(tags))}")
     if options.prompts > (most := max(len(role.prompts) for role in bank.roles if not role.is_default)):
         raise UserError(
             f"--prompts {options.prompts}: this bank has {most} prompts a role; give that or fewer"

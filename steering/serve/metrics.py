@@ -53,14 +53,16 @@ class Metrics:
         )
         Gauge("personatlas_model_info", "What is served.", ["model"], **more).labels(model).set(1)
 
-    def count_answer(self, answer: StreamedAnswer, persona: PersonaState, named: set[str]) -> None:
+    def count_answer(self, answer: StreamedAnswer, persona: PersonaState | None, named: set[str]) -> None:
         """Counts an answer that has ended."""
-        arm = persona.arm or "none"
-        label = arm if arm in named or arm == "none" else DESCRIBED
         cached = answer.prefill.cached if answer.prefill is not None else 0
         self.tokens.labels("kept").inc(cached)
         self.tokens.labels("read").inc(len(answer.handle.request.ids) - cached)
         self.tokens.labels("written").inc(len(answer.ids))
+        if persona is None:
+            return
+        arm = persona.arm or "none"
+        label = arm if arm in named or arm == "none" else DESCRIBED
         if persona.z is not None:
             self.projection.labels(label).observe(persona.z)
         if persona.fired is not None:

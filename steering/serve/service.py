@@ -1,11 +1,11 @@
 """A steered model behind HTTP routes or a terminal: requests to engine, answers to `persona` objects.
 
-service = PersonaService(steered, arms, ServeOptions(), EngineLimits(), monitor)
+service = PersonaService(model, axis, arms, ServeOptions(), EngineLimits(), monitor)
 await service.start()
 prompt = await service.prepare_chat(request)
 async with service.stream(service.generation_requests(prompt, request)) as answers:
     async for answer, text in answers: ...               # leaving the context cancels what has not ended
-service.measure(prompt, answer)                          # a `PersonaState`
+service.measure(prompt, answer)                          # a `PersonaState`, None without an axis
 """
 
 import asyncio
@@ -15,7 +15,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from personatlas.persona.errors import UserError
+from personatlas.persona.axis import Axis
+from personatlas.persona.errors import UserError, not_one_of
+from personatlas.persona.models.load import Model
 from personatlas.persona.models.token_spans import Span, SpanError, prompt_spans
 from personatlas.steering.arms import Arm
 from personatlas.steering.drift_monitor import DriftMonitor
@@ -33,7 +35,6 @@ from personatlas.steering.serve.metrics import Metrics
 from personatlas.steering.serve.options import ADAPTIVE, ArmMode, ServeOptions
 from personatlas.steering.serve.persona_state import AnswerTurn, PersonaState, PersonaTracker
 from personatlas.steering.serve.schema import FITTING, SEEDS, ChatRequest, CompletionRequest, SamplingRequest
-from personatlas.steering.session import SteeredModel
 
 MIN_TEMPERATURE = 1e-5  # a lower one is 0: logits divided by it would overflow
 LONG_TEXT, MANY_MESSAGES = 20_000, 20  # a longer prompt (characters) is tokenized outside the event loop
@@ -80,23 +81,29 @@ class PreparedPrompt:
 
 
 class PersonaService:
-    """One model with its engine, arms and drift alarm. Raises `UserError` for an unknown default arm."""
+    """One model with its engine and, where it has an axis, arms and drift alarm; `no_axis` says that there is
+    none and how to make one.
+
+    Raises `UserError` for an unknown default arm.
+    """
 
     def __init__(
         self,
-        steered: SteeredModel,
+        model: Model,
+        axis: Axis | None,
         arms: Sequence[Arm],
         options: ServeOptions,
         limits: EngineLimits,
-        monitor: DriftMonitor,
+        monitor: DriftMonitor | None,
+        no_axis: str | None = None,
     ) -> None:
-        self.steered, self.options, self.limits = steered, options, limits
-        self.model, self.chat, self.axis = steered.model, steered.chat, steered.axis
+        self.model, self.chat, self.axis, self.no_axis = model, model.chat, axis, no_axis
+        self.options, self.limits = options, limits
         self.name: str = self.model.name
         self.fingerprint = (
             f"fp_{self.model.fingerprint[:12]}"  # in answers: other weights, another fingerprint
         )
-        self.tracker = PersonaTracker(self.axis, monitor)
+        self.tracker = None if axis is None or monitor is None else PersonaTracker(axis, monitor)
         self.metrics = Metrics(self.name)
         self.engine = Engine(self.model, self.chat.end_ids, self.axis, arms, limits, self._deliver)
         self.arms = self.engine.arms
@@ -118,6 +125,11 @@ class PersonaService:
         self.engine.close()
 
     @property
+    def has_alarm(self) -> bool:
+        """Whether a drift alarm is calibrated."""
+        return self.tracker is not None and self.tracker.monitor.rule is not None
+
+    @property
     def model_names(self) -> list[str]:
         """What requests may give as `model`: the model's own name, and with each arm."""
         return [self.name, *(f"{self.name}:{arm}" for arm in (NONE, *self.arms.named))]
@@ -125,8 +137,7 @@ class PersonaService:
     def require_model(self, name: str) -> None:
         """Raises `UnknownModel` for a name that is not served."""
         if name not in self.model_names:
-            known = ", ".join(self.model_names)
-            raise UnknownModel(f"the model {name[:80]!r} does not exist; served are {known}")
+            raise UnknownModel(f"the model {not_one_of(name, self.model_names)}")
 
     def resolve_arm(self, request: SamplingRequest) -> tuple[Arm | None, ArmMode]:
         """The arm of a request and when it acts. Raises `UserError` for an unknown model or arm."""
@@ -142,7 +153,7 @@ class PersonaService:
                 except UserError as error:
                     raise InvalidField(str(error), f"persona.{field}") from None
         mode = (persona.mode if persona is not None else None) or self.options.mode
-        if mode == ADAPTIVE and arm is not None and self.tracker.monitor.rule is None:
+        if mode == ADAPTIVE and arm is not None and not self.has_alarm:
             raise InvalidField(
                 "an adaptive arm needs a calibrated alarm, and this server has none: "
                 "`personatlas drift` makes the reference.json for `serve --reference`",
@@ -168,7 +179,7 @@ class PersonaService:
             raise InvalidField(str(error), "messages") from None
         max_tokens, is_clipped = self._max_tokens(len(ids), request.max_new_tokens, "messages")
         turns = None
-        if mode == ADAPTIVE and arm is not None:
+        if mode == ADAPTIVE and arm is not None and self.tracker is not None:
             turns = tuple(await self.read_turns(ids, spans))
             has_answers = any(m["role"] == "assistant" and m["content"].strip() for m in messages)
             is_unread = has_answers and not any(span.speaker == "assistant" for span in spans)
@@ -232,7 +243,7 @@ class PersonaService:
 
     async def read_turns(self, ids: tuple[int, ...], spans: Sequence[Span]) -> list[AnswerTurn]:
         """The answers in a prompt as the model reads them at baseline."""
-        if not any(span.speaker == "assistant" for span in spans):
+        if self.tracker is None or not any(span.speaker == "assistant" for span in spans):
             return []
         async with self.stream([GenerationRequest(ids, max_tokens=0)]) as answers:
             async for _ in answers:
@@ -243,8 +254,10 @@ class PersonaService:
 
     def measure(
         self, prompt: PreparedPrompt, answer: StreamedAnswer, *, per_token: bool = False
-    ) -> PersonaState:
-        """The persona object of an answer to a prompt."""
+    ) -> PersonaState | None:
+        """The persona object of an answer to a prompt; None without an axis."""
+        if self.tracker is None:
+            return None
         turns = prompt.turns
         if turns is None:
             turns = tuple(self.tracker.turns(prompt.spans, answer.prompt_projections))

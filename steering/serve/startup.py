@@ -15,7 +15,8 @@ from personatlas.persona.axis import Axis, load_axis
 from personatlas.persona.errors import UserError
 from personatlas.persona.interventions import Interventions
 from personatlas.persona.models.load import Model
-from personatlas.persona.options import ModelOptions
+from personatlas.persona.options import ModelOptions, PlanOptions
+from personatlas.persona.pipeline.estimate import duration, estimate_axis
 from personatlas.persona.runs import resolve_axis
 from personatlas.persona.sampling.kv_cache import fitting_tokens
 from personatlas.steering.arms import Arm, parse_arm, require_no_controls
@@ -23,7 +24,7 @@ from personatlas.steering.drift_monitor import load_monitor
 from personatlas.steering.serve.engine.scheduler import EngineLimits
 from personatlas.steering.serve.options import ADAPTIVE, API_KEY, CapacityOptions, ServeOptions, require_valid
 from personatlas.steering.serve.service import PersonaService
-from personatlas.steering.session import load_steered_model
+from personatlas.steering.session import load_named, load_steered_model
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 CACHE_GPU = 0.5  # share of what the weights leave, for keys and values
@@ -32,7 +33,7 @@ MAX_CONTEXT = 8192  # tokens, unless more are asked for
 
 def serve(
     model: str | Model,
-    axis: str | Axis,
+    axis: str | Axis | None,
     *,
     host: str = "127.0.0.1",
     port: int = 8377,
@@ -49,7 +50,8 @@ def serve(
 
     Args:
         model: a model, or what `load_model` loads.
-        axis: an axis that was loaded from a folder, or a run folder, an axis file, or a packaged name.
+        axis: an axis that was loaded from a folder, or a run folder, an axis file, or a packaged name; without
+            one conversations are not measured, and nothing acts.
         host: the address to listen on; one that other machines reach needs a key.
         allow_origins: origins of web pages that may use the server ("*", with a key: all).
         force: whether to accept an axis of the same model in another weight format.
@@ -71,7 +73,7 @@ def serve(
 
 def make_service(
     model: str | Model,
-    axis: str | Axis,
+    axis: str | Axis | None,
     options: ServeOptions = ServeOptions(),
     capacity: CapacityOptions = CapacityOptions(),
     *,
@@ -84,6 +86,8 @@ def make_service(
     Raises `UserError`; what can be wrong without a model is found before one is loaded.
     """
     require_valid(options, capacity)
+    if axis is None:
+        return _unmeasured_service(model, options, capacity, load)
     text, mode = options.arm_and_mode
     if isinstance(axis, str):
         axis = load_axis(resolve_axis(axis))
@@ -109,7 +113,25 @@ def make_service(
     options = replace(options, arm=default, mode=mode)
     limits = _engine_limits(steered.model, capacity)
     named = [Arm(name, tuple(plan)) for name, plan in steered.steered_arms.items()]
-    return PersonaService(steered, named, options, limits, monitor)
+    return PersonaService(steered.model, steered.axis, named, options, limits, monitor)
+
+
+def _unmeasured_service(
+    model: str | Model, options: ServeOptions, capacity: CapacityOptions, load: ModelOptions
+) -> PersonaService:
+    """The service of a model without an axis, which says how to make one and how long that takes here."""
+    name = model.id if isinstance(model, Model) else model
+    command = f"`personatlas axis {name}`"
+    for option, value in (("--arm", options.arm), ("--reference", options.reference)):
+        if value is not None:
+            raise UserError(f"{option} {value} needs an axis, and {name} has none: {command} makes it")
+    model = load_named(model, load)
+    plan = PlanOptions(plan="standard" if model.device.type == "cuda" else "demo")
+    no_axis = (
+        f"no axis is loaded, so answers are not measured and nothing can act: {command} makes it "
+        f"({duration(estimate_axis(model, plan))} here)"
+    )
+    return PersonaService(model, None, (), options, _engine_limits(model, capacity), None, no_axis)
 
 
 def _engine_limits(model: Model, capacity: CapacityOptions) -> EngineLimits:

@@ -74,7 +74,7 @@ def test_the_axis_of_a_run_is_that_of_a_checkpoint_and_goes_on_with_it(
     run, tiny, tiny_run, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    how = f"axis mine --bank {tiny_run / 'bank'} --device cpu --dtype float32 --judge none --keep all --max-new-tokens 4"
+    how = f"axis mine --plan standard --bank {tiny_run / 'bank'} --device cpu --dtype float32 --judge none --keep all --max-new-tokens 4"
     main([*how.split(), "--samples", "4", "--replicates", "4"])
     capsys.readouterr()
     main(
@@ -174,7 +174,7 @@ def test_a_run_goes_on_with_its_model_elsewhere_and_not_with_another_in_its_plac
     tiny_run, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tiny_run)
-    tokens = "--bank bank --out run --device cpu --dtype float32 --samples 4 --chunk 32 --max-new-tokens 8"
+    tokens = "--plan standard --bank bank --out run --device cpu --dtype float32 --samples 4 --chunk 32 --max-new-tokens 8"
     how = [*tokens.split(), "--judge", "none", "--keep", "all", "--replicates", "4"]
     before = (tiny_run / "run" / "rollouts.jsonl").read_bytes()
     shutil.move("tiny", tmp_path / "Moved-Chat")

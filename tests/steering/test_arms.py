@@ -3,18 +3,21 @@ compared.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
+import torch
 from commands import refused
 from families import tiny_model
 from tiny_axis import axis_of
 
 from personatlas.cli.app import main
+from personatlas.persona.axis import load_axis
 from personatlas.persona.errors import UserError
 from personatlas.persona.interventions import Intervention
+from personatlas.persona.runs import packaged_axis_folder
 from personatlas.steering.arm_kinds import ARM_KINDS, ArmKind, arm_help, arm_words, as_arm, with_default
-from personatlas.steering.arms import InterventionSummary, parse_arm, parse_arms, summarise_arms
+from personatlas.steering.arms import InterventionSummary, default_arm, parse_arm, parse_arms, summarise_arms
 from personatlas.steering.conversations import runner
 from personatlas.steering.drift.result import DriftResult
 from personatlas.steering.serve.schema import ChatRequest
@@ -241,8 +244,9 @@ def test_an_arms_text_its_name_and_its_words():
     assert as_arm("p50@1") == as_arm("cap:p50@1") == "cap:p50@1"
     assert as_arm("roles:p75@1") == "cap:roles:p75@1"
     assert (arm_words("assistant"), arm_words("add:8@21")) == ("cap assistant", "add:8@21")
-    assert with_default(["random:3"], "cap:assistant") == ["cap:assistant", "random:3"]
-    assert with_default(["add:2", "random:3"], "cap:assistant") == ["add:2", "random:3"]
+    assert with_default(["random:3"], lambda: "cap:assistant") == ["cap:assistant", "random:3"]
+    assert with_default(["random:3"], lambda: None) == ["random:3"]
+    assert with_default(["add:2", "random:3"], lambda: "cap:assistant") == ["add:2", "random:3"]
     two = [axis.add(1.0, [1]), axis.ablate([0, 2])]
     summaries = summarise_arms({"baseline": [], "two": two})
     assert {name: (own.kind, own.layers) for name, own in summaries.items()} == {"two": ("add", "1"), "two (2)": ("ablate", "0, 2")}  # fmt: skip
@@ -261,3 +265,23 @@ def test_the_help_of_arm_is_one_text_with_every_kind(capsys):
         shown = "".join(capsys.readouterr().out.replace("│", " ").split())
         assert "".join(arm_help().split()) in shown, name
     assert all(kind.example in arm_help() for kind in ARM_KINDS.values())
+
+
+def test_without_a_saved_cap_the_default_arm_is_the_median_around_the_axis_layer(tmp_path, capsys):
+    axis = load_axis(packaged_axis_folder("smollm2-135m") / "axis")
+    assert default_arm(axis) == "cap:assistant"
+    assert not capsys.readouterr().err
+    axis.save(tmp_path / "axis")
+    bare = load_axis(tmp_path / "axis")
+    assert default_arm(bare) == "cap:p50@18-24"
+    assert bare.cap("p50@18-24").level == 0.5
+    assert f"personatlas calibrate {tmp_path}" in capsys.readouterr().err
+    assert (
+        default_arm(
+            replace(bare, levels=(), default_quantiles=torch.empty(30, 0), role_quantiles=torch.empty(30, 0))
+        )
+        is None
+    )
+    assert "baseline alone" in capsys.readouterr().err
+    axis.cap("p25@20").save(tmp_path / "caps" / "mine")
+    assert default_arm(bare) == "cap:mine"

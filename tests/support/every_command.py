@@ -19,7 +19,7 @@ from personatlas.cli.app import main
 from personatlas.training.loop import samples
 
 CPU = "--device cpu --dtype float32"
-AXIS = f"--bank bank {CPU} --samples 4 --chunk 32 --max-new-tokens 8 --judge none --keep all --replicates 4"
+AXIS = f"--plan standard --bank bank {CPU} --samples 4 --chunk 32 --max-new-tokens 8 --judge none --keep all --replicates 4"
 TRAIN = "--device cpu --context 128 --batch 512 --tokens 4096"
 SMALL = f"{CPU} --max-new-tokens 4"
 STEERED = f"{SMALL} --axis run"

@@ -31,6 +31,7 @@ from personatlas.persona.judges.base import read_scores
 from personatlas.persona.roles.bank import role_kind
 from personatlas.persona.rollout import Rollout, read_rollouts, spread
 
+CUT = "cut at the token limit"
 LONGEST_NAME = 60  # characters; a longer persona is a description, not a name
 MAX_WEIGHT = 1000  # times that an epoch reads something: its order is held in memory
 ENDINGS = (*LINES, *PROSE, ".json", ".parquet", ".csv", ".tsv")
@@ -85,8 +86,11 @@ def read_examples(
     source = source or source_name(path)
     for place, _, messages, row in find_conversations(path, own, columns):
         weight = _weight(row, columns)
-        if fault := message_fault(messages) or (weight if isinstance(weight, str) else None):
+        if fault := message_fault(messages):
             own.add(fault, place)
+            continue
+        if isinstance(weight, str):
+            own.add(weight, place, lost=False)
             continue
         persona, named = columns.value(row, "persona"), columns.value(row, "source")
         role = persona if isinstance(persona, str) and len(persona) <= LONGEST_NAME else ""
@@ -94,6 +98,7 @@ def read_examples(
     if not examples:
         reason = "; ".join(own.lines()) or "it is empty"
         raise UserError(f"{path} has no conversation that can be used: {reason}")
+    _require_most(path, len(examples), own, "mend those, or take them out of the file")
     left_out.update(own)
     return examples
 
@@ -192,25 +197,41 @@ def read_rollout_examples(
         place = f"{folder.name}: {rollout.key}"
         messages = (*rollout.messages, {"role": "assistant", "content": rollout.answer})
         score = 3 if selection.score is None or rollout.role == unjudged else scores.get(rollout.key)
-        if fault := _rollout_fault(rollout, selection, score) or message_fault(messages):
-            own.add(fault, place)
-            left_out.add(fault, place)
+        unselected = _rollout_fault(rollout, selection, score)
+        if fault := unselected or message_fault(messages):
+            own.add(fault, place, lost=unselected in (None, CUT))
         else:
             by_role[rollout.role].append(ChatExample(messages, place, folder.name, rollout.role))
+    if not by_role:
+        raise UserError(f"{folder} has no answer that can be used: {'; '.join(own.lines()) or 'no rollouts'}")
+    _require_most(
+        folder,
+        sum(map(len, by_role.values())),
+        own,
+        "--cut keeps cut ones, a run with longer answers has fewer",
+    )
+    left_out.update(own)
     for role, examples in by_role.items():
         by_role[role] = spread(examples, selection.per_role)
         for rest in examples[len(by_role[role]) :]:
-            left_out.add(f"beyond {selection.per_role} of a role", rest.place)
-    if not by_role:
-        raise UserError(f"{folder} has no answer that can be used: {'; '.join(own.lines()) or 'no rollouts'}")
+            left_out.add(f"beyond {selection.per_role} of a role", rest.place, lost=False)
     return [example for examples in by_role.values() for example in examples]
+
+
+def _require_most(path: Path, kept: int, own: Exclusions, remedy: str) -> None:
+    """Raises `UserError` where more is left out than is kept, though nobody asked for that."""
+    if own.n_lost > kept:
+        raise UserError(
+            f"{path}: {own.n_lost:,} of {own.n_lost + kept:,} conversations would be left out "
+            f"({'; '.join(own.lines())}): {remedy}"
+        )
 
 
 def _rollout_fault(rollout: Rollout, selection: RolloutFilter, score: int | None) -> str | None:
     if (kind := role_kind(rollout.role)) != "role":
         return f"of a {kind}, not of a role"
     if rollout.stopped != "end" and not selection.cut:
-        return "cut at the token limit"
+        return CUT
     if score is None:
         return "without a judge's score"
     return f"with a score below {selection.score}" if score < (selection.score or 0) else None

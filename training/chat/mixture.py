@@ -21,7 +21,7 @@ import numpy as np
 
 from personatlas.persona.artifacts import digest
 from personatlas.persona.distributed import World
-from personatlas.persona.errors import UserError
+from personatlas.persona.errors import UserError, not_one_of
 from personatlas.persona.formats import Columns, Exclusions
 from personatlas.persona.records import JsonObject
 from personatlas.training.chat.conversations import (
@@ -143,8 +143,8 @@ def split_examples(
         raise UserError(f"--held-share {share} is not between 0 and 1 (0.02: one conversation in 50)")
     roles = {example.role for dataset in datasets for example in dataset.examples}
     if unknown := sorted(set(held_out_roles) - roles):
-        some = ", ".join(sorted(roles - {""})[:8]) or "none"
-        raise UserError(f"--held-out-roles {unknown[0]} is no role or persona of the data; there are {some}")
+        names = not_one_of(unknown[0], sorted(roles - {""}))
+        raise UserError(f"--held-out-roles {names} (the roles and personas of the data)")
     questions: set[str] = set()
     for dataset in datasets:
         eligible = [example for example in dataset.examples if example.role not in held_out_roles]

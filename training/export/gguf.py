@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import safe_open
 
 from personatlas.persona.artifacts import atomic, read_json, require_writable
-from personatlas.persona.errors import UserError
+from personatlas.persona.errors import UserError, not_one_of
 from personatlas.persona.records import JsonObject
 from personatlas.training.data.tokenizer import PATTERN
 from personatlas.training.export.huggingface import read_shape
@@ -40,7 +40,7 @@ def write_gguf(folder: Path, out: Path, format: str = "bf16") -> Path:
     import gguf
 
     if format not in FORMATS:
-        raise UserError(f"format {format!r} is not one of {', '.join(FORMATS)}")
+        raise UserError(f"format {not_one_of(format, FORMATS)}")
     if out.exists():
         raise UserError(f"{out} is already there; choose another name or remove it")
     require_writable(out, "the GGUF file")

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from personatlas.persona.errors import UserError
+from personatlas.persona.errors import UserError, did_you_mean, did_you_mean_path, not_one_of
 from personatlas.persona.judges.base import Item, Judge
 from personatlas.persona.judges.wording import NUMBER, Wording, marked_message, without_thoughts, wording_hash
 from personatlas.persona.logs import ResultCache
@@ -254,7 +254,7 @@ def harm_judge(
     thoughts included. Raises `UserError` for what is none of these or goes with none.
     """
     if rubric not in RUBRICS:
-        raise UserError(f"rubric {rubric!r} is not one of {', '.join(RUBRICS)}")
+        raise UserError(f"rubric {not_one_of(rubric, RUBRICS)}")
     is_url = text.startswith(("http://", "https://"))
     for option, value in (("--judge-model", model), ("--judge-tokens", max_tokens)):
         if not is_url and value is not None:
@@ -292,7 +292,7 @@ def harm_judge(
         return ClassifierHarmJudge(load_harm_classifier(stem))
     raise UserError(
         f"judge {text!r} is not rules, a http(s) URL, local:MODEL or the file of a classifier made with "
-        "`personatlas tools harm-judge fit`"
+        f"`personatlas tools harm-judge fit`{did_you_mean(text, ('rules', 'local:MODEL')) or did_you_mean_path(stem)}"
     )
 
 

@@ -23,7 +23,6 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +31,7 @@ import numpy as np
 
 from personatlas.persona.artifacts import write_json
 from personatlas.persona.axis import Axis
-from personatlas.persona.errors import UserError
+from personatlas.persona.errors import UserError, not_one_of
 from personatlas.persona.formats import read_table
 from personatlas.persona.interventions import BASELINE, Interventions, interventions_digest
 from personatlas.persona.logs import ResultCache
@@ -195,10 +194,8 @@ def load_tasks(
     manager = _task_manager(names, folder)
     unknown = [name for name in names if name not in manager.task_index]
     if unknown:
-        near = get_close_matches(unknown[0], list(manager.task_index), 3)
-        hint = f"; near it: {', '.join(near)}" if near else ""
-        where = f" nor in {folder}" if folder is not None else ""
-        raise UserError(f"task {unknown[0]!r} is not among lm-eval's own{where}{hint}")
+        where = f" and of {folder}" if folder is not None else ""
+        raise UserError(f"task {not_one_of(unknown[0], manager.task_index)} (lm-eval's own{where})")
     tasks: dict[str, ConfigurableTask] = {}
     with tempfile.TemporaryDirectory() as temporary:
         for name in names:

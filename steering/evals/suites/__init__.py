@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, TypeVar
 
-from personatlas.persona.errors import UserError
+from personatlas.persona.errors import UserError, not_one_of
 from personatlas.persona.formats import Message
 from personatlas.persona.roles.bank import Bank
 from personatlas.persona.rollout import seed_of
@@ -218,7 +218,7 @@ def find_suite(name: str) -> type[Suite]:
     """The registered suite of that name. Raises `UserError` and names those that there are."""
     suites = registered_suites()
     if name not in suites:
-        raise UserError(f"suite {name!r} is not one of {', '.join(suites)}")
+        raise UserError(f"suite {not_one_of(name, suites)}")
     return suites[name]
 
 

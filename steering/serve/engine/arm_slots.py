@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from personatlas.persona.axis import Axis
-from personatlas.persona.errors import UserError
+from personatlas.persona.errors import UserError, not_one_of
 from personatlas.persona.interventions import BASELINE, Cap, Intervention, Interventions
 from personatlas.persona.models.load import Model
 from personatlas.persona.records import JsonObject
@@ -30,18 +30,21 @@ NONE = "none"  # the name of no arm, which a model's alias can carry
 
 
 class ArmSlots:
-    """Arms by name, and a `Steering` with a plan for each of them and `SPARE_PLANS` more."""
+    """Arms by name, and a `Steering` with a plan for each of them and `SPARE_PLANS` more; without an axis there
+    are none.
+    """
 
-    def __init__(self, axis: Axis, model: Model, arms: Sequence[Arm]) -> None:
+    def __init__(self, axis: Axis | None, model: Model, arms: Sequence[Arm]) -> None:
         self.axis = axis
         self.named = {arm.name: arm for arm in arms}
         self._caps = {
             name: own.caps[0] for name, own in self.named.items() if len(own.interventions) == 1 and own.caps
         }
         # a plan that changes nothing, at all layers: the tables then have room for any step along the axis
-        no_floor = torch.full((len(axis.layers),), -torch.inf)
+        layers, vectors = ((0,), torch.eye(1, model.d_model)) if axis is None else (axis.layers, axis.vectors)
+        no_floor = torch.full((len(layers),), -torch.inf)
         self._idle: list[Intervention] = [
-            Cap(axis.layers, axis.vectors, no_floor, spare_first=True, model=axis.model)
+            Cap(layers, vectors, no_floor, spare_first=True, model=model.describe())
         ]
         self._spare: list[Arm | None] = [None] * SPARE_PLANS
         self._rows: Counter[str] = Counter()  # rows by digest of their arm
@@ -59,10 +62,11 @@ class ArmSlots:
         """
         if arm is None or arm in (NONE, BASELINE):
             return None
+        if self.axis is None:
+            raise UserError("no axis is loaded, so nothing can act: `personatlas axis MODEL` makes one")
         if isinstance(arm, CapByName):
             if arm.name not in self.named:
-                known = ", ".join(self.named) or "none is loaded"
-                raise UserError(f"cap {arm.name[:80]!r} is not one of {known}")
+                raise UserError(f"cap {not_one_of(arm.name, self.named)}")
             own = self.named[arm.name]
             if arm.shift == 0:
                 return own
@@ -114,6 +118,8 @@ class ArmSlots:
 
     def describe(self) -> dict[str, JsonObject]:
         """The named arms as JSON; floors are those at the axis's layer."""
+        if self.axis is None:
+            return {}
         layer = self.axis.layer
         return {
             name: {

@@ -134,7 +134,7 @@ class Engine:
         self,
         model: Model,
         end_ids: frozenset[int],
-        axis: Axis,
+        axis: Axis | None,
         arms: Sequence[Arm],
         limits: EngineLimits,
         listener: Listener = lambda _: None,
@@ -144,7 +144,13 @@ class Engine:
             say(SLOW)
         self.model, self.end_ids, self.limits, self.listener = model, end_ids, limits, listener
         self.arms = ArmSlots(axis, model, arms)
-        self.projection_hook = ProjectionHook(model, axis.layer, axis.at(axis.layer))
+        # without an axis there is nothing to project on, and every projection is NaN
+        layer, vector = (
+            (0, torch.full((model.d_model,), torch.nan))
+            if axis is None
+            else (axis.layer, axis.at(axis.layer))
+        )
+        self.projection_hook = ProjectionHook(model, layer, vector)
         self.batch = batch_type(model, limits.slots, limits.context, self.projection_hook, self.arms.steering)
         self.batch.captured_layers |= {
             tuple(sorted({layer for own in arm.interventions for layer in own.layers})) for arm in arms

@@ -158,6 +158,7 @@ def _add_descriptions(app: FastAPI, service: PersonaService, needs_key: bool) ->
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/healthz", response_model=None, responses=REFUSALS)
+    @app.get("/health", response_model=None, responses=REFUSALS, include_in_schema=False)
     async def health() -> Response:
         """Whether requests are answered."""
         alive = service.engine.alive
@@ -166,20 +167,25 @@ def _add_descriptions(app: FastAPI, service: PersonaService, needs_key: bool) ->
 
 def _describe(service: PersonaService) -> JsonObject:
     axis, model, options = service.axis, service.model, service.options
-    row = axis.layers.index(axis.layer)
-    tables = {"default": axis.default_quantiles, "roles": axis.role_quantiles} if axis.levels else {}
-    quantiles: JsonObject = {"levels": list(axis.levels), "default": [], "roles": []}
-    for population, table in tables.items():
-        quantiles[population] = [value if math.isfinite(value) else None for value in table[row].tolist()]
+    quantiles: JsonObject = {"levels": [], "default": [], "roles": []}
+    if axis is not None and axis.levels:
+        row = axis.layers.index(axis.layer)
+        quantiles["levels"] = list(axis.levels)
+        for population, table in (("default", axis.default_quantiles), ("roles", axis.role_quantiles)):
+            quantiles[population] = [value if math.isfinite(value) else None for value in table[row].tolist()]
+    monitor = (
+        {"baseline": None, "alarm": None} if service.tracker is None else service.tracker.monitor.describe()
+    )
     arms, default = service.arms.describe(), service.options.arm
     return {
         "model": {**model.describe(), "name": service.name},
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
-        "layer": axis.layer,
-        "poles": list(axis.poles),
+        "layer": None if axis is None else axis.layer,
+        "poles": None if axis is None else list(axis.poles),
+        "no_axis": service.no_axis,
         "quantiles": quantiles,
-        **service.tracker.monitor.describe(),
+        **monitor,
         "arms": arms,
         "default_arm": default,
         "caps": {name: arm for name, arm in arms.items() if arm["kind"] == "cap"},

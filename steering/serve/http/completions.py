@@ -85,7 +85,7 @@ class _Completion(Generic[Request]):
                 # in the last chunk, unless one with the usage follows: an extra chunk without choices would
                 # break clients that read `choices[0]` of each
                 is_last = answer.done and not stream.n_open and not wants_usage
-                more = {"persona": self._personas(stream.answers)} if is_last else {}
+                more = self._personas(stream.answers) if is_last else {}
                 for line in self._chunks(answer, text, more):
                     yield line
         self.timer.end()
@@ -111,16 +111,18 @@ class _Completion(Generic[Request]):
 
     def _usage(self, answers: Sequence[StreamedAnswer]) -> JsonObject:
         usage = usage_object(answers, [len(prompt.ids) for prompt in self.prompts])
-        return {"usage": usage, "persona": self._personas(answers)}
+        return {"usage": usage, **self._personas(answers)}
 
     def _personas(self, answers: Sequence[StreamedAnswer]) -> JsonObject:
+        """The field `persona` of a response; none where the server has no axis."""
         personas, named = [], set(self.service.arms.named)
         for answer in answers:
             prompt = self.prompts[answer.index // self.request.choices]
             persona = self.service.measure(prompt, answer, per_token=self.request.per_token)
             self.service.metrics.count_answer(answer, persona, named)
-            personas.append(persona.to_json())
-        return persona_object(personas)
+            if persona is not None:
+                personas.append(persona.to_json())
+        return {"persona": persona_object(personas)} if personas else {}
 
 
 class ChatCompletion(_Completion[ChatRequest]):
@@ -148,7 +150,7 @@ class ChatCompletion(_Completion[ChatRequest]):
     def _chunks(self, answer: StreamedAnswer, text: str, more: JsonObject) -> Iterator[bytes]:
         shown, measured = self._sent.get(answer.index, (0, 0))
         n_tokens, n_measured = len(answer.ids), len(answer.measured)
-        per_token = self.request.per_token
+        per_token = self.request.per_token and self.service.axis is not None
         if text or (per_token and n_measured > measured):
             tokens = answer.tokens(measured, n_measured) if per_token else ()
             persona = {"persona": {"tokens": [token.to_json() for token in tokens]}} if per_token else {}

@@ -115,7 +115,7 @@ const ask = async (turn, answers) => {
       .map(
         (answer) =>
           answer.problem ??
-          `Answer complete, projection ${fixed(answer.projection)}${answer.raised ? ", the drift alarm was raised" : ""}.`,
+          `Answer complete${answer.projection === null ? "" : `, projection ${fixed(answer.projection)}`}${answer.raised ? ", the drift alarm was raised" : ""}.`,
       )
       .join(" "),
   );
@@ -312,7 +312,7 @@ const startEmpty = () => {
     el(
       "p",
       { class: "lead" },
-      `Talk with ${axis.model.id} and see where its answers lie between “${axis.poles[1]}” and “${axis.poles[0]}”.`,
+      `Talk with ${axis.model.id}${axis.layer === null ? "" : ` and see where its answers lie between “${axis.poles[1]}” and “${axis.poles[0]}”`}.`,
     ),
     el(
       "p",
@@ -347,7 +347,7 @@ const start = async () => {
   startControls(axis, () => {
     conversation.system = byId("system").value;
     byId("log").classList.toggle("coloured", isPressed("colours"));
-    byId("scale").hidden = !isPressed("colours");
+    if (byId("scale")) byId("scale").hidden = !isPressed("colours");
     drawPanel();
     storeConversation();
   });

@@ -25,6 +25,7 @@ export const startControls = (axis, changed) => {
   byId("arm").append(...arms.map(([name, arm]) => el("option", { value: name, title: `layers ${arm.layers}` }, name)));
   byId("arm").disabled = byId("compare").disabled = arms.length === 0;
   if (!arms.length) byId("compare").title = byId("arm").title = "This server has no arm: start it with one to compare";
+  byId("colours").hidden = axis.layer === null;
   byId("arm").value = axis.default_arm ?? "";
   byId("mode").value = axis.default_mode ?? "always";
   const adaptive = byId("mode").querySelector('[value="adaptive"]');

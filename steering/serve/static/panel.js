@@ -6,6 +6,7 @@ import { byId, el, fixed, percent, signed } from "./dom.js";
 import { scaleLegend } from "./tokens.js";
 
 export const newPanel = (axis, scale, onpick) => {
+  if (axis.layer === null) return unmeasured(axis);
   const chart = newChart(byId("chart"), { onpick });
   byId("explain").textContent = explanation(axis);
   byId("scale").replaceChildren(...scaleLegend(scale));
@@ -22,6 +23,14 @@ export const newPanel = (axis, scale, onpick) => {
       byId("table").replaceChildren(chartTable(series, series.length > 1));
     },
   };
+};
+
+// Without an axis there is nothing to show but how to make one.
+const unmeasured = (axis) => {
+  byId("state").textContent = "Not measured";
+  byId("explain").textContent = `${axis.no_axis[0].toUpperCase()}${axis.no_axis.slice(1).replaceAll("`", "")}.`;
+  for (const id of ["chart", "legend", "readouts", "table-toggle", "table", "scale"]) byId(id).remove();
+  return { draw: () => {} };
 };
 
 const explanation = ({ layer, poles, model, baseline, alarm }) =>

@@ -33,9 +33,9 @@ def save_chat(path: Path, session: ChatSession, *, overwrite: bool = False) -> N
         "saved": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": model["id"],
         "fingerprint": model.get("fingerprint"),
-        "layer": service.axis.layer,
-        "poles": list(service.axis.poles),
-        "baseline": service.tracker.baseline.to_json(),
+        "layer": None if service.axis is None else service.axis.layer,
+        "poles": [] if service.axis is None else list(service.axis.poles),
+        "baseline": None if service.tracker is None else service.tracker.baseline.to_json(),
         "compared": False,
         "system": transcript.system,
         "turns": [

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from personatlas.analysis.drift_alarm import CALM_BAND, GAUGE_LIMIT, z_gauge
+from personatlas.persona.errors import UserError
 from personatlas.steering.arm_kinds import arm_words
 from personatlas.steering.serve.distress_notice import distress_phrases
 from personatlas.steering.serve.persona_state import PersonaTracker
@@ -31,9 +32,12 @@ def clean(text: str) -> str:
 
 
 class ChatRenderer:
-    """Writes for people: colours on a terminal, the same words without them elsewhere."""
+    """Writes for people: colours on a terminal, the same words without them elsewhere.
 
-    def __init__(self, out: Console, tracker: PersonaTracker) -> None:
+    Without a `tracker` nothing is measured, and nothing said of it.
+    """
+
+    def __init__(self, out: Console, tracker: PersonaTracker | None) -> None:
         self.out, self.tracker = out, tracker
 
     def line(self, text: str, style: str = "") -> None:
@@ -56,7 +60,9 @@ class ChatRenderer:
     def summary(self, answer: ChatAnswer) -> None:
         """Writes the line under an answer."""
         persona, ending = answer.persona, Text(ENDINGS.get(answer.ended or "", ""), "dim")
-        if persona is None or persona.z is None:
+        if self.tracker is None:
+            text = ending
+        elif persona is None or persona.z is None:
             text = _join(Text("nothing to project: no token of the answer was read", "dim"), ending)
         else:
             text = _join(
@@ -66,12 +72,18 @@ class ChatRenderer:
                 self._alarm(answer),
                 ending,
             )
-        self.out.print(text, soft_wrap=True)
+        if text.plain:
+            self.out.print(text, soft_wrap=True)
 
     def table(self, transcript: Transcript) -> None:
         """Writes all exchanges, one row each."""
         if not transcript.exchanges:
             self.line("nothing was said yet")
+            return
+        if self.tracker is None:
+            for number, (user, answer) in enumerate(transcript.exchanges, 1):
+                text = " ".join(answer.text.split()) if answer is not None else "(no answer)"
+                self.line(f"{number}  {user or '(the model began)'}  {text}")
             return
         gauge_title = f"-{GAUGE_LIMIT:g} to +{GAUGE_LIMIT:g}"
         rows = [[Text(title, "dim") for title in ("", "you", "projection", "z", gauge_title, "arm", "")]]
@@ -96,6 +108,10 @@ class ChatRenderer:
 
     def tokens(self, answer: ChatAnswer) -> None:
         """Writes an answer's tokens, coloured by projection, underlined where the arm changed them."""
+        if self.tracker is None:
+            raise UserError(
+                "no axis is loaded, so tokens have no projections: `personatlas axis MODEL` makes one"
+            )
         tokens = (answer.persona.per_token if answer.persona is not None else None) or ()
         reference, turn = (
             self.tracker.monitor.reference,
@@ -126,7 +142,8 @@ class ChatRenderer:
 
     def _alarm(self, answer: ChatAnswer) -> Text:
         """The alarm after an answer, and where a calm one stands: "below the calm band, 6.1 of 8.3"."""
-        turn, rule = answer.persona.turn if answer.persona is not None else None, self.tracker.monitor.rule
+        turn = answer.persona.turn if answer.persona is not None else None
+        rule = None if self.tracker is None else self.tracker.monitor.rule
         if turn is None or turn.alarm is None or rule is None:
             return Text("")
         if turn.raised:

@@ -219,9 +219,12 @@ class ChatRepl:
     def _greet(self) -> None:
         axis, model = self.service.axis, self.service.model
         kind = f"{str(model.dtype).removeprefix('torch.')} on {model.device.type}"
-        text = f"{self.service.name} ({kind}); layer {axis.layer}, {axis.poles[0]} +, {axis.poles[1]} -"
-        text += f"; {self._arm_words()}"
-        if self.service.tracker.monitor.rule is None:
+        text = f"{self.service.name} ({kind}); "
+        if axis is None:
+            text += str(self.service.no_axis)
+        else:
+            text += f"layer {axis.layer}, {axis.poles[0]} +, {axis.poles[1]} -; {self._arm_words()}"
+        if axis is not None and not self.service.has_alarm:
             text += "; no alarm is calibrated (`personatlas drift` makes a reference.json)"
         self._remark(text)
         self._remark(

@@ -118,6 +118,8 @@ class ChatSession:
         """The arm to compare with the baseline: the chosen one, else the default. `UserError` without any."""
         names = list(self.service.arms.named)
         if self.setting.arm == NONE and not names:
+            if self.service.no_axis is not None:
+                raise UserError(self.service.no_axis)
             raise UserError(
                 "no cap is loaded: `personatlas calibrate` makes one, or name one as /arm p50@18-23"
             )
@@ -143,9 +145,10 @@ class ChatSession:
     async def load(self, transcript: Transcript) -> None:
         """Takes over a conversation. The model reads its answers at baseline."""
         prompt = await self.service.prepare_chat(_request(transcript.messages, ArmSetting(NONE)))
-        tracker = self.service.tracker
-        states = tracker.watch(await self.service.read_turns(prompt.ids, prompt.spans))
-        personas = {state.message: tracker.measure_loaded(states[: i + 1]) for i, state in enumerate(states)}
+        personas: dict[int, PersonaState] = {}
+        if (tracker := self.service.tracker) is not None:
+            states = tracker.watch(await self.service.read_turns(prompt.ids, prompt.spans))
+            personas = {s.message: tracker.measure_loaded(states[: i + 1]) for i, s in enumerate(states)}
         exchanges, index = [], int(bool(transcript.system))
         for user, answer in transcript.exchanges:
             index += user is not None

@@ -27,7 +27,7 @@ def test_fit_json_comes_back_as_it_was(tiny_run):
 
 def test_a_loaded_model_is_used_as_it_is_and_its_run_resumes(tiny_run, tmp_path):
     model = load_model(str(tiny_run / "tiny"), device="cpu", dtype="float32")
-    plan = PlanOptions(bank=tiny_run / "bank", samples=2, max_new_tokens=4)
+    plan = PlanOptions(plan="standard", bank=tiny_run / "bank", samples=2, max_new_tokens=4)
     judge = JudgeOptions(judge="none")
     fit = compute_axis(model, tmp_path / "run", plan=plan, judge=judge, fit=OPTIONS)
     assert fit == FitResult.load(tmp_path / "run")

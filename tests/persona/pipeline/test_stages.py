@@ -25,7 +25,7 @@ from personatlas.persona.roles.bank import load_bank
 from personatlas.persona.rollout import Selection
 
 # 8 samples make 216 rollouts, enough for the gate that tries a few roles first; whole roles of 24 to 48 in a part
-HOW = "--device cpu --dtype float32 --samples 8 --chunk 32 --max-new-tokens 8 --judge none --keep all --replicates 4"
+HOW = "--plan standard --device cpu --dtype float32 --samples 8 --chunk 32 --max-new-tokens 8 --judge none --keep all --replicates 4"
 PART = 50
 RESULTS = ("activations.safetensors", "activations.json", "axis.safetensors", "space.safetensors", "fit.json")
 
@@ -241,7 +241,18 @@ def test_a_second_process_on_a_run_folder_is_refused(place, capsys):
 def test_a_run_of_another_model_in_the_same_place_is_refused_and_left_as_it_is(place, tmp_path, capsys):
     """The folder's name is the same: only the weights tell."""
     model, run = save_tiny(tmp_path / "tiny"), tmp_path / "run"
-    options = ["--bank", str(place / "bank"), "--out", str(run), "--device", "cpu", "--dtype", "float32"]
+    options = [
+        "--plan",
+        "standard",
+        "--bank",
+        str(place / "bank"),
+        "--out",
+        str(run),
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+    ]
     main(["run", "rollout", str(model), *options, "--max-new-tokens", "4"])
     before = snapshot(run)
     save_tiny(model, seed=1)

@@ -295,7 +295,7 @@ def test_capped_and_uncapped_at_once_are_the_same_as_one_by_one_and_as_generate(
             )
 
     together = asyncio.run(all_at_once())
-    axis, sampling = tiny_server.service.steered.axis, Sampling(10, 0.0, 1.0)
+    axis, sampling = tiny_server.service.axis, Sampling(10, 0.0, 1.0)
     differ = 0
     for at, ((text, cap), answer) in enumerate(zip(wanted, together, strict=True)):
         messages = [{"role": "user", "content": text}]

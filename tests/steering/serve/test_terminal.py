@@ -137,7 +137,7 @@ def test_a_saved_conversation_is_read_by_trace_and_loaded_with_the_same_projecti
     kept = [turn["answers"][0] for turn in content["personatlas"]["turns"]]
     assert [one["projection"] for one in kept] == [answer.persona.projection for answer in answers]
     assert [len(one["per_token"]) for one in kept] == [10, 10]
-    held = repl.service.steered
+    held = repl.service
     (one,) = trace_conversations(held.model, held.axis, read_conversations(path))
     loaded, out = talk(f"/load {path}", "/trace")
     for answer, turn in zip(loaded.session.transcript.answers, one.turns, strict=True):

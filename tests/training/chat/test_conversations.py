@@ -69,7 +69,7 @@ def test_rows_that_are_no_conversation_are_left_out_too(row, tmp_path):
 
 
 def test_only_the_first_places_are_named_and_all_are_counted(tmp_path):
-    rows = [GOOD] + [{"messages": turns("a")}] * 7 + [{"messages": []}]
+    rows = [GOOD, *[{"messages": turns("a")}] * 7, {"messages": []}, *[GOOD] * 7]
     lines = read(write_rows(tmp_path / "a.jsonl", rows))[1].lines()
     assert lines[0] == "7 without an assistant turn (a.jsonl:2, a.jsonl:3, a.jsonl:4, ...)"
     assert lines[1] == "1 without messages (a.jsonl:9)"
@@ -169,6 +169,24 @@ def test_a_runs_rollouts_are_conversations_with_the_role_as_style(tmp_path):
         "cut at the token limit": 1,
         "with an empty answer": 1,
     }
+
+
+def test_data_of_which_most_would_be_left_out_unasked_is_refused_with_what_to_do(tmp_path):
+    cut = [rollout(f"ghost/0/q{i}/0", stopped="length") for i in range(5)]
+    whole = [rollout(f"pirate/0/q{i}/0") for i in range(4)]
+    run = write_run(tmp_path / "run", [*cut, *whole])
+    with pytest.raises(UserError, match=r"5 of 9 conversations would be left out \(5 cut at.*--cut keeps"):
+        read_rollout_examples(run, Exclusions())
+    assert len(read_rollout_examples(run, Exclusions(), RolloutFilter(cut=True))) == 9
+    poles = [rollout(f"+calm/0/q{i}/0") for i in range(20)]
+    assert (
+        len(read_rollout_examples(write_run(tmp_path / "even", [*cut[1:], *whole, *poles]), Exclusions()))
+        == 4
+    )
+    rows = [{"messages": turns("a")}] * 3
+    with pytest.raises(UserError, match=r"3 of 5 conversations would be left out.*take them out of the file"):
+        read(write_rows(tmp_path / "a.jsonl", [*rows, GOOD, GOOD]))
+    assert len(read(write_rows(tmp_path / "b.jsonl", [*[GOOD | {"weight": 0}] * 3, GOOD]))[0]) == 1
 
 
 def test_the_log_of_a_real_run_is_read(tiny_run):
@@ -302,9 +320,7 @@ def test_held_out_roles_are_tuned_on_nowhere_and_are_a_source_of_their_own(tmp_p
         "caring",
         "witty",
     ]
-    with pytest.raises(
-        UserError, match="--held-out-roles pirate is no role or persona of the data; there are caring, witty"
-    ):
+    with pytest.raises(UserError, match="--held-out-roles 'pirate' is not one of caring, witty"):
         split_examples(parts, 0.1, ["pirate"])
 
 

@@ -1,0 +1,53 @@
+"""How long the answers and recordings of an axis take on a model's device, measured before they begin.
+
+    seconds = estimate_seconds(model, n_rollouts=784, n_tokens=74.0)
+    duration(seconds)                          # "about 4 minutes"
+
+Every token of a prompt or an answer goes through the model twice, when it is sampled and when it is recorded,
+in batches about as large as the probe's: one token for each rollout of a chunk.
+"""
+
+import time
+
+import torch
+
+from personatlas.persona.models.load import Model
+from personatlas.persona.options import PlanOptions, selection_of
+from personatlas.persona.pipeline.stages import CPU_CHUNK
+from personatlas.persona.roles.bank import load_bank
+from personatlas.persona.rollout import rollout_requests
+
+GPU_ROWS = 1024
+N_PROMPTS = 16  # whose lengths stand for all
+
+
+@torch.no_grad()
+def estimate_seconds(model: Model, n_rollouts: int, n_tokens: float) -> float:
+    """Seconds for so many rollouts with so many tokens of prompt and answer each, from a short probe."""
+    on_gpu = model.device.type == "cuda"
+    ids = torch.arange(GPU_ROWS if on_gpu else CPU_CHUNK, device=model.device)[:, None] % model.vocab_size
+    best = float("inf")
+    for _ in range(2):  # the first one warms up
+        if on_gpu:
+            torch.cuda.synchronize(model.device)
+        start = time.perf_counter()
+        model.hf(input_ids=ids, use_cache=False).logits[:, -1].max().item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n_rollouts * n_tokens * best / len(ids)
+
+
+def estimate_axis(model: Model, plan: PlanOptions) -> float:
+    """Seconds for the axis of a model by a plan, with the packaged bank."""
+    selection, max_new_tokens = selection_of(plan)
+    requests = rollout_requests(load_bank(), model.name, selection, plan.seed)
+    some = requests[:: max(1, len(requests) // N_PROMPTS)]
+    prompt = sum(len(model.chat.prompt_ids(list(request.messages))) for request in some) / len(some)
+    return estimate_seconds(model, len(requests), prompt + max_new_tokens)
+
+
+def duration(seconds: float) -> str:
+    """A length of time as an estimate has it: "about 40 seconds", "about 3 hours"."""
+    for unit, size in (("day", 86400.0), ("hour", 3600.0), ("minute", 60.0)):
+        if seconds >= 1.5 * size:
+            return f"about {seconds / size:.0f} {unit}s"
+    return f"about {max(5, 5 * round(seconds / 5))} seconds"
