@@ -139,7 +139,7 @@ def open_context(
     is used as it is, without `load`. Under torchrun every process does this; the first one leads.
     """
     world = get_world()
-    asked_plan, plan_name = plan.plan, plan.plan or _default_plan(model, folder, load)
+    plan_name = plan.plan or _default_plan(model, folder, load)
     plan = replace(plan, plan=plan_name)
     selection, max_new_tokens = selection_of(plan)
     sampling = Sampling(max_new_tokens, plan.temperature, plan.top_p)
@@ -168,10 +168,6 @@ def open_context(
             run.claim(context.asked())
             if not world.rank:
                 world.barrier()
-                if asked_plan is None and not before and plan_name == "demo":
-                    say(
-                        "plan demo, as on every CPU: --plan standard has all roles and longer answers, over hours"
-                    )
             yield context
         finally:
             world.close()
@@ -219,9 +215,10 @@ def _say_estimate(context: RunContext) -> None:
     most = context.sampling.max_new_tokens
     prompt = sum(len(context.plan.prompt_ids[key]) for key in missing) / len(missing)
     seconds = estimate_seconds(context.model, len(missing), prompt + most) / context.world.size
+    larger = "; --plan standard has all roles and longer answers" if context.plan_name == "demo" else ""
     say(
-        f"{len(missing):,} rollouts of up to {most} tokens, and their recording: "
-        f"{duration(seconds)} by a short probe of this machine"
+        f"plan {context.plan_name}: {len(missing):,} rollouts of up to {most} tokens and their recording take "
+        f"{duration(seconds)} by a short probe{larger}"
     )
 
 

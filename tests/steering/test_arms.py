@@ -276,12 +276,9 @@ def test_without_a_saved_cap_the_default_arm_is_the_median_around_the_axis_layer
     assert default_arm(bare) == "cap:p50@18-24"
     assert bare.cap("p50@18-24").level == 0.5
     assert f"personatlas calibrate {tmp_path}" in capsys.readouterr().err
-    assert (
-        default_arm(
-            replace(bare, levels=(), default_quantiles=torch.empty(30, 0), role_quantiles=torch.empty(30, 0))
-        )
-        is None
-    )
+    none = torch.full_like(bare.default_quantiles, torch.nan)
+    assert default_arm(replace(bare, default_quantiles=none)) is None
     assert "baseline alone" in capsys.readouterr().err
+    (tmp_path / "caps").mkdir()
     axis.cap("p25@20").save(tmp_path / "caps" / "mine")
     assert default_arm(bare) == "cap:mine"
