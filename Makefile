@@ -9,6 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-c
 
 # everything, for development; .venv/runs is what the package itself needs
 install: .venv/installed
+	@echo "installed; now: source .venv/bin/activate"
 
 # Python compiles what is imported when it is imported: compiling every file of torch and transformers takes longer than the rest
 .venv/runs: pyproject.toml requirements.lock
@@ -34,18 +35,18 @@ demo-train: .venv/runs
 	$(BIN)/personatlas chat $(DEMO)/chat --axis $(DEMO)/axis --max-new-tokens 64 --message "What does textwrap.indent do?" --message "What is queue.Queue?" --device cpu
 
 # two processes, one thread each: on two cores they are done in two thirds of the time that one process takes
-test: install
+test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not robustness" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-test-slow: install
+test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
 
 # what `make test` tries on a sample: fuzzed files, errors of the disk, kills, thousands of requests
-test-robustness: install
+test-robustness: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m robustness --numprocesses 2 tests/robustness
 
 # mypy and mkdocstrings read the packages under their installed names through links, since editable installs are opaque to them
-.check: install
+.check: .venv/installed
 	mkdir -p .check/personatlas
 	for package in $(PACKAGES); do ln -sfn ../../$$package .check/personatlas/$$package; done
 	for file in cli api.py __init__.py __main__.py py.typed; do ln -sfn ../../personatlas/$$file .check/personatlas/$$file; done
@@ -59,7 +60,7 @@ check: .check
 docs: .check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-format: install
+format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -70,6 +70,8 @@ COMMANDS = {
     },
 }  # fmt: skip
 "By panel of `--help`: name to (module:function, help); a group of commands has no function."
+RESUMED = ("axis", "run rollout", "run judge", "run record", "emergence", "calibrate", "eval", "drift", "train base", "train chat")  # fmt: skip
+"Commands that go on where they were stopped."
 
 
 def _build() -> App:
@@ -123,7 +125,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command = " ".join(["personatlas", *(error.command_chain or ())])
         _fail(f"{' '.join(str(error).split()).removesuffix('.')} (see `{command} --help`)")
     except KeyboardInterrupt:
-        print("personatlas: stopped; the same command resumes", file=sys.stderr)  # noqa: T201
+        words = list(sys.argv[1:] if arguments is None else arguments)
+        resumes = any(words[: len(name.split())] == name.split() for name in RESUMED)
+        print(f"personatlas: stopped{'; the same command resumes' if resumes else ''}", file=sys.stderr)  # noqa: T201
         sys.exit(130)
     except Exception as error:
         found = find_os_error(error)

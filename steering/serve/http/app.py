@@ -184,6 +184,7 @@ def _describe(service: PersonaService) -> JsonObject:
         "layer": None if axis is None else axis.layer,
         "poles": None if axis is None else list(axis.poles),
         "no_axis": service.no_axis,
+        "injected_system": service.chat.injected,
         "quantiles": quantiles,
         **monitor,
         "arms": arms,

@@ -26,6 +26,7 @@ export const startControls = (axis, changed) => {
   byId("arm").disabled = byId("compare").disabled = arms.length === 0;
   if (!arms.length) byId("compare").title = byId("arm").title = "This server has no arm: start it with one to compare";
   byId("colours").hidden = axis.layer === null;
+  if (axis.injected_system) byId("system").placeholder = `none of yours; the chat template adds: ${axis.injected_system}`;
   byId("arm").value = axis.default_arm ?? "";
   byId("mode").value = axis.default_mode ?? "always";
   const adaptive = byId("mode").querySelector('[value="adaptive"]');

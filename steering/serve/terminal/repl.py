@@ -140,7 +140,9 @@ class ChatRepl:
                 session.change(Transcript(argument))
                 renderer.line("a new conversation begins under this system prompt (/undo comes back)")
             case "system":
-                renderer.line(session.transcript.system or "no system prompt")
+                injected = self.service.chat.injected
+                none = "no system prompt" if not injected else f"none given; the template's own: {injected}"
+                renderer.line(session.transcript.system or none)
             case "trace":
                 renderer.table(session.transcript)
             case "tokens":
