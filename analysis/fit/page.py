@@ -238,7 +238,7 @@ def _dropped_table(dropped: DroppedRollouts) -> Row:
 def _command(fit: FitResult, manifest: JsonObject) -> str:
     """The command that makes this run again in a folder of its own; what no record holds is in capitals."""
     asked = manifest.get("asked", {})
-    options: dict[str, object] = {"--plan": recorded_plan(asked)}
+    options: dict[str, object] = {"--plan": recorded_plan(asked) or "paper"}  # which has no limits of its own
     if asked.get("bank") not in (None, load_bank().digest):
         options["--bank"] = "FOLDER"
     options["--roles"] = ",".join(asked.get("roles", [])[1:]) or None

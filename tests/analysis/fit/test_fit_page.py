@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -370,6 +371,26 @@ def test_the_command_makes_the_run_again_and_quotes_what_came_from_others(tmp_pa
         in words
     )
     assert "--judge local:hub/judge \\ --keep small" in words
+
+
+def test_the_command_names_the_plan_that_the_run_was_made_with(tmp_path: Path) -> None:
+    manifest = a_manifest()
+    for recorded in (
+        {"plan": "demo", "max_new_tokens": 32},
+        {"prompts": 1, "questions": 16, "max_new_tokens": 32},  # as earlier versions recorded it
+    ):
+        manifest["asked"] = {"model_name": "mine", **recorded}
+        assert "personatlas axis mine \\ --plan demo" in written(tmp_path, a_fit(), (), manifest).words
+
+
+def test_a_system_prompt_that_the_template_adds_is_called_that(tmp_path: Path) -> None:
+    bare = replace(a_rollout("default"), messages=({"role": "user", "content": "Who are you?"},))
+    manifest = a_manifest()
+    assert "no system prompt" in written(tmp_path, a_fit(), (bare,), manifest).words
+    manifest["asked"]["injected_system"] = "You are a helpful assistant."
+    words = written(tmp_path, a_fit(), (bare,), manifest).words
+    assert "none given; the chat template's own You are a helpful assistant." in words
+    assert "no system prompt" not in words
 
 
 def test_headings_go_down_one_level_at_a_time(page: Page) -> None:
