@@ -1,7 +1,6 @@
 """How long the answers and recordings of an axis take on a model's device, measured before they begin.
 
     seconds = estimate_seconds(model, n_rollouts=784, n_tokens=74.0)
-    duration(seconds)                          # "about 4 minutes"
 
 Every token of a prompt or an answer goes through the model twice, when it is sampled and when it is recorded,
 in batches about as large as the probe's: one token for each rollout of a chunk.
@@ -43,11 +42,3 @@ def estimate_axis(model: Model, plan: PlanOptions) -> float:
     some = requests[:: max(1, len(requests) // N_PROMPTS)]
     prompt = sum(len(model.chat.prompt_ids(list(request.messages))) for request in some) / len(some)
     return estimate_seconds(model, len(requests), prompt + max_new_tokens)
-
-
-def duration(seconds: float) -> str:
-    """A length of time as an estimate has it: "about 40 seconds", "about 3 hours"."""
-    for unit, size in (("day", 86400.0), ("hour", 3600.0), ("minute", 60.0)):
-        if seconds >= 1.5 * size:
-            return f"about {seconds / size:.0f} {unit}s"
-    return f"about {max(5, 5 * round(seconds / 5))} seconds"

@@ -38,7 +38,7 @@ from personatlas.persona.options import (
     selection_of,
 )
 from personatlas.persona.pipeline.activations import ACTIVATIONS, Activations
-from personatlas.persona.pipeline.estimate import duration, estimate_seconds
+from personatlas.persona.pipeline.estimate import estimate_seconds
 from personatlas.persona.pipeline.stages import (
     CPU_CHUNK,
     GPU_CHUNK,
@@ -48,7 +48,7 @@ from personatlas.persona.pipeline.stages import (
     make_rollouts,
     plan_rollouts,
 )
-from personatlas.persona.progress import progress, say
+from personatlas.persona.progress import format_duration, progress, say
 from personatlas.persona.roles.bank import Bank, Role, RoleKind, load_bank, role_kind
 from personatlas.persona.rollout import Rollout, Selection, of_kind, with_scores
 from personatlas.persona.runs import RunFolder, is_training_run, open_run, read_manifest
@@ -218,7 +218,7 @@ def _say_estimate(context: RunContext) -> None:
     larger = "; --plan standard has all roles and longer answers" if context.plan_name == "demo" else ""
     say(
         f"plan {context.plan_name}: {len(missing):,} rollouts of up to {most} tokens and their recording take "
-        f"{duration(seconds)} by a short probe{larger}"
+        f"about {format_duration(seconds)} by a short probe{larger}"
     )
 
 

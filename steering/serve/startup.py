@@ -16,7 +16,8 @@ from personatlas.persona.errors import UserError
 from personatlas.persona.interventions import Interventions
 from personatlas.persona.models.load import Model
 from personatlas.persona.options import ModelOptions, PlanOptions
-from personatlas.persona.pipeline.estimate import duration, estimate_axis
+from personatlas.persona.pipeline.estimate import estimate_axis
+from personatlas.persona.progress import format_duration
 from personatlas.persona.runs import resolve_axis
 from personatlas.persona.sampling.kv_cache import fitting_tokens
 from personatlas.steering.arms import Arm, parse_arm, require_no_controls
@@ -129,7 +130,7 @@ def _unmeasured_service(
     plan = PlanOptions(plan="standard" if model.device.type == "cuda" else "demo")
     no_axis = (
         f"no axis is loaded, so answers are not measured and nothing can act: {command} makes it "
-        f"({duration(estimate_axis(model, plan))} here)"
+        f"(about {format_duration(estimate_axis(model, plan))} here)"
     )
     return PersonaService(model, None, (), options, _engine_limits(model, capacity), None, no_axis)
 
