@@ -8,24 +8,24 @@ from personatlas.persona.errors import UserError
 
 
 @dataclass(frozen=True)
-class CorpusOptions:
-    """Texts to pretrain on. Raises `UserError` for a vocabulary beside a tokenizer."""
+class ReadingOptions:
+    """How a corpus is read and tokenised. Raises `UserError` for a vocabulary beside a tokenizer."""
 
-    corpus: Path | None = None
-    (
-        "a folder or file: .txt, .jsonl, .parquet, tar archives of .txt; each plain or packed; "
-        "or hub:OWNER/NAME[/FOLDER][@REVISION]"
-    )
     held_out: Path | None = None
     "texts for validation instead of a share of the corpus; taken out of the corpus if they are in it"
-    held_share: float = 0.01
-    "the share of documents that are held out, by the hash of their names"
+    held_share: float | None = None
+    (
+        "the share that is held out: documents by the hash of their names, a passage of each of a few; "
+        "0.01 unless given, more of a small corpus"
+    )
+    keep_licences: bool = False
+    "keep Project Gutenberg's headers and licences in the text"
     text_column: str = "text"
     "the key or column with the text in .jsonl and .parquet"
     tokenizer: Path | None = None
     "the folder of a tokenizer; trained on the corpus, into the run, unless given"
     vocabulary: int | None = None
-    "tokens of a tokenizer that is trained here; 32,768 unless given"
+    "tokens of a tokenizer that is trained here; up to 32,768, from the size of the corpus, unless given"
     token_folder: Path | None = None
     "where the tokenised corpus is kept; in the run unless given. With finished tokens no --corpus is needed"
 
@@ -34,6 +34,13 @@ class CorpusOptions:
             raise UserError(
                 f"--vocabulary {self.vocabulary} is for a tokenizer made here; --tokenizer names one"
             )
+
+
+@dataclass(frozen=True)
+class CorpusOptions(ReadingOptions):
+    """Texts to pretrain on, and how they are read."""
+
+    corpus: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,10 @@ class PretrainOptions(TrainOptions):
     """How long to pretrain, and what replaces the plan's own values."""
 
     tokens: int | None = None
-    "train on so many tokens; as many as are compute-optimal unless --tokens or --minutes is given"
+    (
+        "train on so many tokens; as many as are compute-optimal, and at most 16 epochs, unless --tokens or "
+        "--minutes is given"
+    )
     context: int | None = None
     "tokens that the model sees at once"
     batch: int | None = None

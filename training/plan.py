@@ -35,6 +35,8 @@ DEPTHS = range(1, 49)  # 5 B parameters at 48: more than fits where every GPU ho
 STORED_RATES = ("matrix_rate", "embedding_rate", "head_rate", "gain_rate")  # in run.json
 STORED = {"norm_rate": "gain_rate", "adam_beta2": "second"}
 TOKENS_A_PARAMETER = 20  # Hoffmann et al. 2022 ("Chinchilla"), here on matrix parameters
+MAX_EPOCHS = 16  # after which a text that is read again teaches nothing (Muennighoff et al. 2023)
+SHARE_OF_PEAK = 0.45
 BYTES_A_TOKEN = 4.3  # of English at a vocabulary of 32,768: 443 MB of 19th-century books are 103 M tokens
 
 
@@ -88,6 +90,20 @@ def shape_at(depth: int, vocabulary: int = 32_768, context: int | None = None) -
 def optimal_tokens(shape: Shape) -> int:
     """The horizon at which a FLOP is best spent, 20 tokens a matrix parameter (Hoffmann et al. 2022)."""
     return TOKENS_A_PARAMETER * shape.matrix_parameters
+
+
+def depth_for(corpus: int, vocabulary: int, chip: Chip, gpus: int = 1, minutes: float = math.inf) -> int:
+    """The depth of a model for a corpus of so many tokens: the largest whose compute-optimal horizon is read
+    in at most `MAX_EPOCHS` and in some minutes; at least 2.
+    """
+    depth, budget = 2, 60 * minutes * SHARE_OF_PEAK * chip.peak * gpus
+    for larger in DEPTHS[2:]:
+        shape = shape_at(larger, vocabulary)
+        tokens = optimal_tokens(shape)
+        if tokens > MAX_EPOCHS * corpus or tokens * flops_a_token(shape) > budget:
+            break
+        depth = larger
+    return depth
 
 
 def critical_batch(horizon: int) -> float:
@@ -287,13 +303,15 @@ def make_plan(
     minutes: float | None = None,
     chip: Chip = CHIPS["h100"],
     gpus: int = 1,
-    share_of_peak: float = 0.45,
+    share_of_peak: float = SHARE_OF_PEAK,
     speed: float | None = None,
     batch: int | None = None,
+    corpus: int | None = None,
 ) -> Plan:
     """Derives a run: for the compute-optimal horizon, for `tokens`, or for `minutes` at a share of the peak.
 
-    `speed` is in tokens a second of all chips, where it has been measured. Batch, steps, rates, decay and
+    `speed` is in tokens a second of all chips, where it has been measured; `corpus` is how many tokens there
+    are, where they are to be read `MAX_EPOCHS` times at most. Batch, steps, rates, decay and
     schedule follow the horizon; `batch` is in tokens, whole sequences for every GPU. Raises `UserError` for
     options that make no run.
     """
@@ -312,6 +330,8 @@ def make_plan(
         if not 0 < minutes < math.inf:
             raise UserError(f"--minutes {minutes} is no time to train in")
         wanted, horizon = int(60 * minutes * speed), f"what {minutes:g} minutes hold"
+    if corpus is not None and wanted > MAX_EPOCHS * corpus:
+        wanted, horizon = MAX_EPOCHS * corpus, f"{MAX_EPOCHS} epochs"
     batch = batch_for(max(wanted, 1), shape.context, gpus) if batch is None else batch
     if batch < 1 or batch % (shape.context * gpus):
         unit = shape.context * gpus
@@ -349,7 +369,7 @@ def describe_epochs(tokens: int, corpus: int) -> str:
     if times <= 1:
         return f"{times:.0%} of the corpus is read, once"
     worth = "nearly as good as new text" if times <= 4 else "worth less and less"
-    worth = worth if times <= 16 else "worth nothing any more"
+    worth = worth if times <= MAX_EPOCHS else "worth nothing any more"
     return f"the corpus is too small: it is read {times:.1f} times ({worth} by the last)"
 
 

@@ -1,12 +1,14 @@
 """A base model from a corpus: tokenizer, tokens, plan, steps, model folder.
 
+    train_base(Path("books"), out=Path("runs/books"))                # depth and length from the corpus
     train_base(Path("books"), depth=12, out=Path("runs/books"), options=PretrainOptions(minutes=3))
 
 The run's folder gets tokenizer/ and tokens/ beside the files that `training/run.py` lists.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -22,7 +24,6 @@ from personatlas.training.data.batches import CorpusBatches
 from personatlas.training.data.corpus import Corpus
 from personatlas.training.data.token_shards import Tokens, make_tokens, open_tokens
 from personatlas.training.data.tokenizer import (
-    DEFAULT_VOCABULARY,
     load_corpus_tokenizer,
     make_tokenizer,
     require_vocabulary,
@@ -33,20 +34,27 @@ from personatlas.training.loop.samples import TextSamples
 from personatlas.training.loop.step import Stepper
 from personatlas.training.model.gpt import GPT
 from personatlas.training.options import CorpusOptions, PretrainOptions
-from personatlas.training.plan import Plan, describe_epochs, detect_chip, make_plan
+from personatlas.training.plan import Plan, depth_for, describe_epochs, detect_chip, make_plan, shape_at
 from personatlas.training.run import TrainingJob, TrainResult, open_training_run, run_training
+
+CPU_MINUTES = 4.0  # of training without --depth, --tokens or --minutes; compute-optimal takes hours there
 
 
 def train_base(
-    corpus: Path | CorpusOptions, *, depth: int, out: Path, options: PretrainOptions = PretrainOptions()
+    corpus: Path | CorpusOptions,
+    *,
+    depth: int | None = None,
+    out: Path,
+    options: PretrainOptions = PretrainOptions(),
 ) -> TrainResult | None:
     """Trains a GPT of some depth on a corpus, or resumes the run in `out`; None on all ranks but the first.
 
-    Raises `UserError` for options and texts that cannot be trained on, a folder that holds another run, too
-    little memory, and a loss that is not finite.
+    Without a depth it is `depth_for` the corpus and the device, and a CPU trains for `CPU_MINUTES`. Without a
+    length the compute-optimal one is cut at 16 epochs. Raises `UserError` for options and texts that cannot
+    be trained on, a folder that holds another run, too little memory, and a loss that is not finite.
     """
     world = get_world()
-    texts = corpus if isinstance(corpus, CorpusOptions) else CorpusOptions(corpus)
+    texts = corpus if isinstance(corpus, CorpusOptions) else CorpusOptions(corpus=corpus)
     tokenizer, token_folder = texts.tokenizer or out / "tokenizer", texts.token_folder or out / "tokens"
     with open_training_run(out, world) as run:
         if texts.corpus is not None and out.resolve().is_relative_to(texts.corpus.resolve()):
@@ -55,7 +63,7 @@ def train_base(
             )
         tokens, minutes = options.tokens, options.minutes
         # raises for options that make no run
-        make_plan(depth, context=options.context, tokens=tokens, minutes=minutes, batch=options.batch)
+        make_plan(depth or 2, context=options.context, tokens=tokens, minutes=minutes, batch=options.batch)
         device = init_distributed(world, options.device)
         if options.fp8 and device.type != "cuda":
             raise UserError("--fp8 is for GPUs that multiply 8 bits (Hopper and later), not for a CPU")
@@ -63,7 +71,21 @@ def train_base(
             _make_tokens(texts, tokenizer, token_folder)
         world.barrier()
         data = open_tokens(token_folder, tokenizer)
-        job = PretrainJob(out, options, world, device, tokenizer, depth, data, fp8=options.fp8)
+        most = len(data.train) if tokens is None and minutes is None else None
+        if depth is None:
+            if most is not None and device.type == "cpu":
+                options = replace(options, minutes=CPU_MINUTES)
+            chip = detect_chip(device)
+            depth = depth_for(len(data.train), data.vocabulary, chip, world.size, options.minutes or math.inf)
+            if world.rank == 0:
+                context = options.context or shape_at(depth, data.vocabulary).context
+                length = f", {options.minutes:g} minutes" if options.minutes else ""
+                say(
+                    f"for {data.train.bytes / 1e6:,.2f} MB of text on {chip.name}: vocabulary "
+                    f"{data.vocabulary:,}, depth {depth}, context {context:,}{length}; change it with "
+                    "--vocabulary, --depth, --context, --minutes"
+                )
+        job = PretrainJob(out, options, world, device, tokenizer, depth, data, most, fp8=options.fp8)
         return run_training(job, run)
 
 
@@ -76,16 +98,22 @@ def _make_tokens(texts: CorpusOptions, tokenizer: Path, folder: Path) -> None:
         if not (tokenizer / "tokenizer.json").is_file():
             raise UserError("--tokenizer FOLDER is missing: the one that the tokens were made with")
         return
-    held_out, share, column = texts.held_out, texts.held_share, texts.text_column
-    corpus = Corpus.open(texts.corpus, held_out=held_out, held_share=share, column=column)
+    if texts.vocabulary is not None:
+        require_vocabulary(texts.vocabulary)
+    corpus = Corpus.open(
+        texts.corpus,
+        held_out=texts.held_out,
+        held_share=texts.held_share,
+        column=texts.text_column,
+        keep_licences=texts.keep_licences,
+    )
     if texts.tokenizer is None:
-        vocabulary = DEFAULT_VOCABULARY if texts.vocabulary is None else texts.vocabulary
-        require_vocabulary(vocabulary)
-        make_tokenizer(corpus, tokenizer, vocabulary=vocabulary)
+        make_tokenizer(corpus, tokenizer, vocabulary=texts.vocabulary)
     elif not (tokenizer / "tokenizer.json").is_file():
         raise UserError(f"--tokenizer {tokenizer} has no tokenizer.json: not a tokenizer's folder")
-    if not is_finished and (notes := corpus.scan().notes()):
-        say(f"the corpus has {notes}")
+    if not is_finished:
+        for line in corpus.scan().lines():
+            say(line)
     make_tokens(corpus, tokenizer, folder)
 
 
@@ -96,6 +124,8 @@ class PretrainJob(TrainingJob):
     options: PretrainOptions
     depth: int
     tokens: Tokens
+    corpus: int | None
+    "tokens of the corpus where the length follows from it"
 
     def settings(self) -> JsonObject:
         names = ("context", "batch", "tokens", "minutes", "rate_scale", "fp8", "seed")
@@ -115,6 +145,7 @@ class PretrainJob(TrainingJob):
                 gpus=self.world.size,
                 speed=speed,
                 batch=batch,
+                corpus=self.corpus,
             )
 
         plan = derive(self.options.batch)

@@ -17,17 +17,25 @@ from personatlas.cli.output import (
 from personatlas.persona.errors import UserError
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.progress import say
-from personatlas.training.options import ChatDataOptions, CorpusOptions, FinetuneOptions, PretrainOptions
+from personatlas.persona.runs import model_name
+from personatlas.training.options import (
+    ChatDataOptions,
+    CorpusOptions,
+    FinetuneOptions,
+    PretrainOptions,
+    ReadingOptions,
+)
 
 if TYPE_CHECKING:
     from personatlas.training.run import TrainResult
 
 
 def base(
+    corpus: Path | None = None,
     *,
-    depth: int,
-    out: OutFolder,
-    texts: Annotated[CorpusOptions, OPTIONS] = CorpusOptions(),
+    depth: int | None = None,
+    out: Out = None,
+    reading: Annotated[ReadingOptions, OPTIONS] = ReadingOptions(),
     options: Annotated[PretrainOptions, OPTIONS] = PretrainOptions(),
     json: Json = False,
 ) -> None:
@@ -38,13 +46,25 @@ def base(
 
     Parameters
     ----------
+    corpus
+        a folder or file: .txt, .jsonl, .parquet, tar archives of .txt; each plain or packed; or
+        hub:OWNER/NAME[/FOLDER][@REVISION]
     depth
-        number of blocks, from which all other sizes are derived
+        number of blocks, from which all other sizes are derived; from the size of the corpus unless given (a
+        CPU then trains for 4 minutes)
     out
-        the run's folder; its `model` is an ordinary Hugging Face checkpoint
+        the run's folder, runs/NAME of the corpus unless given; its `model` is an ordinary Hugging Face
+        checkpoint
     """
+    from personatlas.training.chat.conversations import source_name
     from personatlas.training.pretrain import train_base
 
+    if out is None:
+        if corpus is None:
+            raise UserError("give a folder of texts: personatlas train base books/")
+        name = corpus.resolve().name if corpus.exists() else corpus.name.partition("@")[0]
+        out = Path("runs") / source_name(Path(name))
+    texts = CorpusOptions(corpus=corpus, **vars(reading))
     result = train_base(texts, depth=depth, out=out, options=options)
     if result is not None and json:
         print_json(result.to_json())
@@ -68,6 +88,7 @@ def _print_base(result: "TrainResult") -> None:
     )
     print_path("model", result.model)
     print_path("report", result.folder / "report.html")
+    say(f"next: personatlas train chat {result.folder} --data demo    (or conversations of your own)")
 
 
 SHOWN = 12  # sources in the table; all of them are in run.json
@@ -77,7 +98,7 @@ def chat(
     base: Path,
     /,
     *,
-    out: OutFolder,
+    out: Out = None,
     chats: Annotated[ChatDataOptions, OPTIONS] = ChatDataOptions(),
     options: Annotated[FinetuneOptions, OPTIONS] = FinetuneOptions(),
     json: Json = False,
@@ -91,10 +112,11 @@ def chat(
     base
         the folder of `personatlas train base`, one of its checkpoints, or an exported folder
     out
-        the run's folder; its `model` is an ordinary Hugging Face checkpoint
+        the run's folder, runs/NAME-chat unless given; its `model` is an ordinary Hugging Face checkpoint
     """
     from personatlas.training.finetune import train_chat
 
+    out = out or Path("runs") / f"{model_name(base)}-chat"
     result = train_chat(base, chats, out=out, options=options)
     if result is not None and json:
         print_json(result.to_json())
@@ -122,6 +144,9 @@ def _print_chat(result: "TrainResult") -> None:
         )
     print_line(f"training: {result.seconds:,.1f} s, {result.steps:,} steps, {result.epochs:.2f} epochs")
     print_path("model", result.model)
+    say(
+        f"next: personatlas chat {result.folder}    (where its character lies: personatlas axis {result.folder})"
+    )
 
 
 def evaluate(
@@ -177,9 +202,10 @@ def tokenizer(
     *,
     corpus: Path,
     out: OutFolder,
-    vocabulary: int = 32_768,
+    vocabulary: int | None = None,
     held_out: Path | None = None,
-    held_share: float = 0.01,
+    held_share: float | None = None,
+    keep_licences: bool = False,
     text_column: str = "text",
     sample: int = 1_000_000_000,
     json: Json = False,
@@ -194,11 +220,15 @@ def tokenizer(
     out
         the folder to make; `AutoTokenizer.from_pretrained` reads it
     vocabulary
-        number of tokens: the 256 bytes, four special tokens, and the rest learned
+        number of tokens: the 256 bytes, four special tokens, and the rest learned; up to 32,768, from the size
+        of the corpus, unless given
     held_out
         texts to check it on instead of a share of the corpus; taken out of the corpus if they are in it
     held_share
-        the share of documents that are held out, by the hash of their names
+        the share that is held out: documents by the hash of their names, a passage of each of a few; 0.01
+        unless given, more of a small corpus
+    keep_licences
+        keep Project Gutenberg's headers and licences in the text
     text_column
         the key or column with the text in .jsonl and .parquet
     sample
@@ -207,8 +237,11 @@ def tokenizer(
     from personatlas.training.data.corpus import Corpus
     from personatlas.training.data.tokenizer import make_tokenizer, require_vocabulary
 
-    require_vocabulary(vocabulary)
-    texts = Corpus.open(corpus, held_out=held_out, held_share=held_share, column=text_column)
+    if vocabulary is not None:
+        require_vocabulary(vocabulary)
+    texts = Corpus.open(
+        corpus, held_out=held_out, held_share=held_share, column=text_column, keep_licences=keep_licences
+    )
     record = make_tokenizer(texts, out, vocabulary=vocabulary, sample=sample)
     if json:
         print_json(record)
@@ -233,8 +266,8 @@ def _print_tokenizer(record: dict[str, Any], out: Path) -> None:
     rows.append(("vocabulary", f"{record['asked']['vocabulary']:,}"))
     print_fields(rows)
     print_path("folder", out)
-    if notes := CorpusScan(**{**scan, **sides}).notes():
-        say(f"note: {notes}")
+    for line in CorpusScan(**{**scan, **sides}).lines():
+        say(line)
 
 
 def export(

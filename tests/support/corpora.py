@@ -1,5 +1,7 @@
 """Small corpora made here, and tables of texts, for the tests of training."""
 
+import random
+
 import pytest
 
 CHAT = [
@@ -22,6 +24,39 @@ def write_corpus(folder):
         ]
         (folder / f"{number}.txt").write_text("".join(lines))
     return folder
+
+
+def write_book(path, size, *, seed):
+    """A text of about `size` bytes in paragraphs of several lines, none of which stands in it twice."""
+    generator = random.Random(seed)
+    words = [
+        "the",
+        "old",
+        "harbour",
+        "lay",
+        "grey",
+        "and",
+        "still",
+        "while",
+        "we",
+        "went",
+        "down",
+        "to",
+        "see",
+        "if",
+        "any",
+        "ship",
+        "had",
+        "come",
+        "in",
+    ]
+    paragraphs, length = [], 0
+    while length < size:
+        lines = [" ".join(generator.choices(words, k=10)) for _ in range(generator.randint(2, 5))]
+        paragraphs.append("\n".join(lines) + ".\n\n")
+        length += len(paragraphs[-1])
+    path.write_text("".join(paragraphs))
+    return path
 
 
 def write_parquet(path, texts, column="text"):

@@ -9,11 +9,13 @@ import torch
 
 from personatlas.cli.app import main
 from personatlas.persona.errors import UserError
+from personatlas.training.data.tokenizer import vocabulary_for
 from personatlas.training.model.config import Shape, tokens_per_piece
 from personatlas.training.plan import (
     CHIPS,
     DEPTHS,
     batch_for,
+    depth_for,
     describe_epochs,
     detect_chip,
     flops_a_token,
@@ -219,9 +221,9 @@ def test_the_verb_says_how_far_a_corpus_goes(tmp_path, capsys):
         (tmp_path / f"{number}.txt").write_text(f"{number} All the world is a stage.\n" * 4000)
     main(["train", "plan", "--depth", "4", "--tokens", "1000000", "--corpus", str(tmp_path)])
     told = " ".join(capsys.readouterr().out.split())
-    assert "896,000 bytes, about 208,372 tokens: the corpus is too small: it is read 4.8 times" in told
+    assert "830,368 bytes, about 193,109 tokens: the corpus is too small: it is read 5.2 times" in told
     main(["train", "plan", "--depth", "4", "--tokens", "100000", "--corpus", str(tmp_path), "--json"])
-    assert json.loads(capsys.readouterr().out)["corpus"] == {"bytes": 896_000, "tokens": 208_372}
+    assert json.loads(capsys.readouterr().out)["corpus"] == {"bytes": 830_368, "tokens": 193_109}
 
 
 def test_the_verb_refuses_a_corpus_without_text(tmp_path, capsys):
@@ -254,3 +256,23 @@ def test_causal_attention_counts_half_of_the_usual_attention():
     usual, causal = flops_a_token(shape), flops_a_token(shape, causal=True)
     assert usual - causal == 6 * 12 * 768 * 2048
     assert 0.467 * causal / usual == pytest.approx(0.405, abs=0.005)
+
+
+def test_depth_and_vocabulary_follow_from_the_size_of_the_corpus():
+    assert [vocabulary_for(size) for size in (0, 10_000, 1_000_000, 5_000_000, 16 << 20, 10**12)] == [
+        *(512, 512, 1024, 8192, 32_768, 32_768)
+    ]
+    assert depth_for(400_000, 1024, CHIPS["cpu"], minutes=4.0) == 2
+    depths = [depth_for(tokens, 32_768, CHIPS["h200"]) for tokens in (10**4, 10**6, 10**7, 10**8, 10**9)]
+    assert depths == sorted(depths)
+    assert depths[0] == 2 < depths[2] < depths[3] <= 12
+    for tokens, depth in zip((10**6, 10**7, 10**8), depths[1:], strict=False):
+        assert optimal_tokens(shape_at(depth)) <= 16 * tokens < optimal_tokens(shape_at(depth + 1))
+    assert depth_for(10**8, 32_768, CHIPS["h200"], minutes=3.0) < depths[3]  # what minutes hold
+
+
+def test_a_derived_length_reads_the_corpus_at_most_16_times():
+    plan = make_plan(4, vocabulary=1024, corpus=400_000)
+    assert plan.horizon == "16 epochs"
+    assert 6_300_000 < plan.tokens <= 6_400_000
+    assert make_plan(4, vocabulary=1024, corpus=10**9) == make_plan(4, vocabulary=1024)

@@ -12,11 +12,14 @@ import time
 import pytest
 import torch
 from base_runs import book, command, environment, losses, train
+from corpora import write_book
 from transformers import AutoModelForCausalLM
 
 from personatlas.cli.app import main
 from personatlas.persona.artifacts import read_json
 from personatlas.persona.errors import UserError
+from personatlas.training import pretrain
+from personatlas.training.data.corpus import Corpus
 from personatlas.training.data.token_shards import open_tokens
 from personatlas.training.export.huggingface import load_exported
 from personatlas.training.loop import checkpoints
@@ -257,13 +260,38 @@ def test_minutes_are_turned_into_steps_at_the_speed_that_is_measured(base_run, b
     )
 
 
+def test_two_books_are_trained_on_without_any_option(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(stepping, "MEASURED_STEPS", (1, 1))
+    monkeypatch.setattr(pretrain, "CPU_MINUTES", 0.02)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "books").mkdir()
+    for name in ("one", "two"):
+        write_book(tmp_path / "books" / f"{name}.txt", 60_000, seed=len(name))
+    for _ in range(2):  # begins, and takes what is finished
+        main(["train", "base", "books/", "--device", "cpu"])
+        out, err = capsys.readouterr()
+        assert "report: runs/books/report.html" in out
+        assert "next: personatlas train chat runs/books --data demo" in err
+        derived = next(line for line in err.splitlines() if line.startswith("for "))
+        assert derived.startswith(
+            "for 0.11 MB of text on cpu: vocabulary 330, depth 2, context 256, 0.02 minutes;"
+        )
+    record, split = read_json(tmp_path / "runs/books/run.json"), Corpus.open(tmp_path / "books").split
+    assert record["plan"]["shape"]["depth"] == record["asked"]["depth"] == 2
+    assert (
+        read_json(tmp_path / "runs/books/tokens/tokens.json")["split"]["passages"].keys()
+        == split.passages.keys()
+    )
+    assert record["result"]["held_out"]["bytes"] == Corpus.open(tmp_path / "books").scan().held_out.bytes
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ([], "--corpus PATH is missing"),
         (["--corpus", "nowhere"], "--corpus nowhere does not exist"),
         (["--corpus", "EMPTY"], "has nothing; allowed"),
-        (["--corpus", "LINE"], "none of the corpus's 1 documents is held out"),
+        (["--corpus", "LINE"], "nothing can be held out of so short a corpus"),
         (["--corpus", "BOOKS", "--tokenizer", "EMPTY"], "has no tokenizer.json"),
         (
             ["--corpus", "BOOKS", "--vocabulary", "300", "--context", "64", "--batch", "100"],

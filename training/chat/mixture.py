@@ -35,7 +35,7 @@ from personatlas.training.chat.conversations import (
 )
 from personatlas.training.chat.heldout_loss import HeldOutAnswers
 from personatlas.training.chat.packing import ChatBatches, ChatEncoder, EncodedExamples, encode_examples
-from personatlas.training.data.corpus import hash_share
+from personatlas.training.data.split import hash_share
 from personatlas.training.data.tokenizer import PAD
 from personatlas.training.options import ChatDataOptions
 

@@ -14,7 +14,7 @@ from personatlas.persona.formats import Message
 from personatlas.persona.rollout import spread
 from personatlas.training.chat.conversations import ChatExample
 from personatlas.training.chat.packing import ChatEncoder
-from personatlas.training.data.corpus import hash_share
+from personatlas.training.data.split import hash_share
 from personatlas.training.data.tokenizer import END
 from personatlas.training.loop.run_log import SampleWriter
 from personatlas.training.loop.samples import LENGTH, PROMPTS, TEMPERATURE

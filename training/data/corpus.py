@@ -1,6 +1,6 @@
 """The texts that a model is pretrained on: which files, in which order, what is held out, how much there is.
 
-    corpus = Corpus.open(Path("books"))                                  # holds out one document in a hundred
+    corpus = Corpus.open(Path("books"))                                  # holds out a hundredth (`split.py`)
     corpus = Corpus.open(Path("books"), held_out=Path("other-books"))    # holds out other files
     corpus.scan().train.bytes, corpus.digest
     for piece in corpus.pieces(): piece.text, corpus.holds_out(piece)
@@ -8,10 +8,10 @@
     Corpus.open(Path("hub:OWNER/NAME/data/train@refs/convert/parquet"))  # a data set of the Hugging Face hub
 
 Order: files by the SHA-256 of their relative names, so that neither the alphabet nor a file's content
-decides, then documents as they stand in their file. Held out is a document whose hashed name falls into the
-share; where one .txt file is the whole corpus, its pieces count as documents. Pieces with a NUL byte (binary
-files, UTF-16) and blank ones are left out and counted. Of a data set only files that can be read as documents
-are fetched, into the hub's own cache, which is used where the hub cannot be reached.
+decides, then documents as they stand in their file. Where one .txt file is the whole corpus, its pieces count
+as documents. Pieces with a NUL byte (binary files, UTF-16) and blank ones are left out and counted, as are
+Project Gutenberg's headers and licences (`licences.py`). Of a data set only files that can be read as
+documents are fetched, into the hub's own cache, which is used where the hub cannot be reached.
 """
 
 import hashlib
@@ -29,12 +29,15 @@ from personatlas.persona.formats.compression import PACKED
 from personatlas.persona.progress import progress, say
 from personatlas.persona.records import JsonObject
 from personatlas.training.data.documents import ALLOWED, KINDS, Piece, TextFile, kind_of, read_pieces
+from personatlas.training.data.split import HELD_SHARE, Split, cut_passages, hash_share, make_split
 
 # Characters of the longest piece: about 15,000 tokens, several contexts, and a file without newlines streams
 PIECE = 1 << 16
-HELD_SHARE = 0.01
 HELD_OUT_PREFIX = "/held-out/"  # of texts held out by path: no name in a folder begins with a slash
 READING = 1  # part of the digest: raise it when the same files are cut, split or ordered in another way
+PARAGRAPH = 80  # characters of a paragraph that does not stand twice in a text by chance
+LICENCE = re.compile("project gutenberg", re.IGNORECASE)
+LICENCE_WITHIN = 3000  # characters at a document's beginning in which its licence is named
 
 Side = Literal["train", "held-out"]
 
@@ -63,6 +66,16 @@ class CorpusScan:
     "pieces with NUL bytes, left out"
     blank: int = 0
     "pieces without a visible character, left out"
+    licences: int = 0
+    "characters of Project Gutenberg's headers and licences, left out"
+    named: int = 0
+    "documents that name Project Gutenberg at their beginning"
+    paragraphs: int = 0
+    "different held-out paragraphs of `PARAGRAPH` characters or more"
+    repeated: int = 0
+    "of these, how many stand in the training text as well"
+    split: JsonObject = field(default_factory=dict)
+    "what is held out, see `Split`"
 
     def to_json(self) -> JsonObject:
         """As in training.json of a tokenizer."""
@@ -75,8 +88,27 @@ class CorpusScan:
             f"{self.invalid:,} pieces with bytes that are no UTF-8 (now U+FFFD)": self.invalid,
             f"{self.nul:,} pieces with NUL bytes left out": self.nul,
             f"{self.blank:,} blank ones left out": self.blank,
+            f"Project Gutenberg's headers and licences, {self.licences:,} characters, left out "
+            "(--keep-licences keeps them)": self.licences,
+            f"{self.named:,} documents with Project Gutenberg's name in front, kept": self.named,
         }
         return ", ".join(text for text, count in counts.items() if count)
+
+    def lines(self) -> list[str]:
+        """For people: what was unusual, what is held out of few documents, whether it is trained on."""
+        lines = [f"the corpus has {notes}"] if (notes := self.notes()) else []
+        share = self.held_out.bytes / max(1, self.held_out.bytes + self.train.bytes)
+        size = f"{self.held_out.bytes:,} bytes, {share:.1%}"
+        if passages := len(self.split.get("passages", ())):
+            lines.append(f"held out: a passage of each of {passages:,} documents ({size})")
+        elif self.split.get("documents"):
+            lines.append(f"held out: {self.held_out.documents:,} whole documents ({size})")
+        if self.repeated:
+            lines.append(
+                f"warning: {self.repeated:,} of {self.paragraphs:,} held-out paragraphs are trained on "
+                "too, so the held-out loss is too low; take copies out, or name other texts: --held-out"
+            )
+        return lines
 
 
 @dataclass(frozen=True)
@@ -85,24 +117,26 @@ class Corpus:
 
     files: tuple[TextFile, ...]
     held_out_files: tuple[TextFile, ...]
-    held_share: float
+    held_share: float | None
     column: str
     size: int
+    keep_licences: bool = False
 
     @staticmethod
     def open(
         path: Path,
         *,
         held_out: Path | None = None,
-        held_share: float = HELD_SHARE,
+        held_share: float | None = None,
         column: str = "text",
         size: int = PIECE,
+        keep_licences: bool = False,
     ) -> "Corpus":
         """Lists the files of a path here or of a data set of the hub. `held_out` is taken out of the rest.
 
         Raises `UserError` for what does not exist, is empty or cannot be read as documents.
         """
-        if not 0 < held_share < 1:
+        if held_share is not None and not 0 < held_share < 1:
             raise UserError(f"--held-share {held_share} is not between 0 and 1 (0.01: one document in 100)")
         path = locate_corpus(path, "--corpus")
         held_out = None if held_out is None else locate_corpus(held_out, "--held-out")
@@ -111,12 +145,17 @@ class Corpus:
         files = tuple(f for f in list_text_files(path, "--corpus") if f.path.resolve() not in elsewhere)
         if not files:
             raise UserError(f"--held-out {held_out} is the whole corpus; nothing is left to train on")
-        return Corpus(files, held_out_files, 0.0 if held_out_files else held_share, column, size)
+        return Corpus(files, held_out_files, held_share, column, size, keep_licences)
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 over the files' names and bytes and over how they are read."""
-        settings = [READING, self.held_share, self.column, self.size]
+        split, usual = self.split, 0.0 if self.held_out_files else self.held_share or HELD_SHARE
+        settings = [READING, usual, self.column, self.size]
+        if split.whole is not None or split.passages:
+            settings.append(split.to_json())
+        if split.licences:
+            settings.append("without licences")
         sides = (self.files, self.held_out_files)
         names = [[file.name for file in files] for files in sides]
         digests = [[digest(file.path) for file in files] for files in sides]
@@ -130,38 +169,71 @@ class Corpus:
         """Whether one .txt is the whole corpus: its pieces are then split as documents are."""
         return len(self.files) == 1 and kind_of(self.files[0].name) == ".txt"
 
+    @cached_property
+    def split(self) -> Split:
+        """What is held out, decided by reading the corpus."""
+
+        def read() -> Iterator[Piece]:
+            return (piece for piece in self._read("reading", quiet=True) if _fault(piece) is None)
+
+        def unit(piece: Piece) -> str:
+            return f"{piece.document}#{piece.number}" if self.is_one_text else piece.document
+
+        if self.held_out_files:
+            return Split(0.0, licences=len({piece.document for piece in read() if piece.licence}))
+        return make_split(read, unit, self.held_share)
+
     def holds_out(self, piece: Piece) -> bool:
         """Whether a piece is for validation only."""
         if self.held_out_files:
             return piece.document.startswith(HELD_OUT_PREFIX)
-        return hash_share(self.unit(piece)) < self.held_share
+        if self.split.passages:
+            return piece.held_out
+        name = self.unit(piece)
+        return hash_share(name) < self.split.share if self.split.whole is None else name in self.split.whole
 
     def unit(self, piece: Piece) -> str:
         """The name of the document that a piece belongs to."""
-        return f"{piece.document}#{piece.number}" if self.is_one_text else piece.document
+        is_whole = not self.is_one_text or bool(self.split.passages)
+        return piece.document if is_whole else f"{piece.document}#{piece.number}"
 
     def pieces(self, side: Side | None = None, *, quiet: bool = True) -> Iterator[Piece]:
         """Every piece of a side, or of both, in order; documents held out by path come last."""
         usable = (piece for piece in self._read("reading", quiet, side) if _fault(piece) is None)
-        return (piece for piece in usable if side is None or self.holds_out(piece) == (side == "held-out"))
+        cut = cut_passages(usable, self.split)
+        return (piece for piece in cut if side is None or self.holds_out(piece) == (side == "held-out"))
 
     def scan(self, *, quiet: bool = True) -> CorpusScan:
         """Reads everything once and counts. Raises `UserError` if a side has no text."""
-        scan, last, cut = CorpusScan(), "", ""
-        for piece in self._read("scanning", quiet):
-            fault = _fault(piece)
-            scan.invalid += piece.invalid
-            scan.nul += fault == "nul"
-            scan.blank += fault == "blank"
-            if piece.number == 1 and piece.document != cut:
-                scan.cut, cut = scan.cut + 1, piece.document
-            if fault is None:
-                amount = scan.held_out if self.holds_out(piece) else scan.train
-                unit = self.unit(piece)
-                amount.documents += unit != last
-                amount.pieces += 1
-                amount.bytes += len(piece.text.encode())
-                last = unit
+        scan, last, cut = CorpusScan(split=self.split.to_json()), dict[bool, str](), ""
+        held_out = {mark for piece in self.pieces("held-out") for mark in _paragraphs(piece.text)}
+        repeated = set[int]()
+
+        def usable() -> Iterator[Piece]:
+            nonlocal cut
+            for piece in self._read("scanning", quiet):
+                fault = _fault(piece)
+                scan.invalid += piece.invalid
+                scan.nul += fault == "nul"
+                scan.blank += fault == "blank"
+                scan.licences += piece.licence
+                scan.named += not piece.number and bool(LICENCE.search(piece.text, 0, LICENCE_WITHIN))
+                if piece.number == 1 and piece.document != cut:
+                    scan.cut, cut = scan.cut + 1, piece.document
+                if fault is None:
+                    yield piece
+
+        for piece in cut_passages(usable(), self.split):
+            is_held_out = self.holds_out(piece)
+            amount = scan.held_out if is_held_out else scan.train
+            unit = self.unit(piece)
+            amount.documents += unit != last.get(is_held_out)
+            amount.pieces += 1
+            amount.bytes += len(piece.text.encode())
+            last[is_held_out] = unit
+            if not is_held_out:
+                repeated.update(held_out.intersection(_paragraphs(piece.text)))
+        scan.paragraphs, scan.repeated = len(held_out), len(repeated)
         total = scan.train.documents + scan.held_out.documents
         if not total:
             reason = scan.notes() or "its files have no rows or no .txt members"
@@ -169,14 +241,13 @@ class Corpus:
             raise UserError(f"the corpus has no text: {reason}{hint}")
         if not scan.train.documents:
             raise UserError(
-                f"all {total} documents of the corpus are held out at a share of {self.held_share:g}; "
+                f"all {total} documents of the corpus are held out at a share of {self.split.share:g}; "
                 "lower --held-share or name others with --held-out PATH"
             )
         if not scan.held_out.documents:
-            share = "" if self.held_out_files else f" at a share of {self.held_share:g}"
             raise UserError(
-                f"none of the corpus's {total} documents is held out{share}; "
-                "raise --held-share or name other texts with --held-out PATH"
+                "nothing can be held out of so short a corpus; give more text, "
+                "or name other texts with --held-out PATH"
             )
         return scan
 
@@ -207,15 +278,19 @@ class Corpus:
         with progress(what, len(files), "characters", quiet=quiet) as advance:
             for file in files:
                 characters = 0
-                for piece in read_pieces(file, column=self.column, size=self.size):
+                for piece in read_pieces(
+                    file, column=self.column, size=self.size, keep_licences=self.keep_licences
+                ):
                     characters += len(piece.text)
                     yield piece
                 advance(1, characters)
 
 
-def hash_share(name: str) -> float:
-    """A name's hash in [0, 1), evenly spread."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6]) / (1 << 48)
+def _paragraphs(text: str) -> Iterator[int]:
+    """Hashes of paragraphs (of lines, where no line is blank), whatever the blanks in them."""
+    parts = re.split(r"\n\s*\n", text)
+    words = (" ".join(part.split()) for part in (parts if len(parts) > 1 else text.split("\n")))
+    return (hash(part) for part in words if len(part) >= PARAGRAPH)
 
 
 def _fault(piece: Piece) -> Literal["nul", "blank"] | None:
@@ -246,12 +321,11 @@ def list_text_files(path: Path, option: str) -> tuple[TextFile, ...]:
 
 def sample_documents(path: Path, column: str, max_bytes: int) -> list[str]:
     """Documents of a folder or file, or pieces of long ones; evenly taken where they have more bytes."""
-    pieces = (
-        piece.text
-        for file in list_text_files(locate_corpus(path, "--text"), "--text")
-        for piece in read_pieces(file, column=column, size=PIECE)
-    )
-    texts = [text for text in pieces if text.strip() and "\0" not in text]
+    files = list_text_files(locate_corpus(path, "--text"), "--text")
+    pieces = [piece for file in files for piece in read_pieces(file, column=column, size=PIECE)]
+    texts = [piece.text for piece in pieces if _fault(piece) is None]
+    if licences := sum(piece.licence for piece in pieces):
+        say(f"Project Gutenberg's headers and licences, {licences:,} characters, are not read")
     if not texts:
         raise UserError(f"--text {path} has no text")
     sample = texts[:: max(1, round(sum(len(text.encode()) for text in texts) / max_bytes))]

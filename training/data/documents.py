@@ -7,7 +7,8 @@ compressed.
 A document longer than `size` characters is cut, after the last line that ends in the second half of the
 piece, else before a blank in that half, else at `size`; the pieces of a document joined are the document.
 Memory is bounded by `size` for text and by one row for .jsonl and .parquet. Bytes that are no UTF-8 become
-U+FFFD, and the piece says so; nothing else is changed, except that a byte order mark in front is not text.
+U+FFFD, and the piece says so; nothing else is changed, except that a byte order mark in front is not text,
+nor are Project Gutenberg's header and licence (`licences.py`), whose characters the piece counts.
 """
 
 import codecs
@@ -22,6 +23,7 @@ from typing import cast
 from personatlas.persona.errors import UserError
 from personatlas.persona.formats.compression import CHUNK, PACKED, open_unpacked
 from personatlas.persona.formats.tables import LONGEST_LINE, parquet_rows
+from personatlas.training.data.licences import without_licences
 
 KINDS = (".txt", ".jsonl", ".parquet", ".tar")
 ALLOWED = f"{', '.join(KINDS)}, each plain or {', '.join(PACKED)}"
@@ -44,6 +46,10 @@ class Piece:
     text: str
     invalid: bool = False
     "whether bytes that are no UTF-8 were replaced in it"
+    licence: int = 0
+    "characters of Project Gutenberg's header and licence that were taken out around it"
+    held_out: bool = False
+    "whether it is a passage for validation of a document that is otherwise trained on"
 
 
 def kind_of(name: str) -> str | None:
@@ -54,30 +60,35 @@ def kind_of(name: str) -> str | None:
     return next((kind for kind in KINDS if bare.endswith(kind)), None)
 
 
-def read_pieces(source: TextFile, *, column: str, size: int) -> Iterator[Piece]:
+def read_pieces(source: TextFile, *, column: str, size: int, keep_licences: bool = False) -> Iterator[Piece]:
     """All pieces of a file, in its order. A document without text is one empty piece.
 
     Raises `UserError` for a damaged file and for rows without the column.
     """
+
+    def cut(document: str, chunks: Iterator[tuple[str, bool]]) -> Iterator[Piece]:
+        marked = ((*chunk, 0) for chunk in chunks) if keep_licences else without_licences(chunks)
+        return _cut(document, marked, size)
+
     kind = kind_of(source.name)
     assert kind, source
     if kind == ".parquet":
         for number, row in enumerate(parquet_rows(source.path, column), 1):
             text = _text(row[column], f"{source.path}, row {number}", column)
-            yield from _cut(f"{source.name}:{number}", iter([_encodable(text)]), size)
+            yield from cut(f"{source.name}:{number}", iter([_encodable(text)]))
         return
     with open_unpacked(source.path, tarfile.TarError) as file:
         if kind == ".txt":
-            yield from _cut(source.name, _decoded(file), size)
+            yield from cut(source.name, _decoded(file))
         elif kind == ".tar":
             with tarfile.open(fileobj=file, mode="r|") as archive:
                 for member in archive:
                     if member.isfile() and member.name.lower().endswith(".txt"):
                         content = cast(io.BufferedIOBase, archive.extractfile(member))
-                        yield from _cut(f"{source.name}/{member.name}", _decoded(content), size)
+                        yield from cut(f"{source.name}/{member.name}", _decoded(content))
         else:
             for number, text in _json_rows(source, file, column):
-                yield from _cut(f"{source.name}:{number}", iter([_encodable(text)]), size)
+                yield from cut(f"{source.name}:{number}", iter([_encodable(text)]))
 
 
 def _decoded(file: io.BufferedIOBase) -> Iterator[tuple[str, bool]]:
@@ -109,21 +120,21 @@ def _encodable(text: str) -> tuple[str, bool]:
     return text, False
 
 
-def _cut(document: str, chunks: Iterator[tuple[str, bool]], size: int) -> Iterator[Piece]:
-    """The pieces of a document, from chunks of text and whether they were invalid."""
-    number, parts, length, invalid = 0, [""], 0, False
-    for chunk, bad in chunks:
+def _cut(document: str, chunks: Iterator[tuple[str, bool, int]], size: int) -> Iterator[Piece]:
+    """The pieces of a document, from chunks of text, whether they were invalid, and what was taken out."""
+    number, parts, length, invalid, licence = 0, [""], 0, False, 0
+    for chunk, bad, removed in chunks:
         parts.append(chunk)
-        length, invalid = length + len(chunk), invalid or bad
+        length, invalid, licence = length + len(chunk), invalid or bad, licence + removed
         if length <= size:
             continue
         text, start = "".join(parts), 0
         while len(text) - start > size:
             end = _piece_end(text, start, size)
-            yield Piece(document, number, text[start:end], invalid)
-            start, number = end, number + 1
+            yield Piece(document, number, text[start:end], invalid, licence)
+            start, number, licence = end, number + 1, 0
         parts, length, invalid = [text[start:]], len(text) - start, bad
-    yield Piece(document, number, "".join(parts), invalid)
+    yield Piece(document, number, "".join(parts), invalid, licence)
 
 
 def _piece_end(text: str, start: int, size: int) -> int:

@@ -169,7 +169,10 @@ def _claim(folder: Path, settings: JsonObject) -> None:
     before = read_object(path)
     changed = [name for name, value in settings.items() if before.get(name) != value]
     if changed:
-        what = {"corpus": "another corpus, or files of it have changed", "tokenizer": "another tokenizer"}
+        what = {
+            "corpus": "another corpus, or files of it have changed or are read in another way",
+            "tokenizer": "another tokenizer",
+        }
         reasons = "; ".join(what.get(name, f"another {name}") for name in changed)
         raise UserError(f"{folder} holds tokens of {reasons}; choose another folder")
 
@@ -203,7 +206,8 @@ def _write_shards(
         if not shards[side]:
             raise UserError(f"the corpus has no {side} text; change --held-share or give --held-out PATH")
     record = {"kind": "tokens", "vocabulary": size, "dtype": str(kind), "bos": tokenizer.token_to_id(BOS)}
-    write_json(folder / "tokens.json", {**settings, **record, **{str(side): shards[side] for side in SIDES}})
+    sides = {str(side): shards[side] for side in SIDES}
+    write_json(folder / "tokens.json", {**settings, **record, "split": corpus.split.to_json(), **sides})
 
 
 def _groups(corpus: Corpus, limit: int, quiet: bool) -> Iterator[tuple[Side, list[Piece]]]:

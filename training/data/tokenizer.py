@@ -36,6 +36,8 @@ BOS, START, END, PAD = "<|bos|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
 SPECIAL = (BOS, START, END, PAD)  # ids 0 to 3
 BYTES = 256
 DEFAULT_VOCABULARY, MAX_VOCABULARY = 32_768, 1 << 20
+# Bytes of text for each token of a derived vocabulary: a token that is met a few times is not learned
+BYTES_FOR_TOKEN = 512
 SAMPLE = 1_000_000_000  # bytes; counts of words hardly change after that
 CHECKED = 1 << 26  # bytes of held-out text that are read back
 # Characters without a blank after which the trainer is given a new text: its time grows with the square of
@@ -91,17 +93,20 @@ class Compression:
 
 
 def make_tokenizer(
-    corpus: Corpus, out: Path, *, vocabulary: int, sample: int = SAMPLE, quiet: bool = False
+    corpus: Corpus, out: Path, *, vocabulary: int | None = None, sample: int = SAMPLE, quiet: bool = False
 ) -> JsonObject:
     """Trains, checks and saves a tokenizer; one of the same corpus and settings in `out` is taken as it is.
 
-    Returns the record, `training.json`. Raises `UserError` for a vocabulary that the corpus cannot fill and
+    Without a `vocabulary` it is `vocabulary_for` the text, or as many tokens as that has pairs for. Returns
+    the record, `training.json`. Raises `UserError` for a vocabulary that the corpus cannot fill and
     for a folder that holds something else.
     """
-    require_vocabulary(vocabulary)
+    if vocabulary is not None:
+        require_vocabulary(vocabulary)
     if sample < 1:
         raise UserError(f"--sample {sample}: give how many bytes of text to train on, 1 or more")
-    settings = {"corpus": corpus.digest, "vocabulary": vocabulary, "sample": sample}
+    settings: JsonObject = {"corpus": corpus.digest, "sample": sample}
+    settings |= {} if vocabulary is None else {"vocabulary": vocabulary}
     make_folder(out.absolute().parent, "--out")
     with locked(out):
         if (known := _finished_record(out, settings)) is not None:
@@ -110,13 +115,20 @@ def make_tokenizer(
         if not quiet:
             say(f"training on {min(sample, scan.train.bytes) / 1e6:,.1f} of {scan.train.bytes / 1e6:,.1f} MB")
         left_out: Counter[str] = Counter()
-        tokenizer = train_tokenizer(corpus.sample(scan, sample), vocabulary, left_out)
+        size = vocabulary_for(scan.train.bytes) if vocabulary is None else vocabulary
+        tokenizer = train_tokenizer(corpus.sample(scan, sample), size, left_out, at_most=vocabulary is None)
+        settings["vocabulary"] = tokenizer.get_vocab_size()
         if left_out and not quiet:
             count = f"{left_out['characters']:,} characters"
             say(f"note: {count} in stretches of {WORD} without a blank were not trained on")
         held_out = asdict(compression(tokenizer, corpus.pieces("held-out"), corpus.unit))
         facts = {"asked": settings, "scan": scan.to_json(), "left_out": dict(left_out), "held_out": held_out}
         return _save(tokenizer, out, facts)
+
+
+def vocabulary_for(size: int) -> int:
+    """Tokens of a vocabulary for so many bytes of text: a power of two, 512 to 32,768."""
+    return min(DEFAULT_VOCABULARY, max(512, 1 << max(0, (size // BYTES_FOR_TOKEN).bit_length() - 1)))
 
 
 def require_vocabulary(vocabulary: int) -> None:
@@ -129,8 +141,11 @@ def require_vocabulary(vocabulary: int) -> None:
         )
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary: int, left_out: Counter[str] | None = None) -> Tokenizer:
-    """A byte-level BPE with exactly `vocabulary` tokens. Raises `UserError` if the texts do not have so many.
+def train_tokenizer(
+    texts: Iterable[str], vocabulary: int, left_out: Counter[str] | None = None, *, at_most: bool = False
+) -> Tokenizer:
+    """A byte-level BPE with exactly `vocabulary` tokens. Raises `UserError` if the texts do not have so many,
+    unless `at_most` is set.
 
     `left_out` counts what `short_words` leaves out.
     """
@@ -150,7 +165,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, left_out: Counter[str
     tokenizer.encode_special_tokens = True
     tokenizer.train_from_iterator(chunked(short_words(texts, left_out), ENCODED_AT_ONCE), trainer)
     size = tokenizer.get_vocab_size()
-    if size < vocabulary:
+    if size < vocabulary and not at_most:
         raise UserError(
             f"the training text has pairs for {size} tokens only, not for {vocabulary}; "
             f"give --vocabulary {size} or more text"

@@ -12,8 +12,9 @@ import pytest
 from corpora import write_parquet
 
 from personatlas.persona.errors import UserError
-from personatlas.training.data.corpus import Corpus, hash_share
+from personatlas.training.data.corpus import Corpus
 from personatlas.training.data.documents import TextFile, read_pieces
+from personatlas.training.data.split import hash_share
 
 PACK = {
     ".gz": gzip.compress,
@@ -237,14 +238,6 @@ def test_a_sample_is_spread_evenly_and_keeps_its_budget(tmp_path, budget):
         places = [int(text.split()[1]) for text in texts]
         gaps = [b - a for a, b in pairwise(places)]
         assert max(gaps) - min(gaps) <= 2 * 15  # within two pieces of each other
-
-
-def test_a_corpus_of_one_line_says_that_it_cannot_be_split(tmp_path):
-    (tmp_path / "a.txt").write_text("Just one line.")
-    with pytest.raises(
-        UserError, match=r"none of the corpus's 1 documents is held out at a share of 0\.01; .*--held-out"
-    ):
-        Corpus.open(tmp_path / "a.txt").scan()
 
 
 @pytest.mark.parametrize(
