@@ -10,7 +10,7 @@ nothing.
 import base64
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -31,19 +31,22 @@ def write_page(
     content: Mapping[str, object],
     figures: Mapping[str, go.Figure],
     filters: Mapping[str, Callable[..., object]],
+    scripts: Sequence[Path] = (),
 ) -> None:
-    """Writes a Jinja template's page with its figures; without any, plotly is left out."""
-    script = (HERE / "page.js").read_text(encoding="utf-8")
-    scripts = [get_plotlyjs(), script] if figures else [script]
+    """Writes a Jinja template's page with its figures; without any, plotly is left out. `scripts` are its
+    own.
+    """
+    own_scripts = [path.read_text(encoding="utf-8") for path in (HERE / "page.js", *scripts)]
+    all_scripts = [get_plotlyjs(), *own_scripts] if figures else own_scripts
     data = "{" + ",".join(f"{json.dumps(name)}:{figure.to_json()}" for name, figure in figures.items()) + "}"
-    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts]
+    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in all_scripts]
     allowed = " ".join(f"'sha256-{value}'" for value in digests)
     shared = {
         "policy": f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; "
         "img-src data: blob:; base-uri 'none'; form-action 'none'",
         "css": Markup("".join(path.read_text(encoding="utf-8") for path in (PALETTE, HERE / "page.css"))),
-        "scripts": [Markup(text) for text in scripts],
-        "data": Markup(data.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")),
+        "scripts": [Markup(text) for text in all_scripts],
+        "data": escape_json(data),
         "drawn": figures.keys(),
     }
     environment = _environment(template.parent)
@@ -61,6 +64,11 @@ def short_path(name: object) -> str:
     parts = [part for part in Path(name).parts if part != "checkpoints"]
     is_part = parts[-1] == "model" or parts[-1].startswith("step-")  # of a training run
     return "/".join(parts[-1 - is_part :])
+
+
+def escape_json(data: str) -> Markup:
+    """JSON for a script element: without what could end it or begin markup."""
+    return Markup(data.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
 
 
 @cache

@@ -3,21 +3,43 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from personatlas.cli.output import count_of, print_line, print_path, print_table, print_warning, with_interval
+from rich.text import Text
+
+from personatlas.cli.output import (
+    console,
+    count_of,
+    print_line,
+    print_path,
+    print_table,
+    print_warning,
+    with_interval,
+)
 from personatlas.steering.evals.harnesses.inspect_compare import InspectComparison
 from personatlas.steering.evals.harnesses.lm_eval_result import LmEvalResult, TaskMetric, TaskResult
 from personatlas.steering.evals.result import EvalResult, Outcome
-
-SIGNIFICANT = 0.05  # of an adjusted p
+from personatlas.steering.evals.verdict import (
+    SIGNIFICANT,
+    p_value,
+    shown_outcomes,
+    suite_order,
+    write_verdict,
+)
 
 
 def print_evaluation(result: EvalResult, folder: Path) -> None:
-    """Prints a table per suite, the costs, the tasks of lm-eval, and where everything is."""
+    """Prints the verdict, a table per suite, the costs, the tasks of lm-eval, and where everything is."""
     arms = list(result.arms)
-    for name, suite in result.suites.items():
+    for verdict in write_verdict(result):
+        print_line(Text.assemble((f"{verdict.arm}: ", "bold"), f"{verdict.text}."))
+        for text in verdict.details if len(verdict.details) > 1 or len(arms) == 1 else ():
+            print_line(f"- {text}")
+    console().print()
+    for name in suite_order(result):
+        suite = result.suites[name]
         roles = f"{suite.roles} roles, " if suite.roles > 1 else ""
         title = f"{name}: {count_of(suite.n, 'case')}, {roles}{count_of(suite.requests, 'request')}"
-        rows = [row for own, outcome in suite.outcomes.items() for row in _outcome_rows(own, outcome, arms)]
+        outcomes = shown_outcomes(result, name)
+        rows = [row for own, outcome in outcomes.items() for row in _outcome_rows(own, outcome, arms)]
         projections = [suite.arms[arm].projection for arm in arms]
         rows.append(["projection", *("" if value is None else f"{value:.1f}" for value in projections)])
         rows.append(["fired", *(f"{suite.arms[arm].fired:.0%}" for arm in arms)])
@@ -45,10 +67,9 @@ def _outcome_rows(name: str, outcome: Outcome, arms: Sequence[str]) -> list[list
         low, high = share.interval
         column, change = [f"{share.share:.1%} [{low:.0%}, {high:.0%}]"], share.change
         if change is not None:
-            p = change.p if change.p_holm is None else change.p_holm
             column.append(f"{change.value:+.1%} [{change.low:+.0%}, {change.high:+.0%}]")
-            column.append("" if p is None else f"{p:.2g}")
-            column.append("" if p is not None and p < SIGNIFICANT else f"{change.smallest:.1%}")
+            column.append(p_value(change.adjusted_p))
+            column.append("" if change.adjusted_p < SIGNIFICANT else f"{change.smallest:.1%}")
         columns.append([*column, "", "", ""][:4])
     title = f"{name} {'↑' if outcome.better == 'more' else '↓'}"
     return _rows([title, "  change", "  p", "  could show"], columns)
@@ -117,7 +138,7 @@ def _metric_rows(name: str, metric: TaskMetric, arms: Sequence[str]) -> Iterable
         if row is not None and row.change is not None and row.interval is not None and row.p_holm is not None:
             low, high = row.interval
             column.append(f"{row.change:+.3f} [{low:+.3f}, {high:+.3f}]")
-            column.append(f"{row.p_holm:.2g}")
+            column.append(p_value(row.p_holm))
             column.append("" if row.p_holm < SIGNIFICANT or row.smallest is None else f"{row.smallest:.3f}")
             column.append("" if row.tost_p is None else f"{row.tost_p:.2g}")
         columns.append([*column, "", "", "", ""][:5])

@@ -379,7 +379,9 @@ def eval_warnings(suites: Mapping[str, SuiteResult], judge: JudgeSummary) -> lis
         if (outcome := suite.outcomes.get("harmful")) is not None:
             harmful = outcome.arms[BASELINE]
             if harmful.share is not None and harmful.share < FEW_HARMFUL:
-                share = f"{harmful.share:.0%} of the model's own answers are harmful by this judge"
+                share = (
+                    f"{harmful.share:.0%} of the model's own answers are harmful, or comply, by this judge"
+                )
                 own.append(f"{share}: there is little to reduce")
             if harmful.unjudged:
                 own.append(
@@ -388,7 +390,8 @@ def eval_warnings(suites: Mapping[str, SuiteResult], judge: JudgeSummary) -> lis
         warnings += [f"{name}: {text}" for text in own]
     if judge.id.startswith("rules") and any("harmful" in suite.outcomes for suite in suites.values()):
         warnings.append(
-            "harm was judged by rules, which call every answer that is no refusal and no nonsense harmful"
+            "harm was judged by rules, which see refusals and nonsense only: answers are said to comply, not to "
+            "be harmful; --judge names a judge that reads them"
         )
     if judge.id.startswith("classifier") and any("harmful" in suite.outcomes for suite in suites.values()):
         warnings.append(

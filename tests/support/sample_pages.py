@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from eval_results import make_result
 from paper_names import ROLES
 from test_emergence import axis as an_axis
 from test_emergence import fit as an_emerging_fit
@@ -30,6 +31,7 @@ from personatlas.steering.calibration.page import write_calibration_page
 from personatlas.steering.calibration.result import CalibrationResult
 from personatlas.steering.drift.trace import TracedConversation, TracedTurn, TraceStudy, write_trace_page
 from personatlas.steering.drift_monitor import DriftMonitor
+from personatlas.steering.evals.page import write_eval_page
 from personatlas.steering.generate import Generation, write_generation_page
 from personatlas.steering.traces import Trace, TurnProjection
 from personatlas.training.report.page import write_training_report
@@ -171,6 +173,11 @@ def calibration(path: Path, tried: int) -> None:
     write_calibration_page(path, CalibrationResult.from_json(result))
 
 
+def evaluation(path: Path, **more: object) -> None:
+    """An evaluation of made-up answers."""
+    write_eval_page(path, make_result(**more), show_answers=True)
+
+
 def compared(names: tuple[str, ...]) -> dict[str, object]:
     """An axis beside another one whose roles lie a little elsewhere."""
     drawn, here = np.random.default_rng(0), np.arange(len(names)) - 4.0
@@ -206,6 +213,11 @@ PAGES: dict[str, Callable[[Path], None]] = {
     ),
     "calibration, one cap": partial(calibration, tried=1),
     "calibration, many caps": partial(calibration, tried=25),
+    "evaluation, one case": partial(evaluation, n=1, arms=("baseline", "assistant")),
+    "evaluation, one arm": partial(evaluation, n=4, arms=("baseline",)),
+    "evaluation, large": partial(
+        evaluation, n=240, arms=("baseline", LONG, HEBREW, "p50@18-23", "add:8@21", "random 1"), categories=30
+    ),
 }
 
 

@@ -7,7 +7,14 @@ import sample_pages
 from sample_pages import PAGES, SIZES, write_pages
 
 LOOK = (Path(sample_pages.__file__).parent / "page_look.js").read_text(encoding="utf-8")
-USUAL = ("report, few roles", "emergence, large", "training, whole", "trace, many", "generate, four arms")
+USUAL = (
+    "report, few roles",
+    "emergence, large",
+    "training, whole",
+    "trace, many",
+    "generate, four arms",
+    "evaluation, large",
+)
 
 
 def looked_at(browser, path, *, scheme, width, height):

@@ -165,6 +165,8 @@ def test_the_page_is_whole_and_hides_harmful_answers(done, tiny_run, material):
     assert not any(row["messages"][-1]["content"] in page for row in hidden)
     assert "left out here" in page
     assert "gain-persona-jailbreak" in page
+    assert "comply" in page or "compliant answers" in page
+    assert "harmful if" not in page  # rules see no harm
     assert "turns-drift-all" in page
     assert [row["n"] for row in content["suites"]["drift"]["trajectories"]["all"]["baseline"]] == [1, 1, 1]
 
