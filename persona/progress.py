@@ -127,7 +127,11 @@ _study: ContextVar[Study | None] = ContextVar("study", default=None)
 def stages(planned: Sequence[Stage], *, quiet: bool = False) -> Iterator[Study]:
     """Shows one line for a study of several stages. Inside, `progress` moves it and shows nothing of its own."""
     console = Console(stderr=True)
-    with _study_bar(console) if not quiet and _can_move(console) else nullcontext() as bar:
+    columns = [TextColumn("{task.description}"), BarColumn(bar_width=20), TaskProgressColumn()]
+    columns = columns if console.width >= 80 else columns[::2]  # step, share and time left stay
+    columns += [TimeElapsedColumn(), TextColumn("{task.fields[left]}")]
+    moves = not quiet and _can_move(console)
+    with Progress(*columns, console=console) if moves else nullcontext() as bar:
         if bar is not None:
             task = bar.add_task("", total=1.0, left="")
 
@@ -218,13 +222,6 @@ def say(text: str) -> None:
 def _can_move(console: Console) -> bool:
     """Whether a line can be written over: on a terminal that is not dumb."""
     return console.is_terminal and not console.is_dumb_terminal
-
-
-def _study_bar(console: Console) -> Progress:
-    """One line; a narrow terminal has the step, the share and the time left."""
-    columns = [TextColumn("{task.description}"), BarColumn(bar_width=20), TaskProgressColumn()]
-    columns = columns if console.width >= 80 else columns[::2]
-    return Progress(*columns, TimeElapsedColumn(), TextColumn("{task.fields[left]}"), console=console)
 
 
 def _bar(console: Console, unit: str) -> Progress:

@@ -127,7 +127,13 @@ def write_verdict(result: EvalResult) -> list[Verdict]:
     """
     names = suite_order(result)
     if len(result.arms) == 1:
-        details = [text for suite in names if (text := _share_text(result, suite)) is not None]
+        details = []
+        for suite in names:
+            outcome = main_outcome(result, suite)
+            row = shown_outcomes(result, suite)[outcome].arms[BASELINE]
+            if row.share is not None and row.interval is not None:
+                bounds = f"[{percent(row.interval[0])}, {percent(row.interval[1])}]"
+                details.append(f"{subject_of(outcome, suite)}: {percent(row.share)} {bounds}")
         return [Verdict(BASELINE, "no other arm, so nothing is compared", tuple(details))]
     arms = [arm for arm in result.arms[1:] if not is_control_name(arm)] or list(result.arms[1:])
     verdicts = []
@@ -183,16 +189,6 @@ def _clauses(result: EvalResult, arm: str, found: Sequence[Finding]) -> list[str
                 f"{verb} {abs(100 * cost.more_loss):.1f}% {bounds_text} of loss on everyday answers"
             )
     return clauses or ["nothing that could be compared"]
-
-
-def _share_text(result: EvalResult, suite: str) -> str | None:
-    """The baseline's share of a suite's main outcome."""
-    outcome = main_outcome(result, suite)
-    row = shown_outcomes(result, suite)[outcome].arms[BASELINE]
-    if row.share is None or row.interval is None:
-        return None
-    bounds = f"[{percent(row.interval[0])}, {percent(row.interval[1])}]"
-    return f"{subject_of(outcome, suite)}: {percent(row.share)} {bounds}"
 
 
 def percent(share: float | None) -> str:
