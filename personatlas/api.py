@@ -291,7 +291,7 @@ def serve(
 def train_base(
     corpus: str | Path | CorpusOptions,
     *,
-    depth: int,
+    depth: int | None = None,
     out: str | Path,
     minutes: float | None = None,
     tokens: int | None = None,
@@ -305,9 +305,10 @@ def train_base(
     corpus
         a file or folder of texts, or all options of the corpus
     depth
-        number of blocks
+        number of blocks; from the size of the corpus unless given, and a CPU then trains for 4 minutes
     minutes, tokens
-        the length: what this machine does in so many minutes, or so many tokens; compute-optimal unless given
+        the length: what this machine does in so many minutes, or so many tokens; compute-optimal unless given,
+        and at most 16 times the corpus
 
     Raises `UserError` for texts and options that make no run, and for a folder of another run.
     """

@@ -118,7 +118,10 @@ def test_every_package_of_the_tree_is_installed():
 def test_tests_stand_in_the_folders_of_what_they_test():
     for path in (ROOT / "tests").rglob("test_*.py"):
         folder = path.parent.relative_to(ROOT / "tests")
-        known = folder.parts[:1] in ((), ("docs",), ("cli",), ("robustness",)) or (ROOT / folder).is_dir()
+        known = (
+            folder.parts[:1] in ((), ("docs",), ("cli",), ("robustness",), ("first_hour",))
+            or (ROOT / folder).is_dir()
+        )
         assert known, f"{path} tests no folder of the library"
 
 

@@ -98,7 +98,8 @@ class ChatDataOptions:
 
     data: tuple[str, ...] = ()
     (
-        "conversations (JSON, JSONL, CSV, Parquet, also packed) or a run's folder with rollouts; again for more. "
+        "conversations (JSON, JSONL, CSV, Parquet, also packed), a run's folder with rollouts, or demo "
+        "(packaged chats in 36 roles); again for more. "
         "PATH=2x is read twice in an epoch, PATH=30% gives 30% of the answers' tokens"
     )
     columns: str = ""

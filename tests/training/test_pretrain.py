@@ -262,7 +262,7 @@ def test_minutes_are_turned_into_steps_at_the_speed_that_is_measured(base_run, b
 
 def test_two_books_are_trained_on_without_any_option(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(stepping, "MEASURED_STEPS", (1, 1))
-    monkeypatch.setattr(pretrain, "CPU_MINUTES", 0.02)
+    monkeypatch.setattr(pretrain, "CPU_MINUTES", 0.1)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "books").mkdir()
     for name in ("one", "two"):
@@ -274,7 +274,7 @@ def test_two_books_are_trained_on_without_any_option(tmp_path, monkeypatch, caps
         assert "next: personatlas train chat runs/books --data demo" in err
         derived = next(line for line in err.splitlines() if line.startswith("for "))
         assert derived.startswith(
-            "for 0.11 MB of text on cpu: vocabulary 330, depth 2, context 256, 0.02 minutes;"
+            "for 0.11 MB of text on cpu: vocabulary 330, depth 2, context 256, 0.1 minutes;"
         )
     record, split = read_json(tmp_path / "runs/books/run.json"), Corpus.open(tmp_path / "books").split
     assert record["plan"]["shape"]["depth"] == record["asked"]["depth"] == 2

@@ -39,6 +39,9 @@ from personatlas.training.data.split import hash_share
 from personatlas.training.data.tokenizer import PAD
 from personatlas.training.options import ChatDataOptions
 
+# 783 answers of the packaged model (SmolLM2-135M-Instruct) to 24 questions, as itself and in 35 roles of the
+# bank, at most 64 tokens long and cut at a sentence's end; those that repeat a sentence are left out
+DEMO = Path(__file__).parent / "demo.jsonl.xz"
 WEIGHT = re.compile(r"(?P<path>.+)=(?P<number>\d+(\.\d+)?)(?P<unit>x|%|)")
 
 
@@ -66,12 +69,14 @@ class ChatDataset:
 
 
 def parse_dataset(text: str) -> ChatDataset:
-    """PATH, PATH=2x or PATH=30%, not yet read. A path that exists is a path, whatever it ends in."""
+    """PATH, PATH=2x or PATH=30%, not yet read. A path that exists is a path, whatever it is called."""
     path = Path(text)
     match = None if path.exists() else WEIGHT.fullmatch(text)
+    path = path if match is None else Path(match["path"])
+    path = DEMO if str(path) == "demo" and not path.exists() else path
     if match is None:
         return ChatDataset(path, 1.0, None)
-    number, unit, path = float(match["number"]), match["unit"], Path(match["path"])
+    number, unit = float(match["number"]), match["unit"]
     if not unit:
         raise UserError(
             f"--data {text}: say {number:g}x (times an epoch) or {number:g}% (of the answers' tokens)"
@@ -95,7 +100,10 @@ def read_datasets(
     """
     datasets = [parse_dataset(text) for text in texts]
     if not datasets:
-        raise UserError("give conversations with --data FILE, or the folder of a run with rollouts")
+        raise UserError(
+            "give conversations: --data FILE, --data RUN (a run's folder with rollouts), or --data demo, the "
+            "packaged ones"
+        )
     twice = [
         path for path, count in Counter(dataset.path.resolve() for dataset in datasets).items() if count > 1
     ]
@@ -249,6 +257,13 @@ def prepare_chat_data(
     roles = [role.strip() for role in options.held_out_roles.split(",") if role.strip()]
     split = split_examples(datasets, options.held_share, roles)
     encoded = [encode_examples(examples, encoder, context, left_out) for examples in split.train]
+    for dataset, examples, (_, fitting) in zip(datasets, split.train, encoded, strict=True):
+        if len(examples) > 2 * len(fitting):
+            raise UserError(
+                f"--data {dataset.path}: {len(examples) - len(fitting):,} of {len(examples):,} conversations are "
+                f"longer than the base's context of {context:,} tokens; give shorter ones, or train a base with "
+                f"a longer --context"
+            )
     weights = [np.array([example.weight for example in fitting]) for _, fitting in encoded]
     tokens = [int((part.counted * weight).sum()) for (part, _), weight in zip(encoded, weights, strict=True)]
     times = epoch_times(datasets, tokens)

@@ -3,6 +3,8 @@
 import gzip
 import json
 import lzma
+from collections import Counter
+from pathlib import Path
 
 import pytest
 from chats import GOOD, rollout, turns, write_rows, write_run
@@ -335,3 +337,20 @@ def test_options_about_rollouts_are_refused_where_there_are_none(tmp_path):
     for wanted in (RolloutFilter(score=2), RolloutFilter(per_role=3), RolloutFilter(cut=True)):
         with pytest.raises(UserError, match="no --data is the folder of a run"):
             read_datasets([data], Exclusions(), selection=wanted)
+
+
+def test_the_packaged_chats_are_found_by_name_unless_a_file_has_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (dataset,) = read_datasets(["demo=2x"], left_out := Exclusions())
+    prompts = Counter(
+        example.messages[0]["content"] for example in dataset.examples if len(example.messages) == 3
+    )
+    assert dataset.times == 2
+    assert not left_out.lines()
+    assert len(dataset.examples) == 783
+    assert len(prompts) == 39  # 35 roles, and four ways to ask for the assistant beside none
+    assert min(prompts.values()) >= 12
+    assert {example.source for example in dataset.examples} == {"demo"}
+    assert len({example.question for example in dataset.examples}) == 24
+    (tmp_path / "demo").write_text("a file of one's own")
+    assert parse_dataset("demo").path == Path("demo")

@@ -6,15 +6,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from chats import conversation, turns
+from chats import conversation, turns, write_rows
 from tiny_gpt import SHAPE, lively
 from transformers import AutoTokenizer
 
 from personatlas.persona.errors import UserError
 from personatlas.persona.models.chat_template import chat_format
 from personatlas.training.chat.conversations import Exclusions
+from personatlas.training.chat.mixture import prepare_chat_data
 from personatlas.training.chat.packing import ChatBatches, ChatEncoder, encode_examples, pack
 from personatlas.training.data.batches import BatchSource
+from personatlas.training.options import ChatDataOptions
 
 PLAIN = [
     turns("Who are you?", "A sailor."),
@@ -217,3 +219,18 @@ def test_a_source_of_nothing_is_refused(encoder):
         ChatBatches(encode_examples([], encoder, 64, Exclusions())[0], context=64, rows=1, pad=3)
     with pytest.raises(ValueError, match="does not fit into a row of 10"):
         ChatBatches(many(encoder, 3), context=10, rows=1, pad=3)
+
+
+def test_data_that_mostly_does_not_fit_into_the_context_is_refused(tmp_path, encoder):
+    def write(n_long):
+        rows = [
+            {"question": f"Question {n}?", "answer": "Sea. " * (200 if n < n_long else 2)} for n in range(20)
+        ]
+        return write_rows(tmp_path / f"{n_long}.jsonl", rows)
+
+    data = prepare_chat_data(ChatDataOptions((str(write(5)),)), encoder, context=64, seed=0)
+    assert any("longer than the context of 64 tokens" in line for line in data.lines())
+    with pytest.raises(
+        UserError, match=r"1\d of 1\d conversations are longer than the base's context of 64 .*--context"
+    ):
+        prepare_chat_data(ChatDataOptions((str(write(15)),)), encoder, context=64, seed=0)
