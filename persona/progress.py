@@ -219,6 +219,12 @@ def say(text: str) -> None:
     sys.stderr.flush()
 
 
+def say_if_fewer(option: str, wanted: int | None, there: int, what: str = "") -> None:
+    """Says that an option asks for more than there is."""
+    if wanted is not None and wanted > there:
+        say(f"{option} {wanted}: {what}there are {there}, and all are used")
+
+
 def _can_move(console: Console) -> bool:
     """Whether a line can be written over: on a terminal that is not dumb."""
     return console.is_terminal and not console.is_dumb_terminal

@@ -192,6 +192,13 @@ def lowest_roles(
     return roles
 
 
+def require_prompts(bank: Bank, prompts: int | None) -> None:
+    """`UserError` for more prompts a role than any role of the bank has."""
+    most = max(len(role.prompts) for role in bank.roles if not role.is_default)
+    if prompts is not None and prompts > most:
+        raise UserError(f"--prompts {prompts}: this bank has {most} prompts a role; give that or fewer")
+
+
 def identity_requests(
     bank: Bank,
     roles: Sequence[str],

@@ -22,7 +22,7 @@ from personatlas.persona.interventions import BASELINE, Cap, Interventions
 from personatlas.persona.models.load import Model
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.pipeline.activations import ACTIVATIONS, load_activations
-from personatlas.persona.progress import progress, say
+from personatlas.persona.progress import progress, say, say_if_fewer
 from personatlas.persona.roles.bank import Bank, load_bank
 from personatlas.persona.rollout import Rollout, of_kind, read_rollouts, spread
 from personatlas.persona.runs import open_run, resolve_axis, versions
@@ -50,6 +50,7 @@ from personatlas.steering.identity import (
     HELD_OUT_QUESTIONS,
     identity_requests,
     lowest_roles,
+    require_prompts,
 )
 from personatlas.steering.random_caps import random_arms
 from personatlas.steering.session import Arms, SteeredModel, load_steered_model
@@ -93,12 +94,16 @@ def calibrate(
         loaded_axis = load_axis(resolve_axis(axis or str(run)))
         space = load_space(loaded_axis.folder / "space")
         loaded_bank = load_bank(bank)
+        require_prompts(loaded_bank, options.prompts)
         default, roles = _populations(read_rollouts(run), loaded_bank, run)
         if model is None:
             model, load = plan["model_name"], replace(load, dtype=load.dtype or plan["dtype"])
         steered = load_steered_model(model, loaded_axis, arms, load, controls=True, reserved=RESERVED)
         model = folder.as_recorded(steered.model)
         halves = deal_halves(loaded_bank, loaded_axis, space, default, model.name, settings)
+        tested = {request.key.partition("/")[0] for half in halves.values() for request in half.requests}
+        say_if_fewer("--roles", options.roles, len(tested))
+        say_if_fewer("--answers", options.answers, len(default))
         populations = {"default": spread(default, POPULATION_SIZE), "roles": spread(roles, POPULATION_SIZE)}
         with progress("projecting", sum(map(len, populations.values()))) as advance:
             projections = read_projections(model, loaded_axis, populations, advance)

@@ -19,7 +19,7 @@ from personatlas.persona.interventions import BASELINE, Cap, Interventions
 from personatlas.persona.models.load import Model
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.pipeline.run_context import local_device
-from personatlas.persona.progress import Stage, Study, progress, say, stages
+from personatlas.persona.progress import Stage, Study, progress, say_if_fewer, stages
 from personatlas.persona.records import JsonObject, json_object
 from personatlas.persona.roles.bank import Bank, load_bank
 from personatlas.persona.rollout import Rollout, spread
@@ -53,7 +53,7 @@ from personatlas.steering.evals.result import (
     suite_result,
 )
 from personatlas.steering.evals.suites import Suite, SuiteInputs, select_suites
-from personatlas.steering.identity import lowest_roles
+from personatlas.steering.identity import lowest_roles, require_prompts
 from personatlas.steering.random_caps import random_arms
 from personatlas.steering.session import Arms, load_steered_model
 
@@ -144,10 +144,7 @@ def _check(
     unknown = sorted(set(options.tag or ()) - tags)
     if unknown:
         raise UserError(f"--tag {not_one_of(unknown[0], sorted(tags))}")
-    if options.prompts > (most := max(len(role.prompts) for role in bank.roles if not role.is_default)):
-        raise UserError(
-            f"--prompts {options.prompts}: this bank has {most} prompts a role; give that or fewer"
-        )
+    require_prompts(bank, options.prompts)
     if options.text is not None:
         read_head(options.text, options.text_bytes)
     if options.judge.startswith("http") and not get_world().rank:
@@ -194,8 +191,8 @@ def _prepare(
         sizes = [("roles", len(roles))] if roles else []
         sizes += [("answers" if own.name == "benign" else "pairs", len(own.cases)) for own, _ in prepared]
         for option, n in sizes:
-            if getattr(EvalOptions, option) != (wanted := getattr(options, option)) and wanted > n:
-                say(f"--{'limit' if option == 'pairs' else option} {wanted}: there are {n}, and all are used")
+            if getattr(EvalOptions, option) != (wanted := getattr(options, option)):
+                say_if_fewer("--limit" if option == "pairs" else f"--{option}", wanted, n)
     known, sampling = versions(), {name: getattr(options, name) for name in ("temperature", "top_p", "seed")}
     engine = {"device": model.device.type, **{name: known[name] for name in ("torch", "transformers")}}
     dtype = str(model.dtype).removeprefix("torch.")

@@ -14,7 +14,7 @@ from personatlas.persona.errors import UserError
 from personatlas.persona.interventions import BASELINE
 from personatlas.persona.models.load import Model
 from personatlas.persona.options import ModelOptions, option_values
-from personatlas.persona.progress import say
+from personatlas.persona.progress import say, say_if_fewer
 from personatlas.steering.evals.harnesses.inspect_compare import (
     InspectComparison,
     compare_inspect_arms,
@@ -68,6 +68,8 @@ def run_inspect(
         # a model that grades itself would be capped in one arm only: the arms would be graded by two measures
         grader = grader or options.grader or arm
         logs.append(_run(task, arm, options, grader))
+        if cap is None and (n_samples := logs[0].eval.dataset.samples) is not None:
+            say_if_fewer("--limit", options.limit, n_samples, f"of {task} ")
     return compare_inspect_arms(*map(read_inspect_arm, logs))
 
 

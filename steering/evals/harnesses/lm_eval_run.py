@@ -37,6 +37,7 @@ from personatlas.persona.interventions import BASELINE, Interventions, intervent
 from personatlas.persona.logs import ResultCache
 from personatlas.persona.models.load import Model
 from personatlas.persona.options import ModelOptions
+from personatlas.persona.progress import say_if_fewer
 from personatlas.persona.records import JsonObject
 from personatlas.persona.runs import open_run
 from personatlas.steering.evals.harnesses.lm_eval_result import (
@@ -134,6 +135,7 @@ def compare_tasks(
             None if out is None else out / "answers.jsonl", "key", sync=False, schema=CachedAnswer.from_json
         )
         for name, task in loaded.items():
+            say_if_fewer("--limit", options.limit, len(task.eval_docs), f"of {name} ")
             runs = {arm: _run(model, plan, name, task, arm, options, cache) for arm, plan in arms.items()}
             results[name], outcomes[name] = _task_result(task, runs)
             cut = {arm: run.counts.cut for arm, run in runs.items() if run.counts.cut}

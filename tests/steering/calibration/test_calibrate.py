@@ -200,6 +200,7 @@ def test_a_second_calibration_measures_nothing_again(tiny_run, capsys, monkeypat
         ("--windows upper", "upper"),
         ("--population nobody", "nobody"),
         ("--roles 2", "--roles 2 is below 4"),
+        ("--prompts 9", "--prompts 9: this bank has"),
         ("--steps -1", "--steps -1 is below 0"),
         ("--budget 0", "--budget 0"),
         ("--name ../x", "cannot be a file's name"),

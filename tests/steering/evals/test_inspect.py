@@ -388,8 +388,13 @@ def test_the_verb_runs_both_arms_with_one_model_and_compares_logs_that_are_there
         how = f"--axis {tiny_run / 'run'} --arm cap:{CAP} --device cpu --dtype float32 --max-new-tokens 8 --log-dir {tmp_path}"
         return ["eval", str(tiny_run / "tiny"), "--inspect", f"{place.folder}/{task}", *how.split(), *more]
 
+    main(told("task.py@questions", "--limit", "400", "--json"))
+    output, error = capsys.readouterr()
+    assert f"questions there are {json.loads(output)['pairs']}, and all are used" in error
     main(told("task.py@questions", "--limit", "4", "--json"))
-    found = json.loads(capsys.readouterr().out)
+    output, error = capsys.readouterr()
+    found = json.loads(output)
+    assert "all are used" not in error
     assert found["pairs"] == 4
     assert [arm["cap"] for arm in found["arms"]] == [None, CAP]
     logs = [arm["log"] for arm in found["arms"]]

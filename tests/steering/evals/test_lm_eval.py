@@ -351,8 +351,12 @@ def told(place, *more, tasks="tiny_choice"):
 
 def test_the_verb_prints_a_table_and_keeps_every_answer(place, tmp_path, capsys):
     data = f"tiny_choice={place / 'tiny_choice.jsonl'}"
+    n = len((place / "tiny_choice.jsonl").read_text().splitlines())
+    main(told(place, "--data", data, "--limit", str(n + 1), "--out", str(tmp_path / "more")))
+    assert f"--limit {n + 1}: of tiny_choice there are {n}, and all are used" in capsys.readouterr().err
     main(told(place, "--data", data, "--limit", "3", "--out", str(tmp_path / "out")))
-    shown = capsys.readouterr().out
+    shown, error = capsys.readouterr()
+    assert "all are used" not in error
     for word in (
         "tiny_choice",
         "acc",
