@@ -89,7 +89,7 @@ def calibrate(
     settings = options.parse()
     with open_run(run) as folder:
         plan = folder.manifest.get("asked")
-        if not plan:
+        if not plan or "model_name" not in plan:
             raise UserError(f"{run} has no run.json with rollouts; make them first with `personatlas axis`")
         loaded_axis = load_axis(resolve_axis(axis or str(run)))
         space = load_space(loaded_axis.folder / "space")
@@ -97,7 +97,7 @@ def calibrate(
         require_prompts(loaded_bank, options.prompts)
         default, roles = _populations(read_rollouts(run), loaded_bank, run)
         if model is None:
-            model, load = plan["model_name"], replace(load, dtype=load.dtype or plan["dtype"])
+            model, load = plan["model_name"], replace(load, dtype=load.dtype or plan.get("dtype"))
         steered = load_steered_model(model, loaded_axis, arms, load, controls=True, reserved=RESERVED)
         model = folder.as_recorded(steered.model)
         halves = deal_halves(loaded_bank, loaded_axis, space, default, model.name, settings)

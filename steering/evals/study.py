@@ -19,7 +19,7 @@ from personatlas.persona.interventions import BASELINE, Cap, Interventions
 from personatlas.persona.models.load import Model
 from personatlas.persona.options import ModelOptions
 from personatlas.persona.pipeline.run_context import local_device
-from personatlas.persona.progress import Stage, Study, progress, say_if_fewer, stages
+from personatlas.persona.progress import Stage, Study, progress, say, say_if_fewer, stages
 from personatlas.persona.records import JsonObject, json_object
 from personatlas.persona.roles.bank import Bank, load_bank
 from personatlas.persona.rollout import Rollout, spread
