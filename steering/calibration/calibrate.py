@@ -31,7 +31,7 @@ from personatlas.steering.calibration.control_caps import FITTED, SAME_KL, contr
 from personatlas.steering.calibration.fit_floors import DescentOptions, Floors, target_texts
 from personatlas.steering.calibration.grid_search import Candidate, GridSearch, Trial, default_windows
 from personatlas.steering.calibration.measure import Half, Measurements
-from personatlas.steering.calibration.options import CalibrationOptions, SearchSettings
+from personatlas.steering.calibration.options import SIZES, CalibrationOptions, SearchSettings
 from personatlas.steering.calibration.page import write_calibration_page
 from personatlas.steering.calibration.quantile_floors import Projections, read_projections
 from personatlas.steering.calibration.result import (
@@ -93,17 +93,13 @@ def calibrate(
             raise UserError(f"{run} has no run.json with rollouts; make them first with `personatlas axis`")
         loaded_axis = load_axis(resolve_axis(axis or str(run)))
         space = load_space(loaded_axis.folder / "space")
-        loaded_bank = load_bank(bank)
-        require_prompts(loaded_bank, options.prompts)
+        require_prompts(loaded_bank := load_bank(bank), options.prompts)
         default, roles = _populations(read_rollouts(run), loaded_bank, run)
         if model is None:
             model, load = plan["model_name"], replace(load, dtype=load.dtype or plan.get("dtype"))
         steered = load_steered_model(model, loaded_axis, arms, load, controls=True, reserved=RESERVED)
         model = folder.as_recorded(steered.model)
         halves = deal_halves(loaded_bank, loaded_axis, space, default, model.name, settings)
-        tested = {request.key.partition("/")[0] for half in halves.values() for request in half.requests}
-        say_if_fewer("--roles", options.roles, len(tested))
-        say_if_fewer("--answers", options.answers, len(default))
         populations = {"default": spread(default, POPULATION_SIZE), "roles": spread(roles, POPULATION_SIZE)}
         with progress("projecting", sum(map(len, populations.values()))) as advance:
             projections = read_projections(model, loaded_axis, populations, advance)
@@ -181,6 +177,9 @@ def deal_halves(
     every other question of the benign answers.
     """
     roles = lowest_roles(axis, space, bank, settings.roles)
+    for name, there in (("roles", len(roles)), ("answers", len(benign))):
+        if (wanted := getattr(settings, name)) != SIZES[settings.quick][name]:
+            say_if_fewer(f"--{name}", wanted, there)
     answers = spread(sorted(benign, key=lambda text: text.key), settings.answers)
     requests = [
         identity_requests(bank, own, settings.prompts, model_name, settings.seed, questions)
