@@ -43,7 +43,7 @@ test-slow: .venv/installed
 
 # what `make test` tries on a sample: fuzzed files, errors of the disk, kills, thousands of requests
 test-robustness: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m robustness --numprocesses 2 tests/robustness
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m robustness --numprocesses 2
 
 # mypy and mkdocstrings read the packages under their installed names through links, since editable installs are opaque to them
 .check: .venv/installed

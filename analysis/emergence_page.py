@@ -127,7 +127,8 @@ def _role_figure(result: EmergenceResult) -> go.Figure:
         at = {"x": len(steps) - 1, "y": height, "xanchor": "left", "xshift": 8}
         font = {"color": f"var({colours[name]})", "size": 12}
         figure.add_annotation(**at, text=text, showarrow=False, font=font)
-    figure.update_xaxes(**_step_axis(steps))
+    shown = [-0.2, len(steps) - 0.8]  # without it plotly makes room for the labels a second time
+    figure.update_xaxes(**_step_axis(steps), range=shown)
     figure.update_yaxes(title_text="z-score among the roles", **axis_style(zero=True))
     return figure
 

@@ -167,16 +167,20 @@ def _finding(generations: Mapping[str, Generation], arms: Mapping[str, Intervent
         for name, one in generations.items()
         if one.trace is not None and len(one.trace.answer)
     }
+
+    def minus(value: float) -> str:
+        return f"{value:z.1f}".replace("-", "−")
+
     steered = [
-        f"{means[name]:.1f} with {name}"
+        f"{minus(means[name])} with {name}"
         + (f" (fired on {tally.share:.0%})" if (tally := generations[name].tally) is not None else "")
         for name, plan in arms.items()
         if plan and name in means
     ]
-    plain = [f"{means[name]:.1f} at baseline" for name, plan in arms.items() if not plan and name in means]
+    plain = [f"{minus(means[name])} at baseline" for name, plan in arms.items() if not plan and name in means]
     if not means:
         return "No token was answered."
-    return f"The answer's mean projection is {', '.join([*plain, *steered])}.".replace("-", "−")
+    return f"The answer's mean projection is {', '.join([*plain, *steered])}."
 
 
 def _arm(name: str, arm: Generation, low: float, high: float) -> JsonObject:

@@ -38,6 +38,7 @@ from personatlas.analysis.stats import Interval
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 NAMED = 5  # roles or traits named at each end of the axis
+CLOSE = 12  # fewer layers than this are all named below their axis
 CROWD = 120  # more roles than this are drawn as smaller dots
 MARGIN = {"l": 60, "r": 16, "t": 16, "b": 48}
 # distances mean the same in both directions
@@ -302,7 +303,7 @@ def cosine_figure(comparison: AxisComparison) -> go.Figure:
     cosines = {int(layer): cosine for layer, cosine in (comparison.cosines or {}).items()}
     hover = "layer %{x}: cosine %{y:.2f}<extra></extra>"
     figure.add_scatter(x=list(cosines), y=list(cosines.values()), hovertemplate=hover, **_line_and_dots(5))
-    figure.update_xaxes(title_text="layer", **axis_style())
+    figure.update_xaxes(title_text="layer", dtick=1 if len(cosines) < CLOSE else None, **axis_style())
     y_range = [min(0.0, *cosines.values()) * 1.05, 1.04]
     figure.update_yaxes(title_text="cosine between the axes", range=y_range, **axis_style(zero=True))
     return figure

@@ -6,7 +6,7 @@ points.
 
 Colours are written as `var(--name)`: the page resolves them to its palette, so that a figure follows light
 and dark. Labels are placed so that they cover neither a point nor each other, in pixels, for the plot areas
-of a desktop and of a phone; the page shows one of the two. Both axes have one scale: distances mean the same
+of a desktop, a tablet and a phone; the page shows one of the three. Both axes have one scale: distances mean the same
 in both directions.
 """
 
@@ -20,7 +20,7 @@ import plotly.graph_objects as go
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 CLEAR = "rgba(0,0,0,0)"
 TEXT_FONT = {"color": "var(--ink)", "size": 12}
-SCREENS = {"wide": (850, 495), "narrow": (250, 235)}  # plot areas, pixels
+SCREENS = {"wide": (850, 495), "medium": (600, 480), "narrow": (250, 235)}  # plot areas, pixels
 LETTER_WIDTH, LINE_HEIGHT, POINT_GAP = 6.8, 14.0, 8.0  # pixels; the gap is from a point's centre to its label
 Box = tuple[float, float, float, float]  # left, bottom, right, top
 Style = dict[str, object]
@@ -90,7 +90,7 @@ class Label:
 
 
 def add_labels(figure: go.Figure, points: Sequence[Sequence[float]], labels: Sequence[Label]) -> None:
-    """Adds those of the labels that fit among the points (N, 2), for both screens; the first ones take
+    """Adds those of the labels that fit among the points (N, 2), for all screens; the first ones take
     precedence."""
     for screen, size in SCREENS.items():
         positions = place_labels(points, labels, size)

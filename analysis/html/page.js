@@ -4,6 +4,8 @@
   const figures = JSON.parse(document.getElementById("figures").textContent);
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const narrow = matchMedia("(max-width: 40rem)");
+  const medium = matchMedia("(max-width: 56rem)");
+  const SCREENS = ["wide", "medium", "narrow"];
   const probe = document.body.appendChild(document.createElement("span"));
   probe.hidden = true;
 
@@ -36,7 +38,7 @@
   const hasWebGL = Boolean(canvas.getContext("webgl2") || canvas.getContext("webgl"));
 
   const draw = () => {
-    const other = narrow.matches ? "wide" : "narrow"; // labels are placed for two widths
+    const screen = narrow.matches ? "narrow" : medium.matches ? "medium" : "wide"; // labels are placed for three widths
     for (const box of document.querySelectorAll("[data-figure]")) {
       const figure = resolved(figures[box.dataset.figure], "");
       if (figure.layout.scene && !hasWebGL) {
@@ -46,7 +48,7 @@
       }
       const scene = figure.layout.scene;
       if (scene && narrow.matches) for (const side in scene.camera.eye) scene.camera.eye[side] *= 1.75; // step back
-      const data = figure.data.filter((trace) => trace.meta !== other);
+      const data = figure.data.filter((trace) => !SCREENS.includes(trace.meta) || trace.meta === screen);
       Plotly.react(box, data, figure.layout, { ...config, modeBarButtons: scene ? buttons.deep : buttons.flat });
     }
   };
@@ -67,7 +69,7 @@
     paint();
   });
   dark.addEventListener("change", paint);
-  narrow.addEventListener("change", draw);
+  for (const width of [narrow, medium]) width.addEventListener("change", draw);
   paint();
 
   // a figure with two kinds of axes: the page changes over and back

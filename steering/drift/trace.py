@@ -248,7 +248,7 @@ def _lowest_figure(rows: Sequence[TracedConversation]) -> "go.Figure":
             x=((edges[:-1] + edges[1:]) / 2).tolist(),
             y=counts.tolist(),
             name=name,
-            marker={"color": f"var({colour})"},
+            marker={"color": f"var({colour})", "line": {"width": 0}},
             hovertemplate=f"%{{y}} with {name}, lowest z near %{{x:.1f}}<extra></extra>",
         )
     figure.update_xaxes(title_text="lowest z of a conversation", **axis_style())

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 from eval_results import make_result
+from families import tiny_model
 from paper_names import ROLES
 from test_emergence import axis as an_axis
 from test_emergence import fit as an_emerging_fit
@@ -127,7 +127,6 @@ def traced(path: Path, names: list[str], answers: int, words: int, *, alarm: boo
 def generation(path: Path, arms: tuple[str, ...], words: int) -> None:
     """One prompt's answers in some arms."""
     drawn, axis = np.random.default_rng(0), an_axis(1, 0, 0, 0)
-    model = SimpleNamespace(describe=lambda: axis.model)
     plans = {
         name: [Cap((0, 1), axis.vectors, floor=torch.full((2,), -3.0))] if number else []
         for number, name in enumerate(arms)
@@ -140,7 +139,7 @@ def generation(path: Path, arms: tuple[str, ...], words: int) -> None:
         {"role": "system", "content": f"You are {HEBREW}. {TEXT}"},
         {"role": "user", "content": "Who are you?"},
     ]
-    write_generation_page(path, answers, model, axis, plans, messages)
+    write_generation_page(path, answers, tiny_model(), axis, plans, messages)
 
 
 def calibration(path: Path, tried: int) -> None:

@@ -1,6 +1,7 @@
 """How tests talk to the page of `personatlas serve`; the browser that it is in is the fixture `visit`."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,26 @@ sync_api = pytest.importorskip(
 expect = sync_api.expect
 PATIENCE = 20_000  # milliseconds, for a machine that does much else
 expect.set_options(timeout=PATIENCE)
+LOOK = (Path(__file__).parent / "page_look.js").read_text(
+    encoding="utf-8"
+)  # what is wrong with a page as it is drawn
+MARKDOWN = """# A *first* try
+
+Use `sum(x)` on **each _line_** of snake_case_name, 2*x*y and
+<b onclick="alert(1)">this</b> [link](javascript:alert(1)).
+
+- open it
+  - then read
+1. close
+
+> said before
+
+```py
+with open("x") as file:
+    print("**not bold**")
+```
+| a | b |
+Done \\*."""
 
 
 def say(page, text):

@@ -98,7 +98,8 @@ const shortState = (conversation, axis) => {
     const z = zOf(axis, last.live ? runningMean(last.tokens) : last.projection, answersOn(conversation, side).length - 1);
     return z === null ? "–" : signed(z);
   });
-  return `z ${values.join(", steered ")}${lasts[0].alarm ? ", drifting" : ""}`;
+  const sum = lasts.length > 1 ? null : alarmSum(lasts[0], axis);
+  return `z ${values.join(", steered ")}${lasts[0].alarm ? ", drifting" : sum === null ? "" : `, alarm ${sum}`}`;
 };
 
 const legend = (conversation, axis, arm, floor) => {

@@ -1,20 +1,22 @@
 """Every page of a study as it is drawn: nothing is wider than its place, on nothing else, or too pale to read."""
 
-from pathlib import Path
+from functools import cache
 
 import pytest
-import sample_pages
 from sample_pages import PAGES, SIZES, write_pages
+from serve_page import LOOK
 
-LOOK = (Path(sample_pages.__file__).parent / "page_look.js").read_text(encoding="utf-8")
-USUAL = (
-    "report, few roles",
-    "emergence, large",
-    "training, whole",
-    "trace, many",
-    "generate, four arms",
-    "evaluation, large",
-)
+USUAL = ("report, few roles", "emergence, large", "trace, many", "generate, four arms", "evaluation, large")
+VIEWS = [(*size, scheme) for size in SIZES for scheme in ("light", "dark")]
+CASES = [(name, view) for name in PAGES for view in VIEWS]
+USUAL_CASES = [(name, view) for name in USUAL for view in (VIEWS[0], VIEWS[-1])]
+
+
+@pytest.fixture(scope="module")
+def page_of(tmp_path_factory):
+    """A page's file by its name, written once."""
+    folder = tmp_path_factory.mktemp("pages")
+    return cache(lambda name: next(iter(write_pages(folder, name).values())))
 
 
 def looked_at(browser, path, *, scheme, width, height):
@@ -35,17 +37,19 @@ def looked_at(browser, path, *, scheme, width, height):
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in USUAL else pytest.param(name, marks=pytest.mark.robustness) for name in PAGES]
+    ("name", "view"),
+    [
+        pytest.param(
+            *case,
+            id=f"{case[0]}, {case[1][0]} {case[1][2]}",
+            marks=[] if case in USUAL_CASES else pytest.mark.robustness,
+        )
+        for case in CASES
+    ],
 )
-def test_a_page_is_legible_at_three_widths_by_day_and_by_night(browser, tmp_path, name):
-    (path,) = write_pages(tmp_path, name).values()
-    found = {
-        (width, scheme): wrong
-        for scheme in ("light", "dark")
-        for width, height in SIZES
-        if (wrong := looked_at(browser, path, scheme=scheme, width=width, height=height))
-    }
-    assert found == {}
+def test_a_page_is_legible(browser, page_of, name, view):
+    width, height, scheme = view
+    assert looked_at(browser, page_of(name), scheme=scheme, width=width, height=height) == []
 
 
 def test_the_look_finds_what_is_cut_pale_or_on_something_else(browser, tmp_path):
@@ -66,11 +70,10 @@ def test_the_look_finds_what_is_cut_pale_or_on_something_else(browser, tmp_path)
         assert any(said in line for line in wrong), (said, wrong)
 
 
-def test_a_page_says_what_it_says_without_scripts_and_without_a_network(browser, tmp_path):
-    (path,) = write_pages(tmp_path, "trace, many").values()
+def test_a_page_says_what_it_says_without_scripts_and_without_a_network(browser, page_of):
     context = browser.new_context(java_script_enabled=False, offline=True)
     page = context.new_page()
-    page.goto(path.as_uri())
+    page.goto(page_of("trace, many").as_uri())
     assert "200 of 300 conversations raise the alarm" in page.locator(".lead").inner_text()
     assert page.locator(".names tbody tr").count() == 100
     context.close()

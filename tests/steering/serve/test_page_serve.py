@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from serve_page import expect, file_of, saved, say, settled
+from serve_page import MARKDOWN, expect, file_of, saved, say, settled
 
 from personatlas.persona.formats import read_conversations
 
@@ -61,25 +61,6 @@ def test_an_answer_below_the_band_is_not_called_calm_and_the_alarm_says_how_near
         re.compile(r"^Below the calm band, the alarm’s sum at [23]\.\d of 4\.0\.$")
     )
     expect(page.locator("#readouts")).to_contain_text("of 4.0")
-
-
-MARKDOWN = """# A *first* try
-
-Use `sum(x)` on **each _line_** of snake_case_name, 2*x*y and
-<b onclick="alert(1)">this</b> [link](javascript:alert(1)).
-
-- open it
-  - then read
-1. close
-
-> said before
-
-```py
-with open("x") as file:
-    print("**not bold**")
-```
-| a | b |
-Done \\*."""
 
 
 def test_markdown_is_laid_out_and_nothing_of_it_becomes_markup_or_is_lost(visit, fake):

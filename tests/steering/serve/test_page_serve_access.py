@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from serve_page import expect, file_of, say, settled
+from serve_page import LOOK, MARKDOWN, expect, file_of, say, settled
 
 STATIC = Path(__file__).parents[3] / "steering" / "serve" / "static"
 PAYLOAD = (
@@ -80,6 +80,24 @@ def test_tokens_are_coloured_by_projection_and_underlined_where_the_cap_acted(vi
     expect(page.locator("#tip")).to_have_text(
         "no projection: the answer reached its longest length here, and the model never read this token"
     )
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_coloured_comparison_with_markdown_and_hebrew_is_legible_at_three_widths(visit, fake, scheme):
+    page = visit(scheme=scheme)
+    fake.behaviour.text = MARKDOWN
+    say(page, "שלום, מי אתה?")
+    found = {}
+    for width, height in ((1280, 860), (768, 1024), (390, 844)):
+        page.set_viewport_size({"width": width, "height": height})
+        found[f"{width}, plain"] = page.evaluate(LOOK)
+    page.click("#colours")
+    page.click("#compare")
+    say(page, "And now?")
+    for width, height in ((390, 844), (768, 1024), (1280, 860)):
+        page.set_viewport_size({"width": width, "height": height})
+        found[f"{width}, compared"] = page.evaluate(LOOK)
+    assert {where: wrong for where, wrong in found.items() if wrong} == {}
 
 
 def test_text_is_never_markup(visit, fake):
