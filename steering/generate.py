@@ -140,10 +140,17 @@ def write_generation_page(
     low, high = colour_range(one.trace for one in generations.values() if one.trace is not None)
     summaries = summarise_arms(arms)
     floors = {name: Arm(name, tuple(plan)).floor_at(axis.layer) for name, plan in arms.items()}
+    places = []
+    for name, one in sorted(generations.items(), key=lambda item: bool(arms[item[0]])):  # the baseline first
+        if one.trace is not None and len(one.trace.answer):
+            place = f"{float(one.trace.answer.mean()):z.1f}".replace("-", "−")
+            fired = "" if one.tally is None else f" (fired on {one.tally.share:.0%})"
+            places.append(f"{place} {f'with {name}' if arms[name] else 'at baseline'}{fired}")
+    finding = f"The answer's mean projection is {', '.join(places)}." if places else "No token was answered."
     content = {
         "arms": [_arm(name, one, low, high) for name, one in generations.items()],
         "names": [name for name, plan in arms.items() if plan],
-        "finding": _finding(generations, arms),
+        "finding": finding,
         "summaries": summaries,
         "messages": messages,
         "model": model.describe(),
@@ -158,29 +165,6 @@ def write_generation_page(
         ],
     }
     write_page(path, Path(__file__).parent / "generate.html.jinja", content, {}, {})
-
-
-def _finding(generations: Mapping[str, Generation], arms: Mapping[str, Interventions]) -> str:
-    """Where the answer lies in every arm, and how often it was changed there."""
-    means = {
-        name: float(one.trace.answer.mean())
-        for name, one in generations.items()
-        if one.trace is not None and len(one.trace.answer)
-    }
-
-    def minus(value: float) -> str:
-        return f"{value:z.1f}".replace("-", "−")
-
-    steered = [
-        f"{minus(means[name])} with {name}"
-        + (f" (fired on {tally.share:.0%})" if (tally := generations[name].tally) is not None else "")
-        for name, plan in arms.items()
-        if plan and name in means
-    ]
-    plain = [f"{minus(means[name])} at baseline" for name, plan in arms.items() if not plan and name in means]
-    if not means:
-        return "No token was answered."
-    return f"The answer's mean projection is {', '.join([*plain, *steered])}."
 
 
 def _arm(name: str, arm: Generation, low: float, high: float) -> JsonObject:
