@@ -118,7 +118,6 @@ def calibrate(
         )
         report, reported = _report(measurements, steered, cap, controls)
         baseline = measurements.identity({BASELINE: []}, CHOOSE)[BASELINE]
-        saved = run / CAPS / name
         result = CalibrationResult(
             cap=best.candidate.name,
             why=_why(best, search, baseline.shares["assistant"], settings.budget),
@@ -132,25 +131,32 @@ def calibrate(
             examples=_examples(measurements, reported),
             model=model.describe(),
             name=name,
-            saved=f"{saved}.safetensors",
+            saved=f"{run / CAPS / name}.safetensors",
             page=str(run / "calibration.html"),
             versions=versions(),
             control_p=_control_p(report),
         )
-        calibration = {
-            "name": result.cap,
-            "levels": None if best.candidate.fitted else [best.candidate.level] * len(cap.layers),
-            "budget": settings.budget,
-            "assistant": [report[BASELINE].assistant, report[CHOSEN].assistant],
-            "more_loss": report[CHOSEN].more_loss,
-            "fired": report[CHOSEN].fired,
-            **_fitted_on(halves[CHOOSE]).to_json(),
-        }
-        saved.parent.mkdir(exist_ok=True)
-        replace(cap, calibration=calibration).save(saved)
-        write_json(run / "calibration.json", result.to_json())
-        write_calibration_page(run / "calibration.html", result)
+        _save(run, replace(cap, calibration=_fitted_on(halves[CHOOSE]).to_json()), best, result)
     return result
+
+
+def _save(run: Path, cap: Cap, best: Trial, result: CalibrationResult) -> None:
+    """Writes RUN/caps/NAME, with what was measured of it beside what it was fitted on, calibration.json and the page."""
+    levels = None if best.candidate.fitted else [best.candidate.level] * len(cap.layers)
+    before, after = result.report[BASELINE], result.report[CHOSEN]
+    measured = {
+        "name": result.cap,
+        "levels": levels,
+        "budget": result.budget,
+        "assistant": [before.assistant, after.assistant],
+        "more_loss": after.more_loss,
+        "fired": after.fired,
+    }
+    saved = run / CAPS / result.name
+    saved.parent.mkdir(exist_ok=True)
+    replace(cap, calibration=measured | cap.calibration).save(saved)
+    write_json(run / "calibration.json", result.to_json())
+    write_calibration_page(run / "calibration.html", result)
 
 
 def _populations(rollouts: Sequence[Rollout], bank: Bank, run: Path) -> tuple[list[Rollout], list[Rollout]]:
