@@ -17,6 +17,7 @@ from personatlas.persona.roles.bank import load_bank
 from personatlas.persona.rollout import rollout_requests
 
 GPU_ROWS = 1024
+PROBE_SECONDS = 1.0  # on a machine that does other things too, one forward says little
 N_PROMPTS = 16  # whose lengths stand for all
 
 
@@ -25,14 +26,14 @@ def estimate_seconds(model: Model, n_rollouts: int, n_tokens: float) -> float:
     """Seconds for so many rollouts with so many tokens of prompt and answer each, from a short probe."""
     on_gpu = model.device.type == "cuda"
     ids = torch.arange(GPU_ROWS if on_gpu else CPU_CHUNK, device=model.device)[:, None] % model.vocab_size
-    best = float("inf")
-    for _ in range(2):  # the first one warms up
-        if on_gpu:
-            torch.cuda.synchronize(model.device)
-        start = time.perf_counter()
-        model.hf(input_ids=ids, use_cache=False).logits[:, -1].max().item()
-        best = min(best, time.perf_counter() - start)
-    return 2 * n_rollouts * n_tokens * best / len(ids)
+    n_probes, start = 0, 0.0
+    while n_probes < 2 or time.perf_counter() < start + PROBE_SECONDS:
+        model.hf(input_ids=ids, use_cache=False).logits[:, -1].max().item()  # waits for a GPU
+        n_probes += 1
+        if n_probes == 1:  # it warms up
+            start = time.perf_counter()
+    seconds = (time.perf_counter() - start) / (n_probes - 1)
+    return 2 * n_rollouts * n_tokens * seconds / len(ids)
 
 
 def estimate_axis(model: Model, plan: PlanOptions) -> float:
