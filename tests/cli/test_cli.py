@@ -11,7 +11,7 @@ import pytest
 import torch
 from families import COMMON, save_tiny, tokenizer
 
-from personatlas.cli.app import COMMANDS, main
+from personatlas.cli.app import COMMANDS, RESUMED, main
 from personatlas.persona.roles.bank import load_bank
 
 NAMES = [name for panel in COMMANDS.values() for name in panel]
@@ -344,7 +344,7 @@ def test_no_command_imports_a_slow_package_before_its_options_are_read():
     """Neither for its help nor for a mistake in an option: both are answered within half a second."""
     code = f"""
 import sys
-from personatlas.cli.app import main
+from personatlas.cli.app import COMMANDS, RESUMED, main
 slow = {SLOW}
 for name in {NAMES}:
     for options in (["--help"], ["--no-such-option"]):
@@ -517,3 +517,31 @@ def test_a_mistake_that_every_process_of_a_run_makes_is_said_once(tmp_path):
     assert done.returncode
     assert done.stderr.count("personatlas: ") == 1
     assert "[rank1]" not in done.stderr
+
+
+def test_the_commands_that_resume_are_commands():
+    assert set(RESUMED) <= {name for panel in COMMANDS.values() for name in panel}
+
+
+@pytest.mark.parametrize(
+    ("words", "resumes"),
+    [
+        (["serve", "smollm2-135m"], False),
+        (["chat", "smollm2-135m"], False),
+        (["train", "plan", "--depth", "4"], False),
+        (["axis", "smollm2-135m"], True),
+        (["run", "judge", "."], True),
+        (["train", "base", "--depth", "4"], True),
+    ],
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
+)
+def test_a_stopped_command_says_that_it_resumes_only_where_it_does(monkeypatch, capsys, words, resumes):
+    def stopped(*_args, **_how):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("personatlas.cli.app.app", stopped)
+    with pytest.raises(SystemExit) as left:
+        main(words)
+    assert left.value.code == 130
+    said = "personatlas: stopped; the same command resumes\n" if resumes else "personatlas: stopped\n"
+    assert capsys.readouterr().err == said

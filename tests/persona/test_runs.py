@@ -1,6 +1,7 @@
 """A training run is a model: what is finished, else its newest checkpoint; every result says which."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -8,11 +9,12 @@ import pytest
 from families import save_tiny
 
 from personatlas.cli.app import main
-from personatlas.persona.artifacts import read_json
+from personatlas.persona.artifacts import read_json, read_object
 from personatlas.persona.axis import load_axis
 from personatlas.persona.errors import UserError
 from personatlas.persona.formats import read_conversations
 from personatlas.persona.models.load import load_model, load_tokenizer
+from personatlas.persona.options import recorded_plan
 from personatlas.persona.pipeline.activations import load_activations
 from personatlas.persona.runs import (
     checkpoint_folders,
@@ -187,3 +189,27 @@ def test_a_run_goes_on_with_its_model_elsewhere_and_not_with_another_in_its_plac
     with pytest.raises(SystemExit):
         main(["axis", "tiny", *how])
     assert (tiny_run / "run" / "rollouts.jsonl").read_bytes() == before
+
+
+def test_a_run_keeps_its_plan_and_a_new_one_on_a_cpu_is_a_demo(tiny_run, tmp_path, capsys):
+    rollout = ["run", "rollout", str(tiny_run / "tiny"), "--bank", str(tiny_run / "bank"), "--device", "cpu"]
+    how = ["--dtype", "float32", "--max-new-tokens", "8", "--out"]
+    before = read_object(tiny_run / "run" / "run.json")["asked"]
+    main([*rollout, *how, str(tiny_run / "run"), "--samples", "4"])
+    after = read_object(tiny_run / "run" / "run.json")["asked"]
+    assert after["plan"] == before["plan"] == "standard"
+    assert (after["prompts"], after["questions"]) == (2, 12)
+    capsys.readouterr()
+    main([*rollout, *how, str(tmp_path / "new"), "--samples", "1"])
+    asked = read_object(tmp_path / "new" / "run.json")["asked"]
+    assert (asked["plan"], asked["prompts"], asked["questions"]) == ("demo", 1, 16)
+    assert "take about" not in capsys.readouterr().err  # too few to speak of
+    main([*rollout, *how, str(tmp_path / "new"), "--samples", "8"])
+    said = capsys.readouterr().err
+    assert "plan demo: " in said
+    assert re.search(
+        r"rollouts of up to 8 tokens and their recording take about \d+ (s|min) by a short probe", said
+    )
+    assert recorded_plan({}) is None
+    assert recorded_plan({"prompts": 2, "questions": 12, "max_new_tokens": 128}) == "standard"
+    assert recorded_plan({"prompts": 2, "questions": 9, "max_new_tokens": 128}) == "paper"

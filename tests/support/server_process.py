@@ -11,13 +11,18 @@ import httpx
 START = "from personatlas.cli.app import main; main()"
 
 
+def free_port():
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 class ServerProcess:
     """A server that is starting; `wait` until it answers. It is killed when the context is left."""
 
     def __init__(self, folder, *options, start=START, **environment):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         command = [sys.executable, "-c", start, "serve", str(folder / "tiny"), "--axis", str(folder / "run")]
         command += ["--port", str(port), "--device", "cpu", "--dtype", "float32", *options]
         self.url = f"http://127.0.0.1:{port}"
