@@ -137,7 +137,11 @@ def _tiles(result: EmergenceResult) -> list[dict[str, str]]:
     first, last = result.checkpoints[0], result.checkpoints[-1]
     shuffled, pole = number_text(last.cos_pc1_shuffled), last.pole
     tiles = [
-        _tile("cos(PC1, axis)", last.cos_pc1, f"shuffled {shuffled}; {first.cos_pc1.value:.2f} at first"),
+        _tile(
+            "cos(PC1, axis)",
+            last.cos_pc1,
+            f"{'' if last.cos_pc1_shuffled is None else f'shuffled {shuffled}; '}{first.cos_pc1.value:.2f} at first",
+        ),
         _tile(
             result.positive,
             Interval(pole.z, None, None),
@@ -154,4 +158,5 @@ def _tiles(result: EmergenceResult) -> list[dict[str, str]]:
 
 def _tile(name: str, found: Interval, note: str) -> dict[str, str]:
     bounds = "" if found.low is None else f"95% {found.low:.2f} to {found.high:.2f}"
-    return {"name": name, "value": f"{found.value:.2f}", "interval": bounds, "note": note}
+    value = f"{found.value:z.2f}".replace("-", "−")
+    return {"name": name, "value": value, "interval": bounds, "note": note}

@@ -96,8 +96,8 @@ def trace(
     false_alarms
         share of reference conversations that may raise an alarm
     html
-        write a page with the conversations, their turns and tokens coloured, and their trajectories (20 at
-        most)
+        write a page that ranks the conversations and shows the first 20, their turns and tokens coloured,
+        with their trajectories
     """
     from personatlas.cli.drift_tables import print_trace
     from personatlas.persona.artifacts import require_writable
