@@ -5,10 +5,19 @@ from pathlib import Path
 from rich.text import Text
 
 from personatlas.analysis.drift_alarm import GAUGE_LIMIT, z_gauge
-from personatlas.cli.output import count_of, print_line, print_path, print_table, print_warning, with_interval
+from personatlas.cli.output import (
+    console,
+    count_of,
+    print_line,
+    print_path,
+    print_table,
+    print_warning,
+    with_interval,
+)
 from personatlas.persona.progress import say
 from personatlas.steering.drift.result import ALL, DriftResult, StoredAnswers
 from personatlas.steering.drift.trace import TraceStudy
+from personatlas.steering.drift.verdict import write_drift_verdict
 
 DOMAIN_ROWS = ("first turn", "last turn", "slope per turn", "change", "alarms", "first alarm")
 ARM_ROWS = ("answers", "on", "fired", "degenerate", "loops", "tokens", "more loss")
@@ -17,7 +26,9 @@ RANKED, READ = 20, 5  # traced conversations: rows of the ranking, and those who
 
 
 def print_drift(result: DriftResult, folder: Path) -> None:
-    """Prints a table a domain, what the arms wrote, stored answers, and where everything is."""
+    """Prints the finding, a table a domain, what the arms wrote, stored answers, and where everything is."""
+    print_line(f"{'; '.join(write_drift_verdict(result))}.", style="bold")
+    console().print()
     domains = dict.fromkeys((*result.domains, ALL)) if len(result.domains) > 1 else result.domains
     for domain in domains:
         columns = []

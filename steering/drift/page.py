@@ -2,19 +2,19 @@
 read.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 
-from personatlas.analysis.html.canvas import CLEAR, axis_style, empty_figure, line_style
+from personatlas.analysis.html.canvas import CLEAR, axis_style, empty_figure, line_style, plain
 from personatlas.analysis.html.page import write_page
-from personatlas.analysis.stats import Interval
-from personatlas.analysis.trajectories import Slope, TurnMean
+from personatlas.analysis.trajectories import TurnMean
 from personatlas.persona.interventions import BASELINE
 from personatlas.persona.records import JsonObject
 from personatlas.steering.drift.result import ADAPTIVE, ALL, STORED, DriftResult, Example, StoredConversation
+from personatlas.steering.drift.verdict import write_drift_verdict
 
 # how arms look, in their order: colour, its band's colour, symbol
 LOOKS = (
@@ -103,15 +103,23 @@ def write_drift_page(path: Path, result: DriftResult) -> None:
                 for arm, turns in conversation.arms.items()
             }
             figures[f"{kind}-{index}"] = conversation_figure(points, baseline)
-    shown = [*(arm for arm in arms if arm.endswith(ADAPTIVE)), *arms[1:]][:1]  # beside the baseline
+    for figure in figures.values():
+        figure.update_layout(showlegend=False)  # the page has one for all
+    shown = arms[1:2]  # beside the baseline
     record = [(f"model: {name}", value) for name, value in result.model.items()]
     record += [("axis", result.axis["of"]), ("reference conversations", result.watch["source"])]
     asked = {name: value for name, value in result.asked.to_json().items() if value is not None}
     record += [(name.replace("_", " "), value) for name, value in (asked | result.versions).items()]
     content = {
         "c": result,
-        "tiles": _tiles(result),
-        "rows": [*domains, *([ALL] if len(domains) > 1 else [])],
+        "verdict": write_drift_verdict(result),
+        "looks": {
+            arm: (colour, arm.endswith(ADAPTIVE)) for arm, (colour, *_) in _looks([STORED, *arms]).items()
+        },
+        "arms": arms,
+        "drawn_arms": {one.name: list(one.arms) for one in (*result.examples, *stored)},
+        "domain_rows": {d: _domain_rows(result, d) for d in [*([ALL] if len(domains) > 1 else []), *domains]},
+        "arm_rows": _arm_rows(result),
         "examples": [_columns(one, [BASELINE, *shown]) for one in result.examples],
         "stored": [
             _columns(one, [arm for arm in (STORED, *arms) if arm in one.arms and not arm.endswith(ADAPTIVE)])
@@ -125,7 +133,10 @@ def write_drift_page(path: Path, result: DriftResult) -> None:
         },
         "record": record,
     }
-    filters: dict[str, Callable[..., str]] = {"percent": _percent, "span": _format_interval, "share": _share}
+    filters: dict[str, Callable[..., str]] = {
+        "span": lambda row, form="+.1f", name="value": " ".join(_cell(row, name, form)),
+        "share": lambda share, interval: " ".join(_share(share, interval)),
+    }
     write_page(path, HERE / "page.html.jinja", content, figures, filters)
 
 
@@ -148,14 +159,21 @@ def _trajectories(arms: TurnMeans, baseline: JsonObject, span: tuple[float, floa
     return figure
 
 
+def _looks(arms: Iterable[str]) -> dict[str, tuple[str, str, str]]:
+    """An arm's look, which its adaptive arm shares."""
+    looks: dict[str, tuple[str, str, str]] = {BASELINE: BASELINE_LOOK, STORED: STORED_LOOK}
+    for arm in arms:
+        looks.setdefault(arm.removesuffix(ADAPTIVE), LOOKS[(len(looks) - 2) % len(LOOKS)])
+    return {arm: looks[arm.removesuffix(ADAPTIVE)] for arm in arms}
+
+
 def _lines(arms: TurnMeans, form: str) -> go.Figure:
     """A line with its band for each arm."""
     figure = empty_figure(margin=MARGIN, showlegend=True)
     figure.update_layout(legend=LEGEND)
-    looks: dict[str, tuple[str, str, str]] = {BASELINE: BASELINE_LOOK, STORED: STORED_LOOK}
+    looks = _looks(arms)
     for arm, means in arms.items():
-        looks.setdefault(arm.removesuffix(ADAPTIVE), LOOKS[(len(looks) - 2) % len(LOOKS)])
-        colour, band, symbol = looks[arm.removesuffix(ADAPTIVE)]
+        colour, band, symbol = looks[arm]
         dash = "dash" if arm.endswith(ADAPTIVE) else "solid"
         banded = [mean for mean in means if mean.low is not None]
         if banded:
@@ -166,47 +184,60 @@ def _lines(arms: TurnMeans, form: str) -> go.Figure:
         figure.add_scatter(
             x=[mean.turn for mean in means],
             y=[mean.mean for mean in means],
-            name=arm,
+            name=plain(arm),
             mode="lines+markers",
             line=line_style(colour, 2.2, dash),
             marker={"color": f"var({colour})", "symbol": symbol, "size": 7},
-            hovertemplate=f"{arm}, turn %{{x}}: {form}<extra></extra>",
+            hovertemplate=f"{plain(arm)}, turn %{{x}}: {form}<extra></extra>",
         )
-    figure.update_xaxes(title_text="turn", dtick=1, **axis_style())
+    last = max((mean.turn for means in arms.values() for mean in means), default=1)
+    figure.update_xaxes(title_text="turn", dtick=-(-last // 8), **axis_style())
     return figure
 
 
-def _tiles(result: DriftResult) -> list[dict[str, str]]:
-    """The steepest domain, and what each arm does to its answers and to all."""
-    slopes = {
-        domain: slope
-        for domain, by_arm in result.slopes.items()
-        if domain != ALL and (slope := by_arm[BASELINE]) is not None
-    }
-    tiles: list[tuple[str, str, str, str]] = []  # name, value, interval, note
-    if slopes:
-        domain = min(slopes, key=lambda name: slopes[name].value)
-        slope = slopes[domain]
-        note = f"slope per turn in {domain or 'all'}, baseline; {slope.n} conversations, "
-        note += f"shuffled turns within ±{slope.chance:.1f}"
-        tiles.append(("steepest drift", f"{slope.value:+.1f}", _bounds(slope), note))
-    mean = result.means[ALL][BASELINE]
-    tiles.append(("mean, baseline", f"{mean.value:.1f}", _bounds(mean), f"projection of {mean.n} answers"))
-    for arm in result.arms[1:]:
-        mean, wrote = result.means[ALL][arm], result.wrote[arm]
-        change = mean.change
-        assert change is not None
-        note = f"on average over its answers; it acted on {_percent(wrote.acted)} of them, "
-        note += f"fired on {_percent(wrote.fired)}"
-        tiles.append((f"mean, {arm}", f"{mean.value:.1f}", f"{change.value:+.1f} {_bounds(change)}", note))
-    return [
-        {"name": name, "value": value.replace("-", "−"), "interval": bounds.replace("-", "−"), "note": note}
-        for name, value, bounds, note in tiles
-    ]
+def _domain_rows(result: DriftResult, domain: str) -> list[tuple[str, list[Sequence[str]]]]:
+    """A domain's figures, a row each: for every arm the value, then what belongs to it."""
+    rows: dict[str, list[Sequence[str]]] = {}
+    for arm in result.arms:
+        line, slope = result.trajectories[domain][arm], result.slopes[domain][arm]
+        mean = result.means[domain][arm]
+        uncapped = ((result.uncapped or {}).get(domain) or {}).get(arm, ())
+        alarm = result.alarms.get(domain, {}).get(arm)
+        cells = {
+            "slope per turn": _cell(slope) + ([f"shuffled ±{slope.chance:.1f}"] if slope else []),
+            "first turn": _cell(line[0] if line else None, "mean"),
+            "last turn": _cell(line[-1] if line else None, "mean"),
+            "last turn, read without it": _cell(uncapped[-1] if uncapped else None, "mean"),
+            "mean": [*_cell(mean), f"n = {mean.n}"],
+            "change": _cell(mean.change),
+            "with an alarm": ["·"] if alarm is None else list(_share(alarm.share, alarm.interval)),
+            "first alarm": ["·"] if alarm is None or alarm.first is None else [f"turn {alarm.first:.1f}"],
+        }
+        for name, cell in cells.items():
+            rows.setdefault(name, []).append(cell)
+    return [(name, cells) for name, cells in rows.items() if any(cell[0] != "·" for cell in cells)]
 
 
-def _bounds(row: Interval | Slope) -> str:
-    return "" if row.low is None else f"[{row.low:+.1f}, {row.high:+.1f}]"
+def _arm_rows(result: DriftResult) -> list[tuple[str, list[Sequence[str]]]]:
+    """What the arms wrote and cost, a row each."""
+    costs = result.cost.arms if result.cost is not None else {}
+    rows: dict[str, list[Sequence[str]]] = {}
+    for arm in result.arms:
+        own = result.wrote[arm]
+        cells = {
+            "more loss": _cell(costs.get(arm), form="+.1%"),
+            "on": [_percent(own.acted)],
+            "fired": [_percent(own.fired)],
+            "degenerate": _share(own.degenerate.share, own.degenerate.interval),
+            "loops": _share(own.loops.share, own.loops.interval),
+            "distinct": ["·" if own.distinct is None else f"{own.distinct:.2f}"],
+            "tokens": [f"{own.tokens:.0f}"],
+            "answers": [f"{own.answers:,}", *([f"{own.empty} empty"] if own.empty else [])],
+            "cut short by the context": [str(own.ended_by_context)],
+        }
+        for name, cell in cells.items():
+            rows.setdefault(name, []).append(cell)
+    return list(rows.items())
 
 
 def _columns(conversation: Example, arms: Sequence[str]) -> JsonObject:
@@ -229,17 +260,22 @@ def _columns(conversation: Example, arms: Sequence[str]) -> JsonObject:
     }
 
 
-def _format_interval(row: Any, form: str = "+.1f", name: str = "value") -> str:
-    """The field `name` of a record with the record's interval, where it has one."""
+def _cell(row: Any, name: str = "value", form: str = "+.1f") -> list[str]:
+    """The field `name` of a record, then the record's interval, where it has one."""
     value = None if row is None else getattr(row, name)
     if value is None or value != value:
-        return "·"
-    bounds = "" if row.low is None else f" [{row.low:{form}}, {row.high:{form}}]"
-    return f"{value:{form}}{bounds}".replace("-", "−")
+        return ["·"]
+    low, high = row.low, row.high
+    bounds = [] if low is None else [f"[{low:{form}}, {high:{form}}]"]
+    return [text.replace("-", "−") for text in (f"{value:{form}}", *bounds)]
 
 
-def _share(share: float | None, interval: Sequence[float] | None) -> str:
-    return "·" if share is None or interval is None else f"{share:.0%} [{interval[0]:.0%}, {interval[1]:.0%}]"
+def _share(share: float | None, interval: Sequence[float] | None) -> list[str]:
+    return (
+        ["·"]
+        if share is None or interval is None
+        else [f"{share:.0%}", f"[{interval[0]:.0%}, {interval[1]:.0%}]"]
+    )
 
 
 def _percent(share: float | None) -> str:

@@ -307,6 +307,7 @@ def turn_lines(arms: Mapping[str, Sequence[TurnMean]], kinds: Mapping[str, str])
             text=[plain(arm)] * len(shown),
             hovertemplate="%{text}, turn %{x}: %{y:.1f}<extra></extra>",
         )
-    figure.update_xaxes(title_text="turn", nticks=8, **axis_style())
+    last = max(map(len, arms.values()))
+    figure.update_xaxes(title_text="turn", dtick=-(-last // 8), **axis_style())
     figure.update_yaxes(title_text="mean projection of the answer", **axis_style())
     return figure

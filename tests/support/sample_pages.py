@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from drift_results import make_drift
 from eval_results import make_result
 from families import tiny_model
 from paper_names import ROLES
@@ -29,6 +30,7 @@ from personatlas.persona.formats import Conversation
 from personatlas.persona.interventions import Cap
 from personatlas.steering.calibration.page import write_calibration_page
 from personatlas.steering.calibration.result import CalibrationResult
+from personatlas.steering.drift.page import write_drift_page
 from personatlas.steering.drift.trace import TracedConversation, TracedTurn, TraceStudy, write_trace_page
 from personatlas.steering.drift_monitor import DriftMonitor
 from personatlas.steering.evals.page import write_eval_page
@@ -177,6 +179,12 @@ def evaluation(path: Path, **more: object) -> None:
     write_eval_page(path, make_result(**more), show_answers=True)
 
 
+def drift(path: Path, domains: tuple[str, ...], arms: tuple[str, ...], **more: object) -> None:
+    """A drift study of made-up slopes."""
+    slopes = {d: {arm: -float(n + 3 * (i == 0)) for i, arm in enumerate(arms)} for n, d in enumerate(domains)}
+    write_drift_page(path, make_drift(slopes, **more))
+
+
 def compared(names: tuple[str, ...]) -> dict[str, object]:
     """An axis beside another one whose roles lie a little elsewhere."""
     drawn, here = np.random.default_rng(0), np.arange(len(names)) - 4.0
@@ -216,6 +224,13 @@ PAGES: dict[str, Callable[[Path], None]] = {
     "evaluation, one arm": partial(evaluation, n=4, arms=("baseline",)),
     "evaluation, large": partial(
         evaluation, n=240, arms=("baseline", LONG, HEBREW, "p50@18-23", "add:8@21", "random 1"), categories=30
+    ),
+    "drift, one arm": partial(drift, domains=("",), arms=("baseline",), turns=2, alarm=False),
+    "drift, large": partial(
+        drift,
+        domains=("coding", "writing", "therapy", LONG, HEBREW),
+        arms=("baseline", "assistant", LONG, "random 1", "assistant, adaptive", f"{LONG}, adaptive"),
+        turns=15,
     ),
 }
 

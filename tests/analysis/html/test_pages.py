@@ -6,7 +6,14 @@ import pytest
 from sample_pages import PAGES, SIZES, write_pages
 from serve_page import LOOK
 
-USUAL = ("report, few roles", "emergence, large", "trace, many", "generate, four arms", "evaluation, large")
+USUAL = (
+    "report, few roles",
+    "emergence, large",
+    "trace, many",
+    "generate, four arms",
+    "evaluation, large",
+    "drift, large",
+)
 VIEWS = [(*size, scheme) for size in SIZES for scheme in ("light", "dark")]
 CASES = [(name, view) for name in PAGES for view in VIEWS]
 USUAL_CASES = [(name, view) for name in USUAL for view in (VIEWS[0], VIEWS[-1])]
