@@ -61,7 +61,7 @@ def base(
 
     if out is None:
         if corpus is None:
-            raise UserError("give a folder of texts: personatlas train base books/")
+            raise UserError("give texts (personatlas train base books/), or --token-folder and --out")
         name = corpus.resolve().name if corpus.exists() else corpus.name.partition("@")[0]
         out = Path("runs") / source_name(Path(name))
     texts = CorpusOptions(corpus=corpus, **vars(reading))
@@ -199,8 +199,8 @@ def evaluate(
 
 
 def tokenizer(
-    *,
     corpus: Path,
+    *,
     out: OutFolder,
     vocabulary: int | None = None,
     held_out: Path | None = None,

@@ -285,6 +285,15 @@ def test_two_books_are_trained_on_without_any_option(tmp_path, monkeypatch, caps
     assert record["result"]["held_out"]["bytes"] == Corpus.open(tmp_path / "books").scan().held_out.bytes
 
 
+def test_no_texts_at_all_are_one_line(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "base"])
+    assert ended.value.code == 2
+    assert (
+        "give texts (personatlas train base books/), or --token-folder and --out" in capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
