@@ -9,7 +9,7 @@ so the same key has the same prompt and the same random numbers whatever else is
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, NamedTuple, TypeVar
@@ -255,3 +255,22 @@ def spread(items: Sequence[T], count: int | None) -> list[T]:
     """
     count = len(items) if count is None else min(count, len(items))
     return [items[i * len(items) // count] for i in range(count)]
+
+
+def spread_evenly(items: Sequence[T], count: int, group: Callable[[T], str]) -> list[T]:
+    """`count` of the items in their order, from each group alike, with the places in the groups in turn.
+
+    Items that are a product (roles times questions) have a period, and `spread` over them may take the same
+    question again and again. Here every group gives one item before any gives two, each from another place.
+    """
+    groups: dict[str, list[int]] = {}
+    for index, item in enumerate(items):
+        groups.setdefault(group(item), []).append(index)
+    rows = spread(list(groups.values()), count)
+    turns = [
+        own[(turn + place) % len(own)]
+        for turn in range(max(map(len, rows), default=0))
+        for place, own in enumerate(rows)
+        if turn < len(own)
+    ]
+    return [items[index] for index in sorted(turns[:count])]

@@ -182,7 +182,7 @@ class LearningCurve(JsonRecord):
 @dataclass(frozen=True)
 class TraitProjection(JsonRecord):
     """A trait's cosine with the axis and its 95% interval, both without the noise that lengthens its vector
-    where three or more questions let it be told; `along` is its length along the axis, `norm` its length.
+    where its questions let that be told, else as it is and without an interval; `along` is its length along the axis, `norm` its length.
 
     `n` counts the answers at its positive and its negative pole; `coordinates` are those in trait space
     (three).
@@ -223,7 +223,9 @@ class TraitResult(JsonRecord):
     @property
     def n_beyond_chance(self) -> int | None:
         """How many traits have a larger cosine than `chance`; None where it is not known."""
-        return None if self.chance is None else sum(abs(row.cosine) > self.chance for row in self.traits)
+        if self.chance is None:
+            return None
+        return sum(abs(row.along) > self.chance * row.norm for row in self.traits)  # both with their noise
 
 
 @dataclass(frozen=True)

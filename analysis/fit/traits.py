@@ -7,7 +7,8 @@ A trait's vector is the mean of the answers at its positive pole less that at it
 is the cosine with the axis at the axis's layer: +1 is the axis itself, 0 unrelated. Noise lengthens a mean of
 few questions, so its own norm makes the cosine too small: with the differences d_q of the poles' answers to
 each question that both answer, |v|² is estimated by the mean of d_q · d_r over pairs of different questions,
-which noise does not enter. The interval is a jackknife over questions on the Fisher scale. The null is the
+which noise does not enter; where that is within two standard errors of 0 the cosine stays as it is, without an
+interval. The interval is a jackknife over questions on the Fisher scale. The null is the
 length along the axis over the norm when a trait's answers are assigned to its poles at random. PC1 of trait
 space points along the axis (arXiv 2601.10387, appendix on traits).
 """
@@ -155,26 +156,29 @@ def _with_intervals(
     return with_intervals, min(float(np.quantile(np.abs(np.concatenate(shuffled)), 0.95)), 1.0)
 
 
+def _jackknife_error(values: Array) -> float:
+    """The standard error of an estimate from its values without one of n questions each (n,)."""
+    return float(np.sqrt((len(values) - 1) / len(values) * np.square(values - values.mean()).sum()))
+
+
 def _corrected_cosine(differences: Array, unit: Array) -> Interval | None:
     """The cosine of a mean difference (Q, D) with the axis without the noise in its norm, with its interval.
 
-    None where questions are too few, or noise is all that the norm can be told to hold.
+    None where questions are too few, or where the norm without noise is within two standard errors of 0.
     """
     n = len(differences)
     if n < 3:
         return None
     along, products = differences @ unit, differences @ differences.T
 
-    def cosine_without(left_out: int | None) -> float:
-        kept = np.arange(n) != left_out
-        own, size = products[np.ix_(kept, kept)], kept.sum()
-        squared = (own.sum() - np.trace(own)) / (size * (size - 1))
-        return float(along[kept].mean() / np.sqrt(squared)) if squared > 0 else float("nan")
-
-    value, *others = np.arctanh(np.clip([cosine_without(one) for one in (None, *range(n))], -0.999, 0.999))
-    if not np.isfinite([value, *others]).all():
+    kept = [np.arange(n) != left_out for left_out in (-1, *range(n))]  # all questions, then all but one
+    parts = [products[np.ix_(own, own)] for own in kept]
+    squared = np.array([(own.sum() - np.trace(own)) / (len(own) * (len(own) - 1)) for own in parts])
+    if squared[0] <= 2 * _jackknife_error(squared[1:]) or (squared <= 0).any():
         return None
-    error = float(np.sqrt((n - 1) / n * np.square(others - np.mean(others)).sum()))
+    cosines = np.array([along[own].mean() for own in kept]) / np.sqrt(squared)
+    value, *others = np.arctanh(np.clip(cosines, -0.999, 0.999))
+    error = _jackknife_error(np.array(others))
     reach = float(t.ppf(TAILS[1], n - 1)) * error
     low, high = np.tanh([value - reach, value + reach]).tolist()
     return Interval(float(np.tanh(value)), low, high, n)

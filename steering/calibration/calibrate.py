@@ -24,7 +24,7 @@ from personatlas.persona.options import ModelOptions
 from personatlas.persona.pipeline.activations import ACTIVATIONS, load_activations
 from personatlas.persona.progress import progress, say, say_if_fewer
 from personatlas.persona.roles.bank import Bank, load_bank
-from personatlas.persona.rollout import Rollout, of_kind, read_rollouts, spread
+from personatlas.persona.rollout import Rollout, of_kind, read_rollouts, spread_evenly
 from personatlas.persona.runs import open_run, resolve_axis, versions
 from personatlas.steering.arms import RANDOM, is_control_name
 from personatlas.steering.calibration.control_caps import FITTED, SAME_KL, control_axes, match_kl
@@ -100,7 +100,10 @@ def calibrate(
         steered = load_steered_model(model, loaded_axis, arms, load, controls=True, reserved=RESERVED)
         model = folder.as_recorded(steered.model)
         halves = deal_halves(loaded_bank, loaded_axis, space, default, model.name, settings)
-        populations = {"default": spread(default, POPULATION_SIZE), "roles": spread(roles, POPULATION_SIZE)}
+        populations = {
+            "default": _spread_default(default, POPULATION_SIZE),
+            "roles": _spread_roles(roles, POPULATION_SIZE),
+        }
         with progress("projecting", sum(map(len, populations.values()))) as advance:
             projections = read_projections(model, loaded_axis, populations, advance)
         say("floors from {} default and {} role answers".format(*map(len, projections.means.values())))
@@ -112,7 +115,7 @@ def calibrate(
             if not target:
                 say("no floors by gradient: the default never calls itself an assistant when asked who it is")
         search, cap, best = search_cap(measurements, loaded_axis, projections, target, settings)
-        matched = [*spread(default, MATCHED_ANSWERS), *spread(roles, MATCHED_ANSWERS)]
+        matched = [*_spread_default(default, MATCHED_ANSWERS), *_spread_roles(roles, MATCHED_ANSWERS)]
         controls = _random_arms(steered, cap, matched) | _equal_arms(
             measurements, steered, search, best, target, settings, default[0].role
         )
@@ -159,6 +162,16 @@ def _save(run: Path, cap: Cap, best: Trial, result: CalibrationResult) -> None:
     write_calibration_page(run / "calibration.html", result)
 
 
+def _spread_default(answers: Sequence[Rollout], count: int) -> list[Rollout]:
+    """Of the default's answers, every question before any twice."""
+    return spread_evenly(answers, count, lambda answer: answer.question)
+
+
+def _spread_roles(answers: Sequence[Rollout], count: int) -> list[Rollout]:
+    """Of the roles' answers, every role before any twice."""
+    return spread_evenly(answers, count, lambda answer: answer.role)
+
+
 def _populations(rollouts: Sequence[Rollout], bank: Bank, run: Path) -> tuple[list[Rollout], list[Rollout]]:
     """The default's answers and the roles', without empty ones."""
     answers = [rollout for rollout in of_kind(rollouts, "role") if not rollout.is_empty]
@@ -186,7 +199,7 @@ def deal_halves(
     for name, there in (("roles", len(roles)), ("answers", len(benign))):
         if (wanted := getattr(settings, name)) != SIZES[settings.quick][name]:
             say_if_fewer(f"--{name}", wanted, there)
-    answers = spread(sorted(benign, key=lambda text: text.key), settings.answers)
+    answers = _spread_default(sorted(benign, key=lambda text: text.key), settings.answers)
     requests = [
         identity_requests(bank, own, settings.prompts, model_name, settings.seed, questions)
         for own, questions in zip(

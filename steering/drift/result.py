@@ -37,7 +37,7 @@ from personatlas.persona.records import (
     NonNegative,
     check_distinct,
 )
-from personatlas.persona.rollout import Rollout, spread
+from personatlas.persona.rollout import Rollout, spread_evenly
 from personatlas.steering.arms import InterventionSummary, distinct_ngrams
 from personatlas.steering.conversations.runner import (
     RunnerConfig,
@@ -390,7 +390,7 @@ def _cost(data: StudyData) -> DriftCost | None:
     acting = {arm: plan for arm, plan in data.arms.items() if plan and not arm.endswith(ADAPTIVE)}
     if not acting or not turns:
         return None
-    turns = spread(turns, GPU_READ if data.config.on_gpu else CPU_READ)
+    turns = spread_evenly(turns, GPU_READ if data.config.on_gpu else CPU_READ, lambda turn: turn.conversation)
     scripts = {script.name: script for script in data.scripts}
     texts = []
     for turn in turns:
