@@ -118,8 +118,8 @@ class Cusum:
         return reduce(lambda total, value: max(0.0, total - value - self.slack), z, 0.0)
 
 
-# A rule's `statistic` is of the turns since the last alarm, the newest last; above `limit` it raises an alarm.
-# Calibration moves the limit: a higher one is exceeded more rarely.
+# A rule's `statistic` is of the turns since the last alarm, the newest last; above `limit` it raises an
+# alarm. Calibration moves the limit: a higher one is exceeded more rarely.
 Rule = MOfN | Cusum
 
 

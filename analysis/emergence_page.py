@@ -135,13 +135,10 @@ def _role_figure(result: EmergenceResult) -> go.Figure:
 
 def _tiles(result: EmergenceResult) -> list[dict[str, str]]:
     first, last = result.checkpoints[0], result.checkpoints[-1]
-    shuffled, pole = number_text(last.cos_pc1_shuffled), last.pole
+    null, pole = last.cos_pc1_shuffled, last.pole
+    shuffled = "" if null is None else f"shuffled {number_text(null)}; "
     tiles = [
-        _tile(
-            "cos(PC1, axis)",
-            last.cos_pc1,
-            f"{'' if last.cos_pc1_shuffled is None else f'shuffled {shuffled}; '}{first.cos_pc1.value:.2f} at first",
-        ),
+        _tile("cos(PC1, axis)", last.cos_pc1, f"{shuffled}{first.cos_pc1.value:.2f} at first"),
         _tile(
             result.positive,
             Interval(pole.z, None, None),

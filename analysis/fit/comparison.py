@@ -3,8 +3,8 @@
     compare_axes(axis, {"pirate": -3.2}, Path("runs/other"))    # a run, an axis artefact, or a packaged model
 
 Cosines are by layer, between axes of one width and depth. The projections of the roles that both have are
-compared by rank (Spearman) and as z-scores, between any two axes: two models may rank their roles alike although
-their spaces differ.
+compared by rank (Spearman) and as z-scores, between any two axes: two models may rank their roles alike
+although their spaces differ.
 """
 
 import math

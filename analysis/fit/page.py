@@ -166,8 +166,8 @@ def _roc_area(fit: FitResult) -> Interval | None:
 
 
 def _samples(fit: FitResult, rollouts: Sequence[Rollout]) -> list[Row]:
-    """Answers of the pole, the default and the ends of the axis: those whose projection is nearest their role's
-    mean, and where projections of answers are not known the first ones, to the same questions where possible."""
+    """Answers of the pole, the default and the ends of the axis: those whose projections are nearest their
+    role's mean; where these are not known the first ones, to the same questions where possible."""
     others, number = fit.other_roles, number_format(fit)
     marked = [role for role in fit.roles[::-1] if role.positive or role.role == fit.default]
     selected: dict[str, tuple[str, RoleProjection]] = {}

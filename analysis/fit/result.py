@@ -237,8 +237,8 @@ class RoleCorrelation(Interval):
 
 @dataclass(frozen=True)
 class AxisComparison(JsonRecord):
-    """This axis beside another: cosine by layer (None for another width or depth), the roles' rank correlation,
-    and the projections of the roles that both have (here, there; None for fewer than three, and in fits of
+    """This axis beside another: cosine by layer (None for another width or depth), the roles' rank
+    correlation, and the projections of the roles that both have (here, there; None for fewer than three, and in fits of
     earlier versions)."""
 
     path: str

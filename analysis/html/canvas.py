@@ -6,8 +6,8 @@ points.
 
 Colours are written as `var(--name)`: the page resolves them to its palette, so that a figure follows light
 and dark. Labels are placed so that they cover neither a point nor each other, in pixels, for the plot areas
-of a desktop, a tablet and a phone; the page shows one of the three. Both axes have one scale: distances mean the same
-in both directions.
+of a desktop, a tablet and a phone; the page shows one of the three. Both axes have one scale: distances
+mean the same in both directions.
 """
 
 from collections.abc import Sequence

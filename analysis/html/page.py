@@ -50,7 +50,11 @@ def write_page(
         "drawn": figures.keys(),
     }
     environment = _environment(template.parent)
-    environment.filters |= {"short_path": short_path, "minus": lambda text: text.replace("-", "−"), **filters}
+    own: dict[str, Callable[..., object]] = {
+        "short_path": short_path,
+        "minus": lambda text: text.replace("-", "−"),
+    }
+    environment.filters |= own | dict(filters)
     page = environment.get_template(template.name).render(shared | dict(content))
     with atomic(path) as temporary:
         temporary.write_bytes(page.encode("utf-8", "replace"))  # an answer may hold half a surrogate pair

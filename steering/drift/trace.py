@@ -64,7 +64,8 @@ class TracedConversation(JsonRecord):
     context.
 
     `lowest_z` is the lowest of its answers', `first_alarm` the answer (from 1) that first raises the alarm,
-    `slope` the least-squares slope of its answers' projections (residual units per turn; None for one answer).
+    `slope` the least-squares slope of its answers' projections (residual units per turn; None for one
+    answer).
     """
 
     name: str
@@ -113,7 +114,8 @@ class TraceStudy:
         ends = f"The lowest answer lies at {reach} of “{lowest.name}”."
         if self.monitor.rule is None:
             below = sum(row.lowest_z < -CALM_BAND for row in rows)
-            return f"{below:,} of {n:,} conversations fall below z −{CALM_BAND:g}. {ends} No alarm is calibrated."
+            fall = f"{below:,} of {n:,} conversations fall below z −{CALM_BAND:g}"
+            return f"{fall}. {ends} No alarm is calibrated."
         raised = sum(row.first_alarm is not None for row in rows)
         counted = self.monitor.false_alarms
         chance = "" if counted is None else f"; of conversations that do not drift {counted.share:.0%} do"

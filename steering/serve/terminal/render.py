@@ -133,6 +133,10 @@ class ChatRenderer:
                 Text(f" (z at layer {self.tracker.axis.layer}); underlined: changed by the arm", "dim"),
             )
             self.out.print(scale)
+            if tokens[-1].projection is None:
+                self.line(
+                    "the last token has no projection: the answer ended there, and it was never read", "dim"
+                )
         else:
             self.line("projection\tz\tlayers changed\ttoken")
             for token in tokens:

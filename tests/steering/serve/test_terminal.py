@@ -216,6 +216,7 @@ def test_on_a_terminal_tokens_are_coloured_and_underlined_where_the_cap_acted(ta
     _, out = talk("/cap held", "Who are you?", "/tokens")
     assert "\x1b[4;38;2;" in out
     assert "underlined: changed by the arm" in out
+    assert "the last token has no projection: the answer ended there" in out
 
 
 @pytest.mark.parametrize(
