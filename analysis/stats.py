@@ -245,6 +245,15 @@ def _tail_p(value: float, error: StandardError) -> float:
     return float(stats.t.sf(value / error.value, error.df))
 
 
+def p_text(value: float, n: int | None = None) -> str:
+    """Formats a p-value with two digits, never as 0: `p = 0.031`, or `p ≤ 0.01` where none of n shuffles was as
+    extreme.
+    """
+    if n is not None and value * (n + 1) < 1.5:
+        return f"p ≤ {value:.2g}"
+    return "p < 0.001" if value < 0.001 else f"p = {value:.2g}"
+
+
 def holm(p: Sequence[float]) -> list[float]:
     """Returns p-values adjusted for their number (Holm 1979), in the order given."""
     order = np.argsort(p)

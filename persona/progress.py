@@ -57,7 +57,7 @@ class Stage:
 
 
 class Study:
-    """How far a study of several stages is, and how long the rest takes. `show` is called with every change."""
+    """How far a study of several stages is, and how long the rest takes; `show` is called with each change."""
 
     def __init__(self, planned: Sequence[Stage], show: Callable[["Study"], None]) -> None:
         self.planned, self.show, self.note = tuple(planned), show, ""
@@ -125,7 +125,7 @@ _study: ContextVar[Study | None] = ContextVar("study", default=None)
 
 @contextmanager
 def stages(planned: Sequence[Stage], *, quiet: bool = False) -> Iterator[Study]:
-    """Shows one line for a study of several stages. Inside, `progress` moves it and shows nothing of its own."""
+    """Shows one line for a study of several stages; inside, `progress` moves it and shows no own one."""
     console = Console(stderr=True)
     columns = [TextColumn("{task.description}"), BarColumn(bar_width=20), TaskProgressColumn()]
     columns = columns if console.width >= 80 else columns[::2]  # step, share and time left stay

@@ -38,7 +38,7 @@ from personatlas.analysis.fit.tables import (
 )
 from personatlas.analysis.html.canvas import shorten
 from personatlas.analysis.html.page import write_page
-from personatlas.analysis.stats import Interval
+from personatlas.analysis.stats import Interval, p_text
 from personatlas.persona.options import recorded_plan
 from personatlas.persona.records import JsonObject
 from personatlas.persona.roles.bank import load_bank
@@ -132,7 +132,7 @@ def _tiles(fit: FitResult) -> list[Tile]:
         scale = 1.1 * max(row.norm, null.norm_95)
         strip = {"value": 100 * row.norm / scale, "chance": 100 * null.norm_95 / scale}
         note = f"|axis| {row.norm:.3g}; shuffled labels: {null.norm:.3g}, 95% below {null.norm_95:.3g}"
-        times, test = f"{row.norm / null.norm:.1f}×", f"{_p(null.p_norm)} ({null.n} shuffles)"
+        times, test = f"{row.norm / null.norm:.1f}×", f"{_p(null.p_norm, null.n)} ({null.n} shuffles)"
         tiles.append(Tile("|axis| / shuffled", times, test, note, strip))
     strip = _strip(Interval(row.variance_pc1, None, None))
     others = f"between {len(fit.other_roles)} roles"
@@ -276,8 +276,8 @@ def _command(fit: FitResult, manifest: JsonObject) -> str:
     return " \\\n  ".join([shlex.join(["personatlas", "axis", str(model)]), *lines])
 
 
-def _p(value: float) -> str:
-    return f"p\u00a0=\u00a0{value:.2g}"  # never broken at a line's end
+def _p(value: float, n: int) -> str:
+    return p_text(value, n).replace(" ", "\u00a0")  # never broken at a line's end
 
 
 def _range(interval: Interval) -> str:

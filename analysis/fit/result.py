@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from personatlas.analysis.stats import Interval
+from personatlas.analysis.stats import Interval, p_text
 from personatlas.persona.artifacts import digest, read_object, read_record
 from personatlas.persona.errors import UserError
 from personatlas.persona.records import (
@@ -424,9 +424,11 @@ class FitResult(JsonRecord):
         if null is None:
             found.append(f"no null at layer {self.layer}: no rollout means there, or --replicates 0")
         elif null.p_norm > SIGNIFICANCE:
-            found.append(f"|axis| is no larger than with shuffled labels (p = {null.p_norm:.2g})")
+            found.append(f"|axis| is no larger than with shuffled labels ({p_text(null.p_norm, null.n)})")
         elif null.p_cos_pc1 > SIGNIFICANCE:
-            found.append(f"cos(PC1, axis) is no larger than with shuffled labels (p = {null.p_cos_pc1:.2g})")
+            found.append(
+                f"cos(PC1, axis) is no larger than with shuffled labels ({p_text(null.p_cos_pc1, null.n)})"
+            )
         if self.role_play is not None and self.role_play.share < LOW_ROLE_PLAY:
             found.append(f"only {self.role_play.share:.0%} of the judged answers show their role")
         if self.trait_problem is not None:

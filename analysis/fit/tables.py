@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from personatlas.analysis.fit.figures import neutral_projection
 from personatlas.analysis.fit.result import AxisComparison, ControlPlace, FitResult, LayerFit, TraitResult
-from personatlas.analysis.stats import Interval
+from personatlas.analysis.stats import Interval, p_text
 
 NumberFormat = Callable[[float], str]
 SWAPPED = 0.1  # a share of resamples with another PC1 that is worth saying
@@ -184,7 +184,7 @@ def stability_text(row: LayerFit) -> str:
     return (
         f"axes of two halves of the answers have cosine {interval_text(half)}, so two full "
         f"runs of this size about {full:.2f}{questions}; |axis| is {row.norm:.3g}, with shuffled labels {null.norm:.3g} "
-        f"(95% below {null.norm_95:.3g}; p = {null.p_norm:.3g})"
+        f"(95% below {null.norm_95:.3g}; {p_text(null.p_norm, null.n)})"
     )
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.text import Text
 
 from personatlas.analysis.emergence import EmergenceResult
-from personatlas.analysis.fit.result import FitResult, RoleProjection
+from personatlas.analysis.fit.result import LOW_ROLE_PLAY, FitResult, RoleProjection
 from personatlas.analysis.fit.tables import (
     comparison_text,
     control_text,
@@ -22,6 +22,11 @@ ENDS, TRAITS = 10, 5  # at either end of the axis
 
 def print_fit(fit: FitResult, page: Path) -> None:
     """Prints the layers, the ten lowest and highest roles, what was dropped, and where the report is."""
+    if fit.role_play is not None and fit.role_play.share < LOW_ROLE_PLAY:
+        share = f"{fit.role_play.share:.0%} of the judged answers show their role"
+        print_line(
+            f"The model plays no roles: {share}. What follows says little of characters.", style="bold"
+        )
     rows = []
     for row in fit.layers:
         is_used = row.layer == fit.layer

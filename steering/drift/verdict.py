@@ -2,8 +2,8 @@
 
     write_drift_verdict(result)[0]
 
-A domain drifts where the interval of its slope at baseline is below 0 and the slope is beyond that of shuffled
-turns. An arm holds it where its own slope is not shown to fall, and slows it where it falls less than half as
+A domain drifts where the interval of its slope at baseline is below 0 and the slope is beyond that of
+shuffled turns. An arm holds it where its own slope is not shown to fall, and slows it where it falls less than half as
 fast. The projection of a capped answer is level by construction, so the same answers read without the cap are
 said beside it, where the study has them.
 """
@@ -15,7 +15,7 @@ from personatlas.steering.drift.result import ADAPTIVE, ALL, DriftResult
 
 
 def write_drift_verdict(result: DriftResult) -> list[str]:
-    """Sentences without their full stop: where the baseline drifts, then what each arm does there and costs."""
+    """Clauses: where the baseline drifts, then what each arm does there and costs."""
     slopes = {domain: slope for domain in result.domains if (slope := result.slopes[domain][BASELINE])}
     if not slopes:
         return ["no conversation has two answers, so no slope can be measured"]
@@ -30,7 +30,8 @@ def write_drift_verdict(result: DriftResult) -> list[str]:
         first = f"{_name(steepest)} falls {_turn(slopes[steepest])}" + (f" (also {others})" if others else "")
     held = [_name(domain) for domain in slopes if domain not in falling]
     if falling and held:
-        first += f"; {' and '.join([', '.join(held[:-1]), held[-1]] if held[1:] else held)} {'do' if held[1:] else 'does'} not"
+        names = " and ".join([", ".join(held[:-1]), held[-1]] if held[1:] else held)
+        first += f"; {names} {'do' if held[1:] else 'does'} not"
     arms = [arm for arm in result.arms[1:] if not arm.endswith(ADAPTIVE)]
     return [first, *(_arm_sentence(result, arm, steepest, bool(falling)) for arm in arms)]
 

@@ -160,7 +160,8 @@ def _changes(result: EvalResult, suite: str, kinds: Mapping[str, str], extent: f
             if found is not None:
                 change = found.change
                 bounds = [change.value if bound != bound else bound for bound in (change.low, change.high)]
-                text = f"{signed_points(change.value)} [{signed_points(change.low)}, {signed_points(change.high)}]"
+                low, high = signed_points(change.low), signed_points(change.high)
+                text = f"{signed_points(change.value)} [{low}, {high}]"
                 note = f"p {p_value(change.adjusted_p)}, n = {change.n}"
                 spots = tuple(50 + 50 * value / extent for value in (change.value, *bounds))
                 strips.append(Strip(arm, kinds[arm], found.status, spots, text, note))

@@ -230,7 +230,7 @@ def _random_arms(
 
 @dataclass(frozen=True)
 class Measured:
-    """Answers by suite, the judges' scores by judge and pair of request and answer, and what the arms cost."""
+    """Answers by suite, the judges' scores by judge and (request, answer), and what the arms cost."""
 
     answers: dict[str, Answers]
     judges: dict[str, HarmJudge]

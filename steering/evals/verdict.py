@@ -73,8 +73,9 @@ class Finding:
             bound = bound if change.smallest == change.smallest else "; too few pairs to tell"
             return f"no change in {self.subject} shown ({percent(before)} and {percent(after)}{bound})"
         more = "more" if change.value > 0 else "fewer"
-        bounds = f"{signed_points(change.value)} points [{signed_points(change.low)}, {signed_points(change.high)}]"
-        return f"{more} {self.subject}: {percent(after)} instead of {percent(before)} ({bounds}, p {p_value(change.adjusted_p)})"
+        low, high = signed_points(change.low), signed_points(change.high)
+        bounds = f"{signed_points(change.value)} points [{low}, {high}], p {p_value(change.adjusted_p)}"
+        return f"{more} {self.subject}: {percent(after)} instead of {percent(before)} ({bounds})"
 
 
 def shown_outcomes(result: EvalResult, suite: str) -> dict[str, Outcome]:
@@ -113,7 +114,7 @@ def find_change(result: EvalResult, suite: str, outcome: str, arm: str) -> Findi
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ArmVerdict:
     """What an arm bought and cost in one sentence, and all that was found for suites' main outcomes."""
 
     arm: str
@@ -121,7 +122,7 @@ class Verdict:
     details: tuple[str, ...] = ()
 
 
-def write_verdict(result: EvalResult) -> list[Verdict]:
+def write_verdict(result: EvalResult) -> list[ArmVerdict]:
     """A verdict for each arm but random controls (for these where there are no others); of the baseline where
     it is alone.
     """
@@ -134,7 +135,7 @@ def write_verdict(result: EvalResult) -> list[Verdict]:
             if row.share is not None and row.interval is not None:
                 bounds = f"[{percent(row.interval[0])}, {percent(row.interval[1])}]"
                 details.append(f"{subject_of(outcome, suite)}: {percent(row.share)} {bounds}")
-        return [Verdict(BASELINE, "no other arm, so nothing is compared", tuple(details))]
+        return [ArmVerdict(BASELINE, "no other arm, so nothing is compared", tuple(details))]
     arms = [arm for arm in result.arms[1:] if not is_control_name(arm)] or list(result.arms[1:])
     verdicts = []
     for arm in arms:
@@ -142,7 +143,7 @@ def write_verdict(result: EvalResult) -> list[Verdict]:
             own for suite in names if (own := find_change(result, suite, main_outcome(result, suite), arm))
         ]
         verdicts.append(
-            Verdict(arm, "; ".join(_clauses(result, arm, found)), tuple(own.text for own in found))
+            ArmVerdict(arm, "; ".join(_clauses(result, arm, found)), tuple(own.text for own in found))
         )
     return verdicts
 

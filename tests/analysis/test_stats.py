@@ -9,6 +9,7 @@ from personatlas.analysis.stats import (
     clustered_error,
     holm,
     mean_interval,
+    p_text,
     paired_change,
     ratio_interval,
     share_interval,
@@ -226,3 +227,8 @@ def test_pairs_of_which_none_differs_do_not_prove_that_none_would():
     assert found.value == 0
     assert (1 - found.high) ** 60 == pytest.approx(0.05)  # so many pairs show none once in twenty
     assert (found.low, found.smallest, found.p) == (-found.high, found.high, 1)
+
+
+def test_a_p_that_no_shuffle_reached_is_bounded_and_none_is_zero():
+    assert [p_text(1 / 101, 100), p_text(2 / 101, 100)] == ["p ≤ 0.0099", "p = 0.02"]
+    assert [p_text(0.0), p_text(0.0312)] == ["p < 0.001", "p = 0.031"]

@@ -219,7 +219,7 @@ def test_a_page_shows_every_role_and_every_figure(page: Page) -> None:
     assert {tag["data-figure"] for _, tag in page.tags if "data-figure" in tag} == set(page.figures())
     assert all(name in page.words for name in NAMES)
     assert "★ default 1.00 0.50 to 1.50 4" in page.words
-    assert "points to it (p = 0.01)" in page.words
+    assert "points to it (p ≤ 0.01)" in page.words
 
 
 def test_nobodys_text_can_run(tmp_path: Path) -> None:
