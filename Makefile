@@ -5,7 +5,7 @@ PACKAGES := persona analysis steering training
 
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint requirements.lock
 
-.PHONY: .check install demo demo-train test test-slow test-robustness check docs format clean
+.PHONY: .check install demo demo-train test test-slow test-robustness check notebooks docs format clean
 
 # everything, for development; .venv/runs is what the package itself needs
 install: .venv/installed
@@ -56,6 +56,10 @@ check: .check
 	$(BIN)/ruff check .
 	cd .check && MYPYPATH=. ../$(BIN)/mypy --config-file ../pyproject.toml -p personatlas
 	$(BIN)/python -m pytest tests/test_architecture.py
+
+# runs the notebooks and stores what they show
+notebooks: .venv/installed
+	$(BIN)/python tests/docs/execute_notebooks.py
 
 docs: .check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
