@@ -144,9 +144,8 @@ def _print_chat(result: "TrainResult") -> None:
         )
     print_line(f"training: {result.seconds:,.1f} s, {result.steps:,} steps, {result.epochs:.2f} epochs")
     print_path("model", result.model)
-    say(
-        f"next: personatlas chat {result.folder}    (where its character lies: personatlas axis {result.folder})"
-    )
+    talk, place = f"personatlas chat {result.folder}", f"personatlas axis {result.folder}"
+    say(f"next: {talk}    (where its character lies: {place})")
 
 
 def evaluate(
@@ -220,8 +219,8 @@ def tokenizer(
     out
         the folder to make; `AutoTokenizer.from_pretrained` reads it
     vocabulary
-        number of tokens: the 256 bytes, four special tokens, and the rest learned; up to 32,768, from the size
-        of the corpus, unless given
+        number of tokens: the 256 bytes, four special tokens, and the rest learned; up to 32,768, from the
+        size of the corpus, unless given
     held_out
         texts to check it on instead of a share of the corpus; taken out of the corpus if they are in it
     held_share

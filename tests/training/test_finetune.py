@@ -172,7 +172,7 @@ def test_what_is_no_base_is_refused_in_one_line(base, data, tmp_path, capsys):
 
 def test_wrong_options_are_refused_in_one_line(base, data, tmp_path, capsys):
     out = ["--out", tmp_path / "out"]
-    assert "give conversations with --data" in refused(capsys, base, *out)
+    assert "give conversations: --data FILE" in refused(capsys, base, *out)
     assert "give one of them" in refused(
         capsys, base, *out, "--data", data, "--epochs", "1", "--minutes", "1"
     )
@@ -188,7 +188,7 @@ def test_wrong_options_are_refused_in_one_line(base, data, tmp_path, capsys):
     long = write_rows(
         tmp_path / "long.jsonl", [{"prompt": f"{i}?", "response": "sea " * 300} for i in range(9)]
     )
-    assert "nothing of it is left" in refused(capsys, base, *out, "--data", long)
+    assert "8 of 8 conversations are longer than the base's context" in refused(capsys, base, *out, "--data", long)
 
 
 # The plan

@@ -260,9 +260,9 @@ def prepare_chat_data(
     for dataset, examples, (_, fitting) in zip(datasets, split.train, encoded, strict=True):
         if len(examples) > 2 * len(fitting):
             raise UserError(
-                f"--data {dataset.path}: {len(examples) - len(fitting):,} of {len(examples):,} conversations are "
-                f"longer than the base's context of {context:,} tokens; give shorter ones, or train a base with "
-                f"a longer --context"
+                f"--data {dataset.path}: {len(examples) - len(fitting):,} of {len(examples):,} conversations "
+                f"are longer than the base's context of {context:,} tokens; give shorter ones, or train a base "
+                "with a longer --context"
             )
     weights = [np.array([example.weight for example in fitting]) for _, fitting in encoded]
     tokens = [int((part.counted * weight).sum()) for (part, _), weight in zip(encoded, weights, strict=True)]
