@@ -139,7 +139,13 @@ def open_context(
     is used as it is, without `load`. Under torchrun every process does this; the first one leads.
     """
     world = get_world()
-    plan_name = plan.plan or _default_plan(model, folder, load)
+    if isinstance(model, Model):
+        has_gpu = model.device.type == "cuda"
+    else:
+        has_gpu = (load.device or "cuda").startswith("cuda") and torch.cuda.is_available()
+    recorded = read_manifest(folder).get("asked", {}) if (folder / "run.json").is_file() else {}
+    # on a CPU the standard plan takes hours
+    plan_name = plan.plan or recorded_plan(recorded) or ("standard" if has_gpu else "demo")
     plan = replace(plan, plan=plan_name)
     selection, max_new_tokens = selection_of(plan)
     sampling = Sampling(max_new_tokens, plan.temperature, plan.top_p)
@@ -171,19 +177,6 @@ def open_context(
             yield context
         finally:
             world.close()
-
-
-def _default_plan(model: str | Model, folder: Path, load: ModelOptions) -> str:
-    """The plan of the run that is there; else demo on a CPU, where the standard one takes hours."""
-    manifest = read_manifest(folder) if (folder / "run.json").is_file() else {}
-    if (recorded := recorded_plan(manifest.get("asked", {}))) is not None:
-        return recorded
-    on_gpu = (
-        model.device.type == "cuda"
-        if isinstance(model, Model)
-        else (load.device or "cuda").startswith("cuda") and torch.cuda.is_available()
-    )
-    return "standard" if on_gpu else "demo"
 
 
 def sample(context: RunContext) -> list[Rollout]:
