@@ -6,11 +6,14 @@ selection, max_new_tokens = selection_of(PlanOptions(plan="demo", questions=8))
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from personatlas.persona.errors import UserError, not_one_of
+from personatlas.persona.errors import UserError, did_you_mean, not_one_of
+from personatlas.persona.judges.base import SCORE_FILTERS
 from personatlas.persona.progress import say
 from personatlas.persona.records import JsonObject
-from personatlas.persona.roles.bank import Bank
+from personatlas.persona.roles.bank import Bank, load_bank
 from personatlas.persona.rollout import Selection
+
+DTYPE_NAMES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,11 @@ class ModelOptions:
     unless given"""
     chat_template: Path | None = None
     "a Jinja file in place of the tokenizer's chat template"
+
+    def check(self) -> None:
+        """Raises `UserError` for a dtype that there is not."""
+        if self.dtype is not None and self.dtype not in (names := (*DTYPE_NAMES, "auto")):
+            raise UserError(f"--dtype {not_one_of(self.dtype, names)}")
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,12 @@ class PlanOptions:
     chunk: int | None = None
     "rollouts that start together; 64 on a CPU, 16384 on a GPU unless given"
 
+    def check(self) -> None:
+        """Raises `UserError` for what makes no plan, and for names that the bank has not."""
+        selection, bank = selection_of(self)[0], load_bank(self.bank)
+        selection.roles(bank)
+        selection.traits(bank)
+
 
 @dataclass(frozen=True)
 class SamplingOptions:
@@ -87,6 +101,24 @@ class JudgeOptions:
     judge_tokens: int | None = None
     "the longest reply of that model, with its thoughts; unless given as long as it needs"
 
+    @property
+    def is_url(self) -> bool:
+        """Whether the judge is a model at an address."""
+        return self.judge.startswith(("http://", "https://"))
+
+    def check(self) -> None:
+        """Raises `UserError` for a judge that there is not, and for options that do not go with it."""
+        if self.judge not in ("rules", "none") and not self.judge.startswith("local:") and not self.is_url:
+            hint = did_you_mean(self.judge, ("rules", "none", "local:MODEL"))
+            raise UserError(f"--judge {self.judge!r} is not rules, none, local:MODEL or a http(s) URL{hint}")
+        if self.is_url and not self.judge_model:
+            raise UserError(f"--judge {self.judge} needs --judge-model NAME")
+        for option in ("judge_model", "judge_tokens"):
+            if not self.is_url and getattr(self, option) is not None:
+                raise UserError(
+                    f"--{option.replace('_', '-')} is about a model at an address: give --judge URL with it"
+                )
+
 
 @dataclass(frozen=True)
 class FitOptions:
@@ -103,6 +135,15 @@ class FitOptions:
     "bootstrap replicates, random splits and shuffles"
     compare: Path | None = None
     "another run or axis, or smollm2-135m for the one that comes with it, to compare with"
+
+    def check(self) -> None:
+        """Raises `UserError` for what no run allows."""
+        if self.keep not in SCORE_FILTERS:
+            raise UserError(f"--keep {not_one_of(self.keep, SCORE_FILTERS)}")
+        if self.replicates < 0:
+            raise UserError(f"--replicates {self.replicates} is below 0")
+        if self.replicates == 1:
+            raise UserError("--replicates 1 makes no interval; give 0 for none, or as many as 100")
 
 
 # Roles, prompts, questions and longest answer of a plan; None means all there are. Few answers leave noise in PC1,

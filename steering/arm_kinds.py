@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from personatlas.persona.caps import parse_layers
+from personatlas.persona.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from personatlas.persona.axis import Axis
@@ -53,6 +54,22 @@ ARM_KINDS: dict[str, ArmKind] = {
         ),
     ),
 }
+
+
+def match_arm(text: str) -> tuple[ArmKind, re.Match[str]] | None:
+    """The kind that a text names, with its numbers; None for the baseline and random controls.
+
+    Raises `UserError` for a text that names no arm.
+    """
+    if text == "baseline" or is_control(text):
+        return None
+    kind, rest = re.fullmatch(r"([a-z-]*)(.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]
+    match = re.fullmatch(ARM_KINDS[kind].pattern, rest) if kind in ARM_KINDS else None
+    if match is None:
+        examples = ", ".join(kind.example for kind in ARM_KINDS.values())
+        hint = did_you_mean(kind, [*ARM_KINDS, "baseline", "random"])
+        raise UserError(f"arm {text[:80]!r} is not baseline, random:3, or such as {examples}{hint}")
+    return ARM_KINDS[kind], match
 
 
 def as_arm(text: str) -> str:

@@ -19,7 +19,7 @@ from typing import Annotated, ClassVar
 
 from personatlas.persona.axis import Axis
 from personatlas.persona.caps import format_layers, parse_layers
-from personatlas.persona.errors import UserError, did_you_mean
+from personatlas.persona.errors import UserError
 from personatlas.persona.interventions import (
     BASELINE,
     Cap,
@@ -36,7 +36,7 @@ from personatlas.persona.records import Fraction, JsonRecord
 from personatlas.persona.rollout import Request
 from personatlas.persona.sampling.cuda_graph import fastest_sampler
 from personatlas.persona.sampling.sampler import Answer, Prompt, Sampler, Sampling
-from personatlas.steering.arm_kinds import ARM_KINDS, is_control
+from personatlas.steering.arm_kinds import is_control, match_arm
 from personatlas.steering.hooks.account import SteeringTally
 from personatlas.steering.hooks.steering import steer
 
@@ -89,18 +89,11 @@ def parse_arm(text: str, axis: Axis) -> Arm:
     Without layers the axis's own layer is meant. A cap's arm is called by its spec, others by their text.
     Raises `UserError` for anything else.
     """
-    kind, rest = re.fullmatch(r"([a-z-]*)(.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]
-    if text == BASELINE:
-        return Arm(BASELINE)
-    if is_control(text):
-        return Arm(text, n_random=int(rest[1:]))
-    match = re.fullmatch(ARM_KINDS[kind].pattern, rest) if kind in ARM_KINDS else None
-    if match is None:
-        examples = ", ".join(kind.example for kind in ARM_KINDS.values())
-        hint = did_you_mean(kind, [*ARM_KINDS, BASELINE, RANDOM])
-        raise UserError(f"arm {text[:80]!r} is not {BASELINE}, random:3, or such as {examples}{hint}")
+    if (found := match_arm(text)) is None:
+        return Arm(text, n_random=int(text.partition(":")[2]) if is_control(text) else None)
+    kind, match = found
     try:
-        intervention = ARM_KINDS[kind].make(axis, match)
+        intervention = kind.make(axis, match)
     except ValueError as error:
         if isinstance(error, UserError):
             raise

@@ -225,12 +225,7 @@ def _write_report(folder: Path, fit: FitResult, *, force: bool = False) -> Path:
 
 def _require_options(options: FitOptions) -> None:
     """Raises `UserError` for options that no run allows."""
-    if options.keep not in SCORE_FILTERS:
-        raise UserError(f"--keep {not_one_of(options.keep, SCORE_FILTERS)}")
-    if options.replicates < 0:
-        raise UserError(f"--replicates {options.replicates} is below 0")
-    if options.replicates == 1:
-        raise UserError("--replicates 1 makes no interval; give 0 for none, or as many as 100")
+    options.check()
     if options.compare is not None:
         load_axis(resolve_axis(str(options.compare)))
 

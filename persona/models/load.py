@@ -37,6 +37,7 @@ from personatlas.persona.models.hooks import capture
 from personatlas.persona.models.hub import cached_revision, describe_name, hub_or_cache, is_hub_id
 from personatlas.persona.models.packaged import PACKAGED, gguf_folder, packaged_folder, weight_format
 from personatlas.persona.models.positions import limit_reading, scale_switch
+from personatlas.persona.options import DTYPE_NAMES
 from personatlas.persona.progress import say
 from personatlas.persona.records import JsonObject
 from personatlas.persona.runs import hub_snapshot, locate, model_name, resolve_model
@@ -44,7 +45,7 @@ from personatlas.persona.runs import hub_snapshot, locate, model_name, resolve_m
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def load_model(
         config, auto = load_config(name, source)
         if isinstance(dtype, str) and dtype != "auto":
             if dtype not in DTYPES:
-                raise UserError(f"dtype {not_one_of(dtype, (*DTYPES, 'auto'))}")
+                raise UserError(f"--dtype {not_one_of(dtype, (*DTYPES, 'auto'))}")
             dtype = DTYPES[dtype]
         dtype = _fastest_dtype(target, config) if dtype is None else dtype
         hf, info = auto.from_pretrained(

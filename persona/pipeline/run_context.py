@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from personatlas.persona.distributed import World, get_world
-from personatlas.persona.errors import UserError, did_you_mean
+from personatlas.persona.errors import UserError
 from personatlas.persona.judges.base import (
     Item,
     Judge,
@@ -246,7 +246,7 @@ def judge_run(
         return rollouts
     of_roles, of_traits = of_kind(rollouts, "role"), of_kind(rollouts, "trait")
     judge, trait_judge = load_judge(options, run), None
-    if of_traits and _is_url(options.judge):
+    if of_traits and options.is_url:
         trait_judge = _endpoint_judge(options, of_traits=True)
     log, trait_log = run.folder / "scores.jsonl", run.folder / "trait_scores.jsonl"
     if world.rank == 0:
@@ -290,20 +290,10 @@ def stored_scores(run: RunFolder) -> dict[str, int | None]:
 
 def require_judge(options: JudgeOptions) -> None:
     """`UserError` for a judge that there is not or that does not answer, before anything long begins."""
-    is_url = _is_url(options.judge)
-    if options.judge not in ("rules", "none") and not options.judge.startswith("local:") and not is_url:
-        hint = did_you_mean(options.judge, ("rules", "none", "local:MODEL"))
-        raise UserError(f"--judge {options.judge!r} is not rules, none, local:MODEL or a http(s) URL{hint}")
-    if is_url and not options.judge_model:
-        raise UserError(f"--judge {options.judge} needs --judge-model NAME")
-    for option in ("judge_model", "judge_tokens"):
-        if not is_url and getattr(options, option) is not None:
-            raise UserError(
-                f"--{option.replace('_', '-')} is about a model at an address: give --judge URL with it"
-            )
+    options.check()
     if options.judge.startswith("local:"):
         require_model_name(options.judge.removeprefix("local:"))
-    elif is_url and not get_world().rank:
+    elif options.is_url and not get_world().rank:
         judge = _endpoint_judge(options)
         item = Item("judge/0/hello/0", Role("assistant", ()), "", "Say hello.", "Hello.")
         for verdict in judge.verdicts([item]):
@@ -331,10 +321,6 @@ def _endpoint_judge(options: JudgeOptions, *, of_traits: bool = False) -> Judge:
     wording = TRAIT_WORDING if of_traits else ROLE_WORDING
     model, tokens = options.judge_model or "", options.judge_tokens
     return EndpointJudge(options.judge, model, max_tokens=tokens, wording=wording)
-
-
-def _is_url(judge: str) -> bool:
-    return judge.startswith(("http://", "https://"))
 
 
 def record_rollouts(

@@ -5,7 +5,7 @@ Options of the libraries are plain dataclasses with documented fields; a command
     def record(run: Path, /, *, load: Annotated[ModelOptions, MODEL] = ModelOptions()) -> None: ...
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -13,17 +13,25 @@ from typing import Annotated
 from cyclopts import Group, Parameter, Token
 
 from personatlas.persona.models.hub import require_model_name
-from personatlas.steering.arm_kinds import arm_help, with_default
+from personatlas.steering.arm_kinds import arm_help, match_arm, with_default
 
 _PANELS = ("Model", "Plan", "Judge", "Fit", "Steering", "Sampling", "Size", "Output")
 
 
 def _flattened(panel: str) -> Parameter:
-    return Parameter(name="*", group=Group(panel, sort_key=1 + _PANELS.index(panel)))
+    group = Group(panel, sort_key=1 + _PANELS.index(panel))
+    return Parameter(name="*", group=group, validator=_check)
+
+
+def _check(_type: object, options: object) -> None:
+    """Refuses what options can know to be wrong by themselves, before anything slow is imported."""
+    check: Callable[[], None] | None = getattr(options, "check", None)
+    if check is not None:
+        check()
 
 
 MODEL, PLAN, JUDGE, FIT, STEERING, SAMPLING, SIZE = map(_flattened, _PANELS[:-1])
-OPTIONS = Parameter(name="*")
+OPTIONS = Parameter(name="*", validator=_check)
 "Options of one command, in the panel of its own parameters."
 
 _OUTPUT = Group("Output", sort_key=1 + len(_PANELS))
@@ -91,6 +99,11 @@ class SteeringOptions(AxisOptions):
     """Which axis to measure along, and which arms to compare with the baseline."""
 
     arm: Annotated[tuple[str, ...], Parameter(help=arm_help())] = ()
+
+    def check(self) -> None:
+        """Raises `UserError` for a text that names no arm."""
+        for text in self.arm:
+            match_arm(text)
 
     def arms(self, axis: str) -> list[str]:
         """The arms' texts, behind the default arm of the axis where they name nothing but random controls."""

@@ -245,6 +245,38 @@ class ClassifierHarmJudge:
                 yield index, HarmVerdict(float(probability), "")
 
 
+def check_harm_judge(text: str, model: str | None, rubric: str, max_tokens: int | None) -> None:
+    """Raises `UserError` for a judge that there is not and for options that do not go with it."""
+    if rubric not in RUBRICS:
+        raise UserError(f"rubric {not_one_of(rubric, RUBRICS)}")
+    is_url = text.startswith(("http://", "https://"))
+    for option, value in (("--judge-model", model), ("--judge-tokens", max_tokens)):
+        if not is_url and value is not None:
+            raise UserError(f"{option} is about a model at an address: give --judge URL with it")
+    if is_url and not model:
+        raise UserError(
+            f"the judge {text} needs the name of the model to ask for; give it with --judge-model NAME"
+        )
+    if text == "local:":
+        raise UserError("local: names no model; give local:MODEL, a folder, a .gguf file or a hub id")
+    if text.startswith("local:") and rubric != "yes-no":
+        raise UserError(
+            f"a local judge reads digits and answers yes-no only, not {rubric!r}; take an endpoint for that"
+        )
+    stem = _classifier_stem(text)
+    is_file = text and any(stem.with_name(stem.name + end).is_file() for end in (".json", ".safetensors"))
+    if text != "rules" and not is_url and not text.startswith("local:") and not is_file:
+        hint = did_you_mean(text, ("rules", "local:MODEL")) or did_you_mean_path(stem)
+        raise UserError(
+            f"judge {text!r} is not rules, a http(s) URL, local:MODEL or the file of a classifier made with "
+            f"`personatlas tools harm-judge fit`{hint}"
+        )
+
+
+def _classifier_stem(text: str) -> Path:
+    return Path(text).with_suffix("") if text.endswith((".json", ".safetensors")) else Path(text)
+
+
 def harm_judge(
     text: str, model: str | None, rubric: str = "yes-no", *, max_tokens: int | None = None
 ) -> HarmJudge:
@@ -253,47 +285,26 @@ def harm_judge(
     `rubric` is what a model is asked, "yes-no" or "scale"; `max_tokens` the longest reply of an endpoint,
     thoughts included. Raises `UserError` for what is none of these or goes with none.
     """
-    if rubric not in RUBRICS:
-        raise UserError(f"rubric {not_one_of(rubric, RUBRICS)}")
-    is_url = text.startswith(("http://", "https://"))
-    for option, value in (("--judge-model", model), ("--judge-tokens", max_tokens)):
-        if not is_url and value is not None:
-            raise UserError(f"{option} is about a model at an address: give --judge URL with it")
+    check_harm_judge(text, model, rubric, max_tokens)
     if text == "rules":
         return RuleHarmJudge()
     own = RUBRICS[rubric]
-    if is_url:
+    if text.startswith(("http://", "https://")):
         from personatlas.persona.judges.endpoint import EndpointJudge
 
-        if not model:
-            raise UserError(
-                f"the judge {text} needs the name of the model to ask for; give it with --judge-model NAME"
-            )
+        assert model
         judge = EndpointJudge(text, model, max_tokens=max_tokens, tokens=own.tokens, wording=own.wording)
         return ModelHarmJudge(judge, own)
     if text.startswith("local:"):
         from personatlas.persona.judges.local import LocalJudge
         from personatlas.persona.models.load import load_model
 
-        name = text.removeprefix("local:")
-        if not name:
-            raise UserError("local: names no model; give local:MODEL, a folder, a .gguf file or a hub id")
-        if rubric != "yes-no":
-            raise UserError(
-                f"a local judge reads digits and answers yes-no only, not {rubric!r}; take an endpoint for "
-                f"that"
-            )
-        local = LocalJudge(load_model(name), wording=own.wording, digits=own.highest + 1)
+        loaded = load_model(text.removeprefix("local:"))
+        local = LocalJudge(loaded, wording=own.wording, digits=own.highest + 1)
         return ModelHarmJudge(local, own, shares=True)
-    stem = Path(text).with_suffix("") if text.endswith((".json", ".safetensors")) else Path(text)
-    if text and any(stem.with_name(stem.name + end).is_file() for end in (".json", ".safetensors")):
-        from personatlas.steering.evals.harm.classifier import load_harm_classifier
+    from personatlas.steering.evals.harm.classifier import load_harm_classifier
 
-        return ClassifierHarmJudge(load_harm_classifier(stem))
-    raise UserError(
-        f"judge {text!r} is not rules, a http(s) URL, local:MODEL or the file of a classifier made with "
-        f"`personatlas tools harm-judge fit`{did_you_mean(text, ('rules', 'local:MODEL')) or did_you_mean_path(stem)}"
-    )
+    return ClassifierHarmJudge(load_harm_classifier(_classifier_stem(text)))
 
 
 def judge_harm(
