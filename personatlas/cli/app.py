@@ -112,6 +112,9 @@ STDOUT = "standard output"
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command and exits with its status."""
     _prepare_streams()
+    # read when torch is loaded: threads that spin for one another on cores that other work wants took more than
+    # five times as long as these, which sleep and come to 1.2 times one thread's time there
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if threading.excepthook is threading.__excepthook__:
         threading.excepthook = _explain_in_thread
     try:

@@ -545,3 +545,14 @@ def test_a_stopped_command_says_that_it_resumes_only_where_it_does(monkeypatch, 
     assert left.value.code == 130
     said = "personatlas: stopped; the same command resumes\n" if resumes else "personatlas: stopped\n"
     assert capsys.readouterr().err == said
+
+
+def test_threads_of_a_command_sleep_while_they_wait_unless_the_environment_says_otherwise(
+    monkeypatch, capsys
+):
+    for given, used in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
+        monkeypatch.setenv("OMP_WAIT_POLICY", given) if given else monkeypatch.delenv(
+            "OMP_WAIT_POLICY", False
+        )
+        main(["roles", "--help"])
+        assert os.environ["OMP_WAIT_POLICY"] == used
