@@ -34,7 +34,14 @@ def place_controls(
     """
     if layer not in controls.layers or groups.question is None:
         return ()
-    poles = _pole_and_roles(projections, groups)
+    shape = groups.n_roles + 1, groups.n_questions
+    flat = groups.index * groups.n_questions + groups.question
+    count = np.bincount(flat, minlength=shape[0] * shape[1]).reshape(shape)
+    total = np.bincount(flat, projections, minlength=count.size).reshape(shape)
+    cells = np.divide(total, count, out=np.full(shape, np.nan), where=count > 0)  # role x question
+    n = (count[1:] > 0).sum(0)
+    mean_role = np.divide(np.nansum(cells[1:], 0), n, out=np.full(len(n), np.nan), where=n > 0)
+    poles = np.stack([cells[0], mean_role])
     known = {question: poles[:, index] for index, question in enumerate(questions)}
     own = controls.rollout_means[:, controls.layers.index(layer)].double().numpy() @ vector
     keys = [RolloutKey.parse(key) for key in controls.keys]
@@ -51,19 +58,6 @@ def place_controls(
             place = ratio_interval(projection - roles, pole - roles, *clusters)
             places.append(ControlPlace(name[1:], float(projection.mean()), place))
     return tuple(sorted(places, key=lambda place: place.place.value))
-
-
-def _pole_and_roles(projections: Array, groups: Groups) -> Array:
-    """The positive pole's and the mean role's projection on each question (2, Q); NaN where there is none."""
-    assert groups.question is not None
-    shape = groups.n_roles + 1, groups.n_questions
-    flat = groups.index * groups.n_questions + groups.question
-    count = np.bincount(flat, minlength=shape[0] * shape[1]).reshape(shape)
-    total = np.bincount(flat, projections, minlength=count.size).reshape(shape)
-    cells = np.divide(total, count, out=np.full(shape, np.nan), where=count > 0)
-    n = (count[1:] > 0).sum(0)
-    roles = np.divide(np.nansum(cells[1:], 0), n, out=np.full(len(n), np.nan), where=n > 0)
-    return np.stack([cells[0], roles])
 
 
 def axes_by_score(

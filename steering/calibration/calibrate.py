@@ -116,9 +116,7 @@ def calibrate(
                 say("no floors by gradient: the default never calls itself an assistant when asked who it is")
         search, cap, best = search_cap(measurements, loaded_axis, projections, target, settings)
         matched = [*_spread_default(default, MATCHED_ANSWERS), *_spread_roles(roles, MATCHED_ANSWERS)]
-        controls = _random_arms(steered, cap, matched) | _equal_arms(
-            measurements, steered, search, best, target, settings, default[0].role
-        )
+        controls = _control_arms(measurements, steered, cap, best, matched, target, settings)
         report, reported = _report(measurements, steered, cap, controls)
         baseline = measurements.identity({BASELINE: []}, CHOOSE)[BASELINE]
         result = CalibrationResult(
@@ -137,9 +135,12 @@ def calibrate(
             saved=f"{run / CAPS / name}.safetensors",
             page=str(run / "calibration.html"),
             versions=versions(),
-            control_p=_control_p(report),
         )
-        _save(run, replace(cap, calibration=_fitted_on(halves[CHOOSE]).to_json()), best, result)
+        fitted = FittedOn(
+            frozenset(request.parts.role for request in halves[CHOOSE].requests),
+            frozenset(text.question for text in halves[CHOOSE].texts),
+        )
+        _save(run, replace(cap, calibration=fitted.to_json()), best, result)
     return result
 
 
@@ -282,35 +283,31 @@ def _windows(settings: SearchSettings, axis: Axis, n_layers: int) -> list[tuple[
     return windows
 
 
-def _count(steered: SteeredModel) -> int:
-    return N_RANDOM if steered.n_random is None else steered.n_random
-
-
-def _random_arms(steered: SteeredModel, cap: Cap, matched: Sequence[Rollout]) -> dict[str, Interventions]:
-    """Random caps that fire as often as the cap does on `matched`."""
-    return random_arms(steered.model, cap, matched, _count(steered))
-
-
-def _equal_arms(
+def _control_arms(
     measurements: Measurements,
     steered: SteeredModel,
-    search: GridSearch,
+    cap: Cap,
     best: Trial,
+    matched: Sequence[Rollout],
     target: Sequence[Rollout],
     settings: SearchSettings,
-    default: str,
 ) -> dict[str, Interventions]:
-    """Caps along other directions whose KL is the chosen cap's, and, where that one's floors were fitted, random
-    directions with floors fitted in the same way.
+    """Random caps that fire as often as the cap on `matched`, caps along other directions whose KL is the cap's,
+    and, where its floors were fitted, random directions with floors fitted in the same way.
     """
-    axis, texts, layers = steered.axis, measurements.halves[CHOOSE].texts, search.make(best.candidate).layers
-    stem = measurements.log.parent / ACTIVATIONS["role"]
+    count = N_RANDOM if steered.n_random is None else steered.n_random
+    arms = random_arms(steered.model, cap, matched, count)
+    stem, texts, layers = (
+        measurements.log.with_name(ACTIVATIONS["role"]),
+        measurements.halves[CHOOSE].texts,
+        cap.layers,
+    )
     recorded = load_activations(stem) if stem.with_suffix(".json").exists() else None
-    axes = control_axes(axis, recorded, default, _count(steered), settings.seed)
+    axes = control_axes(steered.axis, recorded, matched[0].role, count, settings.seed)
     caps = match_kl(measurements, axes, layers, texts, best.cost.kl, CHOOSE) if best.cost.kl > 0 else {}
     if missed := [name for name in axes if name not in caps]:
         say(f"no cap along {', '.join(missed)} reaches the chosen cap's KL: left out")
-    arms: dict[str, Interventions] = {name + SAME_KL: [cap] for name, cap in caps.items()}
+    arms |= {name + SAME_KL: [own] for name, own in caps.items()}
     if best.candidate.fitted and not settings.quick:
         descent = DescentOptions(settings.budget, settings.steps, seed=settings.seed)
         for name in [name for name in axes if name.startswith(RANDOM)][:N_RANDOM]:
@@ -352,12 +349,6 @@ def _report(
             benign_moved=float(cost.moved.mean()),
         )
     return report, arms
-
-
-def _control_p(report: Mapping[str, ArmRow]) -> float | None:
-    """The share of random directions at the same KL, and of the cap itself, that gain as much as the cap."""
-    gains = [row.change for name, row in report.items() if name.startswith(RANDOM) and name.endswith(SAME_KL)]
-    return (1 + sum(gain >= report[CHOSEN].change for gain in gains)) / (1 + len(gains)) if gains else None
 
 
 def _candidate_row(trial: Trial) -> CandidateRow:
@@ -427,11 +418,6 @@ def _warnings(report: Mapping[str, ArmRow], budget: float) -> list[str]:
     if randoms and max(randoms) >= chosen.change:
         warnings.append("a random direction gained as much: this is no effect of the axis")
     return warnings
-
-
-def _fitted_on(half: Half) -> FittedOn:
-    roles = frozenset(request.parts.role for request in half.requests)
-    return FittedOn(roles, frozenset(text.question for text in half.texts))
 
 
 def _sizes(half: Half) -> dict[str, int]:

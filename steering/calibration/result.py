@@ -4,6 +4,7 @@ result = CalibrationResult.load(run)
 result.report["chosen"].assistant, result.report["chosen"].more_loss
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,8 +151,6 @@ class CalibrationResult(JsonRecord):
     other half).
 
     `cap` is the candidate's name, `name` the one that it is saved under at `saved`, `page` its report.
-    `control_p` is the share of random directions with the cap's KL that gain as much, the cap counted in; None
-    without such controls.
     """
 
     cap: str
@@ -169,15 +168,23 @@ class CalibrationResult(JsonRecord):
     saved: str
     page: str
     versions: dict[str, str]
-    control_p: Fraction | None = None
-
-    omit_none: ClassVar[tuple[str, ...]] = ("control_p",)
 
     def __post_init__(self) -> None:
         check_distinct([row.name for row in self.tried])
         check_ascending([row.layer for row in self.floors])
         if not {BASELINE, CHOSEN} <= set(self.report):
             raise ValueError(f"its report lacks the arm {BASELINE} or {CHOSEN}")
+
+    @property
+    def control_p(self) -> float | None:
+        """The share of random directions with the cap's KL that gain as much, the cap counted in; None without
+        such controls.
+        """
+        gains = [
+            row.change for name, row in self.report.items() if re.fullmatch(r"random \d+, same KL", name)
+        ]
+        chosen = self.report[CHOSEN].change
+        return (1 + sum(gain >= chosen for gain in gains)) / (1 + len(gains)) if gains else None
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> "CalibrationResult":
