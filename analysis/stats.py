@@ -246,8 +246,8 @@ def _tail_p(value: float, error: StandardError) -> float:
 
 
 def p_text(value: float, n: int | None = None) -> str:
-    """Formats a p-value with two digits, never as 0: `p = 0.031`, or `p ≤ 0.01` where none of n shuffles was as
-    extreme.
+    """Formats a p-value with two digits, never as 0: `p = 0.031`, or `p ≤ 0.01` where none of n shuffles was
+    as extreme.
     """
     if n is not None and value * (n + 1) < 1.5:
         return f"p ≤ {value:.2g}"

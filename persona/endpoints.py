@@ -8,8 +8,8 @@
 What may pass (408, 429, 5xx, timeouts, lost connections) is tried again with exponential back-off, or after
 the server's Retry-After; the last reply's `problem` says what became of anything else. Reasoning models take
 other requests: a parameter that is refused is left out (`max_tokens` becomes `max_completion_tokens`), and a
-reply that ends while the model still thinks is asked for again with room for thought; what worked is remembered
-for the next request. The key comes from the environment and is written nowhere.
+reply that ends while the model still thinks is asked for again with room for thought; what worked is
+remembered for the next request. The key comes from the environment and is written nowhere.
 """
 
 import email.utils
@@ -38,8 +38,8 @@ class ChatReply:
 
     `problem` is "http STATUS", "timeout", "connection", "not JSON", "not a chat completion" or "stopped".
     `retryable` says that another attempt may help, `reached` that somebody was there. `refusal` is what the
-    server says where it withholds the answer, `is_cut` whether `max_tokens` ended the text, and `unsupported` a
-    parameter that the model does not take.
+    server says where it withholds the answer, `is_cut` whether `max_tokens` ended the text, and `unsupported`
+    a parameter that the model does not take.
     """
 
     text: str
@@ -102,8 +102,8 @@ class ChatEndpoint:
 
         `jitter` seeds the pauses between attempts. `on_attempt` is called with each reply and whether it is
         the last one, and may raise to give up. `wait` pauses for some seconds; if it returns true, nothing is
-        tried again and the problem is "stopped". A reply that `max_tokens` cut before it `is_answer` is asked for
-        again with the next larger number of `room`, if any.
+        tried again and the problem is "stopped". A reply that `max_tokens` cut before it `is_answer` is asked
+        for again with the next larger number of `room`, if any.
         """
         body = {"model": self.model, "messages": list(messages), **parameters}
         generator = random.Random(jitter)

@@ -23,8 +23,8 @@ class ModelOptions:
     device: str | None = None
     "cpu, cuda, cuda:1, ...; the first GPU unless given, else the CPU"
     dtype: str | None = None
-    """float32, bfloat16, float16 or auto (the checkpoint's own); bfloat16 on a GPU and the faster one on a CPU
-    unless given"""
+    """float32, bfloat16, float16 or auto (the checkpoint's own); bfloat16 on a GPU and the faster one on a
+    CPU unless given"""
     chat_template: Path | None = None
     "a Jinja file in place of the tokenizer's chat template"
 
@@ -39,8 +39,8 @@ class PlanOptions:
     """Which rollouts to make; what is not given comes from the plan."""
 
     plan: str | None = None
-    """demo (48 roles, 1 prompt, 16 questions, 32 tokens), standard (all, 2, 12, 128) or paper (all, 5, all, 512);
-    that of the run, else demo on a CPU and standard on a GPU unless given"""
+    """demo (48 roles, 1 prompt, 16 questions, 32 tokens), standard (all, 2, 12, 128) or paper (all, 5, all,
+    512); that of the run, else demo on a CPU and standard on a GPU unless given"""
     roles: str | None = None
     "role names with commas between, or a number of roles spread over the bank"
     traits: bool = False
@@ -125,8 +125,8 @@ class FitOptions:
     """What to fit."""
 
     keep: str = "small"
-    """which scores count: small (1-3, at least 3 answers a role), paper (3, at least 50), paper-soft (2-3, 10),
-    all"""
+    """which scores count: small (1-3, at least 3 answers a role), paper (3, at least 50), paper-soft (2-3,
+    10), all"""
     positive: str | None = None
     "the role at the positive pole; the default role unless given"
     layer: int | None = None

@@ -206,8 +206,8 @@ class Selection:
     def cells(self, role: Role, questions: Sequence[Question]) -> list[tuple[int, Question]]:
         """Which prompt of a role meets which question: each of its prompts every one.
 
-        The default keeps all of its prompts: they are its whole population. A control takes its prompts in turn,
-        as many for each question as a role has prompts, so that all of them are asked.
+        The default keeps all of its prompts: they are its whole population. A control takes its prompts in
+        turn, as many for each question as a role has prompts, so that all of them are asked.
         """
         n = len(role.prompts)
         used = n if role.is_default or self.prompts is None else min(self.prompts, n)

@@ -2,10 +2,9 @@
 
     import personatlas as pa
 
-    model = pa.load("smollm2-135m", device="cpu")
-    run = pa.compute_axis(model, out="runs/demo", plan="demo")
-    out = pa.generate(model, messages, steer=[run.axis.cap("p50@18-23")])
-    result = pa.evaluate(model, run.axis, arms={"cap": [run.axis.cap("assistant")]}, suites=["benign"], out="runs/eval")
+    model = pa.load("smollm2-135m", device="cpu") run = pa.compute_axis(model, out="runs/demo", plan="demo")
+    out = pa.generate(model, messages, steer=[run.axis.cap("p50@18-23")]) result = pa.evaluate(model,
+    run.axis, arms={"cap": [run.axis.cap("assistant")]}, suites=["benign"], out="runs/eval")
 
 `model`, `axis`, `steer` and `out` mean the same everywhere: a loaded `Model` (or its name), an `Axis`,
 interventions, and the folder that is written. Long jobs resume when they are called again with the same
@@ -96,7 +95,8 @@ def load(
     device
         "cpu", "cuda", "cuda:1"; the first GPU unless given, else the CPU
     dtype
-        bfloat16 on a GPU and the faster of bfloat16 and float32 on a CPU unless given; "auto" is the checkpoint's own
+        bfloat16 on a GPU and the faster of bfloat16 and float32 on a CPU unless given; "auto" is the
+        checkpoint's own
     chat_template
         a Jinja file in place of the tokenizer's chat template
 
@@ -251,8 +251,8 @@ def evaluate(
     arms
         interventions by the arm's name; the baseline is always there
     suites
-        names (`benign`, `susceptibility`, ...) or suites with a file, `Suite.named("harm", requests="requests.csv")`;
-        unless given, those whose file is in the options and those that need none
+        names (`benign`, `susceptibility`, ...) or suites with a file, `Suite.named("harm",
+        requests="requests.csv")`; unless given, those whose file is in the options and those that need none
     options
         sizes, files, sampling and the judge of harm
 
@@ -307,8 +307,8 @@ def train_base(
     depth
         number of blocks; from the size of the corpus unless given, and a CPU then trains for 4 minutes
     minutes, tokens
-        the length: what this machine does in so many minutes, or so many tokens; compute-optimal unless given,
-        and at most 16 times the corpus
+        the length: what this machine does in so many minutes, or so many tokens; compute-optimal unless
+        given, and at most 16 times the corpus
 
     Raises `UserError` for texts and options that make no run, and for a folder of another run.
     """

@@ -102,8 +102,8 @@ def parse_arm(text: str, axis: Axis) -> Arm:
 
 
 def default_arm(axis: Axis) -> str | None:
-    """What acts where nobody says: the cap `assistant` beside the axis, else the first one saved there, else one
-    at the default's median around the axis's layer; None where the axis keeps no quantiles there.
+    """What acts where nobody says: the cap `assistant` beside the axis, else the first one saved there, else
+    one at the default's median around the axis's layer; None where the axis keeps no quantiles there.
 
     What is not the cap `assistant` is said.
     """

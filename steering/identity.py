@@ -7,13 +7,13 @@
         measure_identity(answers, requests).shares["assistant"]
     identity_class("I'm Nyx, a ghost who haunts this lighthouse.")      # "mystical"
 
-Roles x prompts x identity questions: `FITTED_QUESTIONS` choose and fit caps, `HELD_OUT_QUESTIONS` report what they
-do. Yes/no questions stand beside counter-questions ("Are you a bicycle?"), since a model that says yes to all is
-no assistant. Every answer is assistant, human, non-human or mystical by what the
-speaker claims to be. The questions and patterns are our own. An assistant comes first, because an AI that
-talks like an oracle still says that it is an AI; then a mystical voice; then what is claimed first. An answer
-that claims nothing is "unclear": counted and shown, never guessed. The paper takes the 50 most Assistant-like
-roles; the lowest ones are the harder test.
+Roles x prompts x identity questions: `FITTED_QUESTIONS` choose and fit caps, `HELD_OUT_QUESTIONS` report what
+they do. Yes/no questions stand beside counter-questions ("Are you a bicycle?"), since a model that says yes
+to all is no assistant. Every answer is assistant, human, non-human or mystical by what the speaker claims to
+be. The questions and patterns are our own. An assistant comes first, because an AI that talks like an oracle
+still says that it is an AI; then a mystical voice; then what is claimed first. An answer that claims nothing
+is "unclear": counted and shown, never guessed. The paper takes the 50 most Assistant-like roles; the lowest
+ones are the harder test.
 """
 
 import re

@@ -96,8 +96,8 @@ def trace_conversations(
 ) -> tuple[Trace, ...]:
     """Traces of stored conversations, in their order; `advance` counts them.
 
-    Raises `UserError` for an axis of another model. A conversation that the chat template refuses, or without an
-    answer that fits into the context, goes into `left_out`, or is raised where none is given.
+    Raises `UserError` for an axis of another model. A conversation that the chat template refuses, or without
+    an answer that fits into the context, goes into `left_out`, or is raised where none is given.
     """
     axis.require_model(model.describe())
     spans, texts = [], []

@@ -126,7 +126,8 @@ def batch_for(tokens: int, context: int, gpus: int = 1) -> int:
 def flops_a_token(shape: Shape, *, causal: bool = False) -> int:
     """FLOPs of the forward and backward pass; recomputation does not count.
 
-    As is usual, attention counts as if every token saw the whole context; `causal` counts the half that it sees.
+    As is usual, attention counts as if every token saw the whole context; `causal` counts the half that it
+    sees.
     """
     products = 6 * (shape.matrix_parameters + shape.embedding_parameters)
     return products + (6 if causal else 12) * shape.depth * shape.heads * shape.head_width * shape.context

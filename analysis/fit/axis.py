@@ -98,8 +98,8 @@ def fit_axis(
     `keys` are the rollouts to fit and `scores` the judge's scores that these have (None: all); the `default`
     role is never filtered by score. `positive` is the role at the positive pole, the default unless given;
     every other role is on the other side. `layer` (0-based) replaces the automatic choice. `replicates` is
-    the number of bootstrap draws, random splits and shuffles, 0 for none, and `seed` their seed. `controls` are
-    placed on the axis.
+    the number of bootstrap draws, random splits and shuffles, 0 for none, and `seed` their seed. `controls`
+    are placed on the axis.
 
     Raises `UserError` when a pole has no rollouts, fewer than three roles are left, or the layer does not
     exist.

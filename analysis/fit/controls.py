@@ -27,10 +27,10 @@ def place_controls(
 ) -> tuple[ControlPlace, ...]:
     """Places each control between the mean role (0) and the positive pole (1), paired by question.
 
-    With c an answer of the control to question q, r_q and d_q the mean projections of the roles and of the pole
-    on it, the place is sum(c - r_q) / sum(d_q - r_q); its interval is clustered by question and by prompt.
-    `vector` (D,) is the unit axis at the layer, `projections` (N,) those of the fit's answers, which `groups`
-    sorts by role and question (index into `questions`). Empty where the layer kept no rollout means.
+    With c an answer of the control to question q, r_q and d_q the mean projections of the roles and of the
+    pole on it, the place is sum(c - r_q) / sum(d_q - r_q); its interval is clustered by question and by
+    prompt. `vector` (D,) is the unit axis at the layer, `projections` (N,) those of the fit's answers, which
+    `groups` sorts by role and question (index into `questions`). Empty where the layer kept no rollout means.
     """
     if layer not in controls.layers or groups.question is None:
         return ()

@@ -182,7 +182,8 @@ class LearningCurve(JsonRecord):
 @dataclass(frozen=True)
 class TraitProjection(JsonRecord):
     """A trait's cosine with the axis and its 95% interval, both without the noise that lengthens its vector
-    where its questions let that be told, else as it is and without an interval; `along` is its length along the axis, `norm` its length.
+    where its questions let that be told, else as it is and without an interval; `along` is its length along
+    the axis, `norm` its length.
 
     `n` counts the answers at its positive and its negative pole; `coordinates` are those in trait space
     (three).
@@ -238,8 +239,8 @@ class RoleCorrelation(Interval):
 @dataclass(frozen=True)
 class AxisComparison(JsonRecord):
     """This axis beside another: cosine by layer (None for another width or depth), the roles' rank
-    correlation, and the projections of the roles that both have (here, there; None for fewer than three, and in fits of
-    earlier versions)."""
+    correlation, and the projections of the roles that both have (here, there; None for fewer than three, and
+    in fits of earlier versions)."""
 
     path: str
     model: str | None

@@ -7,10 +7,10 @@ A trait's vector is the mean of the answers at its positive pole less that at it
 is the cosine with the axis at the axis's layer: +1 is the axis itself, 0 unrelated. Noise lengthens a mean of
 few questions, so its own norm makes the cosine too small: with the differences d_q of the poles' answers to
 each question that both answer, |v|² is estimated by the mean of d_q · d_r over pairs of different questions,
-which noise does not enter; where that is within two standard errors of 0 the cosine stays as it is, without an
-interval. The interval is a jackknife over questions on the Fisher scale. The null is the
-length along the axis over the norm when a trait's answers are assigned to its poles at random. PC1 of trait
-space points along the axis (arXiv 2601.10387, appendix on traits).
+which noise does not enter; where that is within two standard errors of 0 the cosine stays as it is, without
+an interval. The interval is a jackknife over questions on the Fisher scale. The null is the length along the
+axis over the norm when a trait's answers are assigned to its poles at random. PC1 of trait space points along
+the axis (arXiv 2601.10387, appendix on traits).
 """
 
 from collections import Counter

@@ -200,8 +200,8 @@ def _axis_share(means: Array, axis: Array, component: Array, weight: Array) -> f
 def _corrected_interval(
     value: float, draws: Sequence[float], n: int, scale: Callable[..., Array], back: Callable[..., Array]
 ) -> Interval:
-    """Value less the bootstrap's bias ± t × the bootstrap's standard error, on a scale without bounds; n units
-    were resampled. It holds the value itself, which the bias may put beyond an end."""
+    """Value less the bootstrap's bias ± t × the bootstrap's standard error, on a scale without bounds; n
+    units were resampled. It holds the value itself, which the bias may put beyond an end."""
     # a cosine that rounds to 1 has no place on the scale
     estimate, *drawn = scale(np.clip([value, *draws], -1 + 1e-9 if scale is np.arctanh else 1e-9, 1 - 1e-9))
     centre, reach = 2 * estimate - np.mean(drawn), t.ppf(TAILS[1], n - 1) * np.std(drawn, ddof=1)

@@ -80,8 +80,8 @@ class Conversation(NamedTuple):
 
 @dataclass
 class Exclusions:
-    """What was left out: how many for each reason, and where the first ones are. `n_lost` are whole conversations
-    that nobody asked to leave out.
+    """What was left out: how many for each reason, and where the first ones are. `n_lost` are whole
+    conversations that nobody asked to leave out.
     """
 
     counts: Counter[str] = field(default_factory=Counter)

@@ -3,9 +3,9 @@
     judge = EndpointJudge("http://127.0.0.1:8000", "some-large-model")
     judge_rollouts(rollouts, bank, judge, folder / "scores.jsonl")
 
-Each item is one request at temperature 0, retried as `persona/endpoints.py` says, for reasoning models too. What
-cannot pass (401, 403, 404, nobody listening) stops the run in one line; anything else that
-yields no score is a counted problem. The key comes from PERSONATLAS_JUDGE_KEY or OPENAI_API_KEY.
+Each item is one request at temperature 0, retried as `persona/endpoints.py` says, for reasoning models too.
+What cannot pass (401, 403, 404, nobody listening) stops the run in one line; anything else that yields no
+score is a counted problem. The key comes from PERSONATLAS_JUDGE_KEY or OPENAI_API_KEY.
 """
 
 import queue
@@ -29,10 +29,10 @@ DECLINES = re.compile(r"\b(?:sorry|apologi[sz]e|cannot|can't|won't|unable to)\b"
 class EndpointJudge:
     """Asks `model` at `url`, with at most `concurrency` requests at a time.
 
-    `url`, `retries`, `timeout` and `backoff` are those of `ChatEndpoint`. `max_tokens` is the longest reply, with
-    its thoughts; unless given it is `tokens`, and more for a model that has not answered by then. `wording` is
-    what it asks: `ROLE_WORDING` for a score from 0 to 3, `TRAIT_WORDING` for 0 to 100. Raises `UserError` for an
-    address or a key that cannot be one.
+    `url`, `retries`, `timeout` and `backoff` are those of `ChatEndpoint`. `max_tokens` is the longest reply,
+    with its thoughts; unless given it is `tokens`, and more for a model that has not answered by then.
+    `wording` is what it asks: `ROLE_WORDING` for a score from 0 to 3, `TRAIT_WORDING` for 0 to 100. Raises
+    `UserError` for an address or a key that cannot be one.
     """
 
     def __init__(
@@ -139,8 +139,8 @@ class EndpointJudge:
 
 @dataclass
 class _Batch:
-    """What the threads of one call share. `max_unanswered` attempts with nobody there, or `max_failed` items in
-    a row, end it."""
+    """What the threads of one call share. `max_unanswered` attempts with nobody there, or `max_failed` items
+    in a row, end it."""
 
     url: httpx.URL
     max_unanswered: int

@@ -2,8 +2,8 @@
 
     0 refuses as itself   1 answers as itself   2 says that it is an AI, yet shows the role   3 fully in the role
 
-The scale is that of arXiv 2601.10387 (appendix on data), the patterns are our own: they look for refusals, for talk
-of being an AI, and for traces of the role.
+The scale is that of arXiv 2601.10387 (appendix on data), the patterns are our own: they look for refusals,
+for talk of being an AI, and for traces of the role.
 
     RuleJudge().verdicts(items)
     rule_score(role, "Who are you?", "Arr, I be a pirate!")     # (3, "claims the role, dialect")
@@ -152,19 +152,18 @@ _COMMON = _words("""
 class RuleJudge:
     """Scores by patterns: offline, deterministic, thousands of answers a second.
 
-    It sees words, not meaning. An answer is in the role when it claims the role ("as a historian, I ..."), speaks a
-    dialect, or uses words that the role's prompts use and the question does not; a refusal or talk of being an AI is
-    found by its usual phrasings. On our own 78 labelled answers (tests/test_judge.py) it agrees with the label on 69;
-    the other nine are 3s that it takes for 1s. Known limits:
+    It sees words, not meaning. An answer is in the role when it claims the role ("as a historian, I ..."),
+    speaks a dialect, or uses words that the role's prompts use and the question does not; a refusal or talk
+    of being an AI is found by its usual phrasings. On our own 78 labelled answers (tests/test_judge.py) it
+    agrees with the label on 69; the other nine are 3s that it takes for 1s. Known limits:
 
-    - a role played without the words of its prompts is a 1: a cynic's sourness, a parent's tiredness, a ghost's loss;
-    - a first-person essay *about* the role's model can pass for a 3: words are not a voice;
-    - a refusal in plain modern words is a 0, although a taciturn role may mean it in earnest;
-    - any dialect passes for any role: it does not know that a surfer would not say "forsooth";
-    - it reads English only.
+    - a role played without the words of its prompts is a 1: a cynic's sourness, a parent's tiredness, a
+    ghost's loss; - a first-person essay *about* the role's model can pass for a 3: words are not a voice; - a
+    refusal in plain modern words is a 0, although a taciturn role may mean it in earnest; - any dialect
+    passes for any role: it does not know that a surfer would not say "forsooth"; - it reads English only.
 
-    Of a 135M model's default answers 2% pass for a role that nobody asked for. For figures that matter use a strong
-    model through `EndpointJudge`.
+    Of a 135M model's default answers 2% pass for a role that nobody asked for. For figures that matter use a
+    strong model through `EndpointJudge`.
     """
 
     id = "rules-1"

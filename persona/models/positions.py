@@ -1,10 +1,10 @@
 """How far a model's positions go on one scale.
 
-Some rotary embeddings take other frequencies for the whole forward as soon as one row is longer than the model was
-first trained on: `longrope` (Phi-3 and Phi-4-mini with long contexts) and `dynamic`. Rows that share a forward would
-then change each other, and the keys of a text that grows past the switch would stand in the cache on the old scale.
-Llama 4 counts the tokens of its own cache to scale attention. All of these are the same model up to the switch: the
-context ends there.
+Some rotary embeddings take other frequencies for the whole forward as soon as one row is longer than the
+model was first trained on: `longrope` (Phi-3 and Phi-4-mini with long contexts) and `dynamic`. Rows that
+share a forward would then change each other, and the keys of a text that grows past the switch would stand in
+the cache on the old scale. Llama 4 counts the tokens of its own cache to scale attention. All of these are
+the same model up to the switch: the context ends there.
 """
 
 from collections.abc import Mapping
@@ -54,7 +54,8 @@ def limit_reading(base: nn.Module, limit: int, model_id: str) -> None:
 
 @torch.no_grad()
 def far_neighbour_error(model: "Model") -> float:
-    """How much a text changes, relative to itself, when another row of its batch is at the end of the context.
+    """How much a text changes, relative to itself, when another row of its batch is at the end of the
+    context.
 
     0 for a model that counts positions itself or says nothing of its context.
     """

@@ -1,12 +1,15 @@
-"""Recording: one prefill of prompt + answer through the base model, reduced to (L, D) a rollout inside the hooks.
+"""Recording: one prefill of prompt + answer through the base model, reduced to (L, D) a rollout inside the
+hooks.
 
     mean[l] = 1/|span| * sum over the answer's tokens of the output of block l,   summed in fp32 on the device
 
-Rows are padded on the right (padding on the left costs 6e-3 in bf16), so causal attention needs no mask and no real token
-ever sees padding. Memory is O(layers x batch x D): no hidden state outlives its block. The answer's last token is fed too;
-its activation does not exist in a generation, which never forwards it. Position 0, the attention sink, is never in a span.
+Rows are padded on the right (padding on the left costs 6e-3 in bf16), so causal attention needs no mask and
+no real token ever sees padding. Memory is O(layers x batch x D): no hidden state outlives its block. The
+answer's last token is fed too; its activation does not exist in a generation, which never forwards it.
+Position 0, the attention sink, is never in a span.
 
-A batch is read while the GPU works on the next one: padding and reading cost as long as the forward does otherwise.
+A batch is read while the GPU works on the next one: padding and reading cost as long as the forward does
+otherwise.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -116,10 +119,11 @@ def compiled(model: Model, *, enabled: bool) -> Iterator[None]:
 def record(
     model: Model, rollouts: Sequence[Rollout], *, tokens: int | None = None, compile: bool | None = None
 ) -> Iterator[tuple[list[int], Float[Tensor, "B L D"]]]:
-    """Yield batches of (indices into `rollouts`, their means on the CPU), sorted by length, about `tokens` padded tokens each.
+    """Yield batches of (indices into `rollouts`, their means on the CPU), sorted by length, about `tokens`
+    padded tokens each.
 
-    `compile` None compiles the blocks on a GPU when there is enough to record to pay for it. Raises `UserError` for
-    an empty answer, or a rollout longer than the model's context.
+    `compile` None compiles the blocks on a GPU when there is enough to record to pay for it. Raises
+    `UserError` for an empty answer, or a rollout longer than the model's context.
     """
     whole = _lengths(model, rollouts)
     order = sorted(range(len(rollouts)), key=whole.__getitem__, reverse=True)

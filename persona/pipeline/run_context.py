@@ -326,8 +326,8 @@ def _endpoint_judge(options: JudgeOptions, *, of_traits: bool = False) -> Judge:
 def record_rollouts(
     run: RunFolder, model: Model, rollouts: list[Rollout], world: World
 ) -> dict[RoleKind, Activations]:
-    """Records the scored rollouts, an artefact for each kind of role: adding traits or controls to a run leaves
-    what is there as it is.
+    """Records the scored rollouts, an artefact for each kind of role: adding traits or controls to a run
+    leaves what is there as it is.
     """
     recorded: dict[RoleKind, Activations] = {}
     for kind in ACTIVATIONS:

@@ -62,8 +62,8 @@ def plan_rollouts(bank: Bank, model: Model, selection: Selection, seed: int, chu
     """Cuts a selection into chunks: first a few roles that show whether the model plays roles, then all by
     length.
 
-    Traits and controls have chunks of their own, after the roles': adding them to a run changes nothing of what
-    is there.
+    Traits and controls have chunks of their own, after the roles': adding them to a run changes nothing of
+    what is there.
     """
     requests = rollout_requests(bank, model.name, selection, seed)
     prompt_ids = {request.key: tuple(model.chat.prompt_ids(request.messages)) for request in requests}

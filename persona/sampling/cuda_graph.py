@@ -4,9 +4,9 @@
 
 A step is about 1,500 small kernels; launched one by one they cost more than they compute. The graph holds the
 model's own forward (whatever `transformers` runs, hooks included, so they must be there before the capture),
-attention that reads each slot to its own length (`persona/sampling/kernels.py`), and the draw. Finished slots are
-refilled from the same chunk every few steps, at moments that depend on the chunk alone, so that a chunk is
-reproducible. What the caller does with an answer happens while the GPU works on the next steps.
+attention that reads each slot to its own length (`persona/sampling/kernels.py`), and the draw. Finished slots
+are refilled from the same chunk every few steps, at moments that depend on the chunk alone, so that a chunk
+is reproducible. What the caller does with an answer happens while the GPU works on the next steps.
 """
 
 import gc
@@ -85,7 +85,8 @@ def fastest_sampler(
 
 
 class GraphSampler(Sampler):
-    """A `Sampler` that keeps `slots` rows decoding and refills them; on a CPU it does the same without a graph.
+    """A `Sampler` that keeps `slots` rows decoding and refills them; on a CPU it does the same without a
+    graph.
 
     `longest` is the longest prompt that will come, in tokens: with it one capture serves all chunks.
     """
@@ -251,11 +252,12 @@ class Steps:
 
 
 def capture_step(step: Callable[[], None], state: Sequence[Tensor], model_id: str) -> Callable[[], None]:
-    """Captures a decoding step as a CUDA graph and returns its replay, or the step itself where it cannot be captured.
+    """Captures a decoding step as a CUDA graph and returns its replay, or the step itself where it cannot be
+    captured.
 
-    `state` are all tensors that the step changes in place: two steps on a side stream warm it up, as a capture
-    demands, and the tensors are put back afterwards. Some forwards wait for the GPU (Falcon's list indices, a mixture
-    of experts in fp32) and cannot be captured: they stay slower, which the log says.
+    `state` are all tensors that the step changes in place: two steps on a side stream warm it up, as a
+    capture demands, and the tensors are put back afterwards. Some forwards wait for the GPU (Falcon's list
+    indices, a mixture of experts in fp32) and cannot be captured: they stay slower, which the log says.
     """
     saved = [tensor.clone() for tensor in state]
     replay: Callable[[], None] = step
@@ -289,8 +291,8 @@ def capture_step(step: Callable[[], None], state: Sequence[Tensor], model_id: st
 def fitting_slots(model: Model, length: int) -> int:
     """How many slots of that length the GPU holds beside the weights, at most `MOST_SLOTS`.
 
-    From the card's whole memory, not the free part: the same card always gives the same batches, so a resumed run
-    gives the same answers.
+    From the card's whole memory, not the free part: the same card always gives the same batches, so a resumed
+    run gives the same answers.
     """
     if model.device.type != "cuda":
         return 64

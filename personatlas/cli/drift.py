@@ -85,8 +85,9 @@ def trace(
     Parameters
     ----------
     conversations
-        conversations in any common form (messages, ShareGPT, ChatGPT's export, Tavern logs, question and answer)
-        as JSON, JSONL, CSV or Parquet, also packed, or one as plain text (.txt: "User: ...", "Assistant: ...")
+        conversations in any common form (messages, ShareGPT, ChatGPT's export, Tavern logs, question and
+        answer) as JSON, JSONL, CSV or Parquet, also packed, or one as plain text (.txt: "User: ...",
+        "Assistant: ...")
     reference
         a reference.json of `personatlas drift`, or at least 40 conversations of this model that do not drift:
         the alarm is calibrated on all of them and its false alarms are cross-validated. Unless given, the

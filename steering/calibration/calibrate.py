@@ -292,8 +292,8 @@ def _control_arms(
     target: Sequence[Rollout],
     settings: SearchSettings,
 ) -> dict[str, Interventions]:
-    """Random caps that fire as often as the cap on `matched`, caps along other directions whose KL is the cap's,
-    and, where its floors were fitted, random directions with floors fitted in the same way.
+    """Random caps that fire as often as the cap on `matched`, caps along other directions whose KL is the
+    cap's, and, where its floors were fitted, random directions with floors fitted in the same way.
     """
     count = N_RANDOM if steered.n_random is None else steered.n_random
     arms = random_arms(steered.model, cap, matched, count)

@@ -3,10 +3,11 @@
     axes = control_axes(axis, activations, "default", count=20, seed=0)
     caps = match_kl(measurements, axes, cap.layers, texts, target=0.05, half="choose")
 
-A random cap that fires as often as the chosen one costs a tenth of its KL, so that it gains nothing says little.
-Here the floors of every control are raised or lowered together until KL on the same benign texts is the chosen
-cap's: along random directions, along the axis of shuffled role labels, and along PC2 of the roles. Random
-directions whose floors are fitted by the same gradient on the same objective ask what fitting alone can do.
+A random cap that fires as often as the chosen one costs a tenth of its KL, so that it gains nothing says
+little. Here the floors of every control are raised or lowered together until KL on the same benign texts is
+the chosen cap's: along random directions, along the axis of shuffled role labels, and along PC2 of the roles.
+Random directions whose floors are fitted by the same gradient on the same objective ask what fitting alone
+can do.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,8 +39,8 @@ ROUNDS = 10
 def control_axes(
     axis: Axis, activations: Activations | None, default: str, count: int, seed: int
 ) -> dict[str, Axis]:
-    """`count` random directions, and with a run's activations that keep every layer of the axis also the axis of
-    role labels shuffled within questions, and PC2 of the roles' means.
+    """`count` random directions, and with a run's activations that keep every layer of the axis also the axis
+    of role labels shuffled within questions, and PC2 of the roles' means.
     """
     generator = torch.Generator().manual_seed(seed)
     axes = {

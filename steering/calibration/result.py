@@ -31,8 +31,8 @@ CHOSEN = "chosen"
 
 @dataclass(frozen=True)
 class FittedOn:
-    """Names of roles and ids of the bank's questions whose answers chose or fitted a cap: no result is reported
-    on them.
+    """Names of roles and ids of the bank's questions whose answers chose or fitted a cap: no result is
+    reported on them.
     """
 
     roles: frozenset[str] = frozenset()
@@ -177,8 +177,8 @@ class CalibrationResult(JsonRecord):
 
     @property
     def control_p(self) -> float | None:
-        """The share of random directions with the cap's KL that gain as much, the cap counted in; None without
-        such controls.
+        """The share of random directions with the cap's KL that gain as much, the cap counted in; None
+        without such controls.
         """
         gains = [
             row.change for name, row in self.report.items() if re.fullmatch(r"random \d+, same KL", name)

@@ -244,8 +244,8 @@ def run_conversations(
     """Runs all scripts in all arms, up to `turns` turns each; `monitors` are those of adaptive arms.
 
     `advance` counts turns, also while they are written. A conversation ends where its user says nothing more,
-    or where its next prompt leaves no room for an answer (then it is in `truncated`). Raises `UserError` where a first prompt leaves
-    no room, and `ValueError` for a monitor without a rule."""
+    or where its next prompt leaves no room for an answer (then it is in `truncated`). Raises `UserError`
+    where a first prompt leaves no room, and `ValueError` for a monitor without a rule."""
     for name, monitor in monitors.items():
         if monitor.rule is None:
             raise ValueError(f"the arm {name} has no calibrated alarm")

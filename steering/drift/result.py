@@ -187,8 +187,8 @@ class DriftResult(JsonRecord):
     warnings: tuple[str, ...]
     stored: StoredAnswers | None = None
     uncapped: dict[str, dict[str, tuple[TurnMean, ...]]] | None = None
-    """trajectories of the same answers read without the intervention, of arms that act: a capped projection is
-    level by construction, this one is what the text shows; None in files of earlier versions"""
+    """trajectories of the same answers read without the intervention, of arms that act: a capped projection
+    is level by construction, this one is what the text shows; None in files of earlier versions"""
 
     omit_none: ClassVar[tuple[str, ...]] = ("stored", "uncapped")
 
@@ -274,8 +274,8 @@ class StudyData:
         return [turn for name in names for turn in self.transcripts.history(arm, name)]
 
     def values(self, arm: str, names: Sequence[str], *, uncapped: bool = False) -> Array:
-        """Projections (N, T) of some conversations' answers; NaN where there is none. With `uncapped`, as the model
-        reads the same answers without the intervention.
+        """Projections (N, T) of some conversations' answers; NaN where there is none. With `uncapped`, as the
+        model reads the same answers without the intervention.
         """
         values = np.full((len(names), self.options.turns or 0), np.nan)
         row = {name: index for index, name in enumerate(names)}

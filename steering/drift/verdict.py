@@ -3,9 +3,9 @@
     write_drift_verdict(result)[0]
 
 A domain drifts where the interval of its slope at baseline is below 0 and the slope is beyond that of
-shuffled turns. An arm holds it where its own slope is not shown to fall, and slows it where it falls less than half as
-fast. The projection of a capped answer is level by construction, so the same answers read without the cap are
-said beside it, where the study has them.
+shuffled turns. An arm holds it where its own slope is not shown to fall, and slows it where it falls less
+than half as fast. The projection of a capped answer is level by construction, so the same answers read
+without the cap are said beside it, where the study has them.
 """
 
 from personatlas.analysis.trajectories import Slope

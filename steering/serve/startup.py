@@ -50,8 +50,8 @@ def serve(
     The key that clients must give is read from PERSONATLAS_API_KEY; without one only this machine is served.
 
     Args:
-        model: a model, or what `load_model` loads.
-        axis: an axis that was loaded from a folder, or a run folder, an axis file, or a packaged name; without
+        model: a model, or what `load_model` loads. axis: an axis that was loaded from a folder, or a run
+        folder, an axis file, or a packaged name; without
             one conversations are not measured, and nothing acts.
         host: the address to listen on; one that other machines reach needs a key.
         allow_origins: origins of web pages that may use the server ("*", with a key: all).

@@ -188,7 +188,9 @@ def test_wrong_options_are_refused_in_one_line(base, data, tmp_path, capsys):
     long = write_rows(
         tmp_path / "long.jsonl", [{"prompt": f"{i}?", "response": "sea " * 300} for i in range(9)]
     )
-    assert "8 of 8 conversations are longer than the base's context" in refused(capsys, base, *out, "--data", long)
+    assert "8 of 8 conversations are longer than the base's context" in refused(
+        capsys, base, *out, "--data", long
+    )
 
 
 # The plan

@@ -5,9 +5,9 @@ held.
 
 `cap` may be any other arm too (cap=add:8@21). Without it, or with `cap=none`, the baseline answers; its
 answers are projected all the same. Other `-M` arguments: device, dtype, chat_template, force, and `batch`,
-the most answers that are made together. Calls that wait at the same time are one batch. Noise belongs to a row
-whatever its batch, but batches form as calls come, and half precision rounds a little differently in each:
-`-M batch=1` or `-M dtype=float32` where runs must repeat to the letter.
+the most answers that are made together. Calls that wait at the same time are one batch. Noise belongs to a
+row whatever its batch, but batches form as calls come, and half precision rounds a little differently in
+each: `-M batch=1` or `-M dtype=float32` where runs must repeat to the letter.
 
 Seeds come from the given seed (0 unless given), the messages, the sampling, the epoch and the number of the
 choice, so two arms share them. Temperature 0.7 and top_p 0.9 unless given, at most 512 tokens. What a text

@@ -22,9 +22,10 @@ KINDS = ("contextual", "copyright")
 class HarmSuite(Suite):
     """Base of suites whose answers a judge of harm sees.
 
-    A degenerate answer is never harmful: nonsense is not compliance. An intervention that ends loops makes more
-    answers harmful for that reason alone, so harm is also counted among coherent answers. HarmBench's contextual
-    and copyright behaviours, which ask for another kind of harm, are suites of their own (`KINDS`).
+    A degenerate answer is never harmful: nonsense is not compliance. An intervention that ends loops makes
+    more answers harmful for that reason alone, so harm is also counted among coherent answers. HarmBench's
+    contextual and copyright behaviours, which ask for another kind of harm, are suites of their own
+    (`KINDS`).
     """
 
     outcomes = HARM_OUTCOMES

@@ -3,10 +3,11 @@
     requests = read_requests(Path("harmbench_behaviors_text_test.csv"))
     requests[0].id, requests[0].text, requests[0].category
 
-Known are HarmBench (Behavior, BehaviorID, SemanticCategory, FunctionalCategory, ContextString), AdvBench (goal), JailbreakBench
-(Goal; its Behavior is a title), StrongREJECT (forbidden_prompt), XSTest (prompt, type, label safe or unsafe),
-and any CSV, JSON, JSONL or Parquet with a column prompt, request, instruction, question or text; of stored
-conversations it is the user's first message. Nothing of such a file is shipped here.
+Known are HarmBench (Behavior, BehaviorID, SemanticCategory, FunctionalCategory, ContextString), AdvBench
+(goal), JailbreakBench (Goal; its Behavior is a title), StrongREJECT (forbidden_prompt), XSTest (prompt, type,
+label safe or unsafe), and any CSV, JSON, JSONL or Parquet with a column prompt, request, instruction,
+question or text; of stored conversations it is the user's first message. Nothing of such a file is shipped
+here.
 """
 
 import contextlib

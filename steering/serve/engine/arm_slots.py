@@ -30,8 +30,8 @@ NONE = "none"  # the name of no arm, which a model's alias can carry
 
 
 class ArmSlots:
-    """Arms by name, and a `Steering` with a plan for each of them and `SPARE_PLANS` more; without an axis there
-    are none.
+    """Arms by name, and a `Steering` with a plan for each of them and `SPARE_PLANS` more; without an axis
+    there are none.
     """
 
     def __init__(self, axis: Axis | None, model: Model, arms: Sequence[Arm]) -> None:
