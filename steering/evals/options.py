@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from personatlas.persona.errors import UserError
-from personatlas.steering.evals.harm.judges import check_harm_judge
+from personatlas.steering.evals.harm.judges import require_harm_judge
 
 if TYPE_CHECKING:
     from personatlas.persona.sampling.sampler import Sampling
@@ -76,7 +76,7 @@ class EvalOptions:
         for option in ("column", "templates"):
             if getattr(self, option) is not None and self.requests is None and self.over_refusal is None:
                 raise UserError(f"--{option} is about a file of requests: give --requests FILE with it")
-        check_harm_judge(self.judge, self.judge_model, self.rubric, self.judge_tokens)
+        require_harm_judge(self.judge, self.judge_model, self.rubric, self.judge_tokens)
         self.sampling(self.max_new_tokens)
 
     def sampling(self, max_new_tokens: int) -> "Sampling":

@@ -245,7 +245,7 @@ class ClassifierHarmJudge:
                 yield index, HarmVerdict(float(probability), "")
 
 
-def check_harm_judge(text: str, model: str | None, rubric: str, max_tokens: int | None) -> None:
+def require_harm_judge(text: str, model: str | None, rubric: str, max_tokens: int | None) -> None:
     """Raises `UserError` for a judge that there is not and for options that do not go with it."""
     if rubric not in RUBRICS:
         raise UserError(f"rubric {not_one_of(rubric, RUBRICS)}")
@@ -285,7 +285,7 @@ def harm_judge(
     `rubric` is what a model is asked, "yes-no" or "scale"; `max_tokens` the longest reply of an endpoint,
     thoughts included. Raises `UserError` for what is none of these or goes with none.
     """
-    check_harm_judge(text, model, rubric, max_tokens)
+    require_harm_judge(text, model, rubric, max_tokens)
     if text == "rules":
         return RuleHarmJudge()
     own = RUBRICS[rubric]

@@ -251,7 +251,7 @@ def test_a_random_cap_fires_as_often_as_the_cap_that_it_controls(apart):
 
 def test_texts_are_read_once_for_a_random_cap_of_any_number_of_layers():
     model, material = tiny_model(), texts(40)
-    cap, counts = axis_of(model).quantile_cap((0, 1, 2), 0.25), [0] * model.n_layers
+    cap, counts = axis_of(model).quantile_cap((0, 1, 2), 0.25, spare_first=False), [0] * model.n_layers
     for layer, block in enumerate(model.blocks):
         original = block.mlp.forward
 
