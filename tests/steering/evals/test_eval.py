@@ -313,7 +313,7 @@ def test_another_model_dtype_or_engine_is_not_put_into_the_same_folder(done, tin
     [
         (["--suite", "harm"], "needs --requests FILE"),
         (["--requests", "nowhere.csv"], "nowhere.csv does not exist"),
-        (["--suite", "benign", "--tag", "purple"], "--tag 'purple' is not one of"),
+        (["--suite", "benign", "--tag", "purple"], "--tag 'purple' is none: there is none"),
         (["--suite", "benign", "--judge", "oracle"], "oracle"),
         (["--suite", "benign", "--arm", "cap:p75@0-2"], "given twice"),
         (["--suite", "benign", "--text", "nowhere.txt"], "--text nowhere.txt cannot be read"),
