@@ -172,7 +172,10 @@ class PersonaService:
         length = sum(len(m["content"]) for m in messages)
         is_long = len(messages) > MANY_MESSAGES or length > LONG_TEXT
         try:
-            ids, spans = await self.outside_loop(is_long, lambda: self._tokenize(messages))
+            if is_long:
+                ids, spans = await self.outside_loop(is_long, lambda: self._tokenize(messages))
+            else:  # in a thread as well: a template may take its whole time for some message
+                ids, spans = await asyncio.to_thread(self._tokenize, messages)
         except InvalidField:
             raise
         except UserError as error:

@@ -142,7 +142,8 @@ def _engine_limits(model: Model, capacity: CapacityOptions) -> EngineLimits:
         raise UserError(
             f"--context {capacity.context} is more than the {longest} tokens that {model.id} holds"
         )
-    fitting = max(64, fitting_tokens(model, CACHE_GPU) // (capacity.slots + 1) // 64 * 64)
+    slots = capacity.slots + 2  # beside the rows a prompt is read, and a text is scored
+    fitting = max(64, fitting_tokens(model, CACHE_GPU) // slots // 64 * 64)
     context = capacity.context or min(longest, MAX_CONTEXT, fitting)
     return EngineLimits(capacity.slots, context, capacity.prefix_mib * 2**20, capacity.queue)
 

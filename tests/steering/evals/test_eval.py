@@ -337,11 +337,10 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line(tiny_run, tmp_path, cap
         (["--judge", "http://127.0.0.1:9/v1", "--judge-model", "m"], "nobody answers at"),
     ],
 )
-def test_what_is_asked_is_looked_at_before_a_model_is_loaded(tmp_path, capsys, more, said):
+def test_what_is_asked_is_looked_at_before_a_model_is_loaded(tiny_run, tmp_path, capsys, more, said):
     (tmp_path / "no model").mkdir()
-    error = refused(
-        capsys, ["eval", str(tmp_path / "no model"), "--axis", "none", "--out", str(tmp_path / "e"), *more]
-    )
+    told = ["eval", str(tmp_path / "no model"), "--axis", str(tiny_run / "run"), "--out", str(tmp_path / "e")]
+    error = refused(capsys, [*told, *more])
     assert said in error
     assert not (tmp_path / "e").exists()
 
