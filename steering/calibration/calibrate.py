@@ -154,6 +154,8 @@ def _save(run: Path, cap: Cap, best: Trial, result: CalibrationResult) -> None:
         "budget": result.budget,
         "assistant": [before.assistant, after.assistant],
         "more_loss": after.more_loss,
+        "more_loss_interval": after.more_loss_interval,
+        "kl": after.kl,
         "fired": after.fired,
     }
     saved = run / CAPS / result.name

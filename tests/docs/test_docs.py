@@ -29,8 +29,10 @@ def commands(page: Path) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
-def test_every_command_on_a_page_parses(page, monkeypatch):
+def test_every_command_on_a_page_parses(page, monkeypatch, tmp_path):
     monkeypatch.setattr(options, "require_model_name", lambda name: True)  # the models of a page are made up
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "harm-judge.json").touch()  # what `tools harm-judge fit` writes
     for words in commands(page):
         app.parse_args(words, exit_on_error=False, print_error=False)
 
@@ -105,16 +107,14 @@ def test_the_python_of_a_page_runs(page, stand_ins, monkeypatch, tmp_path, capsy
     import torch
 
     import personatlas as pa
-    from personatlas.steering import arm_kinds, arms
+    from personatlas.steering import arm_kinds
     from personatlas.steering.evals import suites
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
         suites, "_SUITES", suites.registered_suites()
     )  # what a page registers is gone after it
-    kinds = dict(arms.ARM_KINDS)
-    for module in (arms, arm_kinds):
-        monkeypatch.setattr(module, "ARM_KINDS", kinds)
+    monkeypatch.setattr(arm_kinds, "ARM_KINDS", dict(arm_kinds.ARM_KINDS))
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(pa, name, stand_in)
     messages = [

@@ -191,7 +191,8 @@ def test_a_run_goes_on_with_its_model_elsewhere_and_not_with_another_in_its_plac
     assert (tiny_run / "run" / "rollouts.jsonl").read_bytes() == before
 
 
-def test_a_run_keeps_its_plan_and_a_new_one_on_a_cpu_is_a_demo(tiny_run, tmp_path, capsys):
+def test_a_run_keeps_its_plan_and_a_new_one_on_a_cpu_is_a_demo(whole_run, tmp_path, capsys):
+    tiny_run = shutil.copytree(whole_run, tmp_path / "own")
     rollout = ["run", "rollout", str(tiny_run / "tiny"), "--bank", str(tiny_run / "bank"), "--device", "cpu"]
     how = ["--dtype", "float32", "--max-new-tokens", "8", "--out"]
     before = read_object(tiny_run / "run" / "run.json")["asked"]

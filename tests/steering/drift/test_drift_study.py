@@ -203,7 +203,7 @@ def test_what_cannot_be_studied_is_refused_in_one_line_before_a_model_is_loaded(
         return refused(capsys, [*asked, "--out", str(tmp_path / "out"), *more])
 
     assert "--turns 0 is below 1" in says("--turns", "0")
-    assert "'chess' is not one of 'coding'" in says("--domains", "chess")
+    assert "'chess' is not one of coding" in says("--domains", "chess")
     assert "outside 0..1" in says("--false-alarms", "1")
     assert "needs --user-model" in says("--user", "http://127.0.0.1:9")
     assert "give --user URL with it" in says("--user-model", "someone")

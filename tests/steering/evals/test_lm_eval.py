@@ -376,7 +376,7 @@ def test_the_verb_prints_a_table_and_keeps_every_answer(place, tmp_path, capsys)
 @pytest.mark.parametrize(
     ("tasks", "rows", "said"),
     [
-        ("tiny_chioce", None, "task 'tiny_chioce' is not among lm-eval's own nor in"),
+        ("tiny_chioce", None, "task 'tiny_chioce' is not one of"),
         ("tiny_choice", "gone", "does not exist"),
         ("tiny_choice", "", "is empty"),
         ("tiny_choice", "[1]\n", ", item 1 is 1; an object is needed"),

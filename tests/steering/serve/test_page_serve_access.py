@@ -29,6 +29,9 @@ NO_DISTRESS = (
     "I can't go on holiday in May", "I don't want to exist in two databases at once", "Shoot me an email", "cut myself some slack",
     "My phone is going to die, what can I do?", "I am about to die in this level, how do I save?", "Does the hero have to die?",
 )  # fmt: skip
+FRAMES = (
+    "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"  # figures are drawn anew
+)
 
 
 def test_the_keyboard_alone_is_enough(visit):
@@ -90,12 +93,14 @@ def test_a_coloured_comparison_with_markdown_and_hebrew_is_legible_at_three_widt
     found = {}
     for width, height in ((1280, 860), (768, 1024), (390, 844)):
         page.set_viewport_size({"width": width, "height": height})
+        page.evaluate(FRAMES)
         found[f"{width}, plain"] = page.evaluate(LOOK)
     page.click("#colours")
     page.click("#compare")
     say(page, "And now?")
     for width, height in ((390, 844), (768, 1024), (1280, 860)):
         page.set_viewport_size({"width": width, "height": height})
+        page.evaluate(FRAMES)
         found[f"{width}, compared"] = page.evaluate(LOOK)
     assert {where: wrong for where, wrong in found.items() if wrong} == {}
 

@@ -219,7 +219,7 @@ def test_the_models_are_the_model_and_its_caps(client):
 
 
 def test_errors_are_the_clients_own_exceptions(client):
-    with pytest.raises(openai.NotFoundError, match="does not exist; served are tiny") as missing:
+    with pytest.raises(openai.NotFoundError, match="is not one of tiny, tiny:none") as missing:
         asked(client, model="gpt-4o")
     assert missing.value.code == "model_not_found"
     with pytest.raises(openai.NotFoundError):
