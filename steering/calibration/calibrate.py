@@ -153,6 +153,7 @@ def _save(run: Path, cap: Cap, best: Trial, result: CalibrationResult) -> None:
         "levels": levels,
         "budget": result.budget,
         "assistant": [before.assistant, after.assistant],
+        "assistant_interval": after.interval,
         "more_loss": after.more_loss,
         "more_loss_interval": after.more_loss_interval,
         "kl": after.kl,
