@@ -1,9 +1,9 @@
 """How long the answers and recordings of an axis take on a model's device, measured before they begin.
 
-    seconds = estimate_seconds(model, n_rollouts=784, n_tokens=74.0)
+    seconds = estimate_seconds(model, n_rollouts=784, n_prompt=42.0, n_answer=32)
 
-Every token of a prompt or an answer goes through the model twice, when it is sampled and when it is recorded,
-in batches about as large as the probe's: one token for each rollout of a chunk.
+A prompt is read twice, when it is answered and when its answer is recorded, and an answer once, many tokens at a
+time; an answer is made one token for each rollout of a chunk at a time. The two are probed apart.
 """
 
 import time
@@ -17,23 +17,33 @@ from personatlas.persona.roles.bank import load_bank
 from personatlas.persona.rollout import rollout_requests
 
 GPU_ROWS = 1024
+READ_ROWS, READ_TOKENS = 8, 96
 PROBE_SECONDS = 1.0  # on a machine that does other things too, one forward says little
 N_PROMPTS = 16  # whose lengths stand for all
 
 
 @torch.no_grad()
-def estimate_seconds(model: Model, n_rollouts: int, n_tokens: float) -> float:
-    """Seconds for so many rollouts with so many tokens of prompt and answer each, from a short probe."""
-    on_gpu = model.device.type == "cuda"
-    ids = torch.arange(GPU_ROWS if on_gpu else CPU_CHUNK, device=model.device)[:, None] % model.vocab_size
+def estimate_seconds(model: Model, n_rollouts: int, n_prompt: float, n_answer: float) -> float:
+    """Seconds for so many rollouts with prompts of so many tokens and answers of up to so many, from a short
+    probe.
+    """
+    rows = GPU_ROWS if model.device.type == "cuda" else CPU_CHUNK
+    made = n_rollouts * n_answer / rows * _forward_seconds(model, rows, 1)
+    length = min(READ_TOKENS, model.context or READ_TOKENS)
+    read = n_rollouts * (2 * n_prompt + n_answer) / (READ_ROWS * length)
+    return made + read * _forward_seconds(model, READ_ROWS, length)
+
+
+def _forward_seconds(model: Model, rows: int, length: int) -> float:
+    """Mean seconds of a forward over random tokens (rows, length)."""
+    ids = torch.arange(rows * length, device=model.device).view(rows, length) % model.vocab_size
     n_probes, start = 0, 0.0
     while n_probes < 2 or time.perf_counter() < start + PROBE_SECONDS:
-        model.hf(input_ids=ids, use_cache=False).logits[:, -1].max().item()  # waits for a GPU
+        model.hf(input_ids=ids, use_cache=False, logits_to_keep=1).logits.max().item()  # waits for a GPU
         n_probes += 1
         if n_probes == 1:  # it warms up
             start = time.perf_counter()
-    seconds = (time.perf_counter() - start) / (n_probes - 1)
-    return 2 * n_rollouts * n_tokens * seconds / len(ids)
+    return (time.perf_counter() - start) / (n_probes - 1)
 
 
 def estimate_axis(model: Model, plan: PlanOptions) -> float:
@@ -42,4 +52,4 @@ def estimate_axis(model: Model, plan: PlanOptions) -> float:
     requests = rollout_requests(load_bank(), model.name, selection, plan.seed)
     some = requests[:: max(1, len(requests) // N_PROMPTS)]
     prompt = sum(len(model.chat.prompt_ids(list(request.messages))) for request in some) / len(some)
-    return estimate_seconds(model, len(requests), prompt + max_new_tokens)
+    return estimate_seconds(model, len(requests), prompt, max_new_tokens)

@@ -207,7 +207,7 @@ def _say_estimate(context: RunContext) -> None:
         return
     most = context.sampling.max_new_tokens
     prompt = sum(len(context.plan.prompt_ids[key]) for key in missing) / len(missing)
-    seconds = estimate_seconds(context.model, len(missing), prompt + most) / context.world.size
+    seconds = estimate_seconds(context.model, len(missing), prompt, most) / context.world.size
     larger = "; --plan standard has all roles and longer answers" if context.plan_name == "demo" else ""
     say(
         f"plan {context.plan_name}: {len(missing):,} rollouts of up to {most} tokens and their recording take "
