@@ -47,8 +47,8 @@ class PlanOptions:
     "roll out traits beside the roles, with the same prompts and questions"
     trait_names: str | None = None
     "trait names with commas between, or a number of traits spread over the bank; all unless given"
-    controls: bool = True
-    "prompts that ask for no character (facts, a style, an assistant, a plain human) beside the roles"
+    no_controls: bool = False
+    "leave out the prompts that ask for no character: facts, a style, an assistant, a plain human"
     prompts: int | None = None
     "prompts a role"
     questions: int | None = None
@@ -180,7 +180,7 @@ def selection_of(options: PlanOptions) -> tuple[Selection, int]:
         with_traits=options.traits or options.trait_names is not None,
         trait_names=trait_names,
         n_traits=n_traits,
-        with_controls=options.controls,
+        with_controls=not options.no_controls,
     )
     return selection, options.max_new_tokens or max_new_tokens
 

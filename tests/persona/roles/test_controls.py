@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from personatlas.persona.errors import UserError
+from personatlas.persona.options import PlanOptions, selection_of
 from personatlas.persona.roles.bank import Bank, Control, Question, Role, check_file, load_bank
 from personatlas.persona.rollout import Selection, rollout_requests
 
@@ -27,6 +28,11 @@ def test_a_control_takes_its_prompts_in_turn_as_often_as_a_role_is_asked(prompts
     assert set(Counter(part.prompt for part in own).values()) == {2 * prompts}
     assert requests[-len(own) :] == own  # behind the roles
     assert not [r for r in rollout_requests(BANK, "m", Selection(with_controls=False), 0) if r.key[0] == "="]
+
+
+def test_the_option_leaves_controls_out():
+    assert selection_of(PlanOptions(plan="demo"))[0].with_controls
+    assert not selection_of(PlanOptions(plan="demo", no_controls=True))[0].with_controls
 
 
 def test_packaged_controls_are_as_long_as_role_prompts():
