@@ -362,4 +362,4 @@ def test_slots_and_served_contexts_share_one_reckoning_of_memory(monkeypatch):
     monkeypatch.setattr(kv_cache, "CPU_BYTES", 1000 * token + 1)
     assert kv_cache.fitting_tokens(model, 0.5) == 1000
     limits = _engine_limits(model, CapacityOptions(slots=4))
-    assert limits.context == 192  # of 1,000 tokens for 4 slots and a prompt, in steps of 64
+    assert limits.context == 128  # of 1,000 tokens for 4 slots, a prompt and a text to score, in steps of 64
