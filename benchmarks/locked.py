@@ -33,7 +33,7 @@ def main() -> None:
     before = read_lines(READINGS) if READINGS.exists() else []
     if any(row["version"] == release for row in before):
         raise UserError(f"version {release} was read: its figures are in {READINGS}")
-    model, axis = pa.load(MODEL), pa.Axis.load(MODEL)
+    model, axis = pa.load(MODEL), pa.load_axis(MODEL)
     cap = axis.cap(CAP)
     arms: dict[str, Interventions] = {BASELINE: [], CAP: [cap]}
     default = load_bank().default

@@ -23,7 +23,7 @@ N_PROMPTS = 16  # whose lengths stand for all
 
 
 @torch.no_grad()
-def estimate_seconds(model: Model, n_rollouts: int, n_prompt: float, n_answer: float) -> float:
+def estimate_seconds(model: Model, n_rollouts: int, n_prompt: float, n_answer: int) -> float:
     """Seconds for so many rollouts with prompts of so many tokens and answers of up to so many, from a short
     probe.
     """
