@@ -228,8 +228,10 @@ class Axis(TensorRecord):
                 "the axis keeps no quartiles of the default's answers at some of this cap's layers"
             )
         prompt = None if cap.prompt_floor is None else cap.prompt_floor + step
+        # its figures are another cap's, what it was fitted on stays
+        fitted = {name: value for name, value in cap.calibration.items() if name.startswith("fitted_")}
         try:
-            return replace(cap, floor=cap.floor + step, prompt_floor=prompt, level=None, calibration={})
+            return replace(cap, floor=cap.floor + step, prompt_floor=prompt, level=None, calibration=fitted)
         except ValueError as error:  # a floor above its ceiling
             raise UserError(f"this cap cannot be moved by {amount:g}: {error}") from None
 

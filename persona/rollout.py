@@ -39,11 +39,6 @@ class RolloutKey(NamedTuple):
             raise ValueError(f"{key!r} is not a rollout key: role/prompt/question/sample")
         return cls(parts[0], int(parts[1]), parts[2], int(parts[3]))
 
-    @property
-    def kind(self) -> RoleKind:
-        """Whether the role is one of the bank, a trait's pole, or a control."""
-        return role_kind(self.role)
-
     def __str__(self) -> str:
         return f"{self.role}/{self.prompt}/{self.question}/{self.sample}"
 

@@ -179,6 +179,7 @@ def open_run(folder: Path, *, create: bool = False, rank: int = 0) -> Iterator[R
     """
     if not folder.exists() and not create:
         raise UserError(f"run folder {folder} does not exist{did_you_mean_path(folder)}")
+    is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
@@ -188,9 +189,14 @@ def open_run(folder: Path, *, create: bool = False, rank: int = 0) -> Iterator[R
     if rank:
         yield RunFolder(folder, rank)
         return
-    with locked(folder, lock=folder / ".lock"):
-        remove_leftovers(folder)
-        yield RunFolder(folder, rank)
+    try:
+        with locked(folder, lock=folder / ".lock"):
+            remove_leftovers(folder)
+            yield RunFolder(folder, rank)
+    except UserError:
+        if is_new and folder.is_dir() and not any(folder.iterdir()):  # refused before anything was done
+            folder.rmdir()
+        raise
 
 
 def versions() -> dict[str, str]:

@@ -67,7 +67,7 @@ def match_arm(text: str) -> tuple[ArmKind, re.Match[str]] | None:
     match = re.fullmatch(ARM_KINDS[kind].pattern, rest) if kind in ARM_KINDS else None
     if match is None:
         examples = ", ".join(kind.example for kind in ARM_KINDS.values())
-        hint = did_you_mean(kind, [*ARM_KINDS, "baseline", "random"])
+        hint = "" if kind == "random" else did_you_mean(kind, [*ARM_KINDS, "baseline", "random"])
         raise UserError(f"arm {text[:80]!r} is not baseline, random:3, or such as {examples}{hint}")
     return ARM_KINDS[kind], match
 

@@ -214,3 +214,18 @@ def test_a_run_keeps_its_plan_and_a_new_one_on_a_cpu_is_a_demo(whole_run, tmp_pa
     assert recorded_plan({}) is None
     assert recorded_plan({"prompts": 2, "questions": 12, "max_new_tokens": 128}) == "standard"
     assert recorded_plan({"prompts": 2, "questions": 9, "max_new_tokens": 128}) == "paper"
+
+
+def test_a_folder_that_was_made_for_nothing_is_gone(tmp_path):
+    with pytest.raises(UserError), open_run(tmp_path / "new", create=True):
+        raise UserError("refused")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "old").mkdir()
+    with pytest.raises(UserError), open_run(tmp_path / "old", create=True):
+        raise UserError("refused")
+    assert (tmp_path / "old").is_dir()
+    with open_run(tmp_path / "begun", create=True) as run:
+        run.note(steps=1)
+    with pytest.raises(UserError), open_run(tmp_path / "begun", create=True):
+        raise UserError("stopped")
+    assert (tmp_path / "begun" / "run.json").is_file()

@@ -168,3 +168,5 @@ def test_the_packaged_axis_comes_with_a_cap_that_says_what_it_was_found_to_do():
     assert low < cap.calibration["more_loss"] < high
     assert len(cap.calibration["fitted_roles"]) == 25
     assert len(cap.calibration["fitted_questions"]) == 80
+    moved = axis.cap("assistant-0.3").calibration  # its figures are gone, what it was fitted on is not
+    assert moved == {name: cap.calibration[name] for name in ("fitted_roles", "fitted_questions")}
